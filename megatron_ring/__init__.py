@@ -1,0 +1,6 @@
+"""megatron_ring: GPT pretraining on DeepSpeed with attention split over the sequence by a ring.
+
+Start reading at ``context_parallel/ring.py`` (the ring loop) and ``pretrain_gpt.py`` (everything on one screen).
+"""
+
+__version__ = "0.1.0"

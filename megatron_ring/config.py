@@ -1,0 +1,366 @@
+"""Every option, once: a field here is the YAML key and the command-line flag, and the text under it is its help.
+
+Default < YAML (``--config``) < flag. Names are Megatron's where Megatron has one. Zero means "derived" only where the
+help says so. This file checks what one section can know of itself; sizes against the world are checked by the grid,
+lengths against the ring by the layout. Nothing is clamped or repaired in silence.
+"""
+
+import difflib
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from megatron_ring.errors import ConfigError, nearest_multiples
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int = 4
+    """Transformer blocks."""
+    hidden_size: int = 256
+    """Width E of the residual stream."""
+    ffn_hidden_size: int = 0
+    """Width F of the feed-forward. 0: 4 x hidden for gelu; 8/3 x hidden, up to a multiple of 64, for swiglu."""
+    num_attention_heads: int = 4
+    """Query heads H."""
+    num_query_groups: int = 0
+    """Key-value heads G of grouped-query attention. 0: as many as query heads."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """RMSNorm is Llama's, LayerNorm is GPT-2's."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance before the root."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward: swiglu is Llama's, gelu (tanh form) is GPT-2's."""
+    add_bias_linear: bool = False
+    """Biases in the linear layers, as in GPT-2."""
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    """rope turns queries and keys; learned_absolute adds a table of seq_length rows to the embedding."""
+    rotary_base: float = 10000.0
+    """RoPE's theta."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How RoPE is stretched beyond the length the model was first trained on."""
+    rope_scaling_factor: float = 1.0
+    """New length over old length, for every rope_scaling but none."""
+    rope_original_length: int = 0
+    """The length the model was first trained on, for yarn and llama3. 0: seq_length / rope_scaling_factor."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output head weights of its own instead of the embedding's."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it over sqrt(2 x num_layers)."""
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """G, with the default resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def feed_forward_size(self) -> int:
+        """F, with the default resolved."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
+
+    def problems(self) -> list[str]:
+        heads, groups = self.num_attention_heads, self.key_value_heads
+        found = _not_positive(self, "num_layers", "hidden_size", "num_attention_heads")
+        if not found and self.hidden_size % heads:
+            found.append(
+                f"hidden_size {self.hidden_size} does not divide into {heads} attention heads. Nearest: "
+                f"{nearest_multiples(self.hidden_size, heads)}. Set --hidden-size or --num-attention-heads."
+            )
+        if not found and (groups < 1 or heads % groups):
+            legal = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            found.append(
+                f"num_query_groups {groups} does not divide num_attention_heads {heads}. "
+                f"Legal: {', '.join(legal)}. Set --num-query-groups."
+            )
+        if not found and self.position_embedding_type == "rope" and self.head_dim % 2:
+            found.append(
+                f"head size {self.head_dim} (hidden_size {self.hidden_size} / num_attention_heads {heads}) is odd, and "
+                "RoPE turns pairs. Set --hidden-size, or --position-embedding-type learned_absolute."
+            )
+        if self.rope_scaling != "none" and self.rope_scaling_factor <= 1:
+            found.append(
+                f"rope_scaling {self.rope_scaling} stretches by rope_scaling_factor {self.rope_scaling_factor}, which "
+                "must be greater than 1. Set --rope-scaling-factor, or --rope-scaling none."
+            )
+        if self.rope_scaling == "none" and self.rope_scaling_factor != 1:
+            found.append(
+                f"rope_scaling_factor {self.rope_scaling_factor} has no effect while rope_scaling is none. "
+                "Set --rope-scaling linear (or ntk, yarn, llama3)."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    context_parallel: Literal["none", "ring", "striped", "zigzag"] = "none"
+    """Layout: where a token lives. ring: contiguous shards; striped: dealt like cards; zigzag: early with late."""
+    context_parallel_size: int = 0
+    """Processes N that split one sequence. 0: all that tensor and pipeline leave (1 with --context-parallel none)."""
+    ulysses_degree: int = 1
+    """U of N = R x U: processes within a ring member that trade heads for sequence. 1 is a pure ring."""
+    stripe_size: int = 1
+    """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper."""
+    attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
+    """What computes a hop. auto takes the fastest that this device, dtype and head size allow, and says why."""
+    tensor_model_parallel_size: int = 1
+    """Processes T that split every layer."""
+    pipeline_model_parallel_size: int = 1
+    """Processes P that split the layers among them."""
+    world_size: int = 0
+    """Processes this config is meant for: what --dry-run plans with, and what a run is checked against. 0: any."""
+
+    def problems(self) -> list[str]:
+        return _not_positive(
+            self, "ulysses_degree", "stripe_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_path: tuple[str, ...] = ()
+    """Token store P for P.bin and P.idx (Megatron's format). None given: the source text of Python's own library."""
+    tokenizer_model: str = ""
+    """The sentencepiece model the store was written with. Empty: tokenizer.model beside the store."""
+    split: tuple[float, float] = (0.98, 0.02)
+    """Shares of the documents for training and for validation, in the order of the store."""
+    seq_length: int = 1024
+    """Tokens S of a sample, before it is split over the context ranks."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "seq_length")
+        if min(self.split) < 0 or self.split[0] <= 0 or abs(sum(self.split) - 1) > 1e-6:
+            found.append(f"split {self.split} must be two shares that add up to 1, the first above 0. Set --split.")
+        if len(self.data_path) > 1:
+            found.append(f"data_path names {len(self.data_path)} token stores; one is read. Set --data-path.")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    train_iters: int = 200
+    """Optimizer steps."""
+    micro_batch_size: int = 1
+    """Sequences B that one data rank takes through the model at once."""
+    global_batch_size: int = 0
+    """Sequences of one optimizer step over all data ranks. 0: micro_batch_size x data ranks, no accumulation."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of cosine or linear decay."""
+    lr_warmup_iters: int = 20
+    """Steps of linear warm-up from 0."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment."""
+    adam_beta2: float = 0.95
+    """AdamW's second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    seed: int = 1234
+    """Everything random follows from it: initial weights and the order of samples."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute type. auto: bf16 where the device multiplies it natively, else fp32; never fp16 on a CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO over data x context ranks: 1 splits optimizer state, 2 gradients too, 3 parameters too."""
+    eval_interval: int = 100
+    """Steps between validations; there is one before the first step and one after the last. 0: none at all."""
+    eval_iters: int = 8
+    """Global batches of one validation."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr")
+        if self.min_lr > self.lr:
+            found.append(f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr or --lr.")
+        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.train_iters:
+            found.append(
+                f"lr_warmup_iters {self.lr_warmup_iters} leaves nothing of train_iters {self.train_iters} to decay. "
+                f"Set --lr-warmup-iters to at most {self.train_iters - 1}, or --lr-decay-style constant."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save: str = ""
+    """Folder to write checkpoints to. Empty: none are written."""
+    load: str = ""
+    """Folder to resume from; the newest whole checkpoint in it is taken, and an empty folder starts afresh."""
+    save_interval: int = 0
+    """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
+
+    def problems(self) -> list[str]:
+        if self.save_interval and not self.save:
+            return [f"save_interval {self.save_interval} has nowhere to write to. Set --save."]
+        return []
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    log_interval: int = 10
+    """Steps between lines on the console."""
+    metrics_file: str = ""
+    """Write one JSON object a step to this file. Empty: none."""
+    tensorboard_dir: str = ""
+    """Write TensorBoard events to this folder. Empty: none."""
+    wandb_project: str = ""
+    """Report to this Weights & Biases project; WANDB_MODE=offline works. Empty: none."""
+    csv_dir: str = ""
+    """Write one csv file a metric to this folder. Empty: none."""
+
+    def problems(self) -> list[str]:
+        return _not_positive(self, "log_interval")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pretrain a GPT whose attention is split over the sequence by a ring."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    config: str = ""
+    """YAML file of sections and keys; flags go over it."""
+    dry_run: bool = False
+    """Print the resolved config and the plan, start nothing, and leave."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong within the sections and between them, each with rule, remedy and flag."""
+        sections = [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
+        found = [problem for section in sections for problem in section.problems()]
+        return found
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Default < YAML < flag. Raises ConfigError for a bad file; a bad flag ends the program with the nearest name."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    base = load_yaml(path) if (path := _config_path(arguments)) else Config()
+    flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[Config])
+    return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__)
+
+
+def load_yaml(path: str | Path) -> Config:
+    """Read a config file of sections; raises ConfigError that names every unknown or mistyped key at once."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Set --config.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}. Set --config.") from error
+    problems: list[str] = []
+    config = _filled(Config(), tree, str(path), problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML, itself a valid ``--config``."""
+    tree = {name: value for name, value in asdict(config).items() if isinstance(value, dict)}
+    return yaml.safe_dump(_plain(tree), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _config_path(arguments: list[str]) -> str:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return ""
+
+
+def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
+    """``section`` with the values of ``tree``; what does not fit is added to ``problems``."""
+    hints = get_type_hints(type(section))
+    known = [f.name for f in fields(section)]
+    if not isinstance(tree, dict):
+        problems.append(f"{where}: expected keys and values, found {tree!r}.")
+        return section
+    changed = {}
+    for key, value in tree.items():
+        if key not in known:
+            problems.append(f"{where}: unknown key {key!r}.{_nearest(str(key), known)}")
+        elif is_dataclass(current := getattr(section, key)):
+            changed[key] = _filled(current, value, f"{where}: {key}", problems)
+        else:
+            try:
+                changed[key] = _typed(value, hints[key])
+            except (TypeError, ValueError):
+                problems.append(f"{where}: {key} is {value!r}, not {_described(hints[key])}.")
+    return replace(section, **changed)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    everywhere = {name: known for name in known}
+    for section in fields(Config):
+        if section.default_factory is not None and is_dataclass(section.type):
+            everywhere |= {f.name: f"{section.name}.{f.name}" for f in fields(section.type)}
+    close = difflib.get_close_matches(key, everywhere, n=1)
+    if not close:
+        return f" Known here: {', '.join(known)}."
+    place = close[0] if close[0] in known else everywhere[close[0]]
+    return f" Did you mean {place}?"
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` has it, or ValueError. YAML reads 3e-4 as text, so text is tried as a number."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ValueError
+        return value
+    if origin is tuple:
+        inner = get_args(hint)
+        items = value if isinstance(value, list) else [value]
+        if Ellipsis not in inner and len(items) != len(inner):
+            raise ValueError
+        return tuple(_typed(item, inner[0]) for item in items)
+    if origin is dict:
+        return dict(value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError
+    return value
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    return f"of type {getattr(hint, '__name__', hint)}"
+
+
+def _not_positive(section: Any, *names: str) -> list[str]:
+    return [
+        f"{name} {getattr(section, name)} must be at least 1. Set --{name.replace('_', '-')}."
+        if isinstance(getattr(section, name), int)
+        else f"{name} {getattr(section, name)} must be above 0. Set --{name.replace('_', '-')}."
+        for name in names
+        if getattr(section, name) <= 0
+    ]

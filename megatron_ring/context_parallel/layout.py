@@ -1,0 +1,98 @@
+"""Layouts: which ring rank owns which token. ``Layout.positions`` is the only statement of it in the tree.
+
+The loader shards with it, RoPE receives it as a tensor, the masks and the planner count from it, and the tests
+rebuild the full mask from it. Nothing here knows torch.distributed, and nothing here computes attention.
+
+- ``ring``: contiguous shards (Liu, Zaharia and Abbeel 2023, Ring Attention, section 3). Under a causal mask rank 0
+  idles while rank R-1 works in every hop.
+- ``striped``: tokens dealt out like cards, ``stripe_size`` at a time (Brandon et al. 2023, Striped Attention,
+  section 3), so that every rank has the same work in every hop.
+- ``zigzag``: rank r owns chunks r and 2R-1-r of 2R, pairing an early chunk with a late one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ring.errors import ConfigError, nearest_multiples
+
+Positions = Callable[["Layout", int], torch.Tensor]
+
+
+def _contiguous(layout: "Layout", ring_rank: int) -> torch.Tensor:
+    return ring_rank * layout.shard_length + torch.arange(layout.shard_length)
+
+
+def _striped(layout: "Layout", ring_rank: int) -> torch.Tensor:
+    stripe, i = layout.stripe_size, torch.arange(layout.shard_length)
+    return (i // stripe) * (layout.ring_size * stripe) + ring_rank * stripe + i % stripe
+
+
+def _zigzag(layout: "Layout", ring_rank: int) -> torch.Tensor:
+    chunk = torch.arange(layout.shard_length // 2)
+    early, late = ring_rank, 2 * layout.ring_size - 1 - ring_rank
+    return torch.cat([early * len(chunk) + chunk, late * len(chunk) + chunk])
+
+
+# name -> (positions, what the sequence length must be a multiple of, and that rule in words)
+_LAYOUTS: dict[str, tuple[Positions, Callable[[int, int], int], str]] = {
+    "none": (_contiguous, lambda ring_size, stripe: ring_size, "ring size"),
+    "ring": (_contiguous, lambda ring_size, stripe: ring_size, "ring size"),
+    "striped": (_striped, lambda ring_size, stripe: ring_size * stripe, "ring size x stripe size"),
+    "zigzag": (_zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size"),
+}
+
+NAMES = tuple(_LAYOUTS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the ``seq_length`` tokens of a sample live on a ring of ``ring_size`` ranks.
+
+    Raises ConfigError when the layout cannot take the length; ``problems`` gives the reasons without raising.
+    """
+
+    name: str
+    seq_length: int
+    ring_size: int
+    stripe_size: int = 1
+
+    def __post_init__(self):
+        if problems := self.problems(self.name, self.seq_length, self.ring_size, self.stripe_size):
+            raise ConfigError(problems)
+
+    @property
+    def shard_length(self) -> int:
+        """L, the tokens each ring rank owns."""
+        return self.seq_length // self.ring_size
+
+    def positions(self, ring_rank: int) -> torch.Tensor:
+        """The positions in the sample of ``ring_rank``'s tokens: (L,) int64, increasing."""
+        assert 0 <= ring_rank < self.ring_size
+        return _LAYOUTS[self.name][0](self, ring_rank)
+
+    @staticmethod
+    def problems(name: str, seq_length: int, ring_size: int, stripe_size: int = 1) -> list[str]:
+        """Why these numbers make no layout, each reason with its rule, the nearest legal values and the flag."""
+        if name not in _LAYOUTS:
+            return [f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. Set --context-parallel."]
+        if stripe_size < 1:
+            return [f"stripe_size {stripe_size} must be at least 1. Set --stripe-size."]
+        if name == "none" and ring_size > 1:
+            return [
+                f"context_parallel none keeps whole sequences, but the ring has {ring_size} ranks. "
+                "Set --context-parallel striped (or ring, zigzag), or --context-parallel-size 1."
+            ]
+        _, multiple_of, rule = _LAYOUTS[name]
+        multiple = multiple_of(ring_size, stripe_size)
+        if seq_length > 0 and seq_length % multiple == 0:
+            return []
+        remedy = "Set --seq-length"
+        if multiple != ring_size:
+            easier = "with --stripe-size 1" if name == "striped" else "striped"
+            remedy += f", or use --context-parallel {'striped ' if name == 'striped' else ''}{easier} (multiple of {ring_size})"
+        return [
+            f"seq_length {seq_length} cannot be laid out {name} on {ring_size} ring ranks: it must be a multiple of "
+            f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
+        ]

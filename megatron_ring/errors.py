@@ -1,0 +1,55 @@
+"""What can go wrong for a user, one class and one exit code each; everything else is a bug and keeps its traceback.
+
+A message says what was asked, the rule with its numbers, the nearest legal values, and the flag to change.
+"""
+
+from collections.abc import Iterable
+
+
+class MegatronRingError(Exception):
+    """A fault the user can mend. Entry points print it without a traceback and leave with ``exit_code``."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(MegatronRingError):
+    """Options that cannot be met: illegal sizes, unknown keys, combinations that do not exist."""
+
+    exit_code = 2
+
+
+class DataError(MegatronRingError):
+    """A corpus, token store or tokenizer that is missing, damaged or does not fit the others."""
+
+    exit_code = 3
+
+
+class CheckpointError(MegatronRingError):
+    """A checkpoint that cannot be written, is damaged, or belongs to another model."""
+
+    exit_code = 4
+
+
+class KernelUnavailable(MegatronRingError):
+    """An attention kernel was asked for by name and this device, build or dtype does not have it."""
+
+    exit_code = 5
+
+
+def nearest_multiples(value: int, multiple: int) -> str:
+    """The legal values around ``value`` when it must be a positive multiple: ``"8184, 8192"``.
+
+    >>> nearest_multiples(8190, 8), nearest_multiples(3, 8)
+    ('8184, 8192', '8')
+    """
+    below = value // multiple * multiple
+    return ", ".join(str(legal) for legal in (below, below + multiple) if legal > 0)
+
+
+def listed(problems: Iterable[str]) -> str:
+    """Several problems as one readable block, one line each."""
+    return "\n".join(f"  - {problem}" for problem in problems)
