@@ -1,0 +1,68 @@
+"""One hop in plain torch over the whole block of scores: the oracle, in float64, of every other kernel.
+
+It materialises queries x keys, so it is for tests and small sizes. Softmax attention (Vaswani et al. 2017, section
+3.2.1) and its gradient from the merged output and log-sum-exp (Dao et al. 2022, FlashAttention, appendix B.2).
+"""
+
+import torch
+
+from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind
+from megatron_ring.kernels.attention.state import RunningSoftmax
+
+
+def forward(
+    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
+) -> None:
+    """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
+    if runs.visible_pairs == 0:
+        return
+    scores_BHLM, v_BMHD = _scores(q_BLHD, k_BLGD, runs, scale), _per_query_head(v_BLGD, q_BLHD)
+    lse_BHL = scores_BHLM.logsumexp(-1)
+    probability_BHLM = torch.exp(scores_BHLM - lse_BHL.unsqueeze(-1)).nan_to_num(0.0)
+    out_BLHD = torch.einsum("bhlm,bmhd->blhd", probability_BHLM, v_BMHD)
+    state.merge(slice(0, q_BLHD.shape[1]), out_BLHD, lse_BHL)
+
+
+def backward(
+    dout_BLHD: torch.Tensor,
+    q_BLHD: torch.Tensor,
+    k_BLGD: torch.Tensor,
+    v_BLGD: torch.Tensor,
+    out_BLHD: torch.Tensor,
+    lse_BHL: torch.Tensor,
+    runs: KeyRuns,
+    scale: float,
+    dq_BLHD: torch.Tensor,
+    dk_BLGD: torch.Tensor,
+    dv_BLGD: torch.Tensor,
+) -> None:
+    """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
+    if runs.visible_pairs == 0:
+        return
+    k_BMHD, v_BMHD = _per_query_head(k_BLGD, q_BLHD), _per_query_head(v_BLGD, q_BLHD)
+    q_BLHD, dout_BLHD = q_BLHD.to(dq_BLHD.dtype), dout_BLHD.to(dq_BLHD.dtype)
+    delta_BHL1 = (dout_BLHD * out_BLHD).sum(-1).transpose(1, 2).unsqueeze(-1)
+    p_BHLM = torch.exp(_scores(q_BLHD, k_BLGD, runs, scale) - lse_BHL.unsqueeze(-1))
+    dp_BHLM = torch.einsum("blhd,bmhd->bhlm", dout_BLHD, v_BMHD)
+    ds_BHLM = p_BHLM * (dp_BHLM - delta_BHL1) * scale
+    dq_BLHD += torch.einsum("bhlm,bmhd->blhd", ds_BHLM, k_BMHD)
+    dk_BLGD += _per_key_head(torch.einsum("bhlm,blhd->bmhd", ds_BHLM, q_BLHD), k_BLGD)
+    dv_BLGD += _per_key_head(torch.einsum("bhlm,blhd->bmhd", p_BHLM, dout_BLHD), v_BLGD)
+
+
+def _scores(q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRuns, scale: float) -> torch.Tensor:
+    k_BMHD = _per_query_head(k_BLGD, q_BLHD)
+    everything = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
+    visible_LM = runs.visible(everything).to(q_BLHD.device)
+    scores_BHLM = torch.einsum("blhd,bmhd->bhlm", q_BLHD.to(k_BMHD.dtype), k_BMHD) * scale
+    return scores_BHLM.masked_fill(~visible_LM, -torch.inf)
+
+
+def _per_query_head(kv_BMGD: torch.Tensor, q_BLHD: torch.Tensor) -> torch.Tensor:
+    """Key-value heads repeated for the query heads they serve, neighbours together, in the accumulation type."""
+    dtype = torch.promote_types(kv_BMGD.dtype, torch.float32)
+    return kv_BMGD.to(dtype).repeat_interleave(q_BLHD.shape[2] // kv_BMGD.shape[2], dim=2)
+
+
+def _per_key_head(grad_BMHD: torch.Tensor, kv_BMGD: torch.Tensor) -> torch.Tensor:
+    return grad_BMHD.unflatten(2, (kv_BMGD.shape[2], -1)).sum(3)

@@ -1,0 +1,144 @@
+"""The mask language: query i sees the keys of one run ``[lo[i], hi[i])``; and the tiles that cover such runs.
+
+One pair of integers per query says causal, sliding window and packed documents, under every layout and stripe size.
+Both bounds are non-decreasing along the queries. ``tiles`` cuts the visible region into rectangles that need no mask
+(FULL), triangles aligned at their top left (CAUSAL) and small remainders that a kernel must mask by the runs (MASKED);
+what nobody sees lies in no tile. Nothing here knows where tokens live or who computes.
+"""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+class TileKind(enum.Enum):
+    FULL = "every query sees every key"
+    CAUSAL = "query i sees the keys up to i; the tile is square"
+    MASKED = "each query sees its own run"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of queries x keys, in local indices of the two shards."""
+
+    queries: slice
+    keys: slice
+    kind: TileKind
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel likes its tiles.
+
+    rows: queries of the smallest tile. Wide visible regions are still handed over whole.
+    split_triangles: cut a causal triangle into rectangles and triangles of ``rows`` queries. It pays where the kernel
+        skips only coarse blocks of a triangle, as torch's CPU kernel does (64 to 256 queries x 512 keys).
+    """
+
+    rows: int
+    split_triangles: bool
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRuns:
+    """The runs of keys that a shard of queries sees in another shard: ``lo``, ``hi``, (L,) int64, non-decreasing."""
+
+    lo: torch.Tensor
+    hi: torch.Tensor
+    _tiles: dict[Tiling, tuple[Tile, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs are visible: the work of the hop."""
+        return int((self.hi - self.lo).clamp(min=0).sum())
+
+    def tiles(self, tiling: Tiling) -> tuple[Tile, ...]:
+        """The tiles that cover the runs, each visible pair exactly once; computed once per tiling and kept."""
+        if tiling not in self._tiles:
+            self._tiles[tiling] = tuple(_Cover(self.lo.tolist(), self.hi.tolist(), tiling).tiles())
+        return self._tiles[tiling]
+
+    def visible(self, tile: Tile) -> torch.Tensor:
+        """Which keys of ``tile`` each of its queries sees: (queries, keys) bool."""
+        keys = torch.arange(tile.keys.start, tile.keys.stop)
+        lo, hi = self.lo[tile.queries, None], self.hi[tile.queries, None]
+        return (lo <= keys) & (keys < hi)
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """Halve the queries again and again; at each node hand over the keys that all its queries see.
+
+    ``done`` is the span of keys that an ancestor has handed over already: every query of a node sees it, so the spans
+    of a path from the root are nested and each pair is covered once.
+    """
+
+    lo: list[int]
+    hi: list[int]
+    tiling: Tiling
+
+    def tiles(self) -> Iterator[Tile]:
+        return self._node(0, len(self.lo), None)
+
+    def _node(self, start: int, stop: int, done: tuple[int, int] | None) -> Iterator[Tile]:
+        start, stop = self._without_blind(start, stop, done)
+        if start == stop:
+            return
+        small = stop - start <= self.tiling.rows
+        if self._is_triangle(start, stop, done) and (small or not self.tiling.split_triangles):
+            key = done[1] if done else self.lo[start]
+            yield Tile(slice(start, stop), slice(key, self.hi[stop - 1]), TileKind.CAUSAL)
+            return
+        seen_by_all = self._seen_by_all(start, stop)
+        if seen_by_all and (done is None or seen_by_all != done):
+            yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in _outside(seen_by_all, done))
+            done = seen_by_all
+        if small:
+            seen_by_any = (self.lo[start], self.hi[stop - 1])
+            yield from (Tile(slice(start, stop), keys, TileKind.MASKED) for keys in _outside(seen_by_any, done))
+        else:
+            middle = start + -(-(stop - start) // (2 * self.tiling.rows)) * self.tiling.rows
+            yield from self._node(start, middle, done)
+            yield from self._node(middle, stop, done)
+
+    def _without_blind(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
+        """The queries left when those at either end that see nothing outside ``done`` are dropped."""
+
+        def blind(query: int) -> bool:
+            lo, hi = self.lo[query], self.hi[query]
+            return hi <= lo or (done is not None and done[0] <= lo and hi <= done[1])
+
+        while start < stop and blind(start):
+            start += 1
+        while start < stop and blind(stop - 1):
+            stop -= 1
+        return start, stop
+
+    def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
+        """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
+        first = done[1] if done else self.lo[start]
+        left = done[0] if done else first
+        return all(self.lo[i] == left and self.hi[i] == first + 1 + i - start for i in range(start, stop))
+
+    def _seen_by_all(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The keys that every query of the node sees; rounded inwards to whole tiles where the runs still move."""
+        rows = self.tiling.rows
+        left, right = self.lo[stop - 1], self.hi[start]
+        if left != self.lo[start]:
+            left = -(-left // rows) * rows
+        if right != self.hi[stop - 1]:
+            right = right // rows * rows
+        return (left, right) if left < right else None
+
+
+def _outside(span: tuple[int, int], done: tuple[int, int] | None) -> Iterator[slice]:
+    """The parts of ``span`` before and behind ``done``."""
+    if done is None:
+        yield slice(*span)
+        return
+    if span[0] < done[0]:
+        yield slice(span[0], done[0])
+    if done[1] < span[1]:
+        yield slice(done[1], span[1])

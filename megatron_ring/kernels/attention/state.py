@@ -1,0 +1,44 @@
+"""The running softmax of a ring: output and log-sum-exp in float32, merged block by block, cast once at the end.
+
+Blockwise parallel attention (Liu and Abbeel 2023, section 3; Milakov and Gimelshein 2018, online softmax). The merge
+never exponentiates a raw log-sum-exp: the weight of a new block is sigmoid(lse_block - lse).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RunningSoftmax:
+    """What the queries have seen so far, updated in place.
+
+    out_BLHD: (batch, queries, heads, head size), float32, or float64 for float64 inputs; 0 where nothing was seen.
+    lse_BHL: (batch, heads, queries), natural log, same dtype; -inf where nothing was seen.
+    """
+
+    out_BLHD: torch.Tensor
+    lse_BHL: torch.Tensor
+
+    @staticmethod
+    def empty(q_BLHD: torch.Tensor) -> "RunningSoftmax":
+        batch, length, heads, _ = q_BLHD.shape
+        dtype = accumulation_dtype(q_BLHD.dtype)
+        return RunningSoftmax(
+            torch.zeros(q_BLHD.shape, dtype=dtype, device=q_BLHD.device),
+            torch.full((batch, heads, length), -torch.inf, dtype=dtype, device=q_BLHD.device),
+        )
+
+    def merge(self, queries: slice, out_BLHD: torch.Tensor, lse_BHL: torch.Tensor) -> None:
+        """Take in what ``queries`` see in one more block of keys: its normalised output and its log-sum-exp."""
+        old_BHL = self.lse_BHL[:, :, queries]
+        # Both -inf (a row that has seen nothing yet, and nothing here either) gives nan: such a block weighs nothing.
+        weight_BHL = torch.sigmoid(lse_BHL - old_BHL).nan_to_num_(0.0)
+        old_BLHD = self.out_BLHD[:, queries]
+        old_BLHD.lerp_(out_BLHD.to(old_BLHD.dtype), weight_BHL.transpose(1, 2).unsqueeze(-1))
+        torch.logaddexp(old_BHL, lse_BHL, out=old_BHL)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over blocks are kept in: float32 for everything but float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

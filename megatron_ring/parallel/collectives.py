@@ -1,0 +1,87 @@
+"""Process groups along the grid's axes, built once and passed on, and the ring's exchange. Talks torch.distributed.
+
+A ring has two communicators. The link from rank r to r+1 belongs to number r % 2, so that what a rank sends and what
+it receives never queue behind each other, and neighbours post in an order that cannot lock (DESIGN: one process group
+per direction).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_ring.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class RingTransfer:
+    """A tensor on its way to the next rank, and its like on the way from the previous one."""
+
+    works: list[dist.Work]
+    sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
+    received: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """What the previous rank sent. On CUDA the current stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+@dataclass(frozen=True)
+class RingExchange:
+    """Passing a tensor on around a ring of at least two ranks.
+
+    members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's place.
+    """
+
+    members: tuple[int, ...]
+    links: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    ring_rank: int
+
+    def start(self, tensor: torch.Tensor) -> RingTransfer:
+        """Send ``tensor`` (contiguous) to the next rank and receive its like from the previous; does not block."""
+        received = torch.empty_like(tensor)
+        size = len(self.members)
+        previous_rank, next_rank = (self.ring_rank - 1) % size, (self.ring_rank + 1) % size
+        posts = [
+            (self.ring_rank % 2, dist.isend, tensor, self.members[next_rank]),
+            (previous_rank % 2, dist.irecv, received, self.members[previous_rank]),
+        ]
+        works = []
+        for link in (0, 1):
+            posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
+            works += dist.batch_isend_irecv(posted) if posted else []
+        return RingTransfer(works, tensor, received)
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The groups this process talks in. None where it would talk to itself alone.
+
+    data_context: all that share parameters and differ in tokens, D x C: losses and counts are summed over it.
+    ring_links: the two communicators of this process's ring.
+    """
+
+    data_context: dist.ProcessGroup | None
+    ring_links: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
+
+    @staticmethod
+    def build(grid: Grid, global_rank: int) -> "ProcessGroups":
+        """Build every group of the grid; all processes call it, in the same place. Blocks until all have."""
+        data_context = _own_group(grid.members("data", "ring", "ulysses"), global_rank)
+        links = [_own_group(grid.members("ring"), global_rank) for _ in range(2)]
+        return ProcessGroups(data_context, tuple(links) if grid.ring > 1 else None)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` summed over data x context, in place, and returned."""
+        if self.data_context is not None:
+            dist.all_reduce(tensor, group=self.data_context)
+        return tensor
+
+
+def _own_group(groups: list[list[int]], global_rank: int) -> dist.ProcessGroup | None:
+    if len(groups[0]) == 1:
+        return None
+    own, _ = dist.new_subgroups_by_enumeration(groups)
+    return own
