@@ -1,0 +1,44 @@
+"""The feed-forward of a block: E -> F -> E for every token by itself, gated (Llama) or plain (GPT-2)."""
+
+import torch
+from torch import nn
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.kernels.activation import gelu, swiglu
+
+
+class SwigluMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6), with Hugging Face Llama's names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
+        self.gate_proj = nn.Linear(hidden, feed_forward, bias)
+        self.up_proj = nn.Linear(hidden, feed_forward, bias)
+        self.down_proj = nn.Linear(feed_forward, hidden, bias)
+
+    def forward(self, x_BlE: torch.Tensor) -> torch.Tensor:
+        """(B, l, E) -> (B, l, E)."""
+        return self.down_proj(swiglu(self.gate_proj(x_BlE), self.up_proj(x_BlE)))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) (Radford et al. 2019, GPT-2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
+        self.up_proj = nn.Linear(hidden, feed_forward, bias)
+        self.down_proj = nn.Linear(feed_forward, hidden, bias)
+
+    def forward(self, x_BlE: torch.Tensor) -> torch.Tensor:
+        """(B, l, E) -> (B, l, E)."""
+        return self.down_proj(gelu(self.up_proj(x_BlE)))
+
+
+_MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}
+
+
+def mlp(config: ModelConfig) -> nn.Module:
+    """The feed-forward that ``config.activation`` names."""
+    return _MLPS[config.activation](config)
