@@ -6,7 +6,6 @@ lengths against the ring by the layout. Nothing is clamped or repaired in silenc
 """
 
 import difflib
-import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -251,12 +250,14 @@ class Config:
         return found
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """Default < YAML < flag. Raises ConfigError for a bad file; a bad flag ends the program with the nearest name."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parse(arguments: list[str], console: bool = True) -> Config:
+    """Default < YAML < flag. Raises ConfigError for a bad file.
+
+    A bad flag ends the program with exit code 2, and says why and which flags are near it if ``console``.
+    """
     base = load_yaml(path) if (path := _config_path(arguments)) else Config()
     flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[Config])
-    return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__)
+    return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console)
 
 
 def load_yaml(path: str | Path) -> Config:

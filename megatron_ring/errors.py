@@ -3,7 +3,9 @@
 A message says what was asked, the rule with its numbers, the nearest legal values, and the flag to change.
 """
 
-from collections.abc import Iterable
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class MegatronRingError(Exception):
@@ -50,6 +52,11 @@ def nearest_multiples(value: int, multiple: int) -> str:
     return ", ".join(str(legal) for legal in (below, below + multiple) if legal > 0)
 
 
-def listed(problems: Iterable[str]) -> str:
-    """Several problems as one readable block, one line each."""
-    return "\n".join(f"  - {problem}" for problem in problems)
+@contextlib.contextmanager
+def speaking_errors() -> Iterator[None]:
+    """Turn a user's fault into its message on stderr and its exit code, for the entry points."""
+    try:
+        yield
+    except MegatronRingError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

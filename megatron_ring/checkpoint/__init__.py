@@ -1,1 +1,1 @@
-
+"""Checkpoints on disk: whole or not there at all."""

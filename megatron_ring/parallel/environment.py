@@ -10,16 +10,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Environment:
+    """global_rank, world_size: among all processes. local_rank, local_size: among those of this machine.
+
+    threads: how many this process should compute with on a CPU: OMP_NUM_THREADS where that is set, else its share of
+    the cores, so that ranks on one machine do not fight for them.
+    """
+
     global_rank: int
     local_rank: int
     world_size: int
+    local_size: int
+    threads: int
 
     @staticmethod
     def read() -> "Environment":
+        world_size = _integer("WORLD_SIZE", "SLURM_NTASKS", default=1)
+        # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        local_size = _integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=world_size)
         return Environment(
             global_rank=_integer("RANK", "SLURM_PROCID", default=0),
             local_rank=_integer("LOCAL_RANK", "SLURM_LOCALID", default=0),
-            world_size=_integer("WORLD_SIZE", "SLURM_NTASKS", default=1),
+            world_size=world_size,
+            local_size=local_size,
+            threads=_integer("OMP_NUM_THREADS", default=max(1, len(os.sched_getaffinity(0)) // local_size)),
         )
 
     def complete(self) -> None:

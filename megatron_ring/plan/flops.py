@@ -1,0 +1,57 @@
+"""Floating-point operations, counted from the config, and the rate a device could reach at most.
+
+Matrix products only, a multiply-add as two operations, backward as twice forward, causal attention as half of the
+square (as in PaLM, Chowdhery et al. 2022, appendix B, but for that half). Recomputation is not counted, so that the
+utilisation is of the model, not of the hardware.
+"""
+
+import time
+
+import torch
+
+from megatron_ring.config import ModelConfig
+
+# Dense peaks in FLOP/s by the vendors' data sheets, by a part of the device's name.
+_PEAKS = {
+    ("A100", torch.bfloat16): 312e12,
+    ("A100", torch.float16): 312e12,
+    ("H100", torch.bfloat16): 989e12,
+    ("H100", torch.float16): 989e12,
+    ("H200", torch.bfloat16): 989e12,
+    ("H200", torch.float16): 989e12,
+}
+
+
+def training_flops_per_token(config: ModelConfig, vocab_size: int, seq_length: int) -> float:
+    """Forward and backward of one token of a sample of ``seq_length``."""
+    attention_width = config.num_attention_heads * config.head_dim
+    key_value_width = config.key_value_heads * config.head_dim
+    projections = config.hidden_size * (2 * attention_width + 2 * key_value_width)
+    matrices = 3 if config.activation == "swiglu" else 2
+    feed_forward = matrices * config.hidden_size * config.feed_forward_size
+    visible_keys = (seq_length + 1) / 2
+    scores_and_values = 2 * attention_width * visible_keys
+    forward = 2 * (
+        config.num_layers * (projections + feed_forward + scores_and_values) + config.hidden_size * vocab_size
+    )
+    return 3 * forward
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """What one process could reach, in FLOP/s, and where the number comes from: a data sheet, else a measurement."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for (part, of_dtype), peak in _PEAKS.items():
+        if part in name and of_dtype == dtype:
+            return peak, f"{part} data sheet"
+    return _measured_product_rate(device, dtype), "measured on a 1024 x 1024 product"
+
+
+def _measured_product_rate(device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        (a @ b).sum().item()  # .item() waits for the device
+        return time.perf_counter() - start
+
+    return 2 * size**3 / min(seconds() for _ in range(repeats))

@@ -1,0 +1,123 @@
+"""A run in words: what was settled and why before it starts, its plan for --dry-run, its summary at the end."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_ring.checkpoint.store import Stored
+from megatron_ring.config import Config, to_yaml
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.data.dataset import Dataset
+from megatron_ring.model.gpt import parameter_count
+from megatron_ring.plan.flops import peak_flops, training_flops_per_token
+from megatron_ring.plan.timeline import counted
+from megatron_ring.training.engine import Engine
+from megatron_ring.training.metrics import ConsoleReport
+from megatron_ring.training.plot import draw_loss
+from megatron_ring.training.setup import Setup
+
+_PICTURED_TOKENS = 32
+_PICTURED_RANKS = 8
+
+
+def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
+    """What rank 0 says before the processes join."""
+    config = setup.config
+    parameters = parameter_count(config.model, dataset.tokenizer.vocab_size, config.data.seq_length)
+    stream = dataset.training
+    lines = [
+        *_chosen(setup),
+        f"model            {parameters:,} parameters, {dataset.tokenizer.vocab_size} token ids",
+        f"data             {stream.store.prefix}: {stream.samples_per_epoch:,} training samples an epoch",
+    ]
+    if stored:
+        lines += [*stored.skipped, f"resuming         {stored.path}, {stored.state.step} steps done"]
+    return "\n".join(lines)
+
+
+def report(setup: Setup, dataset: Dataset, stored: Stored | None, engine: Engine) -> ConsoleReport:
+    """Where rank 0's steps are told. Measures what this device could reach, where no data sheet says it."""
+    config = setup.config
+    peak, source = peak_flops(setup.device, setup.precision.dtype)
+    print(f"peak             {peak / 1e12:.3g} TFLOP/s a process, {source}")
+    done = stored.state.step if stored else 0
+    return ConsoleReport(
+        config.logging,
+        steps=range(done + 1, config.training.train_iters + 1),
+        flops_per_token=training_flops_per_token(config.model, dataset.tokenizer.vocab_size, config.data.seq_length),
+        peak_flops=peak * setup.grid.world_size,
+        monitors=engine.write_events,
+    )
+
+
+def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
+    """The summary, and where everything lies; draws the loss beside the metrics file."""
+    lines = [report.close()]
+    if saved:
+        lines.append(f"checkpoint       {saved}")
+    if config.logging.metrics_file:
+        metrics = Path(config.logging.metrics_file)
+        lines.append(f"metrics          {metrics}")
+        if report.steps:
+            picture = metrics.with_name("loss.png")
+            draw_loss(metrics, picture)
+            lines.append(f"loss plot        {picture}")
+    return "\n".join(line for line in lines if line)
+
+
+def plan(setup: Setup) -> str:
+    """All that --dry-run prints: the config, what was chosen, every rank's coordinates, the layout, the ring's cost."""
+    parts = [to_yaml(setup.config), *_chosen(setup), "", *_coordinates(setup)]
+    if setup.grid.ring > 1:
+        parts += ["", *_layout_picture(setup.layout), "", *_ring_cost(setup)]
+    return "\n".join(parts)
+
+
+def _chosen(setup: Setup) -> list[str]:
+    """What was settled for the user, each with its reason."""
+    grid, layout = setup.grid, setup.layout
+    return [
+        f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x {grid.context} context "
+        f"({grid.ring} ring x {grid.ulysses} ulysses) x {grid.tensor} tensor",
+        f"layout           {layout.name}, {layout.seq_length} tokens, {layout.shard_length} on each ring rank",
+        f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} micro-batches of "
+        f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
+        f"dtype            {setup.precision.name}: {setup.precision.reason}",
+        f"attention        {setup.kernel.name}: {setup.kernel.reason}",
+    ]
+
+
+def _coordinates(setup: Setup) -> list[str]:
+    axes = " ".join(f"{name:>8}" for name in setup.grid.sizes._fields)
+    rows = [
+        f"{rank:>5} " + " ".join(f"{c:>8}" for c in setup.grid.coordinates(rank))
+        for rank in range(setup.grid.world_size)
+    ]
+    return [f" rank {axes}", *rows]
+
+
+def _layout_picture(layout: Layout) -> list[str]:
+    """Which ring rank owns each token, for a sample short enough to see, one row a rank."""
+    smallest = layout.ring_size * 2 * layout.stripe_size
+    tokens = max(smallest, _PICTURED_TOKENS // smallest * smallest)
+    small = Layout(layout.name, tokens, layout.ring_size, layout.stripe_size)
+    title = f"{layout.name} layout, drawn for {tokens} tokens; # is a token that the rank owns"
+    ranks = range(min(layout.ring_size, _PICTURED_RANKS))
+    rows = []
+    for ring_rank in ranks:
+        owned = set(small.positions(ring_rank).tolist())
+        rows.append(f"ring rank {ring_rank}  " + "".join("#" if token in owned else "." for token in range(tokens)))
+    left_out = layout.ring_size - len(ranks)
+    return [title, *rows, *([f"and {left_out} more ranks"] if left_out else [])]
+
+
+def _ring_cost(setup: Setup) -> list[str]:
+    model, layout = setup.config.model, setup.layout
+    numbers = setup.config.training.micro_batch_size * layout.shard_length * model.key_value_heads * model.head_dim * 2
+    forward = numbers * torch.empty((), dtype=setup.precision.dtype).element_size()
+    backward = forward + numbers * torch.float32.itemsize
+    timeline = counted(layout)
+    return [
+        f"bytes of a hop   {forward:,} forward (K and V), {backward:,} backward (K and V, and their gradients in fp32)",
+        f"work             slowest rank over mean {timeline.imbalance:.4f}, counted in visible pairs",
+    ]

@@ -1,0 +1,45 @@
+"""How a training program begins and ends: its arguments, one clear message when they are wrong, its exit code."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megatron_ring.config import Config, parse
+from megatron_ring.errors import DataError, MegatronRingError
+from megatron_ring.parallel.environment import Environment
+
+# A launcher kills all ranks once one has left, so those that keep silent give rank 0 the time to speak.
+_SECONDS_TO_SPEAK = 3
+
+
+def arguments(environment: Environment) -> Config:
+    """The config of this process's command line, without what launchers add to it.
+
+    A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises ConfigError.
+    """
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank=", "--local-rank="))]
+    return parse(given, console=environment.global_rank == 0)
+
+
+@contextlib.contextmanager
+def spoken_once(environment: Environment) -> Iterator[None]:
+    """End with the exit code of a user's fault (errors.py), said by one rank.
+
+    Before the processes have joined every rank finds the same fault, and so they do in what they decide together.
+    Only data can be bad for one rank alone: that rank then speaks for itself.
+    """
+    try:
+        yield
+    except MegatronRingError as error:
+        if environment.global_rank == 0 or (dist.is_initialized() and isinstance(error, DataError)):
+            print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_TO_SPEAK)
+        sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code and environment.global_rank:
+            time.sleep(_SECONDS_TO_SPEAK)
+        raise

@@ -1,0 +1,91 @@
+"""The training loop: steps, validations and checkpoints, in global units, until the last iteration."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_ring.checkpoint import store
+from megatron_ring.data.dataset import Dataset, bits_per_byte
+from megatron_ring.data.loader import Loader
+from megatron_ring.data.samples import SampleStream
+from megatron_ring.parallel.grid import Coordinates
+from megatron_ring.training import checkpointing
+from megatron_ring.training.engine import Engine
+from megatron_ring.training.metrics import Report, StepRecord, ValidationRecord
+from megatron_ring.training.schedule import learning_rate
+from megatron_ring.training.setup import Setup
+
+
+def train(
+    engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, start: store.RunState | None, report: Report
+) -> Path | None:
+    """Run the steps after ``start`` up to train_iters; returns the last checkpoint's folder. ``report`` is told all."""
+    training, saving = setup.config.training, setup.config.checkpoint
+    loader = _loader(dataset.training, setup, at, start.consumed_samples if start else 0)
+    validates = training.eval_interval > 0 and dataset.validation is not None
+    if validates and start is None:
+        report.validation(validate(engine, setup, at, dataset, step=0))
+    saved = None
+    for step in range(start.step + 1 if start else 1, training.train_iters + 1):
+        report.step(_step(engine, setup, loader, step))
+        last = step == training.train_iters
+        if validates and (last or step % training.eval_interval == 0):
+            report.validation(validate(engine, setup, at, dataset, step))
+        if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
+            saved = checkpointing.save(engine, setup, _state(setup, dataset, step, loader))
+    return saved
+
+
+def validate(engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, step: int) -> ValidationRecord:
+    """The loss on the same held-out samples every time: the first eval_iters global batches of the stream."""
+    loader = _loader(dataset.validation, setup, at, consumed_samples=0)
+    bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
+    batches = [loader.next_step() for _ in range(setup.config.training.eval_iters)]
+    total = engine.evaluate(batches, bytes_per_token)
+    return ValidationRecord(
+        step, total.loss_sum / max(1, total.tokens), bits_per_byte(total.loss_sum, total.text_bytes)
+    )
+
+
+def _step(engine: Engine, setup: Setup, loader: Loader, step: int) -> StepRecord:
+    began = time.perf_counter()
+    batches = loader.next_step()
+    loaded = time.perf_counter()
+    rate = learning_rate(step, setup.config.training)
+    result = engine.train_step(batches, rate)
+    seconds = time.perf_counter() - began
+    return StepRecord(
+        step=step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=rate,
+        tokens=loader.consumed_samples * setup.config.data.seq_length,
+        tokens_per_second=setup.global_batch_size * setup.config.data.seq_length / seconds,
+        step_seconds=seconds,
+        data_seconds=loaded - began,
+    )
+
+
+def _loader(stream: SampleStream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
+    return Loader(
+        stream,
+        setup.layout,
+        at.ring,
+        at.data,
+        setup.grid.data,
+        setup.config.training.micro_batch_size,
+        setup.global_batch_size,
+        consumed_samples,
+    )
+
+
+def _state(setup: Setup, dataset: Dataset, step: int, loader: Loader) -> store.RunState:
+    return store.RunState(
+        step=step,
+        consumed_samples=loader.consumed_samples,
+        data_context_size=setup.grid.data_context,
+        zero_stage=setup.config.training.zero_stage,
+        vocab_size=dataset.tokenizer.vocab_size,
+        seq_length=setup.config.data.seq_length,
+    )

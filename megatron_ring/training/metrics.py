@@ -1,0 +1,137 @@
+"""What a run tells: a line and a bar on the console, one JSON object a step in --metrics-file, the monitors.
+
+The keys of the metrics file are a public interface. A step writes
+``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds`` and the share of it spent waiting for data,
+``data_seconds``; a validation writes ``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those
+trained on so far. Losses are nats per token. Only global rank 0 tells anything.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from megatron_ring.config import LoggingConfig
+
+Monitors = Callable[[list[tuple[str, float, int]]], None]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, in the order of the metrics file."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    data_seconds: float
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    step: int
+    validation_loss: float
+    validation_bits_per_byte: float
+
+
+def keep_until(metrics_file: Path, step: int) -> None:
+    """Drop the lines behind ``step``: a run that resumes there writes them again."""
+    if not metrics_file.is_file():
+        return
+    lines = [line for line in metrics_file.read_text().splitlines() if json.loads(line)["step"] <= step]
+    metrics_file.write_text("".join(f"{line}\n" for line in lines))
+
+
+class Report(Protocol):
+    """Whom the loop tells of its steps."""
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+
+class Silence:
+    """The report of every rank but the first."""
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def validation(self, record: ValidationRecord) -> None:
+        pass
+
+
+class ConsoleReport:
+    """Tells the console, the metrics file and the monitors. ``peak_flops``, of all processes, gives the utilisation."""
+
+    def __init__(
+        self, logging: LoggingConfig, steps: range, flops_per_token: float, peak_flops: float, monitors: Monitors
+    ):
+        self.interval, self.monitors = logging.log_interval, monitors
+        self.first_step, self.last_step = steps.start, steps.stop - 1
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.metrics_file = Path(logging.metrics_file) if logging.metrics_file else None
+        if self.metrics_file:
+            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            keep_until(self.metrics_file, self.first_step - 1)
+        self.steps: list[StepRecord] = []
+        self.validations: list[ValidationRecord] = []
+        # disable=None: no bar where there is no terminal; the lines are printed either way.
+        self.bar = tqdm(total=self.last_step, initial=steps.start - 1, unit="step", disable=None, dynamic_ncols=True)
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+        self._write(vars(record))
+        self.monitors([(f"train/{key}", value, record.step) for key, value in vars(record).items() if key != "step"])
+        self.bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s")
+        self.bar.update()
+        if record.step % self.interval == 0 or record.step in (self.first_step, self.last_step):
+            tqdm.write(self._line(record))
+
+    def validation(self, record: ValidationRecord) -> None:
+        self.validations.append(record)
+        self._write(vars(record))
+        self.monitors([(f"validation/{k[11:]}", v, record.step) for k, v in vars(record).items() if k != "step"])
+        tqdm.write(
+            f"step {record.step:>6}  validation loss {record.validation_loss:.4f}, "
+            f"{record.validation_bits_per_byte:.4f} bits per byte"
+        )
+
+    def close(self) -> str:
+        """Take the bar down and return the summary."""
+        self.bar.close()
+        lines = []
+        if self.steps:
+            rate = statistics.median(record.tokens_per_second for record in self.steps)
+            lines.append(
+                f"loss             {self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps, "
+                f"{self.steps[-1].tokens:,} tokens so far"
+            )
+            lines.append(f"speed            {rate:,.0f} tokens/s (median), {self._utilisation(rate):.0%} of peak")
+        if self.validations:
+            first, last = (self.validations[i].validation_bits_per_byte for i in (0, -1))
+            lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
+        return "\n".join(lines)
+
+    def _line(self, record: StepRecord) -> str:
+        recent = [r.step_seconds for r in self.steps[-self.interval :]]
+        left = round((self.last_step - record.step) * statistics.median(recent))
+        return (
+            f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  grad norm {record.grad_norm:.3f}  "
+            f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s "
+            f"({self._utilisation(record.tokens_per_second):.0%} of peak)  ETA {left // 60}:{left % 60:02d}"
+        )
+
+    def _utilisation(self, tokens_per_second: float) -> float:
+        return tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def _write(self, record: dict) -> None:
+        if self.metrics_file:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,84 @@
+"""From a config and a number of processes to what a run is made of, checked as a whole before anything is started.
+
+Nothing here talks to other processes, so ``--dry-run`` and every bad request end here, with all problems at once.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ring.config import Config
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.kernels.attention import KernelChoice, choose
+from megatron_ring.parallel.grid import Grid
+from megatron_ring.training.precision import Precision, device_type, precision
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is settled before the first process group.
+
+    micro_batches: forward-backward passes of one optimizer step on each data rank.
+    """
+
+    config: Config
+    grid: Grid
+    layout: Layout
+    device: str
+    precision: Precision
+    kernel: KernelChoice
+    global_batch_size: int
+    micro_batches: int
+
+    @staticmethod
+    def of(config: Config, world_size: int) -> "Setup":
+        """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain."""
+        problems = config.problems()
+        grid_problems = Grid.problems(config.parallel, world_size)
+        if not grid_problems:
+            grid = Grid.of(config.parallel, world_size)
+            problems += _length_problems(config, grid) + _batch_problems(config, grid)
+        if problems or grid_problems:
+            raise ConfigError(grid_problems + problems)
+        device = device_type()
+        chosen = precision(config.training.dtype, device)
+        kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim)
+        per_micro_batch = config.training.micro_batch_size * grid.data
+        global_batch_size = config.training.global_batch_size or per_micro_batch
+        return Setup(
+            config=config,
+            grid=grid,
+            layout=_layout(config, grid),
+            device=device,
+            precision=chosen,
+            kernel=kernel,
+            global_batch_size=global_batch_size,
+            micro_batches=global_batch_size // per_micro_batch,
+        )
+
+
+def _layout(config: Config, grid: Grid) -> Layout:
+    parallel = config.parallel
+    return Layout(parallel.context_parallel, config.data.seq_length, grid.ring, parallel.stripe_size)
+
+
+def _length_problems(config: Config, grid: Grid) -> list[str]:
+    parallel = config.parallel
+    if config.data.seq_length < 1 or parallel.stripe_size < 1:
+        return []  # the sections have said so
+    found = Layout.problems(parallel.context_parallel, config.data.seq_length, grid.ring, parallel.stripe_size)
+    if parallel.stripe_size > 1 and parallel.context_parallel != "striped":
+        found.append(
+            f"stripe_size {parallel.stripe_size} has no effect while context_parallel is {parallel.context_parallel}. "
+            "Set --stripe-size 1, or --context-parallel striped."
+        )
+    return found
+
+
+def _batch_problems(config: Config, grid: Grid) -> list[str]:
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    if micro < 1 or whole == 0 or (whole > 0 and whole % (micro * grid.data) == 0):
+        return []
+    return [
+        f"global_batch_size {whole} must be a positive multiple of {micro * grid.data} (micro_batch_size {micro} x "
+        f"{grid.data} data ranks). Nearest: {nearest_multiples(whole, micro * grid.data)}. Set --global-batch-size."
+    ]

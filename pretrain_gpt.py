@@ -1,0 +1,51 @@
+"""Pretrain a GPT whose attention is split over the sequence: config -> grid -> data -> model -> engine -> train.
+
+deepspeed pretrain_gpt.py --context-parallel striped
+deepspeed --num_gpus 2 pretrain_gpt.py --config configs/tiny-cpu.yaml --context-parallel striped
+python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --context-parallel striped --dry-run
+"""
+
+from megatron_ring.config import Config
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.data.dataset import Dataset
+from megatron_ring.model.gpt import GPT, decay_groups
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.environment import Environment
+from megatron_ring.training import checkpointing, console
+from megatron_ring.training.engine import Engine, leave_processes, start_processes
+from megatron_ring.training.entry import arguments, spoken_once
+from megatron_ring.training.loop import train
+from megatron_ring.training.metrics import Silence
+from megatron_ring.training.setup import Setup
+
+
+def main(config: Config, environment: Environment) -> None:
+    speaks = environment.global_rank == 0
+    if config.dry_run:
+        return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
+    setup = Setup.of(config, environment.world_size)
+    dataset = Dataset.open(config.data, config.training.seed, progress=speaks)
+    stored = checkpointing.find(setup, dataset.tokenizer.vocab_size)
+    if speaks:
+        print(console.opening(setup, dataset, stored))
+
+    start_processes(environment, setup.device)
+    groups = ProcessGroups.build(setup.grid, environment.global_rank)
+    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
+    model = GPT(config.model, dataset.tokenizer.vocab_size, config.data.seq_length, attention, config.training.seed)
+    engine = Engine(model, decay_groups(model, config.training.weight_decay), setup, groups)
+    if stored:
+        engine.load(stored.path)
+
+    report = console.report(setup, dataset, stored, engine) if speaks else Silence()
+    at = setup.grid.coordinates(environment.global_rank)
+    saved = train(engine, setup, at, dataset, stored.state if stored else None, report)
+    leave_processes()
+    if speaks:
+        print(console.closing(report, config, saved))
+
+
+if __name__ == "__main__":
+    environment = Environment.read()
+    with spoken_once(environment):
+        main(arguments(environment), environment)
