@@ -1,6 +1,6 @@
 """Draw the loss of a run from its metrics file.
 
-    python tools/plot_metrics.py --metrics-file runs/tiny-cpu/metrics.jsonl --output loss.png
+python tools/plot_metrics.py --metrics-file runs/tiny-cpu/metrics.jsonl --output loss.png
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""The heart: where tokens live (layout), who sees whom (mask), how keys travel (ring), what the model calls (attention)."""
+"""The heart: where tokens live (layout), who sees whom (mask), how keys travel (ring), what the model calls."""

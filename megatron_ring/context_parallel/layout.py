@@ -90,8 +90,8 @@ class Layout:
             return []
         remedy = "Set --seq-length"
         if multiple != ring_size:
-            easier = "with --stripe-size 1" if name == "striped" else "striped"
-            remedy += f", or use --context-parallel {'striped ' if name == 'striped' else ''}{easier} (multiple of {ring_size})"
+            finest = "striped with --stripe-size 1" if name == "striped" else "striped"
+            remedy += f", or use --context-parallel {finest} (multiple of {ring_size})"
         return [
             f"seq_length {seq_length} cannot be laid out {name} on {ring_size} ring ranks: it must be a multiple of "
             f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."

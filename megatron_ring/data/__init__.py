@@ -1,1 +1,5 @@
-"""From text to a context rank's share of a sample: documents, tokenizer, token store, loader."""
+"""From text to a context rank's share of a sample.
+
+Once, before training, led by prepare: documents -> tokenizer_training -> tokenizer -> tokens, token_index, manifest.
+In training: dataset opens tokens and tokenizer -> samples -> loader.
+"""

@@ -4,22 +4,26 @@ DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages
 that average the true token mean. This is the only file that imports deepspeed.
 """
 
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from megatron_ring.config import Config
 from megatron_ring.data.loader import Batch
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.training.loss import IGNORED, counted_tokens, loss_sum, share_of_mean
 from megatron_ring.training.setup import Setup
+
+# Said by every process before anything else, and no news to who runs on a CPU; hence before the import.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+import deepspeed  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 
 # Which of our flags a derived key of DeepSpeed's config follows from.
 _DERIVED_FROM = {
@@ -43,6 +47,8 @@ def start_processes(environment: Environment, device: str) -> None:
         torch.cuda.set_device(environment.local_rank)
     else:
         torch.set_num_threads(environment.threads)
+    # DeepSpeed still calls collectives by the names that torch is about to drop.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for 20 s here. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
@@ -89,6 +95,8 @@ class Engine:
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(setup))
         self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
+        # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.
+        self.engine._copy_recovery_script = lambda _: None
 
     def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the micro-batches of a global batch."""
@@ -179,7 +187,7 @@ def _count(batches: list[Batch], device: torch.device) -> torch.Tensor:
 
 def deepspeed_config(setup: Setup) -> dict[str, Any]:
     """DeepSpeed's dictionary: what follows from our options, and the user's extras where they do not contradict it."""
-    training, logging = setup.config.training, setup.config.logging
+    training, monitors = setup.config.training, setup.config.logging
     derived = {
         "train_batch_size": training.micro_batch_size * setup.micro_batches * setup.grid.data_context,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -191,9 +199,9 @@ def deepspeed_config(setup: Setup) -> dict[str, Any]:
         # Sums over ranks in fp32 whatever the compute type: bf16 loses mass as the ring grows.
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
-        "tensorboard": {"enabled": bool(logging.tensorboard_dir), "output_path": logging.tensorboard_dir},
-        "wandb": {"enabled": bool(logging.wandb_project), "project": logging.wandb_project},
-        "csv_monitor": {"enabled": bool(logging.csv_dir), "output_path": logging.csv_dir},
+        "tensorboard": {"enabled": bool(monitors.tensorboard_dir), "output_path": monitors.tensorboard_dir},
+        "wandb": {"enabled": bool(monitors.wandb_project), "project": monitors.wandb_project},
+        "csv_monitor": {"enabled": bool(monitors.csv_dir), "output_path": monitors.csv_dir},
     }
     problems: list[str] = []
     merged = _merged(derived, training.deepspeed, "", problems)

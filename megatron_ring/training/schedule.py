@@ -12,7 +12,7 @@ _DECAY = {
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of optimizer step ``step``, counted from 1. It reaches lr at the end of the warm-up, min_lr at the end."""
+    """The rate of optimizer step ``step``, counted from 1: lr at the end of the warm-up, min_lr at the end."""
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
     decay_iters = config.train_iters - config.lr_warmup_iters

@@ -1,0 +1,45 @@
+"""What a run reads: the tokenizer and the sample streams for training and validation, found and checked together."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ring.config import DataConfig
+from megatron_ring.data.manifest import check_tokenizer, tokenizer_path
+from megatron_ring.data.prepare import prepare_python_library
+from megatron_ring.data.samples import SampleStream, split_documents
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokens import TokenStore
+
+DEFAULT_FOLDER = Path("data")
+"""Where the default corpus is prepared, under the working directory."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Streams of samples; ``validation`` is None where the split leaves it nothing."""
+
+    tokenizer: Tokenizer
+    training: SampleStream
+    validation: SampleStream | None
+
+    @staticmethod
+    def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
+        """Open the store that ``config`` names, or Python's own library, which is prepared first if need be.
+
+        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the other.
+        """
+        prefix = Path(config.data_path[0]) if config.data_path else prepare_python_library(DEFAULT_FOLDER, 2, progress)
+        store = TokenStore(prefix)
+        tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(prefix))
+        check_tokenizer(prefix, tokenizer)
+        parts = split_documents(store.lengths, config.split, config.seq_length)
+        streams = [
+            SampleStream(store, part, config.seq_length, seed, tokenizer.vocab_size) if part else None for part in parts
+        ]
+        return Dataset(tokenizer, *streams)
+
+
+def bits_per_byte(loss_sum: float, text_bytes: int) -> float:
+    """Summed loss in nats as bits per byte of text: comparable between tokenizers."""
+    return loss_sum / math.log(2) / max(1, text_bytes)

@@ -1,0 +1,113 @@
+"""Which tokens a sample holds: ``SampleStream.sample`` is the only statement of it.
+
+The documents of a split are shuffled and joined, and the joined tokens are cut every ``seq_length``; each sample also
+takes the first token of the next, its last target. The samples are then shuffled again, so that a long document is
+not met in one go. Both orders follow from (seed, epoch) alone: every process computes them for itself, and a resumed
+run meets what it would have met.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ring.data.tokens import TokenStore
+from megatron_ring.errors import DataError
+
+
+def split_documents(lengths: np.ndarray, split: tuple[float, float], seq_length: int) -> tuple[range, range]:
+    """The documents for training and those for validation, shares ``split`` of their number, in store order.
+
+    ``lengths`` is (documents,), in tokens. A share of 0 gives an empty range. Raises DataError for every other part
+    that cannot fill one sample.
+    """
+    bound = round(split[0] * len(lengths))
+    parts = range(bound), range(bound, len(lengths))
+    problems = [
+        problem
+        for name, share, part in zip(("training", "validation"), split, parts)
+        if share > 0 and (problem := _too_little(name, share, lengths, part, seq_length))
+    ]
+    if problems:
+        raise DataError(problems)
+    return parts
+
+
+def _too_little(name: str, share: float, lengths: np.ndarray, part: range, seq_length: int) -> str:
+    tokens = int(lengths[part.start : part.stop].sum())
+    if tokens > seq_length:
+        return ""
+    return (
+        f"{name}: a share of {share:g} of {len(lengths)} documents is {len(part)} documents with {tokens} tokens, and "
+        f"one sample takes {seq_length + 1} (seq_length + 1). Set --split to give it more, --seq-length to at most "
+        f"{max(tokens - 1, 0)}, or prepare more text."
+    )
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of one epoch: documents (D,) as they are joined, where each ends (D,) in tokens, samples (N,)."""
+
+    number: int
+    documents: np.ndarray
+    ends: np.ndarray
+    samples: np.ndarray
+
+
+class SampleStream:
+    """The endless stream of samples of one range of documents, epoch after epoch.
+
+    Within an epoch the tokens are met once each, but for the last ones, fewer than ``seq_length``, that fill no sample.
+    Keeps the order of one epoch in memory, O(documents + samples), and no tokens.
+    """
+
+    def __init__(self, store: TokenStore, documents: range, seq_length: int, seed: int, vocab_size: int):
+        self.store, self.documents = store, documents
+        self.seq_length, self.seed, self.vocab_size = seq_length, seed, vocab_size
+        tokens = int(store.lengths[documents.start : documents.stop].sum())
+        self.samples_per_epoch = (tokens - 1) // seq_length
+        assert self.samples_per_epoch > 0, "split_documents refuses such a range"
+        self._epoch = self._ordered(0)
+
+    def sample(self, index: int) -> np.ndarray:
+        """Sample ``index``, counted over all epochs: (S+1,) int64, tokens [0, S) and their targets [1, S+1).
+
+        Raises DataError for an id that the vocabulary does not have.
+        """
+        number, n = divmod(index, self.samples_per_epoch)
+        if number != self._epoch.number:
+            self._epoch = self._ordered(number)
+        start = int(self._epoch.samples[n]) * self.seq_length
+        tokens = np.concatenate(self._pieces(start, start + self.seq_length + 1)).astype(np.int64)
+        self._refuse_foreign(tokens)
+        return tokens
+
+    def _ordered(self, number: int) -> _Epoch:
+        documents = self.documents.start + _shuffled(len(self.documents), self.seed, number, "documents")
+        samples = _shuffled(self.samples_per_epoch, self.seed, number, "samples")
+        return _Epoch(number, documents, np.cumsum(self.store.lengths[documents]), samples)
+
+    def _pieces(self, start: int, stop: int) -> list[np.ndarray]:
+        """Tokens [start, stop) of the epoch, document by document."""
+        pieces = []
+        at = int(np.searchsorted(self._epoch.ends, start, side="right"))
+        while start < stop:
+            document, end = self._epoch.documents[at], int(self._epoch.ends[at])
+            begin = end - int(self.store.lengths[document])
+            pieces.append(self.store.document(document)[start - begin : stop - begin])
+            start, at = end, at + 1
+        return pieces
+
+    def _refuse_foreign(self, tokens: np.ndarray) -> None:
+        foreign = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if foreign.size:
+            raise DataError(
+                f"the tokenizer does not fit the data: token store {self.store.prefix} has id {foreign[0]}, and the "
+                f"tokenizer has {self.vocab_size} ids, 0 to {self.vocab_size - 1}. Set --tokenizer-model to the one "
+                "the store was written with."
+            )
+
+
+def _shuffled(count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
+    """A permutation of ``range(count)``, (count,) int64, from the raw bits: NumPy promises those, unlike shuffle."""
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, *purpose.encode()]))
+    return np.argsort(bits.random_raw(count), kind="stable")

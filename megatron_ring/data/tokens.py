@@ -1,0 +1,113 @@
+"""The token store: Megatron's ``P.bin`` and ``P.idx``, byte for byte, written once and read by memory map.
+
+``P.bin`` is the tokens of all documents, one after another; ``P.idx`` says where each begins (token_index.py). Which
+tokenizer a store was written with is in neither: see manifest.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megatron_ring.data.token_index import LONGEST_SEQUENCE, damaged, idx_path, index_bytes, read_index, write_again
+from megatron_ring.errors import DataError
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """``P.bin``."""
+    return Path(f"{prefix}.bin")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type Megatron stores ids below ``vocab_size`` in: uint16 below 65500, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class TokenStoreWriter:
+    """Writes a store document by document, under temporary names until it is left without an exception.
+
+    >>> with TokenStoreWriter(prefix, token_dtype(4096)) as writer:  # doctest: +SKIP
+    ...     writer.add_document([17, 4, 1])
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype):
+        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        self._lengths: list[int] = []
+        self._temporary_bin, self._temporary_idx = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
+
+    def __enter__(self) -> "TokenStoreWriter":
+        self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
+        self._tokens = self._temporary_bin.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._tokens.close()
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._temporary_bin.unlink(missing_ok=True)
+            self._temporary_idx.unlink(missing_ok=True)
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one document of token ids. Raises DataError where it is longer than the format can count."""
+        if len(tokens) > LONGEST_SEQUENCE:
+            raise DataError(
+                f"a document of {len(tokens)} tokens does not fit {idx_path(self._prefix)}, which counts a document's "
+                f"tokens up to {LONGEST_SEQUENCE}. Cut the document in two."
+            )
+        tokens, ids = np.asarray(tokens), np.iinfo(self._dtype)
+        assert not tokens.size or (tokens.min() >= ids.min and tokens.max() <= ids.max)
+        self._tokens.write(tokens.astype(self._dtype).tobytes())
+        self._lengths.append(len(tokens))
+
+    def _publish(self) -> None:
+        self._temporary_idx.write_bytes(index_bytes(self._lengths, self._dtype))
+        # An old index goes first and the new one comes last, so that no moment pairs an index with other tokens.
+        idx_path(self._prefix).unlink(missing_ok=True)
+        self._temporary_bin.replace(bin_path(self._prefix))
+        self._temporary_idx.replace(idx_path(self._prefix))
+
+
+class TokenStore:
+    """A store opened for reading: where documents begin is kept in memory, the tokens are mapped.
+
+    ``lengths`` is (documents,) int64, the tokens of each document. Raises DataError for a store that is missing,
+    empty, damaged, or of another format.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = prefix
+        _refuse_missing(prefix)
+        self.dtype, self._starts = read_index(prefix)
+        _refuse_other_size(prefix, int(self._starts[-1]), self.dtype)
+        self.lengths = np.diff(self._starts)
+        # A plain array over the map: slices of np.memmap itself are several times slower to make.
+        self._tokens = np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.lengths)
+
+    def document(self, i: int) -> np.ndarray:
+        """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type."""
+        assert 0 <= i < len(self)
+        return self._tokens[self._starts[i] : self._starts[i + 1]]
+
+
+def _refuse_missing(prefix: str | Path) -> None:
+    if missing := [str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()]:
+        raise DataError(
+            f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and P.idx, and "
+            f"--data-path names them by P alone. Set --data-path, or {write_again(prefix)}."
+        )
+
+
+def _refuse_other_size(prefix: str | Path, tokens: int, dtype: np.dtype) -> None:
+    found, told = bin_path(prefix).stat().st_size, tokens * dtype.itemsize
+    if not tokens:
+        raise damaged(prefix, idx_path(prefix), "no tokens")
+    if found != told:
+        tells = f"{idx_path(prefix)} tells of {told} ({tokens} tokens of {dtype.name})"
+        raise damaged(prefix, bin_path(prefix), f"{found} bytes, and {tells}")

@@ -1,0 +1,34 @@
+"""P.json: written, read, and what it catches."""
+
+import pytest
+
+from megatron_ring.data.manifest import Manifest, check_tokenizer, manifest_path, read_manifest, write_manifest
+from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.errors import DataError
+from tests.data.text import TEXT
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
+    manifest = Manifest("ab" * 32, vocab_size=4096, documents=2, tokens=10, bytes=35)
+    write_manifest(tmp_path / "P", manifest)
+    assert read_manifest(tmp_path / "P") == manifest
+    assert manifest.bytes_per_token == 3.5
+
+
+def test_a_store_without_a_manifest_takes_any_tokenizer(tmp_path, tokenizer):
+    assert read_manifest(tmp_path / "P") is None
+    check_tokenizer(tmp_path / "P", tokenizer)
+
+
+def test_another_tokenizer_than_the_stores_is_refused(tmp_path, tokenizer):
+    write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, tokenizer.vocab_size, 1, 2, 3))
+    check_tokenizer(tmp_path / "P", tokenizer)
+    with pytest.raises(DataError, match=r"written with a tokenizer of 320 ids .*has 300 .*Set --tokenizer-model"):
+        check_tokenizer(tmp_path / "P", train_tokenizer([TEXT], 300))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tokens": 5}', '{"tokens": '])
+def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
+    manifest_path(tmp_path / "P").write_text(content)
+    with pytest.raises(DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*bytes\. Delete it"):
+        read_manifest(tmp_path / "P")

@@ -1,0 +1,126 @@
+"""From documents to a store: what is in the files, and that nothing half done is ever taken for done."""
+
+from multiprocessing import get_context
+
+import pytest
+
+from megatron_ring.data import prepare as module
+from megatron_ring.data.documents import gather
+from megatron_ring.data.manifest import Manifest, read_manifest
+from megatron_ring.data.prepare import fit_tokenizer, prepare, prepare_python_library
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokens import TokenStore
+from megatron_ring.errors import DataError
+from tests.data.text import TEXT
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "text" / f"{name}.txt").write_text(f"{name}\n{TEXT}")
+    return gather([tmp_path / "text"])
+
+
+def test_a_store_gives_back_the_documents_each_with_its_end(corpus, tokenizer, tmp_path):
+    prepare(corpus, tmp_path / "store" / "P", tokenizer)
+    store = TokenStore(tmp_path / "store" / "P")
+    documents = [store.document(i) for i in range(len(store))]
+    assert [tokenizer.decode(document) for document in documents] == [f"{name}\n{TEXT}" for name in "abc"]
+    assert {int(document[-1]) for document in documents} == {tokenizer.end_of_document}
+
+
+def test_the_counts_are_those_of_the_store_and_the_text(corpus, tokenizer, tmp_path):
+    manifest = prepare(corpus, tmp_path / "store" / "P", tokenizer)
+    tokens = int(TokenStore(tmp_path / "store" / "P").lengths.sum())
+    assert manifest == Manifest(tokenizer.fingerprint, 320, documents=3, tokens=tokens, bytes=corpus.file_bytes)
+    assert read_manifest(tmp_path / "store" / "P") == manifest
+
+
+def test_the_folder_has_the_store_its_manifest_and_its_tokenizer(corpus, tokenizer, tmp_path):
+    prepare(corpus, tmp_path / "store" / "P", tokenizer)
+    names = sorted(path.name for path in (tmp_path / "store").iterdir())
+    assert names == ["P.bin", "P.idx", "P.json", "tokenizer.model"]
+    assert Tokenizer.load(tmp_path / "store" / "tokenizer.model").fingerprint == tokenizer.fingerprint
+
+
+def test_threads_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+    prepare(corpus, tmp_path / "one" / "P", tokenizer)
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1)
+    prepare(corpus, tmp_path / "two" / "P", tokenizer, workers=2)
+    for suffix in ("bin", "idx", "json"):
+        assert (tmp_path / f"one/P.{suffix}").read_bytes() == (tmp_path / f"two/P.{suffix}").read_bytes()
+
+
+def test_a_failure_leaves_the_store_that_was_there(corpus, tokenizer, tmp_path):
+    manifest = prepare(corpus, tmp_path / "P", tokenizer)
+    (tmp_path / "text" / "c.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"c\.txt:1"):
+        prepare(corpus, tmp_path / "P", tokenizer)
+    assert read_manifest(tmp_path / "P") == manifest
+    assert len(TokenStore(tmp_path / "P")) == 3
+
+
+def test_a_corpus_of_empty_documents_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"nothing to write to .*P: every document is empty\. Set --input"):
+        prepare(gather([tmp_path / "a.txt"]), tmp_path / "P", tokenizer)
+
+
+def test_a_tokenizer_is_trained_on_the_corpus(corpus):
+    assert fit_tokenizer(corpus, 330).vocab_size == 330
+
+
+@pytest.fixture
+def small_library(corpus, monkeypatch):
+    """Three short texts instead of Python's library, and a vocabulary to match."""
+    monkeypatch.setattr(module, "python_library", lambda: corpus)
+    monkeypatch.setattr(module, "DEFAULT_VOCAB_SIZE", 320)
+
+
+@pytest.mark.usefixtures("small_library")
+def test_the_library_is_prepared_once_by_processes_that_start_together(tmp_path, monkeypatch):
+    written = tmp_path / "written"
+
+    def counted(*arguments):
+        with written.open("a") as file:
+            file.write("once ")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(module, "prepare", counted)
+    # Forked, so that the processes see the small library.
+    processes = [
+        get_context("fork").Process(target=prepare_python_library, args=(tmp_path / "data",)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert written.read_text() == "once "
+    assert len(TokenStore(prepare_python_library(tmp_path / "data"))) == 3
+
+
+@pytest.mark.usefixtures("small_library")
+@pytest.mark.parametrize("lost", ["tokens.bin", "tokens.idx", "tokens.json", "tokenizer.model"])
+def test_the_library_is_prepared_again_after_an_interruption(tmp_path, lost):
+    folder = prepare_python_library(tmp_path).parent
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / lost).unlink()
+    (folder / "tokens.bin.tmp").write_text("half")
+    prepare_python_library(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+@pytest.mark.usefixtures("small_library")
+def test_a_tokenizer_that_an_interruption_left_is_not_in_the_way(tmp_path):
+    folder = tmp_path / "python-library"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_text("of another Python")
+    assert len(TokenStore(prepare_python_library(tmp_path))) == 3
+
+
+@pytest.mark.usefixtures("small_library")
+def test_the_library_does_not_meet_the_tokenizer_of_another_store(corpus, tokenizer, tmp_path):
+    prepare(corpus, tmp_path / "P", tokenizer)
+    assert len(TokenStore(prepare_python_library(tmp_path))) == 3

@@ -1,0 +1,155 @@
+"""The token store: Megatron's bytes, round trips, and a message for every kind of damage."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ring.data.token_index import LONGEST_SEQUENCE
+from megatron_ring.data.tokens import TokenStore, TokenStoreWriter, token_dtype
+from megatron_ring.errors import DataError
+
+TYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16)
+
+# Documents [5, 6, 7] and [8, 1] as Megatron-core 0.16's IndexedDatasetBuilder writes them in uint16.
+MEGATRON_BIN = bytes.fromhex("0500 0600 0700 0800 0100")
+MEGATRON_IDX = (
+    b"MMIDIDX\x00\x00"
+    + struct.pack("<QB", 1, 8)  # version, uint16
+    + struct.pack("<QQ", 2, 3)  # sequences, document bounds
+    + struct.pack("<ii", 3, 2)  # lengths
+    + struct.pack("<qq", 0, 6)  # pointers
+    + struct.pack("<qqq", 0, 1, 2)  # documents
+)
+
+
+@pytest.fixture
+def prefix(tmp_path) -> Path:
+    """A whole store of the two documents above."""
+    (tmp_path / "P.bin").write_bytes(MEGATRON_BIN)
+    (tmp_path / "P.idx").write_bytes(MEGATRON_IDX)
+    return tmp_path / "P"
+
+
+def test_the_files_are_megatrons_byte_for_byte(tmp_path):
+    with TokenStoreWriter(tmp_path / "P", token_dtype(4096)) as writer:
+        writer.add_document([5, 6, 7])
+        writer.add_document(np.array([8, 1]))
+    assert (tmp_path / "P.bin").read_bytes() == MEGATRON_BIN
+    assert (tmp_path / "P.idx").read_bytes() == MEGATRON_IDX
+
+
+def test_megatrons_files_are_read(prefix):
+    store = TokenStore(prefix)
+    assert len(store) == 2
+    assert store.lengths.tolist() == [3, 2]
+    assert [store.document(i).tolist() for i in range(2)] == [[5, 6, 7], [8, 1]]
+
+
+def test_a_document_kept_as_several_sequences_is_read_whole(prefix):
+    Path(f"{prefix}.idx").write_bytes(
+        MEGATRON_IDX[:18] + struct.pack("<QQ", 3, 3) + struct.pack("<3i3q3q", 1, 2, 2, 0, 2, 6, 0, 2, 3)
+    )
+    assert TokenStore(prefix).document(0).tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "uint16"), (65499, "uint16"), (65500, "int32")])
+def test_token_type_follows_megatrons_rule(vocab_size, dtype):
+    assert token_dtype(vocab_size).name == dtype
+
+
+@settings(max_examples=50)
+@given(data=st.data(), dtype=st.sampled_from(TYPES))
+def test_documents_come_back_as_they_were_written(store_of, data, dtype):
+    ids = st.integers(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    documents = data.draw(st.lists(st.lists(ids), min_size=1).filter(any))
+    store = store_of(documents, dtype)
+    assert store.dtype == dtype
+    assert store.lengths.tolist() == [len(document) for document in documents]
+    assert [store.document(i).tolist() for i in range(len(store))] == documents
+
+
+def interrupted_writing(prefix: Path) -> None:
+    with TokenStoreWriter(prefix, token_dtype(4096)) as writer:
+        writer.add_document([1])
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_writing(tmp_path / "P")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writer_leaves_the_old_store(prefix):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_writing(prefix)
+    assert TokenStore(prefix).document(0).tolist() == [5, 6, 7]
+
+
+def test_a_document_too_long_for_the_format_is_refused(tmp_path):
+    endless = np.broadcast_to(np.uint16(1), LONGEST_SEQUENCE + 1)
+    message = r"a document of 2147483648 tokens does not fit .*up to 2147483647"
+    with TokenStoreWriter(tmp_path / "P", token_dtype(4096)) as writer, pytest.raises(DataError, match=message):
+        writer.add_document(endless)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_missing_file_is_named(prefix, suffix):
+    Path(f"{prefix}.{suffix}").unlink()
+    with pytest.raises(DataError, match=rf"no .*P\.{suffix}\. .*Set --data-path, or write it with .*prepare_data\.py"):
+        TokenStore(prefix)
+
+
+def test_a_path_with_its_suffix_is_told_to_go_without(prefix):
+    with pytest.raises(DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*names them by P alone"):
+        TokenStore(f"{prefix}.bin")
+
+
+DAMAGED_INDICES = {
+    "empty": (b"", r"P\.idx has 0 bytes, and its header alone takes 34"),
+    "cut in the header": (MEGATRON_IDX[:33], r"P\.idx has 33 bytes, and its header alone takes 34"),
+    "cut in the parts": (MEGATRON_IDX[:-1], r"81 bytes, and 2 sequences with 3 document bounds take 82"),
+    "bad magic": (b"PK" + MEGATRON_IDX[2:], r"b'PKIDIDX.*Megatron writes b'MMIDIDX"),
+    "version": (MEGATRON_IDX[:9] + struct.pack("<Q", 2) + MEGATRON_IDX[17:], "format version 2, and only 1 is known"),
+    "float tokens": (MEGATRON_IDX[:17] + b"\x07" + MEGATRON_IDX[18:], "token type 7, .*one of: 1 uint8, .*8 uint16"),
+    "a gap": (MEGATRON_IDX[:-32] + struct.pack("<q", 8) + MEGATRON_IDX[-24:], "do not lie one after another"),
+    "bounds": (MEGATRON_IDX[:-8] + struct.pack("<q", 1), "bounds that do not rise from 0 to its 2 sequences"),
+    "no tokens": (MEGATRON_IDX[:18] + struct.pack("<QQq", 0, 1, 0), r"P\.idx has no tokens"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED_INDICES.values(), ids=DAMAGED_INDICES.keys())
+def test_a_damaged_index_is_described(prefix, content, message):
+    Path(f"{prefix}.idx").write_bytes(content)
+    with pytest.raises(DataError, match=f"(?s){message}.*Set --data-path"):
+        TokenStore(prefix)
+
+
+@pytest.mark.parametrize("content", [b"", MEGATRON_BIN[:-1], MEGATRON_BIN + b"\x00"], ids=["empty", "cut", "longer"])
+def test_tokens_of_another_size_are_refused(prefix, content):
+    Path(f"{prefix}.bin").write_bytes(content)
+    with pytest.raises(DataError, match=rf"P\.bin has {len(content)} bytes, .* tells of 10 \(5 tokens of uint16\)"):
+        TokenStore(prefix)
+
+
+@settings(max_examples=200)
+@given(at=st.integers(0, len(MEGATRON_IDX) - 1), byte=st.integers(0, 255))
+def test_a_wrong_byte_in_the_index_is_refused_or_leaves_a_whole_store(tmp_path_factory, at, byte):
+    prefix = tmp_path_factory.getbasetemp() / "flipped"
+    content = MEGATRON_IDX[:at] + bytes([byte]) + MEGATRON_IDX[at + 1 :]
+    Path(f"{prefix}.bin").write_bytes(MEGATRON_BIN)
+    Path(f"{prefix}.idx").write_bytes(content)
+    still_whole = (
+        content == MEGATRON_IDX,
+        content[17] == 3,  # int16 is as wide as uint16, and nothing else tells them apart
+        content[-16] in (0, 2) and at == len(MEGATRON_IDX) - 16,  # another bound between the documents, but a bound
+    )
+    if any(still_whole):
+        assert TokenStore(prefix).lengths.sum() == 5
+    else:
+        with pytest.raises(DataError):
+            TokenStore(prefix)

@@ -1,0 +1,71 @@
+"""The metrics file is a public interface: its keys, its order, and what a resumed run does to it."""
+
+import json
+
+import pytest
+
+from megatron_ring.config import LoggingConfig
+from megatron_ring.training.metrics import ConsoleReport, StepRecord, ValidationRecord, keep_until
+
+STEP = {
+    "step": 1,
+    "loss": 2.5,
+    "grad_norm": 1.0,
+    "lr": 1e-3,
+    "tokens": 96,
+    "tokens_per_second": 960.0,
+    "step_seconds": 0.1,
+    "data_seconds": 0.001,
+}
+VALIDATION = {"step": 1, "validation_loss": 2.4, "validation_bits_per_byte": 1.2}
+
+
+@pytest.fixture
+def monitored() -> list:
+    return []
+
+
+@pytest.fixture
+def report(tmp_path, monitored) -> ConsoleReport:
+    logging = LoggingConfig(metrics_file=str(tmp_path / "new" / "metrics.jsonl"))
+    return ConsoleReport(logging, range(1, 3), flops_per_token=1e6, peak_flops=1e10, monitors=monitored.extend)
+
+
+def test_a_step_and_a_validation_are_one_json_object_each(report, tmp_path):
+    report.step(StepRecord(**STEP))
+    report.validation(ValidationRecord(**VALIDATION))
+    lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [STEP, VALIDATION]
+    assert list(json.loads(lines[0])) == list(STEP)
+
+
+def test_monitors_receive_what_the_file_has(report, monitored):
+    report.step(StepRecord(**STEP))
+    report.validation(ValidationRecord(**VALIDATION))
+    assert ("train/loss", 2.5, 1) in monitored
+    assert ("validation/bits_per_byte", 1.2, 1) in monitored
+    assert len(monitored) == len(STEP) + len(VALIDATION) - 2
+
+
+def test_the_console_line_says_where_the_run_is_and_how_fast(report, capsys):
+    report.step(StepRecord(**STEP))
+    assert (
+        "step      1/2  loss 2.5000  grad norm 1.000  lr 1.00e-03  960 tokens/s (10% of peak)"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_summary_says_what_was_gained(report):
+    report.validation(ValidationRecord(0, 5.0, 3.0))
+    report.step(StepRecord(**STEP))
+    report.validation(ValidationRecord(1, 2.5, 1.5))
+    summary = report.close()
+    assert "3.0000 -> 1.5000 bits per byte (-50%)" in summary
+    assert "960 tokens/s (median), 10% of peak" in summary
+
+
+def test_a_resumed_run_takes_up_the_file_where_the_checkpoint_was(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)))
+    keep_until(file, 2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]

@@ -1,0 +1,91 @@
+"""N + N steps are 2N steps, bit for bit; and the tokens read do not depend on how ranks split them."""
+
+import contextlib
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.checkpoint import store
+from megatron_ring.errors import CheckpointError
+from megatron_ring.training import checkpointing
+from tests.distributed import run_ranks
+from tests.training import tiny
+
+N = 4
+
+
+def run_with_checkpoint(rank: int, world_size: int, folder: Path, prefix: Path, dtype: str, zero_stage: int) -> None:
+    training = {"dtype": dtype, "zero_stage": zero_stage}
+    saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
+    config = tiny.config(training=training, checkpoint=saving)
+    straight = tiny.Run(config, prefix, rank, world_size)
+    before = straight.steps(N)
+    path = checkpointing.save(straight.engine, straight.setup, straight.state())
+    expected = straight.steps(N)
+
+    resumed = tiny.Run(config, prefix, rank, world_size)
+    stored = checkpointing.find(resumed.setup, tiny.VOCAB)
+    assert stored.path == path
+    resumed.resume(stored.path, stored.state)
+    assert resumed.steps(N) == expected, "the losses and gradient norms after resuming"
+    assert expected != before
+    if zero_stage < 3:
+        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "zero_stage"), [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 0)])
+def test_resuming_is_bit_for_bit(dtype, zero_stage, tmp_path):
+    run_ranks(2, run_with_checkpoint, tmp_path, tiny.write_store(tmp_path), dtype, zero_stage)
+
+
+def resume_on_another_grid(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    def config(context_parallel_size: int):
+        saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
+        parallel = {"context_parallel_size": context_parallel_size}
+        return tiny.config(parallel=parallel, training={"micro_batch_size": 1}, checkpoint=saving)
+
+    straight = tiny.Run(config(4), prefix, rank, world_size)
+    straight.steps(N)
+    checkpointing.save(straight.engine, straight.setup, straight.state())
+    expected = torch.tensor(straight.steps(N))
+    for context_parallel_size in (2, 1):
+        resumed = tiny.Run(config(context_parallel_size), prefix, rank, world_size)
+        stored = checkpointing.find(resumed.setup, tiny.VOCAB)
+        resumed.resume(stored.path, stored.state)
+        torch.testing.assert_close(torch.tensor(resumed.steps(N)), expected, rtol=1e-5, atol=0)
+
+
+def test_the_number_of_context_ranks_may_change_on_resume(tmp_path):
+    run_ranks(4, resume_on_another_grid, tmp_path, tiny.write_store(tmp_path))
+
+
+def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
+    run = tiny.Run(tiny.config(checkpoint=saving), prefix, rank, world_size)
+    run.steps(1)
+    first = checkpointing.save(run.engine, run.setup, run.state())
+    run.steps(1)
+    with files_of_at_most(20_000 if rank == 1 else 1 << 40), pytest.raises(CheckpointError) as failure:
+        checkpointing.save(run.engine, run.setup, run.state())
+    assert "cannot write the checkpoint of step 2" in str(failure.value)
+    assert "step-00000001 stays the newest" in str(failure.value)
+    assert store.newest(folder / "saved").path == first
+    assert sorted(path.name for path in (folder / "saved").iterdir()) == ["latest", "step-00000001"], "no leftovers"
+    run.resume(first, store.newest(folder / "saved").state)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """Let this process write no file of more than ``size`` bytes: what a full disk looks like to it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_the_checkpoint_before(tmp_path):
+    run_ranks(2, save_on_a_full_disk, tmp_path, tiny.write_store(tmp_path))

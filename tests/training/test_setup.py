@@ -1,0 +1,75 @@
+"""What cannot work is refused before a process group forms, all of it at once, each with its rule and its flag."""
+
+import pytest
+
+from megatron_ring.errors import ConfigError, KernelUnavailable
+from megatron_ring.training.setup import Setup
+from tests.training import tiny
+
+
+def problems(world_size: int, **sections) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        Setup.of(tiny.config(**sections), world_size)
+    return refused.value.problems
+
+
+def test_a_length_that_the_layout_cannot_take_names_the_nearest_ones_and_the_way_out():
+    zigzag = {"context_parallel": "zigzag"}
+    assert problems(4, parallel=zigzag, data={"seq_length": 8190}) == [
+        "seq_length 8190 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 (2 x ring size). "
+        "Nearest: 8184, 8192. Set --seq-length, or use --context-parallel striped (multiple of 4)."
+    ]
+
+
+def test_a_batch_that_data_ranks_cannot_share():
+    parallel = {"context_parallel": "none"}
+    assert problems(4, parallel=parallel, training={"global_batch_size": 6, "micro_batch_size": 1}) == [
+        "global_batch_size 6 must be a positive multiple of 4 (micro_batch_size 1 x 4 data ranks). "
+        "Nearest: 4, 8. Set --global-batch-size."
+    ]
+
+
+def test_context_ranks_that_do_not_divide_the_world():
+    assert problems(4, parallel={"context_parallel_size": 3}) == [
+        "context_parallel_size 3 does not divide the 4 processes that run. Legal: 1, 2, 4. "
+        "Set --context-parallel-size, or start another number of processes."
+    ]
+
+
+def test_a_stripe_without_stripes():
+    assert problems(2, parallel={"context_parallel": "ring", "stripe_size": 4}) == [
+        "stripe_size 4 has no effect while context_parallel is ring. "
+        "Set --stripe-size 1, or --context-parallel striped."
+    ]
+
+
+def test_all_problems_are_said_at_once():
+    found = problems(
+        4,
+        model={"hidden_size": 30},
+        data={"seq_length": 47},
+        training={"min_lr": 1.0, "lr_warmup_iters": 20},
+        checkpoint={"save_interval": 5},
+    )
+    named = ["hidden_size 30", "min_lr 1.0", "lr_warmup_iters 20", "save_interval 5", "seq_length 47"]
+    assert [problem.startswith(name) for problem, name in zip(found, named, strict=True)] == [True] * 5
+
+
+def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
+    config = tiny.config(
+        parallel={"context_parallel_size": 2}, training={"global_batch_size": 0, "micro_batch_size": 3}
+    )
+    setup = Setup.of(config, 4)
+    assert (setup.grid.data, setup.grid.ring) == (2, 2)
+    assert (setup.global_batch_size, setup.micro_batches) == (6, 1)
+
+
+def test_context_ranks_default_to_all_that_is_left():
+    assert Setup.of(tiny.config(), 4).grid.ring == 4
+
+
+def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("megatron_ring.kernels.attention.sdpa.unavailable", lambda *_: "this test took it away")
+    with pytest.raises(KernelUnavailable, match="this test took it away. Set --attention-kernel auto or reference"):
+        Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
+    assert Setup.of(tiny.config(), 2).kernel.name == "reference"

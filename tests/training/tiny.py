@@ -1,0 +1,106 @@
+"""A model, a token stream and a run small enough that a test can repeat them for every layout and ZeRO stage."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_ring.checkpoint.store import RunState
+from megatron_ring.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.data.loader import Loader
+from megatron_ring.data.samples import SampleStream
+from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
+from megatron_ring.model.gpt import GPT, decay_groups
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.environment import Environment
+from megatron_ring.training.engine import Engine, start_processes
+from megatron_ring.training.schedule import learning_rate
+from megatron_ring.training.setup import Setup
+
+VOCAB = 61
+SEQ = 48
+
+
+def config(**sections: dict) -> Config:
+    """A tiny Llama of two layers on CPU in fp32, with the given fields changed, section by section."""
+    base = Config(
+        model=ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2),
+        parallel=ParallelConfig(context_parallel="striped"),
+        data=DataConfig(seq_length=SEQ),
+        training=TrainingConfig(
+            train_iters=20,
+            lr_warmup_iters=4,
+            micro_batch_size=4,
+            global_batch_size=4,
+            dtype="fp32",
+            lr=1e-2,
+            clip_grad=0.5,
+            eval_iters=2,
+        ),
+        logging=LoggingConfig(),
+    )
+    return replace(base, **{name: replace(getattr(base, name), **changes) for name, changes in sections.items()})
+
+
+def write_store(folder: Path) -> Path:
+    """A store of forty documents of a language with some order in it, so that there is something to learn."""
+    generator = np.random.default_rng(0)
+    with TokenStoreWriter(folder / "tiny", np.uint16) as writer:
+        for length in generator.integers(20, 200, size=40):
+            steps = generator.choice([1, 2, 5], size=length)
+            writer.add_document((np.cumsum(steps) % VOCAB).astype(np.uint16))
+    return folder / "tiny"
+
+
+def stream(prefix: Path, seed: int = 1234) -> SampleStream:
+    store = TokenStore(prefix)
+    return SampleStream(store, range(len(store)), SEQ, seed, VOCAB)
+
+
+class Run:
+    """A tiny run on this rank; ``world_size`` ranks must build it together. The processes must have joined."""
+
+    def __init__(self, config: Config, prefix: Path, global_rank: int, world_size: int):
+        start_processes(Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu")
+        self.config = config
+        self.setup = Setup.of(config, world_size)
+        self.groups = ProcessGroups.build(self.setup.grid, global_rank)
+        attention = ContextParallelAttention(self.setup.layout, self.setup.kernel.name, self.groups)
+        model = GPT(config.model, VOCAB, SEQ, attention, config.training.seed)
+        self.engine = Engine(model, decay_groups(model, config.training.weight_decay), self.setup, self.groups)
+        self.at = self.setup.grid.coordinates(global_rank)
+        self.stream = stream(prefix)
+        self.step = 0
+        self._load_from(consumed_samples=0)
+
+    def steps(self, count: int) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of the next ``count`` optimizer steps."""
+        results = []
+        for _ in range(count):
+            self.step += 1
+            result = self.engine.train_step(self.loader.next_step(), learning_rate(self.step, self.config.training))
+            results.append((result.loss, result.grad_norm))
+        return results
+
+    def state(self) -> RunState:
+        training = self.config.training
+        consumed = self.loader.consumed_samples
+        return RunState(self.step, consumed, self.setup.grid.data_context, training.zero_stage, VOCAB, SEQ)
+
+    def resume(self, path: Path, state: RunState) -> None:
+        self.engine.load(path)
+        self.step = state.step
+        self._load_from(state.consumed_samples)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Copies of this rank's parameters, whole (not for ZeRO 3)."""
+        return [parameter.detach().clone() for parameter in self.engine.engine.module.parameters()]
+
+    def _load_from(self, consumed_samples: int) -> None:
+        grid, batch = self.setup.grid, self.config.training.micro_batch_size
+        self.loader = Loader(
+            self.stream, self.setup.layout, self.at.ring, self.at.data, grid.data, batch,
+            self.setup.global_batch_size, consumed_samples,
+        )  # fmt: skip
