@@ -12,9 +12,9 @@ LAYOUTS = {"ring": {}, "striped": {}, "striped by 3": {"stripe_size": 3}, "zigza
 STEPS = 20
 
 
-def cases() -> dict[str, dict]:
-    """Every layout with every ZeRO stage, and grids that split data as well, by a name for each."""
-    found = {
+def every_layout_and_stage() -> dict[str, dict]:
+    """Every layout with every ZeRO stage, by a name for each."""
+    return {
         f"{name}, ZeRO {stage}": {
             "parallel": {"context_parallel": name.split()[0], **extra},
             "training": {"zero_stage": stage},
@@ -22,14 +22,24 @@ def cases() -> dict[str, dict]:
         for name, extra in LAYOUTS.items()
         for stage in (0, 1, 2, 3)
     }
-    found["four micro-batches"] = {"training": {"micro_batch_size": 1}}
-    found["two data ranks at most"] = {"parallel": {"context_parallel_size": 2}, "training": {"micro_batch_size": 2}}
-    found["no context"] = {"parallel": {"context_parallel": "none"}, "training": {"micro_batch_size": 1}}
-    return found
 
 
-def train_all(rank: int, world_size: int, prefix: Path) -> dict[str, list[tuple[float, float]]]:
-    runs = {name: tiny.Run(tiny.config(**sections), prefix, rank, world_size) for name, sections in cases().items()}
+def each_layout_and_stage_once() -> dict[str, dict]:
+    """A part of the product in which each layout and each stage still occurs."""
+    product = every_layout_and_stage()
+    return {f"{name}, ZeRO {stage}": product[f"{name}, ZeRO {stage}"] for stage, name in enumerate(LAYOUTS)}
+
+
+def other_grids() -> dict[str, dict]:
+    return {
+        "four micro-batches": {"training": {"micro_batch_size": 1}},
+        "two context ranks": {"parallel": {"context_parallel_size": 2}, "training": {"micro_batch_size": 2}},
+        "no context": {"parallel": {"context_parallel": "none"}, "training": {"micro_batch_size": 1}},
+    }
+
+
+def train_all(rank: int, world_size: int, prefix: Path, cases: dict) -> dict[str, list[tuple[float, float]]]:
+    runs = {name: tiny.Run(tiny.config(**sections), prefix, rank, world_size) for name, sections in cases.items()}
     return {name: run.steps(STEPS) for name, run in runs.items()}
 
 
@@ -53,9 +63,21 @@ def test_one_process_learns(one_process):
     assert one_process[-1, 0] < 0.75 * one_process[0, 0]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_losses_and_gradient_norms_are_those_of_one_process(world_size, one_process, prefix):
-    for of_rank in run_ranks(world_size, train_all, prefix):
+def assert_all_like_one_process(world_size: int, cases: dict, one_process: torch.Tensor, prefix: Path) -> None:
+    for of_rank in run_ranks(world_size, train_all, prefix, cases):
         for name, found in of_rank.items():
             found = torch.tensor(found, dtype=torch.float64)
             torch.testing.assert_close(found, one_process, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [
+        (2, every_layout_and_stage() | other_grids()),
+        (4, each_layout_and_stage_once() | other_grids()),
+        pytest.param(4, every_layout_and_stage(), marks=pytest.mark.whole),
+    ],
+    ids=["two ranks", "four ranks", "four ranks, whole product"],
+)
+def test_losses_and_gradient_norms_are_those_of_one_process(world_size, cases, one_process, prefix):
+    assert_all_like_one_process(world_size, cases, one_process, prefix)

@@ -1,0 +1,56 @@
+# Two commands for a stranger: `make train` and `make test`. Each does all of its own set-up, in .venv.
+# ARGS adds flags: make train ARGS="--train-iters 300".
+
+PYTHON ?= python3
+# PyPI's build of torch is the CUDA one; where a CPU build of this version lies ready, pip takes that.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STORE := data/python-library/tokens
+# Without a GPU, say so to DeepSpeed, which else asks around and warns.
+ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
+
+.PHONY: train test test-all check bench clean
+
+train: $(BIN)/.installed $(STORE).json
+	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
+		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
+
+test: $(BIN)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(BIN)/.installed-dev
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+check: $(BIN)/.installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+bench: $(BIN)/.installed
+	$(BIN)/python tools/bench_attention.py --nproc 2 --seq-length 16384 $(ARGS)
+
+clean:
+	rm -rf $(VENV) data runs
+
+$(STORE).json: | $(BIN)/.installed
+	$(BIN)/python tools/prepare_data.py --python-library --output-prefix $(STORE)
+
+$(BIN)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: asked for by another package it would come in its newest and largest build.
+$(BIN)/.torch: | $(BIN)/.venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+$(BIN)/.installed: pyproject.toml | $(BIN)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: pyproject.toml | $(BIN)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@ $(BIN)/.installed

@@ -1,0 +1,171 @@
+"""The program as people start it: by deepspeed, by torchrun, alone; its files, its messages, its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.config import load_yaml
+from megatron_ring.training.console import plan
+from megatron_ring.training.setup import Setup
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SMALL = """\
+model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
+data: {seq_length: 64, split: [0.8, 0.2]}
+training: {train_iters: 4, lr_warmup_iters: 1, eval_interval: 2, eval_iters: 1, dtype: fp32}
+"""
+
+
+def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess:
+    found = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=300)
+    found.said = found.stdout + found.stderr
+    return found
+
+
+def alone(*flags: str | Path, folder: Path) -> subprocess.CompletedProcess:
+    return run(sys.executable, ROOT / "pretrain_gpt.py", *flags, folder=folder)
+
+
+def by_deepspeed(*flags: str | Path, ranks: int, folder: Path) -> subprocess.CompletedProcess:
+    return run(BIN / "deepspeed", "--num_gpus", str(ranks), ROOT / "pretrain_gpt.py", *flags, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with small.yaml and a prepared store, text/tokens."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "pages").mkdir()
+    for page in range(20):
+        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
+    prepare = [ROOT / "tools" / "prepare_data.py", "--input", "pages", "--output-prefix", "text/tokens"]
+    prepared = run(sys.executable, *prepare, "--vocab-size", "300", folder=folder)
+    assert prepared.returncode == 0, prepared.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> subprocess.CompletedProcess:
+    """Two striped ranks under deepspeed for four steps, with a checkpoint every two and every monitor that is offline."""
+    return by_deepspeed(
+        "--config", "small.yaml", "--context-parallel", "striped", "--data-path", "text/tokens",
+        "--save", "saved", "--save-interval", "2", "--metrics-file", "out/metrics.jsonl",
+        "--tensorboard-dir", "boards", "--csv-dir", "tables", ranks=2, folder=folder,
+    )  # fmt: skip
+
+
+def metrics(folder: Path, file: str = "out/metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def test_two_ranks_train_and_say_what_was_chosen_and_where_everything_is(trained, folder):
+    assert trained.returncode == 0, trained.said
+    for said in (
+        "grid             2 processes = 1 pipe x 1 data x 2 context (2 ring x 1 ulysses) x 1 tensor",
+        "layout           striped, 64 tokens, 32 on each ring rank",
+        "dtype            fp32: asked for",
+        "attention        sdpa: ",
+        "checkpoint       saved/step-00000004",
+        "metrics          out/metrics.jsonl",
+        "loss plot        out/loss.png",
+    ):
+        assert trained.stdout.count(said) == 1, said
+    assert (folder / "out" / "loss.png").stat().st_size > 1000
+
+
+def test_the_metrics_file_has_its_public_keys(trained, folder):
+    steps = [record for record in metrics(folder) if "loss" in record]
+    validations = [record for record in metrics(folder) if "validation_loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert [record["step"] for record in validations] == [0, 2, 4]
+    public = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"}
+    assert all(public <= set(record) for record in steps)
+    assert all(set(record) == {"step", "validation_loss", "validation_bits_per_byte"} for record in validations)
+    assert [record["tokens"] for record in steps] == [64, 128, 192, 256]
+
+
+def test_monitors_received_the_run(trained, folder):
+    assert list((folder / "boards").rglob("events.out.tfevents.*"))
+    assert list((folder / "tables").rglob("*loss*.csv"))
+
+
+def test_the_resolved_config_lies_in_the_checkpoint_and_is_a_config(trained, folder):
+    saved = load_yaml(folder / "saved" / "step-00000004" / "config.yaml")
+    assert saved.parallel.context_parallel == "striped"
+    assert saved.model.hidden_size == 32
+
+
+def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
+    first = metrics(folder)
+    resumed = by_deepspeed(
+        "--config", "saved/step-00000004/config.yaml", "--load", "saved", "--train-iters", "6",
+        "--lr-decay-style", "constant", ranks=2, folder=folder,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.said
+    assert "resuming         saved/step-00000004, 4 steps done" in resumed.stdout
+    assert metrics(folder)[: len(first)] == first
+    assert [record["step"] for record in metrics(folder) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_process_needs_no_launcher_and_wandb_works_offline(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    found = alone(
+        "--config", "small.yaml", "--data-path", "text/tokens", "--context-parallel", "striped",
+        "--wandb-project", "tiny", folder=folder,
+    )  # fmt: skip
+    assert found.returncode == 0, found.said
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config_that_can_be_planned(recipe):
+    config = load_yaml(recipe)
+    world_size = config.parallel.world_size or 2
+    assert f"{world_size} processes = " in plan(Setup.of(config, world_size))
+
+
+def test_a_dry_run_prints_the_config_the_grid_and_the_layout(folder):
+    flags = ["--context-parallel", "striped", "--world-size", "4", "--context-parallel-size", "2", "--dry-run"]
+    found = alone("--config", "small.yaml", *flags, folder=folder)
+    assert found.returncode == 0, found.said
+    assert "hidden_size: 32" in found.stdout
+    assert "    3        0        1        1        0        0" in found.stdout
+    assert "ring rank 0  #.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#." in found.stdout
+    assert "bytes of a hop   8,192 forward (K and V), 16,384 backward" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--seq-length", "65"], 2, "seq_length 65 cannot be laid out zigzag on 1 ring ranks"),
+        (["--num-layer", "3"], 2, "--num-layers"),
+        (["--data-path", "text/nothing"], 3, "text/nothing"),
+        (["--load", "nowhere"], 4, "load nowhere does not exist. Set --load"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_input_gives_one_message_its_own_exit_code_and_no_traceback(folder, flags, code, message):
+    base = {"--config": "small.yaml", "--data-path": "text/tokens", "--context-parallel": "zigzag"}
+    wanted = base | {flags[0]: flags[1]}
+    found = alone(*(part for pair in wanted.items() for part in pair), folder=folder)
+    assert found.returncode == code, found.said
+    assert message in found.stderr
+    assert "Traceback" not in found.said
+
+
+def test_bad_input_under_a_launcher_is_said_once_and_its_code_is_passed_on(folder):
+    found = by_deepspeed("--config", "small.yaml", "--context-parallel", "zigzag", "--seq-length", "66", ranks=2,
+                         folder=folder)  # fmt: skip
+    assert found.returncode == 2, found.said
+    assert found.said.count("seq_length 66 cannot be laid out zigzag on 2 ring ranks") == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_the_processes_join(trained, folder):
+    found = alone("--config", "small.yaml", "--data-path", "text/tokens", "--load", "saved", "--num-layers", "2",
+                  folder=folder)  # fmt: skip
+    assert found.returncode == 4, found.said
+    assert "num_layers 1 there, 2 here. Set --num-layers." in found.stderr
