@@ -181,7 +181,7 @@ class TrainingConfig:
     """Steps between validations; there is one before the first step and one after the last. 0: none at all."""
     eval_iters: int = 8
     """Global batches of one validation."""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: tyro.conf.Suppress[tyro.conf.Fixed[dict[str, Any]]] = field(default_factory=dict)
     """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
 
     def problems(self) -> list[str]:
@@ -266,7 +266,7 @@ def load_yaml(path: str | Path) -> Config:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}. Set --config.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not YAML: {error}. Set --config.") from error
     problems: list[str] = []
     config = _filled(Config(), tree, str(path), problems)
@@ -333,7 +333,7 @@ def _typed(value: Any, hint: Any) -> Any:
     """``value`` as ``hint`` has it, or ValueError. YAML reads 3e-4 as text, so text is tried as a number."""
     origin = get_origin(hint)
     if origin is Literal:
-        if value not in get_args(hint) or isinstance(value, bool):
+        if (type(value), value) not in [(type(choice), choice) for choice in get_args(hint)]:
             raise ValueError
         return value
     if origin is tuple:
@@ -363,5 +363,5 @@ def _not_positive(section: Any, *names: str) -> list[str]:
         if isinstance(getattr(section, name), int)
         else f"{name} {getattr(section, name)} must be above 0. Set --{name.replace('_', '-')}."
         for name in names
-        if getattr(section, name) <= 0
+        if not getattr(section, name) > 0
     ]

@@ -1,9 +1,11 @@
 """Real ranks for a test: processes joined by gloo over loopback, one thread each.
 
-They meet in a file of their own, so that no two tests can collide on a port.
+They meet in a file of their own, so that no two tests can collide on a port, and are forked from a server that has
+imported torch once for all of them.
 """
 
 import contextlib
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 
 class RankFailed(Exception):
@@ -23,9 +25,10 @@ class RankFailed(Exception):
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     """``body(rank, world_size, *args)`` in each of ``world_size`` processes; what they returned, in rank order."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_rank, (world_size, Path(folder), body, args), nprocs=world_size)
+            start_processes(_rank, (world_size, Path(folder), body, args), world_size, start_method="forkserver")
         except ProcessException as error:
             first = Path(folder, "failure")
             raise RankFailed(first.read_text() if first.exists() else str(error)) from None

@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> subprocess.CompletedProcess:
-    """Two striped ranks under deepspeed for four steps, with a checkpoint every two and every monitor that is offline."""
+    """Two striped ranks under deepspeed for four steps, a checkpoint every two, and monitors that need no network."""
     return by_deepspeed(
         "--config", "small.yaml", "--context-parallel", "striped", "--data-path", "text/tokens",
         "--save", "saved", "--save-interval", "2", "--metrics-file", "out/metrics.jsonl",

@@ -94,8 +94,8 @@ class _Cover:
         seen_by_all = self._seen_by_all(start, stop)
         if seen_by_all and (done is None or seen_by_all != done):
             yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in _outside(seen_by_all, done))
-            done = seen_by_all
-        if small:
+            yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
+        elif small:
             seen_by_any = (self.lo[start], self.hi[stop - 1])
             yield from (Tile(slice(start, stop), keys, TileKind.MASKED) for keys in _outside(seen_by_any, done))
         else:

@@ -32,8 +32,8 @@ class RunningSoftmax:
     def merge(self, queries: slice, out_BLHD: torch.Tensor, lse_BHL: torch.Tensor) -> None:
         """Take in what ``queries`` see in one more block of keys: its normalised output and its log-sum-exp."""
         old_BHL = self.lse_BHL[:, :, queries]
-        # Both -inf (a row that has seen nothing yet, and nothing here either) gives nan: such a block weighs nothing.
-        weight_BHL = torch.sigmoid(lse_BHL - old_BHL).nan_to_num_(0.0)
+        # A row that sees nothing here weighs nothing; unclamped it would weigh nan where it had seen nothing before.
+        weight_BHL = torch.sigmoid(lse_BHL - old_BHL.clamp(min=torch.finfo(old_BHL.dtype).min))
         old_BLHD = self.out_BLHD[:, queries]
         old_BLHD.lerp_(out_BLHD.to(old_BLHD.dtype), weight_BHL.transpose(1, 2).unsqueeze(-1))
         torch.logaddexp(old_BHL, lse_BHL, out=old_BHL)

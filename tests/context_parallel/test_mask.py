@@ -1,0 +1,109 @@
+import itertools
+
+import pytest
+import torch
+
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import hop_runs, key_runs
+from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind, Tiling
+
+LAYOUTS = [
+    Layout("none", 7, 1),
+    *(Layout("ring", 4 * length, 4) for length in (1, 2, 7)),
+    *(Layout("striped", 4 * length, 4) for length in (1, 2, 7)),
+    *(Layout("striped", 3 * stripe * 5, 3, stripe) for stripe in (2, 3, 16)),
+    *(Layout("zigzag", 4 * length, 4) for length in (2, 6)),
+]
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+def dense(runs: KeyRuns, keys: int) -> torch.Tensor:
+    """The (queries, keys) mask that ``runs`` says."""
+    return runs.visible(Tile(slice(0, len(runs.lo)), slice(0, keys), TileKind.MASKED))
+
+
+def seen_from_everywhere(layout: Layout, first_visible: torch.Tensor) -> torch.Tensor:
+    """The whole (S, S) mask, put together from the runs of every rank and source."""
+    visible_SS = torch.zeros(layout.seq_length, layout.seq_length, dtype=torch.bool)
+    shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
+    for queries in shards:
+        for keys in shards:
+            visible_SS[queries[:, None], keys] = dense(key_runs(queries, keys, first_visible[queries]), len(keys))
+    return visible_SS
+
+
+@each_layout
+def test_causal_runs_are_the_causal_mask(layout):
+    visible_SS = torch.zeros(layout.seq_length, layout.seq_length, dtype=torch.bool)
+    for rank in range(layout.ring_size):
+        for source in range(layout.ring_size):
+            at = layout.positions(rank)[:, None], layout.positions(source)
+            visible_SS[at] = dense(hop_runs(layout, rank, source), layout.shard_length)
+    assert torch.equal(visible_SS, torch.ones_like(visible_SS).tril())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 100])
+@each_layout
+def test_a_sliding_window_is_a_band(layout, window):
+    p = torch.arange(layout.seq_length)
+    band_SS = (p[:, None] >= p) & (p[:, None] - p < window)
+    assert torch.equal(seen_from_everywhere(layout, p - window + 1), band_SS)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 3, 5), (13, 1), (1000,)], ids=str)
+@each_layout
+def test_documents_see_only_themselves(layout, lengths):
+    """Documents of these lengths, over and over, cut where the sample ends."""
+    numbered = zip(range(layout.seq_length), itertools.cycle(lengths))
+    document_S = torch.tensor([number for number, length in numbered for _ in range(length)][: layout.seq_length])
+    start_S = torch.searchsorted(document_S, document_S)
+    blocks_SS = (document_S[:, None] == document_S).tril()
+    assert torch.equal(seen_from_everywhere(layout, start_S), blocks_SS)
+
+
+WHOLE = Tiling(rows=8, split_triangles=False)
+ALL, BUT_FIRST, BUT_LAST = slice(0, 8), slice(1, 8), slice(0, 7)
+FIRST_HALF, SECOND_HALF = slice(0, 4), slice(4, 8)
+
+# What a rank in the middle sees of its own keys, of a source before it and of one after it: queries, keys, how.
+RECTANGLES = {
+    "ring": (
+        [(ALL, ALL, TileKind.CAUSAL)],
+        [(ALL, ALL, TileKind.FULL)],
+        [],
+    ),
+    "striped": (
+        [(ALL, ALL, TileKind.CAUSAL)],
+        [(ALL, ALL, TileKind.CAUSAL)],
+        [(BUT_FIRST, BUT_LAST, TileKind.CAUSAL)],
+    ),
+    "zigzag": (
+        [(ALL, ALL, TileKind.CAUSAL)],
+        [(ALL, FIRST_HALF, TileKind.FULL)],
+        [(SECOND_HALF, ALL, TileKind.FULL)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECTANGLES)
+def test_every_hop_is_one_rectangle(name):
+    """DESIGN section 3: what vendor kernels are fed."""
+    layout = Layout(name, 4 * 8, 4)
+    own, before, after = ([Tile(*tile) for tile in tiles] for tiles in RECTANGLES[name])
+    for rank in range(4):
+        for source in range(4):
+            expected = own if source == rank else before if source < rank else after
+            assert list(hop_runs(layout, rank, source).tiles(WHOLE)) == expected
+
+
+def test_a_stripe_of_one_tile_needs_no_mask_but_at_home():
+    layout = Layout("striped", 4 * 32, 4, stripe_size=8)
+    for rank in range(4):
+        for source in range(4):
+            kinds = {tile.kind for tile in hop_runs(layout, rank, source).tiles(Tiling(8, split_triangles=True))}
+            assert (kinds == {TileKind.FULL}) == (rank != source)
+
+
+def test_a_hop_has_the_same_runs_at_every_step():
+    assert hop_runs(Layout("striped", 16, 4), 2, 1) is hop_runs(Layout("striped", 16, 4), 2, 1)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.kernels.attention import KERNELS, reference
+from tests import oracle, simulated_ring
+from tests.tolerances import TOLERANCE, beyond_tolerance
+
+# layout and stripe size, and shard lengths it can take: one token, odd ones, and around the kernels' tile of 128
+LENGTHS = {
+    ("ring", 1): (1, 2, 7, 33, 129, 130),
+    ("striped", 1): (1, 2, 7, 33, 129, 130),
+    ("striped", 3): (3, 21, 33, 129),
+    ("striped", 16): (16, 112, 144),
+    ("zigzag", 1): (2, 14, 34, 130, 258),
+}
+
+each_layout = pytest.mark.parametrize(("layout", "stripe"), LENGTHS)
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def mistakes(layout: str, stripe: int, ring_size: int, length: int, kernel: str, inputs: list[torch.Tensor]):
+    """What differs from the oracle: output, log-sum-exp and gradients of a ring whose ranks hold ``length`` tokens."""
+    run = simulated_ring.run(Layout(layout, ring_size * length, ring_size, stripe), KERNELS[kernel], *inputs)
+    return beyond_tolerance(run.results, oracle.attention(*inputs), inputs[0].dtype)
+
+
+@each_dtype
+@each_kernel
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
+@each_layout
+def test_a_ring_is_attention_over_the_whole_sequence(layout, stripe, ring_size, kernel, dtype):
+    inputs = oracle.random_inputs(2, ring_size * 48, heads=4, groups=2, dtype=dtype)
+    assert mistakes(layout, stripe, ring_size, 48, kernel, inputs) == {}
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("layout", "stripe", "length"), [(*layout, length) for layout in LENGTHS for length in LENGTHS[layout]]
+)
+def test_every_shard_length(layout, stripe, length, kernel):
+    inputs = oracle.random_inputs(1, 3 * length, heads=2, groups=1)
+    assert mistakes(layout, stripe, 3, length, kernel, inputs) == {}
+
+
+@each_dtype
+@each_kernel
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_grouped_heads_and_batches(groups, batch, kernel, dtype):
+    inputs = oracle.random_inputs(batch, 2 * 33, heads=4, groups=groups, dtype=dtype)
+    assert mistakes("striped", 1, 2, 33, kernel, inputs) == {}
+
+
+@each_kernel
+@pytest.mark.parametrize(("layout", "stripe"), [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)])
+def test_eight_ranks(layout, stripe, kernel):
+    inputs = oracle.random_inputs(1, 8 * 18, heads=2, groups=2, dtype=torch.float32)
+    assert mistakes(layout, stripe, 8, 18, kernel, inputs) == {}
+
+
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 8])
+def test_keys_go_around_once_forward_and_their_gradients_come_home(ring_size):
+    """R - 1 exchanges forward; R - 1 of keys and values and R of their gradients backward; alone, none at all."""
+    inputs = oracle.random_inputs(1, 2 * ring_size, heads=1, groups=1)
+    exchanges = simulated_ring.run(Layout("zigzag", 2 * ring_size, ring_size), reference, *inputs).exchanges
+    around, home = ring_size - 1, ring_size if ring_size > 1 else 0
+    assert exchanges == ([around] * ring_size, [around + home] * ring_size)
+
+
+@each_dtype
+@each_kernel
+@each_layout
+def test_a_ring_repeats_itself_bit_for_bit(layout, stripe, kernel, dtype):
+    inputs = oracle.random_inputs(1, 3 * 48, heads=4, groups=2, dtype=dtype)
+    first, again = (simulated_ring.run(Layout(layout, 3 * 48, 3, stripe), KERNELS[kernel], *inputs) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first.results, again.results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_kernel
+def test_the_error_does_not_grow_with_the_ring(kernel, dtype):
+    """Sums stay in float32 from hop to hop: eight merges leave no more rounding in the output than one block does."""
+    inputs = oracle.random_inputs(1, 8 * 24, heads=4, groups=4, dtype=dtype)
+    expected = oracle.attention(*inputs).out
+
+    def typical_error(ring_size: int) -> float:
+        out = simulated_ring.run(Layout("striped", 8 * 24, ring_size), KERNELS[kernel], *inputs).results.out
+        return (out.double() - expected).square().mean().sqrt().item()
+
+    assert typical_error(8) < 1.5 * typical_error(1)
+
+
+@each_kernel
+def test_the_output_is_in_the_type_of_the_queries_and_the_sums_in_float32(kernel):
+    inputs = oracle.random_inputs(1, 4, heads=2, groups=1, dtype=torch.bfloat16)
+    results = simulated_ring.run(Layout("striped", 4, 2), KERNELS[kernel], *inputs).results
+    assert results.out.dtype == torch.bfloat16
+    assert {results.lse.dtype, results.dq.dtype, results.dk.dtype, results.dv.dtype} == {torch.float32}
+
+
+def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
+    class OutOfMemory:
+        """Rank 0 fails in the second hop, with a transfer yet to start."""
+
+        def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, scale, state):
+            if runs.visible_pairs == 0:
+                raise MemoryError
+
+    with pytest.raises(MemoryError):
+        simulated_ring.run(Layout("ring", 8, 4), OutOfMemory(), *oracle.random_inputs(1, 8, heads=1, groups=1))

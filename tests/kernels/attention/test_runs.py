@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megatron_ring.kernels.attention.runs import KeyRuns, TileKind, Tiling
+
+
+def runs_of(lo: list[int], hi: list[int]) -> KeyRuns:
+    return KeyRuns(torch.tensor(lo, dtype=torch.int64), torch.tensor(hi, dtype=torch.int64))
+
+
+def causal(length: int, strict: bool = False) -> KeyRuns:
+    return runs_of([0] * length, [query + (not strict) for query in range(length)])
+
+
+def window(length: int, width: int) -> KeyRuns:
+    return runs_of([max(0, query - width + 1) for query in range(length)], [query + 1 for query in range(length)])
+
+
+def covered(runs: KeyRuns, tiling: Tiling, keys: int) -> torch.Tensor:
+    """How many tiles cover each (query, key) pair."""
+    count_LM = torch.zeros(len(runs.lo), keys, dtype=torch.int64)
+    for tile in runs.tiles(tiling):
+        part = count_LM[tile.queries, tile.keys]
+        part += {
+            TileKind.FULL: torch.ones_like(part),
+            TileKind.CAUSAL: torch.ones_like(part).tril(),
+            TileKind.MASKED: runs.visible(tile).long(),
+        }[tile.kind]
+    return count_LM
+
+
+def visible_by_definition(runs: KeyRuns, keys: int) -> torch.Tensor:
+    pairs = [[lo <= key < hi for key in range(keys)] for lo, hi in zip(runs.lo.tolist(), runs.hi.tolist())]
+    return torch.tensor(pairs, dtype=torch.int64).view(len(runs.lo), keys)
+
+
+def climbing(steps: list[int]) -> list[int]:
+    return torch.tensor(steps, dtype=torch.int64).cumsum(0).tolist()
+
+
+# steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and windows
+steps = st.lists(st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40)
+any_runs = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), climbing([hi for _, hi in pairs])))
+tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans())
+
+
+@given(any_runs, tilings)
+@example(causal(17), Tiling(4, True))
+@example(causal(17, strict=True), Tiling(4, False))
+@example(window(30, 3), Tiling(4, True))
+@example(window(30, 11), Tiling(4, True))
+@example(runs_of([0, 0, 5, 5, 9], [5, 5, 9, 9, 9]), Tiling(2, False))  # documents, and a query that sees nothing
+@example(runs_of([], []), Tiling(4, True))
+def test_tiles_cover_every_visible_pair_once_and_no_other(runs, tiling):
+    keys = max(runs.hi.tolist(), default=0)
+    assert torch.equal(covered(runs, tiling, keys), visible_by_definition(runs, keys))
+
+
+@given(any_runs, tilings)
+def test_no_tile_is_blind_and_only_narrow_ones_are_masked(runs, tiling):
+    for tile in runs.tiles(tiling):
+        assert runs.visible(tile).any()
+        assert tile.kind is not TileKind.MASKED or tile.queries.stop - tile.queries.start <= tiling.rows
+
+
+@given(any_runs, tilings)
+def test_causal_tiles_are_square(runs, tiling):
+    for tile in runs.tiles(tiling):
+        square = tile.queries.stop - tile.queries.start == tile.keys.stop - tile.keys.start
+        assert square or tile.kind is not TileKind.CAUSAL
+
+
+@given(any_runs)
+def test_visible_pairs_are_counted(runs):
+    keys = max(runs.hi.tolist(), default=0)
+    assert runs.visible_pairs == visible_by_definition(runs, keys).sum()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [128, 129, 1000, 4096])
+def test_a_split_triangle_has_few_tiles_and_little_waste(length, strict):
+    """At most two tiles for every 128 queries, and no more computed than tiles on the diagonal waste."""
+    runs = causal(length, strict)
+    tiles = runs.tiles(Tiling(128, split_triangles=True))
+    area = sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
+    assert len(tiles) <= 2 * -(-length // 128)
+    assert area - runs.visible_pairs <= length * 128
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [1, 128, 129, 1000, 4096])
+def test_a_triangle_needs_no_mask(length, strict):
+    """Whole where it is not to be split; else in smaller triangles and the rectangles beside them."""
+    whole, split = (causal(length, strict).tiles(Tiling(128, split)) for split in (False, True))
+    assert [tile.kind for tile in whole] == [TileKind.CAUSAL] * (length > strict)
+    assert TileKind.MASKED not in {tile.kind for tile in split}
+
+
+@pytest.mark.parametrize("width", [1, 100, 128, 500])
+def test_a_window_has_few_tiles_and_little_waste(width):
+    runs = window(4096, width)
+    tiles = runs.tiles(Tiling(128, split_triangles=True))
+    area = sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
+    assert len(tiles) <= 4 * 4096 // 128
+    assert area - runs.visible_pairs <= 2 * 4096 * 128
+
+
+def test_tiles_are_computed_once():
+    runs = causal(300)
+    assert runs.tiles(Tiling(128, True)) is runs.tiles(Tiling(128, True))

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype
+
+B, L, H, D, BLOCKS, KEYS = 2, 5, 3, 4, 4, 6
+
+
+@pytest.fixture
+def blocks() -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B, H, L, BLOCKS, KEYS) and values (B, H, BLOCKS, KEYS, D)."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(B, H, L, BLOCKS, KEYS, generator=generator, dtype=torch.float64) * 3
+    return scores, torch.randn(B, H, BLOCKS, KEYS, D, generator=generator, dtype=torch.float64)
+
+
+def merged(scores: torch.Tensor, values: torch.Tensor, order: list[int]) -> RunningSoftmax:
+    state = RunningSoftmax.empty(torch.empty(B, L, H, D, dtype=torch.float64))
+    for block in order:
+        out_BLHD = torch.einsum("bhlk,bhkd->blhd", scores[:, :, :, block].softmax(-1), values[:, :, block])
+        state.merge(slice(0, L), out_BLHD, scores[:, :, :, block].logsumexp(-1))
+    return state
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 5000.0, -5000.0])
+def test_blocks_merge_to_the_softmax_over_all_of_them(blocks, shift, order):
+    """Also where a raw exponential of the scores would overflow or vanish."""
+    scores, values = blocks
+    state = merged(scores + shift, values, order)
+    expected = torch.einsum("bhlk,bhkd->blhd", scores.flatten(3).softmax(-1), values.flatten(2, 3))
+    torch.testing.assert_close(state.out_BLHD, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state.lse_BHL, (scores + shift).flatten(3).logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_given_queries_are_touched(blocks):
+    scores, values = blocks
+    state = merged(scores, values, [0])
+    before = state.out_BLHD.clone(), state.lse_BHL.clone()
+    state.merge(
+        slice(1, 3), torch.ones(B, 2, H, D, dtype=torch.float64), torch.full((B, H, 2), 50.0, dtype=torch.float64)
+    )
+    untouched = [0, 3, 4]
+    assert torch.equal(state.out_BLHD[:, untouched], before[0][:, untouched])
+    assert torch.equal(state.lse_BHL[..., untouched], before[1][..., untouched])
+    assert torch.allclose(state.out_BLHD[:, 1:3], torch.ones((), dtype=torch.float64))
+
+
+def test_a_block_without_visible_keys_weighs_nothing(blocks):
+    state = merged(*blocks, [0])
+    before = state.out_BLHD.clone(), state.lse_BHL.clone()
+    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf))
+    assert torch.equal(state.out_BLHD, before[0])
+    assert torch.equal(state.lse_BHL, before[1])
+
+
+def test_rows_that_have_seen_nothing_stay_empty_until_they_see_something():
+    state = RunningSoftmax.empty(torch.empty(B, L, H, D))
+    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf))
+    assert (state.out_BLHD == 0).all()
+    assert (state.lse_BHL == -torch.inf).all()
+    state.merge(slice(0, L), torch.ones_like(state.out_BLHD), torch.zeros_like(state.lse_BHL))
+    assert (state.out_BLHD == 1).all()
+    assert (state.lse_BHL == 0).all()
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_a_diverged_block_is_not_hidden(blocks, seen_before):
+    """Not-a-number must reach the loss, where loss scaling and the user look for it."""
+    state = merged(*blocks, [0] if seen_before else [])
+    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, torch.nan))
+    assert state.out_BLHD.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_state_is_float32_unless_the_queries_are_float64(dtype):
+    state = RunningSoftmax.empty(torch.empty(B, L, H, D, dtype=dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert state.out_BLHD.dtype == state.lse_BHL.dtype == accumulation_dtype(dtype) == expected

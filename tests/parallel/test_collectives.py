@@ -1,0 +1,77 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.grid import Grid
+from tests.distributed import run_ranks
+
+# By world size; the rings have two, three and four members.
+GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2), Grid(data=4)]}
+
+each_grid = pytest.mark.parametrize("grid", [grid for grids in GRIDS.values() for grid in grids], ids=str)
+each_ring = pytest.mark.parametrize(
+    "grid", [grid for grids in GRIDS.values() for grid in grids if grid.ring > 1], ids=str
+)
+
+
+def talk(rank: int, world_size: int) -> dict[Grid, dict]:
+    """On every grid: the sum over the ranks' numbers, and what three transfers in flight together bring."""
+    heard = {}
+    for grid in GRIDS[world_size]:
+        groups = ProcessGroups.build(grid, rank)
+        summed = torch.tensor([float(rank), 1.0])
+        returned = groups.sum(summed)
+        heard[grid] = {"sum": returned.tolist(), "in place": returned is summed}
+        if groups.ring_links:
+            heard[grid] |= pass_on(groups.ring_links, rank)
+    return heard
+
+
+def pass_on(links: tuple, rank: int) -> dict:
+    members = tuple(dist.get_process_group_ranks(links[0]))
+    exchange = RingExchange(members, links, dist.get_rank(links[0]))
+    sent = [torch.full((1000, 3), 10.0 * rank + number) for number in range(3)]
+    transfers = [exchange.start(tensor) for tensor in sent]
+    received = [transfer.wait() for transfer in reversed(transfers)][::-1]
+    return {
+        "members": members,
+        "received": [tensor.unique().tolist() for tensor in received],
+        "sent": [tensor.unique().tolist() for tensor in sent],
+        "shapes": {tuple(tensor.shape) for tensor in received},
+    }
+
+
+@pytest.fixture(scope="module")
+def heard() -> dict[int, list[dict]]:
+    """What each rank heard, by world size."""
+    return {world_size: run_ranks(world_size, talk) for world_size in GRIDS}
+
+
+@each_grid
+def test_sums_are_over_data_and_context(grid, heard):
+    total = [sum(range(grid.world_size)), grid.world_size]
+    assert [rank[grid]["sum"] for rank in heard[grid.world_size]] == [total] * grid.world_size
+    assert all(rank[grid]["in place"] for rank in heard[grid.world_size])
+
+
+@each_ring
+def test_a_tensor_goes_to_the_next_rank_of_its_ring(grid, heard):
+    for rank, found in enumerate(heard[grid.world_size]):
+        ring = next(members for members in grid.members("ring") if rank in members)
+        previous = ring[ring.index(rank) - 1]
+        assert found[grid]["members"] == tuple(ring)
+        assert found[grid]["received"] == [[10.0 * previous + number] for number in range(3)]
+
+
+@each_ring
+def test_what_is_sent_stays_as_it_was(grid, heard):
+    for rank, found in enumerate(heard[grid.world_size]):
+        assert found[grid]["sent"] == [[10.0 * rank + number] for number in range(3)]
+        assert found[grid]["shapes"] == {(1000, 3)}
+
+
+def test_alone_a_process_sums_to_itself_and_has_no_ring():
+    groups = ProcessGroups.build(Grid(), 0)
+    assert groups == ProcessGroups(data_context=None, ring_links=None)
+    assert groups.sum(torch.tensor(5.0)) == 5.0

@@ -1,0 +1,122 @@
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ring.config import ParallelConfig
+from megatron_ring.errors import ConfigError
+from megatron_ring.parallel.grid import Coordinates, Grid
+
+sizes = st.integers(1, 3)
+grids = st.builds(Grid, pipe=sizes, data=sizes, ring=sizes, ulysses=sizes, tensor=sizes)
+axes = st.sets(st.sampled_from(Coordinates._fields))
+
+
+def test_eight_processes_by_two_data_and_four_ring_ranks():
+    grid = Grid(data=2, ring=4)
+    assert grid.members("ring") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert grid.members("data") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert grid.members("data", "ring") == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert grid.members("tensor") == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert grid.coordinates(6) == Coordinates(pipe=0, data=1, ring=2, ulysses=0, tensor=0)
+
+
+@given(grids)
+def test_ranks_follow_the_formula(grid):
+    """rank = ((pipe * D + data) * C + context) * T + tensor, ring outer and Ulysses inner in the context."""
+    for rank in range(grid.world_size):
+        at = grid.coordinates(rank)
+        context = at.ring * grid.ulysses + at.ulysses
+        assert rank == ((at.pipe * grid.data + at.data) * grid.context + context) * grid.tensor + at.tensor
+
+
+@given(grids)
+def test_every_place_on_the_grid_has_one_rank(grid):
+    places = itertools.product(*(range(size) for size in grid.sizes))
+    assert [grid.global_rank(Coordinates(*place)) for place in places] == list(range(grid.world_size))
+    assert all(grid.global_rank(grid.coordinates(rank)) == rank for rank in range(grid.world_size))
+
+
+@given(grids, axes)
+def test_members_share_all_other_coordinates_and_part_the_world_among_them(grid, axes):
+    groups = grid.members(*axes)
+    assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
+    fixed = [name for name in Coordinates._fields if name not in axes]
+    places = [{tuple(getattr(grid.coordinates(rank), name) for name in fixed) for rank in group} for group in groups]
+    assert all(len(place) == 1 for place in places)
+    assert len(set.union(*places)) == len(groups)
+    assert all(group == sorted(group) for group in groups)
+
+
+@given(grids)
+def test_sizes_of_axes_taken_together(grid):
+    assert grid.context == grid.ring * grid.ulysses
+    assert grid.data_context == grid.data * grid.context
+    assert grid.world_size == grid.pipe * grid.data_context * grid.tensor
+
+
+MADE = [
+    (ParallelConfig(), 1, Grid()),
+    (ParallelConfig(), 4, Grid(data=4)),
+    (ParallelConfig(context_parallel="striped"), 4, Grid(ring=4)),
+    (ParallelConfig(context_parallel="zigzag", context_parallel_size=2), 8, Grid(data=4, ring=2)),
+    (ParallelConfig(context_parallel="ring", context_parallel_size=1), 3, Grid(data=3)),
+    (ParallelConfig(context_parallel="ring", world_size=2), 2, Grid(ring=2)),
+]
+
+
+@pytest.mark.parametrize(("config", "world_size", "grid"), MADE)
+def test_the_grid_that_a_config_makes(config, world_size, grid):
+    assert Grid.of(config, world_size) == grid
+    assert grid.world_size == world_size
+
+
+NOT_MADE = [
+    (
+        ParallelConfig(world_size=8),
+        4,
+        ["world_size 8 is what this config is meant for, but 4 processes run. Start 8, or set --world-size 0."],
+    ),
+    (
+        ParallelConfig(context_parallel_size=2),
+        4,
+        [
+            "context_parallel_size 2 needs a layout, but context_parallel is none. "
+            "Set --context-parallel striped (or ring, zigzag)."
+        ],
+    ),
+    (
+        ParallelConfig(context_parallel="ring", context_parallel_size=4),
+        6,
+        [
+            "context_parallel_size 4 does not divide the 6 processes that run. Legal: 1, 2, 3, 6. "
+            "Set --context-parallel-size, or start another number of processes."
+        ],
+    ),
+    (
+        ParallelConfig(context_parallel="ring", context_parallel_size=-1),
+        2,
+        [
+            "context_parallel_size -1 does not divide the 2 processes that run. Legal: 1, 2. "
+            "Set --context-parallel-size, or start another number of processes."
+        ],
+    ),
+    (
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, ulysses_degree=2),
+        8,
+        [
+            "tensor_model_parallel_size 2 is not supported yet: only 1 is. Set --tensor-model-parallel-size 1.",
+            "pipeline_model_parallel_size 2 is not supported yet: only 1 is. Set --pipeline-model-parallel-size 1.",
+            "ulysses_degree 2 is not supported yet: only 1 is. Set --ulysses-degree 1.",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "world_size", "problems"), NOT_MADE)
+def test_a_grid_that_cannot_be_made_says_why_and_what_could(config, world_size, problems):
+    assert Grid.problems(config, world_size) == problems
+    with pytest.raises(ConfigError) as raised:
+        Grid.of(config, world_size)
+    assert raised.value.problems == problems

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
+
+SMALL = [
+    Layout("none", 9, 1),
+    Layout("ring", 12, 3),
+    Layout("striped", 12, 3),
+    Layout("striped", 24, 3, stripe_size=4),
+    Layout("zigzag", 24, 4),
+]
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_the_work_of_a_hop_is_the_pairs_it_sees(layout):
+    pairs = [
+        [
+            sum(
+                key <= query
+                for query in layout.positions(rank).tolist()
+                for key in layout.positions((rank - hop) % layout.ring_size).tolist()
+            )
+            for rank in range(layout.ring_size)
+        ]
+        for hop in range(layout.ring_size)
+    ]
+    assert counted(layout).work_RR.tolist() == pairs
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_all_hops_together_are_the_causal_triangle(layout):
+    assert counted(layout).work_RR.sum() == layout.seq_length * (layout.seq_length + 1) / 2
+
+
+def test_a_hop_ends_with_its_slowest_rank():
+    timeline = Timeline(torch.tensor([[1.0, 3.0], [5.0, 2.0]], dtype=torch.float64))
+    assert timeline.critical_path == 3 + 5
+    assert timeline.imbalance == 6 / 5.5
+
+
+@pytest.mark.parametrize("ring_size", [2, 4, 8])
+@pytest.mark.parametrize("name", ["striped", "zigzag"])
+def test_balance_gains_nearly_what_it_can_over_the_contiguous_ring_and_never_more(name, ring_size):
+    ring, balanced = (counted(Layout(layout, ring_size * 4096, ring_size)) for layout in ("ring", name))
+    gain, bound = ring.critical_path / balanced.critical_path, bound_over_ring(name, ring_size)
+    assert bound == 2 - 1 / ring_size
+    assert 0.999 * bound < gain <= bound
+
+
+def test_the_contiguous_ring_gains_nothing_over_itself():
+    assert bound_over_ring("ring", 16) == 1
+
+
+@pytest.mark.parametrize("name", ["striped", "zigzag"])
+def test_sixteen_ranks_share_sixteen_thousand_tokens_evenly(name):
+    assert counted(Layout(name, 16384, 16)).imbalance <= 1.01
+
+
+def test_contiguous_shards_leave_the_last_rank_nearly_twice_the_mean():
+    assert counted(Layout("ring", 16384, 16)).imbalance == pytest.approx(2 - 1 / 16, rel=1e-3)

@@ -1,0 +1,378 @@
+import ast
+import contextlib
+import inspect
+import io
+import re
+from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
+
+import pytest
+
+from megatron_ring.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+    load_yaml,
+    parse,
+    to_yaml,
+)
+from megatron_ring.errors import ConfigError
+
+SECTIONS = [field.type for field in fields(Config) if is_dataclass(field.type)]
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    """Write a config file and give its path."""
+
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def complaint(yaml):
+    """What is said of a config file, its path left out."""
+
+    def complain(text: str | bytes) -> str:
+        path = yaml(text)
+        with pytest.raises(ConfigError) as raised:
+            load_yaml(path)
+        return str(raised.value).replace(path, "FILE")
+
+    return complain
+
+
+# ---- default < YAML < flag ----
+
+
+def test_a_flag_goes_over_the_file_and_the_file_over_the_default(yaml):
+    path = yaml("training: {lr: 0.5, seed: 7}\nmodel: {num_layers: 9}")
+    config = parse(["--config", path, "--seed", "8", "--hidden-size", "512"])
+    assert (config.training.lr, config.model.num_layers) == (0.5, 9)
+    assert (config.training.seed, config.model.hidden_size) == (8, 512)
+    assert config.training.train_iters == TrainingConfig().train_iters
+    assert config.config == path
+
+
+def test_no_arguments_are_the_defaults():
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize("spelling", ["--config={}", "--config {}"])
+def test_the_file_may_follow_an_equals_sign(yaml, spelling):
+    assert parse(spelling.format(yaml("training: {seed: 7}")).split()).training.seed == 7
+
+
+def test_underscores_are_as_good_as_dashes():
+    assert parse(["--seq_length", "77"]).data.seq_length == 77
+
+
+def test_lists_are_given_as_flags_or_in_the_file(yaml):
+    path = yaml("data: {data_path: store, split: [0.5, 0.5]}")
+    assert load_yaml(path).data == DataConfig(data_path=("store",), split=(0.5, 0.5))
+    config = parse(["--config", path, "--split", "0.9", "0.1", "--data-path", "other"])
+    assert config.data == DataConfig(data_path=("other",), split=(0.9, 0.1))
+
+
+def test_scientific_notation_without_a_point_is_a_number(yaml):
+    """YAML reads 3e-4 as text."""
+    assert load_yaml(yaml("training: {lr: 3e-4, min_lr: 1}")).training == TrainingConfig(lr=3e-4, min_lr=1.0)
+
+
+def test_keys_for_deepspeed_come_from_the_file_alone_and_stay_as_they_are(yaml):
+    """Though they share names with flags and with each other."""
+    extra = "{lr: 5, tensorboard: {enabled: true}, csv_monitor: {enabled: true}}"
+    config = parse(["--config", yaml(f"training: {{deepspeed: {extra}}}"), "--lr", "7"])
+    assert config.training.lr == 7.0
+    assert config.training.deepspeed == {"lr": 5, "tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}}
+
+
+def test_an_empty_file_is_the_defaults(yaml):
+    assert load_yaml(yaml("")) == Config()
+
+
+# ---- every option, once ----
+
+
+def documented(section: type) -> dict[str, str]:
+    """The text under every field of a dataclass."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    return {
+        statement.target.id: text.value.value
+        for statement, text in pairwise(body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def words(text: str) -> str:
+    """Letters and digits alone: what is left of a text whatever box it is printed in and wherever its lines break."""
+    return re.sub(r"[\W_]", "", text)
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    """What --help prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    return printed.getvalue()
+
+
+OPTIONS = [
+    (section, field.name)
+    for section in [*SECTIONS, Config]
+    for field in fields(section)
+    if not is_dataclass(field.type) and field.name != "deepspeed"
+]
+
+
+@pytest.mark.parametrize(("section", "name"), OPTIONS)
+def test_every_option_is_a_flag_and_the_text_under_it_its_help(section, name, help_text):
+    assert re.search(rf"--{name.replace('_', '-')}[ ,]", help_text)
+    assert words(documented(section)[name]) in words(help_text)
+
+
+def test_no_two_sections_share_a_name():
+    """Flags carry no section, and neither does a hint at the nearest key."""
+    names = [field.name for section in [*SECTIONS, Config] for field in fields(section)]
+    assert len(names) == len(set(names))
+
+
+# ---- the resolved config ----
+
+
+def test_the_resolved_config_is_itself_a_config(tmp_path):
+    resolved = parse(["--lr", "3e-7", "--data-path", "store", "--context-parallel", "zigzag", "--add-bias-linear"])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(resolved))
+    assert load_yaml(tmp_path / "resolved.yaml") == resolved
+
+
+def test_the_resolved_config_keeps_what_is_for_deepspeed(yaml):
+    config = load_yaml(yaml("training: {deepspeed: {comms_logger: {enabled: true, prof_ops: [all_reduce]}}}"))
+    assert load_yaml(yaml(to_yaml(config))) == config
+
+
+def test_the_resolved_config_holds_every_option_but_where_it_came_from_and_the_dry_run():
+    resolved = to_yaml(replace(Config(), config="some.yaml", dry_run=True))
+    assert all(f"  {field.name}:" in resolved for section in SECTIONS for field in fields(section))
+    assert "some.yaml" not in resolved
+    assert "dry_run" not in resolved
+
+
+# ---- what a file may not say ----
+
+MISTAKES = {
+    "modle: {num_layers: 2}": "FILE: unknown key 'modle'. Did you mean model?",
+    "model: {num_layer: 2}": "FILE: model: unknown key 'num_layer'. Did you mean num_layers?",
+    "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
+    "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
+    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval.",
+    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, checkpoint, logging, config, dry_run.",
+    "model: 3": "FILE: model: expected keys and values, found 3.",
+    "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
+    "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",
+    "model: {num_layers: true}": "FILE: model: num_layers is True, not of type int.",
+    "model: {add_bias_linear: 1}": "FILE: model: add_bias_linear is 1, not of type bool.",
+    "training: {lr: fast}": "FILE: training: lr is 'fast', not of type float.",
+    "training: {lr: true}": "FILE: training: lr is True, not of type float.",
+    "training: {dtype: bf15}": "FILE: training: dtype is 'bf15', not one of auto, fp32, bf16, fp16.",
+    "training: {zero_stage: true}": "FILE: training: zero_stage is True, not one of 0, 1, 2, 3.",
+    "training: {zero_stage: 1.0}": "FILE: training: zero_stage is 1.0, not one of 0, 1, 2, 3.",
+    "training: {zero_stage: [1]}": "FILE: training: zero_stage is [1], not one of 0, 1, 2, 3.",
+    "training: {deepspeed: 3}": "FILE: training: deepspeed is 3, not of type dict.",
+    "data: {split: [1]}": "FILE: data: split is [1], not of type tuple.",
+    "data: {data_path: [3]}": "FILE: data: data_path is [3], not of type tuple.",
+    "checkpoint: {save: 3}": "FILE: checkpoint: save is 3, not of type str.",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_what_a_file_may_not_say(text, complaint):
+    assert complaint(text) == MISTAKES[text]
+
+
+def test_all_mistakes_in_a_file_are_said_at_once(complaint):
+    three = ["model: {num_layers: two}", "training: {lr: fast}", "data: {split: [1]}"]
+    assert complaint("\n".join(three)).splitlines() == [
+        "FILE: model: num_layers is 'two', not of type int.",
+        "FILE: training: lr is 'fast', not of type float.",
+        "FILE: data: split is [1], not of type tuple.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a: [b", "while parsing"), (b"\xff\xfe\x00", "'utf-8' codec can't decode")]
+)
+def test_a_file_that_is_not_yaml(text, reason, complaint):
+    assert complaint(text).startswith(f"config FILE is not YAML: {reason}")
+    assert complaint(text).endswith(". Set --config.")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        parse(["--config", str(tmp_path / "none.yaml")])
+    assert str(raised.value) == f"config {tmp_path}/none.yaml cannot be read: No such file or directory. Set --config."
+
+
+# ---- what a flag may not say ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hiden-size", "3"], "--hidden-size"),
+        (["--hidden-size", "wide"], "invalid literal for int() with base 10: 'wide'"),
+        (["--dtype", "bf15"], "bf16"),
+        (["--deepspeed", "3"], "Unrecognized"),
+        (["--config"], "Missing value"),
+    ],
+)
+def test_a_bad_flag_leaves_with_two_and_names_what_is_near(arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_one_rank_need_speak(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--hiden-size", "3"], console=False)
+    assert left.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- what a section knows of itself ----
+
+AT_LEAST_ONE = {
+    ModelConfig: ["num_layers", "hidden_size", "num_attention_heads"],
+    ParallelConfig: [
+        "ulysses_degree",
+        "stripe_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    ],
+    DataConfig: ["seq_length"],
+    TrainingConfig: ["train_iters", "micro_batch_size", "eval_iters"],
+    LoggingConfig: ["log_interval"],
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [(section, name) for section in AT_LEAST_ONE for name in AT_LEAST_ONE[section]]
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_are_at_least_one(section, name, value):
+    message = f"{name} {value} must be at least 1. Set --{name.replace('_', '-')}."
+    assert message in section(**{name: value}).problems()
+
+
+PROBLEMS = [
+    (
+        ModelConfig(hidden_size=250, num_attention_heads=4),
+        "hidden_size 250 does not divide into 4 attention heads. Nearest: 248, 252. "
+        "Set --hidden-size or --num-attention-heads.",
+    ),
+    (
+        ModelConfig(num_attention_heads=8, num_query_groups=3),
+        "num_query_groups 3 does not divide num_attention_heads 8. Legal: 1, 2, 4, 8. Set --num-query-groups.",
+    ),
+    (
+        ModelConfig(num_attention_heads=4, num_query_groups=-1),
+        "num_query_groups -1 does not divide num_attention_heads 4. Legal: 1, 2, 4. Set --num-query-groups.",
+    ),
+    (
+        ModelConfig(hidden_size=12, num_attention_heads=4),
+        "head size 3 (hidden_size 12 / num_attention_heads 4) is odd, and RoPE turns pairs. "
+        "Set --hidden-size, or --position-embedding-type learned_absolute.",
+    ),
+    (
+        ModelConfig(rope_scaling="yarn"),
+        "rope_scaling yarn stretches by rope_scaling_factor 1.0, which must be greater than 1. "
+        "Set --rope-scaling-factor, or --rope-scaling none.",
+    ),
+    (
+        ModelConfig(rope_scaling_factor=2.0),
+        "rope_scaling_factor 2.0 has no effect while rope_scaling is none. "
+        "Set --rope-scaling linear (or ntk, yarn, llama3).",
+    ),
+    (
+        DataConfig(split=(0.5, 0.4)),
+        "split (0.5, 0.4) must be two shares that add up to 1, the first above 0. Set --split.",
+    ),
+    (
+        DataConfig(split=(0.0, 1.0)),
+        "split (0.0, 1.0) must be two shares that add up to 1, the first above 0. Set --split.",
+    ),
+    (
+        DataConfig(split=(1.5, -0.5)),
+        "split (1.5, -0.5) must be two shares that add up to 1, the first above 0. Set --split.",
+    ),
+    (DataConfig(data_path=("a", "b")), "data_path names 2 token stores; one is read. Set --data-path."),
+    (TrainingConfig(lr=0.0, min_lr=0.0), "lr 0.0 must be above 0. Set --lr."),
+    (TrainingConfig(lr=float("nan")), "lr nan must be above 0. Set --lr."),
+    (TrainingConfig(lr=0.1, min_lr=0.2), "min_lr 0.2 is above lr 0.1. Set --min-lr or --lr."),
+    (
+        TrainingConfig(train_iters=10, lr_warmup_iters=10),
+        "lr_warmup_iters 10 leaves nothing of train_iters 10 to decay. "
+        "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
+    ),
+    (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
+]
+
+
+@pytest.mark.parametrize(("section", "message"), PROBLEMS, ids=[message.split(".")[0] for _, message in PROBLEMS])
+def test_what_a_section_cannot_be(section, message):
+    assert section.problems() == [message]
+
+
+LEGAL = [
+    *(section() for section in SECTIONS),
+    ModelConfig(hidden_size=12, num_attention_heads=4, position_embedding_type="learned_absolute"),
+    ModelConfig(rope_scaling="yarn", rope_scaling_factor=2.0),
+    DataConfig(split=(1.0, 0.0)),
+    TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
+    CheckpointConfig(save="runs", save_interval=5),
+]
+
+
+@pytest.mark.parametrize("section", LEGAL, ids=str)
+def test_what_a_section_can_be(section):
+    assert section.problems() == []
+
+
+def test_all_problems_are_found_at_once():
+    config = Config(
+        model=ModelConfig(hidden_size=250), data=DataConfig(seq_length=0), checkpoint=CheckpointConfig(save_interval=1)
+    )
+    found = config.problems()
+    assert [problem.split()[0] for problem in found] == ["hidden_size", "seq_length", "save_interval"]
+
+
+# ---- what is derived ----
+
+
+@pytest.mark.parametrize(
+    ("model", "feed_forward_size"),
+    [
+        (ModelConfig(hidden_size=256, activation="swiglu"), 704),
+        (ModelConfig(hidden_size=768, activation="swiglu"), 2048),
+        (ModelConfig(hidden_size=256, activation="gelu"), 1024),
+        (ModelConfig(hidden_size=256, ffn_hidden_size=100), 100),
+    ],
+)
+def test_the_feed_forward_size_follows_the_activation_unless_given(model, feed_forward_size):
+    assert model.feed_forward_size == feed_forward_size
+
+
+def test_heads():
+    model = ModelConfig(hidden_size=256, num_attention_heads=8)
+    assert (model.head_dim, model.key_value_heads) == (32, 8)
+    assert replace(model, num_query_groups=2).key_value_heads == 2

@@ -1,0 +1,45 @@
+import pytest
+
+from megatron_ring.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    KernelUnavailable,
+    MegatronRingError,
+    nearest_multiples,
+    speaking_errors,
+)
+
+EXIT_CODES = {MegatronRingError: 1, ConfigError: 2, DataError: 3, CheckpointError: 4, KernelUnavailable: 5}
+
+
+@pytest.mark.parametrize("kind", EXIT_CODES)
+def test_an_entry_point_prints_the_message_alone_and_leaves_with_the_kinds_exit_code(kind, capsys):
+    with pytest.raises(SystemExit) as left, speaking_errors():
+        raise kind("the corpus is missing. Set --data-path.")
+    assert left.value.code == EXIT_CODES[kind]
+    printed = capsys.readouterr()
+    assert printed.err == f"{kind.__name__}: the corpus is missing. Set --data-path.\n"
+    assert printed.out == ""
+
+
+def test_our_own_faults_keep_their_traceback():
+    with pytest.raises(KeyError), speaking_errors():
+        raise KeyError("a bug")
+
+
+def test_several_problems_are_said_at_once():
+    error = ConfigError(["one", "two"])
+    assert error.problems == ["one", "two"]
+    assert str(error) == "one\ntwo"
+
+
+def test_one_problem_needs_no_list():
+    assert ConfigError("one").problems == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("value", "multiple", "nearest"), [(8190, 8, "8184, 8192"), (3, 8, "8"), (0, 8, "8"), (10, 4, "8, 12")]
+)
+def test_the_nearest_multiples_are_positive(value, multiple, nearest):
+    assert nearest_multiples(value, multiple) == nearest
