@@ -70,7 +70,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         heads, groups = self.num_attention_heads, self.key_value_heads
-        found = _not_positive(self, "num_layers", "hidden_size", "num_attention_heads")
+        found = _not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
+        found += _negative(self, "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std")
         if not found and self.hidden_size % heads:
             found.append(
                 f"hidden_size {self.hidden_size} does not divide into {heads} attention heads. Nearest: "
@@ -97,6 +98,16 @@ class ModelConfig:
                 f"rope_scaling_factor {self.rope_scaling_factor} has no effect while rope_scaling is none. "
                 "Set --rope-scaling linear (or ntk, yarn, llama3)."
             )
+        if self.rope_original_length and self.rope_scaling not in ("yarn", "llama3"):
+            found.append(
+                f"rope_original_length {self.rope_original_length} has no effect while rope_scaling is "
+                f"{self.rope_scaling}. Set --rope-scaling yarn or llama3, or --rope-original-length 0."
+            )
+        if self.rope_scaling != "none" and self.position_embedding_type != "rope":
+            found.append(
+                f"rope_scaling {self.rope_scaling} has no effect while position_embedding_type is "
+                f"{self.position_embedding_type}. Set --rope-scaling none, or --position-embedding-type rope."
+            )
         return found
 
 
@@ -120,9 +131,8 @@ class ParallelConfig:
     """Processes this config is meant for: what --dry-run plans with, and what a run is checked against. 0: any."""
 
     def problems(self) -> list[str]:
-        return _not_positive(
-            self, "ulysses_degree", "stripe_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
-        )
+        sizes = "ulysses_degree", "stripe_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        return _not_positive(self, *sizes) + _negative(self, "context_parallel_size", "world_size")
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,14 @@ class TrainingConfig:
     """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr")
+        found = _not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps")
+        found += _negative(self, "global_batch_size", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        found += _negative(self, "seed", "eval_interval")
+        found += [
+            f"{name} {beta} must be at least 0 and below 1. Set {_flag(name)}."
+            for name in ("adam_beta1", "adam_beta2")
+            if not 0 <= (beta := getattr(self, name)) < 1
+        ]
         if self.min_lr > self.lr:
             found.append(f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr or --lr.")
         if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.train_iters:
@@ -206,9 +223,10 @@ class CheckpointConfig:
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
 
     def problems(self) -> list[str]:
+        found = _negative(self, "save_interval")
         if self.save_interval and not self.save:
-            return [f"save_interval {self.save_interval} has nowhere to write to. Set --save."]
-        return []
+            found.append(f"save_interval {self.save_interval} has nowhere to write to. Set --save.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -244,10 +262,9 @@ class Config:
     """Print the resolved config and the plan, start nothing, and leave."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong within the sections and between them, each with rule, remedy and flag."""
+        """Everything that is wrong within the sections, each with rule, remedy and flag."""
         sections = [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
-        found = [problem for section in sections for problem in section.problems()]
-        return found
+        return [problem for section in sections for problem in section.problems()]
 
 
 def parse(arguments: list[str], console: bool = True) -> Config:
@@ -300,6 +317,8 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
     """``section`` with the values of ``tree``; what does not fit is added to ``problems``."""
     hints = get_type_hints(type(section))
     known = [f.name for f in fields(section)]
+    if tree is None:
+        return section  # a heading with nothing under it
     if not isinstance(tree, dict):
         problems.append(f"{where}: expected keys and values, found {tree!r}.")
         return section
@@ -354,14 +373,28 @@ def _typed(value: Any, hint: Any) -> Any:
 def _described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        return f"a list of {'' if Ellipsis in inner else f'{len(inner)} '}{inner[0].__name__}"
     return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def _not_positive(section: Any, *names: str) -> list[str]:
+    rule = {int: "at least 1", float: "above 0"}
+    values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} {getattr(section, name)} must be at least 1. Set --{name.replace('_', '-')}."
-        if isinstance(getattr(section, name), int)
-        else f"{name} {getattr(section, name)} must be above 0. Set --{name.replace('_', '-')}."
-        for name in names
-        if not getattr(section, name) > 0
+        f"{name} {value} must be {rule[type(value)]}. Set {_flag(name)}."
+        for name, value in values.items()
+        if not value > 0  # so that nan is refused too
     ]
+
+
+def _negative(section: Any, *names: str) -> list[str]:
+    values = {name: getattr(section, name) for name in names}
+    return [
+        f"{name} {value} must not be below 0. Set {_flag(name)}." for name, value in values.items() if not value >= 0
+    ]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

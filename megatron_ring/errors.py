@@ -48,7 +48,7 @@ def nearest_multiples(value: int, multiple: int) -> str:
     >>> nearest_multiples(8190, 8), nearest_multiples(3, 8)
     ('8184, 8192', '8')
     """
-    below = value // multiple * multiple
+    below = max(value, 0) // multiple * multiple
     return ", ".join(str(legal) for legal in (below, below + multiple) if legal > 0)
 
 

@@ -188,8 +188,8 @@ MISTAKES = {
     "training: {zero_stage: 1.0}": "FILE: training: zero_stage is 1.0, not one of 0, 1, 2, 3.",
     "training: {zero_stage: [1]}": "FILE: training: zero_stage is [1], not one of 0, 1, 2, 3.",
     "training: {deepspeed: 3}": "FILE: training: deepspeed is 3, not of type dict.",
-    "data: {split: [1]}": "FILE: data: split is [1], not of type tuple.",
-    "data: {data_path: [3]}": "FILE: data: data_path is [3], not of type tuple.",
+    "data: {split: [1]}": "FILE: data: split is [1], not a list of 2 float.",
+    "data: {data_path: [3]}": "FILE: data: data_path is [3], not a list of str.",
     "checkpoint: {save: 3}": "FILE: checkpoint: save is 3, not of type str.",
 }
 
@@ -204,7 +204,7 @@ def test_all_mistakes_in_a_file_are_said_at_once(complaint):
     assert complaint("\n".join(three)).splitlines() == [
         "FILE: model: num_layers is 'two', not of type int.",
         "FILE: training: lr is 'fast', not of type float.",
-        "FILE: data: split is [1], not of type tuple.",
+        "FILE: data: split is [1], not a list of 2 float.",
     ]
 
 
@@ -286,7 +286,7 @@ PROBLEMS = [
     ),
     (
         ModelConfig(num_attention_heads=4, num_query_groups=-1),
-        "num_query_groups -1 does not divide num_attention_heads 4. Legal: 1, 2, 4. Set --num-query-groups.",
+        "num_query_groups -1 must not be below 0. Set --num-query-groups.",
     ),
     (
         ModelConfig(hidden_size=12, num_attention_heads=4),
@@ -302,6 +302,36 @@ PROBLEMS = [
         ModelConfig(rope_scaling_factor=2.0),
         "rope_scaling_factor 2.0 has no effect while rope_scaling is none. "
         "Set --rope-scaling linear (or ntk, yarn, llama3).",
+    ),
+    (
+        ModelConfig(ffn_hidden_size=-4),
+        "ffn_hidden_size -4 must not be below 0. Set --ffn-hidden-size.",
+    ),
+    (
+        ModelConfig(rope_original_length=512),
+        "rope_original_length 512 has no effect while rope_scaling is none. "
+        "Set --rope-scaling yarn or llama3, or --rope-original-length 0.",
+    ),
+    (
+        ModelConfig(rope_scaling="ntk", rope_scaling_factor=2.0, position_embedding_type="learned_absolute"),
+        "rope_scaling ntk has no effect while position_embedding_type is learned_absolute. "
+        "Set --rope-scaling none, or --position-embedding-type rope.",
+    ),
+    (
+        ParallelConfig(context_parallel_size=-2),
+        "context_parallel_size -2 must not be below 0. Set --context-parallel-size.",
+    ),
+    (
+        TrainingConfig(clip_grad=-1.0),
+        "clip_grad -1.0 must not be below 0. Set --clip-grad.",
+    ),
+    (
+        TrainingConfig(adam_beta2=1.0),
+        "adam_beta2 1.0 must be at least 0 and below 1. Set --adam-beta2.",
+    ),
+    (
+        CheckpointConfig(save="runs", save_interval=-5),
+        "save_interval -5 must not be below 0. Set --save-interval.",
     ),
     (
         DataConfig(split=(0.5, 0.4)),

@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import tyro
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_runs
-from megatron_ring.errors import MegatronRingError
+from megatron_ring.errors import speaking_errors
 from megatron_ring.kernels.attention import KERNELS, choose
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.parallel.collectives import ProcessGroups
@@ -249,8 +248,5 @@ def _hop_runs_of(layout: Layout, options: Options, device: str) -> list[Callable
 
 
 if __name__ == "__main__":
-    try:
+    with speaking_errors():
         main()
-    except MegatronRingError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -26,6 +26,8 @@ class ContextParallelAttention:
     """
 
     def __init__(self, layout: Layout, kernel: str, groups: ProcessGroups):
+        ring_size = dist.get_world_size(groups.ring_links[0]) if groups.ring_links else 1
+        assert layout.ring_size == ring_size, "a layout for another ring than the groups'"
         self.layout = layout
         self.kernel = kernel
         self.links = " ".join(group.group_name for group in groups.ring_links or ())

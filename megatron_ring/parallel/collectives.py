@@ -1,8 +1,8 @@
 """Process groups along the grid's axes, built once and passed on, and the ring's exchange. Talks torch.distributed.
 
 A ring has two communicators. The link from rank r to r+1 belongs to number r % 2, so that what a rank sends and what
-it receives never queue behind each other, and neighbours post in an order that cannot lock (DESIGN: one process group
-per direction).
+it receives do not queue behind each other, and neighbours post in an order that cannot lock. (In a ring of odd size
+the link that closes it shares number 0 with the first: there rank 0 posts both ways as one batch.)
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,13 @@ class ProcessGroups:
         """Build every group of the grid; all processes call it, in the same place. Blocks until all have."""
         data_context = _own_group(grid.members("data", "ring", "ulysses"), global_rank)
         links = [_own_group(grid.members("ring"), global_rank) for _ in range(2)]
-        return ProcessGroups(data_context, tuple(links) if grid.ring > 1 else None)
+        if grid.ring == 1:
+            return ProcessGroups(data_context, None)
+        for link in links:
+            # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
+            # rank 0 has no transfer on the second link.
+            dist.barrier(group=link)
+        return ProcessGroups(data_context, tuple(links))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` summed over data x context, in place, and returned."""

@@ -1,7 +1,7 @@
 """What the launcher says of this process. The one file that reads ``os.environ``.
 
 ``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` sets SLURM's names; alone, a process is
-the whole world.
+the whole world. A batch script carries SLURM's names too, but only within a step of srun do they count processes.
 """
 
 import os
@@ -45,4 +45,7 @@ class Environment:
 
 
 def _integer(*names: str, default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    in_step = "SLURM_STEP_ID" in os.environ
+    given = (name for name in names if name in os.environ and (in_step or not name.startswith("SLURM_")))
+    # OMP_NUM_THREADS may list a number for each nesting level; the outermost comes first.
+    return next((int(os.environ[name].split(",")[0]) for name in given), default)

@@ -8,7 +8,13 @@ from megatron_ring.parallel.environment import Environment
 LAUNCHERS = {
     "torchrun": {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
     "deepspeed": {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"},
-    "srun": {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"},
+    "srun": {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "8",
+        "SLURM_NTASKS_PER_NODE": "4",
+    },
 }
 
 
@@ -58,3 +64,13 @@ def test_what_the_launcher_said_is_kept(environ):
     before = dict(environ)
     Environment.read().complete()
     assert environ == before
+
+
+def test_a_batch_script_that_carries_slurms_names_is_still_alone(environ):
+    environ.update({name: value for name, value in LAUNCHERS["srun"].items() if name != "SLURM_STEP_ID"})
+    assert Environment.read().world_size == 1
+
+
+def test_the_outermost_number_of_threads_counts(environ):
+    environ.update({"OMP_NUM_THREADS": "4,2"})
+    assert Environment.read().threads == 4
