@@ -1,4 +1,4 @@
-"""DeepSpeed, kept behind one door: its config derived from ours, its engine driven one optimizer step at a time.
+"""DeepSpeed, kept behind one door: its engine, driven one optimizer step at a time.
 
 DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages gradients over it; ``loss.py`` makes
 that average the true token mean. This is the only file that imports deepspeed.
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.data.loader import Batch
-from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.training.loss import IGNORED, counted_tokens, loss_sum, share_of_mean
@@ -24,20 +23,6 @@ from megatron_ring.training.setup import Setup
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 import deepspeed  # noqa: E402
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
-
-# Which of our flags a derived key of DeepSpeed's config follows from.
-_DERIVED_FROM = {
-    "train_batch_size": "--global-batch-size",
-    "train_micro_batch_size_per_gpu": "--micro-batch-size",
-    "gradient_accumulation_steps": "--global-batch-size",
-    "gradient_clipping": "--clip-grad",
-    "zero_optimization.stage": "--zero-stage",
-    "bf16.enabled": "--dtype",
-    "fp16.enabled": "--dtype",
-    "tensorboard.enabled": "--tensorboard-dir",
-    "wandb.enabled": "--wandb-project",
-    "csv_monitor.enabled": "--csv-dir",
-}
 
 
 def start_processes(environment: Environment, device: str) -> None:
@@ -85,7 +70,7 @@ class Engine:
         training = setup.config.training
         optimizer = torch.optim.AdamW(
             parameter_groups,
-            lr=training.lr,
+            lr=0.0,  # train_step sets each step's
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_eps,
             fused=True,
@@ -93,7 +78,10 @@ class Engine:
         self.groups = groups
         self.device = torch.device(setup.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(setup))
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.deepspeed)
+        # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that moves
+        # no weight, but AdamW would count it as its first.
+        optimizer.state.clear()
         self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
         # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.
         self.engine._copy_recovery_script = lambda _: None
@@ -183,43 +171,3 @@ class _FilesWithKeptFailures(TorchCheckpointEngine):
 
 def _count(batches: list[Batch], device: torch.device) -> torch.Tensor:
     return sum(counted_tokens(batch.targets_Bl) for batch in batches).to(device)
-
-
-def deepspeed_config(setup: Setup) -> dict[str, Any]:
-    """DeepSpeed's dictionary: what follows from our options, and the user's extras where they do not contradict it."""
-    training, monitors = setup.config.training, setup.config.logging
-    derived = {
-        "train_batch_size": training.micro_batch_size * setup.micro_batches * setup.grid.data_context,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": setup.micro_batches,
-        "gradient_clipping": training.clip_grad,
-        "zero_optimization": {"stage": training.zero_stage},
-        "bf16": {"enabled": setup.precision.name == "bf16"},
-        "fp16": {"enabled": setup.precision.name == "fp16"},
-        # Sums over ranks in fp32 whatever the compute type: bf16 loses mass as the ring grows.
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "tensorboard": {"enabled": bool(monitors.tensorboard_dir), "output_path": monitors.tensorboard_dir},
-        "wandb": {"enabled": bool(monitors.wandb_project), "project": monitors.wandb_project},
-        "csv_monitor": {"enabled": bool(monitors.csv_dir), "output_path": monitors.csv_dir},
-    }
-    problems: list[str] = []
-    merged = _merged(derived, training.deepspeed, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    return merged
-
-
-def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    merged = dict(derived)
-    for key, value in extra.items():
-        name = f"{path}{key}"
-        if isinstance(derived.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merged(derived[key], value, f"{name}.", problems)
-        elif key in derived and derived[key] != value:
-            flag = _DERIVED_FROM.get(name)
-            remedy = f"Set {flag} instead." if flag else "It is fixed."
-            problems.append(f"deepspeed: {name} {value!r} contradicts the derived {derived[key]!r}. {remedy}")
-        else:
-            merged[key] = value
-    return merged

@@ -4,12 +4,14 @@ Nothing here talks to other processes, so ``--dry-run`` and every bad request en
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError, nearest_multiples
 from megatron_ring.kernels.attention import KernelChoice, choose
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.training import deepspeed_config
 from megatron_ring.training.precision import Precision, device_type, precision
 
 
@@ -17,7 +19,7 @@ from megatron_ring.training.precision import Precision, device_type, precision
 class Setup:
     """What is settled before the first process group.
 
-    micro_batches: forward-backward passes of one optimizer step on each data rank.
+    micro_batches: forward-backward passes of one optimizer step on each data rank. deepspeed: its config.
     """
 
     config: Config
@@ -28,6 +30,7 @@ class Setup:
     kernel: KernelChoice
     global_batch_size: int
     micro_batches: int
+    deepspeed: dict[str, Any]
 
     @staticmethod
     def of(config: Config, world_size: int) -> "Setup":
@@ -44,6 +47,7 @@ class Setup:
         kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim)
         per_micro_batch = config.training.micro_batch_size * grid.data
         global_batch_size = config.training.global_batch_size or per_micro_batch
+        micro_batches = global_batch_size // per_micro_batch
         return Setup(
             config=config,
             grid=grid,
@@ -52,7 +56,8 @@ class Setup:
             precision=chosen,
             kernel=kernel,
             global_batch_size=global_batch_size,
-            micro_batches=global_batch_size // per_micro_batch,
+            micro_batches=micro_batches,
+            deepspeed=deepspeed_config.derive(config, grid, micro_batches, chosen.name),
         )
 
 

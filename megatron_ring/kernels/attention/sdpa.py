@@ -1,8 +1,9 @@
 """One hop through torch's own fused attention, by those of its operators that return the log-sum-exp.
 
 On a CPU that is the flash kernel of ``scaled_dot_product_attention``. On CUDA whole rectangles and triangles go to the
-flash kernel (bf16, fp16) and everything else to the memory-efficient one. Torch's public function hides the
-log-sum-exp, without which blocks cannot be merged, hence ``torch.ops.aten``.
+flash kernel (bf16, fp16) and everything else to the memory-efficient one; that path is written from the operators'
+schemas and has not run on a GPU yet. Torch's public function hides the log-sum-exp, without which blocks cannot be
+merged, hence ``torch.ops.aten``.
 """
 
 import functools
@@ -53,6 +54,7 @@ def _cuda_flash_backward(dout, q, k, v, out, lse, causal: bool, bias: Bias, scal
 
 def _cuda_efficient_forward(q, k, v, causal: bool, bias: Bias, scale: float):
     k, v = (_repeated(x, q) for x in (k, v))
+    bias = _aligned(bias, q)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     return out, lse[:, :, : q.shape[2]]  # this operator pads its lse to whole warps
 
@@ -61,7 +63,7 @@ def _cuda_efficient_backward(dout, q, k, v, out, lse, causal: bool, bias: Bias, 
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, _repeated(k, q), _repeated(v, q), bias, out, padded, unused, unused,
+        dout, q, _repeated(k, q), _repeated(v, q), _aligned(bias, q), out, padded, unused, unused,
         0.0, [True, True, True, False], causal, scale=scale,
     )  # fmt: skip
     return dq, *(d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv))
@@ -70,6 +72,15 @@ def _cuda_efficient_backward(dout, q, k, v, out, lse, causal: bool, bias: Bias, 
 def _repeated(kv: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Key-value heads repeated for their query heads: the efficient operator knows no groups."""
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def _aligned(bias: Bias, q: torch.Tensor) -> Bias:
+    """The bias as the efficient operator wants it: one view for all heads, rows that start at multiples of 8."""
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    padded = torch.nn.functional.pad(bias, (0, -keys % 8))
+    return padded[:, :keys].expand(*q.shape[:2], -1, -1)
 
 
 _CPU = _Operator(_cpu_forward, _cpu_backward)
