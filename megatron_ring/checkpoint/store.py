@@ -87,7 +87,7 @@ def newest(folder: Path) -> Stored | None:
     Raises CheckpointError where there are checkpoints and none is whole.
     """
     skipped: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in _candidates(folder):
         try:
             return Stored(path, _checked_state(path), tuple(skipped))
         except CheckpointError as error:
@@ -95,6 +95,13 @@ def newest(folder: Path) -> Stored | None:
     if skipped:
         raise CheckpointError([f"{folder} holds no whole checkpoint. Set --load to another folder.", *skipped])
     return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """What to try, newest first. Steps beyond ``latest`` are of an earlier run that wrote to the same folder."""
+    pointer = folder / _LATEST
+    latest = pointer.read_text().strip() if pointer.is_file() else "step-~"
+    return sorted((path for path in folder.glob("step-*") if path.name <= latest), reverse=True)
 
 
 def check_same_model(stored: Stored, config: Config, vocab_size: int) -> None:

@@ -79,8 +79,8 @@ class Engine:
         self.device = torch.device(setup.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.deepspeed)
-        # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that moves
-        # no weight, but AdamW would count it as its first.
+        # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
+        # moves no weight, but AdamW would count it as its first.
         optimizer.state.clear()
         self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
         # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.

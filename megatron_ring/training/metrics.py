@@ -42,7 +42,7 @@ class ValidationRecord:
 
 
 def keep_until(metrics_file: Path, step: int) -> None:
-    """Drop the lines behind ``step``: a run that resumes there writes them again."""
+    """Drop the lines behind ``step``: a run that goes on from there writes them again."""
     if not metrics_file.is_file():
         return
     lines = [line for line in metrics_file.read_text().splitlines() if json.loads(line)["step"] <= step]
@@ -79,7 +79,8 @@ class ConsoleReport:
         self.metrics_file = Path(logging.metrics_file) if logging.metrics_file else None
         if self.metrics_file:
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            keep_until(self.metrics_file, self.first_step - 1)
+            fresh = self.first_step == 1
+            keep_until(self.metrics_file, -1 if fresh else self.first_step - 1)
         self.steps: list[StepRecord] = []
         self.validations: list[ValidationRecord] = []
         # disable=None: no bar where there is no terminal; the lines are printed either way.

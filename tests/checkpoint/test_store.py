@@ -29,6 +29,20 @@ def test_the_newest_whole_checkpoint_is_found_with_its_state(tmp_path):
     assert load_yaml(path / "config.yaml") == Config()
 
 
+def test_a_run_that_starts_afresh_in_the_folder_of_a_longer_one_is_the_newest(tmp_path):
+    write(tmp_path, 5)
+    write(tmp_path, 10)
+    fresh = write(tmp_path, 5)
+    assert store.newest(tmp_path).path == fresh
+
+
+def test_without_the_pointer_the_last_step_is_the_newest(tmp_path):
+    for step in (5, 10):
+        path = write(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    assert store.newest(tmp_path).path == path
+
+
 def test_one_that_is_being_written_is_not_there_yet(tmp_path):
     write(tmp_path, 5)
     store.prepare(tmp_path, 10)

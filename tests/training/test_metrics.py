@@ -39,6 +39,13 @@ def test_a_step_and_a_validation_are_one_json_object_each(report, tmp_path):
     assert list(json.loads(lines[0])) == list(STEP)
 
 
+def test_a_fresh_run_begins_a_fresh_file(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 0, "validation_loss": 9.0}) + "\n")
+    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e6, 1e10, monitors=lambda events: None)
+    assert file.read_text() == ""
+
+
 def test_monitors_receive_what_the_file_has(report, monitored):
     report.step(StepRecord(**STEP))
     report.validation(ValidationRecord(**VALIDATION))
