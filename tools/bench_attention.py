@@ -119,7 +119,7 @@ def _report(options: Options, setting: str, single: float, results: list[Result]
     for r in results:
         imbalance = f"{r.imbalance_counted:.4f}" + (f" ({r.imbalance_timed:.3f} timed)" if r.imbalance_timed else "")
         print(f"{r.layout:<10}{r.seconds:>10.4f}{r.speedup_over_ring:>11.3f}{r.bound:>8.3f}{r.efficiency:>12.3f}"
-              f"{imbalance:>14}")  # fmt: skip
+              f"  {imbalance:>12}")  # fmt: skip
     if options.json:
         document = {"setting": setting, "device": device, "emulated": bool(options.emulate_ranks)}
         document |= {"options": vars(options), "single_seconds": single, "results": [vars(r) for r in results]}
