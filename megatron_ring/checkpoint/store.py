@@ -52,6 +52,11 @@ def partial_name(step: int) -> str:
     return f".partial-{step:08d}"
 
 
+def final_path(folder: Path, step: int) -> Path:
+    """The folder that the checkpoint of ``step`` has once it is whole."""
+    return folder / f"step-{step:08d}"
+
+
 def prepare(folder: Path, step: int) -> None:
     """Make ``folder`` and clear the way for a checkpoint; raises CheckpointError when it cannot be written to."""
     with _write_errors(folder):
@@ -62,7 +67,7 @@ def prepare(folder: Path, step: int) -> None:
 
 def commit(folder: Path, state: RunState, config: Config) -> Path:
     """Make what was written under the partial name the newest checkpoint; returns its folder."""
-    partial, final = folder / partial_name(state.step), folder / f"step-{state.step:08d}"
+    partial, final = folder / partial_name(state.step), final_path(folder, state.step)
     with _write_errors(folder):
         (partial / _CONFIG).write_text(to_yaml(config))
         sizes = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}

@@ -30,7 +30,7 @@ def save(engine: Engine, setup: Setup, state: store.RunState) -> Path:
             "Free some space, or set --save to another disk."
         )
     _on_rank_0(lambda: store.commit(folder, state, setup.config))
-    return folder / f"step-{state.step:08d}"
+    return store.final_path(folder, state.step)
 
 
 def find(setup: Setup, vocab_size: int) -> store.Stored | None:

@@ -6,7 +6,6 @@ schemas and has not run on a GPU yet. Torch's public function hides the log-sum-
 merged, hence ``torch.ops.aten``.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ Bias = torch.Tensor | None
 
 @dataclass(frozen=True)
 class _Operator:
-    """A fused operator: forward(q, k, v, causal, bias, scale) -> (out, lse, rest); backward takes ``rest`` back."""
+    """forward(q, k, v, causal, bias, scale) -> (out, lse); backward(dout, q, k, v, out, lse, causal, bias, scale)."""
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -153,7 +152,6 @@ def _bias(runs: KeyRuns, tile: Tile, q: torch.Tensor) -> tuple[Bias, torch.Tenso
     return bias, ~visible.any(-1)
 
 
-@functools.cache
 def unavailable(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this kernel cannot serve, or None when it can."""
     if device_type not in ("cpu", "cuda"):
