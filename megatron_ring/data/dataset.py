@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ring.config import DataConfig
 from megatron_ring.data.manifest import check_tokenizer, tokenizer_path
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import SampleStream, split_documents
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
+from megatron_ring.errors import DataError
 
 DEFAULT_FOLDER = Path("data")
 """Where the default corpus is prepared, under the working directory."""
@@ -27,17 +30,33 @@ class Dataset:
     def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
         """Open the store that ``config`` names, or Python's own library, which is prepared first if need be.
 
-        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the other.
+        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the other, and
+        for documents without ends where ``config`` wants them told apart.
         """
         prefix = Path(config.data_path[0]) if config.data_path else prepare_python_library(DEFAULT_FOLDER, 2, progress)
         store = TokenStore(prefix)
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(prefix))
         check_tokenizer(prefix, tokenizer)
+        _refuse_missing_ends(store, tokenizer.end_of_document, config)
         parts = split_documents(store.lengths, config.split, config.seq_length)
         streams = [
             SampleStream(store, part, config.seq_length, seed, tokenizer.vocab_size) if part else None for part in parts
         ]
         return Dataset(tokenizer, *streams)
+
+
+def _refuse_missing_ends(store: TokenStore, end_of_document: int, config: DataConfig) -> None:
+    """Borders are read from end-of-document tokens: a store written without them would have none, in silence."""
+    flags = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(config, name)]
+    unended = [n for n in np.flatnonzero(store.lengths) if store.document(n)[-1] != end_of_document] if flags else []
+    if unended:
+        raise DataError(
+            f"token store {store.prefix}: {len(unended)} of {len(store)} documents, the first of them number "
+            f"{unended[0]}, do not end with the end-of-document token (id {end_of_document}), from which "
+            f"{', '.join(flags)} read where documents end. Write the store again with tools/prepare_data.py "
+            f"--output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to the one it was "
+            f"written with, or leave out {', '.join('--' + name.replace('_', '-') for name in flags)}."
+        )
 
 
 def bits_per_byte(loss_sum: float, text_bytes: int) -> float:

@@ -1,7 +1,8 @@
 """The pre-striping loader: each process is handed its own share of its own samples, already laid out.
 
 The whole sample is cut here, once, by ``layout.positions``; nothing is moved between ranks afterwards. Targets are
-shifted by one before the cut, so the target of a token lives where the token lives, although its neighbour may not.
+shifted by one before the cut, so the target of a token lives where the token lives, although its neighbour may not;
+documents are found before it too, for an end-of-document token may live elsewhere than the document behind it.
 This is selection only: no collectives, and the same samples in the same global batches for any grid.
 """
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.data.packing import NO_BORDERS, Packing
 from megatron_ring.data.samples import SampleStream
 
 
@@ -18,13 +20,24 @@ from megatron_ring.data.samples import SampleStream
 class Batch:
     """What one process feeds its model at once: ``B`` samples, and of each the ``l`` tokens that live here.
 
-    ``tokens_Bl`` and ``targets_Bl`` are int64; the loss counts the targets that are not -100. ``positions_l`` is int64,
-    the positions in the sample, the same for every sample and increasing.
+    ``tokens_Bl`` and ``targets_Bl`` are int64; the loss counts the targets that are not -100. ``positions`` is int64,
+    for the model: (l,), the positions in the sample, the same for every sample and increasing; (B, l) where they
+    restart with each document. ``document_starts`` is int64 (documents,), increasing, on the CPU: where each document
+    begins when the ``B`` whole samples are laid end to end, the same on every ring rank. Sample ``b`` begins at
+    ``b * S``, and a document with it. None: a token sees all of its sample that lies before it.
     """
 
     tokens_Bl: torch.Tensor
     targets_Bl: torch.Tensor
-    positions_l: torch.Tensor
+    positions: torch.Tensor
+    document_starts: torch.Tensor | None
+
+    def document_lengths(self, seq_length: int) -> torch.Tensor:
+        """Tokens of each document, or of each sample where a sample is one: (documents,) int64."""
+        samples = len(self.tokens_Bl)
+        if self.document_starts is None:
+            return torch.full((samples,), seq_length)
+        return torch.cat([self.document_starts, torch.tensor([samples * seq_length])]).diff()
 
 
 class Loader:
@@ -45,12 +58,14 @@ class Loader:
         micro_batch_size: int,
         global_batch_size: int,
         consumed_samples: int = 0,
+        packing: Packing = NO_BORDERS,
     ):
         assert layout.seq_length == stream.seq_length
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
-        self._positions_l = layout.positions(ring_rank)
+        self._packing = packing
+        self._positions_l = layout.positions(ring_rank).numpy()
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
         self._consumed_samples = consumed_samples
@@ -69,7 +84,16 @@ class Loader:
         return batches
 
     def _batch(self, first: int) -> Batch:
-        own, positions = range(first, first + self._micro_batch_size), self._positions_l.numpy()
-        shards = [(sample[positions], sample[positions + 1]) for sample in map(self._stream.sample, own)]
-        tokens_Bl, targets_Bl = (torch.from_numpy(np.stack(rows)) for rows in zip(*shards))
-        return Batch(tokens_Bl, targets_Bl, self._positions_l)
+        samples = np.stack([self._stream.sample(first + b) for b in range(self._micro_batch_size)])
+        tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
+        starts = self._packing.document_starts(tokens_BS)
+        return Batch(
+            self._cut(tokens_BS),
+            self._cut(self._packing.targets(tokens_BS, next_BS)),
+            self._cut(self._packing.positions(tokens_BS)),
+            None if starts is None else torch.from_numpy(starts),
+        )
+
+    def _cut(self, whole: np.ndarray) -> torch.Tensor:
+        """This ring rank's share of (..., S): (..., l)."""
+        return torch.from_numpy(np.take(whole, self._positions_l, axis=-1))

@@ -1,14 +1,23 @@
 """The loader: which rank is handed which token, and that the grid changes nothing but that."""
 
+from dataclasses import fields
+from itertools import chain, count, islice
+
+import numpy as np
 import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.data.loader import Loader
+from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 
 S = 16
 GLOBAL_BATCH = 8
+END = 0
+# flag -> what it changes in a batch
+FLAGS = {"reset_attention_mask": "document_starts", "reset_position_ids": "positions", "eod_mask_loss": "targets_Bl"}
+EVERY_FLAG = dict.fromkeys(FLAGS, True)
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +27,14 @@ def stream(store_of) -> SampleStream:
     return SampleStream(store_of(documents), range(10), seq_length=S, seed=5, vocab_size=65536)
 
 
+def channels(batch: Batch) -> torch.Tensor:
+    """What is known of each token, (B, l, 3): itself, its target, its position."""
+    return torch.stack([batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1)
+
+
 def steps_of(stream, layout: Layout, data_size: int, micro_batch_size: int, consumed: int, steps: int) -> torch.Tensor:
-    """Inputs and targets of every rank put back in their places: (steps x global batch, S, 2)."""
-    whole = torch.full((steps * GLOBAL_BATCH, layout.seq_length, 2), -1)
+    """Inputs, targets and positions of every rank put back in their places: (steps x global batch, S, 3)."""
+    whole = torch.full((steps * GLOBAL_BATCH, layout.seq_length, 3), -1)
     for data_rank in range(data_size):
         for ring_rank in range(layout.ring_size):
             loader = Loader(stream, layout, ring_rank, data_rank, data_size, micro_batch_size, GLOBAL_BATCH, consumed)
@@ -28,7 +42,7 @@ def steps_of(stream, layout: Layout, data_size: int, micro_batch_size: int, cons
                 for micro, batch in enumerate(loader.next_step()):
                     first = step * GLOBAL_BATCH + (micro * data_size + data_rank) * micro_batch_size
                     rows = torch.arange(first, first + micro_batch_size)[:, None]
-                    whole[rows, batch.positions_l] = torch.stack([batch.tokens_Bl, batch.targets_Bl], dim=-1)
+                    whole[rows, layout.positions(ring_rank)] = channels(batch)
     return whole
 
 
@@ -48,7 +62,7 @@ def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
         (batch,) = loader.next_step()
         assert batch.tokens_Bl.tolist() == [tokens[ring_rank]]
         assert batch.targets_Bl.tolist() == [targets[ring_rank]]
-        assert batch.positions_l.tolist() == tokens[ring_rank]
+        assert batch.positions.tolist() == tokens[ring_rank]
 
 
 def test_one_process_gets_the_samples_as_they_are(stream):
@@ -57,7 +71,9 @@ def test_one_process_gets_the_samples_as_they_are(stream):
     for batch, indices in ((first, (0, 1)), (second, (2, 3))):
         assert batch.tokens_Bl.tolist() == [stream.sample(index)[:-1].tolist() for index in indices]
         assert batch.targets_Bl.tolist() == [stream.sample(index)[1:].tolist() for index in indices]
-    assert first.tokens_Bl.dtype == first.targets_Bl.dtype == first.positions_l.dtype == torch.int64
+        assert batch.positions.tolist() == list(range(S))
+        assert batch.document_starts is None
+    assert first.tokens_Bl.dtype == first.targets_Bl.dtype == first.positions.dtype == torch.int64
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -105,3 +121,92 @@ def test_the_second_epoch_has_another_order(stream):
     first, second = ([batch.tokens_Bl.tolist() for batch in loader.next_step()] for _ in range(2))
     assert first != second
     assert len(first) == len(second) == stream.samples_per_epoch
+
+
+# ---- packed documents ----
+
+PACKED_S = 24
+"""A multiple of what each layout below asks for."""
+
+LENGTHS = {
+    "one token each": [1],
+    "shorter than the ring": [2, 3],
+    "two ends in a row": [6, 1],
+    "of prime length": [5, 7, 11, 13],
+    "fills the sample": [PACKED_S],
+    "cut at the edge": [PACKED_S + 6],
+    "longer than two samples": [3 * PACKED_S],
+}
+
+
+def packed_stream(store_of, lengths: list[int]) -> SampleStream:
+    """Two samples of documents of these lengths, over and over. One document of the store, so that nothing is moved."""
+    numbers = count(1)
+    documents = ([*islice(numbers, length - 1), END] for _ in count() for length in lengths)
+    tokens = list(islice(chain.from_iterable(documents), 2 * PACKED_S + 1))
+    return SampleStream(store_of([tokens]), range(1), seq_length=PACKED_S, seed=1, vocab_size=len(tokens) + 1)
+
+
+def packed_batch(stream: SampleStream, layout: Layout, ring_rank: int = 0, **flags: bool) -> Batch:
+    (batch,) = Loader(stream, layout, ring_rank, 0, 1, 2, 2, packing=Packing(END, **flags)).next_step()
+    return batch
+
+
+def test_packed_documents_0_to_7_on_four_striped_ranks(store_of):
+    stream = SampleStream(store_of([[1, 2, END, 4, END, END, 7, 8, 9]]), range(1), seq_length=8, seed=1, vocab_size=10)
+    starts, targets, positions = [], [], []
+    for ring_rank in range(4):
+        loader = Loader(stream, Layout("striped", 8, 4), ring_rank, 0, 1, 1, 1, packing=Packing(END, **EVERY_FLAG))
+        (batch,) = loader.next_step()
+        starts += [batch.document_starts.tolist()]
+        targets += batch.targets_Bl.tolist()
+        positions += batch.positions.tolist()
+    assert starts == [[0, 3, 5, 6]] * 4
+    assert targets == [[2, -100], [END, -100], [-100, 8], [END, 9]]
+    assert positions == [[0, 1], [1, 0], [2, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_one_process_gets_what_the_packing_says_of_whole_samples(store_of, lengths):
+    stream, packing = packed_stream(store_of, lengths), Packing(END, **EVERY_FLAG)
+    batch = packed_batch(stream, Layout("none", PACKED_S, 1), **EVERY_FLAG)
+    samples = np.stack([stream.sample(0), stream.sample(1)])
+    assert batch.tokens_Bl.tolist() == samples[:, :-1].tolist()
+    assert batch.targets_Bl.tolist() == packing.targets(samples[:, :-1], samples[:, 1:]).tolist()
+    assert batch.positions.tolist() == packing.positions(samples[:, :-1]).tolist()
+    assert batch.document_starts.tolist() == packing.document_starts(samples[:, :-1]).tolist()
+    assert {getattr(batch, field.name).dtype for field in fields(Batch)} == {torch.int64}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("ring", PACKED_S, 4),
+        Layout("striped", PACKED_S, 4),
+        Layout("striped", PACKED_S, 3, stripe_size=2),
+        Layout("striped", PACKED_S, 2, stripe_size=3),
+        Layout("striped", PACKED_S, 4, stripe_size=6),
+        Layout("zigzag", PACKED_S, 4),
+    ],
+    ids=lambda layout: f"{layout.name}{layout.ring_size}x{layout.stripe_size}",
+)
+def test_packed_documents_do_not_depend_on_the_layout(store_of, layout, lengths):
+    stream = packed_stream(store_of, lengths)
+    alone = packed_batch(stream, Layout("none", PACKED_S, 1), **EVERY_FLAG)
+    together = torch.full((2, PACKED_S, 3), -1)
+    for ring_rank in range(layout.ring_size):
+        batch = packed_batch(stream, layout, ring_rank, **EVERY_FLAG)
+        together[:, layout.positions(ring_rank)] = channels(batch)
+        assert torch.equal(batch.document_starts, alone.document_starts)
+    assert torch.equal(together, channels(alone))
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_each_flag_changes_only_its_own_thing(store_of, flag):
+    stream, layout = packed_stream(store_of, LENGTHS["of prime length"]), Layout("striped", PACKED_S, 4)
+    for ring_rank in range(4):
+        none, one, every = (packed_batch(stream, layout, ring_rank, **on) for on in ({}, {flag: True}, EVERY_FLAG))
+        for field in fields(Batch):
+            expected = every if field.name == FLAGS[flag] else none
+            torch.testing.assert_close(getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0)

@@ -1,0 +1,52 @@
+"""Documents within a sample: what its end-of-document tokens mean for the mask, the positions and the targets.
+
+Megatron's three flags, independent of one another. An end-of-document token belongs to the document it ends. Only the
+sample is looked at: a document that began in an earlier one begins again at position 0. All of it is said of whole
+samples, which the loader cuts afterwards, and nothing here is larger than they are.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORED = -100
+"""The target of a token that predicts nothing. Training leaves it out of the loss, and cannot be asked from here."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What becomes of the borders between documents. ``tokens_BS`` are the token ids of whole samples, (B, S)."""
+
+    end_of_document: int
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+
+    def document_starts(self, tokens_BS: np.ndarray) -> np.ndarray | None:
+        """Where each document begins, the samples laid end to end: (documents,) int64, increasing.
+
+        None without reset_attention_mask: a token then sees all of its sample that lies before it.
+        """
+        return _starts(tokens_BS == self.end_of_document) if self.reset_attention_mask else None
+
+    def positions(self, tokens_BS: np.ndarray) -> np.ndarray:
+        """Positions for the model, int64: (B, S), from 0 in each document; (S,) without reset_position_ids."""
+        if not self.reset_position_ids:
+            return np.arange(tokens_BS.shape[1])
+        starts = _starts(tokens_BS == self.end_of_document)
+        lengths = np.diff(starts, append=tokens_BS.size)
+        return (np.arange(tokens_BS.size) - np.repeat(starts, lengths)).reshape(tokens_BS.shape)
+
+    def targets(self, tokens_BS: np.ndarray, next_BS: np.ndarray) -> np.ndarray:
+        """What each token predicts: the token after it, ``next_BS``; IGNORED at a border under eod_mask_loss."""
+        return np.where(tokens_BS == self.end_of_document, IGNORED, next_BS) if self.eod_mask_loss else next_BS
+
+
+NO_BORDERS = Packing(end_of_document=-1)
+"""None of the three: a sample is taken as one document. No token has the id -1."""
+
+
+def _starts(ends_BS: np.ndarray) -> np.ndarray:
+    starts_BS = np.ones_like(ends_BS)  # each sample begins a document, whatever came before it
+    starts_BS[:, 1:] = ends_BS[:, :-1]
+    return np.flatnonzero(starts_BS)
