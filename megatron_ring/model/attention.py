@@ -5,6 +5,7 @@ tensor-parallel rank takes a run of rows of each, though keys and values have fe
 takes them as they are; a fused matrix would have to be taken apart for both.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,34 +18,74 @@ from megatron_ring.kernels.rope import Rotation, rotate
 class AttentionFunction(Protocol):
     """Causal attention over the whole sequence, of which this process holds l tokens; scaled by 1 / sqrt(D).
 
-    Query head i reads key-value head i // (H / G). The model neither knows nor asks where the other tokens live.
+    Query head i reads key-value head i // (H / G). A token sees the tokens of its own document up to itself, and with
+    a ``window`` above 0 only the last ``window`` of them, itself included. ``document_starts``, int64 (documents,) on
+    the CPU, says where each document begins when the B whole samples are laid end to end: sample b begins at b * S.
+    None: a sample is one document. The model neither knows nor asks where the other tokens live.
     """
 
-    def __call__(self, q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, v_BlGD: torch.Tensor) -> torch.Tensor:
-        """out_BlHD, in the dtype of ``q_BlHD``."""
+    def __call__(
+        self,
+        q_BlHD: torch.Tensor,
+        k_BlGD: torch.Tensor,
+        v_BlGD: torch.Tensor,
+        window: int,
+        document_starts: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out_BlHD, in the dtype of ``q_BlHD``, and lse_BHl of the scores, natural log.
+
+        lse is float32 (float64 for float64), and gradients flow through it as through the output.
+        """
         ...
 
 
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): H query heads over G key-value heads of size D."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction):
+    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int):
         super().__init__()
         self.head_dim = config.head_dim
         self.attention = attention
+        self.window = window
+        self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads)
         hidden, bias = config.hidden_size, config.add_bias_linear
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias)
         self.k_proj = nn.Linear(hidden, config.key_value_heads * config.head_dim, bias)
         self.v_proj = nn.Linear(hidden, config.key_value_heads * config.head_dim, bias)
         self.out_proj = nn.Linear(config.num_attention_heads * config.head_dim, hidden, bias)
 
-    def forward(self, x_BlE: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+    def forward(
+        self, x_BlE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
+    ) -> torch.Tensor:
         """(B, l, E). ``rotation`` is None for a model whose positions come from a table."""
         q_BlHD, k_BlGD, v_BlGD = (self._heads(proj(x_BlE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if rotation is not None:
             # Before the attention function: keys are turned once, at home, and travel turned.
             q_BlHD, k_BlGD = rotate(q_BlHD, rotation), rotate(k_BlGD, rotation)
-        return self.out_proj(self.attention(q_BlHD, k_BlGD, v_BlGD).flatten(-2))
+        out_BlHD, lse_BHl = self.attention(q_BlHD, k_BlGD, v_BlGD, self.window, document_starts)
+        if self.sink_H is not None:
+            out_BlHD = with_sink(out_BlHD, lse_BHl, self.sink_H)
+        return self.out_proj(out_BlHD.flatten(-2))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:
+    """``out_BlHD`` had every softmax one more key, of score ``sink_H`` and without a value; exact, in its dtype.
+
+    The denominator grows from e^lse to e^lse + e^sink, so the output shrinks by sigmoid(lse - sink). Attention sinks
+    are of Xiao et al. 2023 (Efficient Streaming Language Models with Attention Sinks, section 3.3), a learned score
+    per head of OpenAI's gpt-oss (2025), a score of 0 of Miller 2023 (Attention Is Off By One).
+    """
+    # The product is float32 for bfloat16 output, because lse is; only the result is cast.
+    share_BlH1 = torch.sigmoid(lse_BHl - sink_H.unsqueeze(-1)).transpose(1, 2).unsqueeze(-1)
+    return (out_BlHD * share_BlH1).type_as(out_BlHD)
+
+
+# A sink of score 0 is a buffer, so that it follows the model to its device, and follows from the config, so unsaved.
+_SINKS: dict[str, Callable[[int], torch.Tensor | None]] = {
+    "vanilla": lambda heads: None,
+    "off-by-one": lambda heads: nn.Buffer(torch.zeros(heads), persistent=False),
+    "learnable": lambda heads: nn.Parameter(torch.zeros(heads)),
+}

@@ -20,16 +20,18 @@ from megatron_ring.model.mlp import mlp
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each on a normalised copy and added back."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction):
+    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int):
         super().__init__()
         self.attention_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon)
-        self.attention = SelfAttention(config, attention)
+        self.attention = SelfAttention(config, attention, window)
         self.mlp_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon)
         self.mlp = mlp(config)
 
-    def forward(self, x_BlE: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+    def forward(
+        self, x_BlE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
+    ) -> torch.Tensor:
         """(B, l, E) -> (B, l, E)."""
-        x_BlE = x_BlE + self.attention(self.attention_norm(x_BlE), rotation)
+        x_BlE = x_BlE + self.attention(self.attention_norm(x_BlE), rotation, document_starts)
         return x_BlE + self.mlp(self.mlp_norm(x_BlE))
 
 
@@ -38,7 +40,8 @@ class GPT(nn.Module):
 
     ``seq_length`` is S, the whole sample: the rows of a learned position table, and what RoPE's stretch is derived
     from. ``positions_l`` are the int64 positions in the sample of the tokens at hand, in any order; (B, l) is taken
-    too, for samples that number their tokens differently.
+    too, for samples that number their tokens differently, document by document for example. ``document_starts`` goes
+    to the attention function, whose protocol says what it is; None: a sample is one document.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seq_length: int, attention: AttentionFunction, seed: int):
@@ -47,22 +50,26 @@ class GPT(nn.Module):
         self.rope = None if learned else rope(config, seq_length)
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(seq_length, config.hidden_size) if learned else None
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, attention, config.window_of(n)) for n in range(config.num_layers))
         self.final_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon)
         untied = config.untie_embeddings_and_output_weights
         self.output = nn.Linear(config.hidden_size, vocab_size, bias=False) if untied else None
         initialize(self, config, seed)
 
-    def forward(self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """logits_BlV of int64 tokens, in the dtype of the weights."""
-        return self.head(self.hidden(tokens_Bl, positions_l))
+        return self.head(self.hidden(tokens_Bl, positions_l, document_starts))
 
-    def hidden(self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor) -> torch.Tensor:
+    def hidden(
+        self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """hidden_BlE, normalised: what the head reads."""
         x_BlE = self.embed(tokens_Bl, positions_l)
         rotation = self.rotation(positions_l)
         for block in self.blocks:
-            x_BlE = block(x_BlE, rotation)
+            x_BlE = block(x_BlE, rotation, document_starts)
         return self.final_norm(x_BlE)
 
     def embed(self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor) -> torch.Tensor:
@@ -96,6 +103,7 @@ def parameter_count(config: ModelConfig, vocab_size: int, seq_length: int) -> in
     bias, matrices = int(config.add_bias_linear), 3 if config.activation == "swiglu" else 2
     in_norm = 2 * E if config.normalization == "LayerNorm" else E
     in_attention = 2 * E * E + 2 * E * KV + bias * (2 * E + 2 * KV)
+    in_attention += config.num_attention_heads if config.softmax_type == "learnable" else 0
     in_mlp = matrices * E * F + bias * ((matrices - 1) * F + E)
     rows = vocab_size * (2 if config.untie_embeddings_and_output_weights else 1)
     rows += seq_length if config.position_embedding_type == "learned_absolute" else 0
@@ -103,7 +111,7 @@ def parameter_count(config: ModelConfig, vocab_size: int, seq_length: int) -> in
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices decay, norms and biases do not; every parameter in one of them, tied ones once."""
+    """Optimizer groups: matrices decay; norms, biases and sinks do not. Every parameter is in one, tied ones once."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -5,7 +5,8 @@ layers, keeps the numbers that one process would have had there.
 
 Matrices are normal(0, init_method_std). The two projections of a block that write into the residual stream get
 1 / sqrt(2 x num_layers) of that, so that the stream does not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
-Norms start as the identity, biases at zero.
+Norms start as the identity, biases at zero. So do the scores of sinks, which is the off-by-one softmax; Megatron and
+transformers' gpt-oss draw them from that normal, but heads need no chance to tell them apart.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
     Names are those of a whole GPT, ``blocks.3.mlp.up_proj.weight`` for example, whatever part of it the caller holds.
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".sink_H")):
         return torch.zeros(shape)
     if name.endswith("norm.weight"):
         return torch.ones(shape)

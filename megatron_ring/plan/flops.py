@@ -1,8 +1,9 @@
 """Floating-point operations, counted from the config, and the rate a device could reach at most.
 
-Matrix products only, a multiply-add as two operations, backward as twice forward, causal attention as half of the
-square (as in PaLM, Chowdhery et al. 2022, appendix B, but for that half). Recomputation is not counted, so that the
-utilisation is of the model, not of the hardware.
+Matrix products only, a multiply-add as two operations, backward as twice forward, attention by the pairs that its
+mask lets through: causal attention as half of the square, windows and documents as less (as in PaLM, Chowdhery et al.
+2022, appendix B, but for the mask). Recomputation is not counted, so that the utilisation is of the model, not of the
+hardware.
 """
 
 import time
@@ -22,19 +23,26 @@ _PEAKS = {
 }
 
 
-def training_flops_per_token(config: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """Forward and backward of one token of a sample of ``seq_length``."""
+def training_flops(config: ModelConfig, vocab_size: int, document_lengths: torch.Tensor) -> int:
+    """Forward and backward of samples that hold documents of these lengths; a sample without a mask is one document."""
     attention_width = config.num_attention_heads * config.head_dim
     key_value_width = config.key_value_heads * config.head_dim
     projections = config.hidden_size * (2 * attention_width + 2 * key_value_width)
     matrices = 3 if config.activation == "swiglu" else 2
     feed_forward = matrices * config.hidden_size * config.feed_forward_size
-    visible_keys = (seq_length + 1) / 2
-    scores_and_values = 2 * attention_width * visible_keys
-    forward = 2 * (
-        config.num_layers * (projections + feed_forward + scores_and_values) + config.hidden_size * vocab_size
-    )
+    per_token = config.num_layers * (projections + feed_forward) + config.hidden_size * vocab_size
+    pairs = sum(visible_pairs(document_lengths, config.window_of(layer)) for layer in range(config.num_layers))
+    scores_and_values = 2 * attention_width * pairs
+    forward = 2 * (int(document_lengths.sum()) * per_token + scores_and_values)
     return 3 * forward
+
+
+def visible_pairs(document_lengths: torch.Tensor, window: int) -> int:
+    """(query, key) pairs that causal attention within documents of these lengths sees; a ``window`` of 0 is none."""
+    lengths = document_lengths.long()
+    # The first W tokens of a document see one more each, the later ones W.
+    growing = lengths.clamp(max=window) if window else lengths
+    return int((growing * (growing + 1) // 2 + (lengths - growing) * window).sum())
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> tuple[float, str]:

@@ -1,10 +1,9 @@
-"""Two small models, one like Llama and one like GPT-2, and the attention of one process that holds every token."""
+"""Small models like Llama, GPT-2 and gpt-oss, and the attention of one process that holds every token."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.attention import AttentionFunction
@@ -23,12 +22,43 @@ CONFIGS = {
         add_bias_linear=True,
         position_embedding_type="learned_absolute",
     ),
+    "gpt-oss": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        window_size=6,
+        window_attn_skip_freq=2,
+        softmax_type="learnable",
+    ),
 }
 
 
-def causal_attention(q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, v_BlGD: torch.Tensor) -> torch.Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q_BlHD, k_BlGD, v_BlGD))
-    return scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+def plain_attention(
+    q_BSHD: torch.Tensor,
+    k_BSGD: torch.Tensor,
+    v_BSGD: torch.Tensor,
+    window: int = 0,
+    document_starts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model is promised of its attention function, by a dense mask; in float32 for bfloat16."""
+    accumulated = torch.promote_types(q_BSHD.dtype, torch.float32)
+    q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2).to(accumulated) for x in (q_BSHD, k_BSGD, v_BSGD))
+    repeats = q_BHSD.shape[1] // k_BGSD.shape[1]
+    k_BHSD, v_BHSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
+    hidden_BSS = ~visible(*q_BSHD.shape[:2], window, document_starts)
+    scores_BHSS = (q_BHSD @ k_BHSD.mT / q_BHSD.shape[-1] ** 0.5).masked_fill(hidden_BSS[:, None], -torch.inf)
+    out_BHSD = scores_BHSS.softmax(-1) @ v_BHSD
+    return out_BHSD.transpose(1, 2).type_as(q_BSHD), scores_BHSS.logsumexp(-1)
+
+
+def visible(batch: int, length: int, window: int, document_starts: torch.Tensor | None) -> torch.Tensor:
+    """visible_BSS[sample, query, key]."""
+    starts = torch.arange(batch) * length if document_starts is None else document_starts
+    document_BS = torch.searchsorted(starts, torch.arange(batch * length), right=True).view(batch, length)
+    behind_SS = torch.arange(length)[:, None] - torch.arange(length)
+    reach = window or length
+    return (behind_SS >= 0) & (behind_SS < reach) & (document_BS[:, :, None] == document_BS[:, None, :])
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +73,12 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def attention() -> AttentionFunction:
-    return causal_attention
+    return plain_attention
 
 
 @pytest.fixture
 def build() -> Callable[..., GPT]:
-    def build(config: ModelConfig, attention: AttentionFunction = causal_attention, seed: int = 1) -> GPT:
+    def build(config: ModelConfig, attention: AttentionFunction = plain_attention, seed: int = 1) -> GPT:
         return GPT(config, VOCABULARY, LENGTH, attention, seed)
 
     return build
@@ -57,6 +87,11 @@ def build() -> Callable[..., GPT]:
 @pytest.fixture
 def llama() -> ModelConfig:
     return CONFIGS["llama"]
+
+
+@pytest.fixture
+def gpt_oss() -> ModelConfig:
+    return CONFIGS["gpt-oss"]
 
 
 @pytest.fixture

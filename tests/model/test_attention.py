@@ -1,30 +1,55 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from megatron_ring.kernels.rope import rotate
-from megatron_ring.model.attention import SelfAttention
+from megatron_ring.model.attention import SelfAttention, with_sink
 from megatron_ring.model.gpt import rope
+from tests import oracle
+
+# What each query (a row) sees of each key, in two samples of five tokens.
+CAUSAL = "x.... xx... xxx.. xxxx. xxxxx"
+SEEN = {
+    "causal": (0, None, [CAUSAL, CAUSAL]),
+    "itself": (1, None, ["x.... .x... ..x.. ...x. ....x"] * 2),
+    "window": (3, None, ["x.... xx... xxx.. .xxx. ..xxx"] * 2),
+    "wider than all": (9, None, [CAUSAL, CAUSAL]),
+    "documents": (0, [0, 3, 5, 6], ["x.... xx... xxx.. ...x. ...xx", "x.... .x... .xx.. .xxx. .xxxx"]),
+    "both": (2, [0, 3, 5, 6], ["x.... xx... .xx.. ...x. ...xx", "x.... .x... .xx.. ..xx. ...xx"]),
+}
+
+
+@pytest.mark.parametrize(("window", "starts", "drawn"), SEEN.values(), ids=SEEN)
+def test_the_attention_of_these_tests_sees_what_is_drawn(attention, window, starts, drawn):
+    q_BSHD, k_BSGD, v_BSGD, dout_BSHD = oracle.random_inputs(batch=2, tokens=5, heads=4, groups=2)
+    out_BSHD, lse_BHS = attention(q_BSHD, k_BSGD, v_BSGD, window, starts and torch.tensor(starts))
+    for sample in (0, 1):
+        one = slice(sample, sample + 1)
+        visible_SS = torch.tensor([[mark == "x" for mark in row] for row in drawn[sample].split()])
+        expected = oracle.attention(q_BSHD[one], k_BSGD[one], v_BSGD[one], dout_BSHD[one], visible_SS)
+        torch.testing.assert_close(out_BSHD[one], expected.out)
+        torch.testing.assert_close(lse_BHS[one], expected.lse)
 
 
 def test_the_attention_function_gets_query_heads_and_fewer_key_value_heads(llama):
     seen = {}
 
-    def attention(q_BlHD, k_BlGD, v_BlGD):
+    def attention(q_BlHD, k_BlGD, v_BlGD, window, document_starts):
         seen.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
-        return q_BlHD
+        return q_BlHD, None
 
-    layer = SelfAttention(llama, attention)
-    assert layer(torch.randn(3, 5, 32), rotation=None).shape == (3, 5, 32)
+    layer = SelfAttention(llama, attention, window=0)
+    assert layer(torch.randn(3, 5, 32), rotation=None, document_starts=None).shape == (3, 5, 32)
     assert seen == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
 
 
 def test_queries_and_keys_arrive_turned_and_values_as_they_are(llama):
     seen = []
-    layer = SelfAttention(llama, lambda q, k, v: seen.append((q, k, v)) or q)
+    layer = SelfAttention(llama, lambda q, k, v, *_: seen.append((q, k, v)) or (q, None), window=0)
     x_BlE, rotation = torch.randn(1, 3, 32), rope(llama, 4096).rotation(torch.tensor([7, 2, 4000]))
-    layer(x_BlE, None)
-    layer(x_BlE, rotation)
+    layer(x_BlE, None, None)
+    layer(x_BlE, rotation, None)
     (q, k, v), (turned_q, turned_k, same_v) = seen
     assert torch.equal(turned_q, rotate(q, rotation))
     assert torch.equal(turned_k, rotate(k, rotation))
@@ -43,12 +68,65 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(llama, bui
 
 def test_half_the_rows_of_every_projection_are_half_the_heads(llama, attention):
     """What a tensor-parallel rank does: its heads' rows in, its heads' columns out, and the partial results summed."""
-    whole, x_BlE = SelfAttention(llama, attention), torch.randn(2, 5, 32)
+    whole, x_BlE = SelfAttention(llama, attention, window=3), torch.randn(2, 5, 32)
     partial = []
     for half in (0, 1):
-        part = SelfAttention(llama, attention)
+        part = SelfAttention(llama, attention, window=3)
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(part, name).weight = torch.nn.Parameter(getattr(whole, name).weight.chunk(2, dim=0)[half])
         part.out_proj.weight = torch.nn.Parameter(whole.out_proj.weight.chunk(2, dim=1)[half])
-        partial.append(part(x_BlE, None))
-    torch.testing.assert_close(partial[0] + partial[1], whole(x_BlE, None))
+        partial.append(part(x_BlE, None, None))
+    torch.testing.assert_close(partial[0] + partial[1], whole(x_BlE, None, None))
+
+
+def test_a_sink_is_one_more_column_of_scores_without_a_value():
+    """In values and gradients: of scores, values and the sink itself."""
+    scores_BHSS = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    v_BHSD = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    sink_H = torch.tensor([-1.0, 0.0, 2.5], dtype=torch.float64, requires_grad=True)
+    columns = torch.cat([scores_BHSS, sink_H.view(3, 1, 1).expand(2, 3, 5, 1)], dim=-1)
+    expected_BHSD = columns.softmax(-1)[..., :-1] @ v_BHSD
+    out_BSHD = (scores_BHSS.softmax(-1) @ v_BHSD).transpose(1, 2)
+    actual_BHSD = with_sink(out_BSHD, scores_BHSS.logsumexp(-1), sink_H).transpose(1, 2)
+    torch.testing.assert_close(actual_BHSD, expected_BHSD)
+    dout_BHSD, inputs = torch.randn_like(expected_BHSD), (scores_BHSS, v_BHSD, sink_H)
+    expected = torch.autograd.grad(expected_BHSD, inputs, dout_BHSD)
+    torch.testing.assert_close(torch.autograd.grad(actual_BHSD, inputs, dout_BHSD), expected)
+
+
+def test_the_gradient_of_a_sink_is_minus_its_share_of_what_the_rows_gave():
+    out_BSHD, dout_BSHD = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
+    lse_BHS, sink_H = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    with_sink(out_BSHD, lse_BHS, sink_H.requires_grad_()).backward(dout_BSHD)
+    sink_H1 = sink_H.detach()[:, None]
+    given_BHS = (dout_BSHD * with_sink(out_BSHD, lse_BHS, sink_H.detach())).sum(-1).transpose(1, 2)
+    share_BHS = (sink_H1 - torch.logaddexp(lse_BHS, sink_H1)).exp()
+    torch.testing.assert_close(sink_H.grad, -(share_BHS * given_BHS).sum((0, 2)))
+
+
+def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, attention):
+    learnable = SelfAttention(replace(llama, softmax_type="learnable"), attention, window=0)
+    off_by_one = SelfAttention(replace(llama, softmax_type="off-by-one"), attention, window=0)
+    assert dict(learnable.named_parameters())["sink_H"].shape == (4,)
+    assert "sink_H" not in off_by_one.state_dict().keys() | dict(off_by_one.named_parameters()).keys()
+    off_by_one.load_state_dict({name: value for name, value in learnable.state_dict().items() if name != "sink_H"})
+    x_BlE = torch.randn(2, 5, 32)
+    torch.testing.assert_close(off_by_one(x_BlE, None, None), learnable(x_BlE, None, None))
+
+
+def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attention):
+    vanilla = SelfAttention(llama, attention, window=0)
+    learnable = SelfAttention(replace(llama, softmax_type="learnable"), attention, window=0)
+    learnable.load_state_dict({**vanilla.state_dict(), "sink_H": torch.full((4,), -50.0)})
+    x_BlE = torch.randn(2, 5, 32)
+    torch.testing.assert_close(learnable(x_BlE, None, None), vanilla(x_BlE, None, None))
+
+
+@pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
+def test_a_sink_follows_the_model_to_bfloat16_and_is_computed_in_float32(llama, attention, softmax_type):
+    layer = SelfAttention(replace(llama, softmax_type=softmax_type), attention, window=0).bfloat16()
+    assert layer.sink_H.dtype == torch.bfloat16
+    assert layer(torch.randn(2, 5, 32, dtype=torch.bfloat16), None, None).dtype == torch.bfloat16
+    out_BlHD, lse_BHl = torch.randn(2, 5, 4, 8, dtype=torch.bfloat16), torch.randn(2, 4, 5) + 5
+    exact_BlHD = with_sink(out_BlHD.double(), lse_BHl.double(), layer.sink_H.double())
+    assert torch.equal(with_sink(out_BlHD, lse_BHl, layer.sink_H), exact_BlHD.float().bfloat16())

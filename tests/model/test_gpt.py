@@ -35,8 +35,9 @@ def test_shuffled_tokens_with_their_positions_give_the_logits_shuffled(
 ):
     back_S = order_S.argsort()
 
-    def attention_in_order(q_BSHD, k_BSGD, v_BSGD):
-        return attention(q_BSHD[:, back_S], k_BSGD[:, back_S], v_BSGD[:, back_S])[:, order_S]
+    def attention_in_order(q_BSHD, k_BSGD, v_BSGD, *mask):
+        out_BSHD, lse_BHS = attention(q_BSHD[:, back_S], k_BSGD[:, back_S], v_BSGD[:, back_S], *mask)
+        return out_BSHD[:, order_S], lse_BHS[:, :, order_S]
 
     expected_BSV = build(config).double()(tokens_BS, positions_S)[:, order_S]
     shuffled = build(config, attention_in_order).double()
@@ -53,6 +54,36 @@ def test_each_sample_may_number_its_own_tokens(config, build, tokens_BS, positio
     each_BSV = model(tokens_BS, torch.stack([positions_S, positions_S.flip(0)]))
     torch.testing.assert_close(each_BSV[0], model(tokens_BS, positions_S)[0])
     torch.testing.assert_close(each_BSV[1], model(tokens_BS, positions_S.flip(0))[1])
+
+
+def test_layers_have_their_windows_and_all_of_them_the_documents(gpt_oss, build, attention, tokens_BS, positions_S):
+    seen = []
+
+    def watched(q_BSHD, k_BSGD, v_BSGD, window, document_starts):
+        seen.append((window, document_starts))
+        return attention(q_BSHD, k_BSGD, v_BSGD, window, document_starts)
+
+    model, starts = build(replace(gpt_oss, num_layers=5, window_attn_skip_freq=3), watched), torch.tensor([0, 5, 16])
+    model(tokens_BS, positions_S, starts)
+    assert [window for window, _ in seen] == [6, 6, 0, 6, 6]
+    assert all(document_starts is starts for _, document_starts in seen)
+
+
+def test_a_window_of_six_is_the_token_and_the_five_before_it(llama, build, tokens_BS, positions_S):
+    model, changed_BS = build(replace(llama, num_layers=1, window_size=6)), tokens_BS.clone()
+    changed_BS[:, 4] = (changed_BS[:, 4] + 1) % 48
+    same_BS = (model(tokens_BS, positions_S) == model(changed_BS, positions_S)).all(-1)
+    assert (~same_BS).nonzero()[:, 1].tolist() == [4, 5, 6, 7, 8, 9] * 2
+
+
+def test_packed_documents_give_the_logits_that_each_gives_alone(config, build, tokens_BS):
+    """Documents of 10, 6, 3 and 13 tokens in two samples; the positions restart with each."""
+    model, lengths = build(config).double(), [10, 6, 3, 13]
+    positions_BS = torch.cat([torch.arange(length) for length in lengths]).view(2, 16)
+    packed_BSV = model(tokens_BS, positions_BS, torch.tensor([0, 10, 16, 19]))
+    documents = tokens_BS.flatten().split(lengths)
+    alone = [model(tokens[None], torch.arange(len(tokens))) for tokens in documents]
+    torch.testing.assert_close(packed_BSV.flatten(0, 1), torch.cat(alone, dim=1)[0])
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -119,10 +150,11 @@ def test_the_stretch_of_rope_follows_from_the_whole_length(llama, attention):
     add_bias_linear=st.booleans(),
     position_embedding_type=st.sampled_from(["rope", "learned_absolute"]),
     untie_embeddings_and_output_weights=st.booleans(),
+    softmax_type=st.sampled_from(["vanilla", "off-by-one", "learnable"]),
 )
 def test_parameter_count_is_that_of_the_model(head_dim, **options):
     config = ModelConfig(hidden_size=4 * head_dim, num_attention_heads=4, **options)
-    model = GPT(config, vocab_size=11, seq_length=7, attention=lambda q, k, v: q, seed=1)
+    model = GPT(config, vocab_size=11, seq_length=7, attention=None, seed=1)
     assert parameter_count(config, vocab_size=11, seq_length=7) == sum(p.numel() for p in model.parameters())
 
 

@@ -53,9 +53,9 @@ def test_matrices_are_normal_with_the_deviation_of_their_kind(llama, name, devia
     assert weight.mean().item() == pytest.approx(0, abs=deviation / 100)
 
 
-def test_norms_start_as_the_identity_and_biases_at_zero(config, build):
+def test_norms_start_as_the_identity_and_biases_and_sinks_at_zero(config, build):
     for name, value in build(config).state_dict().items():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sink_H")):
             assert not value.any()
         elif "norm" in name:
             assert (value == 1).all()
