@@ -4,7 +4,7 @@ It runs the package's own ``ring.forward`` and ``ring.backward`` on a whole sequ
 the results back in the sequence's order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Queue
@@ -14,6 +14,7 @@ import torch
 
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import HopKernel
 from tests.oracle import Attention
 
@@ -37,29 +38,34 @@ class QueueTransfer:
 
 
 class QueueExchange:
-    """The n-th transfer that a rank starts meets the n-th of its neighbours, in whatever order they are awaited."""
+    """The n-th transfer that a rank starts meets the n-th of the others, in whatever order they are awaited.
 
-    def __init__(self, inbox: list[Queue], outbox: list[Queue]):
-        self.inbox, self.outbox = inbox, outbox
-        self.started = 0
+    slots[ring_rank][n]: what the n-th transfer brings to that rank. sent: the bytes of each transfer started here.
+    """
 
-    def start(self, tensor: torch.Tensor) -> QueueTransfer:
+    def __init__(self, ring_rank: int, slots: list[list[Queue]]):
+        self.ring_rank, self.slots = ring_rank, slots
+        self.sent: list[int] = []
+
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> QueueTransfer:
         assert tensor.is_contiguous(), "only contiguous tensors can be sent"
-        self.outbox[self.started].put(tensor.clone())
-        self.started += 1
-        return QueueTransfer(tensor, tensor._version, self.inbox[self.started - 1])
+        number, receiver = len(self.sent), (self.ring_rank + distance) % len(self.slots)
+        self.slots[receiver][number].put(tensor.clone())
+        self.sent.append(tensor.numel() * tensor.itemsize)
+        return QueueTransfer(tensor, tensor._version, self.slots[self.ring_rank][number])
 
     def hang_up(self) -> None:
         """Let nobody wait for what will not be sent."""
-        for slot in self.outbox[self.started :]:
-            slot.put(None)
+        for slots in self.slots:
+            for slot in slots[len(self.sent) :]:
+                slot.put(None)
 
 
 class Exchanges(NamedTuple):
-    """How many transfers each rank started."""
+    """The bytes of the transfers that each rank started, one after another."""
 
-    forward: list[int]
-    backward: list[int]
+    forward: list[list[int]]
+    backward: list[list[int]]
 
 
 class RingRun(NamedTuple):
@@ -67,40 +73,60 @@ class RingRun(NamedTuple):
     exchanges: Exchanges
 
 
-def run(layout: Layout, kernel: HopKernel, q_BSHD, k_BSGD, v_BSGD, dout_BSHD) -> RingRun:
-    """Attention of a whole sequence, and its gradients, by a ring of ``layout.ring_size`` threads."""
+def run(
+    layout: Layout, kernel: HopKernel, q_BSHD, k_BSGD, v_BSGD, dout_BSHD, mask: Mask = CAUSAL, dlse_BHS=None
+) -> RingRun:
+    """Attention of a batch of whole sequences, and its gradients, by a ring of ``layout.ring_size`` threads.
+
+    Where the mask has several samples, the batch's are laid end to end, as the model's are.
+    """
     positions = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
-    q, dout = ([x[:, at] for at in positions] for x in (q_BSHD, dout_BSHD))
-    kv = [torch.stack([k_BSGD[:, at], v_BSGD[:, at]]) for at in positions]
+
+    def shards(x: torch.Tensor) -> list[torch.Tensor]:
+        return [_laid_end_to_end(x[:, at], mask) for at in positions]
+
+    q, dout, kv = shards(q_BSHD), shards(dout_BSHD), [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))]
+    dlse = [None] * layout.ring_size if dlse_BHS is None else [x.mT for x in shards(dlse_BHS.mT)]
 
     def forward(ring: ring_loop.Ring):
         return ring_loop.forward(q[ring.ring_rank], kv[ring.ring_rank], ring)
 
-    forwards, forward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, forward)
+    forwards, forward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, mask, forward)
 
     def backward(ring: ring_loop.Ring):
         rank = ring.ring_rank
-        return ring_loop.backward(dout[rank], q[rank], kv[rank], *forwards[rank], ring)
+        return ring_loop.backward(dout[rank], dlse[rank], q[rank], kv[rank], *forwards[rank], ring)
 
-    backwards, backward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, backward)
+    backwards, backward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, mask, backward)
     (outs, lses), (dqs, dkvs) = zip(*forwards), zip(*backwards)
-    order = torch.cat(positions).argsort()
-    dk, dv = torch.cat(dkvs, dim=2)[:, :, order]
-    results = Attention(
-        torch.cat(outs, 1)[:, order], torch.cat(dqs, 1)[:, order], dk, dv, torch.cat(lses, 2)[..., order]
-    )
+    order, dks, dvs = torch.cat(positions).argsort(), *zip(*dkvs)
+
+    def whole(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([_taken_apart(x, mask) for x in parts], dim=1)[:, order]
+
+    results = Attention(whole(outs), whole(dqs), whole(dks), whole(dvs), whole(lse.mT for lse in lses).mT)
     return RingRun(results, Exchanges(forward_exchanges, backward_exchanges))
 
 
-def _on_every_rank(layout: Layout, kernel: HopKernel, scale: float, body: Callable[[ring_loop.Ring], tuple]):
-    """``body`` in a thread per rank: what each returned and how often it sent. The first failure is raised here."""
+def _laid_end_to_end(x: torch.Tensor, mask: Mask) -> torch.Tensor:
+    return x.unflatten(0, (-1, mask.samples)).flatten(1, 2)
+
+
+def _taken_apart(x: torch.Tensor, mask: Mask) -> torch.Tensor:
+    return x.unflatten(1, (mask.samples, -1)).flatten(0, 1)
+
+
+def _on_every_rank(
+    layout: Layout, kernel: HopKernel, scale: float, mask: Mask, body: Callable[[ring_loop.Ring], tuple]
+):
+    """``body`` in a thread per rank: what each returned and what it sent. The first failure is raised here."""
     size = layout.ring_size
     slots = [[Queue() for _ in range(2 * size)] for _ in range(size)]
-    exchanges = [QueueExchange(slots[rank], slots[(rank + 1) % size]) if size > 1 else None for rank in range(size)]
+    exchanges = [QueueExchange(rank, slots) if size > 1 else None for rank in range(size)]
 
     def rank_body(rank: int):
         try:
-            return body(ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank]))
+            return body(ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask))
         finally:
             if exchanges[rank]:
                 exchanges[rank].hang_up()
@@ -110,4 +136,4 @@ def _on_every_rank(layout: Layout, kernel: HopKernel, scale: float, body: Callab
     failures = [future.exception() for future in futures if future.exception()]
     if failures:
         raise next((failure for failure in failures if not isinstance(failure, LinkBroken)), failures[0])
-    return [future.result() for future in futures], [exchange.started if exchange else 0 for exchange in exchanges]
+    return [future.result() for future in futures], [exchange.sent if exchange else [] for exchange in exchanges]

@@ -5,13 +5,15 @@ rebuild the full mask from it. Nothing here knows torch.distributed, and nothing
 
 - ``ring``: contiguous shards (Liu, Zaharia and Abbeel 2023, Ring Attention, section 3). Under a causal mask rank 0
   idles while rank R-1 works in every hop.
-- ``striped``: tokens dealt out like cards, ``stripe_size`` at a time (Brandon et al. 2023, Striped Attention,
-  section 3), so that every rank has the same work in every hop.
+- ``striped``: tokens dealt out like cards (Brandon et al. 2023, Striped Attention, section 3), so that every rank has
+  the same work in every hop. Stripes of ``stripe_size`` tokens are dealt forth and back, so that no rank has always the
+  later one; single tokens as in the paper, which keeps every hop one triangle (docs/decisions/0005).
 - ``zigzag``: rank r owns chunks r and 2R-1-r of 2R, pairing an early chunk with a late one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +28,10 @@ def _contiguous(layout: "Layout", ring_rank: int) -> torch.Tensor:
 
 def _striped(layout: "Layout", ring_rank: int) -> torch.Tensor:
     stripe, i = layout.stripe_size, torch.arange(layout.shard_length)
-    return (i // stripe) * (layout.ring_size * stripe) + ring_rank * stripe + i % stripe
+    dealt = i // stripe
+    back = dealt % 2 == 1 if stripe > 1 else torch.zeros_like(dealt, dtype=torch.bool)
+    place = torch.where(back, layout.ring_size - 1 - ring_rank, ring_rank)
+    return (dealt * layout.ring_size + place) * stripe + i % stripe
 
 
 def _zigzag(layout: "Layout", ring_rank: int) -> torch.Tensor:
@@ -35,12 +40,29 @@ def _zigzag(layout: "Layout", ring_rank: int) -> torch.Tensor:
     return torch.cat([early * len(chunk) + chunk, late * len(chunk) + chunk])
 
 
-# name -> (positions, what the sequence length must be a multiple of, and that rule in words)
-_LAYOUTS: dict[str, tuple[Positions, Callable[[int, int], int], str]] = {
-    "none": (_contiguous, lambda ring_size, stripe: ring_size, "ring size"),
-    "ring": (_contiguous, lambda ring_size, stripe: ring_size, "ring size"),
-    "striped": (_striped, lambda ring_size, stripe: ring_size * stripe, "ring size x stripe size"),
-    "zigzag": (_zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size"),
+class _Rules(NamedTuple):
+    """positions: as ``Layout.positions``. multiple_of: (ring size, stripe size) -> what seq_length must be a multiple of,
+    and ``rule`` says it in words. hops: as ``Layout.hops``."""
+
+    positions: Positions
+    multiple_of: Callable[[int, int], int]
+    rule: str
+    hops: Callable[["Layout", int], int]
+
+
+def _to_the_shard_looked_back_to(layout: "Layout", reach: int) -> int:
+    return min(layout.ring_size, 1 + -(-reach // layout.shard_length))
+
+
+def _all_around(layout: "Layout", reach: int) -> int:
+    return layout.ring_size
+
+
+_LAYOUTS: dict[str, _Rules] = {
+    "none": _Rules(_contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to),
+    "ring": _Rules(_contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to),
+    "striped": _Rules(_striped, lambda ring_size, stripe: ring_size * stripe, "ring size x stripe size", _all_around),
+    "zigzag": _Rules(_zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size", _all_around),
 }
 
 NAMES = tuple(_LAYOUTS)
@@ -70,7 +92,11 @@ class Layout:
     def positions(self, ring_rank: int) -> torch.Tensor:
         """The positions in the sample of ``ring_rank``'s tokens: (L,) int64, increasing."""
         assert 0 <= ring_rank < self.ring_size
-        return _LAYOUTS[self.name][0](self, ring_rank)
+        return _LAYOUTS[self.name].positions(self, ring_rank)
+
+    def hops(self, reach: int) -> int:
+        """Hops after which no rank has anything left to see, when no query looks further back than ``reach`` tokens."""
+        return _LAYOUTS[self.name].hops(self, reach)
 
     @staticmethod
     def problems(name: str, seq_length: int, ring_size: int, stripe_size: int = 1) -> list[str]:
@@ -84,8 +110,7 @@ class Layout:
                 f"context_parallel none keeps whole sequences, but the ring has {ring_size} ranks. "
                 "Set --context-parallel striped (or ring, zigzag), or --context-parallel-size 1."
             ]
-        _, multiple_of, rule = _LAYOUTS[name]
-        multiple = multiple_of(ring_size, stripe_size)
+        multiple, rule = _LAYOUTS[name].multiple_of(ring_size, stripe_size), _LAYOUTS[name].rule
         if seq_length > 0 and seq_length % multiple == 0:
             return []
         remedy = "Set --seq-length"
@@ -96,3 +121,9 @@ class Layout:
             f"seq_length {seq_length} cannot be laid out {name} on {ring_size} ring ranks: it must be a multiple of "
             f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
         ]
+
+
+def widest_stripe(seq_length: int, ring_size: int, tile: int) -> int:
+    """``tile`` or its half, where a sample deals out in such stripes and as often forth as back; else 1."""
+    fitting = (width for width in (tile, tile // 2) if width > 1 and seq_length % (2 * ring_size * width) == 0)
+    return next(fitting, 1)

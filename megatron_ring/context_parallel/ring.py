@@ -1,8 +1,9 @@
 """The ring loop: keys and values travel, each rank computes on those at hand, and results merge by log-sum-exp.
 
-Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). One loop forward and one backward serve every
-layout: which keys a hop's queries see comes from the mask, what computes it from the kernel, how tensors travel from
-the exchange. No layout, device or library is named here, and nothing in a hop waits but for the keys of the next.
+Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). One loop serves every layout: which keys a hop's
+queries see comes from the mask, what computes it from the kernel, how tensors travel from the exchange. Backward, the
+keys go around once more, or the queries do where those are fewer bytes. No layout, device or library is named here,
+and nothing in a hop waits but for what the next hop needs.
 """
 
 from dataclasses import dataclass
@@ -11,23 +12,25 @@ from typing import Protocol
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.traffic import packed, queries_are_lighter, unpacked
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype, delta, output_of
 
 
 class Transfer(Protocol):
-    """A tensor on its way to the next rank, and its like on the way from the previous one."""
+    """A tensor on its way around the ring, and its like on the way here."""
 
     def wait(self) -> torch.Tensor:
-        """What the previous rank sent; the tensor that was sent may be reused from now on."""
+        """What was sent to this rank; the tensor that it sent may be reused from now on."""
 
 
 class Exchange(Protocol):
     """How a rank passes a tensor on. Every rank of a ring starts the same exchanges in the same order."""
 
-    def start(self, tensor: torch.Tensor) -> Transfer:
-        """Send ``tensor`` to the next rank of the ring and receive its like from the previous; returns at once."""
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> Transfer:
+        """Send ``tensor`` ``distance`` ranks on (back, where negative), receive its like; returns at once."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,46 @@ class Ring:
     kernel: HopKernel
     scale: float
     exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
+    mask: Mask = CAUSAL
 
-    def source(self, hop: int) -> int:
-        """The ring rank whose keys visit in ``hop``. Our own come first, so that no row starts with nothing."""
+    @property
+    def hops(self) -> int:
+        """How often keys meet queries; fewer than ranks where nobody looks back that far. The same on every rank."""
+        return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
+
+    def keys_of(self, hop: int) -> int:
+        """The ring rank whose keys our queries meet in ``hop``. Our own come first, so that no row starts with nothing."""
         return (self.ring_rank - hop) % self.layout.ring_size
 
-    def sends(self, hop: int) -> bool:
-        """Whether the keys of ``hop`` travel on: R - 1 times around is enough, the last need not come home."""
-        return hop < self.layout.ring_size - 1
+    def queries_of(self, hop: int) -> int:
+        """The ring rank whose queries our keys meet in ``hop``, where the queries travel."""
+        return (self.ring_rank + hop) % self.layout.ring_size
+
+    def runs(self, queries_of: int, keys_of: int) -> KeyRuns:
+        """What the queries of one ring rank see of the keys of another."""
+        return hop_runs(self.layout, queries_of, keys_of, self.mask)
+
+    def pass_on(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
+        """Send what is needed again in the next hop; the last hop's keys or queries need not come home."""
+        return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
+
+    def pass_sums_on(self, sums: torch.Tensor, hop: int, distance: int) -> Transfer | None:
+        """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut."""
+        if self.hops == 1:
+            return None
+        return self.exchange.start(sums, distance if hop < self.hops - 1 else -distance * (self.hops - 1))
 
 
 def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention of this rank's queries over the whole sequence.
+    """Exact attention of this rank's queries over the whole sequence: causal, and narrower where the mask is.
 
     ``kv_2BLGD`` holds K and V, contiguous, so that they travel as one message. Returns the output in q's type and
-    the log-sum-exp (batch, heads, L) in float32 (float64 for float64). R - 1 exchanges.
+    the log-sum-exp (batch, heads, L) in float32 (float64 for float64). One exchange less than there are hops.
     """
     state = RunningSoftmax.empty(q_BLHD)
-    for hop in range(ring.layout.ring_size):
-        travelling = ring.exchange.start(kv_2BLGD) if ring.sends(hop) else None
-        runs = hop_runs(ring.layout, ring.ring_rank, ring.source(hop))
+    for hop in range(ring.hops):
+        travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
+        runs = ring.runs(ring.ring_rank, ring.keys_of(hop))
         ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], runs, ring.scale, state)
         if travelling:
             kv_2BLGD = travelling.wait()
@@ -67,6 +90,7 @@ def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[t
 
 def backward(
     dout_BLHD: torch.Tensor,
+    dlse_BHL: torch.Tensor | None,
     q_BLHD: torch.Tensor,
     kv_2BLGD: torch.Tensor,
     out_BLHD: torch.Tensor,
@@ -75,24 +99,63 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients (dq, dkv) of ``forward``, in the accumulation type: float32, or float64 for float64.
 
-    K and V go around again; the sum of their gradients follows one hop behind, each rank adding its share when its
-    own is computed, and is home after R hops. R - 1 exchanges of K and V, R of their gradients.
+    What is fewer bytes goes around: K and V, or Q with what belongs to it; its gradients follow one hop behind, each
+    rank adding its share when its own is computed, and are home after as many exchanges as there are hops.
+    ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
-    dtype = accumulation_dtype(q_BLHD.dtype)
-    dq_BLHD = torch.zeros_like(q_BLHD, dtype=dtype, memory_format=torch.contiguous_format)
-    gradients_behind = None
-    for hop in range(ring.layout.ring_size):
-        travelling = ring.exchange.start(kv_2BLGD) if ring.sends(hop) else None
-        runs = hop_runs(ring.layout, ring.ring_rank, ring.source(hop))
-        dkv_2BLGD = torch.zeros_like(kv_2BLGD, dtype=dtype)
+    if dlse_BHL is not None:
+        delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
+        dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
+        out_BLHD = output_of(delta_BHL, dout_BLHD)
+    travels = _queries_travel if queries_are_lighter(q_BLHD, kv_2BLGD) else _keys_travel
+    return travels(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
+
+
+def _keys_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+    dq_BLHD, sums = _zeros(q_BLHD), None
+    for hop in range(ring.hops):
+        travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
+        dkv_2BLGD = _zeros(kv_2BLGD)
         ring.kernel.backward(
-            dout_BLHD, q_BLHD, kv_2BLGD[0], kv_2BLGD[1], out_BLHD, lse_BHL, runs, ring.scale,
-            dq_BLHD, dkv_2BLGD[0], dkv_2BLGD[1],
+            dout_BLHD, q_BLHD, kv_2BLGD[0], kv_2BLGD[1], out_BLHD, lse_BHL,
+            ring.runs(ring.ring_rank, ring.keys_of(hop)), ring.scale, dq_BLHD, dkv_2BLGD[0], dkv_2BLGD[1],
         )  # fmt: skip
-        if gradients_behind:
-            dkv_2BLGD += gradients_behind.wait()
-        if ring.exchange:
-            gradients_behind = ring.exchange.start(dkv_2BLGD)
+        if sums:
+            dkv_2BLGD += sums.wait()
+        sums = ring.pass_sums_on(dkv_2BLGD, hop, distance=1)
         if travelling:
             kv_2BLGD = travelling.wait()
-    return dq_BLHD, gradients_behind.wait() if gradients_behind else dkv_2BLGD
+    return dq_BLHD, sums.wait() if sums else dkv_2BLGD
+
+
+def _queries_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+    dkv_2BLGD, sums = _zeros(kv_2BLGD), None
+    rows = (q_BLHD, dout_BLHD, lse_BHL, delta(out_BLHD, dout_BLHD))
+    message = packed(rows) if ring.hops > 1 else None
+    for hop in range(ring.hops):
+        travelling = ring.pass_on(message, hop, distance=-1)
+        dq_BLHD = _zeros(q_BLHD)
+        ring.kernel.backward(
+            dout_BLHD, q_BLHD, kv_2BLGD[0], kv_2BLGD[1], out_BLHD, lse_BHL,
+            ring.runs(ring.queries_of(hop), ring.ring_rank), ring.scale, dq_BLHD, dkv_2BLGD[0], dkv_2BLGD[1],
+        )  # fmt: skip
+        if sums:
+            dq_BLHD += sums.wait()
+        sums = ring.pass_sums_on(dq_BLHD, hop, distance=-1)
+        if travelling:
+            message = travelling.wait()
+            q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, rows)
+            out_BLHD = output_of(delta_BHL, dout_BLHD)
+    return sums.wait() if sums else dq_BLHD, dkv_2BLGD
+
+
+def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
+    """dout, but next to 0 where it is 0 and delta is not: no output of a row whose lse alone is read has this delta."""
+    # As small as leaves its output, about the inverse, finite; float16 is short of room.
+    speck = max(torch.finfo(delta_BHL.dtype).eps, 64 / torch.finfo(dout_BLHD.dtype).max)
+    next_to_zero_BLHD = (delta_BHL.transpose(1, 2).unsqueeze(-1) * speck).to(dout_BLHD.dtype)
+    return torch.where((dout_BLHD == 0).all(-1, keepdim=True), next_to_zero_BLHD, dout_BLHD)
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format)

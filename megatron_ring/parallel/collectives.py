@@ -1,8 +1,8 @@
 """Process groups along the grid's axes, built once and passed on, and the ring's exchange. Talks torch.distributed.
 
-A ring has two communicators. The link from rank r to r+1 belongs to number r % 2, so that what a rank sends and what
-it receives do not queue behind each other, and neighbours post in an order that cannot lock. (In a ring of odd size
-the link that closes it shares number 0 with the first: there rank 0 posts both ways as one batch.)
+A ring has two communicators. What rank r sends goes through number r % 2, so that what a rank sends to its neighbour
+and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
+share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from megatron_ring.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class RingTransfer:
-    """A tensor on its way to the next rank, and its like on the way from the previous one."""
+    """A tensor on its way around the ring, and its like on the way here."""
 
     works: list[dist.Work]
     sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
 
     def wait(self) -> torch.Tensor:
-        """What the previous rank sent. On CUDA the current stream waits, not the host."""
+        """What was sent to this rank. On CUDA the current stream waits, not the host."""
         for work in self.works:
             work.wait()
         return self.received
@@ -39,14 +39,14 @@ class RingExchange:
     links: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ring_rank: int
 
-    def start(self, tensor: torch.Tensor) -> RingTransfer:
-        """Send ``tensor`` (contiguous) to the next rank and receive its like from the previous; does not block."""
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
+        """Send ``tensor`` (contiguous) ``distance`` ranks on and receive its like from as far back; does not block."""
         received = torch.empty_like(tensor)
         size = len(self.members)
-        previous_rank, next_rank = (self.ring_rank - 1) % size, (self.ring_rank + 1) % size
+        sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
         posts = [
-            (self.ring_rank % 2, dist.isend, tensor, self.members[next_rank]),
-            (previous_rank % 2, dist.irecv, received, self.members[previous_rank]),
+            (self.ring_rank % 2, dist.isend, tensor, self.members[receiver]),
+            (sender % 2, dist.irecv, received, self.members[sender]),
         ]
         works = []
         for link in (0, 1):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,25 @@ class Timeline:
         per_rank = self.work_RR.sum(dim=0)
         return float(per_rank.max() / per_rank.mean())
 
+    @property
+    def gain_of_balance(self) -> float:
+        """How many times faster the same work would be done if every rank had its equal share of every hop."""
+        return self.critical_path / float(self.work_RR.sum(dim=0).mean())
 
-def counted(layout: Layout) -> Timeline:
+
+def counted(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
     """The visible (query, key) pairs of every hop and rank."""
     ranks = range(layout.ring_size)
-    pairs = [[hop_runs(layout, rank, (rank - hop) % layout.ring_size).visible_pairs for rank in ranks] for hop in ranks]
-    return Timeline(torch.tensor(pairs, dtype=torch.float64))
+
+    def pairs(rank: int, hop: int) -> int:
+        return hop_runs(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs
+
+    return Timeline(torch.tensor([[pairs(rank, hop) for rank in ranks] for hop in ranks], dtype=torch.float64))
 
 
 def bound_over_ring(layout_name: str, ring_size: int) -> float:
-    """The most that a layout can gain over the contiguous ring, when hops cost what is visible in them."""
+    """The most that a layout can gain over the contiguous ring, when hops cost what is visible in them.
+
+    For causal attention over one long document; under any other mask it is the ring's own ``gain_of_balance``.
+    """
     return 1.0 if layout_name == "ring" else 2 - 1 / ring_size

@@ -1,9 +1,10 @@
 """Attention of one hop: queries at hand, visiting keys, a mask in runs, a running softmax to continue.
 
 Every kernel has the two functions of ``HopKernel`` and sees tensors and a mask, never a rank. ``KERNELS`` names them;
-``choose`` settles ``--attention-kernel`` and says why.
+``choose`` settles ``--attention-kernel`` by the table of support.py and says why.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import reference, sdpa
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.support import UNPROVEN, Feature, Refused, of_tensors, support
 
 
 class HopKernel(Protocol):
@@ -48,20 +50,74 @@ class HopKernel(Protocol):
 KERNELS: dict[str, HopKernel] = {"sdpa": sdpa, "reference": reference}
 
 
+# Fastest first, where it can serve.
+_PREFERENCE = ("sdpa", "reference")
+
+# How many neighbouring tokens a kernel likes in a stripe: whole tiles of the mask, measured in docs/log.md.
+_STRIPE_TILES = {("sdpa", "cpu"): 256}
+
+
 class KernelChoice(NamedTuple):
     name: str
     reason: str
 
 
-def choose(asked: str, device_type: str, dtype: torch.dtype, head_dim: int) -> KernelChoice:
-    """The kernel for ``--attention-kernel asked``; raises KernelUnavailable when a named one cannot serve."""
-    missing = sdpa.unavailable(device_type, dtype, head_dim)
-    if asked == "auto":
-        if missing:
-            return KernelChoice("reference", f"sdpa cannot serve here: {missing}")
-        return KernelChoice("sdpa", f"torch's fused attention, the fastest on {device_type} in {dtype}")
-    if asked == "sdpa" and missing:
-        raise KernelUnavailable(
-            f"attention_kernel sdpa cannot serve: {missing}. Set --attention-kernel auto or reference."
-        )
-    return KernelChoice(asked, "asked for")
+def choose(
+    asked: str, device_type: str, dtype: torch.dtype, head_dim: int, features: Iterable[Feature] = ()
+) -> KernelChoice:
+    """The kernel for ``--attention-kernel asked``, which does all of ``features`` with such tensors.
+
+    Raises KernelUnavailable when the one asked for, or for ``auto`` every one, refuses some of it, saying all of it.
+    """
+    wanted = sorted({*features, *of_tensors(dtype, head_dim)}, key=list(Feature).index)
+    candidates = _PREFERENCE if asked == "auto" else (asked,)
+    refusals = {name: _refusals(name, device_type, wanted) for name in candidates}
+    able = [name for name, refused in refusals.items() if not refused]
+    if not able:
+        raise KernelUnavailable(_messages(refusals))
+    passed_over = candidates[: candidates.index(able[0])]
+    return KernelChoice(able[0], "; ".join(_reasons(asked, able[0], passed_over, device_type, dtype, wanted)))
+
+
+def stripe_tile(kernel: str, device_type: str) -> int:
+    """The width of stripe that a kernel likes on one long document: 1 where triangles serve it best."""
+    return _STRIPE_TILES.get((kernel, device_type), 1)
+
+
+def _refusals(kernel: str, device_type: str, wanted: list[Feature]) -> dict[Refused, list[Feature]]:
+    """What of ``wanted`` the kernel refuses, by the reason for it."""
+    found: dict[Refused, list[Feature]] = {}
+    for feature in wanted:
+        cell = support(kernel, device_type, feature)
+        if isinstance(cell, Refused):
+            found.setdefault(cell, []).append(feature)
+    return found
+
+
+def _messages(refusals: dict[str, dict[Refused, list[Feature]]]) -> list[str]:
+    """One message for every reason, though several kernels may have it."""
+    features = {refused: names for of_kernel in refusals.values() for refused, names in of_kernel.items()}
+    return [
+        f"attention_kernel {' and '.join(name for name in refusals if refused in refusals[name])} cannot do "
+        f"{_named(asked_for)}: {refused.reason}. {refused.instead}."
+        for refused, asked_for in features.items()
+    ]
+
+
+def _reasons(
+    asked: str, chosen: str, passed_over: tuple[str, ...], device_type: str, dtype: torch.dtype, wanted: list[Feature]
+) -> Iterator[str]:
+    """Why this kernel, and what of it no test has seen."""
+    if asked == chosen:
+        yield "asked for"
+    for name in passed_over:
+        for refused, features in _refusals(name, device_type, wanted).items():
+            yield f"{name} cannot do {_named(features)}: {refused.reason}"
+    if asked == "auto" and not passed_over:
+        yield f"the fastest on {device_type} in {dtype}"
+    if unproven := [feature for feature in wanted if support(chosen, device_type, feature) is UNPROVEN]:
+        yield f"{UNPROVEN.value}: {_named(unproven)}"
+
+
+def _named(features: list[Feature]) -> str:
+    return ", ".join(feature.value for feature in features)

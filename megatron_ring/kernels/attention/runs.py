@@ -6,6 +6,7 @@ Both bounds are non-decreasing along the queries. ``tiles`` cuts the visible reg
 what nobody sees lies in no tile. Nothing here knows where tokens live or who computes.
 """
 
+import bisect
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class KeyRuns:
     def tiles(self, tiling: Tiling) -> tuple[Tile, ...]:
         """The tiles that cover the runs, each visible pair exactly once; computed once per tiling and kept."""
         if tiling not in self._tiles:
-            self._tiles[tiling] = tuple(_Cover(self.lo.tolist(), self.hi.tolist(), tiling).tiles())
+            self._tiles[tiling] = tuple(_Cover.of(self, tiling).tiles())
         return self._tiles[tiling]
 
     def visible(self, tile: Tile) -> torch.Tensor:
@@ -73,11 +74,25 @@ class _Cover:
 
     ``done`` is the span of keys that an ancestor has handed over already: every query of a node sees it, so the spans
     of a path from the root are nested and each pair is covered once.
+
+    climbs_until[i]: the first query behind i that does not see exactly one key more than the one before it.
+    borders: the queries that see no key which the one before them sees. Between documents there is nothing to cover,
+    so a node is cut there rather than in its middle, and each document has its own triangle.
     """
 
     lo: list[int]
     hi: list[int]
+    climbs_until: list[int]
+    borders: list[int]
     tiling: Tiling
+
+    @staticmethod
+    def of(runs: KeyRuns, tiling: Tiling) -> "_Cover":
+        lo, hi = runs.lo, runs.hi
+        stops = torch.cat([torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1, torch.tensor([len(lo)])])
+        climbs_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
+        borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
+        return _Cover(lo.tolist(), hi.tolist(), climbs_until.tolist(), borders.tolist(), tiling)
 
     def tiles(self) -> Iterator[Tile]:
         return self._node(0, len(self.lo), None)
@@ -91,7 +106,7 @@ class _Cover:
             key = done[1] if done else self.lo[start]
             yield Tile(slice(start, stop), slice(key, self.hi[stop - 1]), TileKind.CAUSAL)
             return
-        seen_by_all = self._seen_by_all(start, stop)
+        seen_by_all = self._seen_by_all(start, stop, done)
         if seen_by_all and (done is None or seen_by_all != done):
             yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in _outside(seen_by_all, done))
             yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
@@ -99,9 +114,18 @@ class _Cover:
             seen_by_any = (self.lo[start], self.hi[stop - 1])
             yield from (Tile(slice(start, stop), keys, TileKind.MASKED) for keys in _outside(seen_by_any, done))
         else:
-            middle = start + -(-(stop - start) // (2 * self.tiling.rows)) * self.tiling.rows
+            middle = self._middle(start, stop)
             yield from self._node(start, middle, done)
             yield from self._node(middle, stop, done)
+
+    def _middle(self, start: int, stop: int) -> int:
+        """Where to cut: the border nearest to the middle, else the middle in whole tiles from the start."""
+        half = (start + stop) // 2
+        at = bisect.bisect_left(self.borders, half)
+        near = [border for border in self.borders[max(0, at - 1) : at + 1] if start < border < stop]
+        if near:
+            return min(near, key=lambda border: abs(border - half))
+        return start + -(-(stop - start) // (2 * self.tiling.rows)) * self.tiling.rows
 
     def _without_blind(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
         """The queries left when those at either end that see nothing outside ``done`` are dropped."""
@@ -118,19 +142,21 @@ class _Cover:
 
     def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
         """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
-        first = done[1] if done else self.lo[start]
-        left = done[0] if done else first
-        return all(self.lo[i] == left and self.hi[i] == first + 1 + i - start for i in range(start, stop))
+        left, first = done or (self.lo[start], self.lo[start])
+        return self.lo[start] == left and self.hi[start] == first + 1 and self.climbs_until[start] >= stop
 
-    def _seen_by_all(self, start: int, stop: int) -> tuple[int, int] | None:
-        """The keys that every query of the node sees; rounded inwards to whole tiles where the runs still move."""
+    def _seen_by_all(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs move."""
         rows = self.tiling.rows
-        left, right = self.lo[stop - 1], self.hi[start]
+        left, right, origin = self.lo[stop - 1], self.hi[start], self.lo[start]
         if left != self.lo[start]:
-            left = -(-left // rows) * rows
+            left, origin = -(-left // rows) * rows, 0
         if right != self.hi[stop - 1]:
-            right = right // rows * rows
-        return (left, right) if left < right else None
+            right = origin + (right - origin) // rows * rows
+        if left >= right:
+            return None
+        # A node rounds from where its own runs begin, and may so fall short of its ancestor.
+        return (min(left, done[0]), max(right, done[1])) if done else (left, right)
 
 
 def _outside(span: tuple[int, int], done: tuple[int, int] | None) -> Iterator[slice]:

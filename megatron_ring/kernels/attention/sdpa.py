@@ -150,12 +150,3 @@ def _bias(runs: KeyRuns, tile: Tile, q: torch.Tensor) -> tuple[Bias, torch.Tenso
     visible = runs.visible(tile).to(q.device)
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     return bias, ~visible.any(-1)
-
-
-def unavailable(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel cannot serve, or None when it can."""
-    if device_type not in ("cpu", "cuda"):
-        return f"torch's fused attention with log-sum-exp exists for cpu and cuda, not {device_type}"
-    if device_type == "cuda" and (dtype == torch.float64 or head_dim > 256 or head_dim % 8):
-        return f"on cuda it takes fp32, bf16 and fp16 and head sizes up to 256 that 8 divides, not {dtype}, {head_dim}"
-    return None

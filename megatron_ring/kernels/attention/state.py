@@ -42,3 +42,20 @@ class RunningSoftmax:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over blocks are kept in: float32 for everything but float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
+    """delta_BHL, all that the gradient of attention needs of its output: the product with dout, summed over a head.
+
+    A score's gradient is p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). That of lse by a score is p,
+    so a gradient of lse is taken off delta.
+    """
+    return (dout_BLHD.to(accumulation_dtype(dout_BLHD.dtype)) * out_BLHD).sum(-1).transpose(1, 2)
+
+
+def output_of(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
+    """An output with this delta, for kernels that ask for the output and take only delta from it: along dout."""
+    square_BLH1 = dout_BLHD.to(delta_BHL.dtype).square().sum(-1, keepdim=True)
+    stretch_BLH1 = delta_BHL.transpose(1, 2).unsqueeze(-1) / square_BLH1
+    # Where dout is 0, so is its delta.
+    return (dout_BLHD * stretch_BLH1.masked_fill(square_BLH1 == 0, 0.0)).to(dout_BLHD.dtype)

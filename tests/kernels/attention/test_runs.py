@@ -1,9 +1,13 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_ring.kernels.attention.runs import KeyRuns, TileKind, Tiling
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import Mask, hop_runs
+from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind, Tiling
 
 
 def runs_of(lo: list[int], hi: list[int]) -> KeyRuns:
@@ -16,6 +20,23 @@ def causal(length: int, strict: bool = False) -> KeyRuns:
 
 def window(length: int, width: int) -> KeyRuns:
     return runs_of([max(0, query - width + 1) for query in range(length)], [query + 1 for query in range(length)])
+
+
+def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRuns:
+    """A hop of packed documents, each of so many queries and so many more keys, its keys all behind or all ahead."""
+    lo, hi, first = [], [], 0
+    for queries, surplus, ahead in documents:
+        last = first + max(0, queries + surplus)
+        for query in range(queries):
+            hi.append(min(last, first + query + (not ahead)))
+            lo.append(min(hi[-1], max(first, first + query - width + 1)))
+        first = last
+    return runs_of(lo, hi)
+
+
+def area(tiles: tuple[Tile, ...]) -> int:
+    """The pairs that a kernel computes."""
+    return sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
 
 
 def covered(runs: KeyRuns, tiling: Tiling, keys: int) -> torch.Tensor:
@@ -42,7 +63,10 @@ def climbing(steps: list[int]) -> list[int]:
 
 # steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and windows
 steps = st.lists(st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40)
-any_runs = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), climbing([hi for _, hi in pairs])))
+stepped = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), climbing([hi for _, hi in pairs])))
+# documents as a striped ring cuts them: ranks differ by a token at most, and may hold none of a document
+documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
+any_runs = st.one_of(stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12))))
 tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans())
 
 
@@ -52,6 +76,9 @@ tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans(
 @example(window(30, 3), Tiling(4, True))
 @example(window(30, 11), Tiling(4, True))
 @example(runs_of([0, 0, 5, 5, 9], [5, 5, 9, 9, 9]), Tiling(2, False))  # documents, and a query that sees nothing
+@example(packed([(9, 0, False), (1, 0, True), (5, 1, True), (8, -1, False)]), Tiling(4, True))
+@example(packed([(1, 0, False)] * 20), Tiling(4, False))
+@example(packed([(12, 0, False), (7, 1, True)], width=5), Tiling(4, True))
 @example(runs_of([], []), Tiling(4, True))
 def test_tiles_cover_every_visible_pair_once_and_no_other(runs, tiling):
     keys = max(runs.hi.tolist(), default=0)
@@ -84,9 +111,8 @@ def test_a_split_triangle_has_few_tiles_and_little_waste(length, strict):
     """At most two tiles for every 128 queries, and no more computed than tiles on the diagonal waste."""
     runs = causal(length, strict)
     tiles = runs.tiles(Tiling(128, split_triangles=True))
-    area = sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
     assert len(tiles) <= 2 * -(-length // 128)
-    assert area - runs.visible_pairs <= length * 128
+    assert area(tiles) - runs.visible_pairs <= length * 128
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -102,9 +128,49 @@ def test_a_triangle_needs_no_mask(length, strict):
 def test_a_window_has_few_tiles_and_little_waste(width):
     runs = window(4096, width)
     tiles = runs.tiles(Tiling(128, split_triangles=True))
-    area = sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
     assert len(tiles) <= 4 * 4096 // 128
-    assert area - runs.visible_pairs <= 2 * 4096 * 128
+    assert area(tiles) - runs.visible_pairs <= 2 * 4096 * 128
+
+
+def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRuns]:
+    """What every rank of a striped ring sees of every other, where documents of these lengths are packed."""
+    starts = tuple(itertools.accumulate(lengths[:-1], initial=0))
+    layout = Layout("striped", sum(lengths) + -sum(lengths) % ring_size, ring_size)
+    ranks = range(ring_size)
+    return [hop_runs(layout, rank, source, Mask(document_starts=starts)) for rank in ranks for source in ranks]
+
+
+@given(
+    ring_size=st.integers(1, 4),
+    tiling=tilings,
+    tokens=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=6),
+)
+def test_documents_longer_than_a_tile_need_no_mask_in_a_striped_ring(ring_size, tiling, tokens):
+    """Cut at their borders, they are triangles, and rectangles where those are split; no fewer tiles would do."""
+    for runs in striped_hops(ring_size, [(tiling.rows + 1) * ring_size + more for more in tokens]):
+        kinds = [tile.kind for tile in runs.tiles(tiling)]
+        assert TileKind.MASKED not in kinds
+        assert tiling.split_triangles or kinds == [TileKind.CAUSAL] * len(tokens)
+
+
+@given(
+    ring_size=st.integers(1, 4),
+    rows=st.integers(1, 9),
+    lengths=st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=60),
+)
+def test_short_documents_share_tiles(ring_size, rows, lengths):
+    """However many documents there are, at most three tiles for every ``rows`` queries."""
+    for runs in striped_hops(ring_size, lengths):
+        assert len(runs.tiles(Tiling(rows, split_triangles=True))) <= 3 * -(-len(runs.lo) // rows)
+
+
+@pytest.mark.parametrize("length", [1, 3, 50, 127, 200, 1000])
+def test_documents_have_few_tiles_and_little_waste(length):
+    """As many as fit in 4096 tokens a rank, on a ring of four."""
+    for runs in striped_hops(4, [4 * length] * (4096 // length)):
+        tiles = runs.tiles(Tiling(128, split_triangles=True))
+        assert len(tiles) <= 3 * 4096 // 128
+        assert area(tiles) - runs.visible_pairs <= 4096 * 128
 
 
 def test_tiles_are_computed_once():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype
+from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype, delta, output_of
 
 B, L, H, D, BLOCKS, KEYS = 2, 5, 3, 4, 4, 6
 
@@ -77,3 +77,38 @@ def test_the_state_is_float32_unless_the_queries_are_float64(dtype):
     state = RunningSoftmax.empty(torch.empty(B, L, H, D, dtype=dtype))
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert state.out_BLHD.dtype == state.lse_BHL.dtype == accumulation_dtype(dtype) == expected
+
+
+@pytest.fixture
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """An output and a gradient of it, (B, L, H, D); the gradient of every third query's is 0, as of unused labels'."""
+    generator = torch.Generator().manual_seed(0)
+    out, dout = (torch.randn(B, L, H, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    dout[:, ::3] = 0
+    return out, dout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_an_output_with_this_delta_has_it(rows, size, dtype, rounding):
+    """In the type of the gradient, whatever its size; and 0 where the gradient is."""
+    out, dout = rows[0].to(dtype), (size * rows[1]).to(dtype)
+    like = output_of(delta(out, dout), dout)
+    assert like.dtype == dtype
+    assert delta(like, dout).dtype == accumulation_dtype(dtype)
+    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=rounding, atol=0)
+    assert (like[:, ::3] == 0).all()
+
+
+def test_it_is_no_longer_than_the_output_it_stands_for(rows):
+    """So that no type overflows."""
+    out, dout = rows
+    assert (output_of(delta(out, dout), dout).norm(dim=-1) <= out.norm(dim=-1)).all()
+
+
+def test_delta_is_in_the_type_of_the_sums(rows):
+    out, dout = (x.bfloat16() for x in rows)
+    expected = torch.einsum("blhd,blhd->bhl", out.double(), dout.double())
+    torch.testing.assert_close(delta(out, dout).double(), expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,111 @@
+"""What each kernel does and does not do: one cell for every kernel, device and feature, and nothing in between.
+
+``choose`` asks this table before anything starts, so that no feature is ever ignored in silence. A test walks through
+it: behind every TESTED cell is a parity test with the float64 oracle, behind every Refused one its message.
+"""
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+
+class Feature(enum.Enum):
+    """What a run may ask of a kernel; the value is how messages call it."""
+
+    DOCUMENTS = "packed documents"
+    WINDOW = "a sliding window"
+    GROUPED_HEADS = "fewer key-value heads than query heads"
+    SINKS = "attention sinks"
+    SOFT_CAP = "capped scores"
+    DROPOUT = "dropout of attention weights"
+    DETERMINISM = "the same bits every time"
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    HEADS_OF_EIGHTS = "a head size up to 256 that 8 divides"
+    OTHER_HEADS = "a head size above 256 or that 8 does not divide"
+
+
+class Proof(enum.Enum):
+    """How well a cell is known to work."""
+
+    TESTED = "tested"
+    UNPROVEN = "written and never run on such a device"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """reason: why not; instead: what to do, with the flag. Sentences without their full stops."""
+
+    reason: str
+    instead: str
+
+
+Support = Proof | Refused
+TESTED, UNPROVEN = Proof
+
+_ON_CUDA = "torch's fused operators on cuda do not take it"
+_REFERENCE = "Set --attention-kernel reference, or auto"
+_NO_CAP = Refused(
+    "the gradient through a capped score is in none of torch's operators",
+    "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
+)
+_NO_DROPOUT = Refused(
+    "each hop would have to draw the whole sequence's dropout again, by position",
+    "Set --attention-dropout 0, and regularise by --weight-decay",
+)
+
+# A column is a kernel on a device; "other" is any device that is not named beside the same kernel.
+COLUMNS = (("sdpa", "cpu"), ("reference", "cpu"), ("sdpa", "cuda"), ("reference", "other"))
+_ROWS: dict[Feature, tuple[Support, Support, Support, Support]] = {
+    Feature.DOCUMENTS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.WINDOW: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.GROUPED_HEADS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.SINKS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.SOFT_CAP: (_NO_CAP, _NO_CAP, _NO_CAP, _NO_CAP),
+    Feature.DROPOUT: (_NO_DROPOUT, _NO_DROPOUT, _NO_DROPOUT, _NO_DROPOUT),
+    Feature.DETERMINISM: (
+        TESTED,
+        TESTED,
+        Refused("torch's operators on cuda add up dQ in any order", _REFERENCE),
+        UNPROVEN,
+    ),
+    Feature.FLOAT64: (TESTED, TESTED, Refused(_ON_CUDA, _REFERENCE), UNPROVEN),
+    Feature.FLOAT32: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.BFLOAT16: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.FLOAT16: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.HEADS_OF_EIGHTS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.OTHER_HEADS: (
+        TESTED,
+        TESTED,
+        Refused(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
+        UNPROVEN,
+    ),
+}
+SUPPORT: dict[Feature, dict[tuple[str, str], Support]] = {
+    feature: dict(zip(COLUMNS, cells)) for feature, cells in _ROWS.items()
+}
+
+_DTYPES = {
+    torch.float64: Feature.FLOAT64,
+    torch.float32: Feature.FLOAT32,
+    torch.bfloat16: Feature.BFLOAT16,
+    torch.float16: Feature.FLOAT16,
+}
+
+
+def of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
+    """What queries of this type and head size ask for."""
+    of_eights = head_dim <= 256 and head_dim % 8 == 0
+    return {_DTYPES[dtype], Feature.HEADS_OF_EIGHTS if of_eights else Feature.OTHER_HEADS}
+
+
+def support(kernel: str, device_type: str, feature: Feature) -> Support:
+    """The cell of the table."""
+    cells = SUPPORT[feature]
+    if cell := cells.get((kernel, device_type)) or cells.get((kernel, "other")):
+        return cell
+    known = " and ".join(device for name, device in COLUMNS if name == kernel)
+    return Refused(f"it exists for {known}, not {device_type}", _REFERENCE)
