@@ -5,15 +5,20 @@ help says so. This file checks what one section can know of itself; sizes agains
 lengths against the ring by the layout. Nothing is clamped or repaired in silence.
 """
 
+import contextlib
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from megatron_ring.errors import ConfigError, nearest_multiples
+
+# ``int | str`` is the one, and the other as soon as a Literal is among them.
+_UNIONS = (UnionType, Union)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,16 @@ class ModelConfig:
     """Query heads H."""
     num_query_groups: int = 0
     """Key-value heads G of grouped-query attention. 0: as many as query heads."""
+    window_size: int = 0
+    """Sliding window W: a token sees itself and the W - 1 before it. 0: everything before it."""
+    window_attn_skip_freq: int = 0
+    """N: one layer that attends fully after every N - 1 with the window. 0: every layer has the window."""
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
+    """off-by-one adds a sink, a key of score 0 and no value, to every softmax; learnable learns its score by head."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention weights. Only 0 as yet: no hop kernel computes it."""
+    attn_logit_softcapping: float = 0.0
+    """Bound that a tanh puts on the scores, as in Gemma 2. Only 0 as yet: no hop kernel computes it."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """RMSNorm is Llama's, LayerNorm is GPT-2's."""
     norm_epsilon: float = 1e-5
@@ -68,10 +83,16 @@ class ModelConfig:
             return self.ffn_hidden_size
         return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
 
+    def window_of(self, layer: int) -> int:
+        """The window of a layer, counted from 0; 0 where it attends fully: layers N - 1, 2N - 1, ... as in Megatron."""
+        attends_fully = self.window_attn_skip_freq and (layer + 1) % self.window_attn_skip_freq == 0
+        return 0 if attends_fully else self.window_size
+
     def problems(self) -> list[str]:
         heads, groups = self.num_attention_heads, self.key_value_heads
         found = _not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
         found += _negative(self, "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std")
+        found += _negative(self, "window_size", "window_attn_skip_freq")
         if not found and self.hidden_size % heads:
             found.append(
                 f"hidden_size {self.hidden_size} does not divide into {heads} attention heads. Nearest: "
@@ -108,6 +129,20 @@ class ModelConfig:
                 f"rope_scaling {self.rope_scaling} has no effect while position_embedding_type is "
                 f"{self.position_embedding_type}. Set --rope-scaling none, or --position-embedding-type rope."
             )
+        return found + self._attention_problems()
+
+    def _attention_problems(self) -> list[str]:
+        found = []
+        if self.window_attn_skip_freq > 0 and self.window_size == 0:
+            found.append(
+                f"window_attn_skip_freq {self.window_attn_skip_freq} has no effect while window_size is 0. "
+                "Set --window-size, or --window-attn-skip-freq 0."
+            )
+        if self.window_attn_skip_freq == 1 and self.window_size > 0:
+            found.append(
+                f"window_size {self.window_size} has no effect while window_attn_skip_freq is 1, which has every layer "
+                "attend fully. Set --window-attn-skip-freq to at least 2 or to 0, or --window-size 0."
+            )
         return found
 
 
@@ -119,8 +154,8 @@ class ParallelConfig:
     """Processes N that split one sequence. 0: all that tensor and pipeline leave (1 with --context-parallel none)."""
     ulysses_degree: int = 1
     """U of N = R x U: processes within a ring member that trade heads for sequence. 1 is a pure ring."""
-    stripe_size: int = 1
-    """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper."""
+    stripe_size: int | Literal["auto"] = "auto"
+    """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper. auto: as wide as the kernel likes."""
     attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
     """What computes a hop. auto takes the fastest that this device, dtype and head size allow, and says why."""
     tensor_model_parallel_size: int = 1
@@ -131,7 +166,8 @@ class ParallelConfig:
     """Processes this config is meant for: what --dry-run plans with, and what a run is checked against. 0: any."""
 
     def problems(self) -> list[str]:
-        sizes = "ulysses_degree", "stripe_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        sizes = ["ulysses_degree", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
+        sizes += ["stripe_size"] if self.stripe_size != "auto" else []
         return _not_positive(self, *sizes) + _negative(self, "context_parallel_size", "world_size")
 
 
@@ -145,6 +181,12 @@ class DataConfig:
     """Shares of the documents for training and for validation, in the order of the store."""
     seq_length: int = 1024
     """Tokens S of a sample, before it is split over the context ranks."""
+    reset_attention_mask: bool = False
+    """A token sees only its own document, which its end-of-document token closes, and not all of the sample."""
+    reset_position_ids: bool = False
+    """The positions that the model is given restart at 0 with each document."""
+    eod_mask_loss: bool = False
+    """An end-of-document token predicts nothing, so that no loss crosses from one document to the next."""
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "seq_length")
@@ -361,6 +403,8 @@ def _typed(value: Any, hint: Any) -> Any:
         if Ellipsis not in inner and len(items) != len(inner):
             raise ValueError
         return tuple(_typed(item, inner[0]) for item in items)
+    if origin in _UNIONS:
+        return _typed_as_one_of(value, get_args(hint))
     if origin is dict:
         return dict(value)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -370,7 +414,16 @@ def _typed(value: Any, hint: Any) -> Any:
     return value
 
 
+def _typed_as_one_of(value: Any, hints: tuple) -> Any:
+    for hint in hints:
+        with contextlib.suppress(TypeError, ValueError):
+            return _typed(value, hint)
+    raise ValueError
+
+
 def _described(hint: Any) -> str:
+    if get_origin(hint) in _UNIONS:
+        return " or ".join(_described(inner) for inner in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:

@@ -181,6 +181,7 @@ MISTAKES = {
     "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",
     "model: {num_layers: true}": "FILE: model: num_layers is True, not of type int.",
     "model: {add_bias_linear: 1}": "FILE: model: add_bias_linear is 1, not of type bool.",
+    "model: {softmax_type: off}": "FILE: model: softmax_type is False, not one of vanilla, off-by-one, learnable.",
     "training: {lr: fast}": "FILE: training: lr is 'fast', not of type float.",
     "training: {lr: true}": "FILE: training: lr is True, not of type float.",
     "training: {dtype: bf15}": "FILE: training: dtype is 'bf15', not one of auto, fp32, bf16, fp16.",
@@ -317,6 +318,26 @@ PROBLEMS = [
         "rope_scaling ntk has no effect while position_embedding_type is learned_absolute. "
         "Set --rope-scaling none, or --position-embedding-type rope.",
     ),
+    (ModelConfig(window_size=-8), "window_size -8 must not be below 0. Set --window-size."),
+    (
+        ModelConfig(window_attn_skip_freq=-2),
+        "window_attn_skip_freq -2 must not be below 0. Set --window-attn-skip-freq.",
+    ),
+    (
+        ModelConfig(window_attn_skip_freq=4),
+        "window_attn_skip_freq 4 has no effect while window_size is 0. "
+        "Set --window-size, or --window-attn-skip-freq 0.",
+    ),
+    (
+        ModelConfig(window_attn_skip_freq=1),
+        "window_attn_skip_freq 1 has no effect while window_size is 0. "
+        "Set --window-size, or --window-attn-skip-freq 0.",
+    ),
+    (
+        ModelConfig(window_size=8, window_attn_skip_freq=1),
+        "window_size 8 has no effect while window_attn_skip_freq is 1, which has every layer attend fully. "
+        "Set --window-attn-skip-freq to at least 2 or to 0, or --window-size 0.",
+    ),
     (
         ParallelConfig(context_parallel_size=-2),
         "context_parallel_size -2 must not be below 0. Set --context-parallel-size.",
@@ -367,6 +388,9 @@ LEGAL = [
     *(section() for section in SECTIONS),
     ModelConfig(hidden_size=12, num_attention_heads=4, position_embedding_type="learned_absolute"),
     ModelConfig(rope_scaling="yarn", rope_scaling_factor=2.0),
+    ModelConfig(window_size=1),
+    ModelConfig(window_size=8, window_attn_skip_freq=2),
+    ModelConfig(softmax_type="off-by-one"),
     DataConfig(split=(1.0, 0.0)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
     CheckpointConfig(save="runs", save_interval=5),
@@ -406,3 +430,16 @@ def test_heads():
     model = ModelConfig(hidden_size=256, num_attention_heads=8)
     assert (model.head_dim, model.key_value_heads) == (32, 8)
     assert replace(model, num_query_groups=2).key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "windows"),
+    [
+        (ModelConfig(), [0, 0, 0, 0, 0]),
+        (ModelConfig(window_size=8), [8, 8, 8, 8, 8]),
+        (ModelConfig(window_size=8, window_attn_skip_freq=2), [8, 0, 8, 0, 8]),
+        (ModelConfig(window_size=8, window_attn_skip_freq=3), [8, 8, 0, 8, 8]),
+    ],
+)
+def test_every_so_many_layers_one_attends_fully(model, windows):
+    assert [model.window_of(layer) for layer in range(5)] == windows

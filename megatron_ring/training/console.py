@@ -7,9 +7,11 @@ import torch
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, to_yaml
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.model.gpt import parameter_count
-from megatron_ring.plan.flops import peak_flops, training_flops_per_token
+from megatron_ring.plan.flops import peak_flops
 from megatron_ring.plan.timeline import counted
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport
@@ -44,7 +46,6 @@ def report(setup: Setup, dataset: Dataset, stored: Stored | None, engine: Engine
     return ConsoleReport(
         config.logging,
         steps=range(done + 1, config.training.train_iters + 1),
-        flops_per_token=training_flops_per_token(config.model, dataset.tokenizer.vocab_size, config.data.seq_length),
         peak_flops=peak * setup.grid.world_size,
         monitors=engine.write_events,
     )
@@ -79,12 +80,20 @@ def _chosen(setup: Setup) -> list[str]:
     return [
         f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x {grid.context} context "
         f"({grid.ring} ring x {grid.ulysses} ulysses) x {grid.tensor} tensor",
-        f"layout           {layout.name}, {layout.seq_length} tokens, {layout.shard_length} on each ring rank",
+        f"layout           {_layout_in_words(setup)}, {layout.seq_length} tokens, {layout.shard_length} on each ring rank",
         f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} micro-batches of "
         f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
     ]
+
+
+def _layout_in_words(setup: Setup) -> str:
+    layout = setup.layout
+    if layout.stripe_size == 1:
+        return layout.name
+    auto = f" (auto: {setup.kernel.name} likes these)" if setup.config.parallel.stripe_size == "auto" else ""
+    return f"{layout.name} by {layout.stripe_size}{auto}"
 
 
 def _coordinates(setup: Setup) -> list[str]:
@@ -97,27 +106,44 @@ def _coordinates(setup: Setup) -> list[str]:
 
 
 def _layout_picture(layout: Layout) -> list[str]:
-    """Which ring rank owns each token, for a sample short enough to see, one row a rank."""
-    smallest = layout.ring_size * 2 * layout.stripe_size
-    tokens = max(smallest, _PICTURED_TOKENS // smallest * smallest)
-    small = Layout(layout.name, tokens, layout.ring_size, layout.stripe_size)
-    title = f"{layout.name} layout, drawn for {tokens} tokens; # is a token that the rank owns"
+    """Which ring rank owns each token or stripe, for a sample short enough to see, one row a rank."""
+    stripe, smallest = layout.stripe_size, layout.ring_size * 2
+    pictured = max(smallest, _PICTURED_TOKENS // smallest * smallest)
+    small = Layout(layout.name, pictured * stripe, layout.ring_size, stripe)
+    unit = "token" if stripe == 1 else f"stripe of {stripe} tokens"
+    title = f"{layout.name} layout, drawn for {small.seq_length} tokens; # is a {unit} that the rank owns"
     ranks = range(min(layout.ring_size, _PICTURED_RANKS))
     rows = []
     for ring_rank in ranks:
-        owned = set(small.positions(ring_rank).tolist())
-        rows.append(f"ring rank {ring_rank}  " + "".join("#" if token in owned else "." for token in range(tokens)))
+        owned = set((small.positions(ring_rank) // stripe).tolist())
+        rows.append(f"ring rank {ring_rank}  " + "".join("#" if unit in owned else "." for unit in range(pictured)))
     left_out = layout.ring_size - len(ranks)
     return [title, *rows, *([f"and {left_out} more ranks"] if left_out else [])]
 
 
 def _ring_cost(setup: Setup) -> list[str]:
+    """Bytes and work of a hop; a line for the layers with a window and one for those without."""
     model, layout = setup.config.model, setup.layout
-    numbers = setup.config.training.micro_batch_size * layout.shard_length * model.key_value_heads * model.head_dim * 2
-    forward = numbers * torch.empty((), dtype=setup.precision.dtype).element_size()
-    backward = forward + numbers * torch.float32.itemsize
-    timeline = counted(layout)
-    return [
-        f"bytes of a hop   {forward:,} forward (K and V), {backward:,} backward (K and V, and their gradients in fp32)",
-        f"work             slowest rank over mean {timeline.imbalance:.4f}, counted in visible pairs",
+    rows = setup.config.training.micro_batch_size, layout.shard_length
+    q_BLHD, kv_2BLGD = (
+        torch.empty(shape, dtype=setup.precision.dtype, device="meta")
+        for shape in (
+            (*rows, model.num_attention_heads, model.head_dim),
+            (2, *rows, model.key_value_heads, model.head_dim),
+        )
+    )
+    backward = backward_bytes(q_BLHD, kv_2BLGD)
+    travels = "queries" if queries_are_lighter(q_BLHD, kv_2BLGD) else "keys"
+    other = "keys" if travels == "queries" else "queries"
+    lines = [
+        f"bytes of a hop   {kv_2BLGD.nbytes:,} forward (K and V), {backward[travels]:,} backward (the {travels} travel; "
+        f"the {other} would be {backward[other]:,})"
     ]
+    for window in sorted({model.window_of(layer) for layer in range(model.num_layers)}):
+        mask = Mask(window)
+        name = f"window {window}" if window else "full attention"
+        lines.append(
+            f"work             {name}: {layout.hops(mask.reach(layout.seq_length))} hops, slowest rank over mean "
+            f"{counted(layout, mask).imbalance:.4f}, counted in visible pairs"
+        )
+    return lines

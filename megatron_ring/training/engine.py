@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.data.loader import Batch
+from megatron_ring.data.packing import IGNORED
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training.loss import IGNORED, counted_tokens, loss_sum, share_of_mean
+from megatron_ring.training.loss import counted_tokens, loss_sum, share_of_mean
 from megatron_ring.training.setup import Setup
 
 # Said by every process before anything else, and no news to who runs on a CPU; hence before the import.
@@ -141,7 +142,8 @@ class Engine:
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
         tokens, targets = batch.tokens_Bl.to(self.device), batch.targets_Bl.to(self.device)
-        return loss_sum(self.engine(tokens, batch.positions_l.to(self.device)), targets)
+        logits = self.engine(tokens, batch.positions.to(self.device), batch.document_starts)
+        return loss_sum(logits, targets)
 
     def _gradient_norm_of_plain_fp32(self) -> torch.Tensor | None:
         """Without ZeRO, in fp32, DeepSpeed reports no norm; the reduced gradients lie on every rank."""

@@ -7,9 +7,11 @@ import torch
 
 from megatron_ring.checkpoint import store
 from megatron_ring.data.dataset import Dataset, bits_per_byte
-from megatron_ring.data.loader import Loader
+from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.parallel.grid import Coordinates
+from megatron_ring.plan.flops import training_flops
 from megatron_ring.training import checkpointing
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import Report, StepRecord, ValidationRecord
@@ -22,13 +24,13 @@ def train(
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters; returns the last checkpoint's folder. ``report`` is told all."""
     training, saving = setup.config.training, setup.config.checkpoint
-    loader = _loader(dataset.training, setup, at, start.consumed_samples if start else 0)
+    loader = _loader(dataset, dataset.training, setup, at, start.consumed_samples if start else 0)
     validates = training.eval_interval > 0 and dataset.validation is not None
     if validates and start is None:
         report.validation(validate(engine, setup, at, dataset, step=0))
     saved = None
     for step in range(start.step + 1 if start else 1, training.train_iters + 1):
-        report.step(_step(engine, setup, loader, step))
+        report.step(_step(engine, setup, dataset, loader, step))
         last = step == training.train_iters
         if validates and (last or step % training.eval_interval == 0):
             report.validation(validate(engine, setup, at, dataset, step))
@@ -39,7 +41,7 @@ def train(
 
 def validate(engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, step: int) -> ValidationRecord:
     """The loss on the same held-out samples every time: the first eval_iters global batches of the stream."""
-    loader = _loader(dataset.validation, setup, at, consumed_samples=0)
+    loader = _loader(dataset, dataset.validation, setup, at, consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
     batches = [loader.next_step() for _ in range(setup.config.training.eval_iters)]
     total = engine.evaluate(batches, bytes_per_token)
@@ -48,7 +50,7 @@ def validate(engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, st
     )
 
 
-def _step(engine: Engine, setup: Setup, loader: Loader, step: int) -> StepRecord:
+def _step(engine: Engine, setup: Setup, dataset: Dataset, loader: Loader, step: int) -> StepRecord:
     began = time.perf_counter()
     batches = loader.next_step()
     loaded = time.perf_counter()
@@ -64,10 +66,21 @@ def _step(engine: Engine, setup: Setup, loader: Loader, step: int) -> StepRecord
         tokens_per_second=setup.global_batch_size * setup.config.data.seq_length / seconds,
         step_seconds=seconds,
         data_seconds=loaded - began,
+        model_flops=_model_flops(engine, setup, dataset, batches),
     )
 
 
-def _loader(stream: SampleStream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
+def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[Batch]) -> float:
+    """Floating-point operations of the step on all ranks, counted from what its documents let tokens see."""
+    lengths = torch.cat([batch.document_lengths(setup.config.data.seq_length) for batch in batches])
+    own = float(training_flops(setup.config.model, dataset.tokenizer.vocab_size, lengths))
+    if not setup.config.data.reset_attention_mask:
+        return own * setup.grid.data  # the same on every data rank
+    return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
+
+
+def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
+    data = setup.config.data
     return Loader(
         stream,
         setup.layout,
@@ -77,6 +90,9 @@ def _loader(stream: SampleStream, setup: Setup, at: Coordinates, consumed_sample
         setup.config.training.micro_batch_size,
         setup.global_batch_size,
         consumed_samples,
+        Packing(
+            dataset.tokenizer.end_of_document, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
+        ),
     )
 
 

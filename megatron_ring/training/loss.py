@@ -8,8 +8,7 @@ first backward. DeepSpeed averages gradients over its data axis (D x C) and over
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
-"""The target of a token that predicts nothing."""
+from megatron_ring.data.packing import IGNORED
 
 
 def loss_sum(logits_BlV: torch.Tensor, targets_Bl: torch.Tensor) -> torch.Tensor:

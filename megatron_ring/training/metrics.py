@@ -1,8 +1,8 @@
 """What a run tells: a line and a bar on the console, one JSON object a step in --metrics-file, the monitors.
 
 The keys of the metrics file are a public interface. A step writes
-``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds`` and the share of it spent waiting for data,
-``data_seconds``; a validation writes ``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those
+``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
+``data_seconds``, and the operations of all ranks, ``model_flops`` (plan/flops.py); a validation writes ``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those
 trained on so far. Losses are nats per token. Only global rank 0 tells anything.
 """
 
@@ -32,6 +32,7 @@ class StepRecord:
     tokens_per_second: float
     step_seconds: float
     data_seconds: float
+    model_flops: float
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,10 @@ class Silence:
 class ConsoleReport:
     """Tells the console, the metrics file and the monitors. ``peak_flops``, of all processes, gives the utilisation."""
 
-    def __init__(
-        self, logging: LoggingConfig, steps: range, flops_per_token: float, peak_flops: float, monitors: Monitors
-    ):
+    def __init__(self, logging: LoggingConfig, steps: range, peak_flops: float, monitors: Monitors):
         self.interval, self.monitors = logging.log_interval, monitors
         self.first_step, self.last_step = steps.start, steps.stop - 1
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.peak_flops = peak_flops
         self.metrics_file = Path(logging.metrics_file) if logging.metrics_file else None
         if self.metrics_file:
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,7 @@ class ConsoleReport:
                 f"loss             {self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps, "
                 f"{self.steps[-1].tokens:,} tokens so far"
             )
-            lines.append(f"speed            {rate:,.0f} tokens/s (median), {self._utilisation(rate):.0%} of peak")
+            lines.append(f"speed            {rate:,.0f} tokens/s (median), {self._utilisation(self.steps):.0%} of peak")
         if self.validations:
             first, last = (self.validations[i].validation_bits_per_byte for i in (0, -1))
             lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
@@ -126,11 +125,12 @@ class ConsoleReport:
         return (
             f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  grad norm {record.grad_norm:.3f}  "
             f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s "
-            f"({self._utilisation(record.tokens_per_second):.0%} of peak)  ETA {left // 60}:{left % 60:02d}"
+            f"({self._utilisation([record]):.0%} of peak)  ETA {left // 60}:{left % 60:02d}"
         )
 
-    def _utilisation(self, tokens_per_second: float) -> float:
-        return tokens_per_second * self.flops_per_token / self.peak_flops
+    def _utilisation(self, steps: list[StepRecord]) -> float:
+        """The median step's operations a second over what the processes could reach."""
+        return statistics.median(step.model_flops / step.step_seconds for step in steps) / self.peak_flops
 
     def _write(self, record: dict) -> None:
         if self.metrics_file:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ring.config import Config
-from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.layout import Layout, widest_stripe
 from megatron_ring.errors import ConfigError, nearest_multiples
-from megatron_ring.kernels.attention import KernelChoice, choose
+from megatron_ring.kernels.attention import KernelChoice, choose, stripe_tile
+from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import deepspeed_config
 from megatron_ring.training.precision import Precision, device_type, precision
@@ -44,14 +45,15 @@ class Setup:
             raise ConfigError(grid_problems + problems)
         device = device_type()
         chosen = precision(config.training.dtype, device)
-        kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim)
+        features = _features(config)
+        kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim, features)
         per_micro_batch = config.training.micro_batch_size * grid.data
         global_batch_size = config.training.global_batch_size or per_micro_batch
         micro_batches = global_batch_size // per_micro_batch
         return Setup(
             config=config,
             grid=grid,
-            layout=_layout(config, grid),
+            layout=_layout(config, grid, kernel.name, device),
             device=device,
             precision=chosen,
             kernel=kernel,
@@ -61,17 +63,37 @@ class Setup:
         )
 
 
-def _layout(config: Config, grid: Grid) -> Layout:
-    parallel = config.parallel
-    return Layout(parallel.context_parallel, config.data.seq_length, grid.ring, parallel.stripe_size)
+def _features(config: Config) -> list[Feature]:
+    """What the run asks of its attention kernel beyond a type and a head size."""
+    model = config.model
+    asked = {
+        Feature.DOCUMENTS: config.data.reset_attention_mask,
+        Feature.WINDOW: model.window_size > 0,
+        Feature.GROUPED_HEADS: model.key_value_heads != model.num_attention_heads,
+        Feature.SINKS: model.softmax_type != "vanilla",
+        Feature.SOFT_CAP: model.attn_logit_softcapping != 0,
+        Feature.DROPOUT: model.attention_dropout != 0,
+    }
+    return [feature for feature, wanted in asked.items() if wanted]
+
+
+def _layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
+    parallel, seq_length = config.parallel, config.data.seq_length
+    stripe_size = parallel.stripe_size
+    if stripe_size == "auto":
+        # Documents shorter than a round of wide stripes would lie on some ranks and not on others.
+        wide = parallel.context_parallel == "striped" and not config.data.reset_attention_mask
+        stripe_size = widest_stripe(seq_length, grid.ring, stripe_tile(kernel, device)) if wide else 1
+    return Layout(parallel.context_parallel, seq_length, grid.ring, stripe_size)
 
 
 def _length_problems(config: Config, grid: Grid) -> list[str]:
     parallel = config.parallel
-    if config.data.seq_length < 1 or parallel.stripe_size < 1:
+    stripe_size = 1 if parallel.stripe_size == "auto" else parallel.stripe_size
+    if config.data.seq_length < 1 or stripe_size < 1:
         return []  # the sections have said so
-    found = Layout.problems(parallel.context_parallel, config.data.seq_length, grid.ring, parallel.stripe_size)
-    if parallel.stripe_size > 1 and parallel.context_parallel != "striped":
+    found = Layout.problems(parallel.context_parallel, config.data.seq_length, grid.ring, stripe_size)
+    if stripe_size > 1 and parallel.context_parallel != "striped":
         found.append(
             f"stripe_size {parallel.stripe_size} has no effect while context_parallel is {parallel.context_parallel}. "
             "Set --stripe-size 1, or --context-parallel striped."

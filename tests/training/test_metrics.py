@@ -16,6 +16,7 @@ STEP = {
     "tokens_per_second": 960.0,
     "step_seconds": 0.1,
     "data_seconds": 0.001,
+    "model_flops": 1e8,
 }
 VALIDATION = {"step": 1, "validation_loss": 2.4, "validation_bits_per_byte": 1.2}
 
@@ -28,7 +29,7 @@ def monitored() -> list:
 @pytest.fixture
 def report(tmp_path, monitored) -> ConsoleReport:
     logging = LoggingConfig(metrics_file=str(tmp_path / "new" / "metrics.jsonl"))
-    return ConsoleReport(logging, range(1, 3), flops_per_token=1e6, peak_flops=1e10, monitors=monitored.extend)
+    return ConsoleReport(logging, range(1, 3), peak_flops=1e10, monitors=monitored.extend)
 
 
 def test_a_step_and_a_validation_are_one_json_object_each(report, tmp_path):
@@ -42,7 +43,7 @@ def test_a_step_and_a_validation_are_one_json_object_each(report, tmp_path):
 def test_a_fresh_run_begins_a_fresh_file(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps({"step": 0, "validation_loss": 9.0}) + "\n")
-    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e6, 1e10, monitors=lambda events: None)
+    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors=lambda events: None)
     assert file.read_text() == ""
 
 

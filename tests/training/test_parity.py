@@ -11,6 +11,14 @@ from tests.training import tiny
 LAYOUTS = {"ring": {}, "striped": {}, "striped by 3": {"stripe_size": 3}, "zigzag": {}}
 STEPS = 20
 
+# Documents of 1 to 100 tokens in samples of 48; windows in every layer but the second; a sink learned by head.
+PACKED = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
+PACKED_MODELS = {
+    "grouped": {},
+    "equal heads": {"num_query_groups": 4},
+    "windows and sinks": {"window_size": 7, "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+}
+
 
 def every_layout_and_stage() -> dict[str, dict]:
     """Every layout with every ZeRO stage, by a name for each."""
@@ -81,6 +89,46 @@ def assert_all_like_one_process(world_size: int, cases: dict, one_process: torch
 )
 def test_losses_and_gradient_norms_are_those_of_one_process(world_size, cases, one_process, prefix):
     assert_all_like_one_process(world_size, cases, one_process, prefix)
+
+
+def packed(model: dict, **parallel) -> dict:
+    return {"model": model, "data": PACKED, "parallel": parallel}
+
+
+def packed_cases() -> dict[str, dict]:
+    """Every layout, with and without windows and sinks; equal heads let queries travel backward, grouped ones keys."""
+    layouts = {"ring": {}, "striped": {}, "striped by 2": {"stripe_size": 2}, "zigzag": {}}
+    return {
+        f"{name}, {kind}": packed(model, context_parallel=name.split()[0], **extra)
+        for name, extra in layouts.items()
+        for kind, model in PACKED_MODELS.items()
+    }
+
+
+def train_packed_alone(rank: int, world_size: int, prefix: Path) -> dict[str, list[tuple[float, float]]]:
+    alone = {"context_parallel": "none", "attention_kernel": "reference"}
+    return train_all(rank, world_size, prefix, {kind: packed(model, **alone) for kind, model in PACKED_MODELS.items()})
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory) -> Path:
+    return tiny.write_short_documents(tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="module")
+def packed_alone(short_documents) -> dict[str, torch.Tensor]:
+    found = run_ranks(1, train_packed_alone, short_documents)[0]
+    return {kind: torch.tensor(steps, dtype=torch.float64) for kind, steps in found.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_packed_documents_train_as_on_one_process(world_size, packed_alone, short_documents):
+    cases = packed_cases()
+    for of_rank in run_ranks(world_size, train_all, short_documents, cases):
+        for name, found in of_rank.items():
+            expected = packed_alone[name.split(", ")[1]]
+            found = torch.tensor(found, dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def train_in_bf16(rank: int, world_size: int, prefix: Path) -> list[list[tuple[float, float]]]:

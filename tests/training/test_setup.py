@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
+from megatron_ring.kernels.attention.support import SUPPORT, Feature, Refused
 from megatron_ring.training.setup import Setup
 from tests.training import tiny
 
@@ -69,7 +70,29 @@ def test_context_ranks_default_to_all_that_is_left():
 
 
 def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr("megatron_ring.kernels.attention.sdpa.unavailable", lambda *_: "this test took it away")
-    with pytest.raises(KernelUnavailable, match="this test took it away. Set --attention-kernel auto or reference"):
+    monkeypatch.setitem(SUPPORT[Feature.FLOAT32], ("sdpa", "cpu"), Refused("this test took it away", "Set another"))
+    with pytest.raises(KernelUnavailable, match="sdpa cannot do float32: this test took it away. Set another."):
         Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
     assert Setup.of(tiny.config(), 2).kernel.name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [({"attention_dropout": 0.1}, "Set --attention-dropout 0"), ({"attn_logit_softcapping": 50.0}, "softcapping 0")],
+)
+def test_what_no_kernel_does_is_refused(model, said):
+    with pytest.raises(KernelUnavailable, match=said):
+        Setup.of(tiny.config(model=model), 2)
+
+
+def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it():
+    def stripe(**sections) -> int:
+        return Setup.of(tiny.config(**sections), 2).layout.stripe_size
+
+    assert stripe(data={"seq_length": 2048}) == 256
+    assert stripe(data={"seq_length": 512}) == 128
+    assert stripe(data={"seq_length": 500}) == 1
+    assert stripe(data={"seq_length": 2048}, parallel={"stripe_size": 4}) == 4
+    assert stripe(data={"seq_length": 2048}, parallel={"attention_kernel": "reference"}) == 1
+    assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
+    assert stripe(data={"seq_length": 2048}, parallel={"context_parallel": "zigzag"}) == 1

@@ -10,6 +10,7 @@ from megatron_ring.checkpoint.store import RunState
 from megatron_ring.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.loader import Loader
+from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.model.gpt import GPT, decay_groups
@@ -21,6 +22,7 @@ from megatron_ring.training.setup import Setup
 
 VOCAB = 61
 SEQ = 48
+END_OF_DOCUMENT = 0
 
 
 def config(**sections: dict) -> Config:
@@ -54,6 +56,16 @@ def write_store(folder: Path) -> Path:
     return folder / "tiny"
 
 
+def write_short_documents(folder: Path) -> Path:
+    """A store of the same language in documents of 1 to 100 tokens, most of them short, each with its end."""
+    generator = np.random.default_rng(0)
+    with TokenStoreWriter(folder / "short", np.uint16) as writer:
+        for length in (generator.pareto(1.0, size=200) * 8).astype(int).clip(0, 99):
+            steps = generator.choice([1, 2, 5], size=length)
+            writer.add_document([*(1 + np.cumsum(steps) % (VOCAB - 1)), END_OF_DOCUMENT])
+    return folder / "short"
+
+
 def stream(prefix: Path, seed: int = 1234) -> SampleStream:
     store = TokenStore(prefix)
     return SampleStream(store, range(len(store)), SEQ, seed, VOCAB)
@@ -72,6 +84,8 @@ class Run:
         self.engine = Engine(model, decay_groups(model, config.training.weight_decay), self.setup, self.groups)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix)
+        data = config.data
+        self.packing = Packing(END_OF_DOCUMENT, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss)
         self.step = 0
         self._load_from(consumed_samples=0)
 
@@ -102,5 +116,5 @@ class Run:
         grid, batch = self.setup.grid, self.config.training.micro_batch_size
         self.loader = Loader(
             self.stream, self.setup.layout, self.at.ring, self.at.data, grid.data, batch,
-            self.setup.global_batch_size, consumed_samples,
+            self.setup.global_batch_size, consumed_samples, self.packing,
         )  # fmt: skip
