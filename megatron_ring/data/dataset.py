@@ -17,6 +17,9 @@ from megatron_ring.errors import DataError
 DEFAULT_FOLDER = Path("data")
 """Where the default corpus is prepared, under the working directory."""
 
+# Documents of a store whose ends are looked for: a writer ends all or none, and each costs a read of the disk.
+_LOOKED_AT = 1000
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -48,11 +51,15 @@ class Dataset:
 def _refuse_missing_ends(store: TokenStore, end_of_document: int, config: DataConfig) -> None:
     """Borders are read from end-of-document tokens: a store written without them would have none, in silence."""
     flags = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(config, name)]
-    unended = [n for n in np.flatnonzero(store.lengths) if store.document(n)[-1] != end_of_document] if flags else []
+    if not flags:
+        return
+    written = np.flatnonzero(store.lengths)
+    looked_at = written[np.linspace(0, len(written) - 1, min(_LOOKED_AT, len(written))).astype(np.int64)]
+    unended = [n for n in looked_at if store.document(n)[-1] != end_of_document]
     if unended:
         raise DataError(
-            f"token store {store.prefix}: {len(unended)} of {len(store)} documents, the first of them number "
-            f"{unended[0]}, do not end with the end-of-document token (id {end_of_document}), from which "
+            f"token store {store.prefix}: {len(unended)} of {len(looked_at)} documents looked at, the first of them "
+            f"number {unended[0]}, do not end with the end-of-document token (id {end_of_document}), from which "
             f"{', '.join(flags)} read where documents end. Write the store again with tools/prepare_data.py "
             f"--output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to the one it was "
             f"written with, or leave out {', '.join('--' + name.replace('_', '-') for name in flags)}."

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ring.data.packing import IGNORED
 from tests.distributed import run_ranks
 from tests.training import tiny
 
@@ -129,6 +130,25 @@ def test_packed_documents_train_as_on_one_process(world_size, packed_alone, shor
             expected = packed_alone[name.split(", ")[1]]
             found = torch.tensor(found, dtype=torch.float64)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train_half_unlabelled(rank: int, world_size: int, prefix: Path, layout: str) -> list[tuple[float, float]]:
+    """Steps that predict only the first half of each sample: of contiguous shards, some have nothing to count."""
+    run = tiny.Run(tiny.config(parallel={"context_parallel": layout}), prefix, rank, world_size)
+    results = []
+    for _ in range(5):
+        (batch,) = run.loader.next_step()
+        batch.targets_Bl[:, batch.positions >= tiny.SEQ // 2] = IGNORED
+        result = run.engine.train_step([batch], learning_rate=1e-2)
+        assert result.tokens == len(batch.tokens_Bl) * tiny.SEQ // 2
+        results.append((result.loss, result.grad_norm))
+    return results
+
+
+def test_ranks_without_a_label_change_nothing(prefix):
+    alone = torch.tensor(run_ranks(1, train_half_unlabelled, prefix, "none")[0], dtype=torch.float64)
+    for found in run_ranks(4, train_half_unlabelled, prefix, "ring"):
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), alone, rtol=1e-5, atol=0)
 
 
 def train_in_bf16(rank: int, world_size: int, prefix: Path) -> list[list[tuple[float, float]]]:
