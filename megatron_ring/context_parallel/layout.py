@@ -41,8 +41,8 @@ def _zigzag(layout: "Layout", ring_rank: int) -> torch.Tensor:
 
 
 class _Rules(NamedTuple):
-    """positions: as ``Layout.positions``. multiple_of: (ring size, stripe size) -> what seq_length must be a multiple of,
-    and ``rule`` says it in words. hops: as ``Layout.hops``."""
+    """positions and hops: as ``Layout`` has them. multiple_of: (ring size, stripe size) -> what seq_length must be a
+    multiple of; ``rule`` says it in words."""
 
     positions: Positions
     multiple_of: Callable[[int, int], int]

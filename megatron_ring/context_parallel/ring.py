@@ -50,7 +50,7 @@ class Ring:
         return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
 
     def keys_of(self, hop: int) -> int:
-        """The ring rank whose keys our queries meet in ``hop``. Our own come first, so that no row starts with nothing."""
+        """The ring rank whose keys our queries meet in ``hop``: our own first, so that no row starts with nothing."""
         return (self.ring_rank - hop) % self.layout.ring_size
 
     def queries_of(self, hop: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.data.packing import NO_BORDERS, Packing
+from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
 from megatron_ring.data.samples import SampleStream
 
 
@@ -43,6 +43,7 @@ class Batch:
 class Loader:
     """The batches of one (data, ring) rank. ``consumed_samples`` is its whole state, and it holds for any grid.
 
+    A ``layout`` longer than the stream's samples is filled up behind their end with tokens that change nothing.
     Sample ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b`` is row ``b`` of
     micro-batch ``micro`` on ``data_rank``. ``global_batch_size`` is in samples over all data ranks, a multiple of
     ``micro_batch_size * data_size``.
@@ -60,11 +61,12 @@ class Loader:
         consumed_samples: int = 0,
         packing: Packing = NO_BORDERS,
     ):
-        assert layout.seq_length == stream.seq_length
+        assert layout.seq_length >= stream.seq_length
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
         self._packing = packing
+        self._fill = layout.seq_length - stream.seq_length
         self._positions_l = layout.positions(ring_rank).numpy()
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
@@ -85,12 +87,15 @@ class Loader:
 
     def _batch(self, first: int) -> Batch:
         samples = np.stack([self._stream.sample(first + b) for b in range(self._micro_batch_size)])
-        tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
+        # Behind the end nobody looks: tokens that fill a ragged layout are seen by none and predict nothing.
+        tokens_BS = np.pad(samples[:, :-1], ((0, 0), (0, self._fill)), mode="edge")
+        next_BS = np.pad(samples[:, 1:], ((0, 0), (0, self._fill)), constant_values=IGNORED)
+        positions = self._packing.positions(tokens_BS).clip(max=self._stream.seq_length - 1)
         starts = self._packing.document_starts(tokens_BS)
         return Batch(
             self._cut(tokens_BS),
             self._cut(self._packing.targets(tokens_BS, next_BS)),
-            self._cut(self._packing.positions(tokens_BS)),
+            self._cut(positions),
             None if starts is None else torch.from_numpy(starts),
         )
 

@@ -80,7 +80,8 @@ def _chosen(setup: Setup) -> list[str]:
     return [
         f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x {grid.context} context "
         f"({grid.ring} ring x {grid.ulysses} ulysses) x {grid.tensor} tensor",
-        f"layout           {_layout_in_words(setup)}, {layout.seq_length} tokens, {layout.shard_length} on each ring rank",
+        f"layout           {_layout_in_words(setup)}, {_tokens_in_words(setup)}, "
+        f"{layout.shard_length} on each ring rank",
         f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} micro-batches of "
         f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
@@ -94,6 +95,14 @@ def _layout_in_words(setup: Setup) -> str:
         return layout.name
     auto = f" (auto: {setup.kernel.name} likes these)" if setup.config.parallel.stripe_size == "auto" else ""
     return f"{layout.name} by {layout.stripe_size}{auto}"
+
+
+def _tokens_in_words(setup: Setup) -> str:
+    seq_length = setup.config.data.seq_length
+    filled = setup.layout.seq_length - seq_length
+    return f"{seq_length} tokens" + (
+        f" and {filled} more that fill the last row and count for nothing" if filled else ""
+    )
 
 
 def _coordinates(setup: Setup) -> list[str]:
@@ -136,8 +145,8 @@ def _ring_cost(setup: Setup) -> list[str]:
     travels = "queries" if queries_are_lighter(q_BLHD, kv_2BLGD) else "keys"
     other = "keys" if travels == "queries" else "queries"
     lines = [
-        f"bytes of a hop   {kv_2BLGD.nbytes:,} forward (K and V), {backward[travels]:,} backward (the {travels} travel; "
-        f"the {other} would be {backward[other]:,})"
+        f"bytes of a hop   {kv_2BLGD.nbytes:,} forward (K and V), {backward[travels]:,} backward (the {travels} "
+        f"travel; the {other} would be {backward[other]:,})"
     ]
     for window in sorted({model.window_of(layer) for layer in range(model.num_layers)}):
         mask = Mask(window)

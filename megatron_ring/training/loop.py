@@ -72,7 +72,7 @@ def _step(engine: Engine, setup: Setup, dataset: Dataset, loader: Loader, step: 
 
 def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[Batch]) -> float:
     """Floating-point operations of the step on all ranks, counted from what its documents let tokens see."""
-    lengths = torch.cat([batch.document_lengths(setup.config.data.seq_length) for batch in batches])
+    lengths = torch.cat([batch.document_lengths(setup.layout.seq_length) for batch in batches])
     own = float(training_flops(setup.config.model, dataset.tokenizer.vocab_size, lengths))
     if not setup.config.data.reset_attention_mask:
         return own * setup.grid.data  # the same on every data rank

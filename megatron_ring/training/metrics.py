@@ -2,8 +2,9 @@
 
 The keys of the metrics file are a public interface. A step writes
 ``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
-``data_seconds``, and the operations of all ranks, ``model_flops`` (plan/flops.py); a validation writes ``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those
-trained on so far. Losses are nats per token. Only global rank 0 tells anything.
+``data_seconds``, and the operations of all ranks, ``model_flops`` (plan/flops.py); a validation writes
+``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those trained on so far. Losses are nats per
+token. Only global rank 0 tells anything.
 """
 
 import json

@@ -77,8 +77,14 @@ def _features(config: Config) -> list[Feature]:
     return [feature for feature, wanted in asked.items() if wanted]
 
 
+def _laid_out_length(config: Config, grid: Grid) -> int:
+    """seq_length, but for single striped tokens, which are dealt out whatever their number: the last row is filled."""
+    ragged = config.parallel.context_parallel == "striped" and config.parallel.stripe_size in ("auto", 1)
+    return -(-config.data.seq_length // grid.ring) * grid.ring if ragged else config.data.seq_length
+
+
 def _layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
-    parallel, seq_length = config.parallel, config.data.seq_length
+    parallel, seq_length = config.parallel, _laid_out_length(config, grid)
     stripe_size = parallel.stripe_size
     if stripe_size == "auto":
         # Documents shorter than a round of wide stripes would lie on some ranks and not on others.
@@ -92,7 +98,7 @@ def _length_problems(config: Config, grid: Grid) -> list[str]:
     stripe_size = 1 if parallel.stripe_size == "auto" else parallel.stripe_size
     if config.data.seq_length < 1 or stripe_size < 1:
         return []  # the sections have said so
-    found = Layout.problems(parallel.context_parallel, config.data.seq_length, grid.ring, stripe_size)
+    found = Layout.problems(parallel.context_parallel, _laid_out_length(config, grid), grid.ring, stripe_size)
     if stripe_size > 1 and parallel.context_parallel != "striped":
         found.append(
             f"stripe_size {parallel.stripe_size} has no effect while context_parallel is {parallel.context_parallel}. "

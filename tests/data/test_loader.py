@@ -210,3 +210,19 @@ def test_each_flag_changes_only_its_own_thing(store_of, flag):
         for field in fields(Batch):
             expected = every if field.name == FLAGS[flag] else none
             torch.testing.assert_close(getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0)
+
+
+def test_a_layout_longer_than_the_samples_is_filled_behind_their_end(store_of):
+    """Seven tokens on four ranks: the eighth place repeats the last token, predicts nothing and has no new position."""
+    stream = SampleStream(store_of([[1, 2, END, 4, 5, 6, 7, 8]]), range(1), seq_length=7, seed=1, vocab_size=10)
+    tokens, targets, positions = [], [], []
+    for ring_rank in range(4):
+        loader = Loader(stream, Layout("striped", 8, 4), ring_rank, 0, 1, 1, 1, packing=Packing(END, **EVERY_FLAG))
+        (batch,) = loader.next_step()
+        assert batch.document_starts.tolist() == [0, 3]
+        tokens += batch.tokens_Bl.tolist()
+        targets += batch.targets_Bl.tolist()
+        positions += batch.positions.tolist()
+    assert tokens == [[1, 5], [2, 6], [END, 7], [4, 7]]
+    assert targets == [[2, 6], [END, 7], [-100, 8], [5, -100]]
+    assert positions == [[0, 1], [1, 2], [2, 3], [0, 4]]

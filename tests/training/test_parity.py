@@ -96,6 +96,12 @@ def packed(model: dict, **parallel) -> dict:
     return {"model": model, "data": PACKED, "parallel": parallel}
 
 
+def ragged(**parallel) -> dict:
+    """Samples of 47 tokens, packed: neither 2, 3 nor 4 ranks have equally many of them."""
+    model = {"position_embedding_type": "learned_absolute"}  # whose table has no row for a token behind the end
+    return {"model": model, "data": PACKED | {"seq_length": 47}, "parallel": parallel}
+
+
 def packed_cases() -> dict[str, dict]:
     """Every layout, with and without windows and sinks; equal heads let queries travel backward, grouped ones keys."""
     layouts = {"ring": {}, "striped": {}, "striped by 2": {"stripe_size": 2}, "zigzag": {}}
@@ -103,12 +109,13 @@ def packed_cases() -> dict[str, dict]:
         f"{name}, {kind}": packed(model, context_parallel=name.split()[0], **extra)
         for name, extra in layouts.items()
         for kind, model in PACKED_MODELS.items()
-    }
+    } | {"striped, ragged": ragged(context_parallel="striped")}
 
 
 def train_packed_alone(rank: int, world_size: int, prefix: Path) -> dict[str, list[tuple[float, float]]]:
     alone = {"context_parallel": "none", "attention_kernel": "reference"}
-    return train_all(rank, world_size, prefix, {kind: packed(model, **alone) for kind, model in PACKED_MODELS.items()})
+    cases = {kind: packed(model, **alone) for kind, model in PACKED_MODELS.items()} | {"ragged": ragged(**alone)}
+    return train_all(rank, world_size, prefix, cases)
 
 
 @pytest.fixture(scope="module")

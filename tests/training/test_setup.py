@@ -44,10 +44,19 @@ def test_a_stripe_without_stripes():
     ]
 
 
+def test_single_striped_tokens_are_dealt_out_whatever_their_number():
+    assert Setup.of(tiny.config(data={"seq_length": 47}), 4).layout.seq_length == 48
+    assert Setup.of(tiny.config(data={"seq_length": 47}, parallel={"stripe_size": 1}), 3).layout.seq_length == 48
+    assert Setup.of(tiny.config(data={"seq_length": 48}), 4).layout.seq_length == 48
+    (said,) = problems(4, parallel={"stripe_size": 2}, data={"seq_length": 47})
+    assert said.startswith("seq_length 47 cannot be laid out striped on 4 ring ranks: it must be a multiple of 8")
+
+
 def test_all_problems_are_said_at_once():
     found = problems(
         4,
         model={"hidden_size": 30},
+        parallel={"context_parallel": "ring"},
         data={"seq_length": 47},
         training={"min_lr": 1.0, "lr_warmup_iters": 20},
         checkpoint={"save_interval": 5},

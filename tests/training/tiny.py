@@ -66,9 +66,9 @@ def write_short_documents(folder: Path) -> Path:
     return folder / "short"
 
 
-def stream(prefix: Path, seed: int = 1234) -> SampleStream:
+def stream(prefix: Path, seed: int = 1234, seq_length: int = SEQ) -> SampleStream:
     store = TokenStore(prefix)
-    return SampleStream(store, range(len(store)), SEQ, seed, VOCAB)
+    return SampleStream(store, range(len(store)), seq_length, seed, VOCAB)
 
 
 class Run:
@@ -80,10 +80,10 @@ class Run:
         self.setup = Setup.of(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
         attention = ContextParallelAttention(self.setup.layout, self.setup.kernel.name, self.groups)
-        model = GPT(config.model, VOCAB, SEQ, attention, config.training.seed)
+        model = GPT(config.model, VOCAB, config.data.seq_length, attention, config.training.seed)
         self.engine = Engine(model, decay_groups(model, config.training.weight_decay), self.setup, self.groups)
         self.at = self.setup.grid.coordinates(global_rank)
-        self.stream = stream(prefix)
+        self.stream = stream(prefix, seq_length=config.data.seq_length)
         data = config.data
         self.packing = Packing(END_OF_DOCUMENT, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss)
         self.step = 0
