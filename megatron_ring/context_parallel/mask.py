@@ -28,6 +28,9 @@ class Mask:
     document_starts: tuple[int, ...] = ()
     samples: int = 1
 
+    def __post_init__(self):
+        assert self.samples == 1 or self.document_starts, "samples end to end, and nothing that keeps them apart"
+
     def first_visible(self, positions: torch.Tensor) -> torch.Tensor | None:
         """first(p) of each of ``positions``, non-decreasing as they are; None where it is 0 for all."""
         first = None

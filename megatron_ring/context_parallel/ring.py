@@ -152,8 +152,9 @@ def _queries_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) 
 def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
     """dout, but next to 0 where it is 0 and delta is not: no output of a row whose lse alone is read has this delta."""
     # As small as leaves its output, about the inverse, finite; float16 is short of room.
-    speck = max(torch.finfo(delta_BHL.dtype).eps, 64 / torch.finfo(dout_BLHD.dtype).max)
-    next_to_zero_BLHD = (delta_BHL.transpose(1, 2).unsqueeze(-1) * speck).to(dout_BLHD.dtype)
+    speck = max(torch.finfo(delta_BHL.dtype).eps, 16 / torch.finfo(dout_BLHD.dtype).max)
+    next_to_zero_BLHD = torch.zeros_like(dout_BLHD)
+    next_to_zero_BLHD[..., 0] = delta_BHL.transpose(1, 2) * speck
     return torch.where((dout_BLHD == 0).all(-1, keepdim=True), next_to_zero_BLHD, dout_BLHD)
 
 

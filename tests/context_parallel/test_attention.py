@@ -18,23 +18,29 @@ from tests.tolerances import TOLERANCE, beyond_tolerance
 
 
 class Case(NamedTuple):
+    """lengths: of the documents that the batch's samples are packed with; () is none. groups: the key-value heads."""
+
     layout: str
     stripe: int
     kernel: str
     dtype: torch.dtype
+    groups: int = 2
+    window: int = 0
+    lengths: tuple[int, ...] = ()
 
 
-class Gradients(NamedTuple):
-    out: torch.Tensor
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-
-
+LAYOUTS = [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
+NUMBERS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
+NARROWED = [(0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
 CASES = [
-    Case(layout, stripe, kernel, dtype)
-    for layout, stripe in [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
-    for kernel, dtype in [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
+    *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
+    # Backward, the queries of four groups travel, and the keys of two.
+    *(
+        Case(*layout, *numbers, groups, *narrowed)
+        for layout in LAYOUTS
+        for groups, numbers in [(4, NUMBERS[0]), (4, NUMBERS[2]), (2, NUMBERS[2])]
+        for narrowed in NARROWED
+    ),
 ]
 GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2)]}  # by world size: rings of two, three and four
 LENGTH, BATCH, HEADS, GROUPS = 12, 2, 4, 2
@@ -50,13 +56,29 @@ def on_real_ranks(rank: int, world_size: int) -> dict:
     return found
 
 
-def on_one_rank(case: Case, ring_size: int, groups: ProcessGroups, ring_rank: int) -> Gradients:
+def whole_inputs(case: Case, tokens: int) -> list[torch.Tensor]:
+    """q, k, v and the gradients of the output and of the log-sum-exp, of every rank together."""
+    inputs = oracle.random_inputs(BATCH, tokens, HEADS, case.groups, case.dtype)
+    return [*inputs, oracle.random_dlse(inputs[0])]
+
+
+def on_one_rank(case: Case, ring_size: int, groups: ProcessGroups, ring_rank: int) -> oracle.Attention:
     layout = Layout(case.layout, ring_size * LENGTH, ring_size, case.stripe)
     here = layout.positions(ring_rank)
-    q, k, v, dout = (x[:, here] for x in oracle.random_inputs(BATCH, layout.seq_length, HEADS, GROUPS, case.dtype))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = ContextParallelAttention(layout, case.kernel, groups)(*inputs)
-    return Gradients(out.detach(), *torch.autograd.grad(out, inputs, dout))
+    q, k, v, dout, dlse = whole_inputs(case, layout.seq_length)
+    inputs, starts = [x[:, here].requires_grad_() for x in (q, k, v)], None
+    if case.lengths:
+        starts = oracle.document_starts(oracle.documents(BATCH, layout.seq_length, case.lengths))
+    out, lse = ContextParallelAttention(layout, case.kernel, groups)(*inputs, case.window, starts)
+    gradients = torch.autograd.grad((out, lse), inputs, (dout[:, here], dlse[..., here]))
+    return oracle.Attention(out.detach(), *gradients, lse.detach())
+
+
+def expected_of(case: Case, tokens: int) -> oracle.Attention:
+    """The oracle's, of the whole sequence."""
+    *inputs, dlse = whole_inputs(case, tokens)
+    document_BS = oracle.documents(BATCH, tokens, case.lengths or (tokens,))
+    return oracle.attention(*inputs, oracle.visible(document_BS, case.window), dlse)
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +87,35 @@ def ranks() -> dict[int, list[dict]]:
     return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}-{case.stripe}-{case.kernel}-{case.dtype}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("grid", [grid for grids in GRIDS.values() for grid in grids], ids=str)
 def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
-    inputs = oracle.random_inputs(BATCH, grid.ring * LENGTH, HEADS, GROUPS, case.dtype)
-    whole = Gradients(*oracle.attention(*inputs)[:4])
+    whole = expected_of(case, grid.ring * LENGTH)
     layout = Layout(case.layout, grid.ring * LENGTH, grid.ring, case.stripe)
     for rank, found in enumerate(ranks[grid.world_size]):
         here = layout.positions(grid.coordinates(rank).ring)
-        expected = Gradients(*(x[:, here] for x in whole))
+        expected = oracle.Attention(*(x[:, here] for x in whole[:4]), whole.lse[..., here])
         assert beyond_tolerance(found[grid, case], expected, case.dtype) == {}
-        assert {x.dtype for x in found[grid, case]} == {case.dtype}
+        assert {x.dtype for x in found[grid, case][:4]} == {case.dtype}
+
+
+@pytest.mark.parametrize("narrowed", [(0, ()), *NARROWED], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
+    case = Case("striped", 1, kernel, dtype, GROUPS, *narrowed)
+    assert beyond_tolerance(on_one_rank(case, 1, ALONE, 0), expected_of(case, LENGTH), dtype) == {}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_alone_it_is_plain_attention(kernel, dtype):
-    found = on_one_rank(Case("striped", 1, kernel, dtype), 1, ALONE, 0)
-    expected = oracle.attention(*oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS, dtype))
+def test_the_log_sum_exp_may_be_all_that_is_read(kernel, dtype):
+    q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS, dtype)
+    dlse, inputs = oracle.random_dlse(q), [x.requires_grad_() for x in (q, k, v)]
+    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(*inputs)
+    gradients = torch.autograd.grad(lse, inputs, dlse)
+    found = oracle.Attention(out.detach(), *gradients, lse.detach())
+    expected = oracle.attention(q, k, v, torch.zeros_like(q), dlse_BHS=dlse)
     assert beyond_tolerance(found, expected, dtype) == {}
 
 
@@ -91,20 +124,28 @@ def test_views_are_as_good_as_contiguous_tensors(kernel):
     """Queries, keys and values cut from one projection, and a gradient that arrives transposed or expanded."""
     q, k, v, dout = oracle.random_inputs(BATCH, LENGTH, 4, 4)
     fused = torch.cat([q, k, v], dim=2).requires_grad_()
-    out = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(*fused.chunk(3, dim=2))
+    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(*fused.chunk(3, dim=2))
     expected = oracle.attention(q, k, v, dout)
     (dfused,) = torch.autograd.grad(out, fused, dout.transpose(0, 1).contiguous().transpose(0, 1), retain_graph=True)
-    assert beyond_tolerance(Gradients(out.detach(), *dfused.chunk(3, dim=2)), expected, torch.float64) == {}
+    assert (
+        beyond_tolerance(oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()), expected, torch.float64)
+        == {}
+    )
     (dfused,) = torch.autograd.grad(out.sum(), fused)
     ones = oracle.attention(q, k, v, torch.ones_like(q))
-    assert beyond_tolerance(Gradients(out.detach(), *dfused.chunk(3, dim=2)), ones, torch.float64) == {}
+    assert (
+        beyond_tolerance(oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()), ones, torch.float64)
+        == {}
+    )
 
 
-def test_torch_accepts_the_operator():
+@pytest.mark.parametrize(("document_starts", "samples"), [(None, 1), (torch.tensor([0, 2, 6]), 2)], ids=["", "packed"])
+def test_torch_accepts_the_operator(document_starts, samples):
     """Schema, autograd, fake tensors and tracing, forward and backward."""
-    q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS, torch.float32)
+    q, k, v, _ = oracle.random_inputs(1, LENGTH, HEADS, GROUPS, torch.float32)
+    packing, layout = (document_starts, samples, 4), ("striped", 1, "sdpa", "")
     kv = torch.stack([k, v])
-    torch.library.opcheck(ring_attention, (q.requires_grad_(), kv.requires_grad_(), "striped", 1, "sdpa", ""))
+    torch.library.opcheck(ring_attention, (q.requires_grad_(), kv.requires_grad_(), *packing, *layout))
 
 
 class Counting:
@@ -141,7 +182,7 @@ def test_recomputing_a_layer_need_not_run_the_ring_again(context_fn, forwards_a_
     x.requires_grad_()
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return x + attention(x.sin(), x.cos(), x.tanh())
+        return x + attention(x.sin(), x.cos(), x.tanh())[0]
 
     def stack(apply) -> torch.Tensor:
         out = x

@@ -1,15 +1,18 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.context_parallel.layout import NAMES, Layout
+from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.errors import ConfigError
 
 SIXTEEN_TOKENS_ON_FOUR_RANKS = {
     ("ring", 1): [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
     ("striped", 1): [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]],
-    ("striped", 2): [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]],
+    ("striped", 2): [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]],
     ("striped", 4): [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
     ("zigzag", 1): [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]],
 }
@@ -20,6 +23,19 @@ def test_sixteen_tokens_on_four_ranks(name, stripe):
     layout = Layout(name, 16, 4, stripe)
     shards = [layout.positions(ring_rank).tolist() for ring_rank in range(4)]
     assert shards == SIXTEEN_TOKENS_ON_FOUR_RANKS[name, stripe]
+
+
+def test_single_tokens_are_dealt_as_in_the_paper():
+    """Always forth: rank r owns r, r + R, r + 2R and so on (Brandon et al. 2023, section 3)."""
+    for ring_rank in range(5):
+        assert Layout("striped", 35, 5).positions(ring_rank).tolist() == list(range(ring_rank, 35, 5))
+
+
+def test_stripes_are_dealt_forth_and_back():
+    """Whole stripes, and the rank that was dealt the last one of a round is dealt the first of the next."""
+    layout = Layout("striped", 3 * 5 * 4, 3, stripe_size=5)
+    stripes = [layout.positions(ring_rank)[::5] // 5 for ring_rank in range(3)]
+    assert [each.tolist() for each in stripes] == [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +67,54 @@ def test_every_token_has_one_home_and_every_rank_as_many_tokens(layout):
 def test_a_rank_lists_its_positions_in_increasing_order(layout):
     for ring_rank in range(layout.ring_size):
         assert (layout.positions(ring_rank).diff() > 0).all()
+
+
+# layouts that share the work out evenly: whole pairs of deals forth and back, or of chunks early and late
+even_layouts = st.one_of(
+    st.builds(lambda size, half: Layout("zigzag", 2 * size * half, size), st.integers(1, 9), st.integers(1, 10)),
+    st.builds(
+        lambda size, pairs, stripe: Layout("striped", 2 * size * pairs * stripe, size, stripe),
+        st.integers(1, 9),
+        st.integers(1, 4),
+        st.integers(2, 5),
+    ),
+)
+
+
+@given(even_layouts)
+def test_every_rank_has_the_same_work_in_every_hop(layout):
+    """Half of the square where the keys are another's, and at home half a diagonal more."""
+    ranks, length = range(layout.ring_size), layout.shard_length
+    for rank, source in itertools.product(ranks, ranks):
+        pairs = hop_runs(layout, rank, source).visible_pairs
+        assert 2 * pairs == length * (length + 1 if source == rank else length)
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(2, 5))
+def test_a_round_without_its_way_back_leaves_ranks_a_stripe_apart(ring_size, pairs, stripe):
+    layout = Layout("striped", ring_size * (2 * pairs + 1) * stripe, ring_size, stripe)
+    keys_seen = [int((layout.positions(ring_rank) + 1).sum()) for ring_rank in range(ring_size)]
+    assert keys_seen == [keys_seen[0] + ring_rank * stripe**2 for ring_rank in range(ring_size)]
+
+
+@given(st.integers(1, 9), st.integers(1, 20))
+def test_single_tokens_leave_a_diagonal_between_hops(ring_size, length):
+    """With the diagonal for sources that are not ahead, without it for those that are."""
+    layout, ranks = Layout("striped", ring_size * length, ring_size), range(ring_size)
+    for rank, source in itertools.product(ranks, ranks):
+        assert 2 * hop_runs(layout, rank, source).visible_pairs == length * (length + (1 if source <= rank else -1))
+
+
+# of four ranks with six tokens each: how far back a query looks, and how often keys must be passed on and met
+HOPS_OF_A_CONTIGUOUS_RING = {0: 1, 1: 2, 6: 2, 7: 3, 12: 3, 13: 4, 18: 4, 19: 4, 23: 4}
+
+
+@pytest.mark.parametrize("reach", HOPS_OF_A_CONTIGUOUS_RING)
+def test_a_contiguous_ring_goes_as_far_as_its_queries_look(reach):
+    assert Layout("ring", 24, 4).hops(reach) == HOPS_OF_A_CONTIGUOUS_RING[reach]
+    assert Layout("none", 24, 1).hops(reach) == 1
+    for name, stripe in (("striped", 1), ("striped", 3), ("zigzag", 1)):
+        assert Layout(name, 24, 4, stripe).hops(reach) == 4
 
 
 MESSAGES = {

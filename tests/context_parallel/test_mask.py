@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs, key_runs
+from megatron_ring.context_parallel.mask import Mask, hop_runs, key_runs
 from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind, Tiling
+from tests import oracle
 
 LAYOUTS = [
     Layout("none", 7, 1),
@@ -60,6 +61,66 @@ def test_documents_see_only_themselves(layout, lengths):
     start_S = torch.searchsorted(document_S, document_S)
     blocks_SS = (document_S[:, None] == document_S).tril()
     assert torch.equal(seen_from_everywhere(layout, start_S), blocks_SS)
+
+
+MASKS = {
+    "a window": (4, None),
+    "documents": (0, (3, 1, 1, 9)),
+    "a window in documents": (4, (3, 1, 1, 9)),
+    "single tokens": (0, (1,)),
+    "whole samples": (0, (1000,)),
+}
+
+
+def mask_of(document_BS: torch.Tensor, window: int) -> Mask:
+    return Mask(window, tuple(oracle.document_starts(document_BS).tolist()), len(document_BS))
+
+
+def seen_from_everywhere_in_a_pack(layout: Layout, mask: Mask) -> torch.Tensor:
+    """Which keys of which sample each query of each sees, (B, S, B, S), from the hops of every rank and source."""
+    shape = mask.samples, layout.seq_length
+    visible_BSBS = torch.zeros(*shape, *shape, dtype=torch.bool)
+    for rank, source in itertools.product(range(layout.ring_size), repeat=2):
+        seen_LM = dense(hop_runs(layout, rank, source, mask), mask.samples * layout.shard_length)
+        folded = seen_LM.view(mask.samples, layout.shard_length, mask.samples, layout.shard_length)
+        queries, keys = layout.positions(rank), layout.positions(source)
+        visible_BSBS[:, queries[:, None], :, keys] = folded.permute(1, 3, 0, 2)
+    return visible_BSBS
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", MASKS)
+@each_layout
+def test_samples_laid_end_to_end_see_only_themselves(layout, name, samples):
+    """Each is masked as the oracle masks it, and no query sees a key of another sample."""
+    window, lengths = MASKS[name]
+    document_BS = oracle.documents(samples, layout.seq_length, lengths or (layout.seq_length,))
+    visible_BSBS = seen_from_everywhere_in_a_pack(layout, mask_of(document_BS, window))
+    expected_BSBS = torch.zeros_like(visible_BSBS)
+    for sample, visible_SS in enumerate(oracle.visible(document_BS, window)):
+        expected_BSBS[sample, :, sample] = visible_SS
+    assert torch.equal(visible_BSBS, expected_BSBS)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@each_layout
+def test_a_mask_knows_how_far_back_it_looks(layout, name):
+    """To the farthest key that any query sees."""
+    window, lengths = MASKS[name]
+    document_BS = oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,))
+    p = torch.arange(layout.seq_length)
+    farthest = ((p[:, None] - p) * oracle.visible(document_BS, window)).max()
+    assert mask_of(document_BS, window).reach(layout.seq_length) == farthest
+
+
+@pytest.mark.parametrize("name", MASKS)
+@each_layout
+def test_nothing_is_left_to_see_in_the_hops_that_are_cut(layout, name):
+    window, lengths = MASKS[name]
+    mask = mask_of(oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,)), window)
+    for hop in range(layout.hops(mask.reach(layout.seq_length)), layout.ring_size):
+        for rank in range(layout.ring_size):
+            assert hop_runs(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs == 0
 
 
 WHOLE = Tiling(rows=8, split_triangles=False)

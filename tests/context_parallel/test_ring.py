@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, reference
 from tests import oracle, simulated_ring
 from tests.tolerances import TOLERANCE, beyond_tolerance
@@ -60,13 +61,52 @@ def test_eight_ranks(layout, stripe, kernel):
     assert mistakes(layout, stripe, 8, 18, kernel, inputs) == {}
 
 
+# Equal heads send the queries back, grouped ones the keys.
+each_way = pytest.mark.parametrize("groups", [2, 1], ids=["queries", "keys"])
+
+
+def exchanged(layout: Layout, mask: Mask, groups: int) -> tuple[list[int], list[int]]:
+    """How many exchanges each rank started, forward and backward."""
+    inputs = oracle.random_inputs(mask.samples, layout.seq_length, heads=2, groups=groups)
+    exchanges = simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
+    return [len(sent) for sent in exchanges.forward], [len(sent) for sent in exchanges.backward]
+
+
+@each_way
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 8])
-def test_keys_go_around_once_forward_and_their_gradients_come_home(ring_size):
-    """R - 1 exchanges forward; R - 1 of keys and values and R of their gradients backward; alone, none at all."""
-    inputs = oracle.random_inputs(1, 2 * ring_size, heads=1, groups=1)
-    exchanges = simulated_ring.run(Layout("zigzag", 2 * ring_size, ring_size), reference, *inputs).exchanges
+def test_what_travels_goes_around_once_and_its_sums_come_home(ring_size, groups):
+    """R - 1 exchanges forward; R - 1 backward, and R of the gradients of what travels; alone, none at all."""
     around, home = ring_size - 1, ring_size if ring_size > 1 else 0
-    assert exchanges == ([around] * ring_size, [around + home] * ring_size)
+    layout = Layout("zigzag", 2 * ring_size, ring_size)
+    assert exchanged(layout, CAUSAL, groups) == ([around] * ring_size, [around + home] * ring_size)
+
+
+# of four ranks with six tokens each, window and documents, and how often keys meet queries
+HOPS_OF_A_CONTIGUOUS_RING = [
+    (Mask(), 4),
+    *((Mask(window), hops) for window, hops in {1: 1, 2: 2, 7: 2, 8: 3, 13: 3, 14: 4, 24: 4, 100: 4}.items()),
+    (Mask(0, tuple(range(24))), 1),
+    (Mask(0, (0, 7, 14, 21)), 2),
+    (Mask(0, (0, 8, 16)), 3),
+    (Mask(0, (0, 1, 2)), 4),
+    (Mask(7, (0, 1, 2)), 2),
+    (Mask(0, (0, 7, 14, 21, 24, 31, 38, 45), samples=2), 2),
+]
+
+
+@each_way
+@pytest.mark.parametrize(("mask", "hops"), HOPS_OF_A_CONTIGUOUS_RING, ids=str)
+def test_a_contiguous_ring_is_cut_where_nobody_looks_further(mask, hops, groups):
+    """One exchange less than hops forward; backward as many again, and one a hop that brings the sums home."""
+    around, home = hops - 1, hops if hops > 1 else 0
+    assert exchanged(Layout("ring", 24, 4), mask, groups) == ([around] * 4, [around + home] * 4)
+
+
+@each_way
+@pytest.mark.parametrize("mask", [Mask(2), Mask(0, tuple(range(24)))], ids=["a window", "documents"])
+@pytest.mark.parametrize(("name", "stripe"), [("striped", 1), ("striped", 3), ("zigzag", 1)])
+def test_the_other_layouts_go_all_the_way_around(name, stripe, mask, groups):
+    assert exchanged(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [7] * 4)
 
 
 @each_dtype

@@ -16,7 +16,7 @@ each_ring = pytest.mark.parametrize(
 
 
 def talk(rank: int, world_size: int) -> dict[Grid, dict]:
-    """On every grid: the sum over the ranks' numbers, and what three transfers in flight together bring."""
+    """On every grid: the sum over the ranks' numbers, and what transfers in flight together bring."""
     heard = {}
     for grid in GRIDS[world_size]:
         groups = ProcessGroups.build(grid, rank)
@@ -34,7 +34,10 @@ def pass_on(links: tuple, rank: int) -> dict:
     sent = [torch.full((1000, 3), 10.0 * rank + number) for number in range(3)]
     transfers = [exchange.start(tensor) for tensor in sent]
     received = [transfer.wait() for transfer in reversed(transfers)][::-1]
+    distances = [each for each in range(1 - len(members), len(members)) if each]
+    farther = [exchange.start(torch.full((1000,), 10.0 * rank + distance), distance) for distance in distances]
     return {
+        "from afar": {distance: transfer.wait().unique().tolist() for distance, transfer in zip(distances, farther)},
         "members": members,
         "received": [tensor.unique().tolist() for tensor in received],
         "sent": [tensor.unique().tolist() for tensor in sent],
@@ -62,6 +65,17 @@ def test_a_tensor_goes_to_the_next_rank_of_its_ring(grid, heard):
         previous = ring[ring.index(rank) - 1]
         assert found[grid]["members"] == tuple(ring)
         assert found[grid]["received"] == [[10.0 * previous + number] for number in range(3)]
+
+
+@each_ring
+def test_a_tensor_goes_any_way_on_and_back(grid, heard):
+    """All distances around the ring in flight together, as when a ring that is cut sends its sums home."""
+    for rank, found in enumerate(heard[grid.world_size]):
+        ring = next(members for members in grid.members("ring") if rank in members)
+        assert set(found[grid]["from afar"]) == {*range(1 - grid.ring, 0), *range(1, grid.ring)}
+        for distance, received in found[grid]["from afar"].items():
+            sender = ring[(ring.index(rank) - distance) % grid.ring]
+            assert received == [10.0 * sender + distance]
 
 
 @each_ring

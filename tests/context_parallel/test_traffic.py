@@ -1,0 +1,93 @@
+"""What a ring sends, byte for byte, and that it is the lighter of the two."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.traffic import backward_bytes, packed, queries_are_lighter, unpacked
+from megatron_ring.kernels.attention import reference
+from megatron_ring.kernels.attention.state import accumulation_dtype
+from tests import oracle, simulated_ring
+from tests.tolerances import TOLERANCE
+
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def rows_of_heads(dtype: torch.dtype, length: int, heads: int, head_size: int) -> list[torch.Tensor]:
+    """q, dout, lse and delta of two samples: what the queries carry."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, length, heads, head_size)] * 2 + [(2, heads, length)] * 2
+    types = [dtype] * 2 + [accumulation_dtype(dtype)] * 2
+    return [torch.randn(shape, generator=generator).to(each) for shape, each in zip(shapes, types)]
+
+
+@each_dtype
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (16, 4, 8)], ids=str)
+def test_tensors_of_several_types_travel_as_one_message(sizes, dtype):
+    rows = rows_of_heads(dtype, *sizes)
+    message = packed(rows)
+    assert message.dtype == torch.uint8
+    assert message.is_contiguous()
+    assert len(message) == sum(x.numel() * x.itemsize for x in rows)
+    for sent, received in zip(rows, unpacked(message, rows)):
+        assert received.dtype == sent.dtype
+        assert torch.equal(received, sent)
+
+
+def test_what_was_received_is_not_copied():
+    rows = rows_of_heads(torch.bfloat16, 5, 3, 7)
+    message = packed(rows)
+    assert {x.untyped_storage().data_ptr() for x in unpacked(message, rows)} == {message.untyped_storage().data_ptr()}
+
+
+def test_views_are_packed_in_the_order_that_they_read():
+    transposed = torch.arange(6.0).view(2, 3).T
+    assert torch.equal(unpacked(packed([transposed]), [transposed])[0], transposed)
+
+
+@each_dtype
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("ring_size", [2, 3])
+def test_as_many_bytes_are_sent_as_were_counted(ring_size, groups, dtype):
+    """Forward, keys and values of the key-value heads; backward, the lighter load, and its sums behind it and home."""
+    batch, length, heads, head_size = 2, 6, 4, 16
+    q, k, v, dout = oracle.random_inputs(batch, ring_size * length, heads, groups, dtype, head_size)
+    sent = simulated_ring.run(Layout("striped", ring_size * length, ring_size), reference, q, k, v, dout).exchanges
+    key_values = 2 * batch * length * groups * head_size
+    assert sent.forward == [[key_values * dtype.itemsize] * (ring_size - 1)] * ring_size
+
+    numbers, way = (batch * length * heads * head_size, "queries") if groups == heads else (key_values, "keys")
+    sums = numbers * accumulation_dtype(dtype).itemsize
+    in_a_hop = backward_bytes(q[:, :length], torch.stack([k, v])[:, :, :length])
+    assert in_a_hop[way] == min(in_a_hop.values())
+    assert sent.backward == [[in_a_hop[way] - sums, sums] * (ring_size - 1) + [sums]] * ring_size
+
+
+BREAK_EVEN = {
+    torch.float64: Fraction(4, 3),
+    torch.float32: Fraction(4, 3),
+    torch.bfloat16: Fraction(3, 2),
+    torch.float16: Fraction(3, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", BREAK_EVEN, ids=str)
+def test_queries_are_lighter_below_so_many_to_a_key_value_head(dtype):
+    groups, head_size = 120, 256
+    break_even = int(BREAK_EVEN[dtype] * groups)
+    kv = torch.empty(2, 1, 8, groups, head_size, dtype=dtype, device="meta")
+    below, at = (
+        torch.empty(1, 8, heads, head_size, dtype=dtype, device="meta") for heads in (break_even - 1, break_even)
+    )
+    assert queries_are_lighter(below, kv)
+    assert not queries_are_lighter(at, kv)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_size", [8, 64, 128])
+def test_equal_heads_send_their_queries_and_grouped_heads_their_keys(head_size, dtype):
+    q = torch.empty(1, 8, 4, head_size, dtype=dtype, device="meta")
+    lighter = {groups: queries_are_lighter(q, q.new_empty(2, 1, 8, groups, head_size)) for groups in (4, 2, 1)}
+    assert lighter == {4: True, 2: False, 1: False}
