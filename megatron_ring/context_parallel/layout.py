@@ -11,7 +11,7 @@ rebuild the full mask from it. Nothing here knows torch.distributed, and nothing
 - ``zigzag``: rank r owns chunks r and 2R-1-r of 2R, pairing an early chunk with a late one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,7 +123,19 @@ class Layout:
         ]
 
 
-def widest_stripe(seq_length: int, ring_size: int, tile: int) -> int:
-    """``tile`` or its half, where a sample deals out in such stripes and as often forth as back; else 1."""
-    fitting = (width for width in (tile, tile // 2) if width > 1 and seq_length % (2 * ring_size * width) == 0)
+# Where documents are packed, the tokens of a round of stripes: short beside most documents (docs/log.md).
+_ROUND_IN_A_PACK = 256
+
+
+def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool) -> int:
+    """What --stripe-size auto stands for: the first of a kernel's favourite ``widths`` that deals out evenly, else 1.
+
+    Evenly is as often forth as back, and where documents are ``packed`` in rounds so short that no document lies on
+    some ranks and not on others.
+    """
+    fitting = (
+        width
+        for width in widths
+        if seq_length % (2 * ring_size * width) == 0 and (not packed or ring_size * width <= _ROUND_IN_A_PACK)
+    )
     return next(fitting, 1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ring.config import Config
-from megatron_ring.context_parallel.layout import Layout, widest_stripe
+from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.errors import ConfigError, nearest_multiples
-from megatron_ring.kernels.attention import KernelChoice, choose, stripe_tile
+from megatron_ring.kernels.attention import KernelChoice, choose, stripe_widths
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import deepspeed_config
@@ -87,9 +87,8 @@ def _layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
     parallel, seq_length = config.parallel, _laid_out_length(config, grid)
     stripe_size = parallel.stripe_size
     if stripe_size == "auto":
-        # Documents shorter than a round of wide stripes would lie on some ranks and not on others.
-        wide = parallel.context_parallel == "striped" and not config.data.reset_attention_mask
-        stripe_size = widest_stripe(seq_length, grid.ring, stripe_tile(kernel, device)) if wide else 1
+        widths = stripe_widths(kernel, device) if parallel.context_parallel == "striped" else ()
+        stripe_size = auto_stripe_size(seq_length, grid.ring, widths, packed=config.data.reset_attention_mask)
     return Layout(parallel.context_parallel, seq_length, grid.ring, stripe_size)
 
 

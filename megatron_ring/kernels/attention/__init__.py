@@ -53,8 +53,8 @@ KERNELS: dict[str, HopKernel] = {"sdpa": sdpa, "reference": reference}
 # Fastest first, where it can serve.
 _PREFERENCE = ("sdpa", "reference")
 
-# How many neighbouring tokens a kernel likes in a stripe: whole tiles of the mask, measured in docs/log.md.
-_STRIPE_TILES = {("sdpa", "cpu"): 256}
+# Whole tiles of the mask, which leave rectangles on every hop but the first; measured, docs/log.md.
+_STRIPE_WIDTHS = {("sdpa", "cpu"): (256, 128)}
 
 
 class KernelChoice(NamedTuple):
@@ -79,9 +79,9 @@ def choose(
     return KernelChoice(able[0], "; ".join(_reasons(asked, able[0], passed_over, device_type, dtype, wanted)))
 
 
-def stripe_tile(kernel: str, device_type: str) -> int:
-    """The width of stripe that a kernel likes on one long document: 1 where triangles serve it best."""
-    return _STRIPE_TILES.get((kernel, device_type), 1)
+def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
+    """The widths of stripe that a kernel is faster with than with single tokens, the best first."""
+    return _STRIPE_WIDTHS.get((kernel, device_type), ())
 
 
 def _refusals(kernel: str, device_type: str, wanted: list[Feature]) -> dict[Refused, list[Feature]]:
