@@ -1,15 +1,25 @@
 """Time the ring under every layout, forward and backward, beside one process that holds the whole sequence.
 
     python tools/bench_attention.py --nproc 2 --seq-length 16384 --heads 8 --kv-heads 8 --head-dim 64 --json F
+    python tools/bench_attention.py --nproc 2 --seq-length 16384 --documents 2000
     python tools/bench_attention.py --emulate-ranks 16 --seq-length 16384
 
 With --nproc N there are N real ranks (NCCL on CUDA, else gloo with one thread each); the single process has N threads
 and runs torch's causal attention. All take turns within each round, and medians over the rounds are reported, so that
-a drift of the machine meets all alike. With --emulate-ranks N one process runs every rank's hops one after the other,
-and the critical path is what a ring of N such devices with free communication would take.
+a drift of the machine meets all alike.
+
+With --documents or --window all of them see that mask: documents are of lognormal lengths, drawn alike everywhere. The
+single process then runs torch's causal attention document by document, and under a window, which torch's public
+function lacks, the kernel of the ring. With real ranks the striped ring without that mask takes turns with the rest
+("dense"), so that the cost of a visible pair can be compared.
+
+With --emulate-ranks N one process runs every rank's hops one after the other, and the critical path is what a ring of N
+such devices with free communication would take. Timed is the kernel, forward and backward, in every hop that sees
+something; not timed is making the mask of a hop and its tiles, which a model does once a batch for all its layers.
 """
 
 import functools
+import itertools
 import json
 import os
 import socket
@@ -26,16 +36,20 @@ import torch.nn.functional as F
 import tyro
 
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs
-from megatron_ring.errors import speaking_errors
-from megatron_ring.kernels.attention import KERNELS, choose
+from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.kernels.attention import KERNELS, choose, stripe_widths
+from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
 
 LAYOUTS = ("ring", "striped", "zigzag")
+DENSE = "dense"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,6 +61,10 @@ class Options:
     """Run the hops of this many ranks one after the other in one process instead."""
     seq_length: int = 16384
     """Tokens of the whole sequence."""
+    documents: int = 0
+    """Mean length of the documents packed in the sequence; 0: one long document."""
+    window: int = 0
+    """Keys a token sees, itself included; 0: all behind it."""
     heads: int = 8
     """Query heads."""
     kv_heads: int = 8
@@ -55,91 +73,246 @@ class Options:
     """Size of a head."""
     batch: int = 1
     """Sequences."""
-    stripe_size: int = 1
-    """Neighbouring tokens in a stripe of the striped layout."""
+    stripe_size: int | Literal["auto"] = "auto"
+    """Neighbouring tokens in a stripe of the striped layout; auto: as a training run has them."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the tensors."""
     attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
     """What computes a hop."""
     rounds: int = 5
-    """Timed rounds, after one that warms up."""
+    """Timed rounds, after one that warms up (emulated ranks: one hop). 0: the work is counted and nothing is timed."""
     json: str = ""
     """Write the results to this file too."""
 
 
 @dataclass(frozen=True)
+class Case:
+    """What runs on a ring: a layout under a mask."""
+
+    layout: Layout
+    mask: Mask
+
+    @functools.cached_property
+    def count(self) -> Timeline:
+        return counted(self.layout, self.mask)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every case and of "single", by name, and of every hop where ranks are emulated. Empty: not timed."""
+
+    seconds: dict[str, float]
+    hops: dict[str, Timeline]
+
+
+@dataclass(frozen=True)
 class Result:
-    """One row of the table; ``bound`` is on speedup_over_ring, ``efficiency`` is single process over ring."""
+    """One row of the table; None where nothing was timed, or there is nothing to compare with.
+
+    ``bound`` is on speedup_over_ring, ``efficiency`` is single process over ring, ``cost_per_pair_over_dense`` is the
+    time of a visible pair over what it is in the striped ring without documents and window.
+    """
 
     layout: str
-    seconds: float
-    speedup_over_ring: float
+    stripe_size: int
+    seconds: float | None
+    speedup_over_ring: float | None
     bound: float
-    efficiency: float
+    efficiency: float | None
     imbalance_counted: float
-    imbalance_timed: float | None = None
+    imbalance_timed: float | None
+    cost_per_pair_over_dense: float | None
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    layouts = {name: _layout(name, options) for name in LAYOUTS}
-    if options.emulate_ranks:
-        seconds, timed = _emulate(options, layouts)
-        setting = f"{options.emulate_ranks} emulated ranks, communication not counted"
-    else:
-        seconds, timed = _spawn(options), {}
-        setting = f"{options.nproc} ranks"
-    results = [_result(name, layouts[name], seconds, timed) for name in LAYOUTS]
-    _report(options, setting, seconds["single"], results)
+    _check(options)
+    cases = _cases(options)
+    times = _measure(options, cases)
+    findings = _findings(options, cases, times)
+    _report(findings)
+    if options.json:
+        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
 
 
-def _layout(name: str, options: Options) -> Layout:
-    ring_size = options.emulate_ranks or options.nproc
-    return Layout(name, options.seq_length, ring_size, options.stripe_size if name == "striped" else 1)
+def _check(options: Options) -> None:
+    names = ("emulate_ranks", "documents", "window", "rounds")
+    wrong = [(name, value) for name in names if (value := getattr(options, name)) < 0]
+    if wrong:
+        raise ConfigError(f"{n} {value} must be at least 0. Set --{n.replace('_', '-')}." for n, value in wrong)
 
 
-def _result(name: str, layout: Layout, seconds: dict[str, float], timed: dict[str, Timeline]) -> Result:
+# ---- what the options ask for ----
+
+
+def _cases(options: Options) -> dict[str, Case]:
+    """The layouts under the mask that was asked for, and the striped one without it to compare the cost of a pair."""
+    mask = _mask(options)
+    cases = {name: Case(_layout(name, options, mask), mask) for name in LAYOUTS}
+    # Not beside emulated ranks: what they are for is long, and takes hours without its documents.
+    if mask != CAUSAL and not options.emulate_ranks:
+        cases[DENSE] = Case(_layout("striped", options, CAUSAL), CAUSAL)
+    return cases
+
+
+def _mask(options: Options) -> Mask:
+    if not options.documents:
+        return Mask(options.window)
+    return Mask(options.window, random_starts(options.documents, options.seq_length, options.batch), options.batch)
+
+
+def _layout(name: str, options: Options, mask: Mask) -> Layout:
+    stripe = stripe_size(options, mask) if name == "striped" else 1
+    return Layout(name, options.seq_length, _ring_size(options), stripe)
+
+
+def stripe_size(options: Options, mask: Mask) -> int:
+    """What --stripe-size stands for."""
+    if options.stripe_size != "auto":
+        return options.stripe_size
+    widths = stripe_widths(_kernel(options), _device_type(options))
+    return auto_stripe_size(options.seq_length, _ring_size(options), widths, packed=bool(mask.document_starts))
+
+
+def _ring_size(options: Options) -> int:
+    return options.emulate_ranks or options.nproc
+
+
+def _device_type(options: Options) -> str:
+    processes = 1 if options.emulate_ranks else options.nproc
+    return "cuda" if torch.cuda.device_count() >= processes else "cpu"
+
+
+def _kernel(options: Options) -> str:
+    features = {
+        Feature.DOCUMENTS: options.documents > 0,
+        Feature.WINDOW: options.window > 0,
+        Feature.GROUPED_HEADS: options.heads != options.kv_heads,
+    }
+    wanted = [feature for feature, is_wanted in features.items() if is_wanted]
+    asked, dtype = options.attention_kernel, DTYPES[options.dtype]
+    return choose(asked, _device_type(options), dtype, options.head_dim, wanted).name
+
+
+def _tensors(options: Options, tokens: int, samples_end_to_end: int = 1) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, each (batch, tokens, heads, head size)."""
+    batch, tokens = options.batch // samples_end_to_end, samples_end_to_end * tokens
+    heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
+    shape = [(batch, tokens, h, options.head_dim) for h in heads]
+    return [torch.randn(s, device=_device_type(options), dtype=DTYPES[options.dtype]) for s in shape]
+
+
+# ---- what is told ----
+
+
+def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
+    emulated = f"{options.emulate_ranks} emulated ranks, communication not counted"
+    documents = ", document by document" if options.documents else ""
+    return {
+        "setting": emulated if options.emulate_ranks else f"{options.nproc} ranks",
+        "device": torch.cuda.get_device_name() if _device_type(options) == "cuda" else "CPU",
+        "emulated": bool(options.emulate_ranks),
+        "options": vars(options),
+        "documents": options.documents,
+        "document_count": len(cases["ring"].mask.document_starts) or options.batch,
+        "window": options.window,
+        "visible_pairs": _pairs(cases["ring"], options.batch),
+        "single": "the ring's kernel" if options.window else f"torch's causal attention{documents}",
+        "single_seconds": times.seconds.get("single"),
+        "dense_stripe_size": cases[DENSE].layout.stripe_size if DENSE in cases else None,
+        "dense_seconds": times.seconds.get(DENSE),
+        "results": [vars(_result(name, cases, times, options.batch)) for name in LAYOUTS],
+    }
+
+
+def _result(name: str, cases: dict[str, Case], times: Times, batch: int) -> Result:
+    per_pair = {case: seconds / _pairs(cases[case], batch) for case, seconds in times.seconds.items() if case in cases}
+    case, seconds = cases[name], times.seconds.get(name)
     return Result(
         layout=name,
-        seconds=seconds[name],
-        speedup_over_ring=seconds["ring"] / seconds[name],
-        bound=bound_over_ring(name, layout.ring_size),
-        efficiency=seconds["single"] / seconds[name],
-        imbalance_counted=counted(layout).imbalance,
-        imbalance_timed=timed[name].imbalance if timed else None,
+        stripe_size=case.layout.stripe_size,
+        seconds=seconds,
+        speedup_over_ring=_over(times.seconds.get("ring"), seconds),
+        bound=_bound(name, cases),
+        efficiency=_over(times.seconds.get("single"), seconds),
+        imbalance_counted=case.count.imbalance,
+        imbalance_timed=times.hops[name].imbalance if times.hops else None,
+        cost_per_pair_over_dense=_over(per_pair.get(name), per_pair.get(DENSE)),
     )
 
 
-def _report(options: Options, setting: str, single: float, results: list[Result]) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, {options.dtype}, {setting}, {options.seq_length} tokens, forward + backward, median of "
-          f"{options.rounds} rounds")  # fmt: skip
-    print(f"{'layout':<10}{'seconds':>10}{'over ring':>11}{'bound':>8}{'efficiency':>12}{'slowest/mean':>14}")
-    print(f"{'single':<10}{single:>10.4f}{'':>19}{1:>12.3f}")
-    for r in results:
-        imbalance = f"{r.imbalance_counted:.4f}" + (f" ({r.imbalance_timed:.3f} timed)" if r.imbalance_timed else "")
-        print(f"{r.layout:<10}{r.seconds:>10.4f}{r.speedup_over_ring:>11.3f}{r.bound:>8.3f}{r.efficiency:>12.3f}"
-              f"  {imbalance:>12}")  # fmt: skip
-    if options.json:
-        document = {"setting": setting, "device": device, "emulated": bool(options.emulate_ranks)}
-        document |= {"options": vars(options), "single_seconds": single, "results": [vars(r) for r in results]}
-        Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+def _pairs(case: Case, batch: int) -> int:
+    """Visible pairs of a head in the whole batch, of which the mask may cover one sample or all."""
+    return int(case.count.work_RR.sum()) * (batch // case.mask.samples)
 
 
-def _tensors(options: Options, tokens: int, device: str) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, each (batch, tokens, heads, head size)."""
-    heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
-    shape = [(options.batch, tokens, h, options.head_dim) for h in heads]
-    return [torch.randn(s, device=device, dtype=DTYPES[options.dtype]) for s in shape]
+def _over(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
+
+
+def _bound(name: str, cases: dict[str, Case]) -> float:
+    if name == "ring" or cases[name].mask == CAUSAL:
+        return bound_over_ring(name, cases[name].layout.ring_size)
+    return cases["ring"].count.gain_of_balance
+
+
+# By the field of a result: its title, width and digits.
+_COLUMNS = {
+    "stripe_size": ("stripe", 8, 0),
+    "seconds": ("seconds", 10, 4),
+    "speedup_over_ring": ("over ring", 11, 3),
+    "bound": ("bound", 8, 3),
+    "efficiency": ("efficiency", 12, 3),
+    "imbalance_counted": ("slowest/mean", 14, 4),
+    "imbalance_timed": ("timed", 8, 3),
+    "cost_per_pair_over_dense": ("pair/dense", 12, 3),
+}
+
+
+def _report(findings: dict) -> None:
+    options = findings["options"]
+    rounds = f"median of {options['rounds']} rounds" if options["rounds"] else "counted and not timed"
+    print(f"{findings['device']}, {options['dtype']}, {findings['setting']}, {options['seq_length']} tokens, forward + "
+          f"backward, {rounds}")  # fmt: skip
+    if options["documents"] or options["window"]:
+        print(_mask_line(findings))
+    print(f"single: {findings['single']}")
+    print(f"{'layout':<10}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
+    single = {"layout": "single", "seconds": findings["single_seconds"], "efficiency": 1.0}
+    dense = {"layout": DENSE, "seconds": findings["dense_seconds"], "stripe_size": findings["dense_stripe_size"]}
+    beside = [row for row in (single, dense) if row["seconds"]]
+    print("\n".join(_line(row) for row in (*beside, *findings["results"])))
+
+
+def _mask_line(findings: dict) -> str:
+    drawn = f"{findings['document_count']} documents, drawn for a mean of {findings['documents']} tokens"
+    documents = drawn if findings["documents"] else "no documents"
+    window = f"a window of {findings['window']}" if findings["window"] else "no window"
+    return f"{documents}; {window}; {findings['visible_pairs']:,} visible pairs"
+
+
+def _line(row: dict) -> str:
+    cells = [(row.get(field), width, digits) for field, (_, width, digits) in _COLUMNS.items()]
+    shown = (f"{value:>{width}.{digits}f}" if value is not None else " " * width for value, width, digits in cells)
+    return f"{row['layout']:<10}" + "".join(shown)
 
 
 # ---- real ranks ----
+
+
+def _measure(options: Options, cases: dict[str, Case]) -> Times:
+    if options.rounds == 0:
+        return Times({}, {})
+    return _emulate(options, cases) if options.emulate_ranks else Times(_spawn(options), {})
 
 
 def _spawn(options: Options) -> dict[str, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    if options.documents or options.window:
+        # Between many short operators a thread with nothing to do spins, and on a busy machine it is waited for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(_rank, args=(options, port, results), nprocs=options.nproc)
     return results.get()
@@ -147,104 +320,141 @@ def _spawn(options: Options) -> dict[str, float]:
 
 def _rank(rank: int, options: Options, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_cuda = torch.cuda.device_count() >= options.nproc
-    device = f"cuda:{rank}" if on_cuda else "cpu"
+    on_cuda = _device_type(options) == "cuda"
     if on_cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=options.nproc)
     torch.set_num_threads(1)
-    groups = ProcessGroups.build(Grid(ring=options.nproc), rank)
-    kernel = choose(options.attention_kernel, device.split(":")[0], DTYPES[options.dtype], options.head_dim).name
-    contenders = {name: _ring_run(_layout(name, options), kernel, groups, options, device) for name in LAYOUTS}
-    contenders["single"] = _single_run(options, device, options.nproc) if rank == 0 else lambda: None
+    contenders = _contenders(rank, options)
     seconds = {name: [] for name in contenders}
     for _ in range(options.rounds + 1):
         for name, run in contenders.items():
-            seconds[name].append(_together(run, on_cuda))
+            seconds[name].append(_together(run))
     if rank == 0:
         results.put({name: statistics.median(times[1:]) for name, times in seconds.items()})
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _ring_run(layout: Layout, kernel: str, groups: ProcessGroups, options: Options, device: str) -> Callable[[], None]:
-    attention = ContextParallelAttention(layout, kernel, groups)
-    *qkv, dout = _tensors(options, layout.shard_length, device)
+def _contenders(rank: int, options: Options) -> dict[str, Callable[[], None]]:
+    groups = ProcessGroups.build(Grid(ring=options.nproc), rank)
+    contenders = {name: _ring_run(case, groups, options) for name, case in _cases(options).items()}
+    contenders["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
+    return contenders
+
+
+def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
+    attention = ContextParallelAttention(case.layout, _kernel(options), groups)
+    *qkv, dout = _tensors(options, case.layout.shard_length)
     inputs = [x.requires_grad_() for x in qkv]
-    return lambda: torch.autograd.backward(attention(*inputs), dout, inputs=inputs)
-
-
-def _single_run(options: Options, device: str, threads: int) -> Callable[[], None]:
-    *qkv, dout = _tensors(options, options.seq_length, device)
-    inputs = [x.transpose(1, 2).requires_grad_() for x in qkv]
-    grouped = options.heads != options.kv_heads
+    starts = torch.tensor(case.mask.document_starts) if case.mask.document_starts else None
 
     def run() -> None:
-        torch.set_num_threads(threads)
-        out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=grouped)
-        torch.autograd.backward(out, dout.transpose(1, 2), inputs=inputs)
-        torch.set_num_threads(1)
+        out, _ = attention(*inputs, case.mask.window, starts)
+        torch.autograd.backward(out, dout, inputs=inputs)
 
     return run
 
 
-def _together(run: Callable[[], None], on_cuda: bool) -> float:
+def _single_run(options: Options, threads: int) -> Callable[[], None]:
+    """One process on the whole sequence, without a ring; by torch's public function, which knows no window."""
+    mask = _mask(options)
+    whole = Case(Layout("none", options.seq_length, 1), mask)
+    run = _ring_run(whole, ProcessGroups(None, None), options) if mask.window else _torch_run(mask, options)
+
+    def with_threads() -> None:
+        torch.set_num_threads(threads)
+        run()
+        torch.set_num_threads(1)
+
+    return with_threads
+
+
+def _torch_run(mask: Mask, options: Options) -> Callable[[], None]:
+    tensors = _tensors(options, options.seq_length, mask.samples)
+    *inputs, dout = (x.transpose(1, 2) for x in tensors)
+    inputs = [x.requires_grad_() for x in inputs]
+    bounds = torch.tensor([*(mask.document_starts or (0,)), dout.shape[2]])
+    lengths = bounds.diff().tolist()
+    grouped = options.heads != options.kv_heads
+
+    def run() -> None:
+        documents = zip(*(x.split(lengths, dim=2) for x in inputs))
+        outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in documents]
+        torch.autograd.backward(outs, dout.split(lengths, dim=2), inputs=inputs)
+
+    return run
+
+
+def _together(run: Callable[[], None]) -> float:
     """Seconds of ``run`` from a common start to the last rank's end."""
     dist.barrier()
-    seconds = _seconds(run, on_cuda)
-    slowest = torch.tensor(seconds, device="cuda" if on_cuda else "cpu")
+    seconds = _seconds(run)
+    slowest = torch.tensor(seconds, device="cuda" if torch.cuda.is_initialized() else "cpu")
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
 
 
-def _seconds(run: Callable[[], None], on_cuda: bool) -> float:
+def _seconds(run: Callable[[], None]) -> float:
+    _finish()
     start = time.perf_counter()
     run()
-    if on_cuda:
-        torch.cuda.synchronize()
+    _finish()
     return time.perf_counter() - start
+
+
+def _finish() -> None:
+    """Wait for what the device still has to do; the CPU has done it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 # ---- emulated ranks ----
 
 
-def _emulate(options: Options, layouts: dict[str, Layout]) -> tuple[dict[str, float], dict[str, Timeline]]:
+def _emulate(options: Options, cases: dict[str, Case]) -> Times:
     """Critical paths by layout beside the single process divided by the number of ranks; and the hops' times."""
-    on_cuda = torch.cuda.is_available()
-    device = "cuda" if on_cuda else "cpu"
     torch.set_num_threads(1)
-    single = _single_run(options, device, threads=1)
-    hops = {name: _hop_runs_of(layout, options, device) for name, layout in layouts.items()}
-    rounds = [
-        [_seconds(single, on_cuda), {name: [_seconds(run, on_cuda) for run in runs] for name, runs in hops.items()}]
-        for _ in range(options.rounds + 1)
-    ][1:]
-    timed = {name: _timeline([hop_seconds[name] for _, hop_seconds in rounds], layouts[name]) for name in hops}
-    seconds = {name: timeline.critical_path for name, timeline in timed.items()}
+    single, hop = _single_run(options, threads=1), _hop(options, cases["ring"])
+    rounds = [(_seconds(single), _emulated_round(hop, cases)) for _ in range(options.rounds)]
+    hops = {name: Timeline(torch.stack([work[name] for _, work in rounds]).median(dim=0).values) for name in cases}
+    seconds = {name: timeline.critical_path for name, timeline in hops.items()}
     seconds["single"] = statistics.median(whole for whole, _ in rounds) / options.emulate_ranks
-    return seconds, timed
+    return Times(seconds, hops)
 
 
-def _timeline(rounds: list[list[float]], layout: Layout) -> Timeline:
-    medians = torch.tensor(rounds, dtype=torch.float64).median(dim=0).values
-    return Timeline(medians.view(layout.ring_size, layout.ring_size))
+def _emulated_round(hop: Callable[[KeyRuns], float], cases: dict[str, Case]) -> dict[str, torch.Tensor]:
+    """Seconds of every hop and rank, (R, R), by layout. The layouts take turns; a hop that sees nothing takes none."""
+    work = {name: torch.zeros_like(case.count.work_RR) for name, case in cases.items()}
+    ranks = range(cases["ring"].layout.ring_size)
+    for step, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
+        if case.count.work_RR[step, rank]:
+            work[name][step, rank] = hop(hop_runs(case.layout, rank, (rank - step) % len(ranks), case.mask))
+    return work
 
 
-def _hop_runs_of(layout: Layout, options: Options, device: str) -> list[Callable[[], None]]:
-    """One run for every hop and rank, in that order: the kernel's forward and backward, as the ring calls them."""
-    q, k, v, dout = _tensors(options, layout.shard_length, device)
-    kernel = KERNELS[choose(options.attention_kernel, device, q.dtype, options.head_dim).name]
-    state, scale = RunningSoftmax.empty(q), options.head_dim**-0.5
-    kernel.forward(q, k, v, hop_runs(layout, 0, 0), scale, state)
+def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
+    """The seconds of a hop, given its runs: the kernel's forward and backward, as the ring calls them.
+
+    Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
+    which every query sees itself.
+    """
+    q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
+    kernel, scale = KERNELS[_kernel(options)], options.head_dim**-0.5
+    state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
 
-    def hop(rank: int, source: int) -> None:
-        runs = hop_runs(layout, rank, source)
+    def both_ways(runs: KeyRuns) -> None:
         kernel.forward(q, k, v, runs, scale, state)
         kernel.backward(dout, q, k, v, state.out_BLHD.to(q.dtype), state.lse_BHL, runs, scale, *gradients)
 
-    ranks = range(layout.ring_size)
-    return [functools.partial(hop, rank, (rank - step) % layout.ring_size) for step in ranks for rank in ranks]
+    def seconds(runs: KeyRuns) -> float:
+        thin = [x[:1, :, :1, :8] for x in (q, k, v)]
+        kernel.forward(*thin, runs, scale, RunningSoftmax.empty(thin[0]))  # makes the tiles, at little cost
+        return _seconds(functools.partial(both_ways, runs))
+
+    seconds(hop_runs(case.layout, 0, 0, case.mask))
+    return seconds
 
 
 if __name__ == "__main__":

@@ -123,19 +123,20 @@ class Layout:
         ]
 
 
-# Where documents are packed, the tokens of a round of stripes: short beside most documents (docs/log.md).
-_ROUND_IN_A_PACK = 256
+# Packed documents spread evenly over wide stripes only by their number: what that takes, measured in docs/log.md.
+_ROUNDS_OF_A_PACK = 64
+_LONGEST_ROUND_OF_A_PACK = 4096
 
 
 def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool) -> int:
     """What --stripe-size auto stands for: the first of a kernel's favourite ``widths`` that deals out evenly, else 1.
 
-    Evenly is as often forth as back, and where documents are ``packed`` in rounds so short that no document lies on
-    some ranks and not on others.
+    Evenly is as often forth as back; where documents are ``packed``, also in many short rounds, and the narrowest is
+    taken first.
     """
-    fitting = (
-        width
-        for width in widths
-        if seq_length % (2 * ring_size * width) == 0 and (not packed or ring_size * width <= _ROUND_IN_A_PACK)
-    )
-    return next(fitting, 1)
+    for width in reversed(widths) if packed else widths:
+        rounds, rest = divmod(seq_length, ring_size * width)
+        spread = rounds >= _ROUNDS_OF_A_PACK and ring_size * width <= _LONGEST_ROUND_OF_A_PACK
+        if rest == 0 and rounds % 2 == 0 and (spread or not packed):
+            return width
+    return 1

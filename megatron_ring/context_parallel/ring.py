@@ -6,6 +6,7 @@ keys go around once more, or the queries do where those are fewer bytes. No layo
 and nothing in a hop waits but for what the next hop needs.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,7 +45,7 @@ class Ring:
     exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
     mask: Mask = CAUSAL
 
-    @property
+    @functools.cached_property
     def hops(self) -> int:
         """How often keys meet queries; fewer than ranks where nobody looks back that far. The same on every rank."""
         return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1

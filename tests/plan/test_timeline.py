@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
+from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
 
 SMALL = [
@@ -13,12 +15,21 @@ SMALL = [
 ]
 
 
+MASKS = [CAUSAL, Mask(window=4), Mask(document_starts=(0, 1, 7)), Mask(window=4, document_starts=(0, 1, 7))]
+
+
+def sees(query: int, key: int, mask: Mask) -> bool:
+    start = max((start for start in mask.document_starts if start <= query), default=0)
+    return max(start, query - mask.window + 1 if mask.window else 0) <= key <= query
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("layout", SMALL, ids=str)
-def test_the_work_of_a_hop_is_the_pairs_it_sees(layout):
+def test_the_work_of_a_hop_is_the_pairs_it_sees(layout, mask):
     pairs = [
         [
             sum(
-                key <= query
+                sees(query, key, mask)
                 for query in layout.positions(rank).tolist()
                 for key in layout.positions((rank - hop) % layout.ring_size).tolist()
             )
@@ -26,7 +37,7 @@ def test_the_work_of_a_hop_is_the_pairs_it_sees(layout):
         ]
         for hop in range(layout.ring_size)
     ]
-    assert counted(layout).work_RR.tolist() == pairs
+    assert counted(layout, mask).work_RR.tolist() == pairs
 
 
 @pytest.mark.parametrize("layout", SMALL, ids=str)
@@ -38,6 +49,7 @@ def test_a_hop_ends_with_its_slowest_rank():
     timeline = Timeline(torch.tensor([[1.0, 3.0], [5.0, 2.0]], dtype=torch.float64))
     assert timeline.critical_path == 3 + 5
     assert timeline.imbalance == 6 / 5.5
+    assert timeline.gain_of_balance == (3 + 5) / 5.5
 
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8])
@@ -47,6 +59,12 @@ def test_balance_gains_nearly_what_it_can_over_the_contiguous_ring_and_never_mor
     gain, bound = ring.critical_path / balanced.critical_path, bound_over_ring(name, ring_size)
     assert bound == 2 - 1 / ring_size
     assert 0.999 * bound < gain <= bound
+
+
+@pytest.mark.parametrize("ring_size", [2, 4, 8])
+def test_the_bound_is_what_balance_would_gain_the_contiguous_ring(ring_size):
+    ring = counted(Layout("ring", ring_size * 4096, ring_size))
+    assert ring.gain_of_balance == pytest.approx(bound_over_ring("striped", ring_size), rel=1e-3)
 
 
 def test_the_contiguous_ring_gains_nothing_over_itself():
@@ -60,3 +78,11 @@ def test_sixteen_ranks_share_sixteen_thousand_tokens_evenly(name):
 
 def test_contiguous_shards_leave_the_last_rank_nearly_twice_the_mean():
     assert counted(Layout("ring", 16384, 16)).imbalance == pytest.approx(2 - 1 / 16, rel=1e-3)
+
+
+def test_stripes_share_packed_documents_evenly_where_other_layouts_cannot():
+    seq_length, ring_size = 65536, 8
+    mask = Mask(document_starts=random_starts(1024, seq_length))
+    imbalance = {n: counted(Layout(n, seq_length, ring_size), mask).imbalance for n in ("ring", "striped", "zigzag")}
+    assert imbalance["striped"] <= 1.01
+    assert min(imbalance["ring"], imbalance["zigzag"]) > 1.2

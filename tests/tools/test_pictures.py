@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools import draw_layouts
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -12,11 +16,21 @@ def tool(name: str, *flags: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "tools" / name, *flags], capture_output=True, text=True, timeout=120)
 
 
-def test_the_picture_in_the_docs_is_what_the_layouts_are(tmp_path):
-    assert tool("draw_layouts.py", "--output", tmp_path / "layouts.svg").returncode == 0
-    drawn, kept = ((folder / "layouts.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+@pytest.mark.parametrize(
+    ("picture", "flags", "tokens"),
+    [("layouts.svg", [], 32), ("packed.svg", ["--documents", "23", "5", "1", "29", "6"], 64)],
+)
+def test_the_pictures_in_the_docs_are_what_the_layouts_are(picture, flags, tokens, tmp_path):
+    assert tool("draw_layouts.py", *flags, "--output", tmp_path / picture).returncode == 0
+    drawn, kept = ((folder / picture).read_text() for folder in (tmp_path, ROOT / "docs"))
     assert boxes(drawn) == boxes(kept)
-    assert len(boxes(drawn)) > 3 * 32
+    assert len(boxes(drawn)) > 3 * tokens
+
+
+def test_documents_are_sheets_under_their_tokens(tmp_path):
+    draw_layouts.main(tmp_path / "x.svg", documents=(5, 11))
+    drawn = (tmp_path / "x.svg").read_text()
+    assert [drawn.count(f"fill: {paper}") for paper in ("#d9d9d9", "#efefef")] == [3, 3]
 
 
 def boxes(svg: str) -> list[str]:

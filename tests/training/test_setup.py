@@ -103,6 +103,6 @@ def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it
     assert stripe(data={"seq_length": 500}) == 1
     assert stripe(data={"seq_length": 2048}, parallel={"stripe_size": 4}) == 4
     assert stripe(data={"seq_length": 2048}, parallel={"attention_kernel": "reference"}) == 1
-    assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 128
-    assert Setup.of(tiny.config(data={"seq_length": 2048, "reset_attention_mask": True}), 4).layout.stripe_size == 1
+    assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
+    assert stripe(data={"seq_length": 16384, "reset_attention_mask": True}) == 128
     assert stripe(data={"seq_length": 2048}, parallel={"context_parallel": "zigzag"}) == 1
