@@ -88,8 +88,10 @@ class Loader:
     def _batch(self, first: int) -> Batch:
         samples = np.stack([self._stream.sample(first + b) for b in range(self._micro_batch_size)])
         # Behind the end nobody looks: tokens that fill a ragged layout are seen by none and predict nothing.
-        tokens_BS = np.pad(samples[:, :-1], ((0, 0), (0, self._fill)), mode="edge")
-        next_BS = np.pad(samples[:, 1:], ((0, 0), (0, self._fill)), constant_values=IGNORED)
+        tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
+        if self._fill:
+            tokens_BS = np.pad(tokens_BS, ((0, 0), (0, self._fill)), mode="edge")
+            next_BS = np.pad(next_BS, ((0, 0), (0, self._fill)), constant_values=IGNORED)
         positions = self._packing.positions(tokens_BS).clip(max=self._stream.seq_length - 1)
         starts = self._packing.document_starts(tokens_BS)
         return Batch(

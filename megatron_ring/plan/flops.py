@@ -7,6 +7,7 @@ hardware.
 """
 
 import time
+from collections import Counter
 
 import torch
 
@@ -31,7 +32,8 @@ def training_flops(config: ModelConfig, vocab_size: int, document_lengths: torch
     matrices = 3 if config.activation == "swiglu" else 2
     feed_forward = matrices * config.hidden_size * config.feed_forward_size
     per_token = config.num_layers * (projections + feed_forward) + config.hidden_size * vocab_size
-    pairs = sum(visible_pairs(document_lengths, config.window_of(layer)) for layer in range(config.num_layers))
+    layers_of = Counter(config.window_of(layer) for layer in range(config.num_layers))
+    pairs = sum(layers * visible_pairs(document_lengths, window) for window, layers in layers_of.items())
     scores_and_values = 2 * attention_width * pairs
     forward = 2 * (int(document_lengths.sum()) * per_token + scores_and_values)
     return 3 * forward

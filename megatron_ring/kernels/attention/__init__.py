@@ -75,7 +75,7 @@ def choose(
     able = [name for name, refused in refusals.items() if not refused]
     if not able:
         raise KernelUnavailable(_messages(refusals))
-    passed_over = candidates[: candidates.index(able[0])]
+    passed_over = {name: refusals[name] for name in candidates[: candidates.index(able[0])]}
     return KernelChoice(able[0], "; ".join(_reasons(asked, able[0], passed_over, device_type, dtype, wanted)))
 
 
@@ -105,13 +105,18 @@ def _messages(refusals: dict[str, dict[Refused, list[Feature]]]) -> list[str]:
 
 
 def _reasons(
-    asked: str, chosen: str, passed_over: tuple[str, ...], device_type: str, dtype: torch.dtype, wanted: list[Feature]
+    asked: str,
+    chosen: str,
+    passed_over: dict[str, dict[Refused, list[Feature]]],
+    device_type: str,
+    dtype: torch.dtype,
+    wanted: list[Feature],
 ) -> Iterator[str]:
     """Why this kernel, and what of it no test has seen."""
     if asked == chosen:
         yield "asked for"
-    for name in passed_over:
-        for refused, features in _refusals(name, device_type, wanted).items():
+    for name, refusals in passed_over.items():
+        for refused, features in refusals.items():
             yield f"{name} cannot do {_named(features)}: {refused.reason}"
     if asked == "auto" and not passed_over:
         yield f"the fastest on {device_type} in {dtype}"
