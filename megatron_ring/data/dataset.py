@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_ring.config import DataConfig
 from megatron_ring.data.manifest import check_tokenizer, tokenizer_path
+from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import SampleStream, split_documents
 from megatron_ring.data.tokenizer import Tokenizer
@@ -23,9 +24,10 @@ _LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """Streams of samples; ``validation`` is None where the split leaves it nothing."""
+    """Streams of samples, and what borders between documents mean; ``validation`` is None where the split has none."""
 
     tokenizer: Tokenizer
+    packing: Packing
     training: SampleStream
     validation: SampleStream | None
 
@@ -40,29 +42,30 @@ class Dataset:
         store = TokenStore(prefix)
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(prefix))
         check_tokenizer(prefix, tokenizer)
-        _refuse_missing_ends(store, tokenizer.end_of_document, config)
+        packing = Packing.of(config, tokenizer.end_of_document)
+        _refuse_missing_ends(store, packing)
         parts = split_documents(store.lengths, config.split, config.seq_length)
         streams = [
             SampleStream(store, part, config.seq_length, seed, tokenizer.vocab_size) if part else None for part in parts
         ]
-        return Dataset(tokenizer, *streams)
+        return Dataset(tokenizer, packing, *streams)
 
 
-def _refuse_missing_ends(store: TokenStore, end_of_document: int, config: DataConfig) -> None:
+def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:
     """Borders are read from end-of-document tokens: a store written without them would have none, in silence."""
-    flags = [name for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(config, name)]
-    if not flags:
+    if not packing.flags:
         return
     written = np.flatnonzero(store.lengths)
     looked_at = written[np.linspace(0, len(written) - 1, min(_LOOKED_AT, len(written))).astype(np.int64)]
-    unended = [n for n in looked_at if store.document(n)[-1] != end_of_document]
+    unended = [n for n in looked_at if store.document(n)[-1] != packing.end_of_document]
     if unended:
         raise DataError(
             f"token store {store.prefix}: {len(unended)} of {len(looked_at)} documents looked at, the first of them "
-            f"number {unended[0]}, do not end with the end-of-document token (id {end_of_document}), from which "
-            f"{', '.join(flags)} read where documents end. Write the store again with tools/prepare_data.py "
-            f"--output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to the one it was "
-            f"written with, or leave out {', '.join('--' + name.replace('_', '-') for name in flags)}."
+            f"number {unended[0]}, do not end with the end-of-document token (id {packing.end_of_document}), from "
+            f"which {', '.join(packing.flags)} read where documents end. Write the store again with "
+            f"tools/prepare_data.py --output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to "
+            "the one it was written with, or leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in packing.flags)}."
         )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.config import DataConfig
+
 IGNORED = -100
 """The target of a token that predicts nothing. Training leaves it out of the loss, and cannot be asked from here."""
 
@@ -21,6 +23,16 @@ class Packing:
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
+
+    @staticmethod
+    def of(config: DataConfig, end_of_document: int) -> "Packing":
+        """The three flags of ``config``, for a tokenizer whose documents end with that id."""
+        return Packing(end_of_document, config.reset_attention_mask, config.reset_position_ids, config.eod_mask_loss)
+
+    @property
+    def flags(self) -> list[str]:
+        """The names of the flags that are on: where any is, documents need their ends."""
+        return [name for name, on in vars(self).items() if on is True]
 
     def document_starts(self, tokens_BS: np.ndarray) -> np.ndarray | None:
         """Where each document begins, the samples laid end to end: (documents,) int64, increasing.

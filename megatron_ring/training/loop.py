@@ -8,7 +8,6 @@ import torch
 from megatron_ring.checkpoint import store
 from megatron_ring.data.dataset import Dataset, bits_per_byte
 from megatron_ring.data.loader import Batch, Loader
-from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.plan.flops import training_flops
@@ -80,7 +79,6 @@ def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[B
 
 
 def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
-    data = setup.config.data
     return Loader(
         stream,
         setup.layout,
@@ -90,9 +88,7 @@ def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinate
         setup.config.training.micro_batch_size,
         setup.global_batch_size,
         consumed_samples,
-        Packing(
-            dataset.tokenizer.end_of_document, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
-        ),
+        dataset.packing,
     )
 
 

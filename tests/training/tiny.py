@@ -84,8 +84,7 @@ class Run:
         self.engine = Engine(model, decay_groups(model, config.training.weight_decay), self.setup, self.groups)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix, seq_length=config.data.seq_length)
-        data = config.data
-        self.packing = Packing(END_OF_DOCUMENT, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss)
+        self.packing = Packing.of(config.data, END_OF_DOCUMENT)
         self.step = 0
         self._load_from(consumed_samples=0)
 
