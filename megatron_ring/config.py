@@ -160,6 +160,8 @@ class ParallelConfig:
     """What computes a hop. auto takes the fastest that this device, dtype and head size allow, and says why."""
     tensor_model_parallel_size: int = 1
     """Processes T that split every layer."""
+    sequence_parallel: bool = False
+    """Megatron's word: tensor ranks also share out the tokens between their layers. It splits no attention."""
     pipeline_model_parallel_size: int = 1
     """Processes P that split the layers among them."""
     world_size: int = 0
@@ -256,6 +258,33 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again. selective: all but products and attention; full: all but attention."""
+    recompute_attention: bool = False
+    """With --recompute full: attention too, so that the ring runs twice and a layer keeps its input alone."""
+    mlp_chunks: int = 1
+    """Pieces of the sequence that the feed-forward takes in turn; more than 1 has each computed again backward."""
+    loss_chunk_size: int = 1024
+    """Tokens whose logits exist at a time; head and cross entropy are one step. 0: all at once."""
+    offload_activations: bool = False
+    """Keep what backward needs of each layer in CPU memory, and fetch it back ahead of its use."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where DeepSpeed keeps and updates the optimizer's state; cpu needs ZeRO 1, 2 or 3."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where DeepSpeed keeps parameters that are not in use; cpu needs ZeRO 3."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "mlp_chunks") + _negative(self, "loss_chunk_size")
+        if self.recompute_attention and self.recompute != "full":
+            found.append(
+                f"recompute_attention has no effect while recompute is {self.recompute}. "
+                "Set --recompute full, or leave --recompute-attention out."
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     save: str = ""
     """Folder to write checkpoints to. Empty: none are written."""
@@ -296,6 +325,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     config: str = ""

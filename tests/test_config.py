@@ -175,7 +175,7 @@ MISTAKES = {
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval.",
-    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, checkpoint, logging, config, dry_run.",
+    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, dry_run.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
     "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
     "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",

@@ -361,7 +361,7 @@ def _single_run(options: Options, threads: int) -> Callable[[], None]:
     """One process on the whole sequence, without a ring; by torch's public function, which knows no window."""
     mask = _mask(options)
     whole = Case(Layout("none", options.seq_length, 1), mask)
-    run = _ring_run(whole, ProcessGroups(None, None), options) if mask.window else _torch_run(mask, options)
+    run = _ring_run(whole, ProcessGroups(), options) if mask.window else _torch_run(mask, options)
 
     def with_threads() -> None:
         torch.set_num_threads(threads)

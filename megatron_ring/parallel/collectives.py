@@ -60,24 +60,31 @@ class ProcessGroups:
     """The groups this process talks in. None where it would talk to itself alone.
 
     data_context: all that share parameters and differ in tokens, D x C: losses and counts are summed over it.
-    ring_links: the two communicators of this process's ring.
+    ring_links: the two communicators of this process's ring. ulysses: those that trade heads for tokens with it.
+    tensor: those that split every layer with it. model: those that hold one copy of all parameters between them, P x T.
     """
 
-    data_context: dist.ProcessGroup | None
-    ring_links: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
+    data_context: dist.ProcessGroup | None = None
+    ring_links: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    ulysses: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
+    model: dist.ProcessGroup | None = None
 
     @staticmethod
     def build(grid: Grid, global_rank: int) -> "ProcessGroups":
         """Build every group of the grid; all processes call it, in the same place. Blocks until all have."""
-        data_context = _own_group(grid.members("data", "ring", "ulysses"), global_rank)
         links = [_own_group(grid.members("ring"), global_rank) for _ in range(2)]
-        if grid.ring == 1:
-            return ProcessGroups(data_context, None)
-        for link in links:
+        for link in links if grid.ring > 1 else ():
             # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
             # rank 0 has no transfer on the second link.
             dist.barrier(group=link)
-        return ProcessGroups(data_context, tuple(links))
+        return ProcessGroups(
+            data_context=_own_group(grid.members("data", "ring", "ulysses"), global_rank),
+            ring_links=tuple(links) if grid.ring > 1 else None,
+            ulysses=_own_group(grid.members("ulysses"), global_rank),
+            tensor=_own_group(grid.members("tensor"), global_rank),
+            model=_own_group(grid.members("pipe", "tensor"), global_rank),
+        )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` summed over data x context, in place, and returned."""

@@ -44,7 +44,7 @@ CASES = [
 ]
 GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2)]}  # by world size: rings of two, three and four
 LENGTH, BATCH, HEADS, GROUPS = 12, 2, 4, 2
-ALONE = ProcessGroups(data_context=None, ring_links=None)
+ALONE = ProcessGroups()
 
 
 def on_real_ranks(rank: int, world_size: int) -> dict:

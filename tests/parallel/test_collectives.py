@@ -87,5 +87,5 @@ def test_what_is_sent_stays_as_it_was(grid, heard):
 
 def test_alone_a_process_sums_to_itself_and_has_no_ring():
     groups = ProcessGroups.build(Grid(), 0)
-    assert groups == ProcessGroups(data_context=None, ring_links=None)
+    assert groups == ProcessGroups()
     assert groups.sum(torch.tensor(5.0)) == 5.0
