@@ -81,50 +81,86 @@ class Grid:
     @staticmethod
     def of(config: ParallelConfig, world_size: int) -> "Grid":
         """The grid that ``world_size`` processes make; raises ConfigError when the sizes do not multiply to it."""
-        if problems := Grid.problems(config, world_size):
+        if problems := config.problems() or Grid.problems(config, world_size):
             raise ConfigError(problems)
-        context = _context_size(config, world_size)
-        outside = config.pipeline_model_parallel_size * config.tensor_model_parallel_size
+        pipe, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
+        context = _context_size(config, world_size // (pipe * tensor))
         return Grid(
-            pipe=config.pipeline_model_parallel_size,
-            data=world_size // (outside * context),
+            pipe=pipe,
+            data=world_size // (pipe * context * tensor),
             ring=context // config.ulysses_degree,
             ulysses=config.ulysses_degree,
-            tensor=config.tensor_model_parallel_size,
+            tensor=tensor,
         )
 
     @staticmethod
     def problems(config: ParallelConfig, world_size: int) -> list[str]:
-        """Why ``world_size`` processes cannot make this grid."""
+        """Why ``world_size`` processes cannot make this grid, of sizes that are legal in themselves."""
         if config.world_size not in (0, world_size):
             return [
                 f"world_size {config.world_size} is what this config is meant for, but {world_size} processes run. "
                 f"Start {config.world_size}, or set --world-size 0."
             ]
-        found = [
-            f"{name} {size} is not supported yet: only 1 is. Set --{name.replace('_', '-')} 1."
-            for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ulysses_degree")
-            if (size := getattr(config, name)) > 1
-        ]
-        if found:
-            return found
-        if config.context_parallel == "none" and config.context_parallel_size > 1:
-            return [
-                f"context_parallel_size {config.context_parallel_size} needs a layout, but context_parallel is none. "
-                "Set --context-parallel striped (or ring, zigzag)."
-            ]
-        context = _context_size(config, world_size)
-        if context < 1 or world_size % context:
-            legal = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-            return [
-                f"context_parallel_size {config.context_parallel_size} does not divide the {world_size} processes that "
-                f"run. Legal: {legal}. Set --context-parallel-size, or start another number of processes."
-            ]
+        if config.context_parallel == "none":
+            return _division_problems(config, world_size) + _problems_of_whole_sequences(config)
+        return _division_problems(config, world_size)
+
+
+def _context_size(config: ParallelConfig, left: int) -> int:
+    """C, of the ``left`` processes that pipeline and tensor leave."""
+    return 1 if config.context_parallel == "none" else config.context_parallel_size or left
+
+
+def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
+    """Pipeline, tensor and context each take their share of what those before them leave; Ulysses one of context's."""
+    sizes = {
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+    }
+    if config.context_parallel != "none":
+        sizes["context_parallel_size"] = config.context_parallel_size or 1
+    left, takers, found = world_size, [], []
+    for name, size in sizes.items():
+        if left % size == 0:
+            left //= size
+            takers += [f"{name} {size}"] if size > 1 else []
+        else:
+            leave = f"that {' and '.join(takers)} leave of {world_size}" if takers else "that run"
+            found.append(
+                f"{name} {size} does not divide the {left} processes {leave}. Legal: {_divisors(left)}. "
+                f"Set {_flag(name)}, or start another number of processes."
+            )
+    return found if found else _ulysses_problems(config, left)
+
+
+def _ulysses_problems(config: ParallelConfig, left: int) -> list[str]:
+    context, degree = config.context_parallel_size or left, config.ulysses_degree
+    if config.context_parallel == "none" or context % degree == 0:
         return []
+    return [
+        f"ulysses_degree {degree} does not divide the {context} context ranks. Legal: {_divisors(context)}. "
+        "Set --ulysses-degree, or --context-parallel-size."
+    ]
 
 
-def _context_size(config: ParallelConfig, world_size: int) -> int:
-    if config.context_parallel == "none":
-        return 1
-    left = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
-    return config.context_parallel_size or left
+def _problems_of_whole_sequences(config: ParallelConfig) -> list[str]:
+    found = []
+    if config.context_parallel_size > 1:
+        found.append(
+            f"context_parallel_size {config.context_parallel_size} needs a layout, but context_parallel is none. "
+            "Set --context-parallel striped (or ring, zigzag)."
+        )
+    if (degree := config.ulysses_degree) > 1:
+        found.append(
+            f"ulysses_degree {degree} splits sequences, but context_parallel none keeps them whole. Set "
+            f"--context-parallel striped (with --context-parallel-size {degree}: a ring of one), or --ulysses-degree 1."
+        )
+    return found
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -37,12 +37,11 @@ class Setup:
     def of(config: Config, world_size: int) -> "Setup":
         """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain."""
         problems = config.problems()
-        grid_problems = Grid.problems(config.parallel, world_size)
-        if not grid_problems:
-            grid = Grid.of(config.parallel, world_size)
-            problems += _length_problems(config, grid) + _batch_problems(config, grid)
-        if problems or grid_problems:
-            raise ConfigError(grid_problems + problems)
+        if not config.parallel.problems():
+            problems += _sharing_problems(config, world_size)
+        if problems:
+            raise ConfigError(problems)
+        grid = Grid.of(config.parallel, world_size)
         device = device_type()
         chosen = precision(config.training.dtype, device)
         features = _features(config)
@@ -61,6 +60,14 @@ class Setup:
             micro_batches=micro_batches,
             deepspeed=deepspeed_config.derive(config, grid, micro_batches, chosen.name),
         )
+
+
+def _sharing_problems(config: Config, world_size: int) -> list[str]:
+    """Why the processes cannot share the work out among them, by a grid or on it."""
+    if problems := Grid.problems(config.parallel, world_size):
+        return problems
+    grid = Grid.of(config.parallel, world_size)
+    return _length_problems(config, grid) + _batch_problems(config, grid)
 
 
 def _features(config: Config) -> list[Feature]:

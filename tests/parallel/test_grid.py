@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import pytest
@@ -56,20 +57,44 @@ def test_sizes_of_axes_taken_together(grid):
     assert grid.world_size == grid.pipe * grid.data_context * grid.tensor
 
 
+striped = functools.partial(ParallelConfig, context_parallel="striped")
 MADE = [
     (ParallelConfig(), 1, Grid()),
     (ParallelConfig(), 4, Grid(data=4)),
-    (ParallelConfig(context_parallel="striped"), 4, Grid(ring=4)),
+    (striped(), 4, Grid(ring=4)),
     (ParallelConfig(context_parallel="zigzag", context_parallel_size=2), 8, Grid(data=4, ring=2)),
     (ParallelConfig(context_parallel="ring", context_parallel_size=1), 3, Grid(data=3)),
     (ParallelConfig(context_parallel="ring", world_size=2), 2, Grid(ring=2)),
+    (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3), 12, Grid(pipe=3, data=2, tensor=2)),
+    (striped(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 16, Grid(pipe=2, ring=4, tensor=2)),
+    (striped(tensor_model_parallel_size=2, ulysses_degree=2), 8, Grid(ring=2, ulysses=2, tensor=2)),
+    (striped(context_parallel_size=4, ulysses_degree=4), 8, Grid(data=2, ulysses=4)),
+    (
+        striped(
+            context_parallel_size=4, ulysses_degree=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+        ),
+        32,
+        Grid(pipe=2, data=2, ring=2, ulysses=2, tensor=2),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("config", "world_size", "grid"), MADE)
 def test_the_grid_that_a_config_makes(config, world_size, grid):
+    assert Grid.problems(config, world_size) == []
     assert Grid.of(config, world_size) == grid
     assert grid.world_size == world_size
+
+
+@given(grids)
+def test_a_grid_is_made_of_its_own_sizes(grid):
+    config = striped(
+        context_parallel_size=grid.context,
+        ulysses_degree=grid.ulysses,
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipe,
+    )
+    assert Grid.of(config, grid.world_size) == grid
 
 
 NOT_MADE = [
@@ -87,6 +112,14 @@ NOT_MADE = [
         ],
     ),
     (
+        ParallelConfig(ulysses_degree=2),
+        4,
+        [
+            "ulysses_degree 2 splits sequences, but context_parallel none keeps them whole. Set --context-parallel "
+            "striped (with --context-parallel-size 2: a ring of one), or --ulysses-degree 1."
+        ],
+    ),
+    (
         ParallelConfig(context_parallel="ring", context_parallel_size=4),
         6,
         [
@@ -95,20 +128,38 @@ NOT_MADE = [
         ],
     ),
     (
-        ParallelConfig(context_parallel="ring", context_parallel_size=-1),
-        2,
+        ParallelConfig(tensor_model_parallel_size=3),
+        4,
         [
-            "context_parallel_size -1 does not divide the 2 processes that run. Legal: 1, 2. "
+            "tensor_model_parallel_size 3 does not divide the 4 processes that run. Legal: 1, 2, 4. "
+            "Set --tensor-model-parallel-size, or start another number of processes."
+        ],
+    ),
+    (
+        striped(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, context_parallel_size=4),
+        8,
+        [
+            "context_parallel_size 4 does not divide the 2 processes that pipeline_model_parallel_size 2 and "
+            "tensor_model_parallel_size 2 leave of 8. Legal: 1, 2. "
             "Set --context-parallel-size, or start another number of processes."
         ],
     ),
     (
-        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, ulysses_degree=2),
+        striped(context_parallel_size=4, ulysses_degree=3),
         8,
         [
-            "tensor_model_parallel_size 2 is not supported yet: only 1 is. Set --tensor-model-parallel-size 1.",
-            "pipeline_model_parallel_size 2 is not supported yet: only 1 is. Set --pipeline-model-parallel-size 1.",
-            "ulysses_degree 2 is not supported yet: only 1 is. Set --ulysses-degree 1.",
+            "ulysses_degree 3 does not divide the 4 context ranks. Legal: 1, 2, 4. "
+            "Set --ulysses-degree, or --context-parallel-size."
+        ],
+    ),
+    (
+        striped(pipeline_model_parallel_size=5, tensor_model_parallel_size=3, context_parallel_size=2),
+        8,
+        [
+            "pipeline_model_parallel_size 5 does not divide the 8 processes that run. Legal: 1, 2, 4, 8. "
+            "Set --pipeline-model-parallel-size, or start another number of processes.",
+            "tensor_model_parallel_size 3 does not divide the 8 processes that run. Legal: 1, 2, 4, 8. "
+            "Set --tensor-model-parallel-size, or start another number of processes.",
         ],
     ),
 ]
@@ -120,3 +171,10 @@ def test_a_grid_that_cannot_be_made_says_why_and_what_could(config, world_size, 
     with pytest.raises(ConfigError) as raised:
         Grid.of(config, world_size)
     assert raised.value.problems == problems
+
+
+def test_sizes_that_are_illegal_in_themselves_are_said_before_they_divide_anything():
+    config = ParallelConfig(context_parallel="ring", tensor_model_parallel_size=0, context_parallel_size=-1)
+    with pytest.raises(ConfigError) as raised:
+        Grid.of(config, 2)
+    assert raised.value.problems == config.problems() != []
