@@ -1,4 +1,6 @@
-"""What the model calls: attention over a sequence that is split over a ring, as one operator.
+"""What the model calls: attention over a sequence that is split over a ring of Ulysses groups.
+
+Around the ring, the members of a Ulysses group trade heads for tokens and back; within it, a rank holds a ring shard.
 
 The ring is a ``torch.library`` custom op, forward and backward, so that autograd, selective activation checkpointing
 and the compiler see one node with the output and the log-sum-exp as its results: recomputing a layer can keep them
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatron_ring.context_parallel import ring as ring_loop
+from megatron_ring.context_parallel import ulysses
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.kernels.attention import KERNELS
@@ -21,7 +24,8 @@ from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 class ContextParallelAttention:
     """Attention of local queries over the whole sequence, given the layout, a kernel by name and the groups.
 
-    Talks on the ring's two communicators; every rank of the ring must call it equally often and alike.
+    Talks on the ring's two communicators and in the Ulysses group, and blocks; all of their ranks must call it equally
+    often and alike.
     """
 
     def __init__(self, layout: Layout, kernel: str, groups: ProcessGroups):
@@ -30,24 +34,33 @@ class ContextParallelAttention:
         self.layout = layout
         self.kernel = kernel
         self.links = " ".join(group.group_name for group in groups.ring_links or ())
+        self.members = groups.ulysses.group_name if groups.ulysses else ""
 
     def __call__(
         self,
-        q_BLHD: torch.Tensor,
-        k_BLGD: torch.Tensor,
-        v_BLGD: torch.Tensor,
+        q_BlHD: torch.Tensor,
+        k_BlGD: torch.Tensor,
+        v_BlGD: torch.Tensor,
         window: int = 0,
         document_starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out, like q, and the log-sum-exp of the scores, (B, H, L); both have gradients.
+        """out_BlHD, like q, and lse_BHl of the scores; both have gradients.
 
-        q is (batch, L, query heads, head size), k and v have key-value heads: this ring rank's tokens, in the layout's
-        order, RoPE applied. ``window``: keys a token sees, itself included; 0 is all behind it. ``document_starts``:
-        (documents,) int64 on the CPU, increasing, where documents begin when the batch's samples are laid end to end.
+        q is (batch, l, query heads, head size), k and v have key-value heads: this process's tokens, as
+        ``Layout.positions`` has them, RoPE applied. ``window``: keys a token sees, itself included; 0 is all behind it.
+        ``document_starts``: (documents,) int64 on the CPU, increasing, where documents begin when the batch's samples
+        are laid end to end.
         """
+        kv_2BlGD = torch.stack([k_BlGD, v_BlGD])
+        q_BLhD, kv_2BLgD = ulysses.gather_tokens(q_BlHD, kv_2BlGD, self.members)
+        out_BLhD, lse_BhL = self._of_shards(q_BLhD, kv_2BLgD, window, document_starts)
+        return ulysses.gather_heads(out_BLhD, lse_BhL, self.members)
+
+    def _of_shards(
+        self, q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, window: int, document_starts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, length, *_ = q_BLHD.shape
         assert length == self.layout.shard_length, "queries of another length than the layout's shard"
-        kv_2BLGD = torch.stack([k_BLGD, v_BLGD])
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
         if document_starts is None:
             return ring_attention(q_BLHD, kv_2BLGD, None, 1, *settings)

@@ -1,4 +1,4 @@
-"""Layouts: which ring rank owns which token. ``Layout.positions`` is the only statement of it in the tree.
+"""Layouts: which process owns which token. ``Layout.positions`` is the only statement of it in the tree.
 
 The loader shards with it, RoPE receives it as a tensor, the masks and the planner count from it, and the tests
 rebuild the full mask from it. Nothing here knows torch.distributed, and nothing here computes attention.
@@ -9,8 +9,11 @@ rebuild the full mask from it. Nothing here knows torch.distributed, and nothing
   the same work in every hop. Stripes of ``stripe_size`` tokens are dealt forth and back, so that no rank has always the
   later one; single tokens as in the paper, which keeps every hop one triangle (docs/decisions/0005).
 - ``zigzag``: rank r owns chunks r and 2R-1-r of 2R, pairing an early chunk with a late one.
+
+Where a ring rank is several processes, its Ulysses members, each holds a run of its shard.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,17 +92,22 @@ class Layout:
         """L, the tokens each ring rank owns."""
         return self.seq_length // self.ring_size
 
-    def positions(self, ring_rank: int) -> torch.Tensor:
-        """The positions in the sample of ``ring_rank``'s tokens: (L,) int64, increasing."""
+    def positions(self, ring_rank: int, ulysses_rank: int = 0, ulysses_size: int = 1) -> torch.Tensor:
+        """The positions in the sample of a process's tokens: (l,) int64, increasing.
+
+        Of the shard of ``ring_rank``, Ulysses member u of U holds the u-th of U equal runs; alone, (L,), all of it.
+        """
         assert 0 <= ring_rank < self.ring_size
-        return _LAYOUTS[self.name].positions(self, ring_rank)
+        assert 0 <= ulysses_rank < ulysses_size
+        assert self.shard_length % ulysses_size == 0
+        return _LAYOUTS[self.name].positions(self, ring_rank).chunk(ulysses_size)[ulysses_rank]
 
     def hops(self, reach: int) -> int:
         """Hops after which no rank has anything left to see, when no query looks further back than ``reach`` tokens."""
         return _LAYOUTS[self.name].hops(self, reach)
 
     @staticmethod
-    def problems(name: str, seq_length: int, ring_size: int, stripe_size: int = 1) -> list[str]:
+    def problems(name: str, seq_length: int, ring_size: int, stripe_size: int = 1, ulysses_size: int = 1) -> list[str]:
         """Why these numbers make no layout, each reason with its rule, the nearest legal values and the flag."""
         if name not in _LAYOUTS:
             return [f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. Set --context-parallel."]
@@ -110,17 +118,25 @@ class Layout:
                 f"context_parallel none keeps whole sequences, but the ring has {ring_size} ranks. "
                 "Set --context-parallel striped (or ring, zigzag), or --context-parallel-size 1."
             ]
-        multiple, rule = _LAYOUTS[name].multiple_of(ring_size, stripe_size), _LAYOUTS[name].rule
-        if seq_length > 0 and seq_length % multiple == 0:
-            return []
-        remedy = "Set --seq-length"
-        if multiple != ring_size:
-            finest = "striped with --stripe-size 1" if name == "striped" else "striped"
-            remedy += f", or use --context-parallel {finest} (multiple of {ring_size})"
-        return [
-            f"seq_length {seq_length} cannot be laid out {name} on {ring_size} ring ranks: it must be a multiple of "
-            f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
-        ]
+        return _length_problems(name, seq_length, ring_size, stripe_size, ulysses_size)
+
+
+def _length_problems(name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int) -> list[str]:
+    finest, rule = ring_size * ulysses_size, _LAYOUTS[name].rule
+    multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), finest)
+    if seq_length > 0 and seq_length % multiple == 0:
+        return []
+    ranks, remedy = f"{ring_size} ring ranks", "Set --seq-length"
+    if ulysses_size > 1:
+        ranks += f" of {ulysses_size} Ulysses ranks"
+        rule += ", and ring size x Ulysses degree"
+    if multiple != finest:
+        striped = "striped with --stripe-size 1" if name == "striped" else "striped"
+        remedy += f", or use --context-parallel {striped} (multiple of {finest})"
+    return [
+        f"seq_length {seq_length} cannot be laid out {name} on {ranks}: it must be a multiple of "
+        f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
+    ]
 
 
 # Packed documents spread evenly over wide stripes only by their number: what that takes, measured in docs/log.md.

@@ -23,7 +23,7 @@ class Batch:
     ``tokens_Bl`` and ``targets_Bl`` are int64; the loss counts the targets that are not -100. ``positions`` is int64,
     for the model: (l,), the positions in the sample, the same for every sample and increasing; (B, l) where they
     restart with each document. ``document_starts`` is int64 (documents,), increasing, on the CPU: where each document
-    begins when the ``B`` whole samples are laid end to end, the same on every ring rank. Sample ``b`` begins at
+    begins when the ``B`` whole samples are laid end to end, the same on every context rank. Sample ``b`` begins at
     ``b * S``, and a document with it. None: a token sees all of its sample that lies before it.
     """
 
@@ -41,7 +41,7 @@ class Batch:
 
 
 class Loader:
-    """The batches of one (data, ring) rank. ``consumed_samples`` is its whole state, and it holds for any grid.
+    """The batches of one process. ``consumed_samples`` is its whole state, and it holds for any grid.
 
     A ``layout`` longer than the stream's samples is filled up behind their end with tokens that change nothing.
     Sample ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b`` is row ``b`` of
@@ -60,6 +60,8 @@ class Loader:
         global_batch_size: int,
         consumed_samples: int = 0,
         packing: Packing = NO_BORDERS,
+        ulysses_rank: int = 0,
+        ulysses_size: int = 1,
     ):
         assert layout.seq_length >= stream.seq_length
         assert 0 <= data_rank < data_size
@@ -67,7 +69,7 @@ class Loader:
         self._stream = stream
         self._packing = packing
         self._fill = layout.seq_length - stream.seq_length
-        self._positions_l = layout.positions(ring_rank).numpy()
+        self._positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
         self._consumed_samples = consumed_samples
@@ -102,5 +104,5 @@ class Loader:
         )
 
     def _cut(self, whole: np.ndarray) -> torch.Tensor:
-        """This ring rank's share of (..., S): (..., l)."""
+        """This process's share of (..., S): (..., l)."""
         return torch.from_numpy(np.take(whole, self._positions_l, axis=-1))

@@ -1,5 +1,6 @@
 """What the model calls: between real ranks against the oracle, and as an operator that torch understands."""
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from tests import oracle
@@ -18,7 +20,10 @@ from tests.tolerances import TOLERANCE, beyond_tolerance
 
 
 class Case(NamedTuple):
-    """lengths: of the documents that the batch's samples are packed with; () is none. groups: the key-value heads."""
+    """lengths: of the documents that the batch's samples are packed with; () is none. groups: the key-value heads.
+
+    shard: the tokens of a ring rank.
+    """
 
     layout: str
     stripe: int
@@ -27,9 +32,15 @@ class Case(NamedTuple):
     groups: int = 2
     window: int = 0
     lengths: tuple[int, ...] = ()
+    heads: int = 4
+    shard: int = 12
+
+    def on(self, ring_size: int) -> Layout:
+        return Layout(self.layout, ring_size * self.shard, ring_size, self.stripe)
 
 
 LAYOUTS = [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
+ODD_LAYOUTS = [("ring", 1), ("striped", 1), ("striped", 5)]
 NUMBERS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
 NARROWED = [(0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
 CASES = [
@@ -41,30 +52,58 @@ CASES = [
         for groups, numbers in [(4, NUMBERS[0]), (4, NUMBERS[2]), (2, NUMBERS[2])]
         for narrowed in NARROWED
     ),
+    # Ulysses members are more than the groups, or fewer and no divisor of them.
+    *(
+        Case(*layout, *NUMBERS[2], groups, *narrowed, heads)
+        for layout in LAYOUTS
+        for heads, groups in [(4, 1), (6, 3), (12, 6), (12, 3)]
+        for narrowed in [(0, ()), NARROWED[2]]
+    ),
+    *(
+        Case(*layout, *numbers, groups, *narrowed, heads=6, shard=15)
+        for layout in ODD_LAYOUTS
+        for numbers, groups in zip(NUMBERS, (6, 2, 1))
+        for narrowed in [(0, ()), *NARROWED]
+    ),
 ]
-GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2)]}  # by world size: rings of two, three and four
+# By world size: rings and Ulysses groups of one to four, and both at once.
+GRIDS = {
+    2: [Grid(ulysses=2)],
+    3: [Grid(ring=3)],
+    4: [Grid(ring=4), Grid(data=2, ring=2), Grid(ulysses=4), Grid(data=2, ulysses=2), Grid(ring=2, ulysses=2)],
+    6: [Grid(ring=3, ulysses=2), Grid(ring=2, ulysses=3)],
+}
 LENGTH, BATCH, HEADS, GROUPS = 12, 2, 4, 2
 ALONE = ProcessGroups()
+
+
+def cases_on(grid: Grid) -> list[Case]:
+    """Those whose heads and shards the Ulysses members can share out."""
+    return [case for case in CASES if case.heads % grid.ulysses == case.shard % grid.ulysses == 0]
 
 
 def on_real_ranks(rank: int, world_size: int) -> dict:
     """This rank's output and gradients for every grid and case."""
     found = {}
     for grid in GRIDS[world_size]:
-        groups, ring_rank = ProcessGroups.build(grid, rank), grid.coordinates(rank).ring
-        found |= {(grid, case): on_one_rank(case, grid.ring, groups, ring_rank) for case in CASES}
+        groups = ProcessGroups.build(grid, rank)
+        found |= {(grid, case): on_one_rank(case, grid, groups, rank) for case in cases_on(grid)}
     return found
 
 
 def whole_inputs(case: Case, tokens: int) -> list[torch.Tensor]:
     """q, k, v and the gradients of the output and of the log-sum-exp, of every rank together."""
-    inputs = oracle.random_inputs(BATCH, tokens, HEADS, case.groups, case.dtype)
+    inputs = oracle.random_inputs(BATCH, tokens, case.heads, case.groups, case.dtype)
     return [*inputs, oracle.random_dlse(inputs[0])]
 
 
-def on_one_rank(case: Case, ring_size: int, groups: ProcessGroups, ring_rank: int) -> oracle.Attention:
-    layout = Layout(case.layout, ring_size * LENGTH, ring_size, case.stripe)
-    here = layout.positions(ring_rank)
+def tokens_of(case: Case, grid: Grid, rank: int) -> torch.Tensor:
+    at = grid.coordinates(rank)
+    return case.on(grid.ring).positions(at.ring, at.ulysses, grid.ulysses)
+
+
+def on_one_rank(case: Case, grid: Grid, groups: ProcessGroups, rank: int) -> oracle.Attention:
+    layout, here = case.on(grid.ring), tokens_of(case, grid, rank)
     q, k, v, dout, dlse = whole_inputs(case, layout.seq_length)
     inputs, starts = [x[:, here].requires_grad_() for x in (q, k, v)], None
     if case.lengths:
@@ -87,16 +126,26 @@ def ranks() -> dict[int, list[dict]]:
     return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-@pytest.mark.parametrize("grid", [grid for grids in GRIDS.values() for grid in grids], ids=str)
+def short(grid: Grid) -> str:
+    return "x".join(f"{name}{size}" for name, size in grid.sizes._asdict().items() if size > 1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "case"),
+    [
+        pytest.param(grid, case, id=f"{short(grid)}-{'-'.join(map(str, case))}")
+        for grid in itertools.chain.from_iterable(GRIDS.values())
+        for case in cases_on(grid)
+    ],
+)
 def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
-    whole = expected_of(case, grid.ring * LENGTH)
-    layout = Layout(case.layout, grid.ring * LENGTH, grid.ring, case.stripe)
+    whole = expected_of(case, grid.ring * case.shard)
     for rank, found in enumerate(ranks[grid.world_size]):
-        here = layout.positions(grid.coordinates(rank).ring)
+        here = tokens_of(case, grid, rank)
         expected = oracle.Attention(*(x[:, here] for x in whole[:4]), whole.lse[..., here])
         assert beyond_tolerance(found[grid, case], expected, case.dtype) == {}
         assert {x.dtype for x in found[grid, case][:4]} == {case.dtype}
+        assert found[grid, case].lse.dtype == accumulation_dtype(case.dtype)
 
 
 @pytest.mark.parametrize("narrowed", [(0, ()), *NARROWED], ids=str)
@@ -104,7 +153,7 @@ def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
     case = Case("striped", 1, kernel, dtype, GROUPS, *narrowed)
-    assert beyond_tolerance(on_one_rank(case, 1, ALONE, 0), expected_of(case, LENGTH), dtype) == {}
+    assert beyond_tolerance(on_one_rank(case, Grid(), ALONE, 0), expected_of(case, case.shard), dtype) == {}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

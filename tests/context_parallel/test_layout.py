@@ -69,6 +69,15 @@ def test_a_rank_lists_its_positions_in_increasing_order(layout):
         assert (layout.positions(ring_rank).diff() > 0).all()
 
 
+@given(layouts, st.data())
+def test_ulysses_members_share_out_a_shard_in_order(layout, data):
+    members = data.draw(st.sampled_from([u for u in range(1, 9) if layout.shard_length % u == 0]))
+    for ring_rank in range(layout.ring_size):
+        held = [layout.positions(ring_rank, member, members) for member in range(members)]
+        assert {len(each) for each in held} == {layout.shard_length // members}
+        assert torch.equal(torch.cat(held), layout.positions(ring_rank))
+
+
 # layouts that share the work out evenly: whole pairs of deals forth and back, or of chunks early and late
 even_layouts = st.one_of(
     st.builds(lambda size, half: Layout("zigzag", 2 * size * half, size), st.integers(1, 9), st.integers(1, 10)),
@@ -137,6 +146,32 @@ MESSAGES = {
     ("ring", 0, 4, 1): "seq_length 0 cannot be laid out ring on 4 ring ranks: it must be a multiple of 4 "
     "(ring size). Nearest: 4. Set --seq-length.",
 }
+
+
+# of processes that share a ring rank, with their number last
+MESSAGES_OF_ULYSSES = {
+    ("ring", 10, 2, 1, 2): "seq_length 10 cannot be laid out ring on 2 ring ranks of 2 Ulysses ranks: it must be a "
+    "multiple of 4 (ring size, and ring size x Ulysses degree). Nearest: 8, 12. Set --seq-length.",
+    ("striped", 20, 2, 3, 2): "seq_length 20 cannot be laid out striped on 2 ring ranks of 2 Ulysses ranks: it must be "
+    "a multiple of 12 (ring size x stripe size, and ring size x Ulysses degree). Nearest: 12, 24. Set --seq-length, "
+    "or use --context-parallel striped with --stripe-size 1 (multiple of 4).",
+    ("zigzag", 16, 2, 1, 3): "seq_length 16 cannot be laid out zigzag on 2 ring ranks of 3 Ulysses ranks: it must be a "
+    "multiple of 12 (2 x ring size, and ring size x Ulysses degree). Nearest: 12, 24. Set --seq-length, "
+    "or use --context-parallel striped (multiple of 6).",
+}
+
+
+@pytest.mark.parametrize("asked", MESSAGES_OF_ULYSSES, ids=str)
+def test_a_shard_that_ulysses_members_cannot_share_says_why(asked):
+    assert Layout.problems(*asked) == [MESSAGES_OF_ULYSSES[asked]]
+
+
+@given(layouts, st.integers(1, 6), st.integers(1, 200))
+def test_what_is_without_problems_can_be_shared_out(layout, members, seq_length):
+    name, ring_size, stripe = layout.name, layout.ring_size, layout.stripe_size
+    fits = not Layout.problems(name, seq_length, ring_size, stripe)
+    shared = not Layout.problems(name, seq_length, ring_size, stripe, members)
+    assert shared == (fits and seq_length // ring_size % members == 0)
 
 
 @pytest.mark.parametrize("asked", MESSAGES, ids=str)

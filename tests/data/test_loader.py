@@ -1,7 +1,7 @@
 """The loader: which rank is handed which token, and that the grid changes nothing but that."""
 
 from dataclasses import fields
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 
 import numpy as np
 import pytest
@@ -32,17 +32,21 @@ def channels(batch: Batch) -> torch.Tensor:
     return torch.stack([batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1)
 
 
-def steps_of(stream, layout: Layout, data_size: int, micro_batch_size: int, consumed: int, steps: int) -> torch.Tensor:
+def steps_of(
+    stream, layout: Layout, data_size: int, micro_batch_size: int, consumed: int, steps: int, ulysses: int = 1
+) -> torch.Tensor:
     """Inputs, targets and positions of every rank put back in their places: (steps x global batch, S, 3)."""
     whole = torch.full((steps * GLOBAL_BATCH, layout.seq_length, 3), -1)
-    for data_rank in range(data_size):
-        for ring_rank in range(layout.ring_size):
-            loader = Loader(stream, layout, ring_rank, data_rank, data_size, micro_batch_size, GLOBAL_BATCH, consumed)
-            for step in range(steps):
-                for micro, batch in enumerate(loader.next_step()):
-                    first = step * GLOBAL_BATCH + (micro * data_size + data_rank) * micro_batch_size
-                    rows = torch.arange(first, first + micro_batch_size)[:, None]
-                    whole[rows, layout.positions(ring_rank)] = channels(batch)
+    for data_rank, ring_rank, member in product(range(data_size), range(layout.ring_size), range(ulysses)):
+        loader = Loader(
+            stream, layout, ring_rank, data_rank, data_size, micro_batch_size, GLOBAL_BATCH, consumed,
+            ulysses_rank=member, ulysses_size=ulysses,
+        )  # fmt: skip
+        for step in range(steps):
+            for micro, batch in enumerate(loader.next_step()):
+                first = step * GLOBAL_BATCH + (micro * data_size + data_rank) * micro_batch_size
+                rows = torch.arange(first, first + micro_batch_size)[:, None]
+                whole[rows, layout.positions(ring_rank, member, ulysses)] = channels(batch)
     return whole
 
 
@@ -65,6 +69,24 @@ def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
         assert batch.positions.tolist() == tokens[ring_rank]
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("ring", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("striped", [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        ("zigzag", [[0, 1], [6, 7], [2, 3], [4, 5]]),
+    ],
+)
+def test_tokens_0_to_7_on_two_ring_ranks_of_two_ulysses_members(store_of, name, tokens):
+    stream = SampleStream(store_of([range(9)]), range(1), seq_length=8, seed=1, vocab_size=9)
+    for (ring_rank, member), held in zip(product(range(2), range(2)), tokens):
+        loader = Loader(stream, Layout(name, 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2)
+        (batch,) = loader.next_step()
+        assert batch.tokens_Bl.tolist() == [held]
+        assert batch.targets_Bl.tolist() == [[token + 1 for token in held]]
+        assert batch.positions.tolist() == held
+
+
 def test_one_process_gets_the_samples_as_they_are(stream):
     loader = Loader(stream, Layout("none", S, 1), 0, 0, 1, micro_batch_size=2, global_batch_size=4)
     first, second = loader.next_step()
@@ -78,6 +100,7 @@ def test_one_process_gets_the_samples_as_they_are(stream):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("data_size", [1, 2, 4])
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -89,9 +112,9 @@ def test_one_process_gets_the_samples_as_they_are(stream):
     ],
     ids=lambda layout: f"{layout.name}{layout.ring_size}",
 )
-def test_all_ranks_together_hold_what_one_process_holds(stream, layout, data_size, micro_batch_size):
+def test_all_ranks_together_hold_what_one_process_holds(stream, layout, ulysses, data_size, micro_batch_size):
     alone = steps_of(stream, Layout("none", S, 1), data_size=1, micro_batch_size=1, consumed=0, steps=5)
-    together = steps_of(stream, layout, data_size, micro_batch_size, consumed=0, steps=5)
+    together = steps_of(stream, layout, data_size, micro_batch_size, consumed=0, steps=5, ulysses=ulysses)
     assert torch.equal(together, alone)
 
 
@@ -147,8 +170,12 @@ def packed_stream(store_of, lengths: list[int]) -> SampleStream:
     return SampleStream(store_of([tokens]), range(1), seq_length=PACKED_S, seed=1, vocab_size=len(tokens) + 1)
 
 
-def packed_batch(stream: SampleStream, layout: Layout, ring_rank: int = 0, **flags: bool) -> Batch:
-    (batch,) = Loader(stream, layout, ring_rank, 0, 1, 2, 2, packing=Packing(END, **flags)).next_step()
+def packed_batch(
+    stream: SampleStream, layout: Layout, ring_rank: int = 0, member: int = 0, ulysses: int = 1, **flags: bool
+) -> Batch:
+    packing = Packing(END, **flags)
+    loader = Loader(stream, layout, ring_rank, 0, 1, 2, 2, packing=packing, ulysses_rank=member, ulysses_size=ulysses)
+    (batch,) = loader.next_step()
     return batch
 
 
@@ -191,13 +218,14 @@ def test_one_process_gets_what_the_packing_says_of_whole_samples(store_of, lengt
     ],
     ids=lambda layout: f"{layout.name}{layout.ring_size}x{layout.stripe_size}",
 )
-def test_packed_documents_do_not_depend_on_the_layout(store_of, layout, lengths):
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_packed_documents_do_not_depend_on_the_layout(store_of, layout, ulysses, lengths):
     stream = packed_stream(store_of, lengths)
     alone = packed_batch(stream, Layout("none", PACKED_S, 1), **EVERY_FLAG)
     together = torch.full((2, PACKED_S, 3), -1)
-    for ring_rank in range(layout.ring_size):
-        batch = packed_batch(stream, layout, ring_rank, **EVERY_FLAG)
-        together[:, layout.positions(ring_rank)] = channels(batch)
+    for ring_rank, member in product(range(layout.ring_size), range(ulysses)):
+        batch = packed_batch(stream, layout, ring_rank, member, ulysses, **EVERY_FLAG)
+        together[:, layout.positions(ring_rank, member, ulysses)] = channels(batch)
         assert torch.equal(batch.document_starts, alone.document_starts)
     assert torch.equal(together, channels(alone))
 
@@ -210,6 +238,19 @@ def test_each_flag_changes_only_its_own_thing(store_of, flag):
         for field in fields(Batch):
             expected = every if field.name == FLAGS[flag] else none
             torch.testing.assert_close(getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0)
+
+
+def test_what_fills_a_layout_is_the_last_ulysses_members(store_of):
+    """Five tokens on two ring ranks of two members: of eight places the last three repeat the last token."""
+    stream = SampleStream(store_of([[1, 2, 3, 4, 5, 6]]), range(1), seq_length=5, seed=1, vocab_size=10)
+    tokens, targets = [], []
+    for ring_rank, member in product(range(2), range(2)):
+        loader = Loader(stream, Layout("striped", 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2)
+        (batch,) = loader.next_step()
+        tokens += batch.tokens_Bl.tolist()
+        targets += batch.targets_Bl.tolist()
+    assert tokens == [[1, 3], [5, 5], [2, 4], [5, 5]]
+    assert targets == [[2, 4], [6, -100], [3, 5], [-100, -100]]
 
 
 def test_a_layout_longer_than_the_samples_is_filled_behind_their_end(store_of):

@@ -1,0 +1,103 @@
+"""Ulysses: the members of a ring rank trade heads for tokens, so that each attends with a few heads of all its tokens.
+
+DeepSpeed Ulysses (Jacobs et al. 2023, section 3): one all-to-all before attention, q_BlHD -> q_BLhD, and one behind it,
+out_BLhD -> out_BlHD; gradients take the same ways back. Whatever goes at one time is one message. Attention itself is
+another's: between the two every member holds a ring shard and need not know that there are others.
+
+The trade is a ``torch.library`` custom op that finds its group by name, as the ring does (docs/decisions/0002).
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from megatron_ring.context_parallel.traffic import unpacked
+
+# The dimensions of (..., tokens, heads, head size).
+_TOKENS, _HEADS = -3, -2
+
+
+def gather_tokens(q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """q_BLhD and kv_2BLgD: of all the members' tokens, the u-th H/U query heads for member u and the keys they read.
+
+    ``group`` is the members' name, and empty where there is one, who trades nothing. Blocks until all have called it.
+    """
+    if not group:
+        return q_BlHD, kv_2BlGD
+    members = _members(group).size()
+    assert q_BlHD.shape[_HEADS] % members == 0, "query heads that cannot be shared out evenly"
+    q_BLhD, kv_2BLgD = trade([q_BlHD, repeated(kv_2BlGD, members)], _HEADS, _TOKENS, group)
+    return q_BLhD, kv_2BLgD
+
+
+def gather_heads(out_BLhD: torch.Tensor, lse_BhL: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The way back: out_BlHD and lse_BHl, all heads of this member's own tokens, each in its own type."""
+    if not group:
+        return out_BLhD, lse_BhL
+    out_BlHD, lse_BlH1 = trade([out_BLhD, lse_BhL.mT.unsqueeze(-1)], _TOKENS, _HEADS, group)
+    return out_BlHD, lse_BlH1.squeeze(-1).mT
+
+
+def repeated(kv_2BlGD: torch.Tensor, members: int) -> torch.Tensor:
+    """Each key-value head as often, next to itself, as lets ``members`` take equally many: lcm(G, U) heads.
+
+    Query head i of H reads head i // (H/G); H is a multiple of G and of U, so it still does when both are dealt out.
+    """
+    groups = kv_2BlGD.shape[_HEADS]
+    times = math.lcm(groups, members) // groups
+    return kv_2BlGD if times == 1 else kv_2BlGD.repeat_interleave(times, dim=_HEADS)
+
+
+@torch.library.custom_op("megatron_ring::trade", mutates_args=())
+def trade(tensors: list[torch.Tensor], split: int, join: int, group: str) -> list[torch.Tensor]:
+    """Each tensor cut along ``split``, a piece for every member; what all send here, in order, joined along ``join``.
+
+    One all-to-all. Types may differ: wider numbers travel as several of the narrowest type, their bits as they are.
+    """
+    members = _members(group)
+    narrowest = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    cut = [_as_type(x, narrowest).chunk(members.size(), split) for x in tensors]
+    pieces = [piece for of_member in zip(*cut) for piece in of_member]
+    received = unpacked(_all_to_all(pieces, members), pieces)
+    return [torch.cat(received[i :: len(tensors)], join).view(x.dtype) for i, x in enumerate(tensors)]
+
+
+def _all_to_all(pieces: list[torch.Tensor], members: dist.ProcessGroup) -> torch.Tensor:
+    """The first pieces to the first member, and so on, as bytes; what all sent here, alike."""
+    message = torch.empty(sum(x.nbytes for x in pieces), dtype=torch.uint8, device=pieces[0].device)
+    for place, piece in zip(unpacked(message, pieces), pieces):
+        place.copy_(piece)
+    received = torch.empty_like(message)
+    dist.all_to_all_single(received, message, group=members)
+    return received
+
+
+def _as_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of x as more numbers of a narrower type, along its last dimension."""
+    return x if x.dtype == dtype else x.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+@trade.register_fake
+def _(tensors, split, join, group):
+    members = _members(group).size()
+    return [torch.cat([x.chunk(members, split)[0]] * members, join) for x in tensors]
+
+
+def _keep_for_backward(ctx, inputs, output):
+    _, ctx.split, ctx.join, ctx.group = inputs
+    ctx.set_materialize_grads(False)  # what nobody read is not traded back
+
+
+def _backward(ctx, gradients):
+    given = [gradient for gradient in gradients if gradient is not None]
+    traded = iter(trade(given, ctx.join, ctx.split, ctx.group))
+    return [None if gradient is None else next(traded) for gradient in gradients], None, None, None
+
+
+trade.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _members(group: str) -> dist.ProcessGroup:
+    return _resolve_process_group(group)
