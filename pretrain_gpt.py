@@ -8,11 +8,11 @@ python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --context-p
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.dataset import Dataset
-from megatron_ring.model.gpt import GPT, decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.training import checkpointing, console
-from megatron_ring.training.engine import Engine, leave_processes, start_processes
+from megatron_ring.training.assembly import build_model, start_engine
+from megatron_ring.training.engine import leave_processes, start_processes
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
@@ -32,8 +32,8 @@ def main(config: Config, environment: Environment) -> None:
     start_processes(environment, setup.device)
     groups = ProcessGroups.build(setup.grid, environment.global_rank)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
-    model = GPT(config.model, dataset.tokenizer.vocab_size, config.data.seq_length, attention, config.training.seed)
-    engine = Engine(model, decay_groups(model, config.training.weight_decay), setup, groups)
+    model = build_model(setup, groups, attention, dataset.tokenizer.vocab_size)
+    engine = start_engine(model, setup, groups)
     if stored:
         engine.load(stored.path)
 

@@ -26,13 +26,16 @@ _STATE, _CONFIG, _LATEST = "state.json", "config.yaml", "latest"
 class RunState:
     """What a run needs besides weights and optimizer, in global units.
 
-    step: optimizer steps done. consumed_samples: samples read, over all ranks. data_context_size and zero_stage: how
-    the engine's files are split. vocab_size, seq_length: sizes of the model that the config alone does not give.
+    step: optimizer steps done. consumed_samples: samples read, over all ranks. data_context_size, tensor_size,
+    pipe_size and zero_stage: how the engine's files are split. vocab_size, seq_length: sizes of the model that the
+    config alone does not give.
     """
 
     step: int
     consumed_samples: int
     data_context_size: int
+    tensor_size: int
+    pipe_size: int
     zero_stage: int
     vocab_size: int
     seq_length: int
@@ -127,9 +130,15 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int) -> None:
         raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *differing])
 
 
-def check_same_split(stored: Stored, data_context_size: int, zero_stage: int) -> None:
+def check_same_split(stored: Stored, data_context_size: int, tensor_size: int, pipe_size: int, zero_stage: int) -> None:
     """Raise CheckpointError when the engine's files are split over another number of ranks or another ZeRO stage."""
     state = stored.state
+    for axis, then, now in (("tensor", state.tensor_size, tensor_size), ("pipeline", state.pipe_size, pipe_size)):
+        if then != now:
+            raise CheckpointError(
+                f"{stored.path} splits the model over {then} {axis} ranks, this run has {now}. "
+                f"Set --{axis}-model-parallel-size {then}."
+            )
     if state.zero_stage != zero_stage:
         raise CheckpointError(
             f"{stored.path} was written with zero_stage {state.zero_stage}, this run has {zero_stage}. "
@@ -138,8 +147,8 @@ def check_same_split(stored: Stored, data_context_size: int, zero_stage: int) ->
     if zero_stage and state.data_context_size != data_context_size:
         raise CheckpointError(
             f"{stored.path} splits the optimizer's state over {state.data_context_size} data x context ranks (ZeRO "
-            f"{zero_stage}), this run has {data_context_size}. Start {state.data_context_size} processes; how many of "
-            "them are context ranks (--context-parallel-size) may change."
+            f"{zero_stage}), this run has {data_context_size}. Start {state.data_context_size} times as many processes as "
+            "one model has (tensor x pipeline); how many are context ranks (--context-parallel-size) may change."
         )
 
 

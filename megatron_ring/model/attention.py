@@ -13,6 +13,14 @@ from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.rope import Rotation, rotate
+from megatron_ring.parallel.tensor import (
+    ALONE,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    enter,
+    split_parameter,
+)
 
 
 class AttentionFunction(Protocol):
@@ -40,32 +48,38 @@ class AttentionFunction(Protocol):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): H query heads over G key-value heads of size D."""
+    """Grouped-query attention (Ainslie et al. 2023): H query heads over G key-value heads of size D.
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int):
+    A tensor rank has H/T and G/T of them, with their sinks: heads meet only in the output projection.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, tensor: TensorParallel = ALONE):
         super().__init__()
         self.head_dim = config.head_dim
         self.attention = attention
         self.window = window
-        self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads)
+        self.tensor = tensor
+        self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden, bias = config.hidden_size, config.add_bias_linear
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias)
-        self.k_proj = nn.Linear(hidden, config.key_value_heads * config.head_dim, bias)
-        self.v_proj = nn.Linear(hidden, config.key_value_heads * config.head_dim, bias)
-        self.out_proj = nn.Linear(config.num_attention_heads * config.head_dim, hidden, bias)
+        queries, key_values = (n * config.head_dim for n in (config.num_attention_heads, config.key_value_heads))
+        self.q_proj = ColumnParallelLinear(hidden, queries, bias, tensor)
+        self.k_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
+        self.v_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
+        self.out_proj = RowParallelLinear(queries, hidden, bias, tensor)
 
     def forward(
-        self, x_BlE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
+        self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, l, E). ``rotation`` is None for a model whose positions come from a table."""
-        q_BlHD, k_BlGD, v_BlGD = (self._heads(proj(x_BlE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        """(B, m, E). ``rotation`` is None for a model whose positions come from a table."""
+        x_BlE = enter(x_BmE, self.tensor)
+        q_BlhD, k_BlgD, v_BlgD = (self._heads(proj(x_BlE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if rotation is not None:
             # Before the attention function: keys are turned once, at home, and travel turned.
-            q_BlHD, k_BlGD = rotate(q_BlHD, rotation), rotate(k_BlGD, rotation)
-        out_BlHD, lse_BHl = self.attention(q_BlHD, k_BlGD, v_BlGD, self.window, document_starts)
+            q_BlhD, k_BlgD = rotate(q_BlhD, rotation), rotate(k_BlgD, rotation)
+        out_BlhD, lse_Bhl = self.attention(q_BlhD, k_BlgD, v_BlgD, self.window, document_starts)
         if self.sink_H is not None:
-            out_BlHD = with_sink(out_BlHD, lse_BHl, self.sink_H)
-        return self.out_proj(out_BlHD.flatten(-2))
+            out_BlhD = with_sink(out_BlhD, lse_Bhl, self.sink_H)
+        return self.out_proj(out_BlhD.flatten(-2))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -84,8 +98,8 @@ def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tenso
 
 
 # A sink of score 0 is a buffer, so that it follows the model to its device, and follows from the config, so unsaved.
-_SINKS: dict[str, Callable[[int], torch.Tensor | None]] = {
-    "vanilla": lambda heads: None,
-    "off-by-one": lambda heads: nn.Buffer(torch.zeros(heads), persistent=False),
-    "learnable": lambda heads: nn.Parameter(torch.zeros(heads)),
+_SINKS: dict[str, Callable[[int, TensorParallel], torch.Tensor | None]] = {
+    "vanilla": lambda heads, tensor: None,
+    "off-by-one": lambda heads, tensor: nn.Buffer(torch.zeros(len(tensor.part(heads))), persistent=False),
+    "learnable": lambda heads, tensor: split_parameter((heads,), 0, tensor),
 }

@@ -15,15 +15,18 @@ import torch
 from torch import nn
 
 from megatron_ring.config import ModelConfig
+from megatron_ring.parallel.tensor import split_of, whole_shape
 
 RESIDUAL_PROJECTIONS = ("attention.out_proj.weight", "mlp.down_proj.weight")
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a whole model in place."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_weight(name, parameter.shape, config, seed))
+def initialize(module: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
+    """Fill every parameter in place. ``prefix`` and a parameter's name in ``module`` make its name in a whole GPT."""
+    for name, parameter in module.named_parameters(prefix):
+        whole, split = initial_weight(name, whole_shape(parameter), config, seed), split_of(parameter)
+        own = whole.narrow(split.dim, split.indices.start, len(split.indices)) if split else whole
+        parameter.copy_(own)
 
 
 def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:

@@ -5,40 +5,44 @@ from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.activation import gelu, swiglu
+from megatron_ring.parallel.tensor import ALONE, ColumnParallelLinear, RowParallelLinear, TensorParallel, enter
 
 
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6), with Hugging Face Llama's names."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE):
         super().__init__()
+        self.tensor = tensor
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
-        self.gate_proj = nn.Linear(hidden, feed_forward, bias)
-        self.up_proj = nn.Linear(hidden, feed_forward, bias)
-        self.down_proj = nn.Linear(feed_forward, hidden, bias)
+        self.gate_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
+        self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
+        self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
 
-    def forward(self, x_BlE: torch.Tensor) -> torch.Tensor:
-        """(B, l, E) -> (B, l, E)."""
+    def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
+        """(B, m, E) -> (B, m, E)."""
+        x_BlE = enter(x_BmE, self.tensor)
         return self.down_proj(swiglu(self.gate_proj(x_BlE), self.up_proj(x_BlE)))
 
 
 class GeluMLP(nn.Module):
     """down(gelu(up(x))) (Radford et al. 2019, GPT-2)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE):
         super().__init__()
+        self.tensor = tensor
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
-        self.up_proj = nn.Linear(hidden, feed_forward, bias)
-        self.down_proj = nn.Linear(feed_forward, hidden, bias)
+        self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
+        self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
 
-    def forward(self, x_BlE: torch.Tensor) -> torch.Tensor:
-        """(B, l, E) -> (B, l, E)."""
-        return self.down_proj(gelu(self.up_proj(x_BlE)))
+    def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
+        """(B, m, E) -> (B, m, E)."""
+        return self.down_proj(gelu(self.up_proj(enter(x_BmE, self.tensor))))
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}
 
 
-def mlp(config: ModelConfig) -> nn.Module:
+def mlp(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module:
     """The feed-forward that ``config.activation`` names."""
-    return _MLPS[config.activation](config)
+    return _MLPS[config.activation](config, tensor)

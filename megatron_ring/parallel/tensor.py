@@ -9,12 +9,15 @@ In shapes, ``m`` is a process's tokens between the pairs: l, or l/T with sequenc
 blocking collectives of the tensor group, in the order of the model, which is the same on all of its ranks.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+
+from megatron_ring.kernels.cross_entropy import VocabularyPart
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     sequence_parallel: bool = False
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None, sequence_parallel: bool) -> "TensorParallel":
+        """This process's place in ``group``, the tensor axis."""
+        if group is None:
+            return ALONE
+        return TensorParallel(group, dist.get_rank(group), dist.get_world_size(group), sequence_parallel)
 
     def part(self, whole: int) -> range:
         """The indices of ``whole`` that belong to this rank: runs in rank order, the last ones shorter if uneven."""
@@ -38,7 +48,7 @@ ALONE = TensorParallel()
 
 @dataclass(frozen=True)
 class Split:
-    """Which part of a whole parameter a tensor rank holds: ``indices`` of dimension ``dim``, whose size is ``whole``."""
+    """The part of a whole parameter that a tensor rank holds: ``indices`` of dimension ``dim``, of size ``whole``."""
 
     dim: int
     indices: range
@@ -47,7 +57,7 @@ class Split:
 
 def split_of(parameter: nn.Parameter) -> Split | None:
     """How ``parameter`` is split over the tensor axis; None where every rank has all of it."""
-    return getattr(parameter, "tensor_split", None)
+    return getattr(parameter, "tensor_parallel_split", None)
 
 
 def split_parameter(whole_shape: tuple[int, ...], dim: int, tensor: TensorParallel) -> nn.Parameter:
@@ -55,7 +65,7 @@ def split_parameter(whole_shape: tuple[int, ...], dim: int, tensor: TensorParall
     indices = tensor.part(whole_shape[dim])
     parameter = nn.Parameter(torch.empty(*whole_shape[:dim], len(indices), *whole_shape[dim + 1 :]))
     if tensor.size > 1:
-        parameter.tensor_split = Split(dim, indices, whole_shape[dim])
+        parameter.tensor_parallel_split = Split(dim, indices, whole_shape[dim])
         parameter.tensor_model_parallel = True  # DeepSpeed's word for: counts on every rank in the gradient norm
     return parameter
 
@@ -135,6 +145,29 @@ def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return x.chunk(tensor.size, dim=-1)[tensor.rank] if tensor.sequence_parallel else x
 
 
+def sum_gradients_of_replicas(module: nn.Module, tensor: TensorParallel) -> None:
+    """Have the gradients of what every tensor rank holds whole summed over them, where each saw its own tokens only.
+
+    That is so under sequence_parallel. Without it every rank sees all tokens, and such gradients are equal already.
+    """
+    if tensor.size > 1 and tensor.sequence_parallel:
+        for parameter in module.parameters():
+            if split_of(parameter) is None:
+                parameter.register_hook(functools.partial(_summed, tensor=tensor))
+
+
+def vocabulary_part(weight_vE: torch.Tensor, tensor: TensorParallel) -> VocabularyPart | None:
+    """Which rows of a head's matrix ``weight_vE`` are, and how the parts meet; None where it is whole."""
+    split = split_of(weight_vE)
+    if split is None:
+        return None
+    return VocabularyPart(
+        split.indices.start,
+        sum=functools.partial(_reduced, group=tensor.group, op=dist.ReduceOp.SUM),
+        max=functools.partial(_reduced, group=tensor.group, op=dist.ReduceOp.MAX),
+    )
+
+
 class _SumBackward(torch.autograd.Function):
     """Nothing forward, a sum over the tensor ranks backward: each saw all of x in its own part of the weights."""
 
@@ -187,19 +220,22 @@ class _SumScattered(torch.autograd.Function):
 
 
 def _summed(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=tensor.group)
+    return _reduced(x.clone(memory_format=torch.contiguous_format), tensor.group, dist.ReduceOp.SUM)
+
+
+def _reduced(x: torch.Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> torch.Tensor:
+    dist.all_reduce(x, op, group)
     return x
 
 
 def _gathered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    parts = x.new_empty(tensor.size, *x.shape)
+    parts = x.new_empty(tensor.size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(parts, x.contiguous(), group=tensor.group)
-    return parts.movedim(0, 1).flatten(1, 2)
+    return torch.cat(parts.chunk(tensor.size), dim=1)
 
 
 def _summed_and_scattered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    parts = x.unflatten(1, (tensor.size, -1)).movedim(1, 0).contiguous()
-    own = torch.empty_like(parts[0])
+    parts = torch.cat(x.chunk(tensor.size, dim=1))
+    own = parts.new_empty(parts.shape[0] // tensor.size, *parts.shape[1:])
     dist.reduce_scatter_tensor(own, parts, group=tensor.group)
     return own

@@ -47,7 +47,8 @@ def find(setup: Setup, vocab_size: int) -> store.Stored | None:
     stored = store.newest(folder)
     if stored:
         store.check_same_model(stored, config, vocab_size)
-        store.check_same_split(stored, setup.grid.data_context, config.training.zero_stage)
+        grid = setup.grid
+        store.check_same_split(stored, grid.data_context, grid.tensor, grid.pipe, config.training.zero_stage)
     return stored
 
 

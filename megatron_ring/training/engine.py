@@ -4,6 +4,7 @@ DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages
 that average the true token mean. This is the only file that imports deepspeed.
 """
 
+import functools
 import logging
 import warnings
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import torch.distributed as dist
 
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
+from megatron_ring.model.gpt import decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training.loss import counted_tokens, loss_sum, share_of_mean
+from megatron_ring.training.gradient_norm import clip
+from megatron_ring.training.loss import counted_tokens, share_of_mean
+from megatron_ring.training.model_parallel_unit import model_parallel_unit
 from megatron_ring.training.setup import Setup
 
 # Said by every process before anything else, and no news to who runs on a CPU; hence before the import.
@@ -67,10 +71,10 @@ class Evaluation:
 class Engine:
     """A model under DeepSpeed. Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, model: torch.nn.Module, parameter_groups: list[dict], setup: Setup, groups: ProcessGroups):
+    def __init__(self, model: torch.nn.Module, setup: Setup, groups: ProcessGroups):
         training = setup.config.training
         optimizer = torch.optim.AdamW(
-            parameter_groups,
+            decay_groups(model, training.weight_decay),
             lr=0.0,  # train_step sets each step's
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_eps,
@@ -79,10 +83,13 @@ class Engine:
         self.groups = groups
         self.device = torch.device(setup.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.deepspeed)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=setup.deepspeed, mpu=model_parallel_unit(setup.grid, groups)
+        )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
         # moves no weight, but AdamW would count it as its first.
         optimizer.state.clear()
+        self.engine.clip_fp32_gradients = functools.partial(self._clip_fp32_gradients, training.clip_grad)
         self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
         # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.
         self.engine._copy_recovery_script = lambda _: None
@@ -92,33 +99,20 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         count = self.groups.sum(_count(batches, self.device))
-        total = torch.zeros((), device=self.device)
-        grad_norm = None
-        for batch in batches:
-            local_sum = self._loss_sum(batch)
-            self.engine.backward(share_of_mean(local_sum, count, self.averaged_over))
-            if self.engine.is_gradient_accumulation_boundary():
-                grad_norm = self._gradient_norm_of_plain_fp32()
-            self.engine.step()
-            total += local_sum.detach()
-        loss = self.groups.sum(total) / count.clamp(min=1)
-        if grad_norm is None:
-            grad_norm = self.engine.get_global_grad_norm()
-        return StepResult(loss.item(), float(grad_norm), int(count))
+        loss = self._step(batches, share_of_mean(count, self.averaged_over))
+        return StepResult(loss.item(), float(self.engine.get_global_grad_norm()), int(count))
 
     def evaluate(self, steps: list[list[Batch]], bytes_per_token: torch.Tensor) -> Evaluation:
         """Sums over whole global batches, without gradients. ``bytes_per_token``: (V,) bytes of text of each id."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        counts = torch.zeros(2, dtype=torch.int64)
+        counted = torch.cat([batch.targets_Bl.flatten() for batches in steps for batch in batches])
+        counted = counted[counted != IGNORED]
+        counts = torch.stack([torch.tensor(len(counted)), bytes_per_token[counted].sum()])
         self.engine.eval()
         with torch.no_grad():
-            for batch in (batch for batches in steps for batch in batches):
-                loss += self._loss_sum(batch)
-                counted = batch.targets_Bl[batch.targets_Bl != IGNORED]
-                counts += torch.stack([torch.tensor(counted.numel()), bytes_per_token[counted].sum()])
+            loss = sum(self._evaluated(batches).double() for batches in steps)
         self.engine.train()
         tokens, text_bytes = self.groups.sum(counts.to(self.device)).tolist()
-        return Evaluation(self.groups.sum(loss).item(), tokens, text_bytes)
+        return Evaluation(float(loss), tokens, text_bytes)
 
     def save(self, folder: Path, tag: str) -> list[str]:
         """Write this rank's part of the state to ``folder/tag``. Blocks until every rank has written its own.
@@ -132,7 +126,7 @@ class Engine:
         return [failure for of_rank in failures for failure in of_rank]
 
     def load(self, checkpoint: Path) -> None:
-        """Read back what ``save`` wrote, on the same number of data x context ranks."""
+        """Read back what ``save`` wrote, on the same grid but for how its data x context ranks divide."""
         self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
@@ -140,17 +134,28 @@ class Engine:
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(events)
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        tokens, targets = batch.tokens_Bl.to(self.device), batch.targets_Bl.to(self.device)
-        logits = self.engine(tokens, batch.positions.to(self.device), batch.document_starts)
-        return loss_sum(logits, targets)
+    def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
+        """Backward through the micro-batches' loss sums times ``scale``, and the step; the mean over all of them."""
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            share = self._loss_sum(batch) * scale
+            self.engine.backward(share)
+            self.engine.step()
+            total += share.detach()
+        return self.groups.sum(total) / self.averaged_over
 
-    def _gradient_norm_of_plain_fp32(self) -> torch.Tensor | None:
-        """Without ZeRO, in fp32, DeepSpeed reports no norm; the reduced gradients lie on every rank."""
-        if self.engine.zero_optimization() or self.engine.bfloat16_enabled() or self.engine.fp16_enabled():
-            return None
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
+        """The loss summed over a global batch, of all ranks."""
+        return self.groups.sum(sum(self._loss_sum(batch) for batch in batches))
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        tokens, positions, targets = (x.to(self.device) for x in (batch.tokens_Bl, batch.positions, batch.targets_Bl))
+        return self.engine(tokens, positions, batch.document_starts, targets)
+
+    def _clip_fp32_gradients(self, max_norm: float) -> None:
+        """In the place of DeepSpeed's own, which it calls without ZeRO in fp32."""
+        parameters = self.engine.module.parameters()
+        self.engine._global_grad_norm = clip(parameters, max_norm, self.groups)
 
 
 class _FilesWithKeptFailures(TorchCheckpointEngine):

@@ -89,6 +89,8 @@ def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinate
         setup.global_batch_size,
         consumed_samples,
         dataset.packing,
+        ulysses_rank=at.ulysses,
+        ulysses_size=setup.grid.ulysses,
     )
 
 
@@ -97,6 +99,8 @@ def _state(setup: Setup, dataset: Dataset, step: int, loader: Loader) -> store.R
         step=step,
         consumed_samples=loader.consumed_samples,
         data_context_size=setup.grid.data_context,
+        tensor_size=setup.grid.tensor,
+        pipe_size=setup.grid.pipe,
         zero_stage=setup.config.training.zero_stage,
         vocab_size=dataset.tokenizer.vocab_size,
         seq_length=setup.config.data.seq_length,

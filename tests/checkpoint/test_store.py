@@ -9,9 +9,12 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, load_yaml
 from megatron_ring.errors import CheckpointError
 
 
+SPLIT = {"data_context_size": 2, "tensor_size": 1, "pipe_size": 2, "zero_stage": 1}
+
+
 def state(step: int, **changes) -> store.RunState:
-    sizes = {"data_context_size": 2, "zero_stage": 1, "vocab_size": 61, "seq_length": 48}
-    return store.RunState(step=step, consumed_samples=4 * step, **sizes | changes)
+    sizes = {"vocab_size": 61, "seq_length": 48}
+    return store.RunState(step=step, consumed_samples=4 * step, **SPLIT | sizes | changes)
 
 
 def write(folder: Path, step: int, config: Config | None = None, **changes) -> Path:
@@ -116,13 +119,16 @@ def test_a_learned_position_table_fixes_the_length(tmp_path):
 def test_another_split_is_refused_with_the_number_to_start(tmp_path):
     write(tmp_path, 5)
     found = store.newest(tmp_path)
-    store.check_same_split(found, data_context_size=2, zero_stage=1)
-    with pytest.raises(
-        CheckpointError, match="over 2 data x context ranks .ZeRO 1., this run has 4. Start 2 processes"
-    ):
-        store.check_same_split(found, data_context_size=4, zero_stage=1)
-    with pytest.raises(CheckpointError, match="written with zero_stage 1, this run has 2. Set --zero-stage 1"):
-        store.check_same_split(found, data_context_size=2, zero_stage=2)
+    store.check_same_split(found, **SPLIT)
+    refused = {
+        "over 2 data x context ranks .ZeRO 1., this run has 4. Start 2 times": {"data_context_size": 4},
+        "written with zero_stage 1, this run has 2. Set --zero-stage 1": {"zero_stage": 2},
+        "over 1 tensor ranks, this run has 2. Set --tensor-model-parallel-size 1": {"tensor_size": 2},
+        "over 2 pipeline ranks, this run has 1. Set --pipeline-model-parallel-size 2": {"pipe_size": 1},
+    }
+    for said, changes in refused.items():
+        with pytest.raises(CheckpointError, match=said):
+            store.check_same_split(found, **SPLIT | changes)
 
 
 def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path):

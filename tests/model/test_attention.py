@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.rope import rotate
-from megatron_ring.model.attention import SelfAttention, with_sink
+from megatron_ring.model.attention import AttentionFunction, SelfAttention, with_sink
 from megatron_ring.model.gpt import rope
+from megatron_ring.model.initialization import initialize
 from tests import oracle
 
 # What each query (a row) sees of each key, in two samples of five tokens.
@@ -32,6 +34,12 @@ def test_the_attention_of_these_tests_sees_what_is_drawn(attention, window, star
         torch.testing.assert_close(lse_BHS[one], expected.lse)
 
 
+def initialized(config: ModelConfig, attention: AttentionFunction, window: int) -> SelfAttention:
+    layer = SelfAttention(config, attention, window)
+    initialize(layer, config, seed=1)
+    return layer
+
+
 def test_the_attention_function_gets_query_heads_and_fewer_key_value_heads(llama):
     seen = {}
 
@@ -39,14 +47,14 @@ def test_the_attention_function_gets_query_heads_and_fewer_key_value_heads(llama
         seen.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
         return q_BlHD, None
 
-    layer = SelfAttention(llama, attention, window=0)
+    layer = initialized(llama, attention, window=0)
     assert layer(torch.randn(3, 5, 32), rotation=None, document_starts=None).shape == (3, 5, 32)
     assert seen == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
 
 
 def test_queries_and_keys_arrive_turned_and_values_as_they_are(llama):
     seen = []
-    layer = SelfAttention(llama, lambda q, k, v, *_: seen.append((q, k, v)) or (q, None), window=0)
+    layer = initialized(llama, lambda q, k, v, *_: seen.append((q, k, v)) or (q, None), window=0)
     x_BlE, rotation = torch.randn(1, 3, 32), rope(llama, 4096).rotation(torch.tensor([7, 2, 4000]))
     layer(x_BlE, None, None)
     layer(x_BlE, rotation, None)
@@ -68,10 +76,10 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(llama, bui
 
 def test_half_the_rows_of_every_projection_are_half_the_heads(llama, attention):
     """What a tensor-parallel rank does: its heads' rows in, its heads' columns out, and the partial results summed."""
-    whole, x_BlE = SelfAttention(llama, attention, window=3), torch.randn(2, 5, 32)
+    whole, x_BlE = initialized(llama, attention, window=3), torch.randn(2, 5, 32)
     partial = []
     for half in (0, 1):
-        part = SelfAttention(llama, attention, window=3)
+        part = initialized(llama, attention, window=3)
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(part, name).weight = torch.nn.Parameter(getattr(whole, name).weight.chunk(2, dim=0)[half])
         part.out_proj.weight = torch.nn.Parameter(whole.out_proj.weight.chunk(2, dim=1)[half])
@@ -105,8 +113,8 @@ def test_the_gradient_of_a_sink_is_minus_its_share_of_what_the_rows_gave():
 
 
 def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, attention):
-    learnable = SelfAttention(replace(llama, softmax_type="learnable"), attention, window=0)
-    off_by_one = SelfAttention(replace(llama, softmax_type="off-by-one"), attention, window=0)
+    learnable = initialized(replace(llama, softmax_type="learnable"), attention, window=0)
+    off_by_one = initialized(replace(llama, softmax_type="off-by-one"), attention, window=0)
     assert dict(learnable.named_parameters())["sink_H"].shape == (4,)
     assert "sink_H" not in off_by_one.state_dict().keys() | dict(off_by_one.named_parameters()).keys()
     off_by_one.load_state_dict({name: value for name, value in learnable.state_dict().items() if name != "sink_H"})
@@ -115,8 +123,8 @@ def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, atten
 
 
 def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attention):
-    vanilla = SelfAttention(llama, attention, window=0)
-    learnable = SelfAttention(replace(llama, softmax_type="learnable"), attention, window=0)
+    vanilla = initialized(llama, attention, window=0)
+    learnable = initialized(replace(llama, softmax_type="learnable"), attention, window=0)
     learnable.load_state_dict({**vanilla.state_dict(), "sink_H": torch.full((4,), -50.0)})
     x_BlE = torch.randn(2, 5, 32)
     torch.testing.assert_close(learnable(x_BlE, None, None), vanilla(x_BlE, None, None))
@@ -124,7 +132,7 @@ def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attenti
 
 @pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
 def test_a_sink_follows_the_model_to_bfloat16_and_is_computed_in_float32(llama, attention, softmax_type):
-    layer = SelfAttention(replace(llama, softmax_type=softmax_type), attention, window=0).bfloat16()
+    layer = initialized(replace(llama, softmax_type=softmax_type), attention, window=0).bfloat16()
     assert layer.sink_H.dtype == torch.bfloat16
     assert layer(torch.randn(2, 5, 32, dtype=torch.bfloat16), None, None).dtype == torch.bfloat16
     out_BlHD, lse_BHl = torch.randn(2, 5, 4, 8, dtype=torch.bfloat16), torch.randn(2, 4, 5) + 5

@@ -1,0 +1,72 @@
+"""The pipeline under DeepSpeed: its module, built stage by stage, and its engine, driven one optimizer step at a time.
+
+The schedule is DeepSpeed's 1F1B. First and last stages are handed the same micro-batches and read of them what they
+need; what the stages between need travels (model/pipeline.py). Its loss is a mean over micro-batches and D x C, as
+the plain engine's, so the same scale makes it the token mean.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.data.loader import Batch
+from megatron_ring.model import pipeline
+from megatron_ring.model.attention import AttentionFunction
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import Vocabulary
+from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.training.engine import Engine
+
+
+def pipelined(
+    grid: Grid,
+    packed: bool,
+    config: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    attention: AttentionFunction,
+    seed: int,
+    execution: Execution,
+) -> PipelineModule:
+    """This process's stage of a GPT. ``packed``: document borders travel, of which every parcel has another number."""
+    vocabulary = config, vocab_size, seed, execution
+    head = "output" if config.untie_embeddings_and_output_weights else "embedding"
+    stages = (layers_of_stage(config.num_layers, grid.pipe, stage) for stage in range(grid.pipe))
+    layers = [
+        TiedLayerSpec("embedding", Vocabulary, "embedding", *vocabulary, forward_fn=pipeline.embed),
+        *(LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run) for run in stages),
+        TiedLayerSpec(head, Vocabulary, head, *vocabulary, forward_fn=pipeline.head),
+    ]
+    with contextlib.redirect_stdout(open(os.devnull, "w")):  # it prints its layers, on rank 0
+        return PipelineModule(
+            layers,
+            topology=PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context),
+            loss_fn=functools.partial(pipeline.scaled_loss, execution=execution),
+            partition_method="type:StageLayers",
+            dynamic_shape=packed,
+        )
+
+
+class PipelineEngine(Engine):
+    """A stage of a GPT, in step with the others."""
+
+    def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
+        return self.engine.train_batch(_loaded(batches, scale))
+
+    def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
+        scale = torch.tensor(float(self.averaged_over), device=self.device)
+        return self.engine.eval_batch(_loaded(batches, scale), num_micro_batches=len(batches)).squeeze()
+
+
+def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, tuple]]:
+    """(inputs, labels) of each micro-batch, as first and last stage take them."""
+    for batch in batches:
+        starts = () if batch.document_starts is None else (batch.document_starts,)
+        yield (batch.tokens_Bl, batch.positions, *starts), (batch.targets_Bl, scale)
