@@ -36,7 +36,7 @@ def test_the_attention_of_these_tests_sees_what_is_drawn(attention, window, star
 
 def initialized(config: ModelConfig, attention: AttentionFunction, window: int) -> SelfAttention:
     layer = SelfAttention(config, attention, window)
-    initialize(layer, config, seed=1)
+    initialize(layer, config, seed=1, prefix="blocks.0.attention")
     return layer
 
 

@@ -10,7 +10,7 @@ from megatron_ring.model.mlp import mlp
 
 def initialized(config: ModelConfig) -> torch.nn.Module:
     layer = mlp(config)
-    initialize(layer, config, seed=1)
+    initialize(layer, config, seed=1, prefix="blocks.0.mlp")
     return layer
 
 
