@@ -4,8 +4,8 @@ DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages
 that average the true token mean. This is the only file that imports deepspeed.
 """
 
-import functools
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,16 @@ class Engine:
         self.device = torch.device(setup.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=setup.deepspeed, mpu=model_parallel_unit(setup.grid, groups)
+            model=model,
+            optimizer=optimizer,
+            # DeepSpeed takes the norm only where it clips, and we tell it in any case.
+            config=setup.deepspeed | {"gradient_clipping": training.clip_grad or math.inf},
+            mpu=model_parallel_unit(setup.grid, groups),
         )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
         # moves no weight, but AdamW would count it as its first.
         optimizer.state.clear()
-        self.engine.clip_fp32_gradients = functools.partial(self._clip_fp32_gradients, training.clip_grad)
+        self.engine.clip_fp32_gradients = self._clip_fp32_gradients
         self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
         # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.
         self.engine._copy_recovery_script = lambda _: None
@@ -152,9 +156,9 @@ class Engine:
         tokens, positions, targets = (x.to(self.device) for x in (batch.tokens_Bl, batch.positions, batch.targets_Bl))
         return self.engine(tokens, positions, batch.document_starts, targets)
 
-    def _clip_fp32_gradients(self, max_norm: float) -> None:
+    def _clip_fp32_gradients(self) -> None:
         """In the place of DeepSpeed's own, which it calls without ZeRO in fp32."""
-        parameters = self.engine.module.parameters()
+        parameters, max_norm = self.engine.module.parameters(), self.engine.gradient_clipping()
         self.engine._global_grad_norm = clip(parameters, max_norm, self.groups)
 
 

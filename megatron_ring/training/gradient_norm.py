@@ -15,17 +15,16 @@ from megatron_ring.parallel.tensor import split_of
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float, groups: ProcessGroups) -> torch.Tensor:
-    """Scale the gradients down to ``max_norm`` where it is above 0 and they exceed it; returns the norm before.
+    """Scale the gradients down to ``max_norm`` where they exceed it; returns the norm before.
 
     Sums over the pipe x tensor ranks that hold one copy of all parameters between them; blocks.
     """
     held = [parameter for parameter in parameters if parameter.grad is not None]
     first = groups.tensor is None or dist.get_rank(groups.tensor) == 0
     norm = _norm([p.grad for p in held if _counts_here(p, first)], held[0].device, groups.model)
-    if max_norm > 0:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in held:
-            parameter.grad.mul_(factor)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in held:
+        parameter.grad.mul_(factor)
     return norm
 
 
