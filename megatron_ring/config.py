@@ -268,7 +268,7 @@ class MemoryConfig:
     loss_chunk_size: int = 1024
     """Tokens whose logits exist at a time; head and cross entropy are one step. 0: all at once."""
     offload_activations: bool = False
-    """Keep what backward needs of each layer in CPU memory, and fetch it back ahead of its use."""
+    """Keep what backward needs of each layer in CPU memory, and fetch it back ahead of its use. GPUs only."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Where DeepSpeed keeps and updates the optimizer's state; cpu needs ZeRO 1, 2 or 3."""
     offload_param: Literal["none", "cpu"] = "none"

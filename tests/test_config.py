@@ -13,6 +13,7 @@ from megatron_ring.config import (
     Config,
     DataConfig,
     LoggingConfig,
+    MemoryConfig,
     ModelConfig,
     ParallelConfig,
     TrainingConfig,
@@ -175,7 +176,8 @@ MISTAKES = {
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval.",
-    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, dry_run.",
+    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
+    "dry_run.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
     "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
     "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",
@@ -343,6 +345,25 @@ PROBLEMS = [
         "context_parallel_size -2 must not be below 0. Set --context-parallel-size.",
     ),
     (
+        ParallelConfig(ulysses_degree=0),
+        "ulysses_degree 0 must be at least 1. Set --ulysses-degree.",
+    ),
+    (
+        ParallelConfig(tensor_model_parallel_size=0),
+        "tensor_model_parallel_size 0 must be at least 1. Set --tensor-model-parallel-size.",
+    ),
+    (
+        ParallelConfig(pipeline_model_parallel_size=-1),
+        "pipeline_model_parallel_size -1 must be at least 1. Set --pipeline-model-parallel-size.",
+    ),
+    (
+        MemoryConfig(recompute="selective", recompute_attention=True),
+        "recompute_attention has no effect while recompute is selective. "
+        "Set --recompute full, or leave --recompute-attention out.",
+    ),
+    (MemoryConfig(mlp_chunks=0), "mlp_chunks 0 must be at least 1. Set --mlp-chunks."),
+    (MemoryConfig(loss_chunk_size=-1), "loss_chunk_size -1 must not be below 0. Set --loss-chunk-size."),
+    (
         TrainingConfig(clip_grad=-1.0),
         "clip_grad -1.0 must not be below 0. Set --clip-grad.",
     ),
@@ -391,6 +412,7 @@ LEGAL = [
     ModelConfig(window_size=1),
     ModelConfig(window_size=8, window_attn_skip_freq=2),
     ModelConfig(softmax_type="off-by-one"),
+    MemoryConfig(recompute="full", recompute_attention=True, loss_chunk_size=0),
     DataConfig(split=(1.0, 0.0)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
     CheckpointConfig(save="runs", save_interval=5),

@@ -84,7 +84,7 @@ class Grid:
         if problems := config.problems() or Grid.problems(config, world_size):
             raise ConfigError(problems)
         pipe, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
-        context = _context_size(config, world_size // (pipe * tensor))
+        context = _context_size(config, world_size)
         return Grid(
             pipe=pipe,
             data=world_size // (pipe * context * tensor),
@@ -101,18 +101,24 @@ class Grid:
                 f"world_size {config.world_size} is what this config is meant for, but {world_size} processes run. "
                 f"Start {config.world_size}, or set --world-size 0."
             ]
+        found = _division_problems(config, world_size)
         if config.context_parallel == "none":
-            return _division_problems(config, world_size) + _problems_of_whole_sequences(config)
-        return _division_problems(config, world_size)
+            return found + _problems_of_whole_sequences(config)
+        if config.context_parallel_size == 0 and found:
+            return found  # how many context ranks there are is not known
+        return found + _ulysses_problems(config, _context_size(config, world_size))
 
 
-def _context_size(config: ParallelConfig, left: int) -> int:
-    """C, of the ``left`` processes that pipeline and tensor leave."""
-    return 1 if config.context_parallel == "none" else config.context_parallel_size or left
+def _context_size(config: ParallelConfig, world_size: int) -> int:
+    """C: what was asked for, or all that pipeline and tensor leave."""
+    if config.context_parallel == "none":
+        return 1
+    left = world_size // (config.pipeline_model_parallel_size * config.tensor_model_parallel_size)
+    return config.context_parallel_size or left
 
 
 def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
-    """Pipeline, tensor and context each take their share of what those before them leave; Ulysses one of context's."""
+    """Pipeline, tensor and context each divide what those before them leave."""
     sizes = {
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "tensor_model_parallel_size": config.tensor_model_parallel_size,
@@ -127,18 +133,18 @@ def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
         else:
             leave = f"that {' and '.join(takers)} leave of {world_size}" if takers else "that run"
             found.append(
-                f"{name} {size} does not divide the {left} processes {leave}. Legal: {_divisors(left)}. "
+                f"{name} {size} does not divide the {left} processes {leave}. Legal: {divisors(left)}. "
                 f"Set {_flag(name)}, or start another number of processes."
             )
-    return found if found else _ulysses_problems(config, left)
+    return found
 
 
-def _ulysses_problems(config: ParallelConfig, left: int) -> list[str]:
-    context, degree = config.context_parallel_size or left, config.ulysses_degree
-    if config.context_parallel == "none" or context % degree == 0:
+def _ulysses_problems(config: ParallelConfig, context: int) -> list[str]:
+    degree = config.ulysses_degree
+    if context % degree == 0:
         return []
     return [
-        f"ulysses_degree {degree} does not divide the {context} context ranks. Legal: {_divisors(context)}. "
+        f"ulysses_degree {degree} does not divide the {context} context ranks. Legal: {divisors(context)}. "
         "Set --ulysses-degree, or --context-parallel-size."
     ]
 
@@ -158,7 +164,8 @@ def _problems_of_whole_sequences(config: ParallelConfig) -> list[str]:
     return found
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
+    """The sizes of an axis that ``number`` can be shared out over: ``"1, 2, 4"`` for 4."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 

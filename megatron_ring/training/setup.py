@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ring.config import Config
-from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
-from megatron_ring.errors import ConfigError, nearest_multiples
-from megatron_ring.kernels.attention import KernelChoice, choose, stripe_widths
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.errors import ConfigError
+from megatron_ring.kernels.attention import KernelChoice, choose
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.training import deepspeed_config
+from megatron_ring.training import deepspeed_config, lengths, rules
 from megatron_ring.training.precision import Precision, device_type, precision
 
 
@@ -33,16 +33,21 @@ class Setup:
     micro_batches: int
     deepspeed: dict[str, Any]
 
+    @property
+    def resident_length(self) -> int:
+        """l, the tokens of a sequence that a process is handed: L/U."""
+        return self.layout.shard_length // self.grid.ulysses
+
     @staticmethod
     def of(config: Config, world_size: int) -> "Setup":
         """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain."""
         problems = config.problems()
+        device = device_type()
         if not config.parallel.problems():
-            problems += _sharing_problems(config, world_size)
+            problems += _problems_of_processes(config, world_size, device)
         if problems:
             raise ConfigError(problems)
         grid = Grid.of(config.parallel, world_size)
-        device = device_type()
         chosen = precision(config.training.dtype, device)
         features = _features(config)
         kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim, features)
@@ -52,7 +57,7 @@ class Setup:
         return Setup(
             config=config,
             grid=grid,
-            layout=_layout(config, grid, kernel.name, device),
+            layout=lengths.layout(config, grid, kernel.name, device),
             device=device,
             precision=chosen,
             kernel=kernel,
@@ -62,12 +67,11 @@ class Setup:
         )
 
 
-def _sharing_problems(config: Config, world_size: int) -> list[str]:
-    """Why the processes cannot share the work out among them, by a grid or on it."""
+def _problems_of_processes(config: Config, world_size: int, device: str) -> list[str]:
+    """Why the processes make no grid, or else what the rest of ``config`` cannot have of it and of their device."""
     if problems := Grid.problems(config.parallel, world_size):
         return problems
-    grid = Grid.of(config.parallel, world_size)
-    return _length_problems(config, grid) + _batch_problems(config, grid)
+    return rules.problems(config, Grid.of(config.parallel, world_size), device)
 
 
 def _features(config: Config) -> list[Feature]:
@@ -82,42 +86,3 @@ def _features(config: Config) -> list[Feature]:
         Feature.DROPOUT: model.attention_dropout != 0,
     }
     return [feature for feature, wanted in asked.items() if wanted]
-
-
-def _laid_out_length(config: Config, grid: Grid) -> int:
-    """seq_length, but for single striped tokens, which are dealt out whatever their number: the last row is filled."""
-    ragged = config.parallel.context_parallel == "striped" and config.parallel.stripe_size in ("auto", 1)
-    return -(-config.data.seq_length // grid.ring) * grid.ring if ragged else config.data.seq_length
-
-
-def _layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
-    parallel, seq_length = config.parallel, _laid_out_length(config, grid)
-    stripe_size = parallel.stripe_size
-    if stripe_size == "auto":
-        widths = stripe_widths(kernel, device) if parallel.context_parallel == "striped" else ()
-        stripe_size = auto_stripe_size(seq_length, grid.ring, widths, packed=config.data.reset_attention_mask)
-    return Layout(parallel.context_parallel, seq_length, grid.ring, stripe_size)
-
-
-def _length_problems(config: Config, grid: Grid) -> list[str]:
-    parallel = config.parallel
-    stripe_size = 1 if parallel.stripe_size == "auto" else parallel.stripe_size
-    if config.data.seq_length < 1 or stripe_size < 1:
-        return []  # the sections have said so
-    found = Layout.problems(parallel.context_parallel, _laid_out_length(config, grid), grid.ring, stripe_size)
-    if stripe_size > 1 and parallel.context_parallel != "striped":
-        found.append(
-            f"stripe_size {parallel.stripe_size} has no effect while context_parallel is {parallel.context_parallel}. "
-            "Set --stripe-size 1, or --context-parallel striped."
-        )
-    return found
-
-
-def _batch_problems(config: Config, grid: Grid) -> list[str]:
-    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
-    if micro < 1 or whole == 0 or (whole > 0 and whole % (micro * grid.data) == 0):
-        return []
-    return [
-        f"global_batch_size {whole} must be a positive multiple of {micro * grid.data} (micro_batch_size {micro} x "
-        f"{grid.data} data ranks). Nearest: {nearest_multiples(whole, micro * grid.data)}. Set --global-batch-size."
-    ]

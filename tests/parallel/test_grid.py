@@ -153,13 +153,25 @@ NOT_MADE = [
         ],
     ),
     (
-        striped(pipeline_model_parallel_size=5, tensor_model_parallel_size=3, context_parallel_size=2),
+        striped(ulysses_degree=4, tensor_model_parallel_size=2),
+        4,
+        [
+            "ulysses_degree 4 does not divide the 2 context ranks. Legal: 1, 2. "
+            "Set --ulysses-degree, or --context-parallel-size."
+        ],
+    ),
+    (
+        striped(
+            pipeline_model_parallel_size=5, tensor_model_parallel_size=3, context_parallel_size=2, ulysses_degree=4
+        ),
         8,
         [
             "pipeline_model_parallel_size 5 does not divide the 8 processes that run. Legal: 1, 2, 4, 8. "
             "Set --pipeline-model-parallel-size, or start another number of processes.",
             "tensor_model_parallel_size 3 does not divide the 8 processes that run. Legal: 1, 2, 4, 8. "
             "Set --tensor-model-parallel-size, or start another number of processes.",
+            "ulysses_degree 4 does not divide the 2 context ranks. Legal: 1, 2. "
+            "Set --ulysses-degree, or --context-parallel-size.",
         ],
     ),
 ]

@@ -22,14 +22,6 @@ def test_a_length_that_the_layout_cannot_take_names_the_nearest_ones_and_the_way
     ]
 
 
-def test_a_batch_that_data_ranks_cannot_share():
-    parallel = {"context_parallel": "none"}
-    assert problems(4, parallel=parallel, training={"global_batch_size": 6, "micro_batch_size": 1}) == [
-        "global_batch_size 6 must be a positive multiple of 4 (micro_batch_size 1 x 4 data ranks). "
-        "Nearest: 4, 8. Set --global-batch-size."
-    ]
-
-
 def test_context_ranks_that_do_not_divide_the_world():
     assert problems(4, parallel={"context_parallel_size": 3}) == [
         "context_parallel_size 3 does not divide the 4 processes that run. Legal: 1, 2, 4. "
@@ -48,6 +40,7 @@ def test_single_striped_tokens_are_dealt_out_whatever_their_number():
     assert Setup.of(tiny.config(data={"seq_length": 47}), 4).layout.seq_length == 48
     assert Setup.of(tiny.config(data={"seq_length": 47}, parallel={"stripe_size": 1}), 3).layout.seq_length == 48
     assert Setup.of(tiny.config(data={"seq_length": 48}), 4).layout.seq_length == 48
+    assert Setup.of(tiny.config(data={"seq_length": 47}, parallel={"ulysses_degree": 4}), 8).layout.seq_length == 48
     (said,) = problems(4, parallel={"stripe_size": 2}, data={"seq_length": 47})
     assert said.startswith("seq_length 47 cannot be laid out striped on 4 ring ranks: it must be a multiple of 8")
 
@@ -76,6 +69,11 @@ def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
 
 def test_context_ranks_default_to_all_that_is_left():
     assert Setup.of(tiny.config(), 4).grid.ring == 4
+
+
+def test_what_a_process_is_handed_of_a_sequence():
+    setup = Setup.of(tiny.config(parallel={"ulysses_degree": 2, "tensor_model_parallel_size": 2}), 8)
+    assert (setup.layout.shard_length, setup.resident_length) == (24, 12)
 
 
 def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):

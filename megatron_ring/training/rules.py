@@ -1,0 +1,155 @@
+"""Rules between sections: what a model, its batch and its memory ask of the grid, of ZeRO and of the device.
+
+A rule looks at a whole config on a grid and gives its message where it is broken: what was asked, the rule with its
+numbers, what would be legal, and the flag. Rules assume nothing of one another, so all that is wrong is said at once.
+"""
+
+from collections.abc import Callable
+
+from megatron_ring.config import Config
+from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.parallel.grid import Grid, divisors
+from megatron_ring.training import lengths
+from megatron_ring.training.precision import precision
+
+
+def problems(config: Config, grid: Grid, device: str) -> list[str]:
+    """All that keeps ``config`` from running on ``grid``, but what its sections know of themselves."""
+    found = [message for rule in RULES if (message := rule(config, grid))]
+    return lengths.problems(config, grid) + found + _device_problems(config, device)
+
+
+def _heads(config: Config, grid: Grid) -> str | None:
+    heads, split = config.model.num_attention_heads, grid.tensor * grid.ulysses
+    if heads % split == 0:
+        return None
+    return (
+        f"num_attention_heads {heads} must be a multiple of {split} (tensor_model_parallel_size {grid.tensor} x "
+        f"ulysses_degree {grid.ulysses}): heads are split over tensor ranks, then traded among Ulysses ranks. Nearest: "
+        f"{nearest_multiples(heads, split)}; with {heads} heads the product may be {divisors(heads)}. "
+        "Set --num-attention-heads, --tensor-model-parallel-size or --ulysses-degree."
+    )
+
+
+def _query_groups(config: Config, grid: Grid) -> str | None:
+    heads, groups = config.model.num_attention_heads, config.model.key_value_heads
+    if groups == heads or groups % grid.tensor == 0:
+        return None
+    legal = [str(n) for n in range(grid.tensor, heads + 1, grid.tensor) if heads % n == 0]
+    return (
+        f"num_query_groups {groups} must be a multiple of tensor_model_parallel_size {grid.tensor}: key-value heads "
+        "are split over tensor ranks, not repeated there. Set --tensor-model-parallel-size "
+        f"(legal: {divisors(groups)}), or --num-query-groups (legal: {', '.join(legal) or 'none'})."
+    )
+
+
+def _feed_forward(config: Config, grid: Grid) -> str | None:
+    size = config.model.feed_forward_size
+    if size % grid.tensor == 0:
+        return None
+    return (
+        f"ffn_hidden_size {size} must be a multiple of tensor_model_parallel_size {grid.tensor}, whose ranks split it. "
+        f"Nearest: {nearest_multiples(size, grid.tensor)}. Set --ffn-hidden-size or --tensor-model-parallel-size."
+    )
+
+
+def _sequence_parallel(config: Config, grid: Grid) -> str | None:
+    if grid.tensor > 1 or not config.parallel.sequence_parallel:
+        return None
+    return (
+        "sequence_parallel has no effect while tensor_model_parallel_size is 1. "
+        "Set --tensor-model-parallel-size, or leave --sequence-parallel out."
+    )
+
+
+def _stages(config: Config, grid: Grid) -> str | None:
+    layers = config.model.num_layers
+    if not 0 < layers < grid.pipe:
+        return None
+    return (
+        f"num_layers {layers} leaves stages of pipeline_model_parallel_size {grid.pipe} without a layer. Set "
+        f"--num-layers to at least {grid.pipe}, or --pipeline-model-parallel-size to at most {layers}."
+    )
+
+
+def _batch(config: Config, grid: Grid) -> str | None:
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    if micro < 1 or whole <= 0 or whole % (micro * grid.data) == 0:
+        return None
+    return (
+        f"global_batch_size {whole} must be a positive multiple of {micro * grid.data} (micro_batch_size {micro} x "
+        f"{grid.data} data ranks). Nearest: {nearest_multiples(whole, micro * grid.data)}. Set --global-batch-size."
+    )
+
+
+def _mlp_chunks(config: Config, grid: Grid) -> str | None:
+    tokens = lengths.laid_out_length(config, grid) // (grid.context * lengths.tokens_are_shared_by(config, grid))
+    chunks = config.memory.mlp_chunks
+    if not 0 < tokens < chunks:
+        return None
+    return (
+        f"mlp_chunks {chunks} is more than the {tokens} tokens that a process has of a sequence. "
+        f"Set --mlp-chunks to at most {tokens}."
+    )
+
+
+def _stages_keep_gradients(config: Config, grid: Grid) -> str | None:
+    stage = config.training.zero_stage
+    if grid.pipe == 1 or stage < 2:
+        return None
+    return (
+        f"zero_stage {stage} splits gradients, but stages of pipeline_model_parallel_size {grid.pipe} keep theirs "
+        "whole until the last micro-batch. Legal: 0, 1. Set --zero-stage 1, or --pipeline-model-parallel-size 1."
+    )
+
+
+def _offload_optimizer(config: Config, grid: Grid) -> str | None:
+    if config.memory.offload_optimizer == "none" or config.training.zero_stage > 0:
+        return None
+    return (
+        "offload_optimizer cpu moves what ZeRO keeps of the optimizer, and with zero_stage 0 that is nothing. "
+        "Legal: 1, 2, 3. Set --zero-stage 1, or --offload-optimizer none."
+    )
+
+
+def _offload_param(config: Config, grid: Grid) -> str | None:
+    stage = config.training.zero_stage
+    if config.memory.offload_param == "none" or (stage == 3 and grid.pipe == 1):
+        return None
+    if grid.pipe > 1:
+        return (
+            "offload_param cpu needs zero_stage 3, which no pipeline takes. "
+            "Set --offload-param none, or --pipeline-model-parallel-size 1 with --zero-stage 3."
+        )
+    return (
+        f"offload_param cpu moves parameters that ZeRO 3 has split, and zero_stage is {stage}. "
+        "Legal: 3. Set --zero-stage 3, or --offload-param none."
+    )
+
+
+RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
+    _heads,
+    _query_groups,
+    _feed_forward,
+    _sequence_parallel,
+    _stages,
+    _batch,
+    _mlp_chunks,
+    _stages_keep_gradients,
+    _offload_optimizer,
+    _offload_param,
+)
+
+
+def _device_problems(config: Config, device: str) -> list[str]:
+    found = []
+    try:
+        precision(config.training.dtype, device)
+    except ConfigError as refused:
+        found += refused.problems
+    if config.memory.offload_activations and device == "cpu":
+        found.append(
+            "offload_activations has no effect on this device, a CPU: activations lie in its memory already. "
+            "Leave --offload-activations out."
+        )
+    return found
