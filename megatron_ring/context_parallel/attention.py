@@ -34,7 +34,7 @@ class ContextParallelAttention:
         self.layout = layout
         self.kernel = kernel
         self.links = " ".join(group.group_name for group in groups.ring_links or ())
-        self.members = groups.ulysses.group_name if groups.ulysses else ""
+        self.members = ulysses.Members.of(groups.ulysses)
 
     def __call__(
         self,

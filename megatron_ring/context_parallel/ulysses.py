@@ -8,6 +8,7 @@ The trade is a ``torch.library`` custom op that finds its group by name, as the 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,24 +20,37 @@ from megatron_ring.context_parallel.traffic import unpacked
 _TOKENS, _HEADS = -3, -2
 
 
-def gather_tokens(q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Members:
+    """Those that share a ring rank: how many, and their group's name, which is what an op can be given."""
+
+    size: int = 1
+    group: str = ""
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None) -> "Members":
+        return Members(group.size(), group.group_name) if group else Members()
+
+
+def gather_tokens(q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, members: Members) -> tuple[torch.Tensor, torch.Tensor]:
     """q_BLhD and kv_2BLgD: of all the members' tokens, the u-th H/U query heads for member u and the keys they read.
 
-    ``group`` is the members' name, and empty where there is one, who trades nothing. Blocks until all have called it.
+    Blocks until all members have called it. One alone trades nothing.
     """
-    if not group:
+    if members.size == 1:
         return q_BlHD, kv_2BlGD
-    members = _members(group).size()
-    assert q_BlHD.shape[_HEADS] % members == 0, "query heads that cannot be shared out evenly"
-    q_BLhD, kv_2BLgD = trade([q_BlHD, repeated(kv_2BlGD, members)], _HEADS, _TOKENS, group)
+    assert q_BlHD.shape[_HEADS] % members.size == 0, "query heads that cannot be shared out evenly"
+    tensors = [q_BlHD, repeated(kv_2BlGD, members.size)]
+    q_BLhD, kv_2BLgD = trade(tensors, _HEADS, _TOKENS, members.size, members.group)
     return q_BLhD, kv_2BLgD
 
 
-def gather_heads(out_BLhD: torch.Tensor, lse_BhL: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_heads(out_BLhD: torch.Tensor, lse_BhL: torch.Tensor, members: Members) -> tuple[torch.Tensor, torch.Tensor]:
     """The way back: out_BlHD and lse_BHl, all heads of this member's own tokens, each in its own type."""
-    if not group:
+    if members.size == 1:
         return out_BLhD, lse_BhL
-    out_BlHD, lse_BlH1 = trade([out_BLhD, lse_BhL.mT.unsqueeze(-1)], _TOKENS, _HEADS, group)
+    tensors = [out_BLhD, lse_BhL.mT.unsqueeze(-1)]
+    out_BlHD, lse_BlH1 = trade(tensors, _TOKENS, _HEADS, members.size, members.group)
     return out_BlHD, lse_BlH1.squeeze(-1).mT
 
 
@@ -51,26 +65,25 @@ def repeated(kv_2BlGD: torch.Tensor, members: int) -> torch.Tensor:
 
 
 @torch.library.custom_op("megatron_ring::trade", mutates_args=())
-def trade(tensors: list[torch.Tensor], split: int, join: int, group: str) -> list[torch.Tensor]:
+def trade(tensors: list[torch.Tensor], split: int, join: int, members: int, group: str) -> list[torch.Tensor]:
     """Each tensor cut along ``split``, a piece for every member; what all send here, in order, joined along ``join``.
 
     One all-to-all. Types may differ: wider numbers travel as several of the narrowest type, their bits as they are.
     """
-    members = _members(group)
     narrowest = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
-    cut = [_as_type(x, narrowest).chunk(members.size(), split) for x in tensors]
+    cut = [_as_type(x, narrowest).chunk(members, split) for x in tensors]
     pieces = [piece for of_member in zip(*cut) for piece in of_member]
-    received = unpacked(_all_to_all(pieces, members), pieces)
+    received = unpacked(_all_to_all(pieces, group), pieces)
     return [torch.cat(received[i :: len(tensors)], join).view(x.dtype) for i, x in enumerate(tensors)]
 
 
-def _all_to_all(pieces: list[torch.Tensor], members: dist.ProcessGroup) -> torch.Tensor:
+def _all_to_all(pieces: list[torch.Tensor], group: str) -> torch.Tensor:
     """The first pieces to the first member, and so on, as bytes; what all sent here, alike."""
     message = torch.empty(sum(x.nbytes for x in pieces), dtype=torch.uint8, device=pieces[0].device)
     for place, piece in zip(unpacked(message, pieces), pieces):
         place.copy_(piece)
     received = torch.empty_like(message)
-    dist.all_to_all_single(received, message, group=members)
+    dist.all_to_all_single(received, message, group=_resolve_process_group(group))
     return received
 
 
@@ -80,24 +93,19 @@ def _as_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @trade.register_fake
-def _(tensors, split, join, group):
-    members = _members(group).size()
+def _(tensors, split, join, members, group):
     return [torch.cat([x.chunk(members, split)[0]] * members, join) for x in tensors]
 
 
 def _keep_for_backward(ctx, inputs, output):
-    _, ctx.split, ctx.join, ctx.group = inputs
+    _, ctx.split, ctx.join, *ctx.members = inputs
     ctx.set_materialize_grads(False)  # what nobody read is not traded back
 
 
 def _backward(ctx, gradients):
     given = [gradient for gradient in gradients if gradient is not None]
-    traded = iter(trade(given, ctx.join, ctx.split, ctx.group))
-    return [None if gradient is None else next(traded) for gradient in gradients], None, None, None
+    traded = iter(trade(given, ctx.join, ctx.split, *ctx.members))
+    return [None if gradient is None else next(traded) for gradient in gradients], None, None, None, None
 
 
 trade.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def _members(group: str) -> dist.ProcessGroup:
-    return _resolve_process_group(group)
