@@ -1,8 +1,8 @@
 """Every option, once: a field here is the YAML key and the command-line flag, and the text under it is its help.
 
 Default < YAML (``--config``) < flag. Names are Megatron's where Megatron has one. Zero means "derived" only where the
-help says so. This file checks what one section can know of itself; sizes against the world are checked by the grid,
-lengths against the ring by the layout. Nothing is clamped or repaired in silence.
+help says so. This file checks what one section can know of itself; what sections ask of one another, of the processes
+and of the device is checked by training/setup.py. Nothing is clamped or repaired in silence.
 """
 
 import contextlib

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import ConfigError
+from megatron_ring.parallel import degrees
 
 
 class Coordinates(NamedTuple):
@@ -81,10 +82,10 @@ class Grid:
     @staticmethod
     def of(config: ParallelConfig, world_size: int) -> "Grid":
         """The grid that ``world_size`` processes make; raises ConfigError when the sizes do not multiply to it."""
-        if problems := config.problems() or Grid.problems(config, world_size):
+        if problems := config.problems() or degrees.problems(config, world_size):
             raise ConfigError(problems)
         pipe, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
-        context = _context_size(config, world_size)
+        context = degrees.context_size(config, world_size)
         return Grid(
             pipe=pipe,
             data=world_size // (pipe * context * tensor),
@@ -92,82 +93,3 @@ class Grid:
             ulysses=config.ulysses_degree,
             tensor=tensor,
         )
-
-    @staticmethod
-    def problems(config: ParallelConfig, world_size: int) -> list[str]:
-        """Why ``world_size`` processes cannot make this grid, of sizes that are legal in themselves."""
-        if config.world_size not in (0, world_size):
-            return [
-                f"world_size {config.world_size} is what this config is meant for, but {world_size} processes run. "
-                f"Start {config.world_size}, or set --world-size 0."
-            ]
-        found = _division_problems(config, world_size)
-        if config.context_parallel == "none":
-            return found + _problems_of_whole_sequences(config)
-        if config.context_parallel_size == 0 and found:
-            return found  # how many context ranks there are is not known
-        return found + _ulysses_problems(config, _context_size(config, world_size))
-
-
-def _context_size(config: ParallelConfig, world_size: int) -> int:
-    """C: what was asked for, or all that pipeline and tensor leave."""
-    if config.context_parallel == "none":
-        return 1
-    left = world_size // (config.pipeline_model_parallel_size * config.tensor_model_parallel_size)
-    return config.context_parallel_size or left
-
-
-def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
-    """Pipeline, tensor and context each divide what those before them leave."""
-    sizes = {
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-    }
-    if config.context_parallel != "none":
-        sizes["context_parallel_size"] = config.context_parallel_size or 1
-    left, takers, found = world_size, [], []
-    for name, size in sizes.items():
-        if left % size == 0:
-            left //= size
-            takers += [f"{name} {size}"] if size > 1 else []
-        else:
-            leave = f"that {' and '.join(takers)} leave of {world_size}" if takers else "that run"
-            found.append(
-                f"{name} {size} does not divide the {left} processes {leave}. Legal: {divisors(left)}. "
-                f"Set {_flag(name)}, or start another number of processes."
-            )
-    return found
-
-
-def _ulysses_problems(config: ParallelConfig, context: int) -> list[str]:
-    degree = config.ulysses_degree
-    if context % degree == 0:
-        return []
-    return [
-        f"ulysses_degree {degree} does not divide the {context} context ranks. Legal: {divisors(context)}. "
-        "Set --ulysses-degree, or --context-parallel-size."
-    ]
-
-
-def _problems_of_whole_sequences(config: ParallelConfig) -> list[str]:
-    found = []
-    if config.context_parallel_size > 1:
-        found.append(
-            f"context_parallel_size {config.context_parallel_size} needs a layout, but context_parallel is none. "
-            "Set --context-parallel striped (or ring, zigzag)."
-        )
-    if (degree := config.ulysses_degree) > 1:
-        found.append(
-            f"ulysses_degree {degree} splits sequences, but context_parallel none keeps them whole. Set "
-            f"--context-parallel striped (with --context-parallel-size {degree}: a ring of one), or --ulysses-degree 1."
-        )
-    return found
-
-
-def divisors(number: int) -> str:
-    """The sizes of an axis that ``number`` can be shared out over: ``"1, 2, 4"`` for 4."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

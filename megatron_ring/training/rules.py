@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from megatron_ring.config import Config
 from megatron_ring.errors import ConfigError, nearest_multiples
-from megatron_ring.parallel.grid import Grid, divisors
+from megatron_ring.parallel.degrees import divisors
+from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import lengths
 from megatron_ring.training.precision import precision
 

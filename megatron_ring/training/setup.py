@@ -11,6 +11,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention import KernelChoice, choose
 from megatron_ring.kernels.attention.support import Feature
+from megatron_ring.parallel import degrees
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import deepspeed_config, lengths, rules
 from megatron_ring.training.precision import Precision, device_type, precision
@@ -40,7 +41,10 @@ class Setup:
 
     @staticmethod
     def of(config: Config, world_size: int) -> "Setup":
-        """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain."""
+        """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain.
+
+        Extras for DeepSpeed are compared with what is derived, so they are looked at when all else is right.
+        """
         problems = config.problems()
         device = device_type()
         if not config.parallel.problems():
@@ -69,7 +73,7 @@ class Setup:
 
 def _problems_of_processes(config: Config, world_size: int, device: str) -> list[str]:
     """Why the processes make no grid, or else what the rest of ``config`` cannot have of it and of their device."""
-    if problems := Grid.problems(config.parallel, world_size):
+    if problems := degrees.problems(config.parallel, world_size):
         return problems
     return rules.problems(config, Grid.of(config.parallel, world_size), device)
 
