@@ -52,8 +52,8 @@ NOT_MADE = [
         ParallelConfig(pipeline_model_parallel_size=2, tensor_model_parallel_size=3),
         8,
         [
-            "tensor_model_parallel_size 3 does not divide the 4 processes that pipeline_model_parallel_size 2 leaves of "
-            "8. Legal: 1, 2, 4. Set --tensor-model-parallel-size, or start another number of processes."
+            "tensor_model_parallel_size 3 does not divide the 4 processes that pipeline_model_parallel_size 2 leaves "
+            "of 8. Legal: 1, 2, 4. Set --tensor-model-parallel-size, or start another number of processes."
         ],
     ),
     (
