@@ -1,18 +1,19 @@
 """DeepSpeed, kept behind one door: its engine, driven one optimizer step at a time.
 
 DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages gradients over it; ``loss.py`` makes
-that average the true token mean. This is the only file that imports deepspeed.
+that average the true token mean. Only this file and pipeline_engine.py import deepspeed.
 """
 
-import logging
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
@@ -23,11 +24,6 @@ from megatron_ring.training.gradient_norm import clip
 from megatron_ring.training.loss import counted_tokens, share_of_mean
 from megatron_ring.training.model_parallel_unit import model_parallel_unit
 from megatron_ring.training.setup import Setup
-
-# Said by every process before anything else, and no news to who runs on a CPU; hence before the import.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-import deepspeed  # noqa: E402
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 
 
 def start_processes(environment: Environment, device: str) -> None:

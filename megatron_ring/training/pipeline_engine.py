@@ -44,7 +44,8 @@ def pipelined(
         *(LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run) for run in stages),
         TiedLayerSpec(head, Vocabulary, head, *vocabulary, forward_fn=pipeline.head),
     ]
-    with contextlib.redirect_stdout(open(os.devnull, "w")):  # it prints its layers, on rank 0
+    # It prints its layers, and copies the tied weights to the last stage in sight of autograd.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), torch.no_grad():
         return PipelineModule(
             layers,
             topology=PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context),
