@@ -1,9 +1,9 @@
 """Results of chosen operators, kept from a region's forward and handed out when backward computes the region again.
 
-torch has contexts for this (``create_selective_checkpoint_contexts``), but they number the calls of all operators, and
-ZeRO 3 does not gather parameters by the same calls twice; they hand out what was written to in the meantime; and what
-they keep is out of reach of ``saved_tensors_hooks``. Here the chosen operators alone are numbered, and autograd saves
-their results like any other tensor's, so that these are freed, counted and offloaded like any other.
+torch has contexts for this (``create_selective_checkpoint_contexts``), but they hand out what was written to since:
+DeepSpeed's linear layer under ZeRO 3 adds its bias to a product in place, and got it added twice. Nor can
+``saved_tensors_hooks`` reach what they keep. Here autograd saves the results like any other tensors, so that these are
+freed, counted and offloaded like any other.
 """
 
 import contextlib
@@ -49,12 +49,12 @@ class Kept:
         self.results += [x.detach() for x in results]
 
     def forget(self, written: torch.Tensor) -> None:
-        """Drop what shares its memory with ``written``. Under ZeRO 3 DeepSpeed adds biases to products in place."""
+        """Drop what shares its memory with ``written``: it is not what the operator gave any more."""
         memory = written.untyped_storage().data_ptr()
         self.results = [None if x is None or x.untyped_storage().data_ptr() == memory else x for x in self.results]
 
     def take(self, count: int) -> list[torch.Tensor] | None:
-        """The results of the next call; None where they were not kept."""
+        """The results of the next call, for another graph to take in; None where they were not kept."""
         results, self.results = self.results[:count], self.results[count:]
         return None if any(x is None for x in results) else [x.detach() for x in results]
 
@@ -89,6 +89,11 @@ class Replaying(TorchDispatchMode):
             if results := self.kept.take(count):
                 return results[0] if count == 1 else tuple(results)
         return operator(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception):
+        # The region is left as soon as backward has all it needs, and that may be before the last result.
+        self.kept.results = []
+        return super().__exit__(*exception)
 
 
 def saved(y: torch.Tensor, kept: Kept) -> torch.Tensor:

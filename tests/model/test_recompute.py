@@ -1,0 +1,293 @@
+"""Computing again changes no number, runs the ring once, and leaves in memory exactly what it says."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.model.attention import AttentionFunction
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import Layers
+from megatron_ring.model.recompute import in_chunks, run_block
+from megatron_ring.parallel.collectives import ProcessGroups
+from tests.live_memory import LiveMemory, storage_of
+from tests.model.conftest import plain_attention
+
+LENGTH = 16
+RECOMPUTED = {
+    "selective": Execution(recompute="selective"),
+    "full": Execution(recompute="full"),
+    "attention too": Execution(recompute="full", recompute_attention=True),
+}
+MODES = {"none": Execution(), **RECOMPUTED}
+
+each_mode = pytest.mark.parametrize("execution", MODES.values(), ids=MODES)
+each_recomputed = pytest.mark.parametrize("execution", RECOMPUTED.values(), ids=RECOMPUTED)
+
+
+def ring_of_one(length: int = LENGTH, kernel: str = "reference") -> AttentionFunction:
+    return ContextParallelAttention(Layout("none", length, 1), kernel, ProcessGroups())
+
+
+ATTENTION = {"the ring": ring_of_one(), "a plain function": plain_attention}
+
+
+def run(layers: Layers, dtype: torch.dtype, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input, two samples of it, and what the layers make of it."""
+    generator = torch.Generator().manual_seed(0)
+    x_BSE = torch.randn(2, length, layers.blocks["0"].mlp_norm.weight.numel(), generator=generator).to(dtype)
+    starts = torch.tensor([0, 5, length, length + 3])
+    return x_BSE.requires_grad_(), layers.run(x_BSE, torch.arange(length), starts)
+
+
+def results(config: ModelConfig, attention: AttentionFunction, execution: Execution) -> list[torch.Tensor]:
+    """Output, gradient of the input and gradients of the parameters, in float64."""
+    layers = Layers(config, LENGTH, attention, 1, execution).double()
+    x_BSE, y_BSE = run(layers, torch.float64)
+    y_BSE.sin().sum().backward()
+    return [y_BSE.detach(), x_BSE.grad, *(parameter.grad for parameter in layers.parameters())]
+
+
+@pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+@each_recomputed
+def test_no_number_changes(execution, attention, config):
+    expected = results(config, attention, MODES["none"])
+    assert all(map(torch.equal, results(config, attention, execution), expected))
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 16, 100], ids="{} chunks".format)
+@pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+@each_mode
+def test_pieces_change_sums_by_rounding_alone(execution, attention, chunks, config):
+    expected = results(config, attention, MODES["none"])
+    found = results(config, attention, replace(execution, mlp_chunks=chunks))
+    largest = max(float(x.abs().max()) for x in expected)
+    for x, y in zip(found, expected):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12 * largest)
+
+
+class Calls(TorchDispatchMode):
+    """How often every operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+    @property
+    def products(self) -> int:
+        return sum(self.count[name] for name in ("mm", "addmm", "bmm"))
+
+
+def calls(config: ModelConfig, attention: AttentionFunction, execution: Execution) -> Calls:
+    with Calls() as seen:
+        results(config, attention, execution)
+    return seen
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("none", 1), ("selective", 1), ("full", 1), ("attention too", 2)])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_ring_runs_once_a_layer_unless_attention_is_recomputed(mode, runs, chunks, config):
+    seen = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
+    assert seen.count["ring_attention"] == runs * config.num_layers
+    assert seen.count["ring_attention_backward"] == config.num_layers
+
+
+@pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+def test_selective_computes_activations_again_and_no_product(attention, config):
+    plain, selective, full = (calls(config, attention, MODES[mode]) for mode in ("none", "selective", "full"))
+    assert plain.products == selective.products < full.products
+    for activation in ("silu", "gelu"):
+        assert 2 * plain.count[activation] == selective.count[activation] == full.count[activation]
+
+
+def test_validation_keeps_and_repeats_nothing(config):
+    for execution in RECOMPUTED.values():
+        layers = Layers(config, LENGTH, plain_attention, 1, replace(execution, mlp_chunks=4))
+        with torch.no_grad(), LiveMemory() as memory:
+            x_BSE, y_BSE = run(layers, torch.float32)
+        assert not y_BSE.requires_grad
+        assert memory.alive() == x_BSE.nbytes + y_BSE.nbytes
+
+
+class BiasAddedInPlace(torch.autograd.Function):
+    """A linear layer as DeepSpeed has it under ZeRO 3: the product is written to before anybody sees it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        y = x.matmul(weight.t())
+        y += bias
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy.matmul(weight), dy.flatten(0, 1).t() @ x.flatten(0, 1), dy.sum((0, 1))
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = BiasAddedInPlace.apply(x, self.up.weight, self.up.bias).sin()
+        return BiasAddedInPlace.apply(inner, self.down.weight, self.down.bias).sin()
+
+
+def test_a_product_that_is_written_to_is_computed_again():
+    block, x = TwoLayers(), torch.randn(2, 5, 8)
+    nn.init.ones_(block.up.bias)
+    gradients = [
+        torch.autograd.grad(run_block(block, execution, x).sum(), list(block.parameters()))
+        for execution in (MODES["none"], MODES["selective"])
+    ]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@each_recomputed
+def test_a_graph_that_is_retained_gives_its_gradients_again(execution, chunks, llama):
+    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=chunks)).double()
+    with LiveMemory() as memory:
+        x_BSE, y_BSE = run(layers, torch.float64)
+        before = memory.alive()
+        gradients = [torch.autograd.grad(y_BSE.sin().sum(), x_BSE, retain_graph=True)[0] for _ in range(2)]
+        assert memory.alive() == before + 2 * x_BSE.nbytes
+    assert torch.equal(*gradients)
+
+
+# ---- pieces ----
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "pieces"),
+    [(16, 1, [16]), (16, 4, [4, 4, 4, 4]), (16, 3, [6, 6, 4]), (9, 4, [3, 3, 3]), (2, 4, [1, 1])],
+)
+def test_pieces_are_equal_but_for_a_shorter_last_one(tokens, chunks, pieces):
+    seen = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[1])
+        return x.exp()
+
+    x = torch.randn(2, tokens, 3, requires_grad=True)
+    y = in_chunks(layer, x, chunks)
+    assert seen == pieces
+    assert torch.equal(y, x.exp())
+    y.sum().backward()
+    # Backward, the pieces come again in the reverse order, on every rank.
+    assert seen == pieces + (pieces[::-1] if chunks > 1 else [])
+
+
+@each_mode
+def test_a_parameter_is_handed_its_gradient_once(execution, llama):
+    """ZeRO reduces a gradient when it is handed over, so no piece may hand over a share of it."""
+    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=4))
+    handed_over = Counter()
+    for name, parameter in layers.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: handed_over.update([name]))
+    run(layers, torch.float32)[1].sum().backward()
+    assert handed_over == {name: 1 for name, _ in layers.named_parameters()}
+
+
+# ---- memory ----
+
+WIDE = ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192)
+E, F, H, KV, BF16, FP32 = 64, 192, 4, 32, 2, 4
+TOKENS = 48  # of each of the two samples
+
+# Bytes of a token in a layer: the block's input, then the ring's output and log-sum-exp, then products.
+INPUT, RING = BF16 * E, BF16 * E + FP32 * H
+ATTENTION_PRODUCTS = BF16 * (E + 2 * KV + E)
+MLP_PRODUCTS = BF16 * (2 * F + E)
+KEPT = {
+    "selective": INPUT + RING + ATTENTION_PRODUCTS + MLP_PRODUCTS,
+    "full": INPUT + RING,
+    "attention too": INPUT,
+}
+
+
+def alive_after_forward(layers: int, execution: Execution) -> int:
+    model = Layers(replace(WIDE, num_layers=layers), TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution).bfloat16()
+    with LiveMemory() as memory:
+        step = run(model, torch.bfloat16, TOKENS)
+        alive = memory.alive()
+        del step
+    return alive
+
+
+def bytes_of_a_token_in_a_layer(execution: Execution) -> float:
+    return (alive_after_forward(3, execution) - alive_after_forward(2, execution)) / (2 * TOKENS)
+
+
+@pytest.mark.parametrize("mode", KEPT)
+def test_a_layer_keeps_what_it_says_in_bf16(mode):
+    assert bytes_of_a_token_in_a_layer(MODES[mode]) == KEPT[mode]
+
+
+def test_without_recomputation_a_layer_keeps_much_more():
+    assert bytes_of_a_token_in_a_layer(MODES["none"]) > 2 * KEPT["selective"]
+
+
+def test_pieces_keep_no_product():
+    execution = replace(MODES["selective"], mlp_chunks=4)
+    assert bytes_of_a_token_in_a_layer(execution) == KEPT["selective"] - MLP_PRODUCTS
+    execution = replace(MODES["full"], mlp_chunks=4)
+    assert bytes_of_a_token_in_a_layer(execution) == KEPT["full"]
+
+
+def peak_of_inner_activations(execution: Execution) -> tuple[int, int]:
+    """Most bytes of tensors as wide as F, forward and over the whole step; the matrices' gradients not among them."""
+    model = Layers(WIDE, TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution).bfloat16()
+    with LiveMemory(lambda x: x.shape[-1:] == (F,) and x.shape != (E, F)) as memory:
+        _, y_BSE = run(model, torch.bfloat16, TOKENS)
+        forward = memory.peak
+        y_BSE.sum().backward()
+    return forward, memory.peak
+
+
+@each_mode
+def test_one_piece_at_a_time_has_inner_activations(execution):
+    # One block of three at a time, of which backward computes one again before it is differentiated.
+    forward, step = peak_of_inner_activations(MODES["full"])
+    assert forward >= BF16 * F * 2 * TOKENS * 2
+    pieces_forward, pieces_step = peak_of_inner_activations(replace(execution, mlp_chunks=4))
+    assert pieces_forward <= forward / 4
+    assert pieces_step == step / 4
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@each_recomputed
+def test_backward_leaves_nothing_behind(execution, chunks):
+    """As much is alive after a step as without recomputation, though the graph, and so what it holds, is."""
+    left = {}
+    for name, each in {"plain": MODES["none"], "recomputed": replace(execution, mlp_chunks=chunks)}.items():
+        model = Layers(WIDE, TOKENS, ring_of_one(TOKENS), 1, each)
+        with LiveMemory() as memory:
+            step = run(model, torch.float32, TOKENS)
+            step[1].sum().backward()
+            left[name] = memory.alive()
+    assert left["recomputed"] == left["plain"]
+
+
+@each_recomputed
+def test_a_graph_that_is_dropped_is_freed(execution, llama):
+    """By reference counts: a block that held itself would wait for the garbage collector."""
+    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=3))
+    with LiveMemory() as memory:
+        y_BSE = run(layers, torch.float32)[1]
+        storage = storage_of(y_BSE)
+        del y_BSE
+        assert storage.expired()
+        assert memory.alive() == 0
