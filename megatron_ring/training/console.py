@@ -2,24 +2,16 @@
 
 from pathlib import Path
 
-import torch
-
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, to_yaml
-from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.model.gpt import parameter_count
 from megatron_ring.plan.flops import peak_flops
-from megatron_ring.plan.timeline import counted
+from megatron_ring.training.dry_run import plan_lines
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.setup import Setup
-
-_PICTURED_TOKENS = 32
-_PICTURED_RANKS = 8
 
 
 def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
@@ -67,11 +59,8 @@ def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
 
 
 def plan(setup: Setup) -> str:
-    """All that --dry-run prints: the config, what was chosen, every rank's coordinates, the layout, the ring's cost."""
-    parts = [to_yaml(setup.config), *_chosen(setup), "", *_coordinates(setup)]
-    if setup.grid.ring > 1:
-        parts += ["", *_layout_picture(setup.layout), "", *_ring_cost(setup)]
-    return "\n".join(parts)
+    """All that --dry-run prints: the config, what was chosen, where everything goes and what it costs."""
+    return "\n".join([to_yaml(setup.config), *_chosen(setup), *plan_lines(setup)])
 
 
 def _chosen(setup: Setup) -> list[str]:
@@ -103,56 +92,3 @@ def _tokens_in_words(setup: Setup) -> str:
     return f"{seq_length} tokens" + (
         f" and {filled} more that fill the last row and count for nothing" if filled else ""
     )
-
-
-def _coordinates(setup: Setup) -> list[str]:
-    axes = " ".join(f"{name:>8}" for name in setup.grid.sizes._fields)
-    rows = [
-        f"{rank:>5} " + " ".join(f"{c:>8}" for c in setup.grid.coordinates(rank))
-        for rank in range(setup.grid.world_size)
-    ]
-    return [f" rank {axes}", *rows]
-
-
-def _layout_picture(layout: Layout) -> list[str]:
-    """Which ring rank owns each token or stripe, for a sample short enough to see, one row a rank."""
-    stripe, smallest = layout.stripe_size, layout.ring_size * 2
-    pictured = max(smallest, _PICTURED_TOKENS // smallest * smallest)
-    small = Layout(layout.name, pictured * stripe, layout.ring_size, stripe)
-    unit = "token" if stripe == 1 else f"stripe of {stripe} tokens"
-    title = f"{layout.name} layout, drawn for {small.seq_length} tokens; # is a {unit} that the rank owns"
-    ranks = range(min(layout.ring_size, _PICTURED_RANKS))
-    rows = []
-    for ring_rank in ranks:
-        owned = set((small.positions(ring_rank) // stripe).tolist())
-        rows.append(f"ring rank {ring_rank}  " + "".join("#" if unit in owned else "." for unit in range(pictured)))
-    left_out = layout.ring_size - len(ranks)
-    return [title, *rows, *([f"and {left_out} more ranks"] if left_out else [])]
-
-
-def _ring_cost(setup: Setup) -> list[str]:
-    """Bytes and work of a hop; a line for the layers with a window and one for those without."""
-    model, layout = setup.config.model, setup.layout
-    rows = setup.config.training.micro_batch_size, layout.shard_length
-    q_BLHD, kv_2BLGD = (
-        torch.empty(shape, dtype=setup.precision.dtype, device="meta")
-        for shape in (
-            (*rows, model.num_attention_heads, model.head_dim),
-            (2, *rows, model.key_value_heads, model.head_dim),
-        )
-    )
-    backward = backward_bytes(q_BLHD, kv_2BLGD)
-    travels = "queries" if queries_are_lighter(q_BLHD, kv_2BLGD) else "keys"
-    other = "keys" if travels == "queries" else "queries"
-    lines = [
-        f"bytes of a hop   {kv_2BLGD.nbytes:,} forward (K and V), {backward[travels]:,} backward (the {travels} "
-        f"travel; the {other} would be {backward[other]:,})"
-    ]
-    for window in sorted({model.window_of(layer) for layer in range(model.num_layers)}):
-        mask = Mask(window)
-        name = f"window {window}" if window else "full attention"
-        lines.append(
-            f"work             {name}: {layout.hops(mask.reach(layout.seq_length))} hops, slowest rank over mean "
-            f"{counted(layout, mask).imbalance:.4f}, counted in visible pairs"
-        )
-    return lines

@@ -1,0 +1,152 @@
+"""Planned bytes against measured ones: what autograd saves of a layer, exactly, and a whole step's peak, nearly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ring.config import Config, DataConfig, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.model.execution import PLAIN, Execution
+from megatron_ring.model.gpt import GPT
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.tensor import ALONE
+from megatron_ring.plan.activations import layer_bytes, papers_bytes_per_token
+from megatron_ring.plan.memory import ERROR, Workload, bubble, micro_batches_in_flight, stage_memory
+from megatron_ring.plan.zero import Zero
+from tools.measure_memory import LiveBytes
+
+VOCABULARY, LENGTH = 128, 768
+LLAMA = ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=4)
+MODELS = {
+    "llama": LLAMA,
+    "grouped": replace(LLAMA, num_query_groups=1),
+    "sinks": replace(LLAMA, softmax_type="learnable"),
+    "gpt2": replace(
+        LLAMA,
+        normalization="LayerNorm",
+        activation="gelu",
+        add_bias_linear=True,
+        position_embedding_type="learned_absolute",
+    ),
+}
+MODES = {
+    "none": MemoryConfig(),
+    "selective": MemoryConfig(recompute="selective"),
+    "full": MemoryConfig(recompute="full"),
+    "attention too": MemoryConfig(recompute="full", recompute_attention=True),
+    "pieces": MemoryConfig(mlp_chunks=4),
+    "full in pieces": MemoryConfig(recompute="full", mlp_chunks=4),
+    "whole logits": MemoryConfig(recompute="full", mlp_chunks=4, loss_chunk_size=0),
+}
+
+
+def config(model: ModelConfig = LLAMA, memory: MemoryConfig = MODES["none"], **parallel) -> Config:
+    return Config(model=model, data=DataConfig(seq_length=LENGTH), memory=memory, parallel=ParallelConfig(**parallel))
+
+
+ONE = Grid()
+
+
+def workload(config: Config, grid: Grid = ONE, micro_batches: int = 1, **changes) -> Workload:
+    zero = Zero(stage=0, reduce_bucket_size=0)
+    load = Workload(config, grid, LENGTH, VOCABULARY, micro_batches, torch.float32, "cpu", zero)
+    return replace(load, **changes)
+
+
+def gpt(config: Config, execution: Execution, dtype: torch.dtype) -> GPT:
+    attention = ContextParallelAttention(Layout("none", LENGTH, 1), "sdpa", ProcessGroups())
+    return GPT(config.model, VOCABULARY, LENGTH, attention, 0, execution).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_layer_keeps_what_autograd_saves(model, dtype):
+    """Once for each storage; parameters, and cos and sin, are there for all layers."""
+    built = gpt(config(model), PLAIN, dtype)
+    rotation, block = built.rotation(torch.arange(LENGTH)), next(iter(built.blocks.values()))
+    shared = [*block.parameters(), *(vars(rotation).values() if rotation else ())]
+    of_all = {x.untyped_storage().data_ptr() for x in shared}
+    saved = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in of_all:
+            saved[storage.data_ptr()] = storage.nbytes(), x  # held, so that no other gets its address
+        return x
+
+    x_BlE = torch.randn(1, LENGTH, model.hidden_size, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        block(x_BlE, rotation, None)
+    statistics = 2 * 4 if model.normalization == "LayerNorm" and dtype != torch.float32 else 0  # in bfloat16 on a CPU
+    measured = sum(nbytes for nbytes, _ in saved.values()) / LENGTH + statistics
+    assert layer_bytes(config(model), Grid(), dtype, "cpu").kept == measured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_peak_of_a_step_is_what_was_planned(mode, model, dtype):
+    """Forward and backward of one process, whose parameters are there already and whose gradients come."""
+    asked = config(MODELS[model], MODES[mode])
+    built = gpt(asked, Execution.of(asked, ALONE), dtype)
+    tokens, positions = torch.randint(VOCABULARY, (1, LENGTH + 1)), torch.arange(LENGTH)
+    with LiveBytes() as live:
+        built(tokens[:, :-1].clone(), positions, None, tokens[:, 1:].clone()).backward()
+    planned = stage_memory(workload(asked, dtype=dtype), 0)
+    assert planned.activations + planned.working == pytest.approx(live.peak, rel=ERROR)
+
+
+def test_split_over_tensor_ranks_only_the_stream_and_the_norms_are_whole():
+    whole, half = (layer_bytes(config(), Grid(tensor=ranks), torch.float32, "cpu").kept for ranks in (1, 2))
+    replicated = 2 * (8 * 64 + 4) + 2 * 4 * 64  # what norms keep, and their outputs
+    assert half - replicated == (whole - replicated) / 2
+
+
+def test_sequence_parallel_splits_what_norms_keep_and_the_input():
+    memory = MODES["attention too"]
+    whole = layer_bytes(config(memory=memory), Grid(tensor=4), torch.bfloat16, "cuda")
+    split = layer_bytes(config(memory=memory, sequence_parallel=True), Grid(tensor=4), torch.bfloat16, "cuda")
+    assert (whole.kept, split.kept) == (2 * 64, 2 * 64 / 4)
+    assert split.working < whole.working
+
+
+def test_ulysses_keeps_the_output_twice_and_repeated_keys():
+    grouped = config(MODELS["grouped"])
+    alone, members = (layer_bytes(grouped, Grid(ulysses=n), torch.float32, "cpu").kept for n in (1, 4))
+    assert members - alone == 4 * 64 + 2 * 3 * 4 * 16
+
+
+def test_the_paper_counts_six_blocks_of_one_byte_pairs():
+    assert papers_bytes_per_token(4096) == 6 * 4096
+
+
+def test_a_stage_keeps_the_micro_batches_that_are_in_flight():
+    assert [micro_batches_in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert [micro_batches_in_flight(4, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    first, middle, last = (stage_memory(workload(config(), Grid(pipe=3), 8), stage) for stage in range(3))
+    assert first.activations > middle.activations > last.activations
+    assert first.parameters == last.parameters - 4 * LLAMA.hidden_size  # the final norm
+    assert middle.parameters == first.parameters - 4 * VOCABULARY * LLAMA.hidden_size
+
+
+def test_stages_wait_for_a_share_of_the_step():
+    assert bubble(4, 9) == 3 / 12
+    assert bubble(1, 5) == 0
+
+
+def test_gradients_meet_the_activations_from_the_second_micro_batch_on():
+    one, two = (stage_memory(workload(config(), micro_batches=n), 0) for n in (1, 2))
+    assert two.peak - one.peak == one.gradients
+
+
+def test_offloaded_activations_leave_two_layers_on_the_device():
+    deep = replace(LLAMA, num_layers=10)
+    here, away = (
+        stage_memory(workload(config(deep, MemoryConfig(offload_activations=away)), device="cuda"), 0)
+        for away in (False, True)
+    )
+    assert (here.host, away.host) == (0, here.activations - away.activations)
+    assert here.peak - away.peak == away.host

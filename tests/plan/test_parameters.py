@@ -1,0 +1,63 @@
+"""Counted parameters against those of models that are built."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import GPT, Layers, parameter_count
+from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.tensor import TensorParallel
+from megatron_ring.plan.parameters import parameters_of_stage, share
+
+VOCABULARY, LENGTH = 50, 16
+
+LLAMA = ModelConfig(num_layers=5, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+MODELS = {
+    "llama": LLAMA,
+    "untied": replace(LLAMA, untie_embeddings_and_output_weights=True),
+    "sinks": replace(LLAMA, softmax_type="learnable"),
+    "gpt2": replace(
+        LLAMA,
+        num_query_groups=0,
+        normalization="LayerNorm",
+        activation="gelu",
+        add_bias_linear=True,
+        position_embedding_type="learned_absolute",
+    ),
+}
+
+
+def held(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_alone_a_process_holds_the_whole_model(config):
+    planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(), 0)
+    assert planned == parameter_count(config, VOCABULARY, LENGTH)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_a_tensor_rank_holds_its_part_and_the_replicas(config):
+    execution = Execution(tensor=TensorParallel(rank=0, size=2))
+    model = GPT(config, VOCABULARY, LENGTH, lambda *_: None, 0, execution)
+    assert parameters_of_stage(config, VOCABULARY, LENGTH, Grid(tensor=2), 0) == held(model)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_stages_hold_their_layers_and_the_vocabulary_at_both_ends(config, tensor):
+    execution = Execution(tensor=TensorParallel(rank=0, size=tensor))
+    for stage in range(3):
+        layers = Layers(config, LENGTH, lambda *_: None, 0, execution, layers_of_stage(config.num_layers, 3, stage))
+        rows = share(VOCABULARY, tensor) if stage != 1 else 0
+        planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(pipe=3, tensor=tensor), stage)
+        assert planned == held(layers) + rows * config.hidden_size
+
+
+def test_of_a_vocabulary_that_does_not_divide_the_first_rank_is_counted():
+    one_less = parameters_of_stage(LLAMA, 50, LENGTH, Grid(tensor=4), 0)
+    assert one_less - parameters_of_stage(LLAMA, 48, LENGTH, Grid(tensor=4), 0) == LLAMA.hidden_size

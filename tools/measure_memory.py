@@ -1,0 +1,307 @@
+"""Measure the peak memory of a training step at growing lengths, and the longest sequence that a budget allows.
+
+    python tools/measure_memory.py --seq-lengths 2048 4096 8192
+    python tools/measure_memory.py --nproc 1 2 4 --budget-mib 256 --json docs/memory.json --plot docs/memory.svg
+    python tools/measure_memory.py --nproc 4 --config configs/llama-1b-128k.yaml --seq-lengths 65536
+
+The real model, ring and engine take steps on random tokens, all ranks in one ring unless the config says otherwise. Of
+each length the first step, of a few tokens, makes the optimizer's state, and the last is measured. Reported is the
+largest rank's peak, beside what plan/memory.py says:
+
+live bytes   tensors alive at a time: on a CPU by the profiler's record of the allocator, on CUDA by the allocator
+resident     on a CPU, what the process's high-water mark (VmHWM) rose above where it was before the model was built
+
+With --budget-mib the longest sequence whose live bytes fit is sought for each number of ranks, by doubling and then
+halving the interval. Peaks do not depend on how fast the machine is, nor on who else works on it.
+"""
+
+import gc
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_ring.config import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainingConfig, load_yaml
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.data.loader import Batch
+from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.environment import Environment
+from megatron_ring.training.memory_report import memory_of_stages
+from megatron_ring.training.setup import Setup
+
+MIB = 2**20
+
+SMALL = Config(
+    model=ModelConfig(num_layers=2, hidden_size=256, num_attention_heads=2),
+    parallel=ParallelConfig(context_parallel="striped"),
+    training=TrainingConfig(
+        train_iters=1,
+        lr_warmup_iters=0,
+        dtype="fp32",
+        # DeepSpeed's bucket is 2 GB however small the model is, which would hide all else.
+        deepspeed={"zero_optimization": {"reduce_bucket_size": 2_000_000}},
+    ),
+    memory=MemoryConfig(recompute="full"),
+)
+"""A model so small that its activations are most of it, for lack of --config."""
+
+
+@dataclass(frozen=True)
+class Options:
+    nproc: tuple[int, ...] = (1, 2, 4)
+    """Ranks, each a process; one number after the other."""
+    seq_lengths: tuple[int, ...] = ()
+    """Tokens of the whole sequence to measure a step at."""
+    budget_mib: float = 0.0
+    """Live MiB that a rank may use: the longest sequence that fits is sought. 0: only --seq-lengths are measured."""
+    step: int = 64
+    """The longest sequence is found to within this many tokens a rank."""
+    config: str = ""
+    """YAML file of the model and how it is trained. Empty: two layers of width 256, --recompute full."""
+    vocab_size: int = 512
+    """Token ids of the model."""
+    json: str = ""
+    """Write the results to this file too."""
+    plot: str = ""
+    """Draw live bytes by length to this file; its ending says which kind."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of the rank that had most. resident is None on CUDA."""
+
+    nproc: int
+    seq_length: int
+    live: int
+    resident: int | None
+    planned: int
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    _check(options)
+    measured = {nproc: _spawn(nproc, options) for nproc in options.nproc}
+    longest = {nproc: _longest_of(rows, options) for nproc, rows in measured.items()} if options.budget_mib else {}
+    _report(options, measured, longest)
+    if options.json:
+        rows = [asdict(row) for of_nproc in measured.values() for row in of_nproc]
+        findings = {"options": asdict(options), "longest": longest, "measured": rows}
+        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    if options.plot:
+        _draw(options, measured, longest)
+
+
+def _check(options: Options) -> None:
+    problems = []
+    if not options.seq_lengths and not options.budget_mib:
+        problems.append("Nothing to measure. Set --seq-lengths or --budget-mib.")
+    if options.budget_mib < 0 or options.step < 1 or min(options.nproc) < 1:
+        problems.append("Budgets must not be below 0, steps and ranks at least 1. Set --budget-mib, --step, --nproc.")
+    if problems:
+        raise ConfigError(problems)
+    for nproc in options.nproc:
+        for length in options.seq_lengths or (options.step * nproc,):
+            Setup.of(_config(options, length), nproc)  # says what cannot be run before anything is started
+
+
+def _config(options: Options, seq_length: int) -> Config:
+    config = load_yaml(options.config) if options.config else SMALL
+    return replace(config, data=replace(config.data, seq_length=seq_length))
+
+
+def longest(fits: Callable[[int], bool], unit: int) -> int:
+    """The largest multiple of ``unit`` that fits, 0 if none does; whatever fits, so does what is shorter."""
+    low, high = 0, 1
+    while fits(high * unit):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    return low * unit
+
+
+# ---- what is told ----
+
+
+def _longest_of(rows: list[Measured], options: Options) -> int:
+    return max((row.seq_length for row in rows if row.live <= options.budget_mib * MIB), default=0)
+
+
+def _report(options: Options, measured: dict[int, list[Measured]], longest: dict[int, int]) -> None:
+    print(f"{'ranks':>5}{'tokens':>10}{'live MiB':>12}{'planned':>12}{'resident':>12}{'bytes a token':>16}")
+    for rows in measured.values():
+        for row in sorted(rows, key=lambda row: row.seq_length):
+            resident = f"{row.resident / MIB:12.1f}" if row.resident is not None else " " * 12
+            share = row.live * row.nproc / row.seq_length
+            print(f"{row.nproc:>5}{row.seq_length:>10,}{row.live / MIB:12.1f}{row.planned / MIB:12.1f}{resident}"
+                  f"{share:16,.0f}")  # fmt: skip
+    first = next(iter(longest.values()), 0)
+    for nproc, length in longest.items():
+        ratio = f", {length / first:.2f} x as on {options.nproc[0]}" if first else ""
+        print(f"{options.budget_mib:g} MiB a rank: {length:,} tokens at most on {nproc}{ratio}")
+
+
+def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[int, int]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "memory"  # the same figures give the same file
+    figure, axes = plt.subplots(figsize=(7, 4), layout="tight")
+    for nproc, rows in measured.items():
+        rows = sorted(rows, key=lambda row: row.seq_length)
+        lengths = [row.seq_length for row in rows]
+        (line,) = axes.plot(lengths, [row.live / MIB for row in rows], "o", markersize=4, label=f"{nproc} ranks")
+        axes.plot(lengths, [row.planned / MIB for row in rows], "--", linewidth=1, color=line.get_color())
+        if nproc in longest:
+            axes.annotate(f"{longest[nproc]:,}", (longest[nproc], options.budget_mib), (0, 6), color=line.get_color(),
+                          textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    if longest:
+        axes.axhline(options.budget_mib, color="#222222", linewidth=1, label="budget a rank")
+    axes.set(xlabel="tokens of the whole sequence", ylabel="peak live MiB a rank; dashed: planned", xlim=0, ylim=0)
+    axes.legend(frameon=False)
+    figure.savefig(options.plot, metadata={"Date": None} if options.plot.endswith(".svg") else None)
+    print(f"drew {options.plot}")
+
+
+# ---- real ranks ----
+
+
+def _spawn(nproc: int, options: Options) -> list[Measured]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Freed tensors go back to the system at once, so that a length's resident peak is its own.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_rank, args=(nproc, options, port, results), nprocs=nproc)
+    return results.get()
+
+
+def _rank(rank: int, nproc: int, options: Options, port: int, results) -> None:
+    # Not above: DeepSpeed takes seconds to import, and the process that starts the ranks needs none of it.
+    from megatron_ring.training.engine import leave_processes, start_processes
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = "cuda" if torch.cuda.device_count() >= nproc else "cpu"
+    start_processes(Environment(rank, rank, nproc, nproc, threads=1), device)
+    rows: dict[int, Measured] = {}
+
+    def measured(seq_length: int) -> Measured:
+        if seq_length not in rows:
+            rows[seq_length] = _measure(rank, nproc, seq_length, options)
+        return rows[seq_length]
+
+    for length in options.seq_lengths:
+        measured(length)
+    if options.budget_mib:
+        longest(lambda length: measured(length).live <= options.budget_mib * MIB, options.step * nproc)
+    if rank == 0:
+        results.put(list(rows.values()))
+    leave_processes()
+
+
+def _measure(rank: int, nproc: int, seq_length: int, options: Options) -> Measured:
+    """Build everything anew and take steps of ``seq_length`` tokens; all ranks must."""
+    setup = Setup.of(_config(options, seq_length), nproc)
+    gc.collect()
+    resident_before = _resident("VmRSS")
+    with LiveBytes() as building:
+        trainer = _Trainer(setup, rank, options.vocab_size)
+        trainer.step(trainer.shortest)
+    resident = trainer.resident_peak(setup.layout) - resident_before if setup.device == "cpu" else None
+    with LiveBytes() as step:
+        trainer.step(setup.layout)
+    live = building.after + step.peak
+    del trainer
+    most = torch.tensor([live, resident or 0], device=setup.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    live, most_resident = most.tolist()
+    planned = max(stage.peak for stage in memory_of_stages(setup, options.vocab_size))
+    return Measured(nproc, seq_length, live, None if resident is None else most_resident, planned)
+
+
+class _Trainer:
+    """A run on this rank, whose steps may be of any length."""
+
+    def __init__(self, setup: Setup, rank: int, vocab_size: int):
+        from megatron_ring.training.assembly import build_model, start_engine
+
+        groups = ProcessGroups.build(setup.grid, rank)
+        self.setup, self.vocab_size = setup, vocab_size
+        self.at = setup.grid.coordinates(rank)
+        self.attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
+        self.engine = start_engine(build_model(setup, groups, self.attention, vocab_size), setup, groups)
+        layout = setup.layout
+        # Two stripes, or chunks of two tokens, for every rank.
+        few = 2 * layout.ring_size * layout.stripe_size * setup.grid.ulysses
+        self.shortest = Layout(layout.name, min(few, layout.seq_length), layout.ring_size, layout.stripe_size)
+
+    def step(self, layout: Layout) -> None:
+        """One optimizer step on random tokens, laid out by ``layout``."""
+        self.attention.layout = layout
+        positions = layout.positions(self.at.ring, self.at.ulysses, self.setup.grid.ulysses)
+        shape = self.setup.config.training.micro_batch_size, len(positions) + 1
+        numbers = [torch.randint(self.vocab_size, shape) for _ in range(self.setup.micro_batches)]
+        batches = [Batch(x[:, :-1].clone(), x[:, 1:].clone(), positions, None) for x in numbers]
+        self.engine.train_step(batches, 1e-4)
+
+    def resident_peak(self, layout: Layout) -> int:
+        """The process's high-water mark in a step."""
+        Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is resident now
+        self.step(layout)
+        return _resident("VmHWM")
+
+
+def _resident(mark: str) -> int:
+    """VmRSS, the bytes resident now, or VmHWM, their high-water mark; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:")), 0)
+
+
+class LiveBytes:
+    """Tensor bytes that came to live while this was open: ``after`` it, and ``peak`` while it was.
+
+    On a CPU from the profiler's record of the allocator. It sees what operators written in C++ or in Python allocate,
+    this process's main thread alone, which on a CPU runs backward too.
+    """
+
+    def __enter__(self) -> "LiveBytes":
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            self.after = torch.cuda.memory_allocated() - self._before
+            self.peak = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._profile.__exit__(*error)
+        events = self._profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        self.after = self.peak = 0
+        for _, change in changes:
+            self.after += change
+            self.peak = max(self.peak, self.after)
+
+
+if __name__ == "__main__":
+    with speaking_errors():
+        main()
