@@ -1,0 +1,101 @@
+"""The promise of the ring's operator: between real ranks, computing a layer again sends no key around a second time."""
+
+from dataclasses import replace
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import Layers
+from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.grid import Grid
+from tests.distributed import run_ranks
+
+MODEL = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+GRIDS = {2: Grid(ring=2), 3: Grid(ring=3), 4: Grid(ring=2, ulysses=2)}  # by world size
+LENGTH = 12  # of one process
+DOCUMENTS = {"one document": None, "packed": torch.tensor([0, 5, 17])}
+
+MODES = {
+    "none": Execution(),
+    "selective": Execution(recompute="selective"),
+    "full": Execution(recompute="full"),
+    "attention too": Execution(recompute="full", recompute_attention=True),
+}
+EXECUTIONS = {
+    f"{name}, {chunks} chunks": replace(mode, mlp_chunks=chunks) for name, mode in MODES.items() for chunks in (1, 5)
+}
+
+
+class Step(NamedTuple):
+    """Exchanges started in forward and in backward, and all gradients."""
+
+    forward: int
+    backward: int
+    gradients: list[torch.Tensor]
+
+
+def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], Step]:
+    grid = GRIDS[world_size]
+    groups, at = ProcessGroups.build(grid, rank), grid.coordinates(rank)
+    layout = Layout("striped", LENGTH * world_size, grid.ring)
+    attention = ContextParallelAttention(layout, "reference", groups)
+    positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
+    found = {}
+    for packing, starts in DOCUMENTS.items():
+        for name, execution in EXECUTIONS.items():
+            layers = Layers(MODEL, layout.seq_length, attention, 1, execution).double()
+            x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)).double()
+            found[packing, name] = step(layers, x_BlE, positions, starts)
+    return found
+
+
+def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> Step:
+    x_BlE.requires_grad_()
+    with patch.object(RingExchange, "start", autospec=True, side_effect=RingExchange.start) as start:
+        y_BlE = layers.run(x_BlE, *inputs)
+        forward = start.call_count
+        y_BlE.sin().sum().backward()
+        gradients = [x_BlE.grad, *(parameter.grad for parameter in layers.parameters())]
+        return Step(forward, start.call_count - forward, gradients)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[tuple[str, str], Step]]]:
+    """What every rank found, by world size."""
+    return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
+
+
+each_execution = pytest.mark.parametrize("name", EXECUTIONS)
+each_world = pytest.mark.parametrize("world_size", GRIDS)
+each_packing = pytest.mark.parametrize("packing", DOCUMENTS)
+
+
+@each_execution
+@each_packing
+@each_world
+def test_keys_travel_once_forward_whatever_is_computed_again(world_size, packing, name, ranks):
+    ring, layers = GRIDS[world_size].ring, MODEL.num_layers
+    once = layers * (ring - 1)
+    of_backward = layers * (2 * ring - 1)  # keys on, ring - 1 times, and their gradients behind them, once more
+    again = once if EXECUTIONS[name].recompute_attention else 0
+    for found in ranks[world_size]:
+        assert found[packing, name].forward == once
+        assert found[packing, name].backward == of_backward + again
+
+
+@each_execution
+@each_packing
+@each_world
+def test_gradients_are_those_of_keeping_everything(world_size, packing, name, ranks):
+    for found in ranks[world_size]:
+        expected, gradients = found[packing, "none, 1 chunks"].gradients, found[packing, name].gradients
+        largest = max(float(gradient.abs().max()) for gradient in expected)
+        rounding = 0 if EXECUTIONS[name].mlp_chunks == 1 else 1e-12 * largest
+        for gradient, as_expected in zip(gradients, expected):
+            torch.testing.assert_close(gradient, as_expected, rtol=0, atol=rounding)

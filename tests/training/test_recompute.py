@@ -1,0 +1,62 @@
+"""Under ZeRO: a block that is computed again finds its parameters, and hands their gradients over once.
+
+ZeRO 3 keeps parameters of fewer than 100,000 elements whole unless told otherwise, which would be all of them here.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.training import tiny
+
+STEPS = 3
+PARTITIONED = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+MODES = {
+    "none": {},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "attention too": {"recompute": "full", "recompute_attention": True},
+}
+KINDS = {
+    "Llama": {},
+    # With biases, which DeepSpeed's own linear layer adds in place.
+    "GPT-2": {"normalization": "LayerNorm", "activation": "gelu", "add_bias_linear": True},
+}
+CASES = [(*case, chunks) for case in [("Llama", 2), ("Llama", 3), ("GPT-2", 3)] for chunks in (1, 3)]
+
+
+def train_all(rank: int, world_size: int, prefix: Path) -> dict[tuple, list[tuple[float, float]]]:
+    """Losses and gradient norms, by case and mode."""
+    return {
+        (case, mode): train(tiny.Run(config(*case, mode), prefix, rank, world_size)) for case in CASES for mode in MODES
+    }
+
+
+def train(run: tiny.Run) -> list[tuple[float, float]]:
+    assert not any(getattr(parameter, "ds_persist", False) for parameter in run.engine.engine.module.parameters())
+    return run.steps(STEPS)
+
+
+def config(kind: str, stage: int, chunks: int, mode: str):
+    training = {"zero_stage": stage, "deepspeed": {"zero_optimization": PARTITIONED} if stage == 3 else {}}
+    return tiny.config(model=KINDS[kind], training=training, memory={**MODES[mode], "mlp_chunks": chunks})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[tuple, list[tuple[float, float]]]:
+    prefix = tiny.write_store(tmp_path_factory.mktemp("store"))
+    return run_ranks(2, train_all, prefix)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_are_those_of_keeping_everything(case, mode, found):
+    assert found[case, mode] == found[case, "none"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pieces_change_steps_by_rounding_alone(case, found):
+    kind, stage, _ = case
+    for step, whole in zip(found[case, "none"], found[(kind, stage, 1), "none"]):
+        assert step == pytest.approx(whole, rel=1e-5)
