@@ -1,0 +1,202 @@
+"""What goes to CPU memory, once and in which order, and that it comes back as it was; both places are the CPU here."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.model import offload
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import Layers
+from megatron_ring.model.offload import Offload
+from megatron_ring.model.recompute import run_block
+from megatron_ring.parallel.collectives import ProcessGroups
+from tests.live_memory import LiveMemory, storage_of
+
+LENGTH, CPU = 16, torch.device("cpu")
+MODES = {
+    "none": Execution(),
+    "selective": Execution(recompute="selective"),
+    "full": Execution(recompute="full"),
+    "attention too": Execution(recompute="full", recompute_attention=True),
+}
+each_mode = pytest.mark.parametrize("execution", MODES.values(), ids=MODES)
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[tuple]:
+    """("copy", its bytes) of each copy as it begins, to which tests add events of their own."""
+    events, copy = [], offload._copy
+
+    def noted(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> None:
+        events.append(("copy", to.numel()))
+        copy(to, of, device)
+
+    monkeypatch.setattr(offload, "_copy", noted)
+    return events
+
+
+def forward(layers: Layers, x_BSE: torch.Tensor, layer: Callable) -> torch.Tensor:
+    """The layers, each in the context that ``layer()`` gives."""
+    rotation = layers.rotation(torch.arange(x_BSE.shape[1]))
+    for block in layers.blocks.values():
+        with layer():
+            x_BSE = run_block(block, layers.execution, x_BSE, rotation, None)
+    return x_BSE
+
+
+def gradients(config: ModelConfig, execution: Execution, layer: Callable) -> list[torch.Tensor]:
+    attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
+    blocks = Layers(config, LENGTH, attention, 1, execution)
+    x_BSE = torch.randn(2, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    forward(blocks, x_BSE, layer).sin().sum().backward()
+    return [x_BSE.grad, *(parameter.grad for parameter in blocks.blocks.parameters())]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@each_mode
+def test_no_number_changes(execution, chunks, config, events):
+    execution = replace(execution, mlp_chunks=chunks)
+    expected = gradients(config, execution, contextlib.nullcontext)
+    assert events == []
+    assert all(map(torch.equal, gradients(config, execution, Offload(CPU, smallest=0).layer), expected))
+    assert events != []
+
+
+def test_of_a_layer_computed_again_its_input_and_attention_go_and_come_once(llama, events):
+    gradients(llama, MODES["full"], Offload(CPU, smallest=0).layer)
+    tokens = 2 * LENGTH
+    x = out = tokens * llama.hidden_size * 4
+    lse = tokens * llama.num_attention_heads * 4
+    assert sorted(events) == sorted([("copy", size) for size in (x, out, lse)] * llama.num_layers * 2)
+
+
+@each_mode
+def test_memory_is_free_between_a_layers_forward_and_its_backward(execution, llama):
+    """What is alive in the end: the input, the output, what all layers read, and copies."""
+    kept = Offload(CPU, smallest=0)
+    attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
+    layers = Layers(llama, LENGTH, attention, 1, execution)
+    with LiveMemory() as memory:
+        x_BSE = torch.randn(2, LENGTH, llama.hidden_size).requires_grad_()
+        y_BSE = forward(layers, x_BSE, kept.layer)
+        copies = sum(copy.numel() for layer in (kept.last, kept.last.before) for copy in layer.copies)
+        assert copies > 0
+        assert memory.alive() - copies <= x_BSE.nbytes + y_BSE.nbytes + 2 * LENGTH * llama.head_dim // 2 * 4
+
+
+class Saving(torch.autograd.Function):
+    """x + 1, which saves ``tensors`` and tells of its backward."""
+
+    @staticmethod
+    def forward(ctx, x, tell, *tensors):
+        ctx.tell = tell
+        ctx.save_for_backward(*tensors)
+        return x + 1
+
+    @staticmethod
+    def backward(ctx, dx):
+        ctx.tell(*ctx.saved_tensors)
+        return dx, None, *(None for _ in ctx.saved_tensors)
+
+
+def test_a_layer_is_fetched_before_backward_comes_to_it(events):
+    kept, y = Offload(CPU, smallest=0), torch.zeros(1, requires_grad=True)
+    for number in range(4):
+        with kept.layer():
+            # The n-th layer saves n + 1 bytes.
+            saved = torch.zeros(number + 1, dtype=torch.uint8)
+            y = Saving.apply(y, lambda _, number=number: events.append(("backward", number + 1)), saved)
+    assert events == [("copy", 1), ("copy", 2), ("copy", 3), ("copy", 4)]
+    events.clear()
+    y.backward()
+    assert events == [
+        ("copy", 4), ("copy", 3), ("backward", 4),
+        ("copy", 2), ("backward", 3),
+        ("copy", 1), ("backward", 2),
+        ("backward", 1),
+    ]  # fmt: skip
+
+
+def test_no_more_than_two_layers_are_fetched_at_a_time():
+    kept, y, size = Offload(CPU, smallest=0), torch.zeros(1, requires_grad=True), 1000
+    with LiveMemory(lambda x: x.numel() == size) as memory:
+        for _ in range(6):
+            with kept.layer():
+                y = Saving.apply(y, lambda *_: None, torch.zeros(size, dtype=torch.uint8))
+        in_cpu_memory = memory.alive()
+        y.backward()
+    assert in_cpu_memory == 6 * size
+    assert memory.peak == in_cpu_memory + 2 * size
+
+
+def saved_and_given_back(kept: Offload, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    given = []
+    with kept.layer():
+        y = Saving.apply(torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), *tensors)
+    y.backward()
+    return given
+
+
+def test_views_of_one_storage_are_one_copy_and_views_again(events):
+    whole = torch.randn(4, 6)
+    views = [whole, whole.t(), whole[1:3, ::2], whole.chunk(2)[1], whole.flatten(), whole.view(torch.int32)]
+    back = saved_and_given_back(Offload(CPU, smallest=0), *views)
+    assert all(map(torch.equal, back, views))
+    assert [x.stride() for x in back] == [x.stride() for x in views]
+    assert {storage_of(x) for x in back} != {storage_of(whole)}
+    assert events == [("copy", whole.nbytes)] * 2
+
+
+def test_what_is_small_stays(events):
+    small, large = torch.randn(3), torch.randn(4)
+    back = saved_and_given_back(Offload(CPU, smallest=16), small, large)
+    assert events == [("copy", 16)] * 2
+    assert [storage_of(x) == storage_of(y) for x, y in zip(back, (small, large))] == [True, False]
+
+
+def test_parameters_stay_and_may_be_elsewhere_in_backward(events):
+    """ZeRO 3 takes a parameter apart after forward, and puts it together in other memory before backward."""
+    weight, given = nn.Parameter(torch.zeros(8, 8)), []
+    with Offload(CPU, smallest=0).layer():
+        y = Saving.apply(torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), weight)
+    weight.data = torch.ones(8, 8)
+    y.backward()
+    assert storage_of(given[0]) == storage_of(weight)
+    assert events == []
+
+
+def test_a_linear_layer_leaves_its_weight_where_it_is(events):
+    weight, x = nn.Parameter(torch.randn(8, 8)), torch.randn(2, 8, requires_grad=True)
+    with Offload(CPU, smallest=0).layer():
+        y = functional.linear(x, weight)
+    y.sum().backward()
+    assert events == [("copy", x.nbytes)] * 2
+
+
+@pytest.mark.parametrize("smallest", [0, 1 << 20])
+def test_a_result_that_is_saved_does_not_hold_itself(smallest):
+    """By reference counts: it would wait for the garbage collector."""
+    with Offload(CPU, smallest).layer():
+        y = torch.zeros(8, requires_grad=True).exp()  # which saves its result
+    storage = storage_of(y)
+    del y
+    assert storage.expired()
+
+
+def test_a_graph_that_is_retained_gives_its_gradients_again(events):
+    kept, x = Offload(CPU, smallest=0), torch.randn(8, requires_grad=True)
+    y = x
+    for _ in range(3):
+        with kept.layer():
+            y = y.sin()
+    first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True) for _ in range(2))
+    assert torch.equal(*first, *second)
+    assert len(events) == 3 + 2 * 3
