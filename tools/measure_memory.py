@@ -9,10 +9,12 @@ each length the first step, of a few tokens, makes the optimizer's state, and th
 largest rank's peak, beside what plan/memory.py says:
 
 live bytes   tensors alive at a time: on a CPU by the profiler's record of the allocator, on CUDA by the allocator
-resident     on a CPU, what the process's high-water mark (VmHWM) rose above where it was before the model was built
+resident     on a CPU, what the process's high-water mark (VmHWM) rose above where it was before the model was built;
+             besides tensors that is what libraries load and set aside at their first use, some 150 MB
 
-With --budget-mib the longest sequence whose live bytes fit is sought for each number of ranks, by doubling and then
-halving the interval. Peaks do not depend on how fast the machine is, nor on who else works on it.
+Each of --seq-lengths has processes of its own. With --budget-mib the longest sequence whose live bytes fit is sought
+for each number of ranks, by doubling and then halving the interval. Live bytes do not depend on how fast the machine
+is, nor on who else works on it.
 """
 
 import gc
@@ -77,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of the rank that had most. resident is None on CUDA."""
+    """Bytes of the rank that had most. resident is None on CUDA, and where the processes had measured before."""
 
     nproc: int
     seq_length: int
@@ -89,7 +91,7 @@ class Measured:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
-    measured = {nproc: _spawn(nproc, options) for nproc in options.nproc}
+    measured = {nproc: _measure_all(nproc, options) for nproc in options.nproc}
     longest = {nproc: _longest_of(rows, options) for nproc, rows in measured.items()} if options.budget_mib else {}
     _report(options, measured, longest)
     if options.json:
@@ -118,7 +120,7 @@ def _config(options: Options, seq_length: int) -> Config:
     return replace(config, data=replace(config.data, seq_length=seq_length))
 
 
-def longest(fits: Callable[[int], bool], unit: int) -> int:
+def longest_that(fits: Callable[[int], bool], unit: int) -> int:
     """The largest multiple of ``unit`` that fits, 0 if none does; whatever fits, so does what is shorter."""
     low, high = 0, 1
     while fits(high * unit):
@@ -137,17 +139,23 @@ def _longest_of(rows: list[Measured], options: Options) -> int:
 
 
 def _report(options: Options, measured: dict[int, list[Measured]], longest: dict[int, int]) -> None:
-    print(f"{'ranks':>5}{'tokens':>10}{'live MiB':>12}{'planned':>12}{'resident':>12}{'bytes a token':>16}")
-    for rows in measured.values():
-        for row in sorted(rows, key=lambda row: row.seq_length):
-            resident = f"{row.resident / MIB:12.1f}" if row.resident is not None else " " * 12
-            share = row.live * row.nproc / row.seq_length
-            print(f"{row.nproc:>5}{row.seq_length:>10,}{row.live / MIB:12.1f}{row.planned / MIB:12.1f}{resident}"
-                  f"{share:16,.0f}")  # fmt: skip
+    print(f"{'ranks':>5}{'tokens':>10}{'live MiB':>12}{'planned':>12}{'resident':>12}")
+    for row in (row for rows in measured.values() for row in rows):
+        resident = f"{row.resident / MIB:12.1f}" if row.resident is not None else ""
+        print(f"{row.nproc:>5}{row.seq_length:>10,}{row.live / MIB:12.1f}{row.planned / MIB:12.1f}{resident}")
+    for nproc, rows in measured.items():
+        if len(rows) > 1:
+            print(f"{nproc} ranks: {bytes_a_token(rows):,.0f} bytes for each further token of a rank")
     first = next(iter(longest.values()), 0)
     for nproc, length in longest.items():
         ratio = f", {length / first:.2f} x as on {options.nproc[0]}" if first else ""
         print(f"{options.budget_mib:g} MiB a rank: {length:,} tokens at most on {nproc}{ratio}")
+
+
+def bytes_a_token(rows: list[Measured]) -> float:
+    """What a rank's further token costs, by the shortest and the longest of ``rows``, sorted by length."""
+    first, last = rows[0], rows[-1]
+    return (last.live - first.live) / (last.seq_length - first.seq_length) * first.nproc
 
 
 def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[int, int]) -> None:
@@ -159,7 +167,6 @@ def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[i
     plt.rcParams["svg.hashsalt"] = "memory"  # the same figures give the same file
     figure, axes = plt.subplots(figsize=(7, 4), layout="tight")
     for nproc, rows in measured.items():
-        rows = sorted(rows, key=lambda row: row.seq_length)
         lengths = [row.seq_length for row in rows]
         (line,) = axes.plot(lengths, [row.live / MIB for row in rows], "o", markersize=4, label=f"{nproc} ranks")
         axes.plot(lengths, [row.planned / MIB for row in rows], "--", linewidth=1, color=line.get_color())
@@ -177,39 +184,52 @@ def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[i
 # ---- real ranks ----
 
 
-def _spawn(nproc: int, options: Options) -> list[Measured]:
+def _measure_all(nproc: int, options: Options) -> list[Measured]:
+    """--seq-lengths, and those that were tried for --budget-mib, sorted."""
+    rows = [_spawn(nproc, options, length)[0] for length in options.seq_lengths]
+    if options.budget_mib:
+        asked = {row.seq_length for row in rows}
+        rows += [row for row in _spawn(nproc, options, None) if row.seq_length not in asked]
+    return sorted(rows, key=lambda row: row.seq_length)
+
+
+def _spawn(nproc: int, options: Options, seq_length: int | None) -> list[Measured]:
+    """Of one length, or of those that the search for the longest tries, in processes that are new."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Freed tensors go back to the system at once, so that a length's resident peak is its own.
+    # Freed tensors go back to the system at once, or the next one's would not count as resident.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and end are no news
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_rank, args=(nproc, options, port, results), nprocs=nproc)
+    torch.multiprocessing.spawn(_rank, args=(nproc, options, seq_length, port, results), nprocs=nproc)
     return results.get()
 
 
-def _rank(rank: int, nproc: int, options: Options, port: int, results) -> None:
-    # Not above: DeepSpeed takes seconds to import, and the process that starts the ranks needs none of it.
+def _rank(rank: int, nproc: int, options: Options, seq_length: int | None, port: int, results) -> None:
+    # Not at the top: the process that starts the ranks needs no DeepSpeed, and theirs is loaded before they measure.
+    import megatron_ring.training.assembly  # noqa: F401
     from megatron_ring.training.engine import leave_processes, start_processes
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = "cuda" if torch.cuda.device_count() >= nproc else "cpu"
     start_processes(Environment(rank, rank, nproc, nproc, threads=1), device)
-    rows: dict[int, Measured] = {}
-
-    def measured(seq_length: int) -> Measured:
-        if seq_length not in rows:
-            rows[seq_length] = _measure(rank, nproc, seq_length, options)
-        return rows[seq_length]
-
-    for length in options.seq_lengths:
-        measured(length)
-    if options.budget_mib:
-        longest(lambda length: measured(length).live <= options.budget_mib * MIB, options.step * nproc)
+    rows = _search(rank, nproc, options) if seq_length is None else [_measure(rank, nproc, seq_length, options)]
     if rank == 0:
-        results.put(list(rows.values()))
+        results.put(rows)
     leave_processes()
+
+
+def _search(rank: int, nproc: int, options: Options) -> list[Measured]:
+    rows = []
+
+    def fits(seq_length: int) -> bool:
+        # Its resident bytes would be mixed with what lengths before it left behind.
+        rows.append(replace(_measure(rank, nproc, seq_length, options), resident=None))
+        return rows[-1].live <= options.budget_mib * MIB
+
+    longest_that(fits, options.step * nproc)
+    return rows
 
 
 def _measure(rank: int, nproc: int, seq_length: int, options: Options) -> Measured:

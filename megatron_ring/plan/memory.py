@@ -41,13 +41,15 @@ class Workload:
 class StageMemory:
     """Bytes on a process of one stage. parameters, gradients and optimizer last.
 
-    activations: kept from forward to backward. working: besides, where that is most, in a layer or in the head.
-    update: besides the gradients, in the optimizer's step. host: offloaded to the CPU's memory. peak: the most at once.
+    bucket: in which gradients are reduced. activations: kept from forward to backward. working: besides, where that is
+    most, in a layer or in the head. update: besides the gradients, in the optimizer's step. host: offloaded to the
+    CPU's memory. peak: the most at once.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    bucket: int
     activations: int
     working: int
     update: int
@@ -61,21 +63,21 @@ def stage_memory(load: Workload, stage: int) -> StageMemory:
     count = parameters_of_stage(config.model, load.vocab_size, config.data.seq_length, grid, stage)
     states = model_states(count, load.dtype, load.zero)
     activations, offloaded = _kept(load, stage)
-    working, update = states.bucket + _working(load, stage), states.bucket + states.update
-    host = states.host + offloaded
+    working, host = _working(load, stage), states.host + offloaded
     # Gradients are there while activations are at their most if a micro-batch has left them, or ZeRO 3 their place.
     lasting = states.gradients if load.micro_batches > 1 or load.zero.stage == 3 else 0
-    moments = activations + working + lasting, states.gradients + update
+    moments = activations + working + lasting, states.gradients + states.update
     on_cpu = host if load.device == "cpu" else 0  # where offloading makes no room
     return StageMemory(
         parameters=states.parameters,
         gradients=states.gradients,
         optimizer=states.optimizer,
+        bucket=states.bucket,
         activations=activations,
         working=working,
-        update=update,
+        update=states.update,
         host=host,
-        peak=states.parameters + states.optimizer + max(moments) + on_cpu,
+        peak=states.parameters + states.optimizer + states.bucket + max(moments) + on_cpu,
     )
 
 

@@ -17,24 +17,25 @@ ASSUMED_VOCAB_SIZE = 32_000
 """For a text whose tokenizer is not at hand."""
 
 # The columns of the table, fields of StageMemory.
-_COLUMNS = ("parameters", "gradients", "optimizer", "activations", "working", "update", "peak", "host")
+_COLUMNS = ("parameters", "gradients", "optimizer", "bucket", "activations", "working", "update", "peak", "host")
 
 
 def memory_lines(setup: Setup) -> list[str]:
     """A row for each pipeline stage, and what the columns leave open."""
     vocab_size, reason = vocabulary(setup.config.data)
     stages = memory_of_stages(setup, vocab_size)
-    title = "stage  layers" + "".join(f"{name:>13}" for name in _COLUMNS)
+    title = "stage  layers" + "".join(f"{name:>12}" for name in _COLUMNS)
     rows = []
     for stage, memory in enumerate(stages):
         layers = len(layers_of_stage(setup.config.model.num_layers, setup.grid.pipe, stage))
-        rows.append(f"{stage:>5}{layers:>8}" + "".join(f"{human(getattr(memory, name)):>13}" for name in _COLUMNS))
+        rows.append(f"{stage:>5}{layers:>8}" + "".join(f"{human(getattr(memory, name)):>12}" for name in _COLUMNS))
     peaks = ", ".join(f"{memory.peak:,}" for memory in stages)
     return [
         f"memory           of a process, for {vocab_size:,} token ids, {reason}; tests hold the peak to within "
         f"{ERROR:.0%} of what is measured.",
-        "                 working: besides activations, in a layer or the head; update: in the optimizer's step. "
-        "Kernels' workspace is not counted.",
+        "                 bucket: DeepSpeed's, for reducing gradients; working: besides activations, in a layer or the "
+        "head; update: in the optimizer's step.",
+        "                 Kernels' workspace, and what libraries take for themselves, is not counted.",
         title,
         *rows,
         f"peak             {peaks} bytes by stage",
@@ -74,11 +75,13 @@ def _workload(setup: Setup, vocab_size: int) -> Workload:
 
 def _zero(setup: Setup) -> Zero:
     """DeepSpeed's choices; what its config does not say has DeepSpeed's defaults."""
+    # In a pipeline without ZeRO, bfloat16 gets an optimizer that splits its state as ZeRO 1 does, and has no bucket.
+    stage, bfloat16 = setup.config.training.zero_stage, setup.precision.dtype == torch.bfloat16
+    if setup.grid.pipe > 1 and bfloat16 and stage == 0:
+        return Zero(stage=1, ranks=setup.grid.data_context, reduce_bucket_size=0)
     said, memory = setup.deepspeed["zero_optimization"], setup.config.memory
-    # In a pipeline without ZeRO, bfloat16 gets an optimizer that splits its state as ZeRO 1 does.
-    splits_anyway = setup.grid.pipe > 1 and setup.precision.dtype == torch.bfloat16
     return Zero(
-        stage=max(setup.config.training.zero_stage, int(splits_anyway)),
+        stage=stage,
         ranks=setup.grid.data_context,
         offload_optimizer=memory.offload_optimizer == "cpu",
         offload_param=memory.offload_param == "cpu",

@@ -64,7 +64,7 @@ def test_activations_shrink_with_recomputation_and_the_optimizer_with_zero():
 def test_deepspeeds_own_keys_are_planned_with():
     small = {"zero_optimization": {"reduce_bucket_size": 1000}}
     default, chosen = (
-        memory_of_stages(Setup.of(tiny.config(training={"zero_stage": 1, "deepspeed": extra}), 2), 61)[0].working
+        memory_of_stages(Setup.of(tiny.config(training={"zero_stage": 1, "deepspeed": extra}), 2), 61)[0].bucket
         for extra in ({}, small)
     )
     assert default - chosen == 4 * (500_000_000 - 1000)

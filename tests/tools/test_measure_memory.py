@@ -1,0 +1,76 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.errors import ConfigError
+from megatron_ring.plan.memory import ERROR
+from tools import measure_memory
+from tools.measure_memory import LiveBytes, Measured, bytes_a_token, longest_that
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "measure_memory.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_live_bytes_are_counted_within_operators_and_between_them():
+    with LiveBytes() as live:
+        kept = torch.ones(1000)
+        torch.ones(500)
+        _ = kept.sort()[0][:10].clone()  # values and indices are gone at the end
+    assert live.after == pytest.approx(4000, abs=256)
+    assert live.peak >= 4000 + 4000 + 8000
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 64, 100])
+def test_the_longest_that_fits_is_found(limit):
+    tried = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= limit * 10
+
+    assert longest_that(fits, 10) == limit * 10
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_a_further_token_costs_what_two_lengths_differ_by():
+    rows = [Measured(2, length, 1000 + 30 * length // 2, None, 0) for length in (10, 20, 50)]
+    assert bytes_a_token(rows) == 30
+
+
+def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_knows_it(tmp_path):
+    """On real ranks, with DeepSpeed: what is measured is told, written, drawn, and was planned."""
+    done = measure("--nproc", "1", "2", "--budget-mib", "60", "--step", "512", "--seq-lengths", "512",
+                   "--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["longest"]["2"] >= 1.9 * found["longest"]["1"] > 0
+    for row in found["measured"]:
+        assert row["planned"] == pytest.approx(row["live"], rel=ERROR)
+        assert (row["resident"] is not None) == (row["seq_length"] == 512)
+    assert f"60 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in done.stdout
+    assert (tmp_path / "found.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Nothing to measure. Set --seq-lengths or --budget-mib."),
+        (["--budget-mib", "-1"], "Budgets must not be below 0"),
+        (["--nproc", "0", "--seq-lengths", "8"], "ranks at least 1"),
+        (["--seq-lengths", "0"], "seq_length 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_starts(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["measure_memory.py", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        measure_memory.main()
