@@ -1,6 +1,7 @@
 """The program as people start it: by deepspeed, by torchrun, alone; its files, its messages, its exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,27 @@ def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
     assert "resuming         saved/step-00000004, 4 steps done" in resumed.stdout
     assert metrics(folder)[: len(first)] == first
     assert [record["step"] for record in metrics(folder) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
+    flags = [
+        "--config", "small.yaml", "--context-parallel", "striped", "--data-path", "text/tokens", "--num-layers", "2",
+        "--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2",
+        "--global-batch-size", "2", "--recompute", "full", "--lr-decay-style", "constant", "--save", "axes",
+    ]  # fmt: skip
+    straight = [*flags, "--save-interval", "2", "--metrics-file", "axes/straight.jsonl"]
+    resumed = [*flags, "--load", "axes", "--metrics-file", "axes/resumed.jsonl"]
+    for run in (straight, resumed):
+        found = by_deepspeed(*run, ranks=4, folder=folder)
+        assert found.returncode == 0, found.said
+        assert "UserWarning" not in found.said
+        shutil.rmtree(folder / "axes" / "step-00000004")
+    expected, found = (
+        [(record["step"], record["loss"], record["grad_norm"]) for record in metrics(folder, file) if "loss" in record]
+        for file in ("axes/straight.jsonl", "axes/resumed.jsonl")
+    )
+    assert [step for step, *_ in expected] == [1, 2, 3, 4]
+    assert found == expected[2:]
 
 
 def test_one_process_needs_no_launcher_and_wandb_works_offline(folder, monkeypatch):

@@ -1,6 +1,6 @@
 """A GPT in pipeline stages: its own layers, and what travels from stage to stage.
 
-    (tokens, positions, ...) -> Vocabulary -> StageLayers, one a stage -> head -> (hidden, weight) -> loss
+    (tokens, positions, ...) -> StageEmbedding -> StageLayers, one a stage -> head -> (hidden, weight) -> loss
 
 Stages hand on a tuple of tensors: the residual stream, the positions of its tokens and, where documents are kept
 apart, where these begin, so that every stage turns, masks and passes its ring what belongs to the very micro-batch
@@ -26,14 +26,24 @@ class StageLayers(Layers):
         return self.run(x_BmE, positions_l, starts[0].cpu() if starts else None), positions_l, *starts
 
 
-def embed(table: Vocabulary, parcel: Parcel) -> Parcel:
-    """The first stage's beginning: ``parcel`` has int64 tokens_Bl where later ones have x_BmE."""
-    tokens_Bl, *rest = parcel
-    return table(tokens_Bl), *rest
+class StageEmbedding(Vocabulary):
+    """The first stage's beginning."""
+
+    def forward(self, parcel: Parcel) -> Parcel:
+        """``parcel`` has int64 tokens_Bl where later ones have x_BmE."""
+        tokens_Bl, *rest = parcel
+        return super().forward(tokens_Bl), *rest
+
+
+class StageOutput(Vocabulary):
+    """The last stage's end, where the head has weights of its own."""
+
+    def forward(self, parcel: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
+        return head(self, parcel)
 
 
 def head(table: Vocabulary, parcel: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last stage's end: what the loss is computed from."""
+    """What the loss is computed from: hidden_BmE and the matrix weight_vE, the embedding's copy where it is tied."""
     return parcel[0], table.weight
 
 

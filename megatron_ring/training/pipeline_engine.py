@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -19,7 +20,6 @@ from megatron_ring.data.loader import Batch
 from megatron_ring.model import pipeline
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.execution import Execution
-from megatron_ring.model.gpt import Vocabulary
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.stages import layers_of_stage
 from megatron_ring.training.engine import Engine
@@ -37,12 +37,14 @@ def pipelined(
 ) -> PipelineModule:
     """This process's stage of a GPT. ``packed``: document borders travel, of which every parcel has another number."""
     vocabulary = config, vocab_size, seed, execution
-    head = "output" if config.untie_embeddings_and_output_weights else "embedding"
     stages = (layers_of_stage(config.num_layers, grid.pipe, stage) for stage in range(grid.pipe))
+    # A checkpoint holds layers that are modules. One with a forward_fn is a function: the tied copy, copied on loading.
     layers = [
-        TiedLayerSpec("embedding", Vocabulary, "embedding", *vocabulary, forward_fn=pipeline.embed),
+        TiedLayerSpec("embedding", pipeline.StageEmbedding, "embedding", *vocabulary),
         *(LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run) for run in stages),
-        TiedLayerSpec(head, Vocabulary, head, *vocabulary, forward_fn=pipeline.head),
+        LayerSpec(pipeline.StageOutput, "output", *vocabulary)
+        if config.untie_embeddings_and_output_weights
+        else TiedLayerSpec("embedding", pipeline.StageEmbedding, "embedding", *vocabulary, forward_fn=pipeline.head),
     ]
     # It prints its layers, and copies the tied weights to the last stage in sight of autograd.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), torch.no_grad():
@@ -57,6 +59,10 @@ def pipelined(
 
 class PipelineEngine(Engine):
     """A stage of a GPT, in step with the others."""
+
+    def load(self, checkpoint: Path) -> None:
+        with torch.no_grad():  # tied weights are copied to the last stage once more
+            super().load(checkpoint)
 
     def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
         return self.engine.train_batch(_loaded(batches, scale))
