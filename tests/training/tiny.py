@@ -1,8 +1,10 @@
 """A model, a token stream and a run small enough that a test can repeat them for every layout and ZeRO stage."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import torch
 
@@ -13,10 +15,10 @@ from megatron_ring.data.loader import Loader
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
-from megatron_ring.model.gpt import GPT, decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training.engine import Engine, start_processes
+from megatron_ring.training.assembly import build_model, start_engine
+from megatron_ring.training.engine import start_processes
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.setup import Setup
 
@@ -76,12 +78,13 @@ class Run:
 
     def __init__(self, config: Config, prefix: Path, global_rank: int, world_size: int):
         start_processes(Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu")
+        deepspeed.utils.groups.mpu = None  # DeepSpeed keeps a tensor axis for the engines that come after it
         self.config = config
         self.setup = Setup.of(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
         attention = ContextParallelAttention(self.setup.layout, self.setup.kernel.name, self.groups)
-        model = GPT(config.model, VOCAB, config.data.seq_length, attention, config.training.seed)
-        self.engine = Engine(model, decay_groups(model, config.training.weight_decay), self.setup, self.groups)
+        model = build_model(self.setup, self.groups, attention, VOCAB)
+        self.engine = start_engine(model, self.setup, self.groups)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix, seq_length=config.data.seq_length)
         self.packing = Packing.of(config.data, END_OF_DOCUMENT)
@@ -98,22 +101,39 @@ class Run:
         return results
 
     def state(self) -> RunState:
-        training = self.config.training
-        consumed = self.loader.consumed_samples
-        return RunState(self.step, consumed, self.setup.grid.data_context, training.zero_stage, VOCAB, SEQ)
+        grid, consumed = self.setup.grid, self.loader.consumed_samples
+        split = grid.data_context, grid.tensor, grid.pipe, self.config.training.zero_stage
+        return RunState(self.step, consumed, *split, VOCAB, SEQ)
 
     def resume(self, path: Path, state: RunState) -> None:
         self.engine.load(path)
         self.step = state.step
         self._load_from(state.consumed_samples)
 
-    def parameters(self) -> list[torch.Tensor]:
-        """Copies of this rank's parameters, whole (not for ZeRO 3)."""
-        return [parameter.detach().clone() for parameter in self.engine.engine.module.parameters()]
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What this rank has of the parameters, by their names in a whole GPT."""
+        return {_name_in_gpt(name): p for name, p in self.engine.engine.module.named_parameters()}
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Copies of them; gathered under ZeRO 3."""
+        parameters = self.named_parameters()
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def evaluate(self) -> float:
+        """The loss summed over the next global batch, in nats."""
+        return self.engine.evaluate([self.loader.next_step()], torch.ones(VOCAB)).loss_sum
 
     def _load_from(self, consumed_samples: int) -> None:
         grid, batch = self.setup.grid, self.config.training.micro_batch_size
         self.loader = Loader(
             self.stream, self.setup.layout, self.at.ring, self.at.data, grid.data, batch,
             self.setup.global_batch_size, consumed_samples, self.packing,
+            ulysses_rank=self.at.ulysses, ulysses_size=grid.ulysses,
         )  # fmt: skip
+
+
+def _name_in_gpt(name: str) -> str:
+    """A pipeline's module numbers its layers, but for tied ones; an output's matrix of its own is a layer by itself."""
+    name = re.sub(r"^(\d+|tied_modules)\.", "", name)
+    return "output.weight" if name == "weight" else name

@@ -1,0 +1,167 @@
+"""What the parity matrix varies: every option of a grid, of ZeRO, of memory and of a model, and what it is in a config.
+
+The first value of each is its plain one: one process that splits nothing, keeps everything and computes all at once.
+Whether an assignment is legal is asked of ``Setup.of``; of our own there is one limit, the number of processes.
+"""
+
+import functools
+from math import prod
+
+from megatron_ring.config import Config
+from megatron_ring.errors import ConfigError
+from megatron_ring.training.setup import Setup
+from tests.training import tiny
+from tests.training.covering import Assignment, Factors, covering
+
+AXES = ("pipe", "data", "ring", "ulysses", "tensor")
+
+FACTORS: Factors = {
+    "pipe": (1, 2, 4),
+    "data": (1, 2),
+    "ring": (1, 2, 3, 4),
+    "ulysses": (1, 2, 4),
+    "tensor": (1, 2, 4),
+    "layout": ("none", "ring", "striped", "striped by 3", "zigzag"),
+    "sequence_parallel": (False, True),
+    "zero": (0, 1, 2, 3),
+    "offload": ("none", "optimizer", "optimizer and parameters"),
+    "micro_batches": (1, 3),
+    "recompute": ("none", "selective", "full", "full with attention"),
+    "mlp_chunks": (1, 3),
+    "loss_chunk": (0, 20),
+    "kernel": ("sdpa", "reference"),
+    "documents": ("ignored", "kept apart"),
+    "kind": ("Llama", "GPT-2"),
+    "tied": (True, False),
+    "key_value_heads": (8, 4, 2),
+    "window": (0, 7),
+    "softmax": ("vanilla", "off-by-one", "learnable"),
+}
+
+# These say what is computed; all the others how, which must make no difference.
+MATHEMATICS = ("documents", "kind", "tied", "key_value_heads", "window", "softmax")
+
+# Shards, stripes, chunks and the parts of sequence_parallel all divide it, whatever the grid.
+SEQ = 72
+GLOBAL_BATCH = 6
+
+_KINDS = {
+    "Llama": {"num_layers": 4},
+    # Five layers: two or four stages hold unequally many.
+    "GPT-2": {
+        "num_layers": 5,
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "add_bias_linear": True,
+        "position_embedding_type": "learned_absolute",
+    },
+}
+
+
+def alone(row: Assignment) -> Assignment:
+    """One process that computes what ``row`` does."""
+    return {name: row[name] if name in MATHEMATICS else values[0] for name, values in FACTORS.items()}
+
+
+def world_size(row: Assignment) -> int:
+    return prod(row[axis] for axis in AXES)
+
+
+def refusals(row: Assignment) -> list[str]:
+    """Why ``row`` cannot run: what ``Setup.of`` says."""
+    try:
+        Setup.of(config(row), world_size(row))
+    except ConfigError as refused:
+        return refused.problems
+    return []
+
+
+def legal(row: Assignment) -> bool:
+    """On up to eight processes."""
+    return world_size(row) <= 8 and _accepted(tuple(row.values()))
+
+
+def legal_on_four(row: Assignment) -> bool:
+    return world_size(row) <= 4 and legal(row)
+
+
+@functools.cache
+def _accepted(values: tuple) -> bool:
+    return not refusals(dict(zip(FACTORS, values, strict=True)))
+
+
+@functools.cache
+def each_value() -> list[Assignment]:
+    """A few rows, on up to four processes, in which every value occurs."""
+    return covering(FACTORS, legal_on_four, strength=1)
+
+
+@functools.cache
+def each_pair() -> list[Assignment]:
+    """Rows in which every pair of values occurs that can."""
+    return covering(FACTORS, legal, strength=2)
+
+
+def described(row: Assignment) -> str:
+    """What is not plain about ``row``."""
+    return ", ".join(f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]) or "plain"
+
+
+def config(row: Assignment) -> Config:
+    return tiny.config(
+        model=_model(row), parallel=_parallel(row), data=_data(row), training=_training(row), memory=_memory(row)
+    )
+
+
+def _model(row: Assignment) -> dict:
+    return _KINDS[row["kind"]] | {
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_query_groups": row["key_value_heads"],
+        "untie_embeddings_and_output_weights": not row["tied"],
+        "window_size": row["window"],
+        "window_attn_skip_freq": 2 if row["window"] else 0,
+        "softmax_type": row["softmax"],
+    }
+
+
+def _parallel(row: Assignment) -> dict:
+    name, _, stripe_size = row["layout"].partition(" by ")
+    return {
+        "context_parallel": name,
+        "context_parallel_size": row["ring"] * row["ulysses"],
+        "ulysses_degree": row["ulysses"],
+        "stripe_size": int(stripe_size or 1),
+        "attention_kernel": row["kernel"],
+        "tensor_model_parallel_size": row["tensor"],
+        "sequence_parallel": row["sequence_parallel"],
+        "pipeline_model_parallel_size": row["pipe"],
+    }
+
+
+def _data(row: Assignment) -> dict:
+    apart = row["documents"] == "kept apart"
+    packing = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+    return {"seq_length": SEQ, **dict.fromkeys(packing, apart)}
+
+
+def _training(row: Assignment) -> dict:
+    return {
+        "zero_stage": row["zero"],
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": GLOBAL_BATCH // (row["data"] * row["micro_batches"]),
+        # Adam divides by the root of a gradient's square. With 1e-8 the steps of entries that have no gradient but
+        # rounding would be rounding's; with as much as a small gradient's 1e-3 steps follow gradients, their size too.
+        "adam_eps": 1e-3,
+    }
+
+
+def _memory(row: Assignment) -> dict:
+    return {
+        "recompute": row["recompute"].split()[0],
+        "recompute_attention": row["recompute"] == "full with attention",
+        "mlp_chunks": row["mlp_chunks"],
+        "loss_chunk_size": row["loss_chunk"],
+        "offload_optimizer": "none" if row["offload"] == "none" else "cpu",
+        "offload_param": "cpu" if row["offload"].endswith("parameters") else "none",
+    }
