@@ -13,6 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Operators = frozenset[OpOverload]
 
@@ -69,8 +70,8 @@ class Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         results = operator(*args, **(kwargs or {}))
         for argument, value in zip(operator._schema.arguments, args):
-            if argument.is_write:
-                self.kept.forget(value)
+            for written in tree_leaves(value) if argument.is_write else ():
+                self.kept.forget(written)
         if self.kept.covers(operator):
             self.kept.add([results] if isinstance(results, torch.Tensor) else results)
         return results

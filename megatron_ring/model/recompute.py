@@ -46,10 +46,12 @@ def in_chunks(layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor
     """``layer(x_BlE)`` for a layer that takes every token by itself, at most ``chunks`` runs of tokens in turn.
 
     No more than one piece's inner activations exist at a time: backward computes each piece again before it is
-    differentiated, whatever is recomputed around it. Blockwise Parallel Transformer (Liu and Abbeel 2023, section 3),
-    as TiledMLP in DeepSpeed (Bekman et al. 2025, Arctic Long Sequence Training, section 3.1.2). Pieces are of
-    ceil(l / chunks) tokens and so may be fewer than asked for, the last one shorter: alike on ranks with equally many
-    tokens. Collectives within ``layer`` are called in the order of the pieces, and backward in the reverse.
+    differentiated, whatever is recomputed around it; in a block that is itself computed again, all but the last piece
+    run three times. Blockwise Parallel Transformer (Liu and Abbeel 2023, section 3); TiledMLP in DeepSpeed (Bekman et
+    al. 2025, Arctic Long Sequence Training) is the same.
+
+    Pieces are of ceil(l / chunks) tokens and so may be fewer than asked for, the last one shorter: alike on ranks with
+    equally many tokens. Collectives within ``layer`` come in the order of the pieces, and backward in the reverse.
     """
     if chunks == 1:
         return layer(x_BlE)
