@@ -7,6 +7,8 @@ over which tensor ranks and in how many pieces, is an Execution's business. It h
 In shapes, ``m`` is the tokens of the residual stream that live here: l, or l/T under sequence_parallel.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,6 +21,7 @@ from megatron_ring.model.attention import AttentionFunction, SelfAttention
 from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
+from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import in_chunks, run_block
 from megatron_ring.parallel.tensor import (
     VocabularyParallelEmbedding,
@@ -84,9 +87,10 @@ class Layers(nn.Module):
         """(B, m, E) -> (B, m, E), normalised behind the last layer."""
         if self.position_embedding is not None:
             x_BmE = x_BmE + self.position_embedding(own_tokens(positions_l, self.execution.tensor))
-        rotation = self.rotation(positions_l)
+        rotation, offload = self.rotation(positions_l), Offload(x_BmE.device)
         for block in self.blocks.values():
-            x_BmE = run_block(block, self.execution, x_BmE, rotation, document_starts)
+            with offload.layer() if self.execution.offload_activations else nullcontext():
+                x_BmE = run_block(block, self.execution, x_BmE, rotation, document_starts)
         return x_BmE if self.final_norm is None else self.final_norm(x_BmE)
 
     def rotation(self, positions_l: torch.Tensor) -> Rotation | None:
