@@ -5,15 +5,17 @@
 
 Unchunked is F.cross_entropy(hidden @ weight.T), in float32 from the logits on. The two take turns within each round,
 another one first each time, and the median of the rounds' ratios is reported, so that a drift of the machine meets both
-alike. Weighed are, at the fullest moment, the bytes of the tensors that exist beyond the hidden states, the weight and
-the gradients of the two: by tensors, not by the allocator, so that every run weighs the same.
+alike. On a CPU the seconds are those that this process computed, so that what else runs there is not counted.
+
+Weighed are, at the fullest moment, the bytes of the tensors that exist beyond the hidden states, the weight and the
+gradients of the two: by tensors, not by the allocator, so that every run weighs the same.
 """
 
 import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,8 +97,11 @@ def _storages(tree) -> list[torch.UntypedStorage]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
-    results = [_result(options, tokens) for tokens in options.tokens]
-    print("\n".join([_setting(options), "", *table(results)]))
+    print("\n".join([_setting(options), "", _line(_COLUMNS), _line("---:" for _ in _COLUMNS)]), flush=True)
+    results = []
+    for tokens in options.tokens:
+        results.append(_result(options, tokens))
+        print(_row(results[-1]), flush=True)
     if options.json:
         findings = {"device": _device_name(), "options": vars(options), "results": [vars(result) for result in results]}
         Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
@@ -173,17 +178,17 @@ def _gradient_bytes(options: Options, tokens: int) -> int:
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    _finish()
-    start = time.perf_counter()
+    start = _clock()
     run()
-    _finish()
-    return time.perf_counter() - start
+    return _clock() - start
 
 
-def _finish() -> None:
-    """Wait for what the device still has to do; the CPU has done it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _clock() -> float:
+    """Seconds: of this process's own work on a CPU, and on a GPU once that has done its own."""
+    if _device() == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _device() -> str:
@@ -191,7 +196,7 @@ def _device() -> str:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return torch.cuda.get_device_name() if _device() == "cuda" else "CPU"
 
 
 # ---- what is told ----
@@ -204,21 +209,18 @@ def _setting(options: Options) -> str:
     )
 
 
-def table(results: list[Result]) -> list[str]:
-    """The lines of a Markdown table."""
-    header = ["tokens", "unchunked s", "chunked s", "chunked / unchunked", "unchunked MiB", "chunked MiB"]
-    rows = [
-        [
-            f"{result.tokens:,}",
-            f"{result.unchunked_seconds:.3f}",
-            f"{result.chunked_seconds:.3f}",
-            f"{result.ratio:.3f}",
-            f"{result.unchunked_bytes / MIB:,.1f}",
-            f"{result.chunked_bytes / MIB:,.1f}",
-        ]
-        for result in results
-    ]
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---:"] * len(header), *rows)]
+_COLUMNS = ("tokens", "unchunked s", "chunked s", "chunked / unchunked", "unchunked MiB", "chunked MiB")
+
+
+def _row(result: Result) -> str:
+    seconds = [f"{value:.2f}" for value in (result.unchunked_seconds, result.chunked_seconds, result.ratio)]
+    weights = [f"{value / MIB:,.1f}" for value in (result.unchunked_bytes, result.chunked_bytes)]
+    return _line([f"{result.tokens:,}", *seconds, *weights])
+
+
+def _line(cells: Iterable[str]) -> str:
+    """Of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class _HeadLossSum(torch.autograd.Function):
         dhidden_NE, dweight_vE = ctx.saved_tensors
         if dhidden_NE is not None:
             for chunk in _chunks(len(dhidden_NE), ctx.chunk_size):
-                # Of one dimension: a scalar would be rounded to the type of dhidden, and shift all gradients alike.
+                # Of one dimension: a scalar on CUDA is rounded to the other's type first, which shifts all gradients.
                 dhidden_NE[chunk].mul_(dloss.view(1))
         if dweight_vE is not None:
             dweight_vE = dweight_vE.mul_(dloss).to(ctx.weight_dtype)
