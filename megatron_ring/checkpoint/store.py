@@ -147,8 +147,8 @@ def check_same_split(stored: Stored, data_context_size: int, tensor_size: int, p
     if zero_stage and state.data_context_size != data_context_size:
         raise CheckpointError(
             f"{stored.path} splits the optimizer's state over {state.data_context_size} data x context ranks (ZeRO "
-            f"{zero_stage}), this run has {data_context_size}. Start {state.data_context_size} times as many processes as "
-            "one model has (tensor x pipeline); how many are context ranks (--context-parallel-size) may change."
+            f"{zero_stage}), this run has {data_context_size}. Start {state.data_context_size} times as many processes "
+            "as one model takes (tensor x pipeline); how many are context ranks (--context-parallel-size) may change."
         )
 
 

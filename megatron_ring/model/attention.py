@@ -13,14 +13,8 @@ from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.rope import Rotation, rotate
-from megatron_ring.parallel.tensor import (
-    ALONE,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    TensorParallel,
-    enter,
-    split_parameter,
-)
+from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_parameter
+from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, enter
 
 
 class AttentionFunction(Protocol):

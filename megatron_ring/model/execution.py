@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ring.config import Config
-from megatron_ring.parallel.tensor import ALONE, TensorParallel
+from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,8 @@ from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import in_chunks, run_block
-from megatron_ring.parallel.tensor import (
-    VocabularyParallelEmbedding,
-    enter,
-    own_tokens,
-    sum_gradients_of_replicas,
-    vocabulary_part,
-)
+from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, sum_gradients_of_replicas, vocabulary_part
+from megatron_ring.parallel.tensor_exchange import enter, own_tokens
 
 
 class Block(nn.Module):

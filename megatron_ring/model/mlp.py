@@ -5,7 +5,8 @@ from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.activation import gelu, swiglu
-from megatron_ring.parallel.tensor import ALONE, ColumnParallelLinear, RowParallelLinear, TensorParallel, enter
+from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, enter
 
 
 class SwigluMLP(nn.Module):

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT
-from megatron_ring.parallel.tensor import ALONE, TensorParallel, split_of
+from megatron_ring.parallel.tensor import split_of
+from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel
 from tests.distributed import run_ranks
 from tests.model.conftest import plain_attention
 

@@ -12,7 +12,7 @@ from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.tensor import ALONE
+from megatron_ring.parallel.tensor_exchange import ALONE
 from megatron_ring.plan.activations import layer_bytes, papers_bytes_per_token
 from megatron_ring.plan.memory import ERROR, Workload, bubble, micro_batches_in_flight, stage_memory
 from megatron_ring.plan.zero import Zero

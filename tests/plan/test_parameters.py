@@ -9,7 +9,7 @@ from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT, Layers, parameter_count
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.stages import layers_of_stage
-from megatron_ring.parallel.tensor import TensorParallel
+from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.plan.parameters import parameters_of_stage, share
 
 VOCABULARY, LENGTH = 50, 16

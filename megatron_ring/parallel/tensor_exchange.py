@@ -1,0 +1,135 @@
+"""What the ranks of the tensor axis exchange around a pair of split layers: a sum, or its two halves.
+
+Between a column-parallel and a row-parallel layer nothing is exchanged, and around them one sum forward and one
+backward (Shoeybi et al. 2019, Megatron-LM, section 3). With ``sequence_parallel`` (Korthikanti et al. 2022, section
+4.2.2) the tokens outside the pair are split over the same ranks: a reduce-scatter stands behind it in the place of the
+sum, an all-gather before it, and the two move as many bytes as the sum.
+
+In shapes, ``m`` is a process's tokens outside the pairs: l, or l/T with sequence_parallel. Everything is done by
+blocking collectives of the tensor group, in the order of the model, which is the same on all of its ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place on the tensor axis. ``group`` is None where it has one rank: nothing is exchanged then."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    sequence_parallel: bool = False
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None, sequence_parallel: bool) -> "TensorParallel":
+        """This process's place in ``group``, the tensor axis."""
+        if group is None:
+            return ALONE
+        return TensorParallel(group, dist.get_rank(group), dist.get_world_size(group), sequence_parallel)
+
+    def part(self, whole: int) -> range:
+        """The indices of ``whole`` that belong to this rank: runs in rank order, the last ones shorter if uneven."""
+        share = -(-whole // self.size)
+        return range(min(self.rank * share, whole), min((self.rank + 1) * share, whole))
+
+
+ALONE = TensorParallel()
+"""A tensor axis of one rank."""
+
+
+def enter(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    """Before column-parallel layers: (B, m, E) -> (B, l, E). Backward, the ranks' gradients are summed."""
+    if tensor.size == 1:
+        return x
+    return _Gather.apply(x, tensor) if tensor.sequence_parallel else _SumBackward.apply(x, tensor)
+
+
+def leave(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    """After row-parallel products: the sum over the ranks of (B, l, E), of which a rank keeps its (B, m, E)."""
+    if tensor.size == 1:
+        return x
+    return _SumScattered.apply(x, tensor) if tensor.sequence_parallel else _Sum.apply(x, tensor)
+
+
+def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    """This rank's m of l tokens, of (..., l): all of them without sequence_parallel. No gradient flows through it."""
+    return x.chunk(tensor.size, dim=-1)[tensor.rank] if tensor.sequence_parallel else x
+
+
+class _SumBackward(torch.autograd.Function):
+    """Nothing forward, a sum over the tensor ranks backward: each saw all of x in its own part of the weights."""
+
+    @staticmethod
+    def forward(ctx, x, tensor):
+        ctx.tensor = tensor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return summed(dx, ctx.tensor), None
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over the tensor ranks forward, nothing backward."""
+
+    @staticmethod
+    def forward(ctx, x, tensor):
+        return summed(x, tensor)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, None
+
+
+class _Gather(torch.autograd.Function):
+    """(B, l/T, E) -> (B, l, E) forward; summed and scattered backward."""
+
+    @staticmethod
+    def forward(ctx, x, tensor):
+        ctx.tensor = tensor
+        return _gathered(x, tensor)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return _summed_and_scattered(dx, ctx.tensor), None
+
+
+class _SumScattered(torch.autograd.Function):
+    """(B, l, E) summed over the tensor ranks -> (B, l/T, E) forward; gathered backward."""
+
+    @staticmethod
+    def forward(ctx, x, tensor):
+        ctx.tensor = tensor
+        return _summed_and_scattered(x, tensor)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return _gathered(dx, ctx.tensor), None
+
+
+def summed(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    """A new tensor: ``x`` summed over the tensor ranks."""
+    return reduced(x.clone(memory_format=torch.contiguous_format), tensor.group, dist.ReduceOp.SUM)
+
+
+def reduced(x: torch.Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> torch.Tensor:
+    """``x`` reduced over ``group``, in place, and returned."""
+    dist.all_reduce(x, op, group)
+    return x
+
+
+def _gathered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    parts = x.new_empty(tensor.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=tensor.group)
+    return torch.cat(parts.chunk(tensor.size), dim=1)
+
+
+def _summed_and_scattered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    parts = torch.cat(x.chunk(tensor.size, dim=1))
+    own = parts.new_empty(parts.shape[0] // tensor.size, *parts.shape[1:])
+    dist.reduce_scatter_tensor(own, parts, group=tensor.group)
+    return own
