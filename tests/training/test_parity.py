@@ -1,4 +1,7 @@
-"""Splitting the sequence changes nothing: twenty losses and gradient norms are one process's, on any grid."""
+"""What the parity matrix (test_matrix.py) leaves out, of the same twenty losses and gradient norms.
+
+Documents under every layout with windows and sinks at once, samples that nothing divides, ranks without a label, bf16.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,6 @@ from megatron_ring.data.packing import IGNORED
 from tests.distributed import run_ranks
 from tests.training import tiny
 
-LAYOUTS = {"ring": {}, "striped": {}, "striped by 3": {"stripe_size": 3}, "zigzag": {}}
 STEPS = 20
 
 # Documents of 1 to 100 tokens in samples of 48; windows in every layer but the second; a sink learned by head.
@@ -21,35 +23,11 @@ PACKED_MODELS = {
 }
 
 
-def every_layout_and_stage() -> dict[str, dict]:
-    """Every layout with every ZeRO stage, by a name for each."""
-    return {
-        f"{name}, ZeRO {stage}": {
-            "parallel": {"context_parallel": name.split()[0], **extra},
-            "training": {"zero_stage": stage},
-        }
-        for name, extra in LAYOUTS.items()
-        for stage in (0, 1, 2, 3)
-    }
-
-
-def each_layout_and_stage_once() -> dict[str, dict]:
-    """A part of the product in which each layout and each stage still occurs."""
-    product = every_layout_and_stage()
-    return {f"{name}, ZeRO {stage}": product[f"{name}, ZeRO {stage}"] for stage, name in enumerate(LAYOUTS)}
-
-
-def other_grids() -> dict[str, dict]:
-    return {
-        "four micro-batches": {"training": {"micro_batch_size": 1}},
-        "two context ranks": {"parallel": {"context_parallel_size": 2}, "training": {"micro_batch_size": 2}},
-        "no context": {"parallel": {"context_parallel": "none"}, "training": {"micro_batch_size": 1}},
-    }
-
-
 def train_all(rank: int, world_size: int, prefix: Path, cases: dict) -> dict[str, list[tuple[float, float]]]:
-    runs = {name: tiny.Run(tiny.config(**sections), prefix, rank, world_size) for name, sections in cases.items()}
-    return {name: run.steps(STEPS) for name, run in runs.items()}
+    return {
+        name: tiny.Run(tiny.config(**sections), prefix, rank, world_size).steps(STEPS)
+        for name, sections in cases.items()
+    }
 
 
 def train_alone(rank: int, world_size: int, prefix: Path) -> list[tuple[float, float]]:
@@ -70,26 +48,6 @@ def one_process(prefix) -> torch.Tensor:
 
 def test_one_process_learns(one_process):
     assert one_process[-1, 0] < 0.75 * one_process[0, 0]
-
-
-def assert_all_like_one_process(world_size: int, cases: dict, one_process: torch.Tensor, prefix: Path) -> None:
-    for of_rank in run_ranks(world_size, train_all, prefix, cases):
-        for name, found in of_rank.items():
-            found = torch.tensor(found, dtype=torch.float64)
-            torch.testing.assert_close(found, one_process, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize(
-    ("world_size", "cases"),
-    [
-        (2, every_layout_and_stage() | other_grids()),
-        (4, each_layout_and_stage_once() | other_grids()),
-        pytest.param(4, every_layout_and_stage(), marks=pytest.mark.whole),
-    ],
-    ids=["two ranks", "four ranks", "four ranks, whole product"],
-)
-def test_losses_and_gradient_norms_are_those_of_one_process(world_size, cases, one_process, prefix):
-    assert_all_like_one_process(world_size, cases, one_process, prefix)
 
 
 def packed(model: dict, **parallel) -> dict:
@@ -129,7 +87,7 @@ def packed_alone(short_documents) -> dict[str, torch.Tensor]:
     return {kind: torch.tensor(steps, dtype=torch.float64) for kind, steps in found.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, *(pytest.param(size, marks=pytest.mark.whole) for size in (2, 4))])
 def test_packed_documents_train_as_on_one_process(world_size, packed_alone, short_documents):
     cases = packed_cases()
     for of_rank in run_ranks(world_size, train_all, short_documents, cases):
@@ -158,12 +116,30 @@ def test_ranks_without_a_label_change_nothing(prefix):
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), alone, rtol=1e-5, atol=0)
 
 
-def train_in_bf16(rank: int, world_size: int, prefix: Path) -> list[list[tuple[float, float]]]:
-    training = [{"dtype": "bf16", "zero_stage": stage} for stage in (0, 1, 2, 3)]
-    return [tiny.Run(tiny.config(training=t), prefix, rank, world_size).steps(STEPS) for t in training]
+TENSOR = {"tensor_model_parallel_size": 2}
+BF16 = {
+    **{f"ring, ZeRO {stage}": {"training": {"zero_stage": stage}} for stage in (0, 1, 2, 3)},
+    **{f"tensor, ZeRO {stage}": {"parallel": TENSOR, "training": {"zero_stage": stage}} for stage in (1, 2, 3)},
+    "tensor, tokens shared": {"parallel": TENSOR | {"sequence_parallel": True}},
+    "ulysses": {"parallel": {"ulysses_degree": 2}},
+    "pipe": {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"micro_batch_size": 2}},
+}
 
 
-def test_bf16_follows_fp32_under_every_stage(one_process, prefix):
-    # Weights are kept in fp32 and rounded for use, so a loss is off by what one rounding of the weights costs.
-    for found in run_ranks(2, train_in_bf16, prefix)[0]:
-        torch.testing.assert_close(torch.tensor(found)[:, 0].double(), one_process[:, 0], rtol=1e-3, atol=0)
+def in_bf16(sections: dict) -> dict:
+    return sections | {"training": {"dtype": "bf16", **sections.get("training", {})}}
+
+
+@pytest.mark.parametrize("of", BF16)
+def test_bf16_follows_fp32(of, bf16, one_process):
+    # Weights are kept in fp32 and rounded for use, so a loss is off by what one rounding of the weights costs. A norm
+    # is off by more, but not by the share of a rank or a stage.
+    torch.testing.assert_close(bf16[of][:, 0], one_process[:, 0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(bf16[of][:, 1], one_process[:, 1], rtol=5e-2, atol=0)
+
+
+@pytest.fixture(scope="module")
+def bf16(prefix) -> dict[str, torch.Tensor]:
+    """(steps, 2) of each case, on two ranks: loss and gradient norm."""
+    found = run_ranks(2, train_all, prefix, {name: in_bf16(sections) for name, sections in BF16.items()})[0]
+    return {name: torch.tensor(steps, dtype=torch.float64) for name, steps in found.items()}

@@ -43,27 +43,25 @@ def _parts(run: tiny.Run) -> dict[str, Part]:
 
 
 def faults(of_ranks: list[Trained], alone: Trained) -> list[str]:
-    """Every figure on any rank that is not ``alone``'s, and every parameter of which copies differ in a bit."""
-    errors = {f"{name} of a step": _relative(_series(of_ranks, i), _series([alone], i)) for i, name in _STEP.items()}
-    errors["validation loss"] = _relative(_validation(of_ranks), _validation([alone]))
-    copies = _copies(of_ranks)
-    expected = {name: part.values for name, part in alone.parts.items()}
+    """Every figure that is not ``alone``'s on some rank, and every parameter whose copies differ in a bit."""
+    copies, expected = _copies(of_ranks), _copies([alone])
     if copies.keys() != expected.keys():
-        return [f"parameters held by no rank, or by no whole model: {sorted(copies.keys() ^ expected.keys())}"]
-    errors |= {name: parameter_error(_whole(copies[name]), expected[name]) for name in expected}
-    differing = [f"copies of {name} differ" for name, parts in copies.items() if not _alike(parts)]
-    return [f"{what}: off by {error:.1e}" for what, error in errors.items() if not error <= TOLERANCE] + differing
+        return [f"parameters of some ranks, or of one process, alone: {sorted(copies.keys() ^ expected.keys())}"]
+    actual, figures = _figures(of_ranks), _figures([alone])
+    errors = {name: _relative(actual[name], figures[name]) for name in figures}
+    errors |= {name: parameter_error(_whole(copies[name]), _whole(expected[name])) for name in expected}
+    off = [f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+    return off + [f"copies of {name} differ" for name, parts in copies.items() if not _alike(parts)]
 
 
-_STEP = {0: "loss", 1: "gradient norm"}
-
-
-def _series(of_ranks: list[Trained], i: int) -> torch.Tensor:
-    return torch.tensor([[step[i] for step in trained.steps] for trained in of_ranks], dtype=torch.float64)
-
-
-def _validation(of_ranks: list[Trained]) -> torch.Tensor:
-    return torch.tensor([trained.validation for trained in of_ranks], dtype=torch.float64)
+def _figures(of_ranks: list[Trained]) -> dict[str, torch.Tensor]:
+    """By name: (ranks, as many as there are)."""
+    found = {
+        "loss of a step": [[loss for loss, _ in trained.steps] for trained in of_ranks],
+        "gradient norm of a step": [[norm for _, norm in trained.steps] for trained in of_ranks],
+        "validation loss": [[trained.validation] for trained in of_ranks],
+    }
+    return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in found.items()}
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
