@@ -1,7 +1,7 @@
 """Measure the peak memory of a training step at growing lengths, and the longest sequence that a budget allows.
 
     python tools/measure_memory.py --seq-lengths 2048 4096 8192
-    python tools/measure_memory.py --nproc 1 2 4 --budget-mib 256 --json docs/memory.json --plot docs/memory.svg
+    python tools/measure_memory.py --nproc 1 2 4 --budget-mib 48 --step 32 --plot docs/memory.svg
     python tools/measure_memory.py --nproc 4 --config configs/llama-1b-128k.yaml --seq-lengths 65536
 
 The real model, ring and engine take steps on random tokens, all ranks in one ring unless the config says otherwise. Of
@@ -13,8 +13,8 @@ resident     on a CPU, what the process's high-water mark (VmHWM) rose above whe
              besides tensors that is what libraries load and set aside at their first use, some 150 MB
 
 Each of --seq-lengths has processes of its own. With --budget-mib the longest sequence whose live bytes fit is sought
-for each number of ranks, by doubling and then halving the interval. Live bytes do not depend on how fast the machine
-is, nor on who else works on it.
+for each number of ranks: from where the plan has it by doubling strides, then by halving the interval. Live bytes do
+not depend on how fast the machine is, nor on who else works on it.
 """
 
 import gc
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_ring.config import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainingConfig, load_yaml
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -42,15 +42,18 @@ from megatron_ring.training.setup import Setup
 
 MIB = 2**20
 
+# Names of events: the profiler's own for what the allocator gives and takes, and ours.
+_MEMORY, _FORGET = "[memory]", "forget the peak"
+
 SMALL = Config(
-    model=ModelConfig(num_layers=2, hidden_size=256, num_attention_heads=2),
+    model=ModelConfig(num_layers=2, hidden_size=128, num_attention_heads=2),
     parallel=ParallelConfig(context_parallel="striped"),
     training=TrainingConfig(
         train_iters=1,
         lr_warmup_iters=0,
         dtype="fp32",
         # DeepSpeed's bucket is 2 GB however small the model is, which would hide all else.
-        deepspeed={"zero_optimization": {"reduce_bucket_size": 2_000_000}},
+        deepspeed={"zero_optimization": {"reduce_bucket_size": 500_000}},
     ),
     memory=MemoryConfig(recompute="full"),
 )
@@ -68,7 +71,7 @@ class Options:
     step: int = 64
     """The longest sequence is found to within this many tokens a rank."""
     config: str = ""
-    """YAML file of the model and how it is trained. Empty: two layers of width 256, --recompute full."""
+    """YAML file of the model and how it is trained. Empty: two layers of width 128, --recompute full."""
     vocab_size: int = 512
     """Token ids of the model."""
     json: str = ""
@@ -120,15 +123,26 @@ def _config(options: Options, seq_length: int) -> Config:
     return replace(config, data=replace(config.data, seq_length=seq_length))
 
 
-def longest_that(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of ``unit`` that fits, 0 if none does; whatever fits, so does what is shorter."""
-    low, high = 0, 1
-    while fits(high * unit):
-        low, high = high, 2 * high
+def longest_that(fits: Callable[[int], bool], unit: int, guess: int = 0) -> int:
+    """The largest multiple of ``unit`` that fits, 0 if none does; whatever fits, so does what is shorter.
+
+    It is soon found where ``guess`` is near.
+    """
+    low, high = _around(lambda number: fits(number * unit), guess // unit)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * unit) else (low, middle)
     return low * unit
+
+
+def _around(fits: Callable[[int], bool], guess: int) -> tuple[int, int]:
+    """A number that fits, or 0, and a larger one that does not, by strides from ``guess`` that double."""
+    low, high, stride = guess, guess + 1, 1
+    while low > 0 and not fits(low):
+        low, high, stride = max(low - stride, 0), low, 2 * stride
+    while high > guess and fits(high):
+        low, high, stride = high, high + 2 * stride, 2 * stride
+    return low, high
 
 
 # ---- what is told ----
@@ -221,35 +235,53 @@ def _rank(rank: int, nproc: int, options: Options, seq_length: int | None, port:
 
 
 def _search(rank: int, nproc: int, options: Options) -> list[Measured]:
-    rows = []
+    rows, budget = [], options.budget_mib * MIB
 
     def fits(seq_length: int) -> bool:
-        # Its resident bytes would be mixed with what lengths before it left behind.
-        rows.append(replace(_measure(rank, nproc, seq_length, options), resident=None))
-        return rows[-1].live <= options.budget_mib * MIB
+        # What lengths before it left behind would be resident too.
+        rows.append(_measure(rank, nproc, seq_length, options, resident=False))
+        return rows[-1].live <= budget
 
-    longest_that(fits, options.step * nproc)
+    unit = options.step * nproc
+    longest_that(fits, unit, guess=longest_that(lambda length: _planned(length, nproc, options) <= budget, unit))
     return rows
 
 
-def _measure(rank: int, nproc: int, seq_length: int, options: Options) -> Measured:
-    """Build everything anew and take steps of ``seq_length`` tokens; all ranks must."""
+def _planned(seq_length: int, nproc: int, options: Options) -> int:
     setup = Setup.of(_config(options, seq_length), nproc)
-    gc.collect()
-    resident_before = _resident("VmRSS")
-    with LiveBytes() as building:
+    return max(stage.peak for stage in memory_of_stages(setup, options.vocab_size))
+
+
+def _measure(rank: int, nproc: int, seq_length: int, options: Options, resident: bool = True) -> Measured:
+    """Steps of ``seq_length`` tokens; all ranks must. ``resident``: whether that is wanted, and a process new."""
+    setup = Setup.of(_config(options, seq_length), nproc)
+    resident = resident and setup.device == "cpu"
+    own_resident = _resident_peak(setup, rank, options) if resident else 0
+    most = torch.tensor([own_resident, _live_peak(setup, rank, options)], device=setup.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    most_resident, most_live = most.tolist()
+    planned = _planned(seq_length, nproc, options)
+    return Measured(nproc, seq_length, most_live, most_resident if resident else None, planned)
+
+
+def _resident_peak(setup: Setup, rank: int, options: Options) -> int:
+    before = _resident("VmRSS")
+    trainer = _Trainer(setup, rank, options.vocab_size)
+    trainer.step(trainer.shortest)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    trainer.step(setup.layout)
+    return _resident("VmHWM") - before
+
+
+def _live_peak(setup: Setup, rank: int, options: Options) -> int:
+    with LiveBytes() as live:
         trainer = _Trainer(setup, rank, options.vocab_size)
         trainer.step(trainer.shortest)
-    resident = trainer.resident_peak(setup.layout) - resident_before if setup.device == "cpu" else None
-    with LiveBytes() as step:
+        live.forget_peak()
         trainer.step(setup.layout)
-    live = building.after + step.peak
     del trainer
-    most = torch.tensor([live, resident or 0], device=setup.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    live, most_resident = most.tolist()
-    planned = max(stage.peak for stage in memory_of_stages(setup, options.vocab_size))
-    return Measured(nproc, seq_length, live, None if resident is None else most_resident, planned)
+    gc.collect()
+    return live.peak
 
 
 class _Trainer:
@@ -277,12 +309,6 @@ class _Trainer:
         batches = [Batch(x[:, :-1].clone(), x[:, 1:].clone(), positions, None) for x in numbers]
         self.engine.train_step(batches, 1e-4)
 
-    def resident_peak(self, layout: Layout) -> int:
-        """The process's high-water mark in a step."""
-        Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is resident now
-        self.step(layout)
-        return _resident("VmHWM")
-
 
 def _resident(mark: str) -> int:
     """VmRSS, the bytes resident now, or VmHWM, their high-water mark; 0 where the system does not say."""
@@ -295,31 +321,42 @@ class LiveBytes:
     """Tensor bytes that came to live while this was open: ``after`` it, and ``peak`` while it was.
 
     On a CPU from the profiler's record of the allocator. It sees what operators written in C++ or in Python allocate,
-    this process's main thread alone, which on a CPU runs backward too.
+    this process's main thread alone, which on a CPU runs backward too; not what lived before and was freed.
     """
 
     def __enter__(self) -> "LiveBytes":
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         else:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
         return self
 
+    def forget_peak(self) -> None:
+        """Count the peak from here on, of all that came to live since the beginning."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with record_function(_FORGET):
+                pass
+
     def __exit__(self, *error: object) -> None:
-        gc.collect()
         if torch.cuda.is_available():
             self.after = torch.cuda.memory_allocated() - self._before
             self.peak = torch.cuda.max_memory_allocated() - self._before
-            return
-        self._profile.__exit__(*error)
-        events = self._profile.profiler.kineto_results.events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        else:
+            self._profile.__exit__(*error)
+            self._replay(self._profile.profiler.kineto_results.events())
+
+    def _replay(self, events: list) -> None:
         self.after = self.peak = 0
-        for _, change in changes:
-            self.after += change
-            self.peak = max(self.peak, self.after)
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            if event.name() == _MEMORY:
+                self.after += event.nbytes()
+                self.peak = max(self.peak, self.after)
+            elif event.name() == _FORGET:
+                self.peak = self.after
 
 
 if __name__ == "__main__":

@@ -126,10 +126,11 @@ def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, 
 def _backward_through_ring(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
     """The gradient of the output, float32 sums of those of Q, K and V, and what is on its way (context_parallel/ring).
 
-    On its way are a copy of K and V that leaves and one that comes, and beside one's own sums those of a neighbour.
+    On its way are one message that leaves and one that comes, and so for the sums that follow: of the keys, or of the
+    queries with their outputs' gradients, lse and delta, whichever are fewer bytes.
     """
-    wide = _WIDE / dtype.itemsize
-    sums = wide * (x.queries + x.ring_keys)
+    queries_sum, keys_sum = (_WIDE / dtype.itemsize * y for y in (x.queries, x.ring_keys))
     cast = 0 if dtype == torch.float32 else x.queries + x.ring_keys
-    travelling = 2 * x.ring_keys + 2 * wide * x.ring_keys if grid.ring > 1 else 0
-    return x.queries + sums + max(cast, travelling)
+    of_keys, of_queries = x.ring_keys + keys_sum, 2 * x.queries + 2 * x.lse + queries_sum
+    travelling = 2 * min(of_keys, of_queries) if grid.ring > 1 else 0
+    return x.queries + queries_sum + keys_sum + max(cast, travelling)

@@ -30,16 +30,32 @@ def test_live_bytes_are_counted_within_operators_and_between_them():
     assert live.peak >= 4000 + 4000 + 8000
 
 
+def test_a_peak_that_is_forgotten_leaves_what_still_lives():
+    with LiveBytes() as live:
+        kept = torch.ones(1000)
+        torch.ones(50_000)
+        live.forget_peak()
+        kept + 1
+    assert live.peak == pytest.approx(8000, abs=256)
+
+
+@pytest.mark.parametrize("guess", [0, 10, 52, 640])
 @pytest.mark.parametrize("limit", [0, 1, 5, 64, 100])
-def test_the_longest_that_fits_is_found(limit):
+def test_the_longest_that_fits_is_found_wherever_it_is_sought_from(limit, guess):
     tried = []
 
     def fits(length: int) -> bool:
         tried.append(length)
         return length <= limit * 10
 
-    assert longest_that(fits, 10) == limit * 10
+    assert longest_that(fits, 10, guess) == limit * 10
     assert len(tried) == len(set(tried)) <= 16
+
+
+def test_a_good_guess_saves_trials():
+    tried = []
+    assert longest_that(lambda length: tried.append(length) or length <= 990, 10, guess=1000) == 990
+    assert tried == [1000, 990]
 
 
 def test_a_further_token_costs_what_two_lengths_differ_by():
@@ -49,7 +65,7 @@ def test_a_further_token_costs_what_two_lengths_differ_by():
 
 def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_knows_it(tmp_path):
     """On real ranks, with DeepSpeed: what is measured is told, written, drawn, and was planned."""
-    done = measure("--nproc", "1", "2", "--budget-mib", "60", "--step", "512", "--seq-lengths", "512",
+    done = measure("--nproc", "1", "2", "--budget-mib", "20", "--step", "256", "--seq-lengths", "512",
                    "--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
@@ -57,7 +73,7 @@ def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_kno
     for row in found["measured"]:
         assert row["planned"] == pytest.approx(row["live"], rel=ERROR)
         assert (row["resident"] is not None) == (row["seq_length"] == 512)
-    assert f"60 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in done.stdout
+    assert f"20 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in done.stdout
     assert (tmp_path / "found.svg").stat().st_size > 1000
 
 
