@@ -1,12 +1,12 @@
 """Covering sets: few assignments in which all that can meet does meet, each pair of values in at least one of them.
 
-Most faults of a program with many options show when two of them meet, and pairs need few runs: as many as the two
-longest lists of values ask for, about, whatever the number of options (Cohen et al. 1997, "The AETG system"). What is
-legal is asked, never known: a combination that no legal assignment has is left out, and ``infeasible`` says which.
+Most faults of a program with many options show when two of them meet, and the rows that it takes grow with the longest
+lists of values, hardly with the number of options (Cohen et al. 1997, "The AETG system": greedy, the
+best of some candidates). What is legal is asked, never known: ``infeasible`` says what is left out.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 
 Factors = dict[str, tuple]
 """The values of each factor. The first is its plain value; all plain values together are legal."""
@@ -73,11 +73,11 @@ def _combinations_of(row: Assignment, strength: int) -> Iterator[tuple]:
     return itertools.combinations(row.items(), strength)
 
 
-def _gain(row: Assignment, missing, strength: int) -> int:
+def _gain(row: Assignment, missing: Collection[tuple], strength: int) -> int:
     return sum(combination in missing for combination in _combinations_of(row, strength))
 
 
-def _grown(row: Assignment, factors: Factors, legal: Legal, missing, strength: int) -> Assignment:
+def _grown(row: Assignment, factors: Factors, legal: Legal, missing: Collection[tuple], strength: int) -> Assignment:
     """``row`` with one value after another changed for what covers most of ``missing``, until no change helps.
 
     Of equally good values the first in its list stays, so that rows are as plain as may be.
