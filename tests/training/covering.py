@@ -1,8 +1,8 @@
 """Covering sets: few assignments in which all that can meet does meet, each pair of values in at least one of them.
 
 Most faults of a program with many options show when two of them meet, and the rows that it takes grow with the longest
-lists of values, hardly with the number of options (Cohen et al. 1997, "The AETG system": greedy, the
-best of some candidates). What is legal is asked, never known: ``infeasible`` says what is left out.
+lists of values, hardly with the number of options (Cohen et al. 1997, "The AETG system": greedy, the best of some
+candidates). What is legal is asked, never known: ``infeasible`` says what is left out.
 """
 
 import itertools
