@@ -98,6 +98,7 @@ class Vocabulary(VocabularyParallelEmbedding):
 
     def __init__(self, name: str, config: ModelConfig, vocab_size: int, seed: int, execution: Execution = PLAIN):
         super().__init__(vocab_size, config.hidden_size, execution.tensor)
+        self.execution = execution
         initialize(self, config, seed, prefix=name)
 
 

@@ -1,12 +1,11 @@
 """The pipeline under DeepSpeed: its module, built stage by stage, and its engine, driven one optimizer step at a time.
 
-The schedule is DeepSpeed's 1F1B. First and last stages are handed the same micro-batches and read of them what they
-need; what the stages between need travels (model/pipeline.py). Its loss is a mean over micro-batches and D x C, as
-the plain engine's, so the same scale makes it the token mean.
+The schedule is DeepSpeed's 1F1B. The first stage reads the micro-batches, and what later ones need of them travels
+(model/pipeline.py). The loss is a mean over micro-batches and D x C, as the plain engine's, so the same scale makes it
+the token mean.
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +50,7 @@ def pipelined(
         return PipelineModule(
             layers,
             topology=PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context),
-            loss_fn=functools.partial(pipeline.scaled_loss, execution=execution),
+            loss_fn=torch.mul,  # a loss sum by the scale that comes as its label
             partition_method="type:StageLayers",
             dynamic_shape=packed,
         )
@@ -72,8 +71,8 @@ class PipelineEngine(Engine):
         return self.engine.eval_batch(_loaded(batches, scale), num_micro_batches=len(batches)).squeeze()
 
 
-def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, tuple]]:
-    """(inputs, labels) of each micro-batch, as first and last stage take them."""
+def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """(inputs, label) of each micro-batch: the first stage takes the one, the last the other."""
     for batch in batches:
         starts = () if batch.document_starts is None else (batch.document_starts,)
-        yield (batch.tokens_Bl, batch.positions, *starts), (batch.targets_Bl, scale)
+        yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), scale

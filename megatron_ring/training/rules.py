@@ -17,7 +17,7 @@ from megatron_ring.training.precision import precision
 def problems(config: Config, grid: Grid, device: str) -> list[str]:
     """All that keeps ``config`` from running on ``grid``, but what its sections know of themselves."""
     found = [message for rule in RULES if (message := rule(config, grid))]
-    return lengths.problems(config, grid) + found + _device_problems(config, device)
+    return lengths.problems(config, grid) + found + _device_problems(config, grid, device)
 
 
 def _heads(config: Config, grid: Grid) -> str | None:
@@ -142,15 +142,27 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
 )
 
 
-def _device_problems(config: Config, device: str) -> list[str]:
-    found = []
+def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:
     try:
-        precision(config.training.dtype, device)
+        found = [_half_without_zero(config, grid, precision(config.training.dtype, device).name)]
     except ConfigError as refused:
-        found += refused.problems
+        found = refused.problems
     if config.memory.offload_activations and device == "cpu":
         found.append(
             "offload_activations has no effect on this device, a CPU: activations lie in its memory already. "
             "Leave --offload-activations out."
         )
-    return found
+    return [message for message in found if message]
+
+
+def _half_without_zero(config: Config, grid: Grid, dtype: str) -> str | None:
+    # Of gradients in half precision DeepSpeed's optimizer without ZeRO cannot tell whose they are. A pipeline's in
+    # bfloat16 is another one, and right.
+    wrong = {"fp32": False, "bf16": grid.tensor > 1 and grid.pipe == 1, "fp16": grid.tensor * grid.pipe > 1}
+    if config.training.zero_stage > 0 or not wrong[dtype]:
+        return None
+    return (
+        f"zero_stage 0 in {dtype} would count the gradient's norm wrongly (DeepSpeed's optimizer for it does) where "
+        f"{grid.tensor * grid.pipe} processes share a model: {grid.tensor} tensor x {grid.pipe} pipeline ranks. "
+        "Set --zero-stage 1, or --dtype fp32."
+    )

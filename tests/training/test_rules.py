@@ -115,6 +115,12 @@ REFUSED = {
         "offload_param cpu needs zero_stage 3, which no pipeline takes. "
         "Set --offload-param none, or --pipeline-model-parallel-size 1 with --zero-stage 3.",
     ),
+    "half precision over tensor ranks without ZeRO": (
+        2,
+        {"parallel": tensor(2), "training": {"zero_stage": 0, "dtype": "bf16"}},
+        "zero_stage 0 in bf16 would count the gradient's norm wrongly (DeepSpeed's optimizer for it does) where 2 "
+        "processes share a model: 2 tensor x 1 pipeline ranks. Set --zero-stage 1, or --dtype fp32.",
+    ),
     "fp16 on a CPU": (
         1,
         {"training": {"dtype": "fp16"}},
@@ -184,6 +190,10 @@ def test_a_device_that_activations_can_be_moved_from(monkeypatch):
 
 
 LEGAL = {
+    "half precision over pipeline x tensor ranks without ZeRO": (
+        4,
+        {"parallel": tensor(2) | pipe(2), "training": {"zero_stage": 0, "dtype": "bf16"}},
+    ),
     "pure Ulysses": (4, {"parallel": {"ulysses_degree": 4, "context_parallel": "ring"}}),
     "fewer key-value heads than Ulysses ranks": (
         4,
