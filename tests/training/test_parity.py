@@ -116,13 +116,13 @@ def test_ranks_without_a_label_change_nothing(prefix):
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), alone, rtol=1e-5, atol=0)
 
 
-TENSOR = {"tensor_model_parallel_size": 2}
+TENSOR, PIPE, MICRO = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"micro_batch_size": 2}
 BF16 = {
     **{f"ring, ZeRO {stage}": {"training": {"zero_stage": stage}} for stage in (0, 1, 2, 3)},
     **{f"tensor, ZeRO {stage}": {"parallel": TENSOR, "training": {"zero_stage": stage}} for stage in (1, 2, 3)},
     "tensor, tokens shared": {"parallel": TENSOR | {"sequence_parallel": True}},
     "ulysses": {"parallel": {"ulysses_degree": 2}},
-    "pipe": {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"micro_batch_size": 2}},
+    **{f"pipe, ZeRO {stage}": {"parallel": PIPE, "training": {"zero_stage": stage, **MICRO}} for stage in (0, 1)},
 }
 
 
