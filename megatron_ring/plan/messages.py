@@ -42,6 +42,9 @@ def tensor_bytes(stream_bytes: int, ranks: int) -> int:
 
 
 def stage_bytes(stream_bytes: int, tokens: int, grid: Grid, sequence_parallel: bool) -> tuple[int, int]:
-    """Sent by a process to the next stage for a micro-batch, the stream and its positions; and back, the gradient."""
+    """Sent by a process to the next stage for a micro-batch, the stream, targets and positions; and back, gradients.
+
+    Positions are one for each of the ``tokens`` of B samples, or of one sample where all have the same.
+    """
     stream = stream_bytes // (grid.tensor if sequence_parallel else 1)
-    return stream + torch.int64.itemsize * tokens, stream
+    return stream + 2 * torch.int64.itemsize * tokens, stream

@@ -87,7 +87,7 @@ def test_bytes_of_every_exchange_are_told():
     assert f"bytes of Ulysses {(q + kv) // 2:,} before attention" in said
     assert f"bytes of tensor  {2 * stream:,} a layer's forward" in said
     assert (
-        f"bytes of a stage {stream + 8 * tokens:,} forward to the next one for a micro-batch, {stream:,} back" in said
+        f"bytes of a stage {stream + 16 * tokens:,} forward to the next one for a micro-batch, {stream:,} back" in said
     )
     assert "bubble           11.1% of a step a stage waits: 2 stages, 8 micro-batches" in said
 
