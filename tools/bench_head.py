@@ -14,7 +14,6 @@ gradients of the two: by tensors, not by the allocator, so that every run weighs
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_ring.errors import ConfigError, speaking_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
+from megatron_ring.plan.live_memory import LiveMemory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
@@ -62,36 +60,6 @@ class Result:
     ratio: float
     unchunked_bytes: int
     chunked_bytes: int
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operators made under it and that still exist: ``now``, and ``peak``.
-
-    What an operator makes and frees inside itself is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._known.update(_storages((args, kwargs)))
-        out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            if storage not in self._known:
-                self._known.add(storage)
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return out
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def _storages(tree) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def main() -> None:
@@ -168,7 +136,7 @@ def _both_ways(head: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[],
 
 
 def _peak(run: Callable[[], None]) -> int:
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         run()
     return live.peak
 

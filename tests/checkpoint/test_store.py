@@ -8,7 +8,6 @@ from megatron_ring.checkpoint import store
 from megatron_ring.config import Config, DataConfig, ModelConfig, load_yaml
 from megatron_ring.errors import CheckpointError
 
-
 SPLIT = {"data_context_size": 2, "tensor_size": 1, "pipe_size": 2, "zero_stage": 1}
 
 

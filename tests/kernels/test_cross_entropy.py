@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.kernels.cross_entropy import VocabularyPart, head_loss_sum
+from megatron_ring.plan.live_memory import LiveMemory
 from tests.distributed import run_ranks
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
-from tools.bench_head import LiveBytes
 
 B, L, E, V = 2, 9, 6, 37
 IGNORED = -100
@@ -346,7 +346,7 @@ def test_more_tokens_take_memory_for_their_gradient_alone(dtype):
     def beyond_gradients(tokens: int) -> int:
         given = head(dtype, tokens)
         inputs = [x.requires_grad_() for x in given[:2]]
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             (head_loss_sum(*given, 16) * FACTOR).backward()
         return live.peak - sum(x.grad.nbytes for x in inputs)
 

@@ -18,7 +18,7 @@ from megatron_ring.model.gpt import Layers
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import run_block
 from megatron_ring.parallel.collectives import ProcessGroups
-from tests.live_memory import LiveMemory, storage_of
+from megatron_ring.plan.live_memory import LiveMemory, storage_of
 
 LENGTH, CPU = 16, torch.device("cpu")
 MODES = {

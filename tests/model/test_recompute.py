@@ -16,7 +16,7 @@ from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
 from megatron_ring.model.recompute import in_chunks, run_block
 from megatron_ring.parallel.collectives import ProcessGroups
-from tests.live_memory import LiveMemory, storage_of
+from megatron_ring.plan.live_memory import LiveMemory, storage_of
 from tests.model.conftest import plain_attention
 
 LENGTH = 16

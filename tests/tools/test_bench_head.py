@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import tyro
 
 from megatron_ring.errors import ConfigError
 from tools import bench_head
-from tools.bench_head import MIB, LiveBytes, Options
+from tools.bench_head import MIB, Options
 
 SMALL = ["--hidden-size", "8", "--vocab-size", "96", "--chunk-size", "32", "--rounds", "2"]
 PAGE = (Path(__file__).parents[2] / "docs" / "head.md").read_text()
@@ -65,19 +64,6 @@ def test_the_unchunked_head_grows_with_the_tokens_and_the_chunked_does_not(told)
 def test_what_cannot_be_run_is_said(flags, message, told):
     with pytest.raises(ConfigError, match=message):
         told(*flags)
-
-
-def test_live_bytes_are_those_of_tensors_made_and_still_there():
-    given = torch.ones(100)
-    with LiveBytes() as live:
-        view, made = given.view(10, 10), given + 1
-        assert live.now == 400
-        made.mul_(2)
-        assert live.now == 400
-        del made
-        assert live.now == 0
-        view @ view
-    assert (live.now, live.peak) == (0, 400)
 
 
 # ---- docs/head.md ----
