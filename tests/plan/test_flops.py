@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.gpt import GPT
+from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megatron_ring.plan.flops import peak_flops, training_flops, visible_pairs
 
 VOCAB, SEQ = 61, 32
@@ -26,7 +26,8 @@ LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_que
 )
 def test_six_for_each_weight_of_a_product_and_half_of_the_square(config):
     model = GPT(config, VOCAB, SEQ, attention=None, seed=0)
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    products = (ColumnParallelLinear, RowParallelLinear)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, products))
     head = VOCAB * config.hidden_size  # tied: a product with the embedding
     pairs = sum(position + 1 for position in range(SEQ))
     attention = 2 * 2 * 3 * config.num_layers * config.hidden_size * pairs
