@@ -292,11 +292,22 @@ class CheckpointConfig:
     """Folder to resume from; the newest whole checkpoint in it is taken, and an empty folder starts afresh."""
     save_interval: int = 0
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
+    keep_last: int = 0
+    """K: with a new checkpoint whole, those before the last K are deleted. 0: all are kept."""
+    keep_every: int = 0
+    """M: with --keep-last, checkpoints of steps that are multiples of M are kept beside the last K. 0: none are."""
 
     def problems(self) -> list[str]:
-        found = _negative(self, "save_interval")
+        found = _negative(self, "save_interval", "keep_last", "keep_every")
         if self.save_interval and not self.save:
             found.append(f"save_interval {self.save_interval} has nowhere to write to. Set --save.")
+        if self.keep_last > 0 and not self.save:
+            found.append(f"keep_last {self.keep_last} has no effect while save is empty. Set --save, or --keep-last 0.")
+        if self.keep_every > 0 and self.keep_last == 0:
+            found.append(
+                f"keep_every {self.keep_every} has no effect while keep_last is 0, which keeps all. "
+                "Set --keep-last, or --keep-every 0."
+            )
         return found
 
 

@@ -175,7 +175,8 @@ MISTAKES = {
     "model: {num_layer: 2}": "FILE: model: unknown key 'num_layer'. Did you mean num_layers?",
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
-    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval.",
+    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval, "
+    "keep_last, keep_every.",
     "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
     "dry_run.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
@@ -383,6 +384,11 @@ PROBLEMS = [
         DataConfig(split=(0.0, 1.0)),
         "split (0.0, 1.0) must be two shares that add up to 1, the first above 0. Set --split.",
     ),
+    (CheckpointConfig(save="runs", keep_last=-1), "keep_last -1 must not be below 0. Set --keep-last."),
+    (
+        CheckpointConfig(save="runs", keep_last=2, keep_every=-1),
+        "keep_every -1 must not be below 0. Set --keep-every.",
+    ),
     (
         DataConfig(split=(1.5, -0.5)),
         "split (1.5, -0.5) must be two shares that add up to 1, the first above 0. Set --split.",
@@ -397,6 +403,11 @@ PROBLEMS = [
         "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
     ),
     (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
+    (CheckpointConfig(keep_last=3), "keep_last 3 has no effect while save is empty. Set --save, or --keep-last 0."),
+    (
+        CheckpointConfig(save="runs", keep_every=100),
+        "keep_every 100 has no effect while keep_last is 0, which keeps all. Set --keep-last, or --keep-every 0.",
+    ),
 ]
 
 
@@ -416,6 +427,7 @@ LEGAL = [
     DataConfig(split=(1.0, 0.0)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
     CheckpointConfig(save="runs", save_interval=5),
+    CheckpointConfig(save="runs", keep_last=2, keep_every=100),
 ]
 
 

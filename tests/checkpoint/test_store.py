@@ -1,25 +1,14 @@
 """A checkpoint is whole or not there; what is damaged is passed over and named."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from megatron_ring.checkpoint import store
-from megatron_ring.config import Config, DataConfig, ModelConfig, load_yaml
+from megatron_ring.checkpoint import names, store
+from megatron_ring.config import Config, load_yaml
 from megatron_ring.errors import CheckpointError
-
-SPLIT = {"data_context_size": 2, "tensor_size": 1, "pipe_size": 2, "zero_stage": 1}
-
-
-def state(step: int, **changes) -> store.RunState:
-    sizes = {"vocab_size": 61, "seq_length": 48}
-    return store.RunState(step=step, consumed_samples=4 * step, **SPLIT | sizes | changes)
-
-
-def write(folder: Path, step: int, config: Config | None = None, **changes) -> Path:
-    store.prepare(folder, step)
-    (folder / store.partial_name(step) / "rank-0.pt").write_bytes(b"weights of step %d" % step)
-    return store.commit(folder, state(step, **changes), config or Config())
+from tests.checkpoint.small import state, write
 
 
 def test_the_newest_whole_checkpoint_is_found_with_its_state(tmp_path):
@@ -48,7 +37,7 @@ def test_without_the_pointer_the_last_step_is_the_newest(tmp_path):
 def test_one_that_is_being_written_is_not_there_yet(tmp_path):
     write(tmp_path, 5)
     store.prepare(tmp_path, 10)
-    (tmp_path / store.partial_name(10) / "rank-0.pt").write_bytes(b"half of the wei")
+    (tmp_path / names.partial_name(10) / "rank-0.pt").write_bytes(b"half of the wei")
     assert store.newest(tmp_path).state.step == 5
 
 
@@ -69,22 +58,33 @@ def test_an_empty_folder_holds_none(tmp_path):
     assert store.newest(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda path: (path / "rank-0.pt").write_bytes(b"short"), "rank-0.pt has 5 bytes, 18 were written"),
-        (lambda path: (path / "rank-0.pt").unlink(), "rank-0.pt is missing, 18 were written"),
-        (lambda path: (path / "state.json").unlink(), "its state.json is missing or damaged"),
-        (lambda path: (path / "state.json").write_text("{"), "its state.json is missing or damaged"),
-        (lambda path: (path / "state.json").write_text('{"files": {}}'), "its state.json is missing or damaged"),
-    ],
-)  # fmt: skip
-def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage, reason):
-    good = write(tmp_path, 5)
-    damage(write(tmp_path, 10))
+DAMAGES = {
+    "rank-0.pt has 5 bytes, 18 were written": lambda path: (path / "rank-0.pt").write_bytes(b"short"),
+    "rank-0.pt has other bytes than the 18 that were written": lambda path: flip(path / "rank-0.pt", 3),
+    "rank-0.pt is missing, 18 bytes were written": lambda path: (path / "rank-0.pt").unlink(),
+    "config.yaml has other bytes than the SIZE that were written": lambda path: flip(path / "config.yaml", 10),
+    "its state.json is missing": lambda path: (path / "state.json").unlink(),
+    "its state.json is damaged": lambda path: flip(path / "state.json", 20),
+    "layer_00-model_states.pt was not written with it and must be moved away": (
+        lambda path: (path / "layer_00-model_states.pt").touch()
+    ),
+}
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_damaged_one_is_passed_over_and_named(tmp_path, reason):
+    good, damaged = write(tmp_path, 5), write(tmp_path, 10)
+    size = (damaged / "config.yaml").stat().st_size
+    DAMAGES[reason](damaged)
     found = store.newest(tmp_path)
     assert found.path == good
-    assert found.skipped == (f"{tmp_path}/step-00000010 is passed over: {reason}.",)
+    assert found.skipped == (f"{tmp_path}/step-00000010 is passed over: {reason.replace('SIZE', str(size))}.",)
 
 
 def test_where_none_is_whole_all_are_named(tmp_path):
@@ -96,43 +96,77 @@ def test_where_none_is_whole_all_are_named(tmp_path):
     assert named == [f"{tmp_path}", f"{tmp_path}/step-00000010", f"{tmp_path}/step-00000005"]
 
 
-def test_another_model_is_refused_size_by_size(tmp_path):
-    write(tmp_path, 5, Config(model=ModelConfig(num_layers=2, hidden_size=128)))
-    with pytest.raises(CheckpointError) as refused:
-        store.check_same_model(store.newest(tmp_path), Config(), vocab_size=4096)
-    assert refused.value.problems == [
-        f"{tmp_path}/step-00000005 is a checkpoint of another model:",
-        "num_layers 2 there, 4 here. Set --num-layers.",
-        "hidden_size 128 there, 256 here. Set --hidden-size.",
-        "vocab_size 61 there, 4096 here. Set --tokenizer-model.",
-    ]
-
-
-def test_a_learned_position_table_fixes_the_length(tmp_path):
-    learned = Config(model=ModelConfig(position_embedding_type="learned_absolute"), data=DataConfig(seq_length=64))
-    write(tmp_path, 5, learned)
-    with pytest.raises(CheckpointError, match="seq_length 48 there, 64 here. Set --seq-length"):
-        store.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
-
-
-def test_another_split_is_refused_with_the_number_to_start(tmp_path):
-    write(tmp_path, 5)
-    found = store.newest(tmp_path)
-    store.check_same_split(found, **SPLIT)
-    refused = {
-        "over 2 data x context ranks .ZeRO 1., this run has 4. Start 2 times": {"data_context_size": 4},
-        "written with zero_stage 1, this run has 2. Set --zero-stage 1": {"zero_stage": 2},
-        "over 1 tensor ranks, this run has 2. Set --tensor-model-parallel-size 1": {"tensor_size": 2},
-        "over 2 pipeline ranks, this run has 1. Set --pipeline-model-parallel-size 2": {"pipe_size": 1},
-    }
-    for said, changes in refused.items():
-        with pytest.raises(CheckpointError, match=said):
-            store.check_same_split(found, **SPLIT | changes)
-
-
 def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
         CheckpointError, match="cannot write a checkpoint to .*file/folder: Not a directory. Set --save"
     ):
         store.prepare(tmp_path / "file" / "folder", 5)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "step-00000012", "step-00000001", "step-10", "nonsense\n", "step-00000010/../.."]
+)
+def test_a_damaged_latest_is_named_and_loses_no_checkpoint(tmp_path, content):
+    write(tmp_path, 5)
+    path = write(tmp_path, 10)
+    (tmp_path / "latest").write_text(content)
+    found = store.newest(tmp_path)
+    assert found.path == path
+    assert found.skipped == (f"{tmp_path}/latest is passed over: it names {content.strip()!r}, which is not there.",)
+
+
+def test_where_the_latest_has_vanished_the_one_before_is_taken_and_not_one_of_an_earlier_run(tmp_path):
+    write(tmp_path, 20)
+    before = write(tmp_path, 5)
+    (write(tmp_path, 10)).rename(tmp_path / "elsewhere")
+    found = store.newest(tmp_path)
+    assert found.path == before
+    assert found.skipped == (f"{tmp_path}/latest is passed over: it names 'step-00000010', which is not there.",)
+
+
+def test_where_all_have_vanished_a_run_does_not_start_from_nothing(tmp_path):
+    write(tmp_path, 5).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        store.newest(tmp_path)
+
+
+def test_what_killed_saves_left_is_cleared_by_the_next(tmp_path):
+    for step in (5, 10):
+        store.prepare(tmp_path, step)
+        (tmp_path / names.partial_name(step) / "rank-0.pt").write_bytes(b"half of the wei")
+    write(tmp_path, 15).rename(tmp_path / ".removed-step-00000015")
+    write(tmp_path, 20)
+    store.prepare(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-00000025", "latest", "step-00000020"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match="cannot read the checkpoints in .*file: Not a directory. Set --load"):
+        store.newest(tmp_path / "file")
+
+
+def test_names_are_flushed_after_what_they_stand_for(tmp_path, monkeypatch):
+    """A power cut keeps what was flushed. Each name must be flushed after its bytes, and before what relies on it."""
+    log, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (log.append(opened(descriptor)), fsync(descriptor)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (log.append(f"rename {to.name}"), replace(path, to)))
+    write(tmp_path / "made", 5)
+    assert log == [
+        f"flush {tmp_path.name}",
+        "flush rank-0.pt",
+        "flush config.yaml",
+        "flush config.yaml",
+        "flush state.json",
+        "flush .partial-00000005",
+        "rename step-00000005",
+        "flush made",
+        "flush .latest",
+        "rename latest",
+        "flush made",
+    ]
+
+
+def opened(descriptor: int) -> str:
+    return f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}"
