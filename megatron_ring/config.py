@@ -8,6 +8,7 @@ and of the device is checked by training/setup.py. Nothing is clamped or repaire
 import contextlib
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -176,13 +177,16 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     data_path: tuple[str, ...] = ()
-    """Token store P for P.bin and P.idx (Megatron's format). None given: the source text of Python's own library."""
+    """Token store P for P.bin and P.idx (Megatron's format), or a blend of stores with the weight of each before it:
+    0.7 A 0.3 B (in YAML the weights too are text). None given: the source text of Python's own library."""
     tokenizer_model: str = ""
-    """The sentencepiece model the store was written with. Empty: tokenizer.model beside the store."""
+    """The sentencepiece model the stores were written with. Empty: tokenizer.model beside the first."""
     split: tuple[float, float] = (0.98, 0.02)
-    """Shares of the documents for training and for validation, in the order of the store."""
+    """Shares of the documents for training and for validation, in the order of the store, of each store of a blend."""
     seq_length: int = 1024
     """Tokens S of a sample, before it is split over the context ranks."""
+    packing: Literal["concatenate", "greedy", "best-fit"] = "concatenate"
+    """Documents in a sample: cut where it ends, or whole (if they fit), as they come or as fills it best."""
     reset_attention_mask: bool = False
     """A token sees only its own document, which its end-of-document token closes, and not all of the sample."""
     reset_position_ids: bool = False
@@ -194,9 +198,40 @@ class DataConfig:
         found = _not_positive(self, "seq_length")
         if min(self.split) < 0 or self.split[0] <= 0 or abs(sum(self.split) - 1) > 1e-6:
             found.append(f"split {self.split} must be two shares that add up to 1, the first above 0. Set --split.")
-        if len(self.data_path) > 1:
-            found.append(f"data_path names {len(self.data_path)} token stores; one is read. Set --data-path.")
-        return found
+        return found + self._blend_problems()
+
+    @property
+    def blend(self) -> dict[str, Fraction]:
+        """Prefix of each token store -> its weight, exactly as written; weights have any sum."""
+        if len(self.data_path) == 1:
+            return {self.data_path[0]: Fraction(1)}
+        return {prefix: Fraction(weight) for weight, prefix in zip(self.data_path[::2], self.data_path[1::2])}
+
+    def _blend_problems(self) -> list[str]:
+        count, prefixes = len(self.data_path), self.data_path[1::2]
+        if count < 2:
+            return []
+        if count % 2:
+            return [
+                f"data_path has {count} words: it takes one store, or stores with the weight of each before it, as in "
+                "0.7 A 0.3 B, an even number of words. Set --data-path."
+            ]
+        return [
+            f"data_path has {weight!r} before {prefix}, where its weight belongs, a number above 0. Set --data-path."
+            for weight, prefix in zip(self.data_path[::2], prefixes)
+            if not _is_weight(weight)
+        ] + [
+            f"data_path names {prefix} {prefixes.count(prefix)} times: add its weights up. Set --data-path."
+            for prefix in dict.fromkeys(prefixes)
+            if prefixes.count(prefix) > 1
+        ]
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        return Fraction(word) > 0
+    except (ValueError, ZeroDivisionError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import inspect
 import io
 import re
 from dataclasses import fields, is_dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -81,6 +82,18 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
     assert load_yaml(path).data == DataConfig(data_path=("store",), split=(0.5, 0.5))
     config = parse(["--config", path, "--split", "0.9", "0.1", "--data-path", "other"])
     assert config.data == DataConfig(data_path=("other",), split=(0.9, 0.1))
+
+
+def test_a_blend_alternates_weights_and_stores_and_the_weights_are_exact():
+    blend = parse(["--data-path", "0.7", "a", "0.1", "b"]).data.blend
+    assert blend == {"a": Fraction(7, 10), "b": Fraction(1, 10)}
+    assert DataConfig(data_path=("0.7",)).blend == {"0.7": 1}
+    assert DataConfig().blend == {}
+
+
+def test_a_blend_in_a_file_is_a_list_of_text(yaml):
+    written = parse(["--data-path", "0.7", "a", "0.3", "b", "--packing", "best-fit"])
+    assert load_yaml(yaml(to_yaml(written))) == written
 
 
 def test_scientific_notation_without_a_point_is_a_number(yaml):
@@ -376,6 +389,11 @@ PROBLEMS = [
         CheckpointConfig(save="runs", save_interval=-5),
         "save_interval -5 must not be below 0. Set --save-interval.",
     ),
+    (CheckpointConfig(save="runs", keep_last=-1), "keep_last -1 must not be below 0. Set --keep-last."),
+    (
+        CheckpointConfig(save="runs", keep_last=2, keep_every=-1),
+        "keep_every -1 must not be below 0. Set --keep-every.",
+    ),
     (
         DataConfig(split=(0.5, 0.4)),
         "split (0.5, 0.4) must be two shares that add up to 1, the first above 0. Set --split.",
@@ -384,16 +402,26 @@ PROBLEMS = [
         DataConfig(split=(0.0, 1.0)),
         "split (0.0, 1.0) must be two shares that add up to 1, the first above 0. Set --split.",
     ),
-    (CheckpointConfig(save="runs", keep_last=-1), "keep_last -1 must not be below 0. Set --keep-last."),
-    (
-        CheckpointConfig(save="runs", keep_last=2, keep_every=-1),
-        "keep_every -1 must not be below 0. Set --keep-every.",
-    ),
     (
         DataConfig(split=(1.5, -0.5)),
         "split (1.5, -0.5) must be two shares that add up to 1, the first above 0. Set --split.",
     ),
-    (DataConfig(data_path=("a", "b")), "data_path names 2 token stores; one is read. Set --data-path."),
+    (
+        DataConfig(data_path=("0.7", "a", "b")),
+        "data_path has 3 words: it takes one store, or stores with the weight of each before it, as in 0.7 A 0.3 B, "
+        "an even number of words. Set --data-path.",
+    ),
+    *(
+        (
+            DataConfig(data_path=("1", "a", weight, "b")),
+            f"data_path has '{weight}' before b, where its weight belongs, a number above 0. Set --data-path.",
+        )
+        for weight in ("0", "-1", "nan", "inf", "1/0", "c")
+    ),
+    (
+        DataConfig(data_path=("1", "a", "2", "b", "3", "a")),
+        "data_path names a 2 times: add its weights up. Set --data-path.",
+    ),
     (TrainingConfig(lr=0.0, min_lr=0.0), "lr 0.0 must be above 0. Set --lr."),
     (TrainingConfig(lr=float("nan")), "lr nan must be above 0. Set --lr."),
     (TrainingConfig(lr=0.1, min_lr=0.2), "min_lr 0.2 is above lr 0.1. Set --min-lr or --lr."),

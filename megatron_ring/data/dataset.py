@@ -1,18 +1,24 @@
 """What a run reads: the tokenizer and the sample streams for training and validation, found and checked together."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ring.config import DataConfig
-from megatron_ring.data.manifest import check_tokenizer, tokenizer_path
+from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
+from megatron_ring.data.mixture import Blend
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import SampleStream, split_documents
+from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
+from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import DataError
 
 DEFAULT_FOLDER = Path("data")
@@ -28,27 +34,57 @@ class Dataset:
 
     tokenizer: Tokenizer
     packing: Packing
-    training: SampleStream
-    validation: SampleStream | None
+    training: Stream
+    validation: Stream | None
 
     @staticmethod
     def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
-        """Open the store that ``config`` names, or Python's own library, which is prepared first if need be.
+        """Open the stores that ``config`` names, or Python's own library, which is prepared first if need be.
 
-        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the other, and
+        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the others, and
         for documents without ends where ``config`` wants them told apart.
         """
-        prefix = Path(config.data_path[0]) if config.data_path else prepare_python_library(DEFAULT_FOLDER, 2, progress)
-        store = TokenStore(prefix)
-        tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(prefix))
-        check_tokenizer(prefix, tokenizer)
+        weights = config.blend or {str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)}
+        stores = [TokenStore(prefix) for prefix in weights]
+        _refuse_different_tokenizers(list(weights))
+        tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(stores[0].prefix))
         packing = Packing.of(config, tokenizer.end_of_document)
-        _refuse_missing_ends(store, packing)
+        for store in stores:
+            check_tokenizer(store.prefix, tokenizer)
+            _refuse_missing_ends(store, packing)
+        of_stores = [_training_and_validation(store, config, seed, tokenizer.vocab_size) for store in stores]
+        return Dataset(tokenizer, packing, *(_blend(streams, weights.values()) for streams in zip(*of_stores)))
+
+
+def _training_and_validation(
+    store: TokenStore, config: DataConfig, seed: int, vocab_size: int
+) -> list[SampleStream | WholeDocumentStream | None]:
+    """The samples of one store for either, None for a share of 0."""
+    kind = SampleStream if config.packing == "concatenate" else partial(WholeDocumentStream, fit=config.packing)
+    try:
         parts = split_documents(store.lengths, config.split, config.seq_length)
-        streams = [
-            SampleStream(store, part, config.seq_length, seed, tokenizer.vocab_size) if part else None for part in parts
-        ]
-        return Dataset(tokenizer, packing, *streams)
+    except DataError as error:
+        raise DataError(f"token store {store.prefix}: {problem}" for problem in error.problems) from error
+    return [kind(store, part, config.seq_length, seed, vocab_size) if part else None for part in parts]
+
+
+def _blend(streams: Sequence[Stream | None], weights: Iterable[Fraction]) -> Stream | None:
+    """The streams taken in turns, or the only one; a share of 0 is 0 of every store."""
+    return Blend(streams, list(weights)) if len(streams) > 1 and streams[0] else streams[0]
+
+
+def _refuse_different_tokenizers(prefixes: list[str]) -> None:
+    """Ids of a blend are of one tokenizer. A store without a manifest does not say which it has."""
+    known = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix))]
+    for prefix, manifest in known[1:]:
+        first, other = known[0][1].tokenizer_sha256[:12], manifest.tokenizer_sha256[:12]
+        if first != other:
+            raise DataError(
+                f"token stores {known[0][0]} and {prefix} cannot be blended: they were written with two tokenizers "
+                f"(sha256 {first} and {other}). Write one again with the other's, tools/prepare_data.py "
+                f"--output-prefix {prefix} --tokenizer-model {tokenizer_path(known[0][0])}, or leave one out of "
+                "--data-path."
+            )
 
 
 def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
-from megatron_ring.data.samples import SampleStream
+from megatron_ring.data.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Loader:
 
     def __init__(
         self,
-        stream: SampleStream,
+        stream: Stream,
         layout: Layout,
         ring_rank: int,
         data_rank: int,
@@ -90,7 +90,7 @@ class Loader:
     def _batch(self, first: int) -> Batch:
         samples = np.stack([self._stream.sample(first + b) for b in range(self._micro_batch_size)])
         # Behind the end nobody looks: tokens that fill a ragged layout are seen by none and predict nothing.
-        tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
+        tokens_BS, next_BS = self._packing.filled(samples[:, :-1]), samples[:, 1:]
         if self._fill:
             tokens_BS = np.pad(tokens_BS, ((0, 0), (0, self._fill)), mode="edge")
             next_BS = np.pad(next_BS, ((0, 0), (0, self._fill)), constant_values=IGNORED)

@@ -34,6 +34,10 @@ class Packing:
         """The names of the flags that are on: where any is, documents need their ends."""
         return [name for name, on in vars(self).items() if on is True]
 
+    def filled(self, tokens_BS: np.ndarray) -> np.ndarray:
+        """``tokens_BS`` with an end-of-document token in every place without text, each a document of its own."""
+        return np.where(tokens_BS == IGNORED, self.end_of_document, tokens_BS)
+
     def document_starts(self, tokens_BS: np.ndarray) -> np.ndarray | None:
         """Where each document begins, the samples laid end to end: (documents,) int64, increasing.
 

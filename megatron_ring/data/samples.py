@@ -1,4 +1,4 @@
-"""Which tokens a sample holds: ``SampleStream.sample`` is the only statement of it.
+"""The running concatenation, ``--packing concatenate``: which tokens a sample of it holds.
 
 The documents of a split are shuffled and joined, and the joined tokens are cut every ``seq_length``; each sample also
 takes the first token of the next, its last target. The samples are then shuffled again, so that a long document is
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.data.stream import refuse_foreign, shuffled
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
@@ -69,21 +70,21 @@ class SampleStream:
         self._epoch = self._ordered(0)
 
     def sample(self, index: int) -> np.ndarray:
-        """Sample ``index``, counted over all epochs: (S+1,) int64, tokens [0, S) and their targets [1, S+1).
-
-        Raises DataError for an id that the vocabulary does not have.
-        """
+        """Sample ``index``: see Stream. Every place of it holds text."""
         number, n = divmod(index, self.samples_per_epoch)
         if number != self._epoch.number:
             self._epoch = self._ordered(number)
         start = int(self._epoch.samples[n]) * self.seq_length
         tokens = np.concatenate(self._pieces(start, start + self.seq_length + 1)).astype(np.int64)
-        self._refuse_foreign(tokens)
+        refuse_foreign(tokens, self.vocab_size, self.store)
         return tokens
 
+    def in_words(self) -> list[str]:
+        return [f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch"]
+
     def _ordered(self, number: int) -> _Epoch:
-        documents = self.documents.start + _shuffled(len(self.documents), self.seed, number, "documents")
-        samples = _shuffled(self.samples_per_epoch, self.seed, number, "samples")
+        documents = self.documents.start + shuffled(len(self.documents), self.seed, number, "documents")
+        samples = shuffled(self.samples_per_epoch, self.seed, number, "samples")
         return _Epoch(number, documents, np.cumsum(self.store.lengths[documents]), samples)
 
     def _pieces(self, start: int, stop: int) -> list[np.ndarray]:
@@ -96,18 +97,3 @@ class SampleStream:
             pieces.append(self.store.document(document)[start - begin : stop - begin])
             start, at = end, at + 1
         return pieces
-
-    def _refuse_foreign(self, tokens: np.ndarray) -> None:
-        foreign = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
-        if foreign.size:
-            raise DataError(
-                f"the tokenizer does not fit the data: token store {self.store.prefix} has id {foreign[0]}, and the "
-                f"tokenizer has {self.vocab_size} ids, 0 to {self.vocab_size - 1}. Set --tokenizer-model to the one "
-                "the store was written with."
-            )
-
-
-def _shuffled(count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
-    """A permutation of ``range(count)``, (count,) int64, from the raw bits: NumPy promises those, unlike shuffle."""
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, *purpose.encode()]))
-    return np.argsort(bits.random_raw(count), kind="stable")

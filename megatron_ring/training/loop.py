@@ -8,7 +8,8 @@ import torch
 from megatron_ring.checkpoint import store
 from megatron_ring.data.dataset import Dataset, bits_per_byte
 from megatron_ring.data.loader import Batch, Loader
-from megatron_ring.data.samples import SampleStream
+from megatron_ring.data.prefetch import Prefetcher
+from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.training import checkpointing
@@ -28,13 +29,14 @@ def train(
     if validates and start is None:
         report.validation(validate(engine, setup, at, dataset, step=0))
     saved = None
-    for step in range(start.step + 1 if start else 1, training.train_iters + 1):
-        report.step(_step(engine, setup, dataset, loader, step))
-        last = step == training.train_iters
-        if validates and (last or step % training.eval_interval == 0):
-            report.validation(validate(engine, setup, at, dataset, step))
-        if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
-            saved = checkpointing.save(engine, setup, _state(setup, dataset, step, loader))
+    with Prefetcher(loader) as ahead:
+        for step in range(start.step + 1 if start else 1, training.train_iters + 1):
+            report.step(_step(engine, setup, dataset, ahead, step))
+            last = step == training.train_iters
+            if validates and (last or step % training.eval_interval == 0):
+                report.validation(validate(engine, setup, at, dataset, step))
+            if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
+                saved = checkpointing.save(engine, setup, _state(setup, dataset, step, ahead))
     return saved
 
 
@@ -49,9 +51,9 @@ def validate(engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, st
     )
 
 
-def _step(engine: Engine, setup: Setup, dataset: Dataset, loader: Loader, step: int) -> StepRecord:
+def _step(engine: Engine, setup: Setup, dataset: Dataset, ahead: Prefetcher, step: int) -> StepRecord:
     began = time.perf_counter()
-    batches = loader.next_step()
+    batches = ahead.next_step()
     loaded = time.perf_counter()
     rate = learning_rate(step, setup.config.training)
     result = engine.train_step(batches, rate)
@@ -61,7 +63,7 @@ def _step(engine: Engine, setup: Setup, dataset: Dataset, loader: Loader, step: 
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=rate,
-        tokens=loader.consumed_samples * setup.config.data.seq_length,
+        tokens=ahead.consumed_samples * setup.config.data.seq_length,
         tokens_per_second=setup.global_batch_size * setup.config.data.seq_length / seconds,
         step_seconds=seconds,
         data_seconds=loaded - began,
@@ -78,7 +80,7 @@ def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[B
     return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
 
 
-def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
+def _loader(dataset: Dataset, stream: Stream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
     return Loader(
         stream,
         setup.layout,
@@ -94,10 +96,10 @@ def _loader(dataset: Dataset, stream: SampleStream, setup: Setup, at: Coordinate
     )
 
 
-def _state(setup: Setup, dataset: Dataset, step: int, loader: Loader) -> store.RunState:
+def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> store.RunState:
     return store.RunState(
         step=step,
-        consumed_samples=loader.consumed_samples,
+        consumed_samples=ahead.consumed_samples,
         data_context_size=setup.grid.data_context,
         tensor_size=setup.grid.tensor,
         pipe_size=setup.grid.pipe,

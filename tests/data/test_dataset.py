@@ -6,6 +6,7 @@ import pytest
 
 from megatron_ring.config import DataConfig
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.data.manifest import Manifest, write_manifest
 from megatron_ring.errors import DataError
 
 
@@ -30,3 +31,47 @@ def test_documents_without_ends_cannot_be_told_apart(config, flag):
 
 def test_without_those_flags_they_need_no_ends(config):
     assert Dataset.open(config, seed=1).training.samples_per_epoch == 4
+
+
+def manifest_of(tokenizer_sha256: str) -> Manifest:
+    return Manifest(tokenizer_sha256, vocab_size=320, documents=10, tokens=40, bytes=100)
+
+
+def test_the_stores_of_a_blend_have_one_tokenizer(config, store_of, tokenizer):
+    path = config.data_path[0]
+    other = str(store_of([[5, 6, 7, 8]] * 10).prefix)
+    blend = replace(config, data_path=("2", path, "1", other))
+    write_manifest(path, manifest_of(tokenizer.fingerprint))
+    write_manifest(other, manifest_of(tokenizer.fingerprint))
+    assert Dataset.open(blend, seed=1).training.in_words() == [
+        f"66.67% of the samples from {path}: 4 training samples an epoch",
+        f"33.33% of the samples from {other}: 4 training samples an epoch",
+    ]
+    write_manifest(other, manifest_of("another tokenizer"))
+    with pytest.raises(DataError) as refused:
+        Dataset.open(blend, seed=1)
+    said = f"token stores {path} and {other} cannot be blended: they were written with two tokenizers (sha256 "
+    assert str(refused.value).startswith(f"{said}{tokenizer.fingerprint[:12]} and another toke)")
+
+
+def test_a_store_of_a_blend_that_is_missing_or_too_small_is_named(config, store_of):
+    path = config.data_path[0]
+    with pytest.raises(DataError, match="token store nowhere: no nowhere.bin and no nowhere.idx"):
+        Dataset.open(replace(config, data_path=("2", path, "1", "nowhere")), seed=1)
+    small = str(store_of([[5, 6, 7, 8]]).prefix)
+    with pytest.raises(DataError, match=rf"^token store {small}: training: .* and one sample takes 9 "):
+        Dataset.open(replace(config, data_path=("2", path, "1", small)), seed=1)
+
+
+def test_a_blend_without_validation_has_none(config, store_of):
+    blend = ("2", config.data_path[0], "1", str(store_of([[5, 6, 7, 8]] * 10).prefix))
+    assert Dataset.open(replace(config, data_path=blend), seed=1).validation is None
+    assert Dataset.open(replace(config, data_path=blend, split=(0.5, 0.5)), seed=1).validation.seq_length == 8
+
+
+@pytest.mark.parametrize("packing", ["greedy", "best-fit"])
+def test_whole_documents_are_packed_on_demand(config, packing):
+    (line,) = Dataset.open(replace(config, packing=packing), seed=1).training.in_words()
+    assert line.endswith(
+        f"5 training samples an epoch of whole documents ({packing}), 0.00% of their tokens lost to fill"
+    )
