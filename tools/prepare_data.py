@@ -4,36 +4,57 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from megatron_ring.data.documents import TEXT_SUFFIXES, Corpus, gather, python_library
+from megatron_ring.data.corpus import (
+    STANDARD_INPUT,
+    SUFFIXES,
+    Corpus,
+    Reading,
+    gather,
+    keep_standard_input,
+    python_library,
+)
+from megatron_ring.data.histogram import drawn
 from megatron_ring.data.manifest import Manifest, tokenizer_path
-from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, fit_tokenizer, prepare
+from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
 from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import ConfigError, MegatronRingError
+
+# Names beside a store that belong to its tokenizer.
+_TAKEN = ("tokenizer", "tokenizer_config")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write P.bin and P.idx (Megatron's format), P.json, and tokenizer.model beside them."""
+    """Write P.bin and P.idx (Megatron's format), P.json, and the tokenizer beside them."""
 
     output_prefix: Path
-    """P: where to write, without a suffix."""
-    input: tuple[Path, ...] = ()
-    """Files, one document each (.jsonl: one a line), and folders of them."""
+    """P: where to write, without a suffix. P.work keeps what is finished until all is."""
+    input: tuple[str, ...] = ()
+    """Files, folders of them, globs, and - for standard input. A .jsonl has a document a line, a .parquet one a row,
+    any other file is one; .gz and .zst are decompressed."""
     python_library: tyro.conf.FlagCreatePairsOff[bool] = False
     """Take the source text of Python's own standard library instead of --input."""
+    stdin_format: Literal["jsonl", "txt"] = "jsonl"
+    """What standard input is: a document a line, or one document."""
     tokenizer_model: str = ""
-    """A sentencepiece model to use. Empty: one is trained on the text."""
+    """A sentencepiece model or a tokenizer.json to use. Empty: one is trained on the text."""
     vocab_size: int = 0
     """Ids of the tokenizer to train. 0: 4096."""
-    suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    eod_token: str = ""
+    """The token that ends each document. Empty: the one that --tokenizer-model has for that."""
+    suffixes: tuple[str, ...] = SUFFIXES
     """Which files of a folder are text."""
     json_key: str = "text"
-    """Where the text is in a line of .jsonl."""
+    """Where the text is in a line of .jsonl, or its column in .parquet."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a document that cannot be read; what is skipped is told and counted."""
     workers: int = os.cpu_count() or 1
-    """Threads that tokenize; they change nothing in the files."""
+    """Processes that tokenize; they change nothing in the files."""
 
     def problems(self) -> list[str]:
         """What cannot be met, each with its remedy."""
@@ -42,6 +63,10 @@ class Options:
             found.append("one source of text is needed, no more. Set --input or --python-library.")
         if self.tokenizer_model and self.vocab_size:
             found.append("a tokenizer that exists has its own vocabulary. Drop --vocab-size or --tokenizer-model.")
+        if self.eod_token and not self.tokenizer_model:
+            found.append("a tokenizer that is trained has its own end of documents. Drop --eod-token.")
+        if self.output_prefix.name in _TAKEN:
+            found.append(f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name.")
         if self.vocab_size < 0:
             found.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
         if self.workers < 1:
@@ -49,33 +74,45 @@ class Options:
         return found
 
 
-def run(options: Options) -> Manifest:
+def run(options: Options) -> Prepared:
     """Train or load the tokenizer, write the store. Raises ConfigError and DataError."""
     if problems := options.problems():
         raise ConfigError(problems)
-    corpus = python_library() if options.python_library else gather(options.input, options.suffixes, options.json_key)
+    corpus = python_library() if options.python_library else _gathered(options)
     return prepare(corpus, options.output_prefix, _tokenizer(options, corpus), options.workers, progress=True)
+
+
+def _gathered(options: Options) -> Corpus:
+    kept = work_folder(options.output_prefix) / f"standard-input.{options.stdin_format}"
+    inputs = [keep_standard_input(kept) if path == STANDARD_INPUT else path for path in options.input]
+    return gather(inputs, options.suffixes, Reading(options.json_key, options.on_error))
 
 
 def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
     if options.tokenizer_model:
-        return Tokenizer.load(options.tokenizer_model)
+        return Tokenizer.load(options.tokenizer_model, options.eod_token)
     return fit_tokenizer(corpus, options.vocab_size or DEFAULT_VOCAB_SIZE, progress=True)
+
+
+def _summary(prefix: Path, manifest: Manifest) -> str:
+    return (
+        f"{prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{manifest.bytes_per_token:.2f} bytes per token, {manifest.skipped:,} skipped. "
+        f"{tokenizer_path(prefix)}: {manifest.vocab_size:,} ids.\n{drawn(TokenStore(prefix).lengths)}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or that of the error whose message was printed."""
     options = tyro.cli(Options, args=arguments, description=Options.__doc__)
     try:
-        manifest = run(options)
+        prepared = run(options)
     except MegatronRingError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(
-        f"{options.output_prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-        f"{manifest.bytes_per_token:.2f} bytes per token. "
-        f"{tokenizer_path(options.output_prefix)}: {manifest.vocab_size:,} ids."
-    )
+    for problem in prepared.skipped:
+        print(f"skipped {problem}", file=sys.stderr)
+    print(_summary(options.output_prefix, prepared.manifest))
     return 0
 
 

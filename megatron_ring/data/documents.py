@@ -1,111 +1,74 @@
-"""Where documents come from: files, folders, jsonl, or Python's own standard library; always in the same order.
+"""The documents of a file: all of a text, each line of a ``.jsonl``, each row of a ``.parquet``.
 
-A plain file is one document, whatever its suffix; a line of a ``.jsonl`` file is one, under ``json_key``. Text is
-taken exactly as it stands, in UTF-8, line endings included. Empty documents are left out, as Megatron does.
+Text is taken exactly as it stands, in UTF-8, line endings included. What cannot be read comes in its place as the
+DataError that names its file and line; whoever reads decides whether to stop there.
 """
 
 import json
-import os
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ring.data.compression import bare_suffix, is_compressed, needed, opened
 from megatron_ring.errors import DataError
 
-TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
-
-_NOT_LIBRARY = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+_COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text, and the bytes it took in its file, which is what a progress bar counts."""
+class Piece:
+    """Bytes ``start`` to ``stop`` of a file; a line belongs to the piece that its first byte is in."""
 
-    text: str
-    file_bytes: int
+    file: Path
+    start: int
+    stop: int
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text files in the order they are read; reading it again gives the same documents again."""
-
-    files: tuple[Path, ...]
-    json_key: str = "text"
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of all files together."""
-        return sum(file.stat().st_size for file in self.files)
-
-    def documents(self) -> Iterator[Document]:
-        """Every document that is not empty. Raises DataError naming file and line where one cannot be read."""
-        for file in self.files:
-            try:
-                read = _READERS.get(file.suffix, _whole_file)
-                yield from (document for document in read(file, self.json_key) if document.text)
-            except OSError as error:
-                raise DataError(f"{file} cannot be read: {error.strerror}. Set --input.") from error
+    def documents(self, json_key: str) -> Iterator[str | DataError]:
+        """Every document; raises DataError for a file of which nothing more can be read."""
+        yield from _READERS.get(bare_suffix(self.file), _whole_text)(self, json_key)
 
 
-def gather(inputs: Iterable[str | Path], suffixes: Iterable[str] = TEXT_SUFFIXES, json_key: str = "text") -> Corpus:
-    """The corpus of ``inputs`` in their order: files as they are, folders by what in them has one of ``suffixes``.
-
-    Folders are searched to the bottom and sorted. Raises DataError for every input that is missing or has no text.
-    """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in map(Path, inputs):
-        found = _text_files(path, tuple(suffixes))
-        files += found
-        if not path.exists():
-            problems.append(f"input {path} does not exist. Set --input.")
-        elif not found:
-            problems.append(f"input {path} has no file named {', '.join('*' + s for s in suffixes)}. Set --suffixes.")
-    if problems:
-        raise DataError(problems)
-    return Corpus(tuple(files), json_key)
-
-
-def python_library() -> Corpus:
-    """The source text of the running Python's standard library without its tests: 12 MB that need no download."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(_library_files(root))
-    if not files:
-        raise DataError(f"Python's library in {root} comes without its source text (*.py). Set --data-path.")
-    return Corpus(tuple(files))
-
-
-def _library_files(root: Path) -> Iterator[Path]:
-    for folder, inner, names in os.walk(root):
-        # Pruned here rather than filtered afterwards: site-packages can hold more files than all the rest.
-        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _text_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-    return [path]
-
-
-def _whole_file(file: Path, json_key: str) -> Iterator[Document]:
-    content = file.read_bytes()
+def _whole_text(piece: Piece, json_key: str) -> Iterator[str | DataError]:
+    with opened(piece.file) as file:
+        content = file.read()
     try:
-        yield Document(content.decode(), len(content))
+        yield content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: {_not_utf8(error)}") from error
+        yield DataError(f"{piece.file}:{line}: {_not_utf8(error)}")
 
 
-def _json_lines(file: Path, json_key: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield Document(_json_text(line, json_key), len(line))
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: {error}") from error
+def _json_lines(piece: Piece, json_key: str) -> Iterator[str | DataError]:
+    for number, line in enumerate(_lines(piece), start=1):
+        if line.strip():
+            try:
+                yield _json_text(line, json_key)
+            except ValueError as error:
+                yield DataError(f"{piece.file}:{_lines_before(piece) + number}: {error}")
+
+
+def _lines(piece: Piece) -> Iterator[bytes]:
+    """The lines of the piece. A compressed file is always one piece, of all its lines."""
+    with opened(piece.file) as file:
+        if piece.start:
+            # One byte early: where that is the end of a line, the next line is this piece's first.
+            file.seek(piece.start - 1)
+            file.readline()
+        while is_compressed(piece.file) or file.tell() < piece.stop:
+            if not (line := file.readline()):
+                return
+            yield line
+
+
+def _lines_before(piece: Piece) -> int:
+    """Lines that begin before the piece: counted only for a message, since it reads the file up to there."""
+    if not piece.start:
+        return 0
+    with opened(piece.file) as file:
+        newlines, left = 0, piece.start - 1
+        while left and (some := file.read(min(left, _COUNTED_AT_ONCE))):
+            newlines, left = newlines + some.count(b"\n"), left - len(some)
+    return newlines + 1
 
 
 def _json_text(line: bytes, json_key: str) -> str:
@@ -116,6 +79,8 @@ def _json_text(line: bytes, json_key: str) -> str:
         raise ValueError(_not_utf8(error)) from error
     except ValueError as error:
         raise ValueError(f"not a line of JSON: {error}. Every line of a .jsonl file is one object.") from error
+    except RecursionError as error:
+        raise ValueError("JSON nested too deep to be read. Leave the line out.") from error
     if not isinstance(record, dict) or not isinstance(text := record.get(json_key), str):
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no text under {json_key!r}; found {keys}. Set --json-key.")
@@ -130,4 +95,28 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte {error.object[error.start]:#04x} is not UTF-8. Convert the file, or leave it out of --input."
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {".jsonl": _json_lines}
+def _parquet_rows(piece: Piece, json_key: str) -> Iterator[str | DataError]:
+    """The column ``json_key``; a row without text is named by its number. Needs the package pyarrow."""
+    parquet = needed("pyarrow.parquet", piece.file)
+    arrow_error = needed("pyarrow", piece.file).ArrowException
+    try:
+        with opened(piece.file) as content, parquet.ParquetFile(content) as file:
+            _refuse_missing_column(piece.file, file.schema_arrow, json_key)
+            rows = (row for batch in file.iter_batches(columns=[json_key]) for row in batch.column(0).to_pylist())
+            for number, text in enumerate(rows, start=1):
+                found = f"{piece.file}:{number}: no text under {json_key!r}; found {type(text).__name__}."
+                yield text if isinstance(text, str) else DataError(found)
+    except (arrow_error, UnicodeDecodeError) as error:
+        raise DataError(f"{piece.file} is damaged, or no parquet file: {error}. Leave it out of --input.") from error
+
+
+def _refuse_missing_column(file: Path, schema: object, json_key: str) -> None:
+    if json_key not in schema.names:
+        columns = ", ".join(map(repr, schema.names))
+        raise DataError(f"{file} has no column {json_key!r}; found {columns}. Set --json-key.")
+
+
+_READERS: dict[str, Callable[[Piece, str], Iterator[str | DataError]]] = {
+    ".jsonl": _json_lines,
+    ".parquet": _parquet_rows,
+}

@@ -9,19 +9,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_ring.data.replace_file import replace_file
-from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer
 from megatron_ring.errors import DataError
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The counts of a store, its end-of-document ids included, and the tokenizer that wrote it."""
+    """The counts of a store, its end-of-document ids included, and the tokenizer that wrote it.
+
+    ``skipped`` are the documents left out because they could not be read. A store written before this was kept has no
+    ``end_of_document``.
+    """
 
     tokenizer_sha256: str
     vocab_size: int
     documents: int
     tokens: int
     bytes: int
+    skipped: int = 0
+    end_of_document: int | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -35,8 +41,9 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def tokenizer_path(prefix: str | Path) -> Path:
-    """``tokenizer.model`` in the store's folder, where it is looked for when none is named."""
-    return Path(prefix).parent / "tokenizer.model"
+    """``tokenizer.json`` or ``tokenizer.model`` in the store's folder, where it is looked for when none is named."""
+    paths = [Path(prefix).with_name(name) for name in FILE_NAMES]
+    return next((path for path in paths if path.exists()), paths[-1])
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
@@ -60,12 +67,21 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
-    """Raises DataError when ``P.json`` names another tokenizer than this one."""
+    """Raises DataError when ``P.json`` names another tokenizer than this one, or another end of documents."""
     manifest = read_manifest(prefix)
-    if manifest and manifest.tokenizer_sha256 != tokenizer.fingerprint:
+    if not manifest:
+        return
+    if manifest.tokenizer_sha256 != tokenizer.fingerprint:
         raise DataError(
             f"token store {prefix} was written with a tokenizer of {manifest.vocab_size} ids (sha256 "
             f"{manifest.tokenizer_sha256[:12]}), and the one given has {tokenizer.vocab_size} (sha256 "
             f"{tokenizer.fingerprint[:12]}). Set --tokenizer-model to the first, or write the store again with "
+            f"tools/prepare_data.py --output-prefix {prefix}."
+        )
+    if manifest.end_of_document not in (None, tokenizer.end_of_document):
+        raise DataError(
+            f"token store {prefix} ends documents with id {manifest.end_of_document}, and the tokenizer given with "
+            f"{tokenizer.end_of_document}. Set --tokenizer-model to {tokenizer_path(prefix)}, whose "
+            "tokenizer_config.json names the end, or write the store again with "
             f"tools/prepare_data.py --output-prefix {prefix}."
         )

@@ -1,14 +1,23 @@
-"""From documents to a store that can be trained on: P.bin, P.idx, P.json, and tokenizer.model in the same folder."""
+"""From documents to a store that can be trained on: P.bin, P.idx, P.json, and its tokenizer in the same folder.
+
+The corpus is cut in shards (corpus.py), each made by one of several processes (shards.py), and then joined in order.
+"""
 
 import fcntl
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from megatron_ring.data.documents import Corpus, python_library
+from megatron_ring.data.corpus import Corpus, python_library
 from megatron_ring.data.manifest import Manifest, manifest_path, read_manifest, tokenizer_path, write_manifest
+from megatron_ring.data.processes import in_order
+from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make, make_in_process
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokenizer_training import train_tokenizer
@@ -17,36 +26,44 @@ from megatron_ring.errors import DataError
 
 DEFAULT_VOCAB_SIZE = 4096
 
-_BATCH_CHARACTERS = 1_000_000
+
+@dataclass(frozen=True)
+class Prepared:
+    """The manifest of the store that was written, and what was skipped: a message with file and line for each."""
+
+    manifest: Manifest
+    skipped: tuple[str, ...]
 
 
 def fit_tokenizer(corpus: Corpus, vocab_size: int, progress: bool = False) -> Tokenizer:
     """A tokenizer of ``vocab_size`` ids for ``corpus``. Raises DataError as reading and training do."""
-    return train_tokenizer(_texts(corpus, "tokenizer", progress), vocab_size)
+    return train_tokenizer(_texts(corpus, progress), vocab_size)
 
 
 def prepare(
     corpus: Corpus, prefix: str | Path, tokenizer: Tokenizer, workers: int = 1, progress: bool = False
-) -> Manifest:
-    """Write every document of ``corpus``, each ended by the end-of-document id, and return the counts.
+) -> Prepared:
+    """Write every document of ``corpus``, each ended by the end-of-document id, and return what was done.
 
-    ``workers`` threads change nothing in the files. Cut short at any moment, it leaves no store that could be taken
-    for a whole one. Raises DataError for text that cannot be read and for another tokenizer in the folder.
+    The number of ``workers``, processes that tokenize, changes nothing in the files. Cut short at any moment, it
+    leaves no store that could be taken for a whole one, and what is finished in ``work_folder(prefix)``; called again
+    it goes on from there. Raises DataError for text that cannot be read and for another tokenizer in the folder.
     """
-    tokenizer.save(tokenizer_path(prefix))
-    documents = tokens = text_bytes = 0
-    with TokenStoreWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-        for texts in _batches(_texts(corpus, "tokens", progress)):
-            for text, ids in zip(texts, tokenizer.encode_documents(texts, workers)):
-                writer.add_document(ids)
-                documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-        if not documents:
-            raise DataError(f"nothing to write to {prefix}: every document is empty. Set --input.")
-        # The store that was here is about to be replaced, and its manifest must not be found beside the new one.
-        manifest_path(prefix).unlink(missing_ok=True)
-    manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, documents, tokens, text_bytes)
+    tokenizer_file = Path(prefix).with_name(tokenizer.file_name)
+    tokenizer.save(tokenizer_file)
+    records = _make(jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix)), tokenizer, workers, progress)
+    manifest = _manifest(records, tokenizer)
+    if not manifest.documents:
+        raise DataError(f"nothing to write to {prefix}: every document is empty or was skipped. Set --input.")
+    _join(records, prefix, token_dtype(tokenizer.vocab_size))
     write_manifest(prefix, manifest)
-    return manifest
+    shutil.rmtree(work_folder(prefix), ignore_errors=True)
+    return Prepared(manifest, tuple(chain.from_iterable(record.skipped for record in records)))
+
+
+def work_folder(prefix: str | Path) -> Path:
+    """``P.work``: what is finished of a store that is being written."""
+    return Path(f"{prefix}.work")
 
 
 def prepare_python_library(folder: str | Path, workers: int = 1, progress: bool = False) -> Path:
@@ -79,23 +96,48 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _texts(corpus: Corpus, purpose: str, progress: bool) -> Iterator[str]:
-    """The text of each document, with a bar over the bytes of the files where ``progress`` is asked for."""
-    with tqdm(total=corpus.file_bytes, desc=purpose, unit="B", unit_scale=True, disable=not progress) as bar:
-        for document in corpus.documents():
-            yield document.text
-            bar.update(document.file_bytes)
+def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bool) -> list[ShardRecord]:
+    """The record of each job in order, those that an earlier run finished taken as they are."""
+    records = {job.prefix: record for job in work if (record := finished(job))}
+    # A file named twice is one shard, joined twice.
+    left = list({job.prefix: job for job in work if job.prefix not in records}.values())
+    processes = min(workers, len(left))
+    made = in_order(make_in_process, left, processes) if processes > 1 else (make(job, tokenizer) for job in left)
+    with _bar("tokens", sum(job.file_bytes for job in left), progress) as bar:
+        for job, record in zip(left, made):
+            records[job.prefix] = record
+            bar.update(job.file_bytes)
+    return [records[job.prefix] for job in work]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about a million characters, enough to keep several threads busy."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _manifest(records: list[ShardRecord], tokenizer: Tokenizer) -> Manifest:
+    return Manifest(
+        tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        documents=sum(record.documents for record in records),
+        tokens=sum(record.tokens for record in records),
+        bytes=sum(record.bytes for record in records),
+        skipped=sum(len(record.skipped) for record in records),
+        end_of_document=tokenizer.end_of_document,
+    )
+
+
+def _join(records: list[ShardRecord], prefix: str | Path, dtype: np.dtype) -> None:
+    with TokenStoreWriter(prefix, dtype) as writer:
+        for record in records:
+            writer.add_store(record.prefix)
+        # The store that was here is about to be replaced, and its manifest must not be found beside the new one.
+        manifest_path(prefix).unlink(missing_ok=True)
+
+
+def _texts(corpus: Corpus, progress: bool) -> Iterator[str]:
+    """The text of each document, for a tokenizer to learn from. What is skipped here is told when it is written."""
+    with _bar("tokenizer", corpus.file_bytes, progress) as bar:
+        for piece in corpus.pieces():
+            yield from corpus.reading.texts((piece,), [])
+            bar.update(piece.stop - piece.start)
+
+
+def _bar(purpose: str, file_bytes: int, progress: bool) -> tqdm:
+    """A bar over the bytes of the files, with their rate and the time left."""
+    return tqdm(total=file_bytes, desc=purpose, unit="B", unit_scale=True, disable=not progress)

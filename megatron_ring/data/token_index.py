@@ -57,7 +57,8 @@ def read_index(prefix: str | Path) -> tuple[np.dtype, np.ndarray]:
     parts = (("<i4", sequences), ("<i8", sequences), ("<i8", bounds))
     # In Python's integers, for a damaged count can be anything up to 2**64.
     offsets = list(accumulate((np.dtype(kind).itemsize * count for kind, count in parts), initial=_HEADER.size))
-    if index.size < offsets[-1]:
+    # Megatron's byte a sequence may follow, and nothing else.
+    if index.size not in (offsets[-1], offsets[-1] + sequences):
         found = f"{index.size} bytes, and {sequences} sequences with {bounds} document bounds take {offsets[-1]}"
         raise damaged(prefix, path, found)
     lengths, pointers, documents = (
@@ -100,6 +101,7 @@ def _refuse_disorder(
     """A document is read as one run of tokens, so its sequences must follow each other, as Megatron writes them."""
     if np.any(lengths < 0) or np.any(pointers != expected[:-1]):
         raise damaged(prefix, idx_path(prefix), "sequences that do not lie one after another")
-    if list(documents[:1]) != [0] or documents[-1] != len(lengths) or np.any(np.diff(documents) < 0):
+    # Compared and not subtracted: the difference of two damaged bounds may wrap around.
+    if list(documents[:1]) != [0] or documents[-1] != len(lengths) or np.any(documents[1:] < documents[:-1]):
         found = f"document bounds that do not rise from 0 to its {len(lengths)} sequences"
         raise damaged(prefix, idx_path(prefix), found)

@@ -1,118 +1,114 @@
-"""The tokenizer: a sentencepiece model that gives back exactly the text it was given.
+"""The tokenizer: text to token ids and back, and the id that ends a document, whichever library reads the model.
 
-That holds for models of tokenizer_training.py. A model trained elsewhere, Llama's for example, is read as it is and
-keeps its own habits, such as a space put before the text.
+A file that begins with ``{`` is a Hugging Face ``tokenizer.json`` (hugging_face_tokens.py), any other a sentencepiece
+model (sentencepieces.py). Models of tokenizer_training.py and byte-level BPE give back exactly the text they got.
 """
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
+from megatron_ring.data.hugging_face_tokens import HuggingFaceTokens
 from megatron_ring.data.replace_file import replace_file
+from megatron_ring.data.sentencepieces import SentencePieces
 from megatron_ring.errors import DataError
 
-# sentencepiece's sign for a space inside a piece.
-_SPACE = "▁"
-# Long texts are encoded in spans of so many characters: sentencepiece takes some 50 bytes of memory for each.
-_SPANS = re.compile(f"{_SPACE}|[^{_SPACE}]{{1,65536}}")
-_SPANS_AT_ONCE = 64
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+"""The names a tokenizer has beside a store, Hugging Face's and sentencepiece's."""
 
 _REMEDY = "Set --tokenizer-model, or train one with tools/prepare_data.py --vocab-size."
 
 
 class Tokenizer:
-    """Text to token ids and back. ``model`` is the content of a sentencepiece model file, ``name`` is for messages.
+    """Text to token ids and back. ``model`` is the content of a tokenizer's file, ``name`` is for messages.
 
-    Raises DataError when ``model`` is no such model, or has no end-of-sentence piece to end documents with.
+    Documents end with ``end``, a token by its spelling; without it with the one that the model has for that. Raises
+    DataError when ``model`` is no tokenizer, or has no such token.
     """
 
-    def __init__(self, model: bytes, name: str | Path):
+    def __init__(self, model: bytes, name: str | Path, end: str = ""):
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._pieces = _loaded(model, name)
-        self.vocab_size = self._pieces.vocab_size()
-        self.end_of_document = self._pieces.eos_id()
-        if self.end_of_document < 0:
-            raise DataError(
-                f"tokenizer {name} has no end-of-sentence piece, and every document ends with one. Set "
-                "--tokenizer-model to another model, or train one with tools/prepare_data.py --vocab-size."
-            )
+        kind = HuggingFaceTokens if model.lstrip()[:1] == b"{" else SentencePieces
+        self.file_name = FILE_NAMES[kind is SentencePieces]
+        self._tokens = kind(model, name)
+        self._end = end
+        self.vocab_size = self._tokens.vocab_size
+        self.end_of_document = self._end_of_document(name)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a model file. Raises DataError when it is missing or damaged."""
+    def load(cls, path: str | Path, end: str = "") -> "Tokenizer":
+        """Read a tokenizer's file. Without ``end`` the eos_token of a tokenizer_config.json beside it ends documents.
+
+        Raises DataError when the file is missing or damaged.
+        """
         try:
-            return cls(Path(path).read_bytes(), path)
+            return cls(Path(path).read_bytes(), path, end or _configured_end(_config_path(path)))
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read: {error.strerror}. {_REMEDY}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the model file. Raises DataError when another model is there: stores beside it depend on it."""
+        """Write the file. Raises DataError when another tokenizer is in the folder: stores there depend on it."""
         path = Path(path)
-        if path.exists() and path.read_bytes() != self.model:
-            raise DataError(
-                f"{path} is another tokenizer, which the token stores beside it were written with. Set "
-                f"--tokenizer-model {path} to write with it too, give --output-prefix another folder, or delete it."
-            )
+        for other in {path, *(path.with_name(name) for name in FILE_NAMES)}:
+            if other.exists() and not self._is_at(other):
+                raise DataError(
+                    f"{other} is another tokenizer, or ends documents with another token, and the token stores beside "
+                    f"it were written with it. Set --tokenizer-model {other} to write with it too, give "
+                    "--output-prefix another folder, or delete it."
+                )
+        # The end comes first: a model found without it would end documents with its own.
+        if self._end and _configured_end(_config_path(path)) != self._end:
+            replace_file(_config_path(path), (json.dumps({"eos_token": self._end}) + "\n").encode())
         replace_file(path, self.model)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without an end-of-document id. Text is what UTF-8 can hold: no half surrogate pairs."""
-        return self.encode_documents([text])[0][:-1].tolist()
+        return next(iter(self._tokens.encode([text])))
 
-    def encode_documents(self, texts: Sequence[str], workers: int = 1) -> list[np.ndarray]:
-        """The ids of each text and the end-of-document id after them, int32; ``workers`` threads, the same ids."""
-        spans = [self._spans(text) for text in texts]
-        ids = self._span_ids(list(chain.from_iterable(spans)), workers)
-        return [np.fromiter(chain(*islice(ids, len(own)), [self.end_of_document]), dtype=np.int32) for own in spans]
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text and the end-of-document id after them, int32."""
+        return [np.array([*ids, self.end_of_document], dtype=np.int32) for ids in self._tokens.encode(texts)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``; the end-of-document id has none. Bytes that are not UTF-8 become U+FFFD."""
-        return self._pieces.decode([int(token) for token in tokens])
+        return self._tokens.decode(token for token in tokens if token != self.end_of_document)
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for: (V,) int64; 0 for control ids. They add up to the text's length."""
-        return np.array([self._piece_bytes(token) for token in range(self.vocab_size)])
+        counts = np.array([self._tokens.token_bytes(token) for token in range(self.vocab_size)])
+        counts[self.end_of_document] = 0
+        return counts
 
-    def _piece_bytes(self, token: int) -> int:
-        if self._pieces.is_control(token) or self._pieces.is_unknown(token):
-            return 0
-        return 1 if self._pieces.is_byte(token) else len(self._pieces.id_to_piece(token).replace(_SPACE, " ").encode())
+    def _end_of_document(self, name: str | Path) -> int:
+        found = self._tokens.id_of(self._end) if self._end else self._tokens.default_end()
+        if found is None:
+            wanted = f"token {self._end!r}" if self._end else "end-of-sentence piece or token of a usual name"
+            raise DataError(
+                f"tokenizer {name} has no {wanted}, and every document ends with one. Set --eod-token to a token that "
+                "it has, set --tokenizer-model to another model, or train one with tools/prepare_data.py --vocab-size."
+            )
+        return found
 
-    @cached_property
-    def _space_symbol(self) -> list[int]:
-        return [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-
-    @cached_property
-    def _exact(self) -> bool:
-        """Whether any text may be cut in spans: the model has bytes and leaves spaces alone, as ours do."""
-        spaces_kept = "".join(self._pieces.encode("a  b ", out_type=str)) == "a  b ".replace(" ", _SPACE)
-        return spaces_kept and all(self._pieces.is_byte(token) for token in self._space_symbol)
-
-    def _spans(self, text: str) -> list[str]:
-        return _SPANS.findall(text) if self._exact else [text]
-
-    def _span_ids(self, spans: list[str], workers: int) -> Iterator[list[int]]:
-        for start in range(0, len(spans), _SPANS_AT_ONCE):
-            some = spans[start : start + _SPANS_AT_ONCE]
-            for span, ids in zip(some, self._pieces.encode(some, num_threads=workers)):
-                # sentencepiece would read its own sign for a space as a space.
-                yield self._space_symbol if self._exact and span == _SPACE else ids
+    def _is_at(self, path: Path) -> bool:
+        return path.read_bytes() == self.model and Tokenizer.load(path).end_of_document == self.end_of_document
 
 
-def _loaded(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:
-    damaged = DataError(f"tokenizer {name} ({len(model)} bytes) is not a sentencepiece model. {_REMEDY}")
-    # sentencepiece takes an empty file for a model, and then complains on stderr at every use.
-    if not model:
-        raise damaged
+def _config_path(path: str | Path) -> Path:
+    return Path(path).with_name("tokenizer_config.json")
+
+
+def _configured_end(path: Path) -> str:
+    """What Hugging Face's ``tokenizer_config.json`` names as ``eos_token``, empty where there is no such file."""
+    if not path.exists():
+        return ""
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise damaged from error
+        named = json.loads(path.read_bytes()).get("eos_token") or ""
+        return named["content"] if isinstance(named, dict) else str(named)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no tokenizer's configuration: {error}. Mend it, or delete it.") from error

@@ -4,6 +4,8 @@
 tokenizer a store was written with is in neither: see manifest.py.
 """
 
+import shutil
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +14,8 @@ import numpy as np
 
 from megatron_ring.data.token_index import LONGEST_SEQUENCE, damaged, idx_path, index_bytes, read_index, write_again
 from megatron_ring.errors import DataError
+
+_COPIED_AT_ONCE = 1 << 20
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -33,7 +37,8 @@ class TokenStoreWriter:
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
         self._prefix, self._dtype = prefix, np.dtype(dtype)
-        self._lengths: list[int] = []
+        # Four bytes a document, for there may be many millions.
+        self._lengths = array("i")
         self._temporary_bin, self._temporary_idx = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
 
     def __enter__(self) -> "TokenStoreWriter":
@@ -61,6 +66,14 @@ class TokenStoreWriter:
         assert not tokens.size or (tokens.min() >= ids.min and tokens.max() <= ids.max)
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self._lengths.append(len(tokens))
+
+    def add_store(self, prefix: str | Path) -> None:
+        """Append every document of another store, of the same type."""
+        dtype, starts = read_index(prefix)
+        assert dtype == self._dtype
+        with bin_path(prefix).open("rb") as tokens:
+            shutil.copyfileobj(tokens, self._tokens, _COPIED_AT_ONCE)
+        self._lengths.frombytes(np.diff(starts).astype(np.int32).tobytes())
 
     def _publish(self) -> None:
         self._temporary_idx.write_bytes(index_bytes(self._lengths, self._dtype))

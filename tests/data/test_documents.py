@@ -1,95 +1,86 @@
-"""Where documents come from: order, exactness, and the file and line of what cannot be read."""
+"""The documents of a file: exact, whatever it is compressed with, and named by line where they cannot be read."""
 
-import json
+import gzip
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from megatron_ring.data.documents import Corpus, gather, python_library
+from megatron_ring.data.documents import Piece
 from megatron_ring.errors import DataError
 
-
-def texts(corpus: Corpus) -> list[str]:
-    return [document.text for document in corpus.documents()]
+zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
 
-def test_a_folder_is_read_to_the_bottom_and_in_order(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/b/c.py", "a/picture.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert texts(gather([tmp_path])) == ["a/b/c.py", "a/z.md", "b.txt"]
-    assert texts(gather([tmp_path], suffixes=[".png"])) == ["a/picture.png"]
+def documents(file: Path, json_key: str = "text") -> list[str]:
+    """Every document, as with --on-error stop."""
+    found = list(Piece(file, 0, file.stat().st_size).documents(json_key))
+    for document in found:
+        if isinstance(document, DataError):
+            raise document
+    return found
 
 
-def test_files_come_in_the_order_given_whatever_their_suffix(tmp_path):
-    for name in ("two.tex", "one"):
-        (tmp_path / name).write_text(name)
-    assert texts(gather([tmp_path / "two.tex", tmp_path / "one"])) == ["two.tex", "one"]
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
 
 
-def test_text_is_taken_exactly_as_it_stands(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one\r\n\ttwo \n\n")
-    assert texts(gather([tmp_path])) == ["\ufeff one\r\n\ttwo \n\n"]
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSED.items())
+def test_a_compressed_file_is_what_it_holds(tmp_path, suffix, compress):
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress("grün\n".encode()))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n'))
+    assert documents(tmp_path / f"a.txt{suffix}") == ["grün\n"]
+    assert documents(tmp_path / f"b.jsonl{suffix}") == ["one", "two"]
 
 
-def test_a_line_of_jsonl_is_a_document(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\n", "id": 1}\n\n{"text": "two"}')
-    assert texts(gather([tmp_path])) == ["one\n", "two"]
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSED.items())
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"rubbish" + content])
+def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, compress, damage):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(damage(compress(b'{"text": "one"}\n' * 1000)))
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} is damaged: .*Fetch it again, or leave it out of --input"):
+        documents(tmp_path / f"a.jsonl{suffix}")
 
 
-def test_json_key_names_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
-    assert texts(gather([tmp_path], json_key="content")) == ["one"]
+def test_rows_of_parquet_are_documents(tmp_path):
+    parquet.write_table(pyarrow.table({"id": [1, 2], "content": ["one\n", "zwölf"]}), tmp_path / "a.parquet")
+    assert documents(tmp_path / "a.parquet", "content") == ["one\n", "zwölf"]
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'text'; found 'id', 'content'\. Set --json-key"):
+        documents(tmp_path / "a.parquet")
 
 
-def test_empty_documents_are_left_out(tmp_path):
-    (tmp_path / "a.txt").write_text("")
-    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "b"}\n')
-    assert texts(gather([tmp_path])) == ["b"]
+def test_a_row_without_text_is_named(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:2: no text under 'text'; found NoneType"):
+        documents(tmp_path / "a.parquet")
 
 
-def test_the_bytes_of_documents_add_up_to_those_of_the_files(tmp_path):
-    (tmp_path / "a.txt").write_text("ä" * 10)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "ä" * 10}) + "\n" + json.dumps({"text": "b"}))
-    corpus = gather([tmp_path])
-    assert sum(document.file_bytes for document in corpus.documents()) == corpus.file_bytes
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_damaged_parquet_is_refused(tmp_path, keep):
+    parquet.write_table(pyarrow.table({"text": ["one"] * 100}), tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(DataError, match=r"a\.parquet is damaged, or no parquet file"):
+        documents(tmp_path / "a.parquet")
 
 
-def test_the_python_library_is_source_text_without_tests():
-    library = python_library()
-    names = {file.name for file in library.files}
-    assert {"argparse.py", "dataclasses.py", "_pydecimal.py"} <= names
-    folders = {file.parent.name for file in library.files}
-    assert {"asyncio", "encodings"} <= folders
-    assert not {"test", "tests", "idle_test", "site-packages"} & folders
-    assert list(library.files) == sorted(library.files)
-    assert library.file_bytes > 5_000_000
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow.parquet"), ("a.txt.zst", zstd.__name__)])
+def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch, name, package):
+    def absent(wanted: str) -> None:
+        raise ImportError(wanted)
 
-
-def test_a_python_without_source_text_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=r"comes without its source text \(\*\.py\)\. Set --data-path"):
-        python_library()
-
-
-def test_every_missing_input_is_named_at_once(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)input .*/one does not exist.*input .*/two does not exist\. Set --input"):
-        gather([tmp_path / "one", tmp_path / "two"])
-
-
-def test_a_folder_without_text_says_what_it_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"has no file named \*\.txt, \*\.md\. Set --suffixes"):
-        gather([tmp_path], suffixes=[".txt", ".md"])
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file or directory\. Set --input"):
-        texts(Corpus((tmp_path / "gone.txt",)))
+    monkeypatch.setattr("importlib.import_module", absent)
+    (tmp_path / name).write_bytes(b"any")
+    with pytest.raises(DataError, match=rf"{name} is read with {package}, which is not installed.*megatron_ring\[data"):
+        documents(tmp_path / name)
 
 
 def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path):
     (tmp_path / "latin.txt").write_bytes("one\ntwo\ngrün\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt:3: byte 0xfc is not UTF-8"):
-        texts(gather([tmp_path]))
+        documents(tmp_path / "latin.txt")
 
 
 BAD_LINES = {
@@ -99,6 +90,7 @@ BAD_LINES = {
     "not a string": (b'{"text": 5}', "no text under 'text'; found 'text'"),
     "not UTF-8": (b'{"text": "\xfc"}', "byte 0xfc is not UTF-8"),
     "half a surrogate pair": (b'{"text": "a\\ud800"}', "half a surrogate pair at character 1"),
+    "nested too deep": (b'{"text":' + b"[" * 100_000, "JSON nested too deep to be read"),
 }
 
 
@@ -106,4 +98,4 @@ BAD_LINES = {
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(DataError, match=rf"a\.jsonl:2: {message}"):
-        texts(gather([tmp_path]))
+        documents(tmp_path / "a.jsonl")

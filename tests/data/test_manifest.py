@@ -27,8 +27,24 @@ def test_another_tokenizer_than_the_stores_is_refused(tmp_path, tokenizer):
         check_tokenizer(tmp_path / "P", train_tokenizer([TEXT], 300))
 
 
+def test_another_end_of_documents_than_the_stores_is_refused(tmp_path, tokenizer):
+    write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, 320, 1, 2, 3, end_of_document=0))
+    with pytest.raises(
+        DataError, match=r"ends documents with id 0, and the tokenizer given with 1\. Set --tokenizer-mod"
+    ):
+        check_tokenizer(tmp_path / "P", tokenizer)
+
+
+def test_a_manifest_of_before_ends_were_kept_is_read(tmp_path, tokenizer):
+    old = '{"tokenizer_sha256": "%s", "vocab_size": 320, "documents": 1, "tokens": 2, "bytes": 3}'
+    manifest_path(tmp_path / "P").write_text(old % tokenizer.fingerprint)
+    check_tokenizer(tmp_path / "P", tokenizer)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"tokens": 5}', '{"tokens": '])
 def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
     manifest_path(tmp_path / "P").write_text(content)
-    with pytest.raises(DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*bytes\. Delete it"):
+    with pytest.raises(
+        DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document\. Delete it"
+    ):
         read_manifest(tmp_path / "P")

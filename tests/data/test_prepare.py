@@ -1,14 +1,19 @@
 """From documents to a store: what is in the files, and that nothing half done is ever taken for done."""
 
+import json
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
+from megatron_ring.data import corpus as cutting
 from megatron_ring.data import prepare as module
-from megatron_ring.data.documents import gather
+from megatron_ring.data import shards
+from megatron_ring.data.corpus import Reading, gather
 from megatron_ring.data.manifest import Manifest, read_manifest
-from megatron_ring.data.prepare import fit_tokenizer, prepare, prepare_python_library
+from megatron_ring.data.prepare import fit_tokenizer, prepare, prepare_python_library, work_folder
 from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 from tests.data.text import TEXT
@@ -31,9 +36,10 @@ def test_a_store_gives_back_the_documents_each_with_its_end(corpus, tokenizer, t
 
 
 def test_the_counts_are_those_of_the_store_and_the_text(corpus, tokenizer, tmp_path):
-    manifest = prepare(corpus, tmp_path / "store" / "P", tokenizer)
+    manifest = prepare(corpus, tmp_path / "store" / "P", tokenizer).manifest
     tokens = int(TokenStore(tmp_path / "store" / "P").lengths.sum())
-    assert manifest == Manifest(tokenizer.fingerprint, 320, documents=3, tokens=tokens, bytes=corpus.file_bytes)
+    counts = {"documents": 3, "tokens": tokens, "bytes": corpus.file_bytes, "skipped": 0}
+    assert manifest == Manifest(tokenizer.fingerprint, 320, **counts, end_of_document=tokenizer.end_of_document)
     assert read_manifest(tmp_path / "store" / "P") == manifest
 
 
@@ -44,16 +50,96 @@ def test_the_folder_has_the_store_its_manifest_and_its_tokenizer(corpus, tokeniz
     assert Tokenizer.load(tmp_path / "store" / "tokenizer.model").fingerprint == tokenizer.fingerprint
 
 
-def test_threads_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+def content(prefix: Path) -> dict[str, bytes]:
+    return {suffix: Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")}
+
+
+@pytest.fixture
+def many_shards(monkeypatch):
+    """Every file, and every few lines of a .jsonl, a shard of its own."""
+    monkeypatch.setattr(cutting, "SHARD_BYTES", 100)
+
+
+def test_shards_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
     prepare(corpus, tmp_path / "one" / "P", tokenizer)
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1)
-    prepare(corpus, tmp_path / "two" / "P", tokenizer, workers=2)
-    for suffix in ("bin", "idx", "json"):
-        assert (tmp_path / f"one/P.{suffix}").read_bytes() == (tmp_path / f"two/P.{suffix}").read_bytes()
+    monkeypatch.setattr(cutting, "SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 1)
+    prepare(corpus, tmp_path / "two" / "P", tokenizer)
+    assert content(tmp_path / "one" / "P") == content(tmp_path / "two" / "P")
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_the_number_of_processes_changes_nothing(tokenizer, tmp_path):
+    lines = [json.dumps({"text": f"{number} {TEXT[number:]}"}) for number in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "rubbish", *lines[20:]]))
+    corpus = gather([tmp_path / "a.jsonl"], reading=Reading(on_error="skip"))
+    one, two = (prepare(corpus, tmp_path / str(workers) / "P", tokenizer, workers) for workers in (1, 2))
+    assert one == two
+    assert one.manifest.documents == 50
+    assert [message.split(": ")[0] for message in one.skipped] == [f"{tmp_path}/a.jsonl:21"]
+    assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The files of the shards that are made, as they are."""
+    files: list[str] = []
+
+    def told(job, tokenizer):
+        files.extend(piece.file.name for piece in job.shard)
+        return shards.make(job, tokenizer)
+
+    monkeypatch.setattr(module, "make", told)
+    return files
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_after_an_interruption_only_what_is_left_is_made(corpus, tokenizer, tmp_path, made):
+    prepare(corpus, tmp_path / "whole" / "P", tokenizer)
+    c = tmp_path / "text" / "c.txt"
+    good = c.read_bytes()
+    c.write_bytes(b"\xff")
+    with pytest.raises(DataError):
+        prepare(corpus, tmp_path / "P", tokenizer)
+    c.write_bytes(good)
+    made.clear()
+    prepare(corpus, tmp_path / "P", tokenizer)
+    assert made == ["c.txt"]
+    assert content(tmp_path / "P") == content(tmp_path / "whole" / "P")
+    assert not work_folder(tmp_path / "P").exists()
+
+
+@pytest.mark.usefixtures("many_shards")
+@pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost"])
+def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made, monkeypatch, change):
+    monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(corpus, tmp_path / "P", tokenizer)
+    made.clear()
+    if change == "text":
+        (tmp_path / "text" / "b.txt").write_text(TEXT)
+    if change == "tokenizer":
+        (tmp_path / "tokenizer.model").unlink()
+        tokenizer = train_tokenizer([TEXT], 300)
+    if change == "reading":
+        corpus = gather([tmp_path / "text"], reading=Reading(on_error="skip"))
+    if change == "lost":
+        min(work_folder(tmp_path / "P").glob("*.bin")).unlink()
+    with pytest.raises(ZeroDivisionError):
+        prepare(corpus, tmp_path / "P", tokenizer)
+    assert len(made) == {"text": 1, "tokenizer": 3, "reading": 3, "lost": 1}[change]
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_a_file_given_twice_is_there_twice(tokenizer, tmp_path, made):
+    (tmp_path / "a.txt").write_text(TEXT)
+    corpus = gather([tmp_path / "a.txt", tmp_path / "a.txt"])
+    assert prepare(corpus, tmp_path / "P", tokenizer).manifest.documents == 2
+    assert made == ["a.txt"]
 
 
 def test_a_failure_leaves_the_store_that_was_there(corpus, tokenizer, tmp_path):
-    manifest = prepare(corpus, tmp_path / "P", tokenizer)
+    manifest = prepare(corpus, tmp_path / "P", tokenizer).manifest
     (tmp_path / "text" / "c.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"c\.txt:1"):
         prepare(corpus, tmp_path / "P", tokenizer)
@@ -63,7 +149,9 @@ def test_a_failure_leaves_the_store_that_was_there(corpus, tokenizer, tmp_path):
 
 def test_a_corpus_of_empty_documents_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"nothing to write to .*P: every document is empty\. Set --input"):
+    with pytest.raises(
+        DataError, match=r"nothing to write to .*P: every document is empty or was skipped\. Set --input"
+    ):
         prepare(gather([tmp_path / "a.txt"]), tmp_path / "P", tokenizer)
 
 

@@ -49,11 +49,17 @@ def test_a_text_longer_than_a_span_comes_back(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_documents_end_with_the_end_of_document_and_threads_change_nothing(tokenizer):
+def test_documents_end_with_the_end_of_document(tokenizer):
     documents = ["", "a", TEXT * 500, "b▁c"] * 30
-    one, two = (tokenizer.encode_documents(documents, workers) for workers in (1, 2))
-    assert [ids.tolist() for ids in one] == [ids.tolist() for ids in two]
-    assert one[1].tolist() == [*tokenizer.encode("a"), tokenizer.end_of_document]
+    encoded = [ids.tolist() for ids in tokenizer.encode_documents(documents)]
+    assert encoded == [[*tokenizer.encode(text), tokenizer.end_of_document] for text in documents]
+
+
+def test_a_document_may_end_with_any_token_of_the_model(tokenizer):
+    named = Tokenizer(tokenizer.model, "named", end="<unk>")
+    assert named.encode_documents(["a"])[0].tolist() == [*tokenizer.encode("a"), 0]
+    with pytest.raises(DataError, match="tokenizer named has no token '<stop>', .*Set --eod-token to a token that it"):
+        Tokenizer(tokenizer.model, "named", end="<stop>")
 
 
 def test_a_saved_tokenizer_is_loaded_as_it_was(tokenizer, tmp_path):
@@ -88,7 +94,7 @@ def test_a_model_trained_elsewhere_keeps_its_own_habits():
 
 
 def test_a_model_without_an_end_is_refused():
-    with pytest.raises(DataError, match=r"tokenizer endless has no end-of-sentence piece.*Set --tokenizer-model"):
+    with pytest.raises(DataError, match=r"tokenizer endless has no end-of-sentence piece.*Set --eod-token"):
         Tokenizer(trained_elsewhere(eos_id=-1), "endless")
 
 

@@ -1,6 +1,9 @@
 """The command line of prepare_data.py: from arguments to files, summary and exit code."""
 
+import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +38,30 @@ def test_a_tokenizer_that_exists_is_used_and_copied(text, tmp_path):
     assert (second.parent / "tokenizer.model").read_bytes() == model.read_bytes()
 
 
+def test_standard_input_is_read_as_lines_and_left_nowhere(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps({"text": TEXT}).encode())))
+    assert main(["--input", "-", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    assert "3 documents" in capsys.readouterr().out
+    assert not list(tmp_path.glob("P.work*"))
+
+
+def test_what_is_skipped_is_told_by_line_and_counted(text, tmp_path, capsys):
+    (text / "c.jsonl").write_text("rubbish\n")
+    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]
+    assert main(arguments) == DataError.exit_code
+    assert f"{text}/c.jsonl:1: not a line of JSON" in capsys.readouterr().err
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    told = capsys.readouterr()
+    assert f"skipped {text}/c.jsonl:1: not a line of JSON" in told.err
+    assert "2 documents" in told.out
+    assert "1 skipped" in told.out
+
+
+def test_the_summary_has_the_histogram_of_lengths(text, tmp_path, capsys):
+    assert main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    assert "tokens, from   documents\n" in capsys.readouterr().out
+
+
 def test_an_error_is_one_message_and_its_exit_code(tmp_path, capsys):
     arguments = ["--input", str(tmp_path / "none"), "--output-prefix", str(tmp_path / "P")]
     assert main(arguments) == DataError.exit_code
@@ -48,6 +75,7 @@ def test_an_error_is_one_message_and_its_exit_code(tmp_path, capsys):
         (["--input", "a", "--python-library"], "one source of text is needed, no more"),
         (["--input", "a", "--vocab-size", "9", "--tokenizer-model", "m"], "Drop --vocab-size or --tokenizer-model."),
         (["--input", "a", "--vocab-size", "-9"], "vocab_size -9 must be above 0. Set --vocab-size."),
+        (["--input", "a", "--eod-token", "</s>"], "has its own end of documents. Drop --eod-token."),
         (["--input", "a", "--workers", "0"], "workers 0 must be at least 1. Set --workers."),
     ],
 )
@@ -60,3 +88,9 @@ def test_help_names_the_default_vocabulary(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert f"0: {DEFAULT_VOCAB_SIZE}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config"])
+def test_a_prefix_whose_manifest_would_be_the_tokenizers_file_is_refused(tmp_path, capsys, name):
+    assert main(["--input", "a", "--output-prefix", str(tmp_path / name)]) == ConfigError.exit_code
+    assert f"{name}.json is the tokenizer's own file. Set --output-prefix" in capsys.readouterr().err

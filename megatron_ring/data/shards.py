@@ -1,0 +1,113 @@
+"""One shard of a corpus as a token store of its own, and the record by which a later run knows it as finished.
+
+A shard's name is a hash of everything its tokens follow from: the tokenizer, the options, and the place, size and
+time of change of its files. So a run that was cut short finds what it finished, and nothing that has changed since.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass
+from functools import cache
+from pathlib import Path
+
+from megatron_ring.data.corpus import Corpus, Reading, Shard
+from megatron_ring.data.replace_file import replace_file
+from megatron_ring.data.token_index import idx_path
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
+
+_BATCH_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a process needs to know to make one shard; ``prefix`` is where its store goes, without a suffix."""
+
+    shard: Shard
+    reading: Reading
+    tokenizer_file: Path
+    prefix: Path
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that the shard is made of."""
+        return sum(piece.stop - piece.start for piece in self.shard)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its store, its counts, and what was passed over in it."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    bytes: int
+    skipped: list[str]
+
+
+def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Path) -> list[ShardJob]:
+    """A job for each shard of ``corpus``, to be kept in ``folder`` until all are joined."""
+    follows_from = (tokenizer.fingerprint, tokenizer.end_of_document, *astuple(corpus.reading))
+    return [
+        ShardJob(shard, corpus.reading, tokenizer_file, folder / _name(shard, *follows_from))
+        for shard in corpus.shards()
+    ]
+
+
+def finished(job: ShardJob) -> ShardRecord | None:
+    """The record of a shard that was finished, None where it is still to be made."""
+    record = _record_path(job.prefix)
+    whole = all(path.exists() for path in (record, bin_path(job.prefix), idx_path(job.prefix)))
+    return ShardRecord(**json.loads(record.read_bytes())) if whole else None
+
+
+def make_in_process(job: ShardJob) -> ShardRecord:
+    """``make`` in a process of its own, which loads the tokenizer once for all its shards."""
+    return make(job, _loaded(job.tokenizer_file))
+
+
+def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
+    """Write the shard and then its record. Raises DataError as reading does."""
+    skipped: list[str] = []
+    documents = tokens = text_bytes = 0
+    with TokenStoreWriter(job.prefix, token_dtype(tokenizer.vocab_size)) as writer:
+        for texts in _batches(job.reading.texts(job.shard, skipped)):
+            for text, ids in zip(texts, tokenizer.encode_documents(texts)):
+                writer.add_document(ids)
+                documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
+    record = ShardRecord(str(job.prefix), documents, tokens, text_bytes, skipped)
+    replace_file(_record_path(job.prefix), json.dumps(asdict(record)).encode())
+    return record
+
+
+# As many as a process has, which is one.
+_loaded = cache(Tokenizer.load)
+
+
+def _record_path(prefix: Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def _name(shard: Shard, *options: str | int) -> str:
+    files = [(str(piece.file.absolute()), piece.start, piece.stop, *_state(piece.file)) for piece in shard]
+    return hashlib.sha256(json.dumps((options, files)).encode()).hexdigest()[:32]
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about a million characters, so that the tokenizer is not called for each short one."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
