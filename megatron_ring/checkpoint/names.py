@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_ring.errors import CheckpointError
 
 PARTIAL, REMOVED, LATEST = ".partial-", ".removed-", "latest"
-_NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8,})")
+_NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,})")
 
 
 def partial_name(step: int) -> str:

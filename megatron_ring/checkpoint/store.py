@@ -87,7 +87,7 @@ def newest(folder: Path) -> Stored | None:
     candidates, skipped = names.candidates(folder)
     for path in candidates:
         try:
-            return Stored(path, _checked_state(path), tuple(skipped))
+            return Stored(path, verify(path), tuple(skipped))
         except CheckpointError as fault:
             skipped.append(f"{path} is passed over: {fault}.")
         except OSError as error:
@@ -97,8 +97,11 @@ def newest(folder: Path) -> Stored | None:
     return None
 
 
-def _checked_state(path: Path) -> RunState:
-    """What the checkpoint at ``path`` says, after each of its files was read and found as it was written."""
+def verify(path: Path) -> RunState:
+    """What the checkpoint at ``path`` says, after each of its files was read and found as it was written.
+
+    Raises CheckpointError that names the first file that is not, OSError where one cannot be read.
+    """
     if not (path / STATE).is_file():
         raise CheckpointError(f"its {STATE} is missing")
     state, files = decode((path / STATE).read_bytes())

@@ -1,4 +1,4 @@
-"""Small checkpoints, written as training writes them but for the engine. Imports no torch, so that a process is light."""
+"""Small checkpoints, written as training writes them but for the engine. Imports no torch, to be a light process."""
 
 from pathlib import Path
 

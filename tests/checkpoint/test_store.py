@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there; what is damaged is passed over and named."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, reason):
     assert found.skipped == (f"{tmp_path}/step-00000010 is passed over: {reason.replace('SIZE', str(size))}.",)
 
 
+def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):
+    good, unreadable = write(tmp_path, 5), write(tmp_path, 10)
+    verify = store.verify
+
+    def fails(path: Path) -> store.RunState:
+        if path == unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return verify(path)
+
+    monkeypatch.setattr(store, "verify", fails)
+    found = store.newest(tmp_path)
+    assert found.path == good
+    assert found.skipped == (f"{unreadable} is passed over: it cannot be read (Input/output error).",)
+
+
 def test_where_none_is_whole_all_are_named(tmp_path):
     for step in (5, 10):
         (write(tmp_path, step) / "rank-0.pt").unlink()
@@ -139,6 +155,15 @@ def test_what_killed_saves_left_is_cleared_by_the_next(tmp_path):
     write(tmp_path, 20)
     store.prepare(tmp_path, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-00000025", "latest", "step-00000020"]
+
+
+def test_the_only_one_is_not_cleared_even_where_a_killed_save_had_put_it_aside(tmp_path):
+    write(tmp_path, 5).rename(tmp_path / ".removed-step-00000005")
+    store.prepare(tmp_path, 5)
+    assert store.newest(tmp_path).state == state(5)
+    store.discard(tmp_path, 5)
+    write(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000005"]
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):

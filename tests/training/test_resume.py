@@ -1,7 +1,10 @@
 """N + N steps are 2N steps, bit for bit; and the tokens read do not depend on how ranks split them."""
 
 import contextlib
+import os
 import resource
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from megatron_ring.checkpoint import store
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError
 from megatron_ring.training import checkpointing
-from tests.distributed import run_ranks
+from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
 
 N = 4
@@ -115,3 +118,38 @@ def files_of_at_most(size: int):
 
 def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_the_checkpoint_before(tmp_path):
     run_ranks(2, save_on_a_full_disk, tmp_path, tiny.write_store(tmp_path))
+
+
+def save_until_killed(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    run = tiny.Run(kept_twice(folder), prefix, rank, world_size)
+    while True:
+        run.steps(1)
+        checkpointing.save(run.engine, run.setup, run.state())
+        if rank == 0 and run.step == 2:
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+
+def resume_as_if_nothing_had_happened(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    resumed = tiny.Run(kept_twice(folder), prefix, rank, world_size)
+    stored = checkpointing.find(resumed.setup, tiny.VOCAB)
+    [reason] = stored.skipped
+    assert "_model_states.pt has other bytes than" in reason
+    resumed.resume(stored.path, stored.state)
+    straight = tiny.Run(kept_twice(folder), prefix, rank, world_size)
+    straight.steps(stored.state.step)
+    assert resumed.steps(N) == straight.steps(N)
+
+
+def kept_twice(folder: Path) -> Config:
+    return tiny.config(checkpoint={"save": str(folder / "saved"), "load": str(folder / "saved"), "keep_last": 2})
+
+
+def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_the_one_before(tmp_path):
+    prefix = tiny.write_store(tmp_path)
+    with pytest.raises(RankFailed):
+        run_ranks(2, save_until_killed, tmp_path, prefix)
+    weights = store.newest(tmp_path / "saved").path / "mp_rank_00_model_states.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    run_ranks(2, resume_as_if_nothing_had_happened, tmp_path, prefix)
