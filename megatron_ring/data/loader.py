@@ -1,9 +1,10 @@
 """The pre-striping loader: each process is handed its own share of its own samples, already laid out.
 
-The whole sample is cut here, once, by ``layout.positions``; nothing is moved between ranks afterwards. Targets are
-shifted by one before the cut, so the target of a token lives where the token lives, although its neighbour may not;
-documents are found before it too, for an end-of-document token may live elsewhere than the document behind it.
-This is selection only: no collectives, and the same samples in the same global batches for any grid.
+A process reads the tokens that ``layout.positions`` gives it; nothing is moved between ranks afterwards. The target of
+a token, the next one of the sample, is read where the token lives, although that neighbour may live elsewhere. Where
+documents are kept apart their borders are looked for in the whole sample, for an end-of-document token may live
+elsewhere than the document behind it. This is selection only: no collectives, and the same samples in the same global
+batches for any grid.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
-from megatron_ring.data.stream import Stream
+from megatron_ring.data.stream import Stream, Text
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Loader:
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
         self._packing = packing
-        self._fill = layout.seq_length - stream.seq_length
+        self._layout_length, self._last = layout.seq_length, stream.seq_length - 1
         self._positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
+        # Behind the end nobody looks: what fills a ragged layout repeats the last token, and predicts nothing.
+        self._places_l, self._behind_l = self._positions_l.clip(max=self._last), self._positions_l > self._last
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
         self._consumed_samples = consumed_samples
@@ -88,21 +91,23 @@ class Loader:
         return batches
 
     def _batch(self, first: int) -> Batch:
-        samples = np.stack([self._stream.sample(first + b) for b in range(self._micro_batch_size)])
-        # Behind the end nobody looks: tokens that fill a ragged layout are seen by none and predict nothing.
-        tokens_BS, next_BS = self._packing.filled(samples[:, :-1]), samples[:, 1:]
-        if self._fill:
-            tokens_BS = np.pad(tokens_BS, ((0, 0), (0, self._fill)), mode="edge")
-            next_BS = np.pad(next_BS, ((0, 0), (0, self._fill)), constant_values=IGNORED)
-        positions = self._packing.positions(tokens_BS).clip(max=self._stream.seq_length - 1)
-        starts = self._packing.document_starts(tokens_BS)
+        texts = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
+        tokens_Bl = self._packing.filled(np.stack([text.at(self._places_l) for text in texts]))
+        next_Bl = np.stack([text.at(self._places_l + 1) for text in texts])
+        next_Bl[:, self._behind_l] = IGNORED
+        positions, starts = self._borders(texts)
         return Batch(
-            self._cut(tokens_BS),
-            self._cut(self._packing.targets(tokens_BS, next_BS)),
-            self._cut(positions),
+            torch.from_numpy(tokens_Bl),
+            torch.from_numpy(self._packing.targets(tokens_Bl, next_Bl)),
+            torch.from_numpy(positions),
             None if starts is None else torch.from_numpy(starts),
         )
 
-    def _cut(self, whole: np.ndarray) -> torch.Tensor:
-        """This process's share of (..., S): (..., l)."""
-        return torch.from_numpy(np.take(whole, self._positions_l, axis=-1))
+    def _borders(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Positions here, and where documents start: for either the ends in all of a sample have to be looked at."""
+        if not self._packing.looks_at_whole_samples:
+            return self._places_l, None
+        places_S = np.arange(self._layout_length).clip(max=self._last)
+        tokens_BS = self._packing.filled(np.stack([text.at(places_S) for text in texts]))
+        positions = self._packing.positions(tokens_BS).clip(max=self._last)
+        return np.take(positions, self._positions_l, axis=-1), self._packing.document_starts(tokens_BS)

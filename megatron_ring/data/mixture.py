@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
-
-from megatron_ring.data.stream import Stream
+from megatron_ring.data.stream import Stream, Text
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Turns:
         return first, index
 
 
-class Blend:
+class Blend(Stream):
     """Streams of one ``seq_length`` taken in turns; each goes through its own epochs."""
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[Fraction]):
@@ -48,10 +46,10 @@ class Blend:
         self.streams, self.seq_length = streams, streams[0].seq_length
         self._turns = Turns(tuple(weights))
 
-    def sample(self, index: int) -> np.ndarray:
+    def text(self, index: int) -> Text:
         """Sample ``index``: see Stream."""
         stream, number = self._turns.at(index)
-        return self.streams[stream].sample(number)
+        return self.streams[stream].text(number)
 
     def in_words(self) -> list[str]:
         total = sum(self._turns.weights)

@@ -34,8 +34,13 @@ class Packing:
         """The names of the flags that are on: where any is, documents need their ends."""
         return [name for name, on in vars(self).items() if on is True]
 
+    @property
+    def looks_at_whole_samples(self) -> bool:
+        """Whether positions or starts depend on the ends of documents, wherever those live."""
+        return self.reset_attention_mask or self.reset_position_ids
+
     def filled(self, tokens_BS: np.ndarray) -> np.ndarray:
-        """``tokens_BS`` with an end-of-document token in every place without text, each a document of its own."""
+        """Any ``tokens_BS`` with an end-of-document token in every place without text, each a document of its own."""
         return np.where(tokens_BS == IGNORED, self.end_of_document, tokens_BS)
 
     def document_starts(self, tokens_BS: np.ndarray) -> np.ndarray | None:
@@ -54,7 +59,10 @@ class Packing:
         return (np.arange(tokens_BS.size) - np.repeat(starts, lengths)).reshape(tokens_BS.shape)
 
     def targets(self, tokens_BS: np.ndarray, next_BS: np.ndarray) -> np.ndarray:
-        """What each token predicts: the token after it, ``next_BS``; IGNORED at a border under eod_mask_loss."""
+        """What each token predicts: the one after it, ``next_BS``; IGNORED at a border under eod_mask_loss.
+
+        Of any part of a sample, unlike the borders above.
+        """
         return np.where(tokens_BS == self.end_of_document, IGNORED, next_BS) if self.eod_mask_loss else next_BS
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ring.data.stream import refuse_foreign, shuffled
+from megatron_ring.data.stream import Stream, Text, shuffled
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
@@ -54,7 +54,7 @@ class _Epoch:
     samples: np.ndarray
 
 
-class SampleStream:
+class SampleStream(Stream):
     """The endless stream of samples of one range of documents, epoch after epoch.
 
     Within an epoch the tokens are met once each, but for the last ones, fewer than ``seq_length``, that fill no sample.
@@ -69,15 +69,13 @@ class SampleStream:
         assert self.samples_per_epoch > 0, "split_documents refuses such a range"
         self._epoch = self._ordered(0)
 
-    def sample(self, index: int) -> np.ndarray:
+    def text(self, index: int) -> Text:
         """Sample ``index``: see Stream. Every place of it holds text."""
         number, n = divmod(index, self.samples_per_epoch)
         if number != self._epoch.number:
             self._epoch = self._ordered(number)
         start = int(self._epoch.samples[n]) * self.seq_length
-        tokens = np.concatenate(self._pieces(start, start + self.seq_length + 1)).astype(np.int64)
-        refuse_foreign(tokens, self.vocab_size, self.store)
-        return tokens
+        return Text(self._pieces(start, start + self.seq_length + 1), self.store, self.vocab_size)
 
     def in_words(self) -> list[str]:
         return [f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch"]

@@ -1,7 +1,7 @@
 """Samples of whole documents: ``--packing greedy`` and ``best-fit``, beside the running concatenation of samples.py.
 
 No document is cut that fits into a sample; a longer one is cut every ``seq_length`` tokens. Places left over at the
-end of a sample are IGNORED: the loader puts tokens there that predict nothing and that no text sees. Documents share
+end of a sample hold no text: the loader puts tokens there that predict nothing and that no text sees. Documents share
 a sample with the same ones in every epoch, and only the order of the samples changes: so an epoch has a known number
 of them, and any sample of any epoch is found at once.
 """
@@ -9,12 +9,11 @@ of them, and any sample of any epoch is found at once.
 import numpy as np
 
 from megatron_ring.data.bin_packing import FITS
-from megatron_ring.data.packing import IGNORED
-from megatron_ring.data.stream import refuse_foreign, shuffled
+from megatron_ring.data.stream import Stream, Text, shuffled
 from megatron_ring.data.tokens import TokenStore
 
 
-class WholeDocumentStream:
+class WholeDocumentStream(Stream):
     """The endless stream of packs of one range of documents. ``fit`` is a name in FITS.
 
     Keeps where the pieces of documents lie and the order of one epoch, O(documents + samples), and no tokens.
@@ -32,16 +31,12 @@ class WholeDocumentStream:
         self.lost_share = 1 - int(lengths.sum()) / (self.samples_per_epoch * seq_length)
         self._ordered(0)
 
-    def sample(self, index: int) -> np.ndarray:
-        """Sample ``index``: see Stream. The last target is IGNORED but where a document goes on in another sample."""
+    def text(self, index: int) -> Text:
+        """Sample ``index``: see Stream. It has a last target only where a document goes on in another sample."""
         epoch, n = divmod(index, self.samples_per_epoch)
         if epoch != self._epoch:
             self._ordered(epoch)
-        tokens = np.concatenate([self._piece(piece) for piece in self._packs[self._order[n]]])
-        refuse_foreign(tokens, self.vocab_size, self.store)
-        sample = np.full(self.seq_length + 1, IGNORED)
-        sample[: len(tokens)] = tokens
-        return sample
+        return Text([self._piece(piece) for piece in self._packs[self._order[n]]], self.store, self.vocab_size)
 
     def in_words(self) -> list[str]:
         return [

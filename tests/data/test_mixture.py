@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.mixture import Blend, Turns
+from megatron_ring.data.stream import Stream, Text
+from megatron_ring.data.tokens import TokenStore
 
 weights_of = st.fractions(min_value=0, max_value=10, max_denominator=1000).filter(lambda weight: weight > 0)
 
 
-class Numbered:
+class Numbered(Stream):
     """A stream whose samples tell which they are."""
 
-    seq_length = 1
+    def __init__(self, store: TokenStore, name: int, seq_length: int = 1):
+        self.store, self.name, self.seq_length = store, name, seq_length
 
-    def __init__(self, name: int):
-        self.name = name
-
-    def sample(self, index: int) -> np.ndarray:
-        return np.array([self.name, index])
+    def text(self, index: int) -> Text:
+        return Text([np.array([self.name, index])], self.store, vocab_size=100)
 
     def in_words(self) -> list[str]:
         return [f"stream {self.name}"]
@@ -59,14 +59,14 @@ def test_weights_of_any_sum_are_shares(weights, factor, index):
     assert Turns(tuple(weights)).at(index) == Turns(tuple(factor * weight for weight in weights)).at(index)
 
 
-def test_a_blend_gives_the_streams_samples_and_tells_its_shares():
-    blend = Blend([Numbered(0), Numbered(1)], [Fraction(3), Fraction(1)])
+def test_a_blend_gives_the_streams_samples_and_tells_its_shares(store_of):
+    store = store_of([[1]])
+    blend = Blend([Numbered(store, 0), Numbered(store, 1)], [Fraction(3), Fraction(1)])
     assert [blend.sample(index).tolist() for index in range(4)] == [[0, 0], [0, 1], [1, 0], [0, 2]]
     assert blend.in_words() == ["75.00% of the samples from stream 0", "25.00% of the samples from stream 1"]
 
 
-def test_streams_of_two_lengths_make_no_blend():
-    longer = Numbered(1)
-    longer.seq_length = 2
+def test_streams_of_two_lengths_make_no_blend(store_of):
+    store = store_of([[1]])
     with pytest.raises(AssertionError):
-        Blend([Numbered(0), longer], [Fraction(1), Fraction(1)])
+        Blend([Numbered(store, 0), Numbered(store, 1, seq_length=2)], [Fraction(1), Fraction(1)])
