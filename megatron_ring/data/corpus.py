@@ -1,7 +1,7 @@
 """Where documents come from: files, folders, globs, standard input, or Python's own library; always in one order.
 
-A corpus is cut in shards of about ``SHARD_BYTES`` of its files, whatever number of processes will work on them: a
-large plain ``.jsonl`` on the border of a line, small files put together, any other file as a whole.
+A corpus is cut in shards of about equal bytes of its files, whatever number of processes will work on them: a large
+plain ``.jsonl`` on the border of a line, small files put together, any other file as a whole.
 """
 
 import glob
@@ -21,6 +21,10 @@ from megatron_ring.errors import DataError
 
 SUFFIXES = (".jsonl", ".md", ".parquet", ".py", ".rst", ".txt")
 SHARD_BYTES = 16 << 20
+"""The smallest shard, of a few seconds' work; those of a large corpus are larger, so that they stay few thousands."""
+
+_LARGEST_SHARD_BYTES = 256 << 20
+_SHARDS = 1024
 
 STANDARD_INPUT = "-"
 
@@ -60,19 +64,24 @@ class Corpus:
         return sum(_size(file) for file in self.files)
 
     def shards(self) -> list[Shard]:
-        """The whole corpus in pieces, put together to about ``SHARD_BYTES`` each."""
+        """The whole corpus in pieces, put together to shards of about the same size."""
+        size = self._shard_bytes()
         pieces = list(self.pieces())
         begins = itertools.accumulate((piece.stop - piece.start for piece in pieces), initial=0)
-        grouped = itertools.groupby(zip(begins, pieces), key=lambda found: found[0] // SHARD_BYTES)
+        grouped = itertools.groupby(zip(begins, pieces), key=lambda found: found[0] // size)
         return [tuple(piece for _, piece in group) for _, group in grouped]
 
     def pieces(self) -> Iterator[Piece]:
         """The whole corpus in order. Raises DataError for a file that has gone."""
+        step_of_lines = self._shard_bytes()
         for file in self.files:
             size = _size(file)
-            # Lines can be found from anywhere in a file; compressed ones and the end of a text only from its start.
-            step = SHARD_BYTES if file.suffix == ".jsonl" else max(size, 1)
+            # Lines can be found from anywhere in a file, unless it is compressed; nothing else can.
+            step = step_of_lines if file.suffix == ".jsonl" else max(size, 1)
             yield from (Piece(file, start, min(start + step, size)) for start in range(0, size, step))
+
+    def _shard_bytes(self) -> int:
+        return max(SHARD_BYTES, min(self.file_bytes // _SHARDS, _LARGEST_SHARD_BYTES))
 
 
 def gather(
