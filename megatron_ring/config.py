@@ -328,7 +328,7 @@ class CheckpointConfig:
     save_interval: int = 0
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
     keep_last: int = 0
-    """K: with a new checkpoint whole, those before the last K are deleted. 0: all are kept."""
+    """K: once a new checkpoint is whole, those before the last K are deleted; K + 1 need room. 0: all are kept."""
     keep_every: int = 0
     """M: with --keep-last, checkpoints of steps that are multiples of M are kept beside the last K. 0: none are."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_ring.errors import CheckpointError
 
+_NOT_OURS = "its state.json is damaged or of another version"
 _LAST_LINE = b',\n  "sha256": "%s"\n}\n'
 
 
@@ -65,17 +66,17 @@ def encode(state: RunState, files: dict[str, FileRecord]) -> bytes:
 
 
 def decode(content: bytes) -> tuple[RunState, dict[str, FileRecord]]:
-    """What ``encode`` was given. Raises CheckpointError when a byte of it is another; nothing is parsed before."""
+    """What ``encode`` was given. Raises CheckpointError when a byte of it is another, before anything is parsed."""
     body = content[: -len(_LAST_LINE % _sha256(b""))]
     if content != body + _LAST_LINE % _sha256(body):
-        raise CheckpointError("its state.json is damaged")
-    document = json.loads(content)
+        raise CheckpointError(_NOT_OURS)
     try:
+        document = json.loads(content)
         del document["sha256"]
         files = {name: FileRecord(**record) for name, record in document.pop("files").items()}
         return RunState(**document), files
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError("its state.json is of another version") from error
+        raise CheckpointError(_NOT_OURS) from error
 
 
 def _sha256(content: bytes) -> bytes:

@@ -41,7 +41,8 @@ def prepare(folder: Path, step: int) -> None:
 def written(folder: Path, step: int) -> list[str]:
     """The files of the checkpoint that is being written, the largest first."""
     partial = folder / names.partial_name(step)
-    sizes = {name: (partial / name).stat().st_size for name in _files(partial)}
+    with disk.write_errors(folder):
+        sizes = {name: (partial / name).stat().st_size for name in _files(partial)}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 

@@ -74,7 +74,10 @@ def _sealed(folder: Path, step: int) -> dict[str, FileRecord]:
 
 
 def _what_stays(folder: Path) -> str:
-    before = store.newest(folder)
+    try:
+        before = store.newest(folder)
+    except CheckpointError as error:
+        return str(error)
     return f"{before.path.name} stays the newest." if before else "There is none before it."
 
 

@@ -47,14 +47,14 @@ def test_steps_of_an_earlier_run_neither_count_nor_go(tmp_path):
 def test_nothing_goes_before_the_new_one_is_whole_and_the_latest(tmp_path, monkeypatch):
     for step in (10, 20):
         write(tmp_path, step)
-    monkeypatch.setattr(retention, "remove_outdated", lambda folder, newest, _: seen.append(found(folder, newest)))
-    seen: list[bool] = []
+    seen = []
 
-    def found(folder: Path, newest: int) -> bool:
-        return store.newest(folder).state.step == newest and steps(folder) == [10, 20, 30]
+    def look(folder: Path, newest: int, _: CheckpointConfig) -> None:
+        seen.append((store.newest(folder).state.step, newest, steps(folder)))
 
+    monkeypatch.setattr(retention, "remove_outdated", look)
     write(tmp_path, 30, keeping(keep_last=1))
-    assert seen == [True]
+    assert seen == [(30, 30, [10, 20, 30])]
 
 
 def test_a_removal_that_ends_half_way_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):

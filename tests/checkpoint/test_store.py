@@ -65,7 +65,7 @@ DAMAGES = {
     "rank-0.pt is missing, 18 bytes were written": lambda path: (path / "rank-0.pt").unlink(),
     "config.yaml has other bytes than the SIZE that were written": lambda path: flip(path / "config.yaml", 10),
     "its state.json is missing": lambda path: (path / "state.json").unlink(),
-    "its state.json is damaged": lambda path: flip(path / "state.json", 20),
+    "its state.json is damaged or of another version": lambda path: flip(path / "state.json", 20),
     "layer_00-model_states.pt was not written with it and must be moved away": (
         lambda path: (path / "layer_00-model_states.pt").touch()
     ),
