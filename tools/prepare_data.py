@@ -22,7 +22,7 @@ from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import ConfigError, MegatronRingError
+from megatron_ring.errors import ConfigError, DataError, MegatronRingError
 
 # Names beside a store that belong to its tokenizer.
 _TAKEN = ("tokenizer", "tokenizer_config")
@@ -78,8 +78,15 @@ def run(options: Options) -> Prepared:
     """Train or load the tokenizer, write the store. Raises ConfigError and DataError."""
     if problems := options.problems():
         raise ConfigError(problems)
-    corpus = python_library() if options.python_library else _gathered(options)
-    return prepare(corpus, options.output_prefix, _tokenizer(options, corpus), options.workers, progress=True)
+    try:
+        corpus = python_library() if options.python_library else _gathered(options)
+        return prepare(corpus, options.output_prefix, _tokenizer(options, corpus), options.workers, progress=True)
+    except OSError as error:
+        # What cannot be read is a DataError already.
+        raise DataError(
+            f"{options.output_prefix} cannot be written: {error}. Make room, or set --output-prefix. What is finished "
+            f"is kept in {work_folder(options.output_prefix)} for the same command."
+        ) from error
 
 
 def _gathered(options: Options) -> Corpus:

@@ -20,8 +20,8 @@ from megatron_ring.data.documents import Piece
 from megatron_ring.errors import DataError
 
 SUFFIXES = (".jsonl", ".md", ".parquet", ".py", ".rst", ".txt")
-SHARD_BYTES = 16 << 20
-"""The smallest shard, of a few seconds' work; those of a large corpus are larger, so that they stay few thousands."""
+SHARD_BYTES = 4 << 20
+"""The smallest shard, of a second's work; those of a large corpus are larger, so that they stay few thousands."""
 
 _LARGEST_SHARD_BYTES = 256 << 20
 _SHARDS = 1024

@@ -26,6 +26,9 @@ from megatron_ring.errors import DataError
 
 DEFAULT_VOCAB_SIZE = 4096
 
+# A process takes a second to start: for less work than this it is not worth while.
+_BYTES_FOR_A_PROCESS = 8 << 20
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -101,9 +104,10 @@ def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bo
     records = {job.prefix: record for job in work if (record := finished(job))}
     # A file named twice is one shard, joined twice.
     left = list({job.prefix: job for job in work if job.prefix not in records}.values())
-    processes = min(workers, len(left))
+    left_bytes = sum(job.file_bytes for job in left)
+    processes = min(workers, len(left), left_bytes // _BYTES_FOR_A_PROCESS)
     made = in_order(make_in_process, left, processes) if processes > 1 else (make(job, tokenizer) for job in left)
-    with _bar("tokens", sum(job.file_bytes for job in left), progress) as bar:
+    with _bar("tokens", left_bytes, progress) as bar:
         for job, record in zip(left, made):
             records[job.prefix] = record
             bar.update(job.file_bytes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from threading import Thread
 
 from megatron_ring.errors import DataError
@@ -35,6 +36,6 @@ def _follow_parent() -> None:
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 
 
-def _end_with(parent) -> None:
+def _end_with(parent: BaseProcess) -> None:
     connection.wait([parent.sentinel])
     os._exit(1)

@@ -37,13 +37,14 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its store, its counts, and what was passed over in it."""
+    """A finished shard: its store, its counts, what was passed over in it, and the size of its ``.bin``."""
 
     prefix: str
     documents: int
     tokens: int
     bytes: int
     skipped: list[str]
+    stored_bytes: int
 
 
 def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Path) -> list[ShardJob]:
@@ -56,10 +57,13 @@ def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Pat
 
 
 def finished(job: ShardJob) -> ShardRecord | None:
-    """The record of a shard that was finished, None where it is still to be made."""
-    record = _record_path(job.prefix)
-    whole = all(path.exists() for path in (record, bin_path(job.prefix), idx_path(job.prefix)))
-    return ShardRecord(**json.loads(record.read_bytes())) if whole else None
+    """The record of a shard that was finished, None where it is still to be made, or a crash left half of it."""
+    try:
+        record = ShardRecord(**json.loads(_record_path(job.prefix).read_bytes()))
+        whole = bin_path(job.prefix).stat().st_size == record.stored_bytes and idx_path(job.prefix).exists()
+    except (OSError, TypeError, ValueError):
+        return None
+    return record if whole else None
 
 
 def make_in_process(job: ShardJob) -> ShardRecord:
@@ -76,7 +80,7 @@ def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
             for text, ids in zip(texts, tokenizer.encode_documents(texts)):
                 writer.add_document(ids)
                 documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-    record = ShardRecord(str(job.prefix), documents, tokens, text_bytes, skipped)
+    record = ShardRecord(str(job.prefix), documents, tokens, text_bytes, skipped, bin_path(job.prefix).stat().st_size)
     replace_file(_record_path(job.prefix), json.dumps(asdict(record)).encode())
     return record
 

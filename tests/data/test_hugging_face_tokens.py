@@ -8,7 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_ring.config import DataConfig
+from megatron_ring.data.corpus import gather
+from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.manifest import tokenizer_path
+from megatron_ring.data.prepare import prepare
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
 from tests.data.text import TEXT
@@ -74,6 +78,19 @@ def test_the_end_asked_for_is_kept_beside_the_file(tmp_path):
     assert Tokenizer.load(tmp_path / "tokenizer.json").end_of_document == 1
     with pytest.raises(DataError, match="or ends documents with another token"):
         Tokenizer(named.model, "a").save(tmp_path / "tokenizer.json")
+
+
+def test_a_store_is_opened_for_training_with_the_end_that_it_was_written_with(tmp_path):
+    model = byte_level(["<|endoftext|>", "<stop>"])
+    (tmp_path / "a.txt").write_text(TEXT * 9)
+    (tmp_path / "b.txt").write_text(TEXT * 9)
+    prefix = tmp_path / "store" / "P"
+    prepare(gather([tmp_path]), prefix, Tokenizer(model, "a", end="<stop>"))
+    config = DataConfig(data_path=(str(prefix),), seq_length=64, split=(1.0, 0.0), reset_attention_mask=True)
+    assert Dataset.open(config, seed=1).tokenizer.end_of_document == 1
+    (tmp_path / "store" / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match="ends documents with id 1, and the tokenizer given with 0"):
+        Dataset.open(config, seed=1)
 
 
 @pytest.mark.parametrize("eos_token", ["<stop>", {"content": "<stop>", "lstrip": False}])

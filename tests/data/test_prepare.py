@@ -56,8 +56,9 @@ def content(prefix: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def many_shards(monkeypatch):
-    """Every file, and every few lines of a .jsonl, a shard of its own."""
+    """Every file, and every few lines of a .jsonl, a shard of its own, for processes that any work is enough for."""
     monkeypatch.setattr(cutting, "SHARD_BYTES", 100)
+    monkeypatch.setattr(module, "_BYTES_FOR_A_PROCESS", 1)
 
 
 def test_shards_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
@@ -66,18 +67,6 @@ def test_shards_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypa
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 1)
     prepare(corpus, tmp_path / "two" / "P", tokenizer)
     assert content(tmp_path / "one" / "P") == content(tmp_path / "two" / "P")
-
-
-@pytest.mark.usefixtures("many_shards")
-def test_the_number_of_processes_changes_nothing(tokenizer, tmp_path):
-    lines = [json.dumps({"text": f"{number} {TEXT[number:]}"}) for number in range(50)]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "rubbish", *lines[20:]]))
-    corpus = gather([tmp_path / "a.jsonl"], reading=Reading(on_error="skip"))
-    one, two = (prepare(corpus, tmp_path / str(workers) / "P", tokenizer, workers) for workers in (1, 2))
-    assert one == two
-    assert one.manifest.documents == 50
-    assert [message.split(": ")[0] for message in one.skipped] == [f"{tmp_path}/a.jsonl:21"]
-    assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
 
 
 @pytest.fixture
@@ -91,6 +80,20 @@ def made(monkeypatch):
 
     monkeypatch.setattr(module, "make", told)
     return files
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_the_number_of_processes_changes_nothing(tokenizer, tmp_path, made):
+    lines = [json.dumps({"text": f"{number} {TEXT[number:]}"}) for number in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "rubbish", *lines[20:]]))
+    corpus = gather([tmp_path / "a.jsonl"], reading=Reading(on_error="skip"))
+    one = prepare(corpus, tmp_path / "1" / "P", tokenizer)
+    made.clear()
+    assert prepare(corpus, tmp_path / "2" / "P", tokenizer, workers=2) == one
+    assert made == []  # here, since two other processes made them
+    assert one.manifest.documents == 50
+    assert [message.split(": ")[0] for message in one.skipped] == [f"{tmp_path}/a.jsonl:21"]
+    assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
 
 
 @pytest.mark.usefixtures("many_shards")
@@ -110,7 +113,7 @@ def test_after_an_interruption_only_what_is_left_is_made(corpus, tokenizer, tmp_
 
 
 @pytest.mark.usefixtures("many_shards")
-@pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost"])
+@pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost", "cut", "record"])
 def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made, monkeypatch, change):
     monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -125,9 +128,13 @@ def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made
         corpus = gather([tmp_path / "text"], reading=Reading(on_error="skip"))
     if change == "lost":
         min(work_folder(tmp_path / "P").glob("*.bin")).unlink()
+    if change == "cut":
+        min(work_folder(tmp_path / "P").glob("*.bin")).write_bytes(b"")
+    if change == "record":
+        min(work_folder(tmp_path / "P").glob("*.json")).write_bytes(b"")
     with pytest.raises(ZeroDivisionError):
         prepare(corpus, tmp_path / "P", tokenizer)
-    assert len(made) == {"text": 1, "tokenizer": 3, "reading": 3, "lost": 1}[change]
+    assert len(made) == {"tokenizer": 3, "reading": 3}.get(change, 1)
 
 
 @pytest.mark.usefixtures("many_shards")

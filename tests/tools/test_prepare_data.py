@@ -68,6 +68,12 @@ def test_an_error_is_one_message_and_its_exit_code(tmp_path, capsys):
     assert capsys.readouterr().err == f"input {tmp_path / 'none'} does not exist. Set --input.\n"
 
 
+def test_a_place_that_cannot_be_written_is_named(text, tmp_path, capsys):
+    prefix = text / "a.txt" / "P"
+    assert main(["--input", str(text), "--output-prefix", str(prefix), "--vocab-size", "320"]) == DataError.exit_code
+    assert f"{prefix} cannot be written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
