@@ -69,7 +69,7 @@ class Loader:
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
         self._packing = packing
-        self._layout_length, self._last = layout.seq_length, stream.seq_length - 1
+        self._fill, self._last = layout.seq_length - stream.seq_length, stream.seq_length - 1
         self._positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
         # Behind the end nobody looks: what fills a ragged layout repeats the last token, and predicts nothing.
         self._places_l, self._behind_l = self._positions_l.clip(max=self._last), self._positions_l > self._last
@@ -107,7 +107,7 @@ class Loader:
         """Positions here, and where documents start: for either the ends in all of a sample have to be looked at."""
         if not self._packing.looks_at_whole_samples:
             return self._places_l, None
-        places_S = np.arange(self._layout_length).clip(max=self._last)
-        tokens_BS = self._packing.filled(np.stack([text.at(places_S) for text in texts]))
-        positions = self._packing.positions(tokens_BS).clip(max=self._last)
-        return np.take(positions, self._positions_l, axis=-1), self._packing.document_starts(tokens_BS)
+        ends_BS = np.stack([text.ends(self._packing.end_of_document, self._last + 1) for text in texts])
+        ends_BS = np.pad(ends_BS, ((0, 0), (0, self._fill)), mode="edge")
+        positions = self._packing.positions(ends_BS, self._positions_l).clip(max=self._last)
+        return positions, self._packing.document_starts(ends_BS)

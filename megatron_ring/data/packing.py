@@ -1,8 +1,8 @@
 """Documents within a sample: what its end-of-document tokens mean for the mask, the positions and the targets.
 
 Megatron's three flags, independent of one another. An end-of-document token belongs to the document it ends. Only the
-sample is looked at: a document that began in an earlier one begins again at position 0. All of it is said of whole
-samples, which the loader cuts afterwards, and nothing here is larger than they are.
+sample is looked at: a document that began in an earlier one begins again at position 0. Borders are looked for in whole
+samples, a byte for each token; ids, positions and targets are those of the tokens that a process owns.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Packing:
-    """What becomes of the borders between documents. ``tokens_BS`` are the token ids of whole samples, (B, S)."""
+    """What becomes of the borders between documents. ``ends_BS`` tells where they end in whole samples, (B, S) bool.
+
+    Tokens and targets (B, l), and the places (l,) they have in their samples, may be of any part of them.
+    """
 
     end_of_document: int
     reset_attention_mask: bool = False
@@ -39,31 +42,32 @@ class Packing:
         """Whether positions or starts depend on the ends of documents, wherever those live."""
         return self.reset_attention_mask or self.reset_position_ids
 
-    def filled(self, tokens_BS: np.ndarray) -> np.ndarray:
-        """Any ``tokens_BS`` with an end-of-document token in every place without text, each a document of its own."""
-        return np.where(tokens_BS == IGNORED, self.end_of_document, tokens_BS)
+    def filled(self, tokens_Bl: np.ndarray) -> np.ndarray:
+        """``tokens_Bl`` with an end-of-document token in every place without text, each a document of its own."""
+        return np.where(tokens_Bl == IGNORED, self.end_of_document, tokens_Bl)
 
-    def document_starts(self, tokens_BS: np.ndarray) -> np.ndarray | None:
+    def document_starts(self, ends_BS: np.ndarray) -> np.ndarray | None:
         """Where each document begins, the samples laid end to end: (documents,) int64, increasing.
 
         None without reset_attention_mask: a token then sees all of its sample that lies before it.
         """
-        return _starts(tokens_BS == self.end_of_document) if self.reset_attention_mask else None
+        return _starts(ends_BS) if self.reset_attention_mask else None
 
-    def positions(self, tokens_BS: np.ndarray) -> np.ndarray:
-        """Positions for the model, int64: (B, S), from 0 in each document; (S,) without reset_position_ids."""
-        if not self.reset_position_ids:
-            return np.arange(tokens_BS.shape[1])
-        starts = _starts(tokens_BS == self.end_of_document)
-        lengths = np.diff(starts, append=tokens_BS.size)
-        return (np.arange(tokens_BS.size) - np.repeat(starts, lengths)).reshape(tokens_BS.shape)
+    def positions(self, ends_BS: np.ndarray, places_l: np.ndarray) -> np.ndarray:
+        """Positions for the model, int64, of the tokens at ``places_l`` of every sample.
 
-    def targets(self, tokens_BS: np.ndarray, next_BS: np.ndarray) -> np.ndarray:
-        """What each token predicts: the one after it, ``next_BS``; IGNORED at a border under eod_mask_loss.
-
-        Of any part of a sample, unlike the borders above.
+        (B, l), from 0 in each document; ``places_l`` themselves without reset_position_ids.
         """
-        return np.where(tokens_BS == self.end_of_document, IGNORED, next_BS) if self.eod_mask_loss else next_BS
+        if not self.reset_position_ids:
+            return places_l
+        samples, seq_length = ends_BS.shape
+        places_Bl = np.arange(samples)[:, None] * seq_length + places_l
+        starts = _starts(ends_BS)
+        return places_Bl - starts[np.searchsorted(starts, places_Bl, side="right") - 1]
+
+    def targets(self, tokens_Bl: np.ndarray, next_Bl: np.ndarray) -> np.ndarray:
+        """What each token predicts: the token after it, ``next_Bl``; IGNORED at a border under eod_mask_loss."""
+        return np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl) if self.eod_mask_loss else next_Bl
 
 
 NO_BORDERS = Packing(end_of_document=-1)

@@ -35,6 +35,15 @@ class Text:
         self._refuse_foreign(tokens[: bounds[-1]])
         return tokens
 
+    def ends(self, end_of_document: int, seq_length: int) -> np.ndarray:
+        """Where documents end in the first ``seq_length`` places, and wherever no text is: (S,) bool."""
+        ends, start = np.ones(seq_length, bool), 0
+        for piece in self.pieces:
+            found = piece[: seq_length - start] == end_of_document
+            ends[start : start + len(found)] = found
+            start += len(found)
+        return ends
+
     def _refuse_foreign(self, tokens: np.ndarray) -> None:
         foreign = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
         if foreign.size:

@@ -200,8 +200,9 @@ def test_one_process_gets_what_the_packing_says_of_whole_samples(store_of, lengt
     samples = np.stack([stream.sample(0), stream.sample(1)])
     assert batch.tokens_Bl.tolist() == samples[:, :-1].tolist()
     assert batch.targets_Bl.tolist() == packing.targets(samples[:, :-1], samples[:, 1:]).tolist()
-    assert batch.positions.tolist() == packing.positions(samples[:, :-1]).tolist()
-    assert batch.document_starts.tolist() == packing.document_starts(samples[:, :-1]).tolist()
+    ends = samples[:, :-1] == END
+    assert batch.positions.tolist() == packing.positions(ends, np.arange(PACKED_S)).tolist()
+    assert batch.document_starts.tolist() == packing.document_starts(ends).tolist()
     assert {getattr(batch, field.name).dtype for field in fields(Batch)} == {torch.int64}
 
 

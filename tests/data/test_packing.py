@@ -14,6 +14,11 @@ END = 0
 ALL = Packing(END, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
 
 
+def everywhere(packing: Packing, tokens_BS: np.ndarray) -> np.ndarray:
+    """The positions of every token."""
+    return packing.positions(tokens_BS == END, np.arange(tokens_BS.shape[1]))
+
+
 def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]], list[list[int]]]:
     """Document starts, positions and targets of samples of S+1 tokens, each token asked in turn."""
     starts, positions, targets = [], [], []
@@ -45,14 +50,14 @@ def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]]
     ],
 )
 def test_a_document_begins_at_0_and_behind_every_end(tokens, starts, positions):
-    assert ALL.document_starts(np.array([tokens])).tolist() == starts
-    assert ALL.positions(np.array([tokens])).tolist() == [positions]
+    assert ALL.document_starts(np.array([tokens]) == END).tolist() == starts
+    assert everywhere(ALL, np.array([tokens])).tolist() == [positions]
 
 
 def test_every_sample_of_a_batch_begins_a_document():
     tokens_BS = np.array([[1, END, 3, 4], [5, 6, 7, END], [8, 9, END, 1]])
-    assert ALL.document_starts(tokens_BS).tolist() == [0, 2, 4, 8, 11]
-    assert ALL.positions(tokens_BS).tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 0]]
+    assert ALL.document_starts(tokens_BS == END).tolist() == [0, 2, 4, 8, 11]
+    assert everywhere(ALL, tokens_BS).tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 0]]
 
 
 def test_an_end_predicts_nothing_and_is_itself_predicted():
@@ -64,15 +69,15 @@ def test_an_end_predicts_nothing_and_is_itself_predicted():
 def test_without_flags_a_sample_is_one_document():
     tokens_BS, next_BS = np.array([[1, END, 3, 4], [5, 6, 7, END]]), np.array([[END, 3, 4, 5], [6, 7, END, 8]])
     for packing in (NO_BORDERS, Packing(END)):
-        assert packing.document_starts(tokens_BS) is None
-        assert packing.positions(tokens_BS).tolist() == [0, 1, 2, 3]
+        assert packing.document_starts(tokens_BS == END) is None
+        assert everywhere(packing, tokens_BS).tolist() == [0, 1, 2, 3]
         assert packing.targets(tokens_BS, next_BS).tolist() == next_BS.tolist()
 
 
 def test_everything_is_int64():
     tokens_BS = np.array([[1, END, 3, 4]])
-    made = ALL.document_starts(tokens_BS), ALL.positions(tokens_BS), ALL.targets(tokens_BS, tokens_BS)
-    assert {array.dtype for array in (*made, NO_BORDERS.positions(tokens_BS))} == {np.dtype(np.int64)}
+    made = ALL.document_starts(tokens_BS == END), everywhere(ALL, tokens_BS), ALL.targets(tokens_BS, tokens_BS)
+    assert {array.dtype for array in (*made, everywhere(NO_BORDERS, tokens_BS))} == {np.dtype(np.int64)}
 
 
 # One end in three tokens: with runs of ends, and with long documents.
@@ -80,6 +85,6 @@ def test_everything_is_int64():
 def test_any_samples_are_what_they_are_token_by_token(samples):
     tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
     starts, positions, targets = token_by_token(samples.tolist())
-    assert ALL.document_starts(tokens_BS).tolist() == starts
-    assert ALL.positions(tokens_BS).tolist() == positions
+    assert ALL.document_starts(tokens_BS == END).tolist() == starts
+    assert everywhere(ALL, tokens_BS).tolist() == positions
     assert ALL.targets(tokens_BS, next_BS).tolist() == targets
