@@ -41,10 +41,15 @@ def run(options: Options) -> None:
     _refuse_outside(options, len(store))
     _print_counts(store)
     if options.verify:
-        verify(store, read_manifest(options.prefix), tokenizer)
-        print("verified: every token, document end and count")
+        _verify(store, tokenizer)
     for number in options.documents or range(min(_FIRST, len(store))):
         _print_document(store, number, tokenizer, options.characters)
+
+
+def _verify(store: TokenStore, tokenizer: Tokenizer) -> None:
+    manifest = read_manifest(store.prefix)
+    verify(store, manifest, tokenizer)
+    print("verified: every token" + (", document end and count" if manifest else "; counts need a manifest"))
 
 
 def _refuse_outside(options: Options, documents: int) -> None:

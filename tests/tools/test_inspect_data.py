@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ring.data.manifest import manifest_path
 from megatron_ring.data.tokens import bin_path
 from megatron_ring.errors import ConfigError, DataError
 from tools.inspect_data import main
@@ -41,6 +42,14 @@ def test_documents_are_shown_by_number_and_cut(prefix, capsys):
 def test_a_whole_store_is_verified(prefix, capsys):
     main([str(prefix), "--verify"])
     assert "verified: every token, document end and count" in capsys.readouterr().out
+
+
+def test_without_a_manifest_less_is_verified_and_said(prefix, capsys):
+    manifest_path(prefix).unlink()
+    main([str(prefix), "--verify"])
+    shown = capsys.readouterr().out
+    assert "manifest: none" in shown
+    assert "verified: every token; counts need a manifest" in shown
 
 
 def failure(capsys, *arguments: str) -> tuple[int, str]:
