@@ -14,6 +14,7 @@ from megatron_ring.config import DataConfig
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.parallel.grid import Coordinates, Grid
 
 S = 24
@@ -119,6 +120,20 @@ def test_a_run_interrupted_and_resumed_on_another_grid_meets_the_rest(config, do
     before, _ = put_together(config, *GRIDS[2], range(done))
     after, _ = put_together(config, *GRIDS[1], range(done, STEPS))
     assert torch.equal(torch.cat([before, after]), whole)
+
+
+def test_a_run_resumed_from_what_a_prefetcher_handed_out_meets_the_rest(config):
+    """What lay ready when the run was interrupted is prepared again."""
+    name, grid = GRIDS[2]
+    asked = config, Layout(name, S, grid.ring), grid, grid.coordinates(1)
+    through, consumed, met = loader_of(*asked, 0), 0, []
+    for _ in range(2):
+        with Prefetcher(loader_of(*asked, consumed)) as ahead:
+            met += [batch for _ in range(2) for batch in ahead.next_step()]
+            consumed = ahead.consumed_samples
+    expected = [batch for _ in range(4) for batch in through.next_step()]
+    assert consumed == through.consumed_samples
+    assert [known(batch).tolist() for batch in met] == [known(batch).tolist() for batch in expected]
 
 
 def test_the_blend_has_both_stores_as_often_as_they_weigh(base):
