@@ -18,11 +18,10 @@ def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
     """What rank 0 says before the processes join."""
     config = setup.config
     parameters = parameter_count(config.model, dataset.tokenizer.vocab_size, config.data.seq_length)
-    stream = dataset.training
     lines = [
         *_chosen(setup),
         f"model            {parameters:,} parameters, {dataset.tokenizer.vocab_size} token ids",
-        f"data             {stream.store.prefix}: {stream.samples_per_epoch:,} training samples an epoch",
+        *(f"data             {line}" for line in dataset.training.in_words()),
     ]
     if stored:
         lines += [*stored.skipped, f"resuming         {stored.path}, {stored.state.step} steps done"]

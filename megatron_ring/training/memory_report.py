@@ -47,7 +47,7 @@ def vocabulary(config: DataConfig) -> tuple[int, str]:
     """How many token ids to plan with, and why so many."""
     if not config.data_path and not config.tokenizer_model:
         return DEFAULT_VOCAB_SIZE, "which the tokenizer of the default text has"
-    path = config.tokenizer_model or tokenizer_path(config.data_path[0])
+    path = config.tokenizer_model or tokenizer_path(next(iter(config.blend)))
     try:
         return Tokenizer.load(path).vocab_size, f"by {path}"
     except DataError:
