@@ -54,11 +54,12 @@ def prepare(
     """
     tokenizer_file = Path(prefix).with_name(tokenizer.file_name)
     tokenizer.save(tokenizer_file)
-    records = _make(jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix)), tokenizer, workers, progress)
+    work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix))
+    records = _make(work, tokenizer, workers, progress)
     manifest = _manifest(records, tokenizer)
     if not manifest.documents:
         raise DataError(f"nothing to write to {prefix}: every document is empty or was skipped. Set --input.")
-    _join(records, prefix, token_dtype(tokenizer.vocab_size))
+    _join(work, prefix, token_dtype(tokenizer.vocab_size))
     write_manifest(prefix, manifest)
     shutil.rmtree(work_folder(prefix), ignore_errors=True)
     return Prepared(manifest, tuple(chain.from_iterable(record.skipped for record in records)))
@@ -126,10 +127,10 @@ def _manifest(records: list[ShardRecord], tokenizer: Tokenizer) -> Manifest:
     )
 
 
-def _join(records: list[ShardRecord], prefix: str | Path, dtype: np.dtype) -> None:
+def _join(work: list[ShardJob], prefix: str | Path, dtype: np.dtype) -> None:
     with TokenStoreWriter(prefix, dtype) as writer:
-        for record in records:
-            writer.add_store(record.prefix)
+        for job in work:
+            writer.add_store(job.prefix)
         # The store that was here is about to be replaced, and its manifest must not be found beside the new one.
         manifest_path(prefix).unlink(missing_ok=True)
 

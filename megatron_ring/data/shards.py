@@ -1,13 +1,13 @@
 """One shard of a corpus as a token store of its own, and the record by which a later run knows it as finished.
 
-A shard's name is a hash of everything its tokens follow from: the tokenizer, the options, and the place, size and
+A shard's name is a hash of everything its tokens follow from: the tokenizer, the JSON key, and the place, size and
 time of change of its files. So a run that was cut short finds what it finished, and nothing that has changed since.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -37,9 +37,8 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its store, its counts, what was passed over in it, and the size of its ``.bin``."""
+    """The counts of a finished shard, what was passed over in it, and the size of its ``.bin``."""
 
-    prefix: str
     documents: int
     tokens: int
     bytes: int
@@ -49,7 +48,7 @@ class ShardRecord:
 
 def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Path) -> list[ShardJob]:
     """A job for each shard of ``corpus``, to be kept in ``folder`` until all are joined."""
-    follows_from = (tokenizer.fingerprint, tokenizer.end_of_document, *astuple(corpus.reading))
+    follows_from = (tokenizer.fingerprint, tokenizer.end_of_document, corpus.reading.json_key)
     return [
         ShardJob(shard, corpus.reading, tokenizer_file, folder / _name(shard, *follows_from))
         for shard in corpus.shards()
@@ -60,10 +59,12 @@ def finished(job: ShardJob) -> ShardRecord | None:
     """The record of a shard that was finished, None where it is still to be made, or a crash left half of it."""
     try:
         record = ShardRecord(**json.loads(_record_path(job.prefix).read_bytes()))
+        # What was skipped then may have to stop us now; what had nothing to skip serves either way.
+        wanted = not record.skipped or job.reading.on_error == "skip"
         whole = bin_path(job.prefix).stat().st_size == record.stored_bytes and idx_path(job.prefix).exists()
     except (OSError, TypeError, ValueError):
         return None
-    return record if whole else None
+    return record if whole and wanted else None
 
 
 def make_in_process(job: ShardJob) -> ShardRecord:
@@ -80,7 +81,7 @@ def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
             for text, ids in zip(texts, tokenizer.encode_documents(texts)):
                 writer.add_document(ids)
                 documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-    record = ShardRecord(str(job.prefix), documents, tokens, text_bytes, skipped, bin_path(job.prefix).stat().st_size)
+    record = ShardRecord(documents, tokens, text_bytes, skipped, bin_path(job.prefix).stat().st_size)
     replace_file(_record_path(job.prefix), json.dumps(asdict(record)).encode())
     return record
 

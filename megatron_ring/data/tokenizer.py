@@ -62,8 +62,7 @@ class Tokenizer:
                     "--output-prefix another folder, or delete it."
                 )
         # The end comes first: a model found without it would end documents with its own.
-        if self._end and _configured_end(_config_path(path)) != self._end:
-            replace_file(_config_path(path), (json.dumps({"eos_token": self._end}) + "\n").encode())
+        self._save_end(_config_path(path))
         replace_file(path, self.model)
 
     def encode(self, text: str) -> list[int]:
@@ -94,6 +93,16 @@ class Tokenizer:
                 "it has, set --tokenizer-model to another model, or train one with tools/prepare_data.py --vocab-size."
             )
         return found
+
+    def _save_end(self, config: Path) -> None:
+        configured = _configured_end(config)
+        if configured and self._tokens.id_of(configured) != self.end_of_document:
+            raise DataError(
+                f"{config} ends documents with {configured!r}, and the tokenizer to be saved beside it with id "
+                f"{self.end_of_document}. Set --eod-token {configured}, or give --output-prefix another folder."
+            )
+        if self._end and not configured:
+            replace_file(config, (json.dumps({"eos_token": self._end}) + "\n").encode())
 
     def _is_at(self, path: Path) -> bool:
         return path.read_bytes() == self.model and Tokenizer.load(path).end_of_document == self.end_of_document

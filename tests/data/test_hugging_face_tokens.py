@@ -101,6 +101,15 @@ def test_hugging_faces_own_configuration_names_the_end(tmp_path, eos_token):
     assert Tokenizer.load(tmp_path / "tokenizer.json", end="<|endoftext|>").end_of_document == 0
 
 
+def test_a_configuration_that_names_another_end_is_neither_followed_nor_overwritten(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>", "chat": 1}')
+    tokenizer = Tokenizer(byte_level(["<|endoftext|>", "<stop>"]), "a")
+    with pytest.raises(DataError, match="ends documents with '<stop>', .* with id 0. Set --eod-token <stop>"):
+        tokenizer.save(tmp_path / "tokenizer.json")
+    Tokenizer(tokenizer.model, "a", end="<stop>").save(tmp_path / "tokenizer.json")
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"eos_token": "<stop>", "chat": 1}
+
+
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(byte_level(["</s>"]))
     (tmp_path / "tokenizer_config.json").write_text("[]")

@@ -125,7 +125,7 @@ def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made
         (tmp_path / "tokenizer.model").unlink()
         tokenizer = train_tokenizer([TEXT], 300)
     if change == "reading":
-        corpus = gather([tmp_path / "text"], reading=Reading(on_error="skip"))
+        corpus = gather([tmp_path / "text"], reading=Reading("content"))
     if change == "lost":
         min(work_folder(tmp_path / "P").glob("*.bin")).unlink()
     if change == "cut":
@@ -135,6 +135,22 @@ def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made
     with pytest.raises(ZeroDivisionError):
         prepare(corpus, tmp_path / "P", tokenizer)
     assert len(made) == {"tokenizer": 3, "reading": 3}.get(change, 1)
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_skipping_goes_on_from_where_a_bad_line_stopped_and_stopping_takes_nothing_skipped(
+    corpus, tokenizer, tmp_path, made, monkeypatch
+):
+    (tmp_path / "text" / "c.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"c\.txt:1"):
+        prepare(corpus, tmp_path / "P", tokenizer)
+    made.clear()
+    monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(gather([tmp_path / "text"], reading=Reading(on_error="skip")), tmp_path / "P", tokenizer)
+    assert made == ["c.txt"]
+    with pytest.raises(DataError, match=r"c\.txt:1"):
+        prepare(corpus, tmp_path / "P", tokenizer)
 
 
 @pytest.mark.usefixtures("many_shards")
