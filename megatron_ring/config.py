@@ -180,7 +180,7 @@ class DataConfig:
     """Token store P for P.bin and P.idx (Megatron's format), or a blend of stores with the weight of each before it:
     0.7 A 0.3 B (in YAML the weights too are text). None given: the source text of Python's own library."""
     tokenizer_model: str = ""
-    """The sentencepiece model the stores were written with. Empty: tokenizer.model beside the first."""
+    """The sentencepiece model or tokenizer.json the stores were written with. Empty: the one beside the first."""
     split: tuple[float, float] = (0.98, 0.02)
     """Shares of the documents for training and for validation, in the order of the store, of each store of a blend."""
     seq_length: int = 1024
