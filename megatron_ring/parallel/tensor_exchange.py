@@ -45,14 +45,16 @@ def enter(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     """Before column-parallel layers: (B, m, E) -> (B, l, E). Backward, the ranks' gradients are summed."""
     if tensor.size == 1:
         return x
-    return _Gather.apply(x, tensor) if tensor.sequence_parallel else _SumBackward.apply(x, tensor)
+    ways = (_gathered, _summed_and_scattered) if tensor.sequence_parallel else (_as_it_is, summed)
+    return _Exchange.apply(x, tensor, *ways)
 
 
 def leave(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     """After row-parallel products: the sum over the ranks of (B, l, E), of which a rank keeps its (B, m, E)."""
     if tensor.size == 1:
         return x
-    return _SumScattered.apply(x, tensor) if tensor.sequence_parallel else _Sum.apply(x, tensor)
+    ways = (_summed_and_scattered, _gathered) if tensor.sequence_parallel else (summed, _as_it_is)
+    return _Exchange.apply(x, tensor, *ways)
 
 
 def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
@@ -60,55 +62,17 @@ def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return x.chunk(tensor.size, dim=-1)[tensor.rank] if tensor.sequence_parallel else x
 
 
-class _SumBackward(torch.autograd.Function):
-    """Nothing forward, a sum over the tensor ranks backward: each saw all of x in its own part of the weights."""
+class _Exchange(torch.autograd.Function):
+    """``there`` forward and ``back`` backward, each from (x, tensor) to what takes x's place."""
 
     @staticmethod
-    def forward(ctx, x, tensor):
-        ctx.tensor = tensor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return summed(dx, ctx.tensor), None
-
-
-class _Sum(torch.autograd.Function):
-    """A sum over the tensor ranks forward, nothing backward."""
-
-    @staticmethod
-    def forward(ctx, x, tensor):
-        return summed(x, tensor)
+    def forward(ctx, x, tensor, there, back):
+        ctx.tensor, ctx.back = tensor, back
+        return there(x, tensor)
 
     @staticmethod
     def backward(ctx, dx):
-        return dx, None
-
-
-class _Gather(torch.autograd.Function):
-    """(B, l/T, E) -> (B, l, E) forward; summed and scattered backward."""
-
-    @staticmethod
-    def forward(ctx, x, tensor):
-        ctx.tensor = tensor
-        return _gathered(x, tensor)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return _summed_and_scattered(dx, ctx.tensor), None
-
-
-class _SumScattered(torch.autograd.Function):
-    """(B, l, E) summed over the tensor ranks -> (B, l/T, E) forward; gathered backward."""
-
-    @staticmethod
-    def forward(ctx, x, tensor):
-        ctx.tensor = tensor
-        return _summed_and_scattered(x, tensor)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return _gathered(dx, ctx.tensor), None
+        return ctx.back(dx, ctx.tensor), None, None, None
 
 
 def summed(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
@@ -120,6 +84,10 @@ def reduced(x: torch.Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> tor
     """``x`` reduced over ``group``, in place, and returned."""
     dist.all_reduce(x, op, group)
     return x
+
+
+def _as_it_is(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    return x.view_as(x)
 
 
 def _gathered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
