@@ -173,19 +173,6 @@ def rope(config: ModelConfig, seq_length: int) -> Rope:
     return Rope(config.head_dim, config.rotary_base, config.rope_scaling, config.rope_scaling_factor, original_length)
 
 
-def parameter_count(config: ModelConfig, vocab_size: int, seq_length: int) -> int:
-    """Parameters of GPT(config, vocab_size, seq_length), tied ones once, without building it."""
-    E, F, KV = config.hidden_size, config.feed_forward_size, config.key_value_heads * config.head_dim
-    bias, matrices = int(config.add_bias_linear), 3 if config.activation == "swiglu" else 2
-    in_norm = 2 * E if config.normalization == "LayerNorm" else E
-    in_attention = 2 * E * E + 2 * E * KV + bias * (2 * E + 2 * KV)
-    in_attention += config.num_attention_heads if config.softmax_type == "learnable" else 0
-    in_mlp = matrices * E * F + bias * ((matrices - 1) * F + E)
-    rows = vocab_size * (2 if config.untie_embeddings_and_output_weights else 1)
-    rows += seq_length if config.position_embedding_type == "learned_absolute" else 0
-    return rows * E + config.num_layers * (in_attention + in_mlp + 2 * in_norm) + in_norm
-
-
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups: matrices decay; norms, biases and sinks do not. Every parameter is in one, tied ones once."""
     parameters = list(model.parameters())

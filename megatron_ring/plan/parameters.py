@@ -15,6 +15,11 @@ def share(whole: int, ranks: int) -> int:
     return -(-whole // ranks)
 
 
+def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return parameters_of_stage(model, vocab_size, seq_length, Grid(), stage=0)
+
+
 def parameters_of_stage(model: ModelConfig, vocab_size: int, seq_length: int, grid: Grid, stage: int) -> int:
     """Parameters of a process on pipeline stage ``stage``. A tied embedding lies on the first stage and on the last."""
     first, last = stage == 0, stage == grid.pipe - 1

@@ -5,8 +5,8 @@ from pathlib import Path
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, to_yaml
 from megatron_ring.data.dataset import Dataset
-from megatron_ring.model.gpt import parameter_count
 from megatron_ring.plan.flops import peak_flops
+from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.training.dry_run import plan_lines
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.rope import Rope
-from megatron_ring.model.gpt import GPT, decay_groups, parameter_count
+from megatron_ring.model.gpt import GPT, decay_groups
+from megatron_ring.plan.parameters import parameter_count
 
 
 def test_logits_have_a_row_per_token_and_a_column_per_word(config, build, tokens_BS, positions_S):

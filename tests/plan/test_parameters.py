@@ -6,11 +6,11 @@ import pytest
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.execution import Execution
-from megatron_ring.model.gpt import GPT, Layers, parameter_count
+from megatron_ring.model.gpt import GPT, Layers
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.stages import layers_of_stage
 from megatron_ring.parallel.tensor_exchange import TensorParallel
-from megatron_ring.plan.parameters import parameters_of_stage, share
+from megatron_ring.plan.parameters import parameter_count, parameters_of_stage, share
 
 VOCABULARY, LENGTH = 50, 16
 
@@ -38,6 +38,7 @@ def held(model) -> int:
 def test_alone_a_process_holds_the_whole_model(config):
     planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(), 0)
     assert planned == parameter_count(config, VOCABULARY, LENGTH)
+    assert planned == held(GPT(config, VOCABULARY, LENGTH, lambda *_: None, 0))
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
