@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
-from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.errors import ConfigError, flag, nearest_multiples, not_positive
 
 # ``int | str`` is the one, and the other as soon as a Literal is among them.
 _UNIONS = (UnionType, Union)
@@ -91,7 +91,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         heads, groups = self.num_attention_heads, self.key_value_heads
-        found = _not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
+        found = not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
         found += _negative(self, "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std")
         found += _negative(self, "window_size", "window_attn_skip_freq")
         if not found and self.hidden_size % heads:
@@ -171,7 +171,7 @@ class ParallelConfig:
     def problems(self) -> list[str]:
         sizes = ["ulysses_degree", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
         sizes += ["stripe_size"] if self.stripe_size != "auto" else []
-        return _not_positive(self, *sizes) + _negative(self, "context_parallel_size", "world_size")
+        return not_positive(self, *sizes) + _negative(self, "context_parallel_size", "world_size")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class DataConfig:
     """An end-of-document token predicts nothing, so that no loss crosses from one document to the next."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "seq_length")
+        found = not_positive(self, "seq_length")
         if min(self.split) < 0 or self.split[0] <= 0 or abs(sum(self.split) - 1) > 1e-6:
             found.append(f"split {self.split} must be two shares that add up to 1, the first above 0. Set --split.")
         return found + self._blend_problems()
@@ -274,11 +274,11 @@ class TrainingConfig:
     """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps")
+        found = not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps")
         found += _negative(self, "global_batch_size", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
         found += _negative(self, "seed", "eval_interval")
         found += [
-            f"{name} {beta} must be at least 0 and below 1. Set {_flag(name)}."
+            f"{name} {beta} must be at least 0 and below 1. Set {flag(name)}."
             for name in ("adam_beta1", "adam_beta2")
             if not 0 <= (beta := getattr(self, name)) < 1
         ]
@@ -310,7 +310,7 @@ class MemoryConfig:
     """Where DeepSpeed keeps parameters that are not in use; cpu needs ZeRO 3."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "mlp_chunks") + _negative(self, "loss_chunk_size")
+        found = not_positive(self, "mlp_chunks") + _negative(self, "loss_chunk_size")
         if self.recompute_attention and self.recompute != "full":
             found.append(
                 f"recompute_attention has no effect while recompute is {self.recompute}. "
@@ -360,7 +360,7 @@ class LoggingConfig:
     """Write one csv file a metric to this folder. Empty: none."""
 
     def problems(self) -> list[str]:
-        return _not_positive(self, "log_interval")
+        return not_positive(self, "log_interval")
 
 
 @dataclass(frozen=True)
@@ -508,22 +508,8 @@ def _described(hint: Any) -> str:
     return f"of type {getattr(hint, '__name__', hint)}"
 
 
-def _not_positive(section: Any, *names: str) -> list[str]:
-    rule = {int: "at least 1", float: "above 0"}
-    values = {name: getattr(section, name) for name in names}
-    return [
-        f"{name} {value} must be {rule[type(value)]}. Set {_flag(name)}."
-        for name, value in values.items()
-        if not value > 0  # so that nan is refused too
-    ]
-
-
 def _negative(section: Any, *names: str) -> list[str]:
     values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} {value} must not be below 0. Set {_flag(name)}." for name, value in values.items() if not value >= 0
+        f"{name} {value} must not be below 0. Set {flag(name)}." for name, value in values.items() if not value >= 0
     ]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -52,6 +52,22 @@ def nearest_multiples(value: int, multiple: int) -> str:
     return ", ".join(str(legal) for legal in (below, below + multiple) if legal > 0)
 
 
+def flag(name: str) -> str:
+    """The flag of an option: ``"--num-layers"`` for num_layers."""
+    return f"--{name.replace('_', '-')}"
+
+
+def not_positive(options: object, *names: str) -> list[str]:
+    """What to say of the options, int or float, that are not above 0."""
+    rule = {int: "at least 1", float: "above 0"}
+    values = {name: getattr(options, name) for name in names}
+    return [
+        f"{name} {value} must be {rule[type(value)]}. Set {flag(name)}."
+        for name, value in values.items()
+        if not value > 0  # so that nan is refused too
+    ]
+
+
 @contextlib.contextmanager
 def speaking_errors() -> Iterator[None]:
     """Turn a user's fault into its message on stderr and its exit code, for the entry points."""

@@ -38,7 +38,7 @@ import tyro
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, flag, speaking_errors
 from megatron_ring.kernels.attention import KERNELS, choose, stripe_widths
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
@@ -139,7 +139,7 @@ def _check(options: Options) -> None:
     names = ("emulate_ranks", "documents", "window", "rounds")
     wrong = [(name, value) for name in names if (value := getattr(options, name)) < 0]
     if wrong:
-        raise ConfigError(f"{n} {value} must be at least 0. Set --{n.replace('_', '-')}." for n, value in wrong)
+        raise ConfigError(f"{n} {value} must be at least 0. Set {flag(n)}." for n, value in wrong)
 
 
 # ---- what the options ask for ----

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, not_positive, speaking_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
 from megatron_ring.plan.live_memory import LiveMemory
 
@@ -77,10 +77,10 @@ def main() -> None:
 
 def _check(options: Options) -> None:
     names = ("hidden_size", "vocab_size", "chunk_size", "rounds")
-    sizes = [(name, getattr(options, name)) for name in names] + [("tokens", tokens) for tokens in options.tokens]
-    wrong = [(name, value) for name, value in sizes if value < 1]
+    wrong = not_positive(options, *names)
+    wrong += [f"tokens {tokens} must be at least 1. Set --tokens." for tokens in options.tokens if tokens < 1]
     if wrong:
-        raise ConfigError(f"{n} {value} must be at least 1. Set --{n.replace('_', '-')}." for n, value in wrong)
+        raise ConfigError(wrong)
 
 
 # ---- what runs ----

@@ -34,7 +34,7 @@ from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, not_positive, speaking_errors
 
 KIB = 2**10
 VOCAB_SIZE = 32_000
@@ -92,8 +92,7 @@ def main() -> None:
 
 
 def _check(options: Options) -> None:
-    sizes = {name: value for name, value in vars(options).items() if isinstance(value, int)}
-    wrong = [f"{n} {size} must be at least 1. Set --{n.replace('_', '-')}." for n, size in sizes.items() if size < 1]
+    wrong = not_positive(options, *(name for name, value in vars(options).items() if isinstance(value, int)))
     if not wrong and options.tokens <= options.seq_length:
         wrong = [
             f"tokens {options.tokens} fill no sample: it takes {options.seq_length + 1} (seq_length + 1). "

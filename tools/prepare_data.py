@@ -22,7 +22,7 @@ from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import ConfigError, DataError, MegatronRingError
+from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_positive
 
 # Names beside a store that belong to its tokenizer.
 _TAKEN = ("tokenizer", "tokenizer_config")
@@ -69,9 +69,7 @@ class Options:
             found.append(f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name.")
         if self.vocab_size < 0:
             found.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
-        if self.workers < 1:
-            found.append(f"workers {self.workers} must be at least 1. Set --workers.")
-        return found
+        return found + not_positive(self, "workers")
 
 
 def run(options: Options) -> Prepared:

@@ -4,14 +4,14 @@ from dataclasses import fields
 
 from megatron_ring.checkpoint.store import CONFIG, Stored
 from megatron_ring.config import Config, ModelConfig, load_yaml
-from megatron_ring.errors import CheckpointError
+from megatron_ring.errors import CheckpointError, flag
 
 
 def check_same_model(stored: Stored, config: Config, vocab_size: int) -> None:
     """Raise CheckpointError, naming every size that differs, when the checkpoint is of another model."""
     then, now = load_yaml(stored.path / CONFIG).model, config.model
     differing = [
-        f"{f.name} {getattr(then, f.name)} there, {getattr(now, f.name)} here. Set --{f.name.replace('_', '-')}."
+        f"{f.name} {getattr(then, f.name)} there, {getattr(now, f.name)} here. Set {flag(f.name)}."
         for f in fields(ModelConfig)
         if getattr(then, f.name) != getattr(now, f.name)
     ]

@@ -19,7 +19,7 @@ from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import DataError
+from megatron_ring.errors import DataError, flag
 
 DEFAULT_FOLDER = Path("data")
 """Where the default corpus is prepared, under the working directory."""
@@ -101,7 +101,7 @@ def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:
             f"which {', '.join(packing.flags)} read where documents end. Write the store again with "
             f"tools/prepare_data.py --output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to "
             "the one it was written with, or leave out "
-            f"{', '.join('--' + name.replace('_', '-') for name in packing.flags)}."
+            f"{', '.join(map(flag, packing.flags))}."
         )
 
 

@@ -4,6 +4,7 @@ What is refused is refused with the sizes that would do. The grid is made of wha
 """
 
 from megatron_ring.config import ParallelConfig
+from megatron_ring.errors import flag
 
 
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
@@ -47,7 +48,7 @@ def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
             which = f"that {' and '.join(takers)} {leave} of {world_size}" if takers else "that run"
             found.append(
                 f"{name} {size} does not divide the {left} processes {which}. Legal: {divisors(left)}. "
-                f"Set {_flag(name)}, or start another number of processes."
+                f"Set {flag(name)}, or start another number of processes."
             )
     return found
 
@@ -80,7 +81,3 @@ def _problems_of_whole_sequences(config: ParallelConfig) -> list[str]:
 def divisors(number: int) -> str:
     """The sizes of an axis that ``number`` can be shared out over: ``"1, 2, 4"`` for 4."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
