@@ -34,6 +34,10 @@ class ModelConfig:
     """Query heads H."""
     num_query_groups: int = 0
     """Key-value heads G of grouped-query attention. 0: as many as query heads."""
+    kv_channels: int = 0
+    """Size D of a head, of queries, keys and values alike. 0: hidden_size / num_attention_heads."""
+    qk_layernorm: bool = False
+    """Normalise every query and key head over D before RoPE, with weights that the heads share, as in Qwen 3."""
     window_size: int = 0
     """Sliding window W: a token sees itself and the W - 1 before it. 0: everything before it."""
     window_attn_skip_freq: int = 0
@@ -52,6 +56,8 @@ class ModelConfig:
     """Feed-forward: swiglu is Llama's, gelu (tanh form) is GPT-2's."""
     add_bias_linear: bool = False
     """Biases in the linear layers, as in GPT-2."""
+    add_qkv_bias: bool = False
+    """Biases in the projections to queries, keys and values, and in no other linear layer, as in Qwen 2."""
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     """rope turns queries and keys; learned_absolute adds a table of seq_length rows to the embedding."""
     rotary_base: float = 10000.0
@@ -69,8 +75,8 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """D, the size of a head."""
-        return self.hidden_size // self.num_attention_heads
+        """D, with the default resolved."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def key_value_heads(self) -> int:
@@ -90,26 +96,47 @@ class ModelConfig:
         return 0 if attends_fully else self.window_size
 
     def problems(self) -> list[str]:
-        heads, groups = self.num_attention_heads, self.key_value_heads
         found = not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
         found += _negative(self, "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std")
-        found += _negative(self, "window_size", "window_attn_skip_freq")
-        if not found and self.hidden_size % heads:
-            found.append(
-                f"hidden_size {self.hidden_size} does not divide into {heads} attention heads. Nearest: "
-                f"{nearest_multiples(self.hidden_size, heads)}. Set --hidden-size or --num-attention-heads."
-            )
-        if not found and (groups < 1 or heads % groups):
+        found += _negative(self, "kv_channels", "window_size", "window_attn_skip_freq")
+        # What divides what can be said of legal sizes alone.
+        found = found or self._head_problems()
+        return found + self._bias_problems() + self._rope_problems() + self._window_problems()
+
+    def _head_problems(self) -> list[str]:
+        """The first of them: the next would only follow from it."""
+        hidden, heads, groups = self.hidden_size, self.num_attention_heads, self.key_value_heads
+        if not self.kv_channels and hidden % heads:
+            return [
+                f"hidden_size {hidden} does not divide into {heads} attention heads. Nearest: "
+                f"{nearest_multiples(hidden, heads)}. Set --hidden-size or --num-attention-heads, or give heads a size "
+                "of their own, --kv-channels."
+            ]
+        if heads % groups:
             legal = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-            found.append(
+            return [
                 f"num_query_groups {groups} does not divide num_attention_heads {heads}. "
                 f"Legal: {', '.join(legal)}. Set --num-query-groups."
-            )
-        if not found and self.position_embedding_type == "rope" and self.head_dim % 2:
-            found.append(
-                f"head size {self.head_dim} (hidden_size {self.hidden_size} / num_attention_heads {heads}) is odd, and "
-                "RoPE turns pairs. Set --hidden-size, or --position-embedding-type learned_absolute."
-            )
+            ]
+        if self.position_embedding_type == "rope" and self.head_dim % 2:
+            whence = "kv_channels" if self.kv_channels else f"hidden_size {hidden} / num_attention_heads {heads}"
+            return [
+                f"head size {self.head_dim} ({whence}) is odd, and RoPE turns pairs. Nearest: "
+                f"{nearest_multiples(self.head_dim, 2)}. Set --kv-channels, or "
+                "--position-embedding-type learned_absolute."
+            ]
+        return []
+
+    def _bias_problems(self) -> list[str]:
+        if not (self.add_qkv_bias and self.add_bias_linear):
+            return []
+        return [
+            "add_qkv_bias has no effect beside add_bias_linear, which gives every linear layer a bias, those of "
+            "queries, keys and values too. Leave out --add-qkv-bias, or --add-bias-linear."
+        ]
+
+    def _rope_problems(self) -> list[str]:
+        found = []
         if self.rope_scaling != "none" and self.rope_scaling_factor <= 1:
             found.append(
                 f"rope_scaling {self.rope_scaling} stretches by rope_scaling_factor {self.rope_scaling_factor}, which "
@@ -130,9 +157,9 @@ class ModelConfig:
                 f"rope_scaling {self.rope_scaling} has no effect while position_embedding_type is "
                 f"{self.position_embedding_type}. Set --rope-scaling none, or --position-embedding-type rope."
             )
-        return found + self._attention_problems()
+        return found
 
-    def _attention_problems(self) -> list[str]:
+    def _window_problems(self) -> list[str]:
         found = []
         if self.window_attn_skip_freq > 0 and self.window_size == 0:
             found.append(

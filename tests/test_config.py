@@ -295,7 +295,7 @@ PROBLEMS = [
     (
         ModelConfig(hidden_size=250, num_attention_heads=4),
         "hidden_size 250 does not divide into 4 attention heads. Nearest: 248, 252. "
-        "Set --hidden-size or --num-attention-heads.",
+        "Set --hidden-size or --num-attention-heads, or give heads a size of their own, --kv-channels.",
     ),
     (
         ModelConfig(num_attention_heads=8, num_query_groups=3),
@@ -307,8 +307,23 @@ PROBLEMS = [
     ),
     (
         ModelConfig(hidden_size=12, num_attention_heads=4),
-        "head size 3 (hidden_size 12 / num_attention_heads 4) is odd, and RoPE turns pairs. "
-        "Set --hidden-size, or --position-embedding-type learned_absolute.",
+        "head size 3 (hidden_size 12 / num_attention_heads 4) is odd, and RoPE turns pairs. Nearest: 2, 4. "
+        "Set --kv-channels, or --position-embedding-type learned_absolute.",
+    ),
+    (
+        ModelConfig(hidden_size=250, num_attention_heads=4, kv_channels=63),
+        "head size 63 (kv_channels) is odd, and RoPE turns pairs. Nearest: 62, 64. "
+        "Set --kv-channels, or --position-embedding-type learned_absolute.",
+    ),
+    (ModelConfig(kv_channels=-64), "kv_channels -64 must not be below 0. Set --kv-channels."),
+    (
+        ModelConfig(kv_channels=64, num_attention_heads=8, num_query_groups=3),
+        "num_query_groups 3 does not divide num_attention_heads 8. Legal: 1, 2, 4, 8. Set --num-query-groups.",
+    ),
+    (
+        ModelConfig(add_bias_linear=True, add_qkv_bias=True),
+        "add_qkv_bias has no effect beside add_bias_linear, which gives every linear layer a bias, those of queries, "
+        "keys and values too. Leave out --add-qkv-bias, or --add-bias-linear.",
     ),
     (
         ModelConfig(rope_scaling="yarn"),
@@ -451,6 +466,8 @@ LEGAL = [
     ModelConfig(window_size=1),
     ModelConfig(window_size=8, window_attn_skip_freq=2),
     ModelConfig(softmax_type="off-by-one"),
+    ModelConfig(hidden_size=250, kv_channels=64, add_qkv_bias=True, qk_layernorm=True),
+    ModelConfig(kv_channels=3, position_embedding_type="learned_absolute"),
     MemoryConfig(recompute="full", recompute_attention=True, loss_chunk_size=0),
     DataConfig(split=(1.0, 0.0)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
@@ -492,6 +509,7 @@ def test_heads():
     model = ModelConfig(hidden_size=256, num_attention_heads=8)
     assert (model.head_dim, model.key_value_heads) == (32, 8)
     assert replace(model, num_query_groups=2).key_value_heads == 2
+    assert replace(model, kv_channels=128).head_dim == 128
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The attention layer: project, turn by position, attend, project back. Who attends to whom is another's business.
+"""The attention layer: project, normalise, turn by position, attend, project back. Who sees whom is not said here.
 
 Queries, keys and values have projections of their own, ``q_proj``, ``k_proj`` and ``v_proj``, rows ordered by head. A
 tensor-parallel rank takes a run of rows of each, though keys and values have fewer heads, and a Hugging Face Llama
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from megatron_ring.config import ModelConfig
+from megatron_ring.kernels.norm import norm
 from megatron_ring.kernels.rope import Rotation, rotate
-from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_parameter
+from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, for_own_heads, split_parameter
 from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, enter
 
 
@@ -44,7 +45,9 @@ class AttentionFunction(Protocol):
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): H query heads over G key-value heads of size D.
 
-    A tensor rank has H/T and G/T of them, with their sinks: heads meet only in the output projection.
+    A tensor rank has H/T and G/T of them, with their sinks: heads meet only in the output projection. H x D need not
+    be E. With ``qk_layernorm`` every query and key head is normalised by itself (Dehghani et al. 2023, Scaling Vision
+    Transformers to 22 Billion Parameters, section 2), with weights of D that all heads, and so all tensor ranks, share.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, tensor: TensorParallel = ALONE):
@@ -54,12 +57,13 @@ class SelfAttention(nn.Module):
         self.window = window
         self.tensor = tensor
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
-        hidden, bias = config.hidden_size, config.add_bias_linear
+        hidden, bias = config.hidden_size, config.add_bias_linear or config.add_qkv_bias
         queries, key_values = (n * config.head_dim for n in (config.num_attention_heads, config.key_value_heads))
         self.q_proj = ColumnParallelLinear(hidden, queries, bias, tensor)
         self.k_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
         self.v_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
-        self.out_proj = RowParallelLinear(queries, hidden, bias, tensor)
+        self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
+        self.out_proj = RowParallelLinear(queries, hidden, config.add_bias_linear, tensor)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
@@ -67,6 +71,7 @@ class SelfAttention(nn.Module):
         """(B, m, E). ``rotation`` is None for a model whose positions come from a table."""
         x_BlE = enter(x_BmE, self.tensor)
         q_BlhD, k_BlgD, v_BlgD = (self._heads(proj(x_BlE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_BlhD, k_BlgD = self.q_norm(q_BlhD), self.k_norm(k_BlgD)
         if rotation is not None:
             # Before the attention function: keys are turned once, at home, and travel turned.
             q_BlhD, k_BlgD = rotate(q_BlhD, rotation), rotate(k_BlgD, rotation)
@@ -77,6 +82,13 @@ class SelfAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _head_norm(config: ModelConfig) -> nn.Module:
+    """What normalises a head, of the model's own kind; nothing without ``qk_layernorm``."""
+    if not config.qk_layernorm:
+        return nn.Identity()
+    return for_own_heads(norm(config.normalization, config.head_dim, config.norm_epsilon))
 
 
 def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:

@@ -97,15 +97,23 @@ class VocabularyParallelEmbedding(nn.Module):
         return leave(x, self.tensor)
 
 
-def sum_gradients_of_replicas(module: nn.Module, tensor: TensorParallel) -> None:
-    """Have the gradients of what every tensor rank holds whole summed over them, where each saw its own tokens only.
+def for_own_heads(module: nn.Module) -> nn.Module:
+    """``module``, marked as one that every tensor rank holds whole and applies to its own heads only."""
+    for parameter in module.parameters():
+        parameter.sees_own_heads_only = True
+    return module
 
-    That is so under sequence_parallel. Without it every rank sees all tokens, and such gradients are equal already.
+
+def sum_gradients_of_replicas(module: nn.Module, tensor: TensorParallel) -> None:
+    """Have the gradients of what every tensor rank holds whole summed over them, once, where each saw a part only.
+
+    Under sequence_parallel a rank sees its own tokens of everything. Without it every rank sees all tokens, and such
+    gradients are equal already, but for those of parameters that meet a rank's own heads.
     """
-    if tensor.size > 1 and tensor.sequence_parallel:
-        for parameter in module.parameters():
-            if split_of(parameter) is None:
-                parameter.register_hook(functools.partial(summed, tensor=tensor))
+    for parameter in module.parameters():
+        in_part = tensor.sequence_parallel or getattr(parameter, "sees_own_heads_only", False)
+        if tensor.size > 1 and split_of(parameter) is None and in_part:
+            parameter.register_hook(functools.partial(summed, tensor=tensor))
 
 
 def vocabulary_part(weight_vE: torch.Tensor, tensor: TensorParallel) -> VocabularyPart | None:

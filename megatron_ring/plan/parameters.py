@@ -30,21 +30,24 @@ def parameters_of_stage(model: ModelConfig, vocab_size: int, seq_length: int, gr
         layers * parameters_of_layer(model, grid.tensor)
         + tables * share(vocab_size, grid.tensor) * model.hidden_size
         + learned * seq_length * model.hidden_size
-        + last * _norm(model)
+        + last * _norm(model, model.hidden_size)
     )
 
 
 def parameters_of_layer(model: ModelConfig, tensor_ranks: int) -> int:
     """Parameters of one layer on one of ``tensor_ranks``."""
-    return _attention(model, tensor_ranks) + _feed_forward(model, tensor_ranks) + 2 * _norm(model)
+    norms = 2 * _norm(model, model.hidden_size)
+    return _attention(model, tensor_ranks) + _feed_forward(model, tensor_ranks) + norms
 
 
 def _attention(model: ModelConfig, ranks: int) -> int:
     queries = share(model.num_attention_heads, ranks) * model.head_dim
     key_values = 2 * share(model.key_value_heads, ranks) * model.head_dim
-    biases = model.add_bias_linear * (queries + key_values + model.hidden_size)
+    biases = (model.add_bias_linear or model.add_qkv_bias) * (queries + key_values)
+    biases += model.add_bias_linear * model.hidden_size
     sinks = share(model.num_attention_heads, ranks) if model.softmax_type == "learnable" else 0
-    return model.hidden_size * (2 * queries + key_values) + biases + sinks
+    norms = 2 * _norm(model, model.head_dim) if model.qk_layernorm else 0
+    return model.hidden_size * (2 * queries + key_values) + biases + sinks + norms
 
 
 def _feed_forward(model: ModelConfig, ranks: int) -> int:
@@ -53,5 +56,5 @@ def _feed_forward(model: ModelConfig, ranks: int) -> int:
     return (ways_in + 1) * model.hidden_size * width + biases
 
 
-def _norm(model: ModelConfig) -> int:
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+def _norm(model: ModelConfig, size: int) -> int:
+    return size * (2 if model.normalization == "LayerNorm" else 1)

@@ -1,4 +1,4 @@
-"""Small models like Llama, GPT-2 and gpt-oss, and the attention of one process that holds every token."""
+"""Small models like Llama, GPT-2, gpt-oss and Qwen, and the attention of one process that holds every token."""
 
 from collections.abc import Callable
 
@@ -30,6 +30,16 @@ CONFIGS = {
         window_size=6,
         window_attn_skip_freq=2,
         softmax_type="learnable",
+    ),
+    # Qwen 3's norms of heads that are wider together than the stream, with Qwen 2's biases.
+    "qwen": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        qk_layernorm=True,
+        add_qkv_bias=True,
     ),
 }
 
@@ -92,6 +102,11 @@ def llama() -> ModelConfig:
 @pytest.fixture
 def gpt_oss() -> ModelConfig:
     return CONFIGS["gpt-oss"]
+
+
+@pytest.fixture
+def qwen() -> ModelConfig:
+    return CONFIGS["qwen"]
 
 
 @pytest.fixture

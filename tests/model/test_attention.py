@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.rope import rotate
@@ -62,6 +63,37 @@ def test_queries_and_keys_arrive_turned_and_values_as_they_are(llama):
     assert torch.equal(turned_q, rotate(q, rotation))
     assert torch.equal(turned_k, rotate(k, rotation))
     assert torch.equal(same_v, v)
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_heads_are_normalised_each_by_itself_before_they_are_turned(qwen, normalization):
+    seen, config = [], replace(qwen, normalization=normalization, norm_epsilon=0.5)
+    layer = initialized(config, lambda q, k, v, *_: seen.append((q, k)) or (q, None), window=0)
+    x_BlE, rotation = torch.randn(2, 3, 32), rope(config, 4096).rotation(torch.tensor([7, 2, 4000]))
+    for normalised in (layer.q_norm, layer.k_norm):
+        nn.init.normal_(normalised.weight)
+    layer(x_BlE, rotation, None)
+    for found_BlHD, proj, normalised in zip(seen[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)):
+        head_BlHD = proj(x_BlE).unflatten(-1, (-1, 16))
+        head_BlHD = head_BlHD - head_BlHD.mean(-1, keepdim=True) * (normalization == "LayerNorm")
+        root_BlH1 = (head_BlHD.square().mean(-1, keepdim=True) + 0.5).sqrt()
+        torch.testing.assert_close(found_BlHD, rotate(head_BlHD / root_BlH1 * normalised.weight, rotation))
+
+
+def test_heads_may_be_wider_together_than_the_stream(qwen, attention):
+    layer = initialized(qwen, attention, window=0)
+    assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == {
+        "q_proj.weight": (64, 32),
+        "q_proj.bias": (64,),
+        "k_proj.weight": (32, 32),
+        "k_proj.bias": (32,),
+        "v_proj.weight": (32, 32),
+        "v_proj.bias": (32,),
+        "q_norm.weight": (16,),
+        "k_norm.weight": (16,),
+        "out_proj.weight": (32, 64),
+    }
+    assert layer(torch.randn(2, 5, 32), None, None).shape == (2, 5, 32)
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(llama, build, tokens_BS, positions_S):

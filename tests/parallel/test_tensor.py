@@ -23,6 +23,8 @@ CONFIGS = {
         add_bias_linear=True,
         position_embedding_type="learned_absolute",
     ),
+    "qwen": ModelConfig(**SHAPE, kv_channels=4, qk_layernorm=True, add_qkv_bias=True),
+    "normalised gpt2": ModelConfig(**SHAPE, normalization="LayerNorm", qk_layernorm=True),
 }
 
 

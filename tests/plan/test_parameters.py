@@ -19,6 +19,8 @@ MODELS = {
     "llama": LLAMA,
     "untied": replace(LLAMA, untie_embeddings_and_output_weights=True),
     "sinks": replace(LLAMA, softmax_type="learnable"),
+    "qwen": replace(LLAMA, kv_channels=12, qk_layernorm=True, add_qkv_bias=True),
+    "normalised heads": replace(LLAMA, normalization="LayerNorm", qk_layernorm=True),
     "gpt2": replace(
         LLAMA,
         num_query_groups=0,
