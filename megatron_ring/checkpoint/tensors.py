@@ -26,6 +26,8 @@ INDEX = "tensors.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 """What is kept of a parameter: itself, and Adam's two moments; a model without its optimizer has the first alone."""
+PART_BYTES = 10**9
+"""What one process puts into a file at most, if it has the choice."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,32 @@ def write_index(folder: Path, shapes: dict[str, tuple[int, ...]], kinds: Iterabl
     content = json.dumps({"kinds": list(kinds), "tensors": tensors}, indent=1)
     _decoded(content)
     (folder / INDEX).write_text(content + "\n")
+
+
+def write_whole(folder: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write every parameter of ``shapes`` whole, without moments, in parts of at most about 1 GB, and their index.
+
+    ``tensors`` are asked for one after another, so that memory holds one part of them. Raises CheckpointError.
+    """
+    pieces = (Piece(name, boxes.whole(shapes[name]), {WEIGHT: values}) for name, values in tensors)
+    parts = [write_part(folder, number, part) for number, part in enumerate(_in_parts(pieces, PART_BYTES))]
+    write_index(folder, shapes, [WEIGHT], parts)
+
+
+def _in_parts(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
+    """Neighbours together up to ``limit`` bytes; a larger one is a part of its own."""
+    part, size = [], 0
+    for piece in pieces:
+        more = sum(values.nbytes for values in piece.values.values())
+        if part and size + more > limit:
+            yield part
+            # Cleared, not replaced: who was given it still has the list, and would keep the tensors.
+            part.clear()
+            size = 0
+        part.append(piece)
+        size += more
+    if part:
+        yield part
 
 
 @dataclass(frozen=True)
