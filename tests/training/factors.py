@@ -5,6 +5,7 @@ Whether an assignment is legal is asked of ``Setup.of``; of our own there is one
 """
 
 import functools
+from collections.abc import Hashable
 from math import prod
 
 from megatron_ring.config import Config
@@ -31,15 +32,17 @@ FACTORS: Factors = {
     "loss_chunk": (0, 20),
     "kernel": ("sdpa", "reference"),
     "documents": ("ignored", "kept apart"),
-    "kind": ("Llama", "GPT-2"),
+    "kind": ("Llama", "Qwen 2", "GPT-2"),
     "tied": (True, False),
     "key_value_heads": (8, 4, 2),
+    "head_size": (8, 16),
+    "qk_layernorm": (False, True),
     "window": (0, 7),
     "softmax": ("vanilla", "off-by-one", "learnable"),
 }
 
 # These say what is computed; all the others how, which must make no difference.
-MATHEMATICS = ("documents", "kind", "tied", "key_value_heads", "window", "softmax")
+MATHEMATICS = ("documents", "kind", "tied", "key_value_heads", "head_size", "qk_layernorm", "window", "softmax")
 
 # Shards, stripes, chunks and the parts of sequence_parallel all divide it, whatever the grid.
 SEQ = 72
@@ -47,6 +50,7 @@ GLOBAL_BATCH = 6
 
 _KINDS = {
     "Llama": {"num_layers": 4},
+    "Qwen 2": {"num_layers": 4, "add_qkv_bias": True},
     # Five layers: two or four stages hold unequally many.
     "GPT-2": {
         "num_layers": 5,
@@ -56,6 +60,11 @@ _KINDS = {
         "position_embedding_type": "learned_absolute",
     },
 }
+
+
+def plain_but_for(**changes: Hashable) -> Assignment:
+    """The plain value of every factor that is not among ``changes``."""
+    return {name: values[0] for name, values in FACTORS.items()} | changes
 
 
 def alone(row: Assignment) -> Assignment:
@@ -118,6 +127,8 @@ def _model(row: Assignment) -> dict:
         "hidden_size": 64,
         "num_attention_heads": 8,
         "num_query_groups": row["key_value_heads"],
+        "kv_channels": row["head_size"],
+        "qk_layernorm": row["qk_layernorm"],
         "untie_embeddings_and_output_weights": not row["tied"],
         "window_size": row["window"],
         "window_attn_skip_freq": 2 if row["window"] else 0,

@@ -1,8 +1,9 @@
 """The parity matrix: on every grid, by every option, twenty steps and what they leave behind are one process's.
 
 The rows are generated (covering.py) from the options (factors.py): a few in which each value occurs, and, marked whole,
-those in which each pair of values does. Rows of equally many processes share these, because starting is what takes
-time. The comparison is of losses, gradient norms, a validation and all parameters in fp32, to 1e-5 (trained.py).
+those in which each pair of values does; one test has rows of three values that must meet. Rows of equally many
+processes share these, because starting is what takes time. The comparison is of losses, gradient norms, a validation
+and all parameters in fp32, to 1e-5 (trained.py).
 """
 
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_each_value(world_size, one_process):
 @pytest.mark.parametrize("world_size", SIZES_OF_EACH_PAIR)
 def test_each_pair_of_values(world_size, one_process):
     assert_all_like_one_process(factors.each_pair(), world_size, one_process)
+
+
+def test_the_norms_of_heads_over_tensor_ranks(one_process):
+    """What each rank's heads ask of them is summed, whoever sees which tokens: three values, and pairs are two."""
+    rows = [
+        factors.plain_but_for(tensor=2, qk_layernorm=True, sequence_parallel=sequence_parallel, zero=zero)
+        for sequence_parallel, zero in ((False, 0), (False, 3), (True, 1))
+    ]
+    assert_all_like_one_process(rows, 2, one_process)
 
 
 def test_no_row_is_left_out():
