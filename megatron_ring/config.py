@@ -208,8 +208,9 @@ class DataConfig:
     0.7 A 0.3 B (in YAML the weights too are text). None given: the source text of Python's own library."""
     tokenizer_model: str = ""
     """The sentencepiece model or tokenizer.json the stores were written with. Empty: the one beside the first."""
-    split: tuple[float, float] = (0.98, 0.02)
-    """Shares of the documents for training and for validation, in the order of the store, of each store of a blend."""
+    split: tuple[float, float] | tuple[float, float, float] = (0.98, 0.02)
+    """Shares of the documents, in the order of the store, of each store of a blend: for training, for validation and,
+    of three, for a test, which is evaluated as validation is, but once, after the last step, at any --eval-interval."""
     seq_length: int = 1024
     """Tokens S of a sample, before it is split over the context ranks."""
     packing: Literal["concatenate", "greedy", "best-fit"] = "concatenate"
@@ -224,7 +225,10 @@ class DataConfig:
     def problems(self) -> list[str]:
         found = not_positive(self, "seq_length")
         if min(self.split) < 0 or self.split[0] <= 0 or abs(sum(self.split) - 1) > 1e-6:
-            found.append(f"split {self.split} must be two shares that add up to 1, the first above 0. Set --split.")
+            found.append(
+                f"split {self.split} must be two or three shares (training, validation, test), none below 0, that add "
+                "up to 1, the first above 0. Set --split."
+            )
         return found + self._blend_problems()
 
     @property

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SMALL = """\
 model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
-data: {seq_length: 64, split: [0.8, 0.2]}
+data: {seq_length: 64, split: [0.7, 0.15, 0.15]}
 training: {train_iters: 4, lr_warmup_iters: 1, eval_interval: 2, eval_iters: 1, dtype: fp32}
 """
 
@@ -89,6 +89,15 @@ def test_the_metrics_file_has_its_public_keys(trained, folder):
     assert [record["tokens"] for record in steps] == [64, 128, 192, 256]
 
 
+def test_the_test_text_is_evaluated_once_after_the_last_step(trained, folder):
+    *_, validation, test = metrics(folder)
+    assert set(test) == {"step", "test_loss", "test_bits_per_byte"}
+    assert test["step"] == 4
+    assert test["test_loss"] != validation["validation_loss"], "another text"
+    assert [name for record in metrics(folder) for name in record].count("test_loss") == 1
+    assert f"step      4  test loss {test['test_loss']:.4f}, " in trained.stdout
+
+
 def test_monitors_received_the_run(trained, folder):
     assert list((folder / "boards").rglob("events.out.tfevents.*"))
     assert list((folder / "tables").rglob("*loss*.csv"))
@@ -109,6 +118,7 @@ def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
     assert resumed.returncode == 0, resumed.said
     assert "resuming         saved/step-00000004, 4 steps done" in resumed.stdout
     assert metrics(folder)[: len(first)] == first
+    assert [record["step"] for record in metrics(folder) if "test_loss" in record] == [4, 6]
     assert [record["step"] for record in metrics(folder) if "loss" in record] == [1, 2, 3, 4, 5, 6]
 
 
@@ -117,6 +127,7 @@ def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
         "--config", "small.yaml", "--context-parallel", "striped", "--data-path", "text/tokens", "--num-layers", "2",
         "--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2",
         "--global-batch-size", "2", "--recompute", "full", "--lr-decay-style", "constant", "--save", "axes",
+        "--eval-interval", "0",
     ]  # fmt: skip
     straight = [*flags, "--save-interval", "2", "--metrics-file", "axes/straight.jsonl"]
     resumed = [*flags, "--load", "axes", "--metrics-file", "axes/resumed.jsonl"]
@@ -131,6 +142,9 @@ def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
     )
     assert [step for step, *_ in expected] == [1, 2, 3, 4]
     assert found == expected[2:]
+    tests = [metrics(folder, file)[-1] for file in ("axes/straight.jsonl", "axes/resumed.jsonl")]
+    assert tests[0]["test_loss"] > 0, "evaluated though nothing is validated"
+    assert tests[0] == tests[1]
 
 
 def test_one_process_needs_no_launcher_and_wandb_works_offline(folder, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run reads: the tokenizer and the sample streams for training and validation, found and checked together."""
+"""What a run reads: the tokenizer and the streams of training, validation and test samples, checked together."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -30,12 +30,13 @@ _LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """Streams of samples, and what borders between documents mean; ``validation`` is None where the split has none."""
+    """Streams of samples, None where the split has no such part, and what borders between documents mean."""
 
     tokenizer: Tokenizer
     packing: Packing
     training: Stream
     validation: Stream | None
+    test: Stream | None = None
 
     @staticmethod
     def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
@@ -52,14 +53,14 @@ class Dataset:
         for store in stores:
             check_tokenizer(store.prefix, tokenizer)
             _refuse_missing_ends(store, packing)
-        of_stores = [_training_and_validation(store, config, seed, tokenizer.vocab_size) for store in stores]
+        of_stores = [_parts(store, config, seed, tokenizer.vocab_size) for store in stores]
         return Dataset(tokenizer, packing, *(_blend(streams, weights.values()) for streams in zip(*of_stores)))
 
 
-def _training_and_validation(
+def _parts(
     store: TokenStore, config: DataConfig, seed: int, vocab_size: int
 ) -> list[SampleStream | WholeDocumentStream | None]:
-    """The samples of one store for either, None for a share of 0."""
+    """The samples of one store for each share of the split, None for a share of 0."""
     kind = SampleStream if config.packing == "concatenate" else partial(WholeDocumentStream, fit=config.packing)
     try:
         parts = split_documents(store.lengths, config.split, config.seq_length)

@@ -9,6 +9,7 @@ from threading import Event, Semaphore, Thread
 from types import TracebackType
 
 from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.stages import LaterStageLoader
 
 _STEPS_AHEAD = 2
 
@@ -20,7 +21,7 @@ class Prefetcher:
     ...     batches = ahead.next_step()
     """
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Loader | LaterStageLoader):
         self._loader, self._consumed_samples = loader, loader.consumed_samples
         self._ready: SimpleQueue[tuple[list[Batch], int] | Exception] = SimpleQueue()
         self._places, self._leaving = Semaphore(_STEPS_AHEAD), Event()

@@ -7,6 +7,7 @@ run meets what it would have met.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,17 +16,18 @@ from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
 
-def split_documents(lengths: np.ndarray, split: tuple[float, float], seq_length: int) -> tuple[range, range]:
-    """The documents for training and those for validation, shares ``split`` of their number, in store order.
+def split_documents(lengths: np.ndarray, split: tuple[float, ...], seq_length: int) -> list[range]:
+    """The documents for training, for validation and, of three shares, for the test: by number, in store order.
 
     ``lengths`` is (documents,), in tokens. A share of 0 gives an empty range. Raises DataError for every other part
     that cannot fill one sample.
     """
-    bound = round(split[0] * len(lengths))
-    parts = range(bound), range(bound, len(lengths))
+    upto = np.cumsum(split)
+    bounds = np.rint(upto / upto[-1] * len(lengths)).astype(int).tolist()
+    parts = [range(start, stop) for start, stop in pairwise([0, *bounds])]
     problems = [
         problem
-        for name, share, part in zip(("training", "validation"), split, parts)
+        for name, share, part in zip(("training", "validation", "test"), split, parts)
         if share > 0 and (problem := _too_little(name, share, lengths, part, seq_length))
     ]
     if problems:

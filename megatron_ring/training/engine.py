@@ -95,23 +95,23 @@ class Engine:
         self.engine._copy_recovery_script = lambda _: None
 
     def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches of a global batch."""
+        """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        count = self.groups.sum(_count(batches, self.device))
+        count = self._sum(counted_tokens(_targets(batches)).to(self.device))
         loss = self._step(batches, share_of_mean(count, self.averaged_over))
         return StepResult(loss.item(), float(self.engine.get_global_grad_norm()), int(count))
 
     def evaluate(self, steps: list[list[Batch]], bytes_per_token: torch.Tensor) -> Evaluation:
         """Sums over whole global batches, without gradients. ``bytes_per_token``: (V,) bytes of text of each id."""
-        counted = torch.cat([batch.targets_Bl.flatten() for batches in steps for batch in batches])
-        counted = counted[counted != IGNORED]
+        targets = _targets([batch for batches in steps for batch in batches])
+        counted = targets[targets != IGNORED]
         counts = torch.stack([torch.tensor(len(counted)), bytes_per_token[counted].sum()])
         self.engine.eval()
         with torch.no_grad():
             loss = sum(self._evaluated(batches).double() for batches in steps)
         self.engine.train()
-        tokens, text_bytes = self.groups.sum(counts.to(self.device)).tolist()
+        tokens, text_bytes = self._sum(counts.to(self.device)).tolist()
         return Evaluation(float(loss), tokens, text_bytes)
 
     def save(self, folder: Path, tag: str) -> list[str]:
@@ -133,6 +133,10 @@ class Engine:
         """Hand (name, value, step) to DeepSpeed's monitors: wandb, tensorboard, csv, those that are on."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(events)
+
+    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """What was counted in this process's batches, summed over all that have other ones, in place."""
+        return self.groups.sum(counts)
 
     def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
         """Backward through the micro-batches' loss sums times ``scale``, and the step; the mean over all of them."""
@@ -176,5 +180,6 @@ class _FilesWithKeptFailures(TorchCheckpointEngine):
             self.failures.append(f"{Path(path).name}: {getattr(error, 'strerror', None) or error}")
 
 
-def _count(batches: list[Batch], device: torch.device) -> torch.Tensor:
-    return sum(counted_tokens(batch.targets_Bl) for batch in batches).to(device)
+def _targets(batches: list[Batch]) -> torch.Tensor:
+    """The targets of all micro-batches, int64; there may be no micro-batches."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(batch.targets_Bl.flatten() for batch in batches)])

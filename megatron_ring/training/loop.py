@@ -1,7 +1,9 @@
-"""The training loop: steps, validations and checkpoints, in global units, until the last iteration."""
+"""The training loop: steps, validations and checkpoints, in global units, until the last iteration; then the test."""
 
+import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -9,12 +11,13 @@ from megatron_ring.checkpoint import store
 from megatron_ring.data.dataset import Dataset, bits_per_byte
 from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.prefetch import Prefetcher
+from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.training import checkpointing
 from megatron_ring.training.engine import Engine
-from megatron_ring.training.metrics import Report, StepRecord, ValidationRecord
+from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.setup import Setup
 
@@ -27,28 +30,31 @@ def train(
     loader = _loader(dataset, dataset.training, setup, at, start.consumed_samples if start else 0)
     validates = training.eval_interval > 0 and dataset.validation is not None
     if validates and start is None:
-        report.validation(validate(engine, setup, at, dataset, step=0))
+        report.held_out(held_out("validation", engine, setup, at, dataset, step=0))
     saved = None
     with Prefetcher(loader) as ahead:
         for step in range(start.step + 1 if start else 1, training.train_iters + 1):
             report.step(_step(engine, setup, dataset, ahead, step))
             last = step == training.train_iters
             if validates and (last or step % training.eval_interval == 0):
-                report.validation(validate(engine, setup, at, dataset, step))
+                report.held_out(held_out("validation", engine, setup, at, dataset, step))
+            if last and dataset.test is not None:
+                report.held_out(held_out("test", engine, setup, at, dataset, step))
             if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
                 saved = checkpointing.save(engine, setup, _state(setup, dataset, step, ahead))
     return saved
 
 
-def validate(engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, step: int) -> ValidationRecord:
-    """The loss on the same held-out samples every time: the first eval_iters global batches of the stream."""
-    loader = _loader(dataset, dataset.validation, setup, at, consumed_samples=0)
+def held_out(
+    part: Literal["validation", "test"], engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, step: int
+) -> HeldOutRecord:
+    """The loss on the same samples every time: the first eval_iters global batches of the part's stream."""
+    loader = _loader(dataset, getattr(dataset, part), setup, at, consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
     batches = [loader.next_step() for _ in range(setup.config.training.eval_iters)]
     total = engine.evaluate(batches, bytes_per_token)
-    return ValidationRecord(
-        step, total.loss_sum / max(1, total.tokens), bits_per_byte(total.loss_sum, total.text_bytes)
-    )
+    loss = total.loss_sum / max(1, total.tokens)
+    return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
 def _step(engine: Engine, setup: Setup, dataset: Dataset, ahead: Prefetcher, step: int) -> StepRecord:
@@ -72,7 +78,12 @@ def _step(engine: Engine, setup: Setup, dataset: Dataset, ahead: Prefetcher, ste
 
 
 def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[Batch]) -> float:
-    """Floating-point operations of the step on all ranks, counted from what its documents let tokens see."""
+    """Floating-point operations of the step on all ranks, counted from what its documents let tokens see.
+
+    Known on the first pipeline stage, one of whose ranks reports it: later ones have no batches.
+    """
+    if not batches:
+        return math.nan
     lengths = torch.cat([batch.document_lengths(setup.layout.seq_length) for batch in batches])
     own = float(training_flops(setup.config.model, dataset.tokenizer.vocab_size, lengths))
     if not setup.config.data.reset_attention_mask:
@@ -80,20 +91,12 @@ def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[B
     return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
 
 
-def _loader(dataset: Dataset, stream: Stream, setup: Setup, at: Coordinates, consumed_samples: int) -> Loader:
-    return Loader(
-        stream,
-        setup.layout,
-        at.ring,
-        at.data,
-        setup.grid.data,
-        setup.config.training.micro_batch_size,
-        setup.global_batch_size,
-        consumed_samples,
-        dataset.packing,
-        ulysses_rank=at.ulysses,
-        ulysses_size=setup.grid.ulysses,
-    )
+def _loader(
+    dataset: Dataset, stream: Stream, setup: Setup, at: Coordinates, consumed_samples: int
+) -> Loader | LaterStageLoader:
+    micro_batch_size, global_batch_size = setup.config.training.micro_batch_size, setup.global_batch_size
+    place = setup.layout, setup.grid, at
+    return loader_of(stream, dataset.packing, *place, micro_batch_size, global_batch_size, consumed_samples)
 
 
 def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> store.RunState:

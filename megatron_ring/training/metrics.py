@@ -3,8 +3,9 @@
 The keys of the metrics file are a public interface. A step writes
 ``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
 ``data_seconds``, and the operations of all ranks, ``model_flops`` (plan/flops.py); a validation writes
-``step, validation_loss, validation_bits_per_byte``. ``tokens`` counts all those trained on so far. Losses are nats per
-token. Only global rank 0 tells anything.
+``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
+test_bits_per_byte``. ``tokens`` counts all those trained on so far. Losses are nats per token. Only global rank 0 tells
+anything.
 """
 
 import json
@@ -12,7 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tqdm import tqdm
 
@@ -37,10 +38,17 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class ValidationRecord:
+class HeldOutRecord:
+    """The loss after ``step`` on ``part`` of the text that is not trained on."""
+
     step: int
-    validation_loss: float
-    validation_bits_per_byte: float
+    part: Literal["validation", "test"]
+    loss: float
+    bits_per_byte: float
+
+    def named(self, separator: str) -> dict[str, float]:
+        """The figures, each under the name of its part and its own."""
+        return {f"{self.part}{separator}{name}": getattr(self, name) for name in ("loss", "bits_per_byte")}
 
 
 def keep_until(metrics_file: Path, step: int) -> None:
@@ -56,7 +64,7 @@ class Report(Protocol):
 
     def step(self, record: StepRecord) -> None: ...
 
-    def validation(self, record: ValidationRecord) -> None: ...
+    def held_out(self, record: HeldOutRecord) -> None: ...
 
 
 class Silence:
@@ -65,7 +73,7 @@ class Silence:
     def step(self, record: StepRecord) -> None:
         pass
 
-    def validation(self, record: ValidationRecord) -> None:
+    def held_out(self, record: HeldOutRecord) -> None:
         pass
 
 
@@ -82,7 +90,7 @@ class ConsoleReport:
             fresh = self.first_step == 1
             keep_until(self.metrics_file, -1 if fresh else self.first_step - 1)
         self.steps: list[StepRecord] = []
-        self.validations: list[ValidationRecord] = []
+        self.validations: list[HeldOutRecord] = []
         # disable=None: no bar where there is no terminal; the lines are printed either way.
         self.bar = tqdm(total=self.last_step, initial=steps.start - 1, unit="step", disable=None, dynamic_ncols=True)
 
@@ -95,13 +103,13 @@ class ConsoleReport:
         if record.step % self.interval == 0 or record.step in (self.first_step, self.last_step):
             tqdm.write(self._line(record))
 
-    def validation(self, record: ValidationRecord) -> None:
-        self.validations.append(record)
-        self._write(vars(record))
-        self.monitors([(f"validation/{k[11:]}", v, record.step) for k, v in vars(record).items() if k != "step"])
+    def held_out(self, record: HeldOutRecord) -> None:
+        if record.part == "validation":
+            self.validations.append(record)
+        self._write({"step": record.step} | record.named("_"))
+        self.monitors([(name, value, record.step) for name, value in record.named("/").items()])
         tqdm.write(
-            f"step {record.step:>6}  validation loss {record.validation_loss:.4f}, "
-            f"{record.validation_bits_per_byte:.4f} bits per byte"
+            f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
         )
 
     def close(self) -> str:
@@ -116,7 +124,7 @@ class ConsoleReport:
             )
             lines.append(f"speed            {rate:,.0f} tokens/s (median), {self._utilisation(self.steps):.0%} of peak")
         if self.validations:
-            first, last = (self.validations[i].validation_bits_per_byte for i in (0, -1))
+            first, last = (self.validations[i].bits_per_byte for i in (0, -1))
             lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
         return "\n".join(lines)
 

@@ -1,16 +1,18 @@
 """The pipeline under DeepSpeed: its module, built stage by stage, and its engine, driven one optimizer step at a time.
 
-The schedule is DeepSpeed's 1F1B. The first stage reads the micro-batches, and what later ones need of them travels
-(model/pipeline.py). The loss is a mean over micro-batches and D x C, as the plain engine's, so the same scale makes it
-the token mean.
+The schedule is DeepSpeed's 1F1B. The first stage reads the micro-batches and later ones are given none: what they need
+of them travels (model/pipeline.py), but for the number of targets that count, which is handed on before. The loss is a
+mean over micro-batches and D x C, as the plain engine's, so the same scale makes it the token mean.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -63,16 +65,24 @@ class PipelineEngine(Engine):
         with torch.no_grad():  # tied weights are copied to the last stage once more
             super().load(checkpoint)
 
+    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """Those of the first stage, on all: one tensor rank of it hands them on to all that share its samples."""
+        counts = super()._sum(counts)
+        dist.broadcast(counts, group=self.groups.model, group_src=0)
+        return counts
+
     def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
         return self.engine.train_batch(_loaded(batches, scale))
 
     def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
         scale = torch.tensor(float(self.averaged_over), device=self.device)
-        return self.engine.eval_batch(_loaded(batches, scale), num_micro_batches=len(batches)).squeeze()
+        return self.engine.eval_batch(_loaded(batches, scale)).squeeze()
 
 
 def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """(inputs, label) of each micro-batch: the first stage takes the one, the last the other."""
+    """(inputs, label) of each micro-batch: the first stage, which has batches, takes the one, the last the other."""
+    if not batches:
+        yield from repeat(((), scale))
     for batch in batches:
         starts = () if batch.document_starts is None else (batch.document_starts,)
         yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), scale

@@ -69,6 +69,30 @@ def test_a_blend_without_validation_has_none(config, store_of):
     assert Dataset.open(replace(config, data_path=blend, split=(0.5, 0.5)), seed=1).validation.seq_length == 8
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "greedy", "best-fit"])
+def test_of_three_shares_the_last_is_the_test_s_in_every_store(store_of, config, packing):
+    """Documents that tell their store and their number, of as many tokens as a sample."""
+    stores = [store_of([[100 * store + n] * 8 for n in range(1, 11)]) for store in (1, 2)]
+    split = replace(config, split=(0.5, 0.3, 0.2), seq_length=7, packing=packing)
+    blended = Dataset.open(replace(split, data_path=("1", str(stores[0].prefix), "1", str(stores[1].prefix))), seed=1)
+    parts = {"training": range(1, 6), "validation": range(6, 9), "test": range(9, 11)}
+    for part, documents in parts.items():
+        met = {int(token) for index in range(40) for token in getattr(blended, part).sample(index)}
+        assert met - {-100} == {100 * store + n for store in (1, 2) for n in documents}
+
+
+@pytest.mark.parametrize("split", [(0.5, 0.5), (0.5, 0.5, 0.0)])
+def test_without_a_third_share_there_is_no_test(config, split):
+    assert Dataset.open(replace(config, split=split), seed=1).test is None
+
+
+def test_a_test_share_that_fills_no_sample_is_refused(config):
+    with pytest.raises(
+        DataError, match=r"^token store .*: test: a share of 0.2 of 10 documents is 2 documents with 8 "
+    ):
+        Dataset.open(replace(config, split=(0.5, 0.3, 0.2)), seed=1)
+
+
 @pytest.mark.parametrize("packing", ["greedy", "best-fit"])
 def test_whole_documents_are_packed_on_demand(config, packing):
     (line,) = Dataset.open(replace(config, packing=packing), seed=1).training.in_words()

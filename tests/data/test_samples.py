@@ -19,17 +19,41 @@ def epoch(stream: SampleStream, number: int = 0) -> list[list[int]]:
 
 
 def test_split_gives_the_first_documents_to_training():
-    assert split_documents(np.full(10, 100), (0.8, 0.2), seq_length=16) == (range(8), range(8, 10))
+    assert split_documents(np.full(10, 100), (0.8, 0.2), seq_length=16) == [range(8), range(8, 10)]
 
 
 def test_split_without_validation():
-    assert split_documents(np.full(3, 100), (1.0, 0.0), seq_length=16) == (range(3), range(3, 3))
+    assert split_documents(np.full(3, 100), (1.0, 0.0), seq_length=16) == [range(3), range(3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("split", "parts"),
+    [
+        ((0.7, 0.2, 0.1), [range(7), range(7, 9), range(9, 10)]),
+        ((0.9, 0.0, 0.1), [range(9), range(9, 9), range(9, 10)]),
+        ((0.8, 0.2, 0.0), [range(8), range(8, 10), range(10, 10)]),
+    ],
+)
+def test_the_last_documents_of_three_shares_are_the_test_s(split, parts):
+    assert split_documents(np.full(10, 100), split, seq_length=16) == parts
+
+
+def test_shares_that_miss_1_by_a_rounding_leave_no_document_out():
+    """And give none to a share of 0."""
+    lengths = np.full(10_000_000, 20)
+    training, validation, test = split_documents(lengths, (0.9, 0.0999995, 0.0), seq_length=16)
+    assert (training.stop, validation.stop, len(test)) == (validation.start, 10_000_000, 0)
 
 
 def test_a_part_without_documents_says_its_numbers():
     message = r"^validation: a share of 0.02 of 10 documents is 0 documents with 0 tokens, and one sample takes 17"
     with pytest.raises(DataError, match=message):
         split_documents(np.full(10, 100), (0.98, 0.02), seq_length=16)
+
+
+def test_a_test_share_without_documents_is_named():
+    with pytest.raises(DataError, match=r"^test: a share of 0.01 of 10 documents is 0 documents with 0 tokens"):
+        split_documents(np.full(10, 100), (0.79, 0.2, 0.01), seq_length=16)
 
 
 def test_every_part_with_too_few_tokens_is_named_with_the_longest_it_can_give():

@@ -1,7 +1,7 @@
 """One token stream: the global batches put together from all ranks of a grid are those of one process.
 
 For a blend and every packing, over pipe, data, ring, Ulysses and tensor ranks, interrupted or not. Each rank opens the
-data for itself, as the processes of a run do.
+data for itself, as the processes of a run do, though of a pipeline only the first stage is given any.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.prefetch import Prefetcher
+from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.parallel.grid import Coordinates, Grid
 
 S = 24
@@ -60,13 +61,10 @@ def config(request, base) -> DataConfig:
     return replace(base, data_path=path, **dict.fromkeys(flags, asked.pop("apart", False)), **asked)
 
 
-def loader_of(config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, consumed: int) -> Loader:
+def opened(config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, consumed: int) -> Loader | LaterStageLoader:
     dataset = Dataset.open(config, seed=3)
-    micro_batch_size = GLOBAL_BATCH // grid.data // 2
-    return Loader(
-        dataset.training, layout, at.ring, at.data, grid.data, micro_batch_size, GLOBAL_BATCH, consumed,
-        dataset.packing, at.ulysses, grid.ulysses,
-    )  # fmt: skip
+    sizes = GLOBAL_BATCH // grid.data // 2, GLOBAL_BATCH
+    return loader_of(dataset.training, dataset.packing, layout, grid, at, *sizes, consumed)
 
 
 def known(batch: Batch) -> torch.Tensor:
@@ -91,13 +89,15 @@ def put_together(
     documents: dict[int, list[list[int]]] = {}
     for rank in range(grid.world_size):
         at = grid.coordinates(rank)
-        loader = loader_of(config, layout, grid, at, steps.start * GLOBAL_BATCH)
+        loader = opened(config, layout, grid, at, steps.start * GLOBAL_BATCH)
         places = layout.positions(at.ring, at.ulysses, grid.ulysses)
         batches = [batch for _ in steps for batch in loader.next_step()]
+        assert loader.consumed_samples == steps.stop * GLOBAL_BATCH
+        assert bool(batches) == (at.pipe == 0), "what later stages need travels to them"
         for micro, batch in enumerate(batches):
             rows = torch.arange(len(batch.tokens_Bl)) + (micro * grid.data + at.data) * len(batch.tokens_Bl)
             held = whole[rows[:, None], places]
-            # Pipeline stages and tensor ranks have the same tokens as their fellows.
+            # Tensor ranks have the same tokens as their fellows.
             assert (held == -1).all() or torch.equal(held, known(batch))
             whole[rows[:, None], places] = known(batch)
             for row, starts in zip(rows.tolist(), starts_of_samples(batch)):
@@ -126,9 +126,9 @@ def test_a_run_resumed_from_what_a_prefetcher_handed_out_meets_the_rest(config):
     """What lay ready when the run was interrupted is prepared again."""
     name, grid = GRIDS[2]
     asked = config, Layout(name, S, grid.ring), grid, grid.coordinates(1)
-    through, consumed, met = loader_of(*asked, 0), 0, []
+    through, consumed, met = opened(*asked, 0), 0, []
     for _ in range(2):
-        with Prefetcher(loader_of(*asked, consumed)) as ahead:
+        with Prefetcher(opened(*asked, consumed)) as ahead:
             met += [batch for _ in range(2) for batch in ahead.next_step()]
             consumed = ahead.consumed_samples
     expected = [batch for _ in range(4) for batch in through.next_step()]
@@ -154,7 +154,7 @@ def test_fill_predicts_nothing_and_is_seen_by_nothing(base, tokenizer):
     filled = next(index for index in range(stream.samples_per_epoch) if (stream.sample(index)[:-1] < 0).sum() > 2)
     text = int((stream.sample(filled) >= 0).sum())
     first = filled // GLOBAL_BATCH * GLOBAL_BATCH
-    loader = loader_of(config, Layout("none", S, 1), Grid(), Coordinates(0, 0, 0, 0, 0), first)
+    loader = opened(config, Layout("none", S, 1), Grid(), Coordinates(0, 0, 0, 0, 0), first)
     batch = loader.next_step()[filled % GLOBAL_BATCH // 4]
     row = filled % 4
     assert batch.tokens_Bl[row, text:].tolist() == [tokenizer.end_of_document] * (S - text)

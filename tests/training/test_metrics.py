@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_ring.config import LoggingConfig
-from megatron_ring.training.metrics import ConsoleReport, StepRecord, ValidationRecord, keep_until
+from megatron_ring.training.metrics import ConsoleReport, HeldOutRecord, StepRecord, keep_until
 
 STEP = {
     "step": 1,
@@ -18,7 +18,7 @@ STEP = {
     "data_seconds": 0.001,
     "model_flops": 1e8,
 }
-VALIDATION = {"step": 1, "validation_loss": 2.4, "validation_bits_per_byte": 1.2}
+VALIDATION, TEST = HeldOutRecord(1, "validation", 2.4, 1.2), HeldOutRecord(2, "test", 2.3, 1.1)
 
 
 @pytest.fixture
@@ -32,12 +32,16 @@ def report(tmp_path, monitored) -> ConsoleReport:
     return ConsoleReport(logging, range(1, 3), peak_flops=1e10, monitors=monitored.extend)
 
 
-def test_a_step_and_a_validation_are_one_json_object_each(report, tmp_path):
+def test_a_step_a_validation_and_the_test_are_one_json_object_each(report, tmp_path):
     report.step(StepRecord(**STEP))
-    report.validation(ValidationRecord(**VALIDATION))
-    lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [STEP, VALIDATION]
-    assert list(json.loads(lines[0])) == list(STEP)
+    report.held_out(VALIDATION)
+    report.held_out(TEST)
+    step, *held_out = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    assert list(json.loads(step).items()) == list(STEP.items())
+    assert held_out == [
+        '{"step": 1, "validation_loss": 2.4, "validation_bits_per_byte": 1.2}',
+        '{"step": 2, "test_loss": 2.3, "test_bits_per_byte": 1.1}',
+    ]
 
 
 def test_a_fresh_run_begins_a_fresh_file(tmp_path):
@@ -49,10 +53,15 @@ def test_a_fresh_run_begins_a_fresh_file(tmp_path):
 
 def test_monitors_receive_what_the_file_has(report, monitored):
     report.step(StepRecord(**STEP))
-    report.validation(ValidationRecord(**VALIDATION))
+    report.held_out(VALIDATION)
+    report.held_out(TEST)
     assert ("train/loss", 2.5, 1) in monitored
-    assert ("validation/bits_per_byte", 1.2, 1) in monitored
-    assert len(monitored) == len(STEP) + len(VALIDATION) - 2
+    assert monitored[len(STEP) - 1 :] == [
+        ("validation/loss", 2.4, 1),
+        ("validation/bits_per_byte", 1.2, 1),
+        ("test/loss", 2.3, 2),
+        ("test/bits_per_byte", 1.1, 2),
+    ]
 
 
 def test_the_console_line_says_where_the_run_is_and_how_fast(report, capsys):
@@ -63,10 +72,20 @@ def test_the_console_line_says_where_the_run_is_and_how_fast(report, capsys):
     )
 
 
-def test_the_summary_says_what_was_gained(report):
-    report.validation(ValidationRecord(0, 5.0, 3.0))
+def test_the_console_says_what_was_held_out(report, capsys):
+    report.held_out(VALIDATION)
+    report.held_out(TEST)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "step      1  validation loss 2.4000, 1.2000 bits per byte",
+        "step      2  test loss 2.3000, 1.1000 bits per byte",
+    ]
+
+
+def test_the_summary_says_what_was_gained_on_the_validation_text(report):
+    report.held_out(HeldOutRecord(0, "validation", 5.0, 3.0))
     report.step(StepRecord(**STEP))
-    report.validation(ValidationRecord(1, 2.5, 1.5))
+    report.held_out(HeldOutRecord(1, "validation", 2.5, 1.5))
+    report.held_out(TEST)
     summary = report.close()
     assert "3.0000 -> 1.5000 bits per byte (-50%)" in summary
     assert "960 tokens/s (median), 10% of peak" in summary

@@ -11,9 +11,9 @@ import torch
 from megatron_ring.checkpoint.store import RunState
 from megatron_ring.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.data.loader import Loader
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
+from megatron_ring.data.stages import loader_of
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
@@ -125,12 +125,9 @@ class Run:
         return self.engine.evaluate([self.loader.next_step()], torch.ones(VOCAB)).loss_sum
 
     def _load_from(self, consumed_samples: int) -> None:
-        grid, batch = self.setup.grid, self.config.training.micro_batch_size
-        self.loader = Loader(
-            self.stream, self.setup.layout, self.at.ring, self.at.data, grid.data, batch,
-            self.setup.global_batch_size, consumed_samples, self.packing,
-            ulysses_rank=self.at.ulysses, ulysses_size=grid.ulysses,
-        )  # fmt: skip
+        place = self.setup.layout, self.setup.grid, self.at
+        sizes = self.config.training.micro_batch_size, self.setup.global_batch_size
+        self.loader = loader_of(self.stream, self.packing, *place, *sizes, consumed_samples)
 
 
 def _name_in_gpt(name: str) -> str:
