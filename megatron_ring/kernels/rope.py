@@ -86,6 +86,7 @@ def _ntk(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
     """NTK-aware (bloc97 2023; Peng et al. 2023, section 3.1): base becomes base * factor^(D / (D-2)).
 
     Written per pair: the fastest keeps its frequency, the slowest has it divided by ``factor``, geometric in between.
+    What transformers calls dynamic, with a factor f, is this at one length: f * length / trained length - (f - 1).
     """
     share_P = _index(frequency_P) / max(len(frequency_P) - 1, 1)
     return frequency_P / rope.factor**share_P

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -6,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ring.kernels.rope import Rope, rotate
+
+ORIGINAL = "original_max_position_embeddings"
 
 ROPES = {
     "none": Rope(64, 10000.0),
@@ -82,6 +85,58 @@ def test_frequencies_are_those_of_transformers(rope, known):
     """Numbers printed by transformers 5.23 for these models' settings; it computes in float32."""
     for pair, frequency in known.items():
         assert rope.frequencies()[pair].item() == pytest.approx(frequency, rel=1e-5)
+
+
+# What a published config.json says of its rope_scaling, the head size and rope_theta beside it, and our words for it.
+PUBLISHED = {
+    "Llama 3.1": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192},
+        Rope(128, 500000.0, "llama3", 8.0, 8192),
+    ),
+    "Llama 3.2": (
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192},
+        Rope(64, 500000.0, "llama3", 32.0, 8192),
+    ),
+    "Qwen 2.5 and 3": (
+        {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 32768},
+        Rope(128, 1000000.0, "yarn", 4.0, 32768),
+    ),
+    "what YaRN takes for granted": (
+        {"rope_type": "yarn", "factor": 16.0, ORIGINAL: 4096, "beta_fast": 32, "beta_slow": 1, "truncate": True},
+        Rope(128, 10000.0, "yarn", 16.0, 4096),
+    ),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, Rope(128, 10000.0, "linear", 4.0)),
+}
+
+
+def of_transformers(rope_scaling: dict, rope: Rope, **at_length: int) -> tuple[torch.Tensor, float]:
+    """Frequencies and magnitude by transformers, which computes in float32, of a model trained on 4,096 tokens."""
+    transformers = pytest.importorskip("transformers")
+    initial = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    config = transformers.LlamaConfig(
+        head_dim=rope.head_dim,
+        rope_theta=rope.base,
+        max_position_embeddings=4096,
+        rope_scaling=dict(rope_scaling),  # it is added to
+    )
+    frequency_P, magnitude = initial[rope_scaling["rope_type"]](config, device="cpu", **at_length)
+    return frequency_P.double(), magnitude
+
+
+@pytest.mark.parametrize(("rope_scaling", "rope"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_stretches_are_expressed_exactly(rope_scaling, rope):
+    frequency_P, magnitude = of_transformers(rope_scaling, rope)
+    torch.testing.assert_close(rope.frequencies(), frequency_P, rtol=1e-6, atol=0)
+    assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
+
+
+@pytest.mark.parametrize(("length", "factor"), [(4096, 1.0), (8192, 3.0), (12288, 5.0)])
+def test_a_dynamic_stretch_is_ntk_s_at_one_length(length, factor):
+    """transformers stretches by the length at hand: 2 x length / 4096 - 1 with its factor of 2."""
+    rope = Rope(128, 10000.0, "ntk", factor)
+    frequency_P, magnitude = of_transformers({"rope_type": "dynamic", "factor": 2.0}, rope, seq_len=length)
+    torch.testing.assert_close(rope.frequencies(), frequency_P, rtol=1e-6, atol=0)
+    assert rope.magnitude == magnitude
 
 
 def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest_by_the_factor():

@@ -133,11 +133,12 @@ def test_bfloat16_model_gives_bfloat16_logits_near_the_float32_ones(config, buil
     torch.testing.assert_close(logits_BSV.float(), expected_BSV, rtol=0, atol=0.03)
 
 
-def test_the_stretch_of_rope_follows_from_the_whole_length(llama, attention):
+def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is_given(llama, attention):
     stretched = replace(llama, rope_scaling="yarn", rope_scaling_factor=4.0)
     assert GPT(stretched, 48, 4096, attention, seed=1).rope == Rope(8, 10000.0, "yarn", 4.0, 1024)
     given_length = replace(stretched, rope_original_length=2048)
-    assert GPT(given_length, 48, 4096, attention, seed=1).rope.original_length == 2048
+    for seq_length in (512, 4096, 8192, 10_000):
+        assert GPT(given_length, 48, seq_length, attention, seed=1).rope == Rope(8, 10000.0, "yarn", 4.0, 2048)
 
 
 @settings(max_examples=40, deadline=None)
