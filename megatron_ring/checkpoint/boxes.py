@@ -29,8 +29,8 @@ def cut(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     assert 0 <= start <= stop <= math.prod(shape)
     if start == stop:
         return []
-    if len(shape) == 1:
-        return [(range(start, stop),)]
+    if len(shape) <= 1:
+        return [(range(start, stop),) if shape else ()]
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row  # rows that are whole: first to last
     if first > last:
@@ -43,6 +43,23 @@ def _in_row(shape: tuple[int, ...], n: int, start: int, stop: int) -> list[Box]:
     before = n * math.prod(shape[1:])
     inner = cut(shape[1:], start - before, stop - before) if start < stop else []
     return [(range(n, n + 1), *box) for box in inner]
+
+
+def partition(found: list[Box], shape: tuple[int, ...]) -> bool:
+    """Whether every element of a tensor is in one of the boxes and in no other."""
+    inside = all(overlap(box, whole(shape)) == box for box in found)
+    return inside and sum(map(size, found)) == math.prod(shape) and _apart(found)
+
+
+def _apart(found: list[Box]) -> bool:
+    """Sorted by their first rows, a box can meet those before it that do not end above it; they are few."""
+    open_ones: list[Box] = []
+    for box in sorted(found, key=lambda box: [indices.start for indices in box]):
+        open_ones = [other for other in open_ones if other[0].stop > box[0].start]
+        if any(overlap(box, other) for other in open_ones):
+            return False
+        open_ones.append(box)
+    return True
 
 
 def overlap(a: Box, b: Box) -> Box | None:
@@ -73,4 +90,7 @@ def text(box: Box) -> str:
 
 def parse(written: str) -> Box:
     """Raises ValueError for what ``text`` did not write."""
-    return tuple(range(*map(int, indices.split(":", 1))) for indices in written.split(","))
+    box = tuple(range(*map(int, indices.split(":", 1))) for indices in written.split(",") if written)
+    if text(box) != written:
+        raise ValueError(f"{written!r} is not a box")
+    return box
