@@ -31,13 +31,15 @@ class _Tensors:
     """Bytes of a token's tensors in a layer. ring_keys: K and V after Ulysses' repetition. inner: one of width F/T.
 
     norm: what a norm keeps of its input, which may be the input itself: shared, else 0. normed: its output, gathered
-    from the tensor ranks. product: a matrix product's of the stream's width.
+    from the tensor ranks. head_norms: what those of query and key heads keep, if there are any. product: a matrix
+    product's of the stream's width.
     """
 
     residual: float
     norm: float
     shared: float
     normed: float
+    head_norms: float
     product: float
     queries: float
     keys: float
@@ -81,12 +83,16 @@ def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Te
     heads, groups = share(model.num_attention_heads, ranks), share(model.key_value_heads, ranks)
     # RMSNorm on a CPU is several operators, which keep x and x / rms in float32; LayerNorm and CUDA's keep x.
     wide = model.normalization == "RMSNorm" and device == "cpu"
-    norm = 2 * _WIDE * hidden + _WIDE if wide else size * hidden + 2 * _WIDE
+
+    def norm(width: int) -> int:
+        return 2 * _WIDE * width + _WIDE if wide else size * width + 2 * _WIDE
+
     return _Tensors(
         residual=size * hidden / split,
-        norm=norm / split,
+        norm=norm(hidden) / split,
         shared=0 if wide and size < _WIDE else size * hidden / split,
         normed=size * hidden,
+        head_norms=model.qk_layernorm * (heads + groups) * norm(model.head_dim),
         product=size * hidden,
         queries=size * heads * model.head_dim,
         keys=2 * size * groups * model.head_dim,
@@ -97,8 +103,8 @@ def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Te
 
 
 def _saved_by_attention(config: Config, grid: Grid, x: _Tensors) -> float:
-    """Norm, its output, Q, K and V as the ring takes them, the ring's output and log-sum-exp."""
-    saved = x.norm + x.normed + x.queries + x.ring_keys + x.queries + x.lse
+    """Norm, its output, norms of heads, Q, K and V as the ring takes them, the ring's output and log-sum-exp."""
+    saved = x.norm + x.normed + x.head_norms + x.queries + x.ring_keys + x.queries + x.lse
     saved += x.queries if grid.ulysses > 1 else 0  # the output with its heads together again
     return saved + (x.queries + x.lse if config.model.softmax_type != "vanilla" else 0)
 

@@ -21,8 +21,9 @@ LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_que
     [
         LLAMA,
         ModelConfig(num_layers=3, hidden_size=48, num_attention_heads=4, activation="gelu", normalization="LayerNorm"),
+        replace(LLAMA, kv_channels=24, qk_layernorm=True, add_qkv_bias=True),
     ],
-    ids=["like Llama", "like GPT-2"],
+    ids=["like Llama", "like GPT-2", "like Qwen"],
 )
 def test_six_for_each_weight_of_a_product_and_half_of_the_square(config):
     model = GPT(config, VOCAB, SEQ, attention=None, seed=0)
@@ -30,7 +31,7 @@ def test_six_for_each_weight_of_a_product_and_half_of_the_square(config):
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, products))
     head = VOCAB * config.hidden_size  # tied: a product with the embedding
     pairs = sum(position + 1 for position in range(SEQ))
-    attention = 2 * 2 * 3 * config.num_layers * config.hidden_size * pairs
+    attention = 2 * 2 * 3 * config.num_layers * config.num_attention_heads * config.head_dim * pairs
     assert training_flops(config, VOCAB, torch.tensor([SEQ])) == 6 * SEQ * (weights + head) + attention
 
 

@@ -25,6 +25,9 @@ MODELS = {
     "llama": LLAMA,
     "grouped": replace(LLAMA, num_query_groups=1),
     "sinks": replace(LLAMA, softmax_type="learnable"),
+    "wide heads": replace(LLAMA, kv_channels=48, num_query_groups=2, add_qkv_bias=True),
+    "normalised heads": replace(LLAMA, num_query_groups=2, qk_layernorm=True),
+    "heads normalised as in gpt2": replace(LLAMA, normalization="LayerNorm", qk_layernorm=True),
     "gpt2": replace(
         LLAMA,
         normalization="LayerNorm",
@@ -81,13 +84,15 @@ def test_a_layer_keeps_what_autograd_saves(model, dtype):
     x_BlE = torch.randn(1, LENGTH, model.hidden_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         block(x_BlE, rotation, None)
-    statistics = 2 * 4 if model.normalization == "LayerNorm" and dtype != torch.float32 else 0  # in bfloat16 on a CPU
+    norms = 2 + model.qk_layernorm * (model.num_attention_heads + model.key_value_heads)
+    # Two numbers of each, which are in bfloat16 on a CPU.
+    statistics = 2 * 2 * norms if model.normalization == "LayerNorm" and dtype != torch.float32 else 0
     measured = sum(nbytes for nbytes, _ in saved.values()) / LENGTH + statistics
     assert layer_bytes(config(model), Grid(), dtype, "cpu").kept == measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "normalised heads", "wide heads"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_peak_of_a_step_is_what_was_planned(mode, model, dtype):
     """Forward and backward of one process, whose parameters are there already and whose gradients come."""
