@@ -1,6 +1,7 @@
 """From documents to a store that can be trained on: P.bin, P.idx, P.json, and its tokenizer in the same folder.
 
-The corpus is cut in shards (corpus.py), each made by one of several processes (shards.py), and then joined in order.
+The corpus is cut in shards (corpus.py), which one process makes (shards.py) or several (sharing.py), and which are then
+joined in order.
 """
 
 import fcntl
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from megatron_ring.data.corpus import Corpus, python_library
 from megatron_ring.data.manifest import Manifest, manifest_path, read_manifest, tokenizer_path, write_manifest
-from megatron_ring.data.processes import in_order
-from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make, make_in_process
+from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make
+from megatron_ring.data.sharing import made_by
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokenizer_training import train_tokenizer
@@ -106,10 +107,11 @@ def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bo
     # A file named twice is one shard, joined twice.
     left = list({job.prefix: job for job in work if job.prefix not in records}.values())
     left_bytes = sum(job.file_bytes for job in left)
-    processes = min(workers, len(left), left_bytes // _BYTES_FOR_A_PROCESS)
-    made = in_order(make_in_process, left, processes) if processes > 1 else (make(job, tokenizer) for job in left)
+    processes = min(workers, left_bytes // _BYTES_FOR_A_PROCESS)
+    alone = ((job, make(job, tokenizer)) for job in left)
+    made = made_by(processes, left, token_dtype(tokenizer.vocab_size)) if processes > 1 else alone
     with _bar("tokens", left_bytes, progress) as bar:
-        for job, record in zip(left, made):
+        for job, record in made:
             records[job.prefix] = record
             bar.update(job.file_bytes)
     return [records[job.prefix] for job in work]

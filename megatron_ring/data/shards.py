@@ -17,6 +17,7 @@ from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
 
+# The tokenizer is not called for each short text.
 _BATCH_CHARACTERS = 1_000_000
 
 
@@ -77,13 +78,24 @@ def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
     skipped: list[str] = []
     documents = tokens = text_bytes = 0
     with TokenStoreWriter(job.prefix, token_dtype(tokenizer.vocab_size)) as writer:
-        for texts in _batches(job.reading.texts(job.shard, skipped)):
+        for texts in batches(job.reading.texts(job.shard, skipped), _BATCH_CHARACTERS):
             for text, ids in zip(texts, tokenizer.encode_documents(texts)):
                 writer.add_document(ids)
                 documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-    record = ShardRecord(documents, tokens, text_bytes, skipped, bin_path(job.prefix).stat().st_size)
-    replace_file(_record_path(job.prefix), json.dumps(asdict(record)).encode())
+    return keep_record(job.prefix, documents, tokens, text_bytes, skipped)
+
+
+def keep_record(prefix: Path, documents: int, tokens: int, text_bytes: int, skipped: list[str]) -> ShardRecord:
+    """Write the record of the store at ``prefix``, which is finished from then on."""
+    record = ShardRecord(documents, tokens, text_bytes, skipped, bin_path(prefix).stat().st_size)
+    replace_file(_record_path(prefix), json.dumps(asdict(record)).encode())
     return record
+
+
+def remove(prefix: Path) -> None:
+    """Delete a shard that has gone into a larger store."""
+    for path in (_record_path(prefix), bin_path(prefix), idx_path(prefix)):
+        path.unlink()
 
 
 # As many as a process has, which is one.
@@ -104,15 +116,14 @@ def _state(file: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about a million characters, so that the tokenizer is not called for each short one."""
+def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts in lists of about so many characters; the last list may be empty."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS:
+        if size >= characters:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_ring.data.processes import in_order
+from megatron_ring.data.processes import in_order, pool_of
 from megatron_ring.errors import DataError
 
 
@@ -27,31 +27,47 @@ def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_results_come_in_the_order_of_the_jobs():
-    assert list(in_order(slow_first, range(4), processes=2)) == [0, 1, 2, 3]
+@pytest.mark.parametrize("ahead", [0, 1, 9])
+def test_results_come_in_the_order_of_the_jobs_each_with_its_own(ahead):
+    with pool_of(2) as pool:
+        assert list(in_order(pool, slow_first, range(4), ahead)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_no_more_jobs_are_taken_ahead_than_asked_for():
+    taken = []
+    with pool_of(1) as pool:
+        results = in_order(pool, slow_first, (taken.append(number) or number for number in range(9)), ahead=2)
+        for number in range(3):
+            assert next(results) == (number, number)
+            assert taken == list(range(number + 3))
 
 
 def test_the_first_job_to_fail_is_the_one_that_is_told():
-    results = in_order(fail_from_two, range(9), processes=2)
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(DataError, match="job 2"):
-        next(results)
+    with pool_of(2) as pool:
+        results = in_order(pool, fail_from_two, range(9))
+        assert [next(results), next(results)] == [(0, 0), (1, 1)]
+        with pytest.raises(DataError, match="job 2"):
+            next(results)
 
 
 def test_a_killed_process_is_told():
-    with pytest.raises(DataError, match=r"was killed, perhaps for want of memory\. Set --workers lower"):
-        list(in_order(die, range(2), processes=2))
+    with (
+        pytest.raises(DataError, match=r"was killed, perhaps for want of memory\. Set --workers lower"),
+        pool_of(2) as pool,
+    ):
+        list(in_order(pool, die, range(2)))
 
 
 PARENT = """
 import os, signal
-from megatron_ring.data.processes import in_order
+from megatron_ring.data.processes import in_order, pool_of
 def getpid(_):
     return os.getpid()
 if __name__ == "__main__":
-    for process_id in in_order(getpid, range(1), 1):
-        print(process_id, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+    with pool_of(1) as pool:
+        for _, process_id in in_order(pool, getpid, range(1)):
+            print(process_id, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
