@@ -8,6 +8,7 @@ python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --context-p
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.training import checkpointing, console
@@ -25,21 +26,23 @@ def main(config: Config, environment: Environment) -> None:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
     setup = Setup.of(config, environment.world_size)
     dataset = Dataset.open(config.data, config.training.seed, progress=speaks)
-    stored = checkpointing.find(setup, dataset.tokenizer.vocab_size)
-    if speaks:
-        print(console.opening(setup, dataset, stored))
 
     start_processes(environment, setup.device)
+    agreement = Agreement.build()
+    stored = checkpointing.find(setup, dataset.tokenizer.vocab_size, agreement)
+    if speaks:
+        print(console.opening(setup, dataset, stored))
     groups = ProcessGroups.build(setup.grid, environment.global_rank)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
     model = build_model(setup, groups, attention, dataset.tokenizer.vocab_size)
     engine = start_engine(model, setup, groups)
     if stored:
-        engine.load(stored.path)
+        checkpointing.resume(engine, stored)
 
     report = console.report(setup, dataset, stored, engine) if speaks else Silence()
     at = setup.grid.coordinates(environment.global_rank)
-    saved = train(engine, setup, at, dataset, stored.state if stored else None, report)
+    saver = checkpointing.Saver(setup, agreement)
+    saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report)
     leave_processes()
     if speaks:
         print(console.closing(report, config, saved))

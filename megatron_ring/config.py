@@ -358,6 +358,8 @@ class CheckpointConfig:
     """Folder to resume from; the newest whole checkpoint in it is taken, and an empty folder starts afresh."""
     save_interval: int = 0
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
+    async_save: bool = False
+    """Copy a checkpoint aside, into CPU memory, and write it while training goes on. The next one waits for it."""
     keep_last: int = 0
     """K: once a new checkpoint is whole, those before the last K are deleted; K + 1 need room. 0: all are kept."""
     keep_every: int = 0
@@ -367,6 +369,8 @@ class CheckpointConfig:
         found = _negative(self, "save_interval", "keep_last", "keep_every")
         if self.save_interval and not self.save:
             found.append(f"save_interval {self.save_interval} has nowhere to write to. Set --save.")
+        if self.async_save and not self.save:
+            found.append("async_save has nothing to write while save is empty. Set --save, or leave --async-save out.")
         if self.keep_last > 0 and not self.save:
             found.append(f"keep_last {self.keep_last} has no effect while save is empty. Set --save, or --keep-last 0.")
         if self.keep_every > 0 and self.keep_last == 0:

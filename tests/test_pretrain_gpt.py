@@ -201,7 +201,7 @@ def test_bad_input_under_a_launcher_is_said_once_and_its_code_is_passed_on(folde
     assert found.said.count("seq_length 66 cannot be laid out zigzag on 2 ring ranks") == 1
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_the_processes_join(trained, folder):
+def test_a_checkpoint_of_another_model_is_refused_size_by_size(trained, folder):
     found = alone("--config", "small.yaml", "--data-path", "text/tokens", "--load", "saved", "--num-layers", "2",
                   folder=folder)  # fmt: skip
     assert found.returncode == 4, found.said

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that would resume from it: the same model, split over as many ranks."""
+"""Whether a checkpoint is of the run that would resume from it: the same model, over whatever processes."""
 
 from dataclasses import fields
 
@@ -23,25 +23,3 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int) -> None:
         )
     if differing:
         raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *differing])
-
-
-def check_same_split(stored: Stored, data_context_size: int, tensor_size: int, pipe_size: int, zero_stage: int) -> None:
-    """Raise CheckpointError when the engine's files are split over another number of ranks or another ZeRO stage."""
-    state = stored.state
-    for axis, then, now in (("tensor", state.tensor_size, tensor_size), ("pipeline", state.pipe_size, pipe_size)):
-        if then != now:
-            raise CheckpointError(
-                f"{stored.path} splits the model over {then} {axis} ranks, this run has {now}. "
-                f"Set --{axis}-model-parallel-size {then}."
-            )
-    if state.zero_stage != zero_stage:
-        raise CheckpointError(
-            f"{stored.path} was written with zero_stage {state.zero_stage}, this run has {zero_stage}. "
-            f"Set --zero-stage {state.zero_stage}."
-        )
-    if zero_stage and state.data_context_size != data_context_size:
-        raise CheckpointError(
-            f"{stored.path} splits the optimizer's state over {state.data_context_size} data x context ranks (ZeRO "
-            f"{zero_stage}), this run has {data_context_size}. Start {state.data_context_size} times as many processes "
-            "as one model takes (tensor x pipeline); how many are context ranks (--context-parallel-size) may change."
-        )

@@ -6,7 +6,7 @@ of file on one core of an AMD Zen 5, BLAKE2b 0.84 GB/s.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_ring.errors import CheckpointError
@@ -17,21 +17,23 @@ _LAST_LINE = b',\n  "sha256": "%s"\n}\n'
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs besides weights and optimizer, in global units.
+    """What a run needs besides its tensors, in global units, and where they come from.
 
-    step: optimizer steps done. consumed_samples: samples read, over all ranks. data_context_size, tensor_size,
-    pipe_size and zero_stage: how the engine's files are split. vocab_size, seq_length: sizes of the model that the
-    config alone does not give.
+    step: optimizer steps done. consumed_samples: samples read, over all ranks. vocab_size, seq_length: sizes of the
+    model that the config alone does not give. optimizer_steps: those that Adam's moments have seen; 0 without moments.
+    loss_scale: of fp16, what its scaler counts. processes, commit, written_at (UTC): who wrote it and when; told, but
+    no resuming run depends on them.
     """
 
     step: int
     consumed_samples: int
-    data_context_size: int
-    tensor_size: int
-    pipe_size: int
-    zero_stage: int
     vocab_size: int
     seq_length: int
+    optimizer_steps: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    processes: str = ""
+    commit: str = ""
+    written_at: str = ""
 
 
 @dataclass(frozen=True)

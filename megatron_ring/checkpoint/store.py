@@ -2,14 +2,16 @@
 
     SAVE/latest                     the name of the newest whole checkpoint
     SAVE/step-00000200/config.yaml  the resolved config that wrote it
-    SAVE/step-00000200/state.json   step, samples consumed, ranks; size and checksum of every file, itself included
-    SAVE/step-00000200/...          the engine's own files, one or two a rank
+    SAVE/step-00000200/state.json   step, samples consumed; size and checksum of every file, itself included
+    SAVE/step-00000200/...          the tensors (tensors.py), one file a process
 
 A process may be killed and the power may fail between any two lines here: ``newest`` then finds the checkpoint that
-was the newest before, or the new one. What the engine's files hold is the engine's business; nothing here talks to
-other processes.
+was the newest before, or the new one. What is in the tensors is not looked at; nothing here talks to other
+processes.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,14 +87,18 @@ def newest(folder: Path) -> Stored | None:
 
     Raises CheckpointError where there are checkpoints and none is whole.
     """
-    candidates, skipped = names.candidates(folder)
+    return first_whole(folder, *names.candidates(folder), verify)
+
+
+def first_whole(
+    folder: Path, candidates: list[Path], skipped: list[str], verify: Callable[[Path], RunState]
+) -> Stored | None:
+    """The first of ``candidates`` that ``verify`` passes; ``skipped``: what is known to be wrong before. See newest."""
     for path in candidates:
         try:
             return Stored(path, verify(path), tuple(skipped))
         except CheckpointError as fault:
             skipped.append(f"{path} is passed over: {fault}.")
-        except OSError as error:
-            skipped.append(f"{path} is passed over: it cannot be read ({error.strerror}).")
     if skipped:
         raise CheckpointError([f"{folder} holds no whole checkpoint. Set --load to another folder.", *skipped])
     return None
@@ -101,18 +107,38 @@ def newest(folder: Path) -> Stored | None:
 def verify(path: Path) -> RunState:
     """What the checkpoint at ``path`` says, after each of its files was read and found as it was written.
 
-    Raises CheckpointError that names the first file that is not, OSError where one cannot be read.
+    Raises CheckpointError that names the first file that is not.
     """
-    if not (path / STATE).is_file():
-        raise CheckpointError(f"its {STATE} is missing")
-    state, files = decode((path / STATE).read_bytes())
-    for name, record in files.items():
-        if fault := record.fault(path / name):
-            raise CheckpointError(f"{name} {fault}")
-    # The engine may find its files by a pattern, and would take in another that fits it.
-    if foreign := sorted(set(_files(path)) - {*files, STATE}):
-        raise CheckpointError(f"{foreign[0]} was not written with it and must be moved away")
+    state, files = described(path)
+    check(path, files)
     return state
+
+
+def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
+    """What the checkpoint at ``path`` says of itself, and of its files, which are not read. Raises CheckpointError."""
+    with _read_errors():
+        if not (path / STATE).is_file():
+            raise CheckpointError(f"its {STATE} is missing")
+        state, files = decode((path / STATE).read_bytes())
+        if foreign := sorted(set(_files(path)) - {*files, STATE}):
+            raise CheckpointError(f"{foreign[0]} was not written with it and must be moved away")
+        return state, files
+
+
+def check(path: Path, files: dict[str, FileRecord]) -> None:
+    """Read ``files`` of the checkpoint at ``path``; CheckpointError names the first that is not as it was written."""
+    with _read_errors():
+        for name, record in files.items():
+            if fault := record.fault(path / name):
+                raise CheckpointError(f"{name} {fault}")
+
+
+@contextlib.contextmanager
+def _read_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error.strerror})") from error
 
 
 def _files(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ nothing of the processes that wrote it: any others read the boxes that overlap t
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,16 @@ INDEX = "tensors.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 """What is kept of a parameter: itself, and Adam's two moments; a model without its optimizer has the first alone."""
+TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Those that parameters have, under their names in safetensors."""
 PART_BYTES = 10**9
 """What one process puts into a file at most, if it has the choice."""
+
+
+Shapes = dict[str, tuple[int, ...]]
+"""Of whole parameters, by their names in a GPT on one process."""
+Written = tuple[str, Box]
+"""What the index has to know of a piece: the parameter and the box."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,20 @@ class Piece:
     box: Box
     values: Mapping[str, torch.Tensor]
 
+    def on_cpu(self) -> "Piece":
+        """A copy that what becomes of the values leaves alone."""
+        return Piece(self.name, self.box, {kind: x.to("cpu", copy=True) for kind, x in self.values.items()})
+
+
+_PART = re.compile(r"part-\d{5,}\.safetensors", re.ASCII)
+
 
 def part_name(number: int) -> str:
     """The file of process ``number``, or the ``number``-th of those that one process writes."""
     return f"part-{number:05d}.safetensors"
 
 
-def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[tuple[str, Box]]:
+def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
     """Write a file of ``pieces``; returns what the index has to know of them. Raises CheckpointError."""
     pieces, path = list(pieces), folder / part_name(number)
     content = {_key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()}
@@ -55,7 +71,7 @@ def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[tuple
     return [(piece.name, piece.box) for piece in pieces]
 
 
-def write_index(folder: Path, shapes: dict[str, tuple[int, ...]], kinds: Iterable[str], parts: list[list]) -> None:
+def write_index(folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]) -> None:
     """Write the index of the parts 0, 1, ..., of which ``write_part`` returned ``parts``; ``shapes``: whole ones.
 
     Raises CheckpointError where the sizes of its boxes do not add up to a whole tensor.
@@ -70,7 +86,7 @@ def write_index(folder: Path, shapes: dict[str, tuple[int, ...]], kinds: Iterabl
     (folder / INDEX).write_text(content + "\n")
 
 
-def write_whole(folder: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_whole(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write every parameter of ``shapes`` whole, without moments, in parts of at most about 1 GB, and their index.
 
     ``tensors`` are asked for one after another, so that memory holds one part of them. Raises CheckpointError.
@@ -96,13 +112,17 @@ def _in_parts(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
         yield part
 
 
+_Read = tuple[tuple[slice, ...], Any, tuple[slice, ...]]
+"""Where in a tensor something goes, what safetensors has opened of it, and where it is in that."""
+
+
 @dataclass(frozen=True)
 class Tensors:
     """The tensors in a checkpoint, read as they are asked for. kinds: which of ``KINDS`` there are of each."""
 
     path: Path
     kinds: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
     _parts: dict[str, list[tuple[Box, str]]]
     _files: dict[str, Any] = field(default_factory=dict)
 
@@ -110,37 +130,64 @@ class Tensors:
     def open(path: Path) -> "Tensors":
         """Of the checkpoint at ``path``, which was found whole before. Raises CheckpointError for a foreign index."""
         try:
-            return Tensors(path, *_decoded((path / INDEX).read_text()))
+            return Tensors(path, *_decoded((path / INDEX).read_bytes()))
         except OSError as error:
             raise CheckpointError(f"{path / INDEX} cannot be read: {error.strerror}") from error
+
+    def check_shapes(self, expected: Shapes) -> None:
+        """Raise CheckpointError, naming each, where parameters are missing or have other shapes than ``expected``."""
+        differing = [
+            f"{self.path}: {name} is {self.shapes.get(name, 'missing')} there, {shape} here."
+            for name, shape in expected.items()
+            if self.shapes.get(name) != shape
+        ]
+        if differing:
+            raise CheckpointError(differing)
 
     def read(self, name: str, kind: str = WEIGHT, box: Box | None = None) -> torch.Tensor:
         """A tensor of its own, in the type that was written: all of parameter ``name``, or a box of it."""
         box = boxes.whole(self.shapes[name]) if box is None else box
-        out = torch.empty([len(indices) for indices in box], dtype=self.dtype(name, kind))
-        self.read_into(out, name, kind, box)
-        return out
+        pieces = list(self._pieces(name, kind, box))
+        dtype = self.dtype(name, kind)
+        if {TYPES[values.get_dtype()] for _, values, _ in pieces} - {dtype}:
+            raise CheckpointError(f"{self.path}: the boxes of {kind}/{name} are not of one type")
+        return _filled(torch.empty([len(indices) for indices in box], dtype=dtype), pieces)
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, box: Box) -> None:
         """Fill ``out``, of any type and shaped as ``box``, with what parameter ``name`` has there."""
-        for stored, file in self._parts[name]:
-            if common := boxes.overlap(stored, box):
-                with _read_errors(self.path / file):
-                    values = self._file(file).get_slice(_key(kind, name, stored))
-                    out[boxes.slices(boxes.within(common, box))] = values[boxes.slices(boxes.within(common, stored))]
+        _filled(out, self._pieces(name, kind, box))
 
     def dtype(self, name: str, kind: str = WEIGHT) -> torch.dtype:
         """The type that was written."""
-        box, file = self._parts[name][0]
-        with _read_errors(self.path / file):
-            none_of_it = tuple(slice(0, 0) for _ in box)
-            return self._file(file).get_slice(_key(kind, name, box))[none_of_it].dtype
+        return TYPES[self._stored(name, kind, *self._parts[name][0]).get_dtype()]
+
+    def _pieces(self, name: str, kind: str, box: Box) -> Iterator[_Read]:
+        for stored, file in self._parts[name]:
+            common = boxes.overlap(stored, box)
+            if common is not None:
+                values = self._stored(name, kind, stored, file)
+                yield boxes.slices(boxes.within(common, box)), values, boxes.slices(boxes.within(common, stored))
+
+    def _stored(self, name: str, kind: str, box: Box, file: str) -> Any:
+        """What ``file`` has of a box, unread. Raises CheckpointError where it is not what the index says."""
+        key, path = _key(kind, name, box), self.path / file
+        with _read_errors(path):
+            values = self._file(file).get_slice(key)
+        if values.get_shape() != [len(indices) for indices in box] or values.get_dtype() not in TYPES:
+            raise CheckpointError(f"{path} cannot be read: {key} is {values.get_dtype()} {values.get_shape()} there")
+        return values
 
     def _file(self, name: str) -> Any:
         """Opened once: a memory map."""
         if name not in self._files:
             self._files[name] = safe_open(self.path / name, framework="pt")
         return self._files[name]
+
+
+def _filled(out: torch.Tensor, pieces: Iterable[_Read]) -> torch.Tensor:
+    for target, values, source in pieces:
+        out[target] = values[source]
+    return out
 
 
 def _key(kind: str, name: str, box: Box) -> str:
@@ -155,7 +202,7 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _decoded(content: str) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]], dict[str, list[tuple[Box, str]]]]:
+def _decoded(content: str | bytes) -> tuple[tuple[str, ...], Shapes, dict[str, list[tuple[Box, str]]]]:
     """kinds, shapes and boxes with their files; raises CheckpointError unless every element is in one box."""
     try:
         document = json.loads(content)
@@ -164,14 +211,17 @@ def _decoded(content: str) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]],
         parts = {
             name: [(boxes.parse(box), file) for box, file in entry["boxes"].items()] for name, entry in tensors.items()
         }
+        if not tensors or not set(kinds) <= set(KINDS):
+            raise ValueError("parameters or kinds")
         for name, shape in shapes.items():
-            _check_cover(name, shape, [box for box, _ in parts[name]])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_parts(name, shape, parts[name])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{INDEX} is not an index of tensors") from error
     return kinds, shapes, parts
 
 
-def _check_cover(name: str, shape: tuple[int, ...], found: list[Box]) -> None:
-    inside = [box for box in found if boxes.overlap(box, boxes.whole(shape)) == box]
-    if len(inside) < len(found) or sum(map(boxes.size, found)) != boxes.size(boxes.whole(shape)):
+def _check_parts(name: str, shape: tuple[int, ...], parts: list[tuple[Box, str]]) -> None:
+    if not all(_PART.fullmatch(file) for _, file in parts):
+        raise ValueError("a file that no process writes")
+    if not parts or not boxes.partition([box for box, _ in parts], shape):
         raise CheckpointError(f"{INDEX}: the boxes of {name} do not make up its shape {shape}")

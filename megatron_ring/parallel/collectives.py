@@ -86,6 +86,12 @@ class ProcessGroups:
             model=_own_group(grid.members("pipe", "tensor"), global_rank),
         )
 
+    @property
+    def among_copies(self) -> tuple[int, int]:
+        """(rank, ranks) of this process among those that share its parameters: data x context."""
+        group = self.data_context
+        return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` summed over data x context, in place, and returned."""
         if self.data_context is not None:

@@ -1,75 +1,125 @@
-"""Saving and resuming as one act of all ranks: each writes its part, rank 0 makes it the newest, or none of it is.
+"""Saving and resuming as one act of all ranks: each writes what it alone holds, rank 0 makes it the newest, or nobody.
 
-Which files there are and when they count is ``checkpoint/store.py``'s; what is in them is the engine's.
+Which files there are and when they count is ``checkpoint/store.py``'s; what is in them ``checkpoint/tensors.py``'s.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
-import torch.distributed as dist
-
-from megatron_ring.checkpoint import fit, names, store
-from megatron_ring.checkpoint.state import FileRecord
+from megatron_ring.checkpoint import fit, names, store, tensors
+from megatron_ring.checkpoint.provenance import commit
+from megatron_ring.checkpoint.state import FileRecord, RunState
+from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
+from megatron_ring.config import CheckpointConfig, Config
 from megatron_ring.errors import CheckpointError
+from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.setup import Setup
 
 
-def save(engine: Engine, setup: Setup, state: store.RunState) -> Path:
-    """Write a checkpoint under --save and return its folder. Blocks until it is whole.
+def find(setup: Setup, vocab_size: int, agreement: Agreement) -> store.Stored | None:
+    """The checkpoint to resume from, by --load; None to start afresh. The ranks read a share of its files each.
 
-    Raises CheckpointError on every rank when any rank could not write; the checkpoints before it stay as they are.
-    """
-    folder, step = Path(setup.config.checkpoint.save), state.step
-    _on_rank_0(lambda: store.prepare(folder, step))
-    try:
-        _write(engine, folder, step)
-        sealed = _sealed(folder, step)
-        _on_rank_0(lambda: store.commit(folder, state, setup.config, sealed))
-    except CheckpointError as error:
-        _on_rank_0(lambda: store.discard(folder, step))
-        raise CheckpointError([*error.problems, _what_stays(folder)]) from error
-    return names.final_path(folder, step)
-
-
-def find(setup: Setup, vocab_size: int) -> store.Stored | None:
-    """The checkpoint to resume from, by --load; None to start afresh. Talks to nobody, so each rank reads all files.
-
-    Raises CheckpointError when there is none to be had, or it is of another model or another split.
+    Raises CheckpointError on every rank when there is none to be had, or it is of another model.
     """
     config = setup.config
     if not config.checkpoint.load:
         return None
-    folder = Path(config.checkpoint.load)
-    if not folder.is_dir() and config.checkpoint.load != config.checkpoint.save:
-        raise CheckpointError(f"load {folder} does not exist. Set --load, or leave it out to start afresh.")
-    stored = store.newest(folder)
+    candidates, skipped = agreement.on_rank_0(lambda: _candidates(config.checkpoint))
+    stored = store.first_whole(Path(config.checkpoint.load), candidates, skipped, lambda path: _verify(path, agreement))
     if stored:
-        fit.check_same_model(stored, config, vocab_size)
-        grid = setup.grid
-        fit.check_same_split(stored, grid.data_context, grid.tensor, grid.pipe, config.training.zero_stage)
+        agreement.on_rank_0(lambda: fit.check_same_model(stored, config, vocab_size))
     return stored
 
 
-def _write(engine: Engine, folder: Path, step: int) -> None:
-    """Every rank's part of the engine's state; one rank's failure is raised on all."""
-    failures = engine.save(folder, names.partial_name(step))
-    if failures:
+def resume(engine: Engine, stored: store.Stored) -> None:
+    """Give ``engine`` the weights and the optimizer's state that a checkpoint of any grid has."""
+    engine.load(Tensors.open(stored.path), stored.state)
+
+
+class Saver:
+    """Writes the checkpoints of a run, one after another. Every method is collective.
+
+    With --async-save a thread writes copies that were taken aside, and training goes on meanwhile.
+    """
+
+    def __init__(self, setup: Setup, agreement: Agreement):
+        self._config, self._agreement = setup.config, agreement
+        self._processes = ", ".join(f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items())
+        self._thread: Thread | None = None
+        self._saved: Path | None = None
+        self._fault: CheckpointError | None = None
+
+    def save(self, engine: Engine, state: RunState) -> None:
+        """Write a checkpoint under --save, once the one before it is whole. Blocks until it is, or is taken aside.
+
+        Raises CheckpointError on every rank when any rank could not write this one or, taken aside, the one before;
+        older ones stay as they are.
+        """
+        self.finish()
+        state = replace(state, **engine.counters(), processes=self._processes)
+        shapes = {name: shape for of_rank in self._agreement.on_all(engine.shapes) for name, shape in of_rank.items()}
+        if self._config.checkpoint.async_save:
+            taken_aside = [piece.on_cpu() for piece in engine.pieces()]
+            self._thread = Thread(target=self._write, args=(taken_aside, shapes, state), name="save", daemon=True)
+            self._thread.start()
+        else:
+            self._write(engine.pieces(), shapes, state)
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Block until the last checkpoint is whole; its folder, if there is one. Raises what ``save`` would."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        fault, self._fault = self._fault, None
+        if fault:
+            raise fault
+        return self._saved
+
+    def _write(self, pieces: list[Piece], shapes: Shapes, state: RunState) -> None:
+        try:
+            self._saved = _saved(pieces, shapes, state, self._config, self._agreement)
+        except CheckpointError as error:
+            self._fault = error
+
+
+def _saved(pieces: list[Piece], shapes: Shapes, state: RunState, config: Config, agreement: Agreement) -> Path:
+    """Write a checkpoint, all ranks together; returns its folder. One rank's failure is raised on all."""
+    folder, step = Path(config.checkpoint.save), state.step
+    partial = folder / names.partial_name(step)
+    agreement.on_rank_0(lambda: store.prepare(folder, step))
+    try:
+        parts = agreement.on_all(lambda: _part(partial, agreement.rank, pieces, step))
+        agreement.on_rank_0(lambda: tensors.write_index(partial, shapes, tensors.KINDS, parts))
+        sealed = _sealed(folder, step, agreement)
+        made = replace(state, commit=commit(), written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
+        return agreement.on_rank_0(lambda: store.commit(folder, made, config, sealed))
+    except CheckpointError as error:
+        agreement.on_rank_0(lambda: store.discard(folder, step))
+        raise CheckpointError([*error.problems, agreement.on_rank_0(lambda: _what_stays(folder))]) from error
+
+
+def _part(partial: Path, rank: int, pieces: list[Piece], step: int) -> list[Written]:
+    """This rank's file; what the index has to know of it."""
+    try:
+        return tensors.write_part(partial, rank, pieces)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {failures[0]}. "
+            f"cannot write the checkpoint of step {step} to {partial.parent}: {error}. "
             "Free some space, or set --save to another disk."
-        )
+        ) from error
 
 
-def _sealed(folder: Path, step: int) -> dict[str, FileRecord]:
+def _sealed(folder: Path, step: int, agreement: Agreement) -> dict[str, FileRecord]:
     """The record of every file, which the ranks read back a share each; one rank's failure is raised on all.
 
     Rank 0 names the files, because a shared disk may show a new file to another machine late, but never under its name.
     """
-    files = _on_rank_0(lambda: store.written(folder, step))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    shares = _on_all(lambda: store.seal(folder, step, files[rank::ranks]))
+    files = agreement.on_rank_0(lambda: store.written(folder, step))
+    shares = agreement.on_all(lambda: store.seal(folder, step, files[agreement.rank :: agreement.ranks]))
     return {name: record for share in shares for name, record in share.items()}
 
 
@@ -81,21 +131,17 @@ def _what_stays(folder: Path) -> str:
     return f"{before.path.name} stays the newest." if before else "There is none before it."
 
 
-def _on_rank_0(act: Callable[[], Any]) -> Any:
-    """What rank 0 gets when it acts on the file system, on every rank; its CheckpointError too."""
-    return _on_all(act if dist.get_rank() == 0 else lambda: None)[0]
+def _candidates(config: CheckpointConfig) -> tuple[list[Path], list[str]]:
+    folder = Path(config.load)
+    if not folder.is_dir() and config.load != config.save:
+        raise CheckpointError(f"load {folder} does not exist. Set --load, or leave it out to start afresh.")
+    return names.candidates(folder)
 
 
-def _on_all(act: Callable[[], Any]) -> list[Any]:
-    """What each rank gets when it acts, in rank order, on every rank; the first CheckpointError is raised on all."""
-    outcome: Any
-    try:
-        outcome = act()
-    except CheckpointError as error:
-        outcome = error
-    outcomes = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    for gathered in outcomes:
-        if isinstance(gathered, CheckpointError):
-            raise gathered
-    return outcomes
+def _verify(path: Path, agreement: Agreement) -> RunState:
+    """``store.verify``, the files shared out, the largest first."""
+    state, files = agreement.on_rank_0(lambda: store.described(path))
+    ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
+    share = {name: files[name] for name in ordered[agreement.rank :: agreement.ranks]}
+    agreement.on_all(lambda: store.check(path, share))
+    return state

@@ -7,21 +7,23 @@ that average the true token mean. Only this file and pipeline_engine.py import d
 import math
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+from megatron_ring.checkpoint.state import RunState
+from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training.gradient_norm import clip
+from megatron_ring.training.fragments import Fragment, fragments, update_compute_weights, whole_shapes
+from megatron_ring.training.gradient_norm import clip, counts_here
 from megatron_ring.training.loss import counted_tokens, share_of_mean
+from megatron_ring.training.loss_scale import loss_scale, set_loss_scale
 from megatron_ring.training.model_parallel_unit import model_parallel_unit
 from megatron_ring.training.setup import Setup
 
@@ -69,7 +71,7 @@ class Engine:
 
     def __init__(self, model: torch.nn.Module, setup: Setup, groups: ProcessGroups):
         training = setup.config.training
-        optimizer = torch.optim.AdamW(
+        self.adam = torch.optim.AdamW(
             decay_groups(model, training.weight_decay),
             lr=0.0,  # train_step sets each step's
             betas=(training.adam_beta1, training.adam_beta2),
@@ -81,18 +83,15 @@ class Engine:
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=self.adam,
             # DeepSpeed takes the norm only where it clips, and we tell it in any case.
             config=setup.deepspeed | {"gradient_clipping": training.clip_grad or math.inf},
             mpu=model_parallel_unit(setup.grid, groups),
         )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
         # moves no weight, but AdamW would count it as its first.
-        optimizer.state.clear()
+        self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
-        self.files = self.engine.checkpoint_engine = _FilesWithKeptFailures(self.engine._config)
-        # DeepSpeed's save copies a script beside the checkpoints, on one rank and unguarded against a full disk.
-        self.engine._copy_recovery_script = lambda _: None
 
     def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages."""
@@ -114,25 +113,45 @@ class Engine:
         tokens, text_bytes = self._sum(counts.to(self.device)).tolist()
         return Evaluation(float(loss), tokens, text_bytes)
 
-    def save(self, folder: Path, tag: str) -> list[str]:
-        """Write this rank's part of the state to ``folder/tag``. Blocks until every rank has written its own.
+    def shapes(self) -> Shapes:
+        """Whole shapes of the parameters of which this process holds something."""
+        return whole_shapes(self.named_parameters())
 
-        Returns what went wrong on any rank, the same list on all of them.
+    def pieces(self) -> list[Piece]:
+        """What this process adds to a checkpoint: views of its memory. All together have every element once."""
+        own = [(name, p) for name, p in self.named_parameters() if counts_here(p, self.groups)]
+        return [piece for fragment in self._fragments(own) for piece in fragment.share(*self.groups.among_copies)]
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint's state says of the optimizer, by its names there."""
+        steps = [int(moments["step"]) for moments in self.adam.state.values()]
+        return {"optimizer_steps": max(steps, default=0), "loss_scale": loss_scale(self.engine.optimizer)}
+
+    @torch.no_grad()
+    def load(self, tensors: Tensors, state: RunState) -> None:
+        """Take weights and optimizer from a checkpoint that any other grid may have written.
+
+        Raises CheckpointError on the ranks that find a parameter of theirs missing or shaped otherwise.
         """
-        self.files.failures.clear()
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        failures: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(failures, self.files.failures)
-        return [failure for of_rank in failures for failure in of_rank]
-
-    def load(self, checkpoint: Path) -> None:
-        """Read back what ``save`` wrote, on the same grid but for how its data x context ranks divide."""
-        self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        tensors.check_shapes(self.shapes())
+        for fragment in self._fragments(self.named_parameters()):
+            fragment.fill(tensors)
+        for moments in self.adam.state.values():
+            moments["step"].fill_(state.optimizer_steps)
+        set_loss_scale(self.engine.optimizer, state.loss_scale)
+        update_compute_weights(self.engine.optimizer)
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """Hand (name, value, step) to DeepSpeed's monitors: wandb, tensorboard, csv, those that are on."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(events)
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What this process has of the parameters, by their names in a whole GPT."""
+        return list(self.engine.module.named_parameters())
+
+    def _fragments(self, named: list[tuple[str, torch.nn.Parameter]]) -> list[Fragment]:
+        return fragments(named, self.engine.optimizer, self.adam)
 
     def _sum(self, counts: torch.Tensor) -> torch.Tensor:
         """What was counted in this process's batches, summed over all that have other ones, in place."""
@@ -160,24 +179,6 @@ class Engine:
         """In the place of DeepSpeed's own, which it calls without ZeRO in fp32."""
         parameters, max_norm = self.engine.module.parameters(), self.engine.gradient_clipping()
         self.engine._global_grad_norm = clip(parameters, max_norm, self.groups)
-
-
-class _FilesWithKeptFailures(TorchCheckpointEngine):
-    """Writes checkpoint files and keeps what goes wrong.
-
-    A rank that left DeepSpeed's save by an exception would leave the others in its barriers; so all reach the end of
-    it, and learn there whose disk was full.
-    """
-
-    def __init__(self, config_params: Any):
-        super().__init__(config_params)
-        self.failures: list[str] = []
-
-    def save(self, state_dict: dict, path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self.failures.append(f"{Path(path).name}: {getattr(error, 'strerror', None) or error}")
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:

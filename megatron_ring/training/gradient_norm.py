@@ -20,18 +20,20 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float, groups: ProcessGro
     Sums over the pipe x tensor ranks that hold one copy of all parameters between them; blocks.
     """
     held = [parameter for parameter in parameters if parameter.grad is not None]
-    first = groups.tensor is None or dist.get_rank(groups.tensor) == 0
-    norm = _norm([p.grad for p in held if _counts_here(p, first)], held[0].device, groups.model)
+    norm = _norm([p.grad for p in held if counts_here(p, groups)], held[0].device, groups.model)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in held:
         parameter.grad.mul_(factor)
     return norm
 
 
-def _counts_here(parameter: nn.Parameter, first_tensor_rank: bool) -> bool:
-    """Replicas count on the first tensor rank, and a tied embedding, which DeepSpeed marks, on the first stage."""
-    counts = first_tensor_rank or split_of(parameter) is not None
-    return counts and not getattr(parameter, "ds_pipe_replicated", False)
+def counts_here(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
+    """Whether this process is the one of pipe x tensor where what ``parameter`` holds counts.
+
+    Replicas count on the first tensor rank, and a tied embedding, which DeepSpeed marks, on the first stage.
+    """
+    first = groups.tensor is None or dist.get_rank(groups.tensor) == 0
+    return (first or split_of(parameter) is not None) and not getattr(parameter, "ds_pipe_replicated", False)
 
 
 def _norm(gradients: list[torch.Tensor], device: torch.device, model: dist.ProcessGroup | None) -> torch.Tensor:

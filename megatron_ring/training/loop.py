@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from megatron_ring.checkpoint import store
+from megatron_ring.checkpoint.state import RunState
 from megatron_ring.data.dataset import Dataset, bits_per_byte
 from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.prefetch import Prefetcher
@@ -15,7 +15,7 @@ from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.plan.flops import training_flops
-from megatron_ring.training import checkpointing
+from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.schedule import learning_rate
@@ -23,15 +23,20 @@ from megatron_ring.training.setup import Setup
 
 
 def train(
-    engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, start: store.RunState | None, report: Report
+    engine: Engine,
+    setup: Setup,
+    at: Coordinates,
+    dataset: Dataset,
+    start: RunState | None,
+    saver: Saver,
+    report: Report,
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters; returns the last checkpoint's folder. ``report`` is told all."""
     training, saving = setup.config.training, setup.config.checkpoint
     loader = _loader(dataset, dataset.training, setup, at, start.consumed_samples if start else 0)
     validates = training.eval_interval > 0 and dataset.validation is not None
-    if validates and start is None:
+    if validates and (start is None or start.step == 0):
         report.held_out(held_out("validation", engine, setup, at, dataset, step=0))
-    saved = None
     with Prefetcher(loader) as ahead:
         for step in range(start.step + 1 if start else 1, training.train_iters + 1):
             report.step(_step(engine, setup, dataset, ahead, step))
@@ -41,8 +46,8 @@ def train(
             if last and dataset.test is not None:
                 report.held_out(held_out("test", engine, setup, at, dataset, step))
             if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
-                saved = checkpointing.save(engine, setup, _state(setup, dataset, step, ahead))
-    return saved
+                saver.save(engine, _state(setup, dataset, step, ahead))
+    return saver.finish()
 
 
 def held_out(
@@ -99,14 +104,10 @@ def _loader(
     return loader_of(stream, dataset.packing, *place, micro_batch_size, global_batch_size, consumed_samples)
 
 
-def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> store.RunState:
-    return store.RunState(
+def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> RunState:
+    return RunState(
         step=step,
         consumed_samples=ahead.consumed_samples,
-        data_context_size=setup.grid.data_context,
-        tensor_size=setup.grid.tensor,
-        pipe_size=setup.grid.pipe,
-        zero_stage=setup.config.training.zero_stage,
         vocab_size=dataset.tokenizer.vocab_size,
         seq_length=setup.config.data.seq_length,
     )

@@ -7,9 +7,9 @@ mean over micro-batches and D x C, as the plain engine's, so the same scale make
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,9 +61,8 @@ def pipelined(
 class PipelineEngine(Engine):
     """A stage of a GPT, in step with the others."""
 
-    def load(self, checkpoint: Path) -> None:
-        with torch.no_grad():  # tied weights are copied to the last stage once more
-            super().load(checkpoint)
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(_name_in_gpt(name), parameter) for name, parameter in super().named_parameters()]
 
     def _sum(self, counts: torch.Tensor) -> torch.Tensor:
         """Those of the first stage, on all: one tensor rank of it hands them on to all that share its samples."""
@@ -86,3 +85,9 @@ def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, 
     for batch in batches:
         starts = () if batch.document_starts is None else (batch.document_starts,)
         yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), scale
+
+
+def _name_in_gpt(name: str) -> str:
+    """DeepSpeed's module numbers its layers, but for tied ones; an output's matrix of its own is a layer by itself."""
+    name = re.sub(r"^(\d+|tied_modules)\.", "", name)
+    return "output.weight" if name == "weight" else name

@@ -5,17 +5,14 @@ from pathlib import Path
 from megatron_ring.checkpoint import names, store
 from megatron_ring.config import Config
 
-SPLIT = {"data_context_size": 2, "tensor_size": 1, "pipe_size": 2, "zero_stage": 1}
+
+def state(step: int) -> store.RunState:
+    return store.RunState(step=step, consumed_samples=4 * step, vocab_size=61, seq_length=48)
 
 
-def state(step: int, **changes) -> store.RunState:
-    sizes = {"vocab_size": 61, "seq_length": 48}
-    return store.RunState(step=step, consumed_samples=4 * step, **SPLIT | sizes | changes)
-
-
-def write(folder: Path, step: int, config: Config | None = None, **changes) -> Path:
+def write(folder: Path, step: int, config: Config | None = None) -> Path:
     """A checkpoint of one file."""
     store.prepare(folder, step)
     (folder / names.partial_name(step) / "rank-0.pt").write_bytes(b"weights of step %d" % step)
     sealed = store.seal(folder, step, store.written(folder, step))
-    return store.commit(folder, state(step, **changes), config or Config(), sealed)
+    return store.commit(folder, state(step), config or Config(), sealed)

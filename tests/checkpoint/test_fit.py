@@ -1,11 +1,11 @@
-"""A checkpoint is resumed by the model and the split that it is of, and by no other."""
+"""A checkpoint is resumed by the model that it is of, and by no other."""
 
 import pytest
 
 from megatron_ring.checkpoint import fit, store
 from megatron_ring.config import Config, DataConfig, ModelConfig
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.small import SPLIT, write
+from tests.checkpoint.small import write
 
 
 def test_another_model_is_refused_size_by_size(tmp_path):
@@ -25,18 +25,3 @@ def test_a_learned_position_table_fixes_the_length(tmp_path):
     write(tmp_path, 5, learned)
     with pytest.raises(CheckpointError, match="seq_length 48 there, 64 here. Set --seq-length"):
         fit.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
-
-
-def test_another_split_is_refused_with_the_number_to_start(tmp_path):
-    write(tmp_path, 5)
-    found = store.newest(tmp_path)
-    fit.check_same_split(found, **SPLIT)
-    refused = {
-        "over 2 data x context ranks .ZeRO 1., this run has 4. Start 2 times": {"data_context_size": 4},
-        "written with zero_stage 1, this run has 2. Set --zero-stage 1": {"zero_stage": 2},
-        "over 1 tensor ranks, this run has 2. Set --tensor-model-parallel-size 1": {"tensor_size": 2},
-        "over 2 pipeline ranks, this run has 1. Set --pipeline-model-parallel-size 2": {"pipe_size": 1},
-    }
-    for said, changes in refused.items():
-        with pytest.raises(CheckpointError, match=said):
-            fit.check_same_split(found, **SPLIT | changes)

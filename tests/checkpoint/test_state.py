@@ -36,7 +36,7 @@ def test_other_bytes_are_refused(content):
 
 
 def test_fields_of_another_version_are_refused():
-    other = encode(state(5), FILES).replace(b"zero_stage", b"zero_phase")
+    other = encode(state(5), FILES).replace(b"vocab_size", b"vocab_rows")
     body = other[: other.rindex(b',\n  "sha256"')]
     resealed = body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
     with pytest.raises(CheckpointError, match=DAMAGED):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.checkpoint import names, store
-from megatron_ring.config import Config, load_yaml
+from megatron_ring.checkpoint.state import FileRecord
+from megatron_ring.config import Config, ModelConfig, load_yaml
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.small import state, write
 
@@ -51,8 +52,9 @@ def test_a_failed_one_leaves_nothing_behind(tmp_path):
 
 def test_writing_the_same_step_again_replaces_it(tmp_path):
     write(tmp_path, 5)
-    write(tmp_path, 5, zero_stage=3)
-    assert store.newest(tmp_path).state.zero_stage == 3
+    path = write(tmp_path, 5, Config(model=ModelConfig(num_layers=3)))
+    assert store.newest(tmp_path).path == path
+    assert load_yaml(path / "config.yaml").model.num_layers == 3
 
 
 def test_an_empty_folder_holds_none(tmp_path):
@@ -90,14 +92,14 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, reason):
 
 def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):
     good, unreadable = write(tmp_path, 5), write(tmp_path, 10)
-    verify = store.verify
+    read_back = FileRecord.of
 
-    def fails(path: Path) -> store.RunState:
-        if path == unreadable:
+    def fails(path: Path) -> FileRecord:
+        if path.parent == unreadable:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return verify(path)
+        return read_back(path)
 
-    monkeypatch.setattr(store, "verify", fails)
+    monkeypatch.setattr(FileRecord, "of", fails)
     found = store.newest(tmp_path)
     assert found.path == good
     assert found.skipped == (f"{unreadable} is passed over: it cannot be read (Input/output error).",)

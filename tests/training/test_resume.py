@@ -1,19 +1,19 @@
-"""N + N steps are 2N steps, bit for bit; and the tokens read do not depend on how ranks split them."""
+"""N + N steps are 2N steps: bit for bit on the same grid, and as if nothing had happened on any other."""
 
 import contextlib
 import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_ring.checkpoint import store
+from megatron_ring.checkpoint import store, tensors
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError
-from megatron_ring.training import checkpointing
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
 
@@ -50,13 +50,13 @@ def stop_and_resume(rank: int, world_size: int, folder: Path, prefix: Path, case
 def stop_and_resume_one(config: Config, rank: int, world_size: int, prefix: Path) -> None:
     straight = tiny.Run(config, prefix, rank, world_size)
     before = straight.steps(N)
-    path = checkpointing.save(straight.engine, straight.setup, straight.state())
+    path = straight.save()
     expected = straight.steps(N)
 
     resumed = tiny.Run(config, prefix, rank, world_size)
-    stored = checkpointing.find(resumed.setup, tiny.VOCAB)
+    stored = resumed.find()
     assert stored.path == path
-    resumed.resume(stored.path, stored.state)
+    resumed.resume(stored)
     assert resumed.steps(N) == expected, f"the losses and gradient norms after resuming {path}"
     assert expected != before
     resumed_at, straight_at = resumed.parameters(), straight.parameters()
@@ -69,40 +69,124 @@ def test_resuming_is_bit_for_bit(world_size, cases, tmp_path):
     run_ranks(world_size, stop_and_resume, tmp_path, tiny.write_store(tmp_path), cases)
 
 
-def resume_on_another_grid(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
-    def config(context_parallel_size: int):
-        saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
-        parallel = {"context_parallel_size": context_parallel_size}
-        return tiny.config(parallel=parallel, training={"micro_batch_size": 1}, checkpoint=saving)
-
-    straight = tiny.Run(config(4), prefix, rank, world_size)
-    straight.steps(N)
-    checkpointing.save(straight.engine, straight.setup, straight.state())
-    expected = torch.tensor(straight.steps(N))
-    for context_parallel_size in (2, 1):
-        resumed = tiny.Run(config(context_parallel_size), prefix, rank, world_size)
-        stored = checkpointing.find(resumed.setup, tiny.VOCAB)
-        resumed.resume(stored.path, stored.state)
-        torch.testing.assert_close(torch.tensor(resumed.steps(N)), expected, rtol=1e-5, atol=0)
+# Axes of a grid, and ZeRO's stage on it. A cycle: each is left for the one after it, the last for the first.
+GRIDS = {
+    "ring-of-4": ({"context_parallel_size": 4}, 3),
+    "tensor-pipe": (TENSOR_AND_PIPE | {"context_parallel_size": 1}, 1),
+    "one-process": ({"context_parallel_size": 1}, 0),
+    "ulysses-data": ({"context_parallel_size": 2, "ulysses_degree": 2}, 2),
+    "pipe-ring": ({"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, 0),
+    "tensor-data": (TENSOR | {"context_parallel_size": 1, "sequence_parallel": True}, 3),
+    "tensor-ring": (TENSOR | {"context_parallel_size": 2}, 0),
+    "data": ({"context_parallel_size": 1}, 1),
+}
+NEXT = dict(zip(GRIDS, [*list(GRIDS)[1:], *GRIDS]))
 
 
-def test_the_number_of_context_ranks_may_change_on_resume(tmp_path):
-    run_ranks(4, resume_on_another_grid, tmp_path, tiny.write_store(tmp_path))
+def ranks_of(grid: str) -> int:
+    return 1 if grid == "one-process" else 4
+
+
+def on_grid(grid: str, folder: Path) -> Config:
+    parallel, zero_stage = GRIDS[grid]
+    saving = {"save": str(folder), "load": str(folder)}
+    return tiny.config(parallel=parallel, training={"micro_batch_size": 1, "zero_stage": zero_stage}, checkpoint=saving)
+
+
+def save_and_go_on(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
+    followed = {}
+    for grid in (grid for grid in GRIDS if ranks_of(grid) == world_size):
+        run = tiny.Run(on_grid(grid, folder / grid), prefix, rank, world_size)
+        run.steps(2)
+        run.save()
+        followed[grid] = run.steps(2)
+    return followed
+
+
+def resume_on_the_next(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
+    followed = {}
+    for grid in (grid for grid in GRIDS if ranks_of(NEXT[grid]) == world_size):
+        run = tiny.Run(on_grid(NEXT[grid], folder / grid), prefix, rank, world_size)
+        run.resume(run.find())
+        followed[grid] = run.steps(2)
+    return followed
+
+
+def test_on_any_other_grid_a_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    prefix = tiny.write_store(tmp_path)
+    expected, resumed = {}, {}
+    for followed, act in ((expected, save_and_go_on), (resumed, resume_on_the_next)):
+        for world_size in (1, 4):
+            followed.update(run_ranks(world_size, act, tmp_path, prefix)[0])
+    assert expected.keys() == resumed.keys() == GRIDS.keys()
+    for grid in GRIDS:
+        torch.testing.assert_close(torch.tensor(resumed[grid]), torch.tensor(expected[grid]), rtol=1e-5, atol=0)
+
+
+def save_while_training(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    saving = {"save": str(folder / "saved"), "load": str(folder / "saved"), "async_save": True, "keep_last": 2}
+    config = tiny.config(checkpoint=saving)
+    straight = tiny.Run(config, prefix, rank, world_size)
+    with slow_files():
+        for _ in range(3):
+            straight.steps(1)
+            straight.saver.save(straight.engine, straight.state())
+        assert not (folder / "saved" / "step-00000003").exists(), "what is saved aside is still on its way"
+        expected = straight.steps(N)
+    assert straight.saver.finish().name == "step-00000003"
+
+    resumed = tiny.Run(config, prefix, rank, world_size)
+    resumed.resume(resumed.find())
+    assert resumed.steps(N) == expected
+
+
+@contextlib.contextmanager
+def slow_files():
+    """Have a part take as long as a large one on a slow disk."""
+    write_part = tensors.write_part
+
+    def slow(*args):
+        time.sleep(1)
+        return write_part(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "write_part", slow)
+        yield
+
+
+def test_a_checkpoint_taken_aside_holds_what_was_when_it_was_taken(tmp_path):
+    run_ranks(2, save_while_training, tmp_path, tiny.write_store(tmp_path))
+
+
+def fail_aside(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    run = tiny.Run(
+        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}), prefix, rank, world_size
+    )
+    run.steps(1)
+    with files_of_at_most(20_000 if rank == 1 else 1 << 40):
+        run.saver.save(run.engine, run.state())
+        with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 1"):
+            run.saver.finish()
+    assert run.save().name == "step-00000001", "the next one is another matter"
+
+
+def test_what_goes_wrong_aside_is_said_on_all_ranks_by_the_next_call(tmp_path):
+    run_ranks(2, fail_aside, tmp_path, tiny.write_store(tmp_path))
 
 
 def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
     run = tiny.Run(tiny.config(checkpoint=saving), prefix, rank, world_size)
     run.steps(1)
-    first = checkpointing.save(run.engine, run.setup, run.state())
+    first = run.save()
     run.steps(1)
     with files_of_at_most(20_000 if rank == 1 else 1 << 40), pytest.raises(CheckpointError) as failure:
-        checkpointing.save(run.engine, run.setup, run.state())
+        run.save()
     assert "cannot write the checkpoint of step 2" in str(failure.value)
     assert "step-00000001 stays the newest" in str(failure.value)
     assert store.newest(folder / "saved").path == first
     assert sorted(path.name for path in (folder / "saved").iterdir()) == ["latest", "step-00000001"], "no leftovers"
-    run.resume(first, store.newest(folder / "saved").state)
+    run.resume(run.find())
 
 
 @contextlib.contextmanager
@@ -124,17 +208,17 @@ def save_until_killed(rank: int, world_size: int, folder: Path, prefix: Path) ->
     run = tiny.Run(kept_twice(folder), prefix, rank, world_size)
     while True:
         run.steps(1)
-        checkpointing.save(run.engine, run.setup, run.state())
+        run.save()
         if rank == 0 and run.step == 2:
             threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
 
 def resume_as_if_nothing_had_happened(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     resumed = tiny.Run(kept_twice(folder), prefix, rank, world_size)
-    stored = checkpointing.find(resumed.setup, tiny.VOCAB)
+    stored = resumed.find()
     [reason] = stored.skipped
-    assert "_model_states.pt has other bytes than" in reason
-    resumed.resume(stored.path, stored.state)
+    assert "part-00000.safetensors has other bytes than" in reason
+    resumed.resume(stored)
     straight = tiny.Run(kept_twice(folder), prefix, rank, world_size)
     straight.steps(stored.state.step)
     assert resumed.steps(N) == straight.steps(N)
@@ -148,7 +232,7 @@ def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_
     prefix = tiny.write_store(tmp_path)
     with pytest.raises(RankFailed):
         run_ranks(2, save_until_killed, tmp_path, prefix)
-    weights = store.newest(tmp_path / "saved").path / "mp_rank_00_model_states.pt"
+    weights = store.newest(tmp_path / "saved").path / "part-00000.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)

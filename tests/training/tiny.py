@@ -1,6 +1,5 @@
 """A model, a token stream and a run small enough that a test can repeat them for every layout and ZeRO stage."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +7,18 @@ import deepspeed
 import numpy as np
 import torch
 
-from megatron_ring.checkpoint.store import RunState
+from megatron_ring.checkpoint.state import RunState
+from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stages import loader_of
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
+from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.engine import start_processes
 from megatron_ring.training.schedule import learning_rate
@@ -85,6 +87,8 @@ class Run:
         attention = ContextParallelAttention(self.setup.layout, self.setup.kernel.name, self.groups)
         model = build_model(self.setup, self.groups, attention, VOCAB)
         self.engine = start_engine(model, self.setup, self.groups)
+        self.agreement = Agreement.build()
+        self.saver = checkpointing.Saver(self.setup, self.agreement)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix, seq_length=config.data.seq_length)
         self.packing = Packing.of(config.data, END_OF_DOCUMENT)
@@ -101,18 +105,24 @@ class Run:
         return results
 
     def state(self) -> RunState:
-        grid, consumed = self.setup.grid, self.loader.consumed_samples
-        split = grid.data_context, grid.tensor, grid.pipe, self.config.training.zero_stage
-        return RunState(self.step, consumed, *split, VOCAB, SEQ)
+        return RunState(self.step, self.loader.consumed_samples, VOCAB, SEQ)
 
-    def resume(self, path: Path, state: RunState) -> None:
-        self.engine.load(path)
-        self.step = state.step
-        self._load_from(state.consumed_samples)
+    def save(self) -> Path:
+        """Write a checkpoint; its folder, once it is whole."""
+        self.saver.save(self.engine, self.state())
+        return self.saver.finish()
+
+    def find(self) -> Stored | None:
+        return checkpointing.find(self.setup, VOCAB, self.agreement)
+
+    def resume(self, stored: Stored) -> None:
+        checkpointing.resume(self.engine, stored)
+        self.step = stored.state.step
+        self._load_from(stored.state.consumed_samples)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """What this rank has of the parameters, by their names in a whole GPT."""
-        return {_name_in_gpt(name): p for name, p in self.engine.engine.module.named_parameters()}
+        return dict(self.engine.named_parameters())
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies of them; gathered under ZeRO 3."""
@@ -128,9 +138,3 @@ class Run:
         place = self.setup.layout, self.setup.grid, self.at
         sizes = self.config.training.micro_batch_size, self.setup.global_batch_size
         self.loader = loader_of(self.stream, self.packing, *place, *sizes, consumed_samples)
-
-
-def _name_in_gpt(name: str) -> str:
-    """A pipeline's module numbers its layers, but for tied ones; an output's matrix of its own is a layer by itself."""
-    name = re.sub(r"^(\d+|tied_modules)\.", "", name)
-    return "output.weight" if name == "weight" else name

@@ -1,0 +1,47 @@
+"""What processes do as one: each learns what every other got, and a fault of one is a fault of all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ring.errors import MegatronRingError
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """All processes, over a group of their own, so that a thread may talk here while another talks elsewhere."""
+
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def build() -> "Agreement":
+        """All processes call it, in the same place. Over gloo, because what is said are Python's objects."""
+        return Agreement(dist.new_group(backend="gloo"))
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def on_all(self, act: Callable[[], Any]) -> list[Any]:
+        """What each gets when it acts, in rank order, on every rank; the first user's fault is raised on all."""
+        outcome: Any
+        try:
+            outcome = act()
+        except MegatronRingError as error:
+            outcome = error
+        outcomes = [None] * self.ranks
+        dist.all_gather_object(outcomes, outcome, group=self.group)
+        for gathered in outcomes:
+            if isinstance(gathered, MegatronRingError):
+                raise gathered
+        return outcomes
+
+    def on_rank_0(self, act: Callable[[], Any]) -> Any:
+        """What rank 0 gets when it acts, on every rank; its fault too."""
+        return self.on_all(act if self.rank == 0 else lambda: None)[0]
