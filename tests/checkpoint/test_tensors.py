@@ -1,0 +1,255 @@
+"""Tensors in any boxes come back as they were, by any others; what is foreign or damaged is a CheckpointError."""
+
+import json
+import math
+import tempfile
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from megatron_ring.checkpoint import boxes, tensors
+from megatron_ring.checkpoint.tensors import INDEX, MOMENTS, WEIGHT, Piece, Tensors
+from megatron_ring.errors import CheckpointError
+from tests.checkpoint import imagined
+
+SHAPES = st.lists(st.integers(1, 5), max_size=3).map(tuple)
+TYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """No two elements the same, and exact in every type."""
+    return torch.arange(1, math.prod(shape) + 1).reshape(shape).to(dtype)
+
+
+def write(folder: Path, whole: dict[str, torch.Tensor], parts: list[list[tuple[str, boxes.Box]]], kinds=(WEIGHT,)):
+    """The boxes of each part, of every kind the same values but for their sign and size."""
+    factors = dict(zip((WEIGHT, *MOMENTS), (1, -1, 2)))
+    written = [
+        tensors.write_part(
+            folder,
+            number,
+            [Piece(name, box, {k: factors[k] * whole[name][boxes.slices(box)] for k in kinds}) for name, box in held],
+        )
+        for number, held in enumerate(parts)
+    ]
+    tensors.write_index(folder, {name: tuple(x.shape) for name, x in whole.items()}, kinds, written)
+
+
+@st.composite
+def splits(draw, shape: tuple[int, ...]) -> list[list[boxes.Box]]:
+    """The flattened elements cut anywhere: the boxes of each run."""
+    borders = sorted([0, *draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)), math.prod(shape)])
+    return [boxes.cut(shape, start, stop) for start, stop in pairwise(borders)]
+
+
+@st.composite
+def boxes_in(draw, shape: tuple[int, ...]) -> boxes.Box:
+    borders = [sorted(draw(st.tuples(st.integers(0, n - 1), st.integers(1, n)))) for n in shape]
+    return tuple(range(start, max(stop, start + 1)) for start, stop in borders)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_cuts_are_read_back_by_any_box(data):
+    shape, dtype = data.draw(SHAPES), data.draw(TYPES)
+    whole, split, box = numbered(shape, dtype), data.draw(splits(shape)), data.draw(boxes_in(shape))
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), {"p": whole}, [[("p", one) for one in run] for run in split], (WEIGHT, *MOMENTS))
+        read = Tensors.open(Path(folder))
+        assert (read.shapes, read.kinds) == ({"p": shape}, (WEIGHT, *MOMENTS))
+        for kind, factor in ((WEIGHT, 1), ("exp_avg", -1), ("exp_avg_sq", 2)):
+            assert same(read.read("p", kind), factor * whole)
+            assert same(read.read("p", kind, box), factor * whole[boxes.slices(box)])
+        assert read.dtype("p") == dtype
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_a_box_is_read_into_a_tensor_of_another_type_and_stride(tmp_path):
+    whole = numbered((4, 6))
+    write(
+        tmp_path,
+        {"p": whole},
+        [[("p", box) for box in boxes.cut((4, 6), 0, 9)], [("p", box) for box in boxes.cut((4, 6), 9, 24)]],
+    )
+    out = torch.zeros(5, 3, dtype=torch.float64).t()
+    Tensors.open(tmp_path).read_into(out, "p", WEIGHT, boxes.parse("1:4,0:5"))
+    assert torch.equal(out, whole[1:4, 0:5].double())
+
+
+@pytest.mark.parametrize(
+    "held", ["0:2,0:2", "0:2,0:4 0:1,0:4", "0:2,0:2 0:2,0:3", "0:2,0:2 0:2,1:3", "0:2,0:4 2:3,0:4", ""]
+)
+def test_an_index_of_boxes_that_miss_an_element_or_have_one_twice_is_not_written(tmp_path, held):
+    written = [("p", boxes.parse(box)) for box in held.split()]
+    with pytest.raises(CheckpointError, match=r"the boxes of p do not make up its shape \(2, 4\)"):
+        tensors.write_index(tmp_path, {"p": (2, 4)}, [WEIGHT], [written])
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
+    """The files of a sound checkpoint, and its weights."""
+    whole = imagined.weights()
+    path = imagined.write(tmp_path_factory.mktemp("good"), 5, {WEIGHT: whole})
+    return {file.name: file.read_bytes() for file in path.iterdir()}, whole
+
+
+def refused_or_right(files: dict[str, bytes], whole: dict[str, torch.Tensor]) -> bool:
+    """Whether reading all that the index names raises CheckpointError; if not, the values are checked."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            read = Tensors.open(Path(folder))
+            found = {name: read.read(name, kind) for name in read.shapes for kind in read.kinds}
+        except CheckpointError:
+            return True
+    assert all(same(values, whole[name]) for name, values in found.items())
+    return False
+
+
+def changed(content: bytes, position: int, value: int) -> bytes:
+    return content[:position] + bytes([value]) + content[position + 1 :]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_a_changed_byte_of_the_index_is_refused_or_changes_no_number(good, data):
+    files, whole = good
+    position, value = data.draw(st.integers(0, len(files[INDEX]) - 1)), data.draw(st.integers(0, 255))
+    refused_or_right(files | {INDEX: changed(files[INDEX], position, value)}, whole)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_a_truncated_file_is_refused(good, data):
+    files, whole = good
+    name = data.draw(st.sampled_from([INDEX, "part-00000.safetensors", "part-00004.safetensors"]))
+    # The index ends in "}\n".
+    kept = data.draw(st.integers(0, len(files[name]) - 2))
+    assert refused_or_right(files | {name: files[name][:kept]}, whole)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_a_changed_byte_of_a_header_is_refused_or_changes_no_number(good, data):
+    files, whole = good
+    name = data.draw(st.sampled_from(["part-00000.safetensors", "part-00004.safetensors"]))
+    end = 8 + int.from_bytes(files[name][:8], "little")
+    position, value = data.draw(st.integers(0, end - 1)), data.draw(st.integers(0, 255))
+    refused_or_right(files | {name: changed(files[name], position, value)}, whole)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["kinds", "0:2"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRY = st.fixed_dictionaries({"shape": JSON, "boxes": st.dictionaries(st.text(max_size=5), JSON, max_size=2) | JSON})
+INDICES = JSON | st.fixed_dictionaries({"kinds": JSON, "tensors": st.dictionaries(st.text(), ENTRY, max_size=2) | JSON})
+
+
+@settings(deadline=None, max_examples=150)
+@given(INDICES.map(lambda document: json.dumps(document).encode()) | st.binary(max_size=60))
+def test_a_foreign_index_is_refused(good, content):
+    files, whole = good
+    assert refused_or_right(files | {INDEX: content}, whole)
+
+
+PART = "part-00000.safetensors"
+HUGE = 10**30
+FOREIGN = {
+    "no tensors": {"kinds": [WEIGHT], "tensors": {}},
+    "a kind that is none": {"kinds": ["momentum"], "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART}}}},
+    "an empty tensor": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [0], "boxes": {}}}},
+    "negative sizes": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [-1, -1], "boxes": {"0:1,0:1": PART}}}},
+    "a fraction": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2.0], "boxes": {"0:2": PART}}}},
+    "more than can be counted": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [HUGE], "boxes": {f"0:{HUGE}": PART}}}},
+    "more than memory has": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2**50], "boxes": {f"0:{2**50}": PART}}}},
+    "a box in other dimensions": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2,0:1": PART}}}},
+    "a file elsewhere": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2": f"../{PART}"}}}},
+    "a file that is a number": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2": 0}}}},
+    "a file that is not there": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART[:-20] + "77777.safetensors"}}},
+    },
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_an_index_with_a_fault_is_refused(good, case):
+    files, whole = good
+    assert refused_or_right(files | {INDEX: json.dumps(FOREIGN[case]).encode()}, whole)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"\x80abc", b""])
+def test_an_index_that_is_no_json_is_refused(good, content):
+    files, whole = good
+    assert refused_or_right(files | {INDEX: content}, whole)
+
+
+def test_an_index_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="tensors.json cannot be read: No such file"):
+        Tensors.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 64, b"PK\x03\x04" * 16])
+def test_a_foreign_part_is_refused(good, content):
+    files, whole = good
+    assert refused_or_right(files | {PART: content}, whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (torch.ones(1, 3), r"weight/p\[0:1,0:4\] is F32 \[1, 3\] there"),
+        (torch.ones(1, 4, dtype=torch.int32), r"weight/p\[0:1,0:4\] is I32 \[1, 4\] there"),
+        (torch.ones(1, 4, dtype=torch.float64), "the boxes of weight/p are not of one type"),
+    ],
+)
+def test_a_part_whose_boxes_are_not_what_the_index_says_is_refused(tmp_path, values, said):
+    write(tmp_path, {"p": numbered((2, 4))}, [[("p", boxes.parse("1:2,0:4"))], [("p", boxes.parse("0:1,0:4"))]])
+    save_file({"weight/p[0:1,0:4]": values}, tmp_path / "part-00001.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        Tensors.open(tmp_path).read("p")
+
+
+def test_whole_tensors_are_written_in_parts_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PART_BYTES", 100)
+    whole = {f"p{n}": numbered((n, 4)) for n in (1, 2, 3, 9)} | {"last": numbered((6, 4))}
+    tensors.write_whole(tmp_path, {name: tuple(x.shape) for name, x in whole.items()}, whole.items())
+    read = Tensors.open(tmp_path)
+    assert all(same(read.read(name), values) for name, values in whole.items())
+    sizes = [sum(x.nbytes for x in part) for part in parts_of(tmp_path, whole)]
+    assert sizes == [96, 144, 96]
+
+
+def parts_of(folder: Path, whole: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    index = json.loads((folder / INDEX).read_text())["tensors"]
+    files = {name: next(iter(entry["boxes"].values())) for name, entry in index.items()}
+    return [[whole[name] for name in whole if files[name] == file] for file in sorted(set(files.values()))]
+
+
+def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PART_BYTES", 64)  # two of them
+    alive, most = [], []
+
+    def made():
+        for n in range(9):
+            values = numbered((8,))
+            alive.append(weakref.ref(values))
+            most.append(sum(one() is not None for one in alive))
+            yield f"p{n}", values
+
+    tensors.write_whole(tmp_path, {f"p{n}": (8,) for n in range(9)}, made())
+    assert max(most) <= 3
+    assert len(list(tmp_path.glob("part-*"))) == 5
