@@ -1,0 +1,67 @@
+"""The command line of consolidate_checkpoint.py: the file as safetensors reads it, and errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ring.errors import CheckpointError, ConfigError
+from tests.checkpoint import imagined
+from tools.consolidate_checkpoint import main
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    imagined.write(tmp_path / "run", 5, {"weight": imagined.weights(), "exp_avg": imagined.weights(1)})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seed", "dtype"),
+    [
+        ([], 0, torch.float32),
+        (["--dtype", "bf16"], 0, torch.bfloat16),
+        (["--dtype", "fp16", "--kind", "exp_avg"], 1, torch.float16),
+    ],
+)
+def test_a_file_of_whole_tensors_is_written(folder, tmp_path, arguments, seed, dtype, capsys):
+    file = tmp_path / "model.safetensors"
+    main([str(folder), str(file), *arguments])
+    found = load_file(file)
+    assert {name: values.dtype for name, values in found.items()} == dict.fromkeys(imagined.weights(), dtype)
+    assert all(torch.equal(found[name], values.to(dtype)) for name, values in imagined.weights(seed).items())
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{file}: {file.stat().st_size:,} bytes, the ")
+    assert f"of every parameter of {folder}/step-00000005.\n" in shown
+
+
+def failure(capsys, *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as left:
+        main([*arguments])
+    return left.value.code, capsys.readouterr().err
+
+
+def test_a_file_that_is_there_and_one_of_another_suffix_are_refused(folder, tmp_path, capsys):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"mine")
+    code, told = failure(capsys, str(folder), str(file))
+    assert code == ConfigError.exit_code
+    assert f"file {file} must end in .safetensors. Nearest: {tmp_path}/model.safetensors." in told
+    assert f"file {file} is there already. Give FILE another name, or move it away." in told
+    assert file.read_bytes() == b"mine"
+
+
+def test_a_damaged_checkpoint_is_refused_and_no_file_is_left(folder, tmp_path, capsys):
+    part = folder / "step-00000005" / "part-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    code, told = failure(capsys, str(folder), str(tmp_path / "model.safetensors"))
+    assert code == CheckpointError.exit_code
+    assert "step-00000005 is not whole: part-00001.safetensors has other bytes" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_is_not_there_is_named(folder, tmp_path, capsys):
+    code, told = failure(capsys, str(folder), str(tmp_path / "nowhere" / "model.safetensors"))
+    assert code == CheckpointError.exit_code
+    assert "model.safetensors cannot be written: No such file or directory. Give FILE another name." in told
