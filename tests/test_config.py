@@ -189,7 +189,7 @@ MISTAKES = {
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval, "
-    "keep_last, keep_every.",
+    "async_save, keep_last, keep_every.",
     "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
     "dry_run.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
@@ -205,7 +205,7 @@ MISTAKES = {
     "training: {zero_stage: 1.0}": "FILE: training: zero_stage is 1.0, not one of 0, 1, 2, 3.",
     "training: {zero_stage: [1]}": "FILE: training: zero_stage is [1], not one of 0, 1, 2, 3.",
     "training: {deepspeed: 3}": "FILE: training: deepspeed is 3, not of type dict.",
-    "data: {split: [1]}": "FILE: data: split is [1], not a list of 2 float.",
+    "data: {split: [1]}": "FILE: data: split is [1], not a list of 2 float or a list of 3 float.",
     "data: {data_path: [3]}": "FILE: data: data_path is [3], not a list of str.",
     "checkpoint: {save: 3}": "FILE: checkpoint: save is 3, not of type str.",
 }
@@ -221,7 +221,7 @@ def test_all_mistakes_in_a_file_are_said_at_once(complaint):
     assert complaint("\n".join(three)).splitlines() == [
         "FILE: model: num_layers is 'two', not of type int.",
         "FILE: training: lr is 'fast', not of type float.",
-        "FILE: data: split is [1], not a list of 2 float.",
+        "FILE: data: split is [1], not a list of 2 float or a list of 3 float.",
     ]
 
 
@@ -411,15 +411,18 @@ PROBLEMS = [
     ),
     (
         DataConfig(split=(0.5, 0.4)),
-        "split (0.5, 0.4) must be two shares that add up to 1, the first above 0. Set --split.",
+        "split (0.5, 0.4) must be two or three shares (training, validation, test), none below 0, that add "
+        "up to 1, the first above 0. Set --split.",
     ),
     (
         DataConfig(split=(0.0, 1.0)),
-        "split (0.0, 1.0) must be two shares that add up to 1, the first above 0. Set --split.",
+        "split (0.0, 1.0) must be two or three shares (training, validation, test), none below 0, that add "
+        "up to 1, the first above 0. Set --split.",
     ),
     (
         DataConfig(split=(1.5, -0.5)),
-        "split (1.5, -0.5) must be two shares that add up to 1, the first above 0. Set --split.",
+        "split (1.5, -0.5) must be two or three shares (training, validation, test), none below 0, that add "
+        "up to 1, the first above 0. Set --split.",
     ),
     (
         DataConfig(data_path=("0.7", "a", "b")),
@@ -446,6 +449,10 @@ PROBLEMS = [
         "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
     ),
     (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
+    (
+        CheckpointConfig(async_save=True),
+        "async_save has nothing to write while save is empty. Set --save, or leave --async-save out.",
+    ),
     (CheckpointConfig(keep_last=3), "keep_last 3 has no effect while save is empty. Set --save, or --keep-last 0."),
     (
         CheckpointConfig(save="runs", keep_every=100),
