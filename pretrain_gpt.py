@@ -26,15 +26,16 @@ def main(config: Config, environment: Environment) -> None:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
     setup = Setup.of(config, environment.world_size)
     dataset = Dataset.open(config.data, config.training.seed, progress=speaks)
+    vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
 
     start_processes(environment, setup.device)
     agreement = Agreement.build()
-    stored = checkpointing.find(setup, dataset.tokenizer.vocab_size, agreement)
+    stored = checkpointing.find(setup, vocab_size, agreement)
     if speaks:
         print(console.opening(setup, dataset, stored))
     groups = ProcessGroups.build(setup.grid, environment.global_rank)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
-    model = build_model(setup, groups, attention, dataset.tokenizer.vocab_size)
+    model = build_model(setup, groups, attention, vocab_size)
     engine = start_engine(model, setup, groups)
     if stored:
         checkpointing.resume(engine, stored)

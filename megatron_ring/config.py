@@ -70,6 +70,9 @@ class ModelConfig:
     """The length the model was first trained on, for yarn and llama3. 0: seq_length / rope_scaling_factor."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output head weights of its own instead of the embedding's."""
+    padded_vocab_size: int = 0
+    """Rows V of embedding and head, where they are more than the tokenizer's ids, as in many published models. 0: as
+    many."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights; output projections get it over sqrt(2 x num_layers)."""
 
@@ -90,6 +93,15 @@ class ModelConfig:
             return self.ffn_hidden_size
         return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
 
+    def vocabulary_size(self, token_ids: int) -> int:
+        """V, for a tokenizer that has so many ids; raises ConfigError where they are more than the rows."""
+        if self.padded_vocab_size and self.padded_vocab_size < token_ids:
+            raise ConfigError(
+                f"padded_vocab_size {self.padded_vocab_size} has no row for the last of the tokenizer's {token_ids} "
+                f"ids: it must be at least {token_ids}, or 0. Set --padded-vocab-size, or --tokenizer-model."
+            )
+        return self.padded_vocab_size or token_ids
+
     def window_of(self, layer: int) -> int:
         """The window of a layer, counted from 0; 0 where it attends fully: layers N - 1, 2N - 1, ... as in Megatron."""
         attends_fully = self.window_attn_skip_freq and (layer + 1) % self.window_attn_skip_freq == 0
@@ -97,7 +109,9 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
-        found += _negative(self, "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std")
+        found += _negative(
+            self, "padded_vocab_size", "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std"
+        )
         found += _negative(self, "kv_channels", "window_size", "window_attn_skip_freq")
         # What divides what can be said of legal sizes alone.
         found = found or self._head_problems()
@@ -356,6 +370,10 @@ class CheckpointConfig:
     """Folder to write checkpoints to. Empty: none are written."""
     load: str = ""
     """Folder to resume from; the newest whole checkpoint in it is taken, and an empty folder starts afresh."""
+    finetune: bool = False
+    """Take the weights alone from --load, for a new run: step 0, first sample, new optimizer; RoPE, windows and length
+    may be others. Once --save holds a checkpoint, the run goes on from that, so that it may be started again as it was.
+    """
     save_interval: int = 0
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
     async_save: bool = False
@@ -369,6 +387,13 @@ class CheckpointConfig:
         found = _negative(self, "save_interval", "keep_last", "keep_every")
         if self.save_interval and not self.save:
             found.append(f"save_interval {self.save_interval} has nowhere to write to. Set --save.")
+        if self.finetune and not self.load:
+            found.append("finetune has no weights to begin with while load is empty. Set --load.")
+        if self.finetune and self.load and self.load == self.save:
+            found.append(
+                f"finetune makes a new run of the weights in load {self.load}, and save is the same folder, whose "
+                "checkpoints are the old run's. Set --save to another folder."
+            )
         if self.async_save and not self.save:
             found.append("async_save has nothing to write while save is empty. Set --save, or leave --async-save out.")
         if self.keep_last > 0 and not self.save:

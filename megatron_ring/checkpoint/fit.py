@@ -6,17 +6,30 @@ from megatron_ring.checkpoint.store import CONFIG, Stored
 from megatron_ring.config import Config, ModelConfig, load_yaml
 from megatron_ring.errors import CheckpointError, flag
 
+# What makes a model compute otherwise with the same tensors.
+_WITHOUT_TENSORS = {
+    "norm_epsilon", "rotary_base", "rope_scaling", "rope_scaling_factor", "rope_original_length", "init_method_std",
+    "window_size", "window_attn_skip_freq", "attention_dropout", "attn_logit_softcapping",
+}  # fmt: skip
 
-def check_same_model(stored: Stored, config: Config, vocab_size: int) -> None:
-    """Raise CheckpointError, naming every size that differs, when the checkpoint is of another model."""
+
+def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_alone: bool = False) -> None:
+    """Raise CheckpointError, naming every option that differs, when the checkpoint is of another model.
+
+    ``tensors_alone``: of one that has other tensors, which is all that matters to a new run from its weights.
+    """
+    ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
     then, now = load_yaml(stored.path / CONFIG).model, config.model
     differing = [
         f"{f.name} {getattr(then, f.name)} there, {getattr(now, f.name)} here. Set {flag(f.name)}."
         for f in fields(ModelConfig)
-        if getattr(then, f.name) != getattr(now, f.name)
+        if f.name not in ignored and getattr(then, f.name) != getattr(now, f.name)
     ]
     if stored.state.vocab_size != vocab_size:
-        differing.append(f"vocab_size {stored.state.vocab_size} there, {vocab_size} here. Set --tokenizer-model.")
+        differing.append(
+            f"vocab_size {stored.state.vocab_size} there, {vocab_size} here. Set --tokenizer-model or "
+            "--padded-vocab-size."
+        )
     if now.position_embedding_type == "learned_absolute" and stored.state.seq_length != config.data.seq_length:
         differing.append(
             f"seq_length {stored.state.seq_length} there, {config.data.seq_length} here. Set --seq-length."

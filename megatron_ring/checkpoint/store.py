@@ -12,7 +12,7 @@ processes.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ring.checkpoint import disk, names, retention
@@ -30,6 +30,11 @@ class Stored:
     path: Path
     state: RunState
     skipped: tuple[str, ...]
+
+    def for_new_run(self) -> "Stored":
+        """Its weights alone: a run from them begins at the first step, with the first sample and a new optimizer."""
+        state = replace(self.state, step=0, consumed_samples=0, optimizer_steps=0, loss_scale={})
+        return replace(self, state=state)
 
 
 def prepare(folder: Path, step: int) -> None:

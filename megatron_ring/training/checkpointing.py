@@ -20,18 +20,22 @@ from megatron_ring.training.setup import Setup
 
 
 def find(setup: Setup, vocab_size: int, agreement: Agreement) -> store.Stored | None:
-    """The checkpoint to resume from, by --load; None to start afresh. The ranks read a share of its files each.
+    """The checkpoint to go on from, by --load; None to start afresh. The ranks read a share of its files each.
 
-    Raises CheckpointError on every rank when there is none to be had, or it is of another model.
+    With --finetune it is a new run's, of step 0, unless --save has one already. Raises CheckpointError on every rank
+    when there is none to be had, or it is of another model.
     """
-    config = setup.config
-    if not config.checkpoint.load:
+    folders = setup.config.checkpoint
+    if not folders.load:
         return None
-    candidates, skipped = agreement.on_rank_0(lambda: _candidates(config.checkpoint))
-    stored = store.first_whole(Path(config.checkpoint.load), candidates, skipped, lambda path: _verify(path, agreement))
+    agreement.on_rank_0(lambda: _check_there(folders))
+    own = _newest(folders.save, agreement) if folders.finetune and folders.save else None
+    stored, anew = own or _newest(folders.load, agreement), folders.finetune and own is None
+    if anew and stored is None:
+        raise CheckpointError(f"load {folders.load} holds no checkpoint to take weights from. Set --load.")
     if stored:
-        agreement.on_rank_0(lambda: fit.check_same_model(stored, config, vocab_size))
-    return stored
+        agreement.on_rank_0(lambda: fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=anew))
+    return stored.for_new_run() if anew else stored
 
 
 def resume(engine: Engine, stored: store.Stored) -> None:
@@ -131,11 +135,15 @@ def _what_stays(folder: Path) -> str:
     return f"{before.path.name} stays the newest." if before else "There is none before it."
 
 
-def _candidates(config: CheckpointConfig) -> tuple[list[Path], list[str]]:
-    folder = Path(config.load)
-    if not folder.is_dir() and config.load != config.save:
-        raise CheckpointError(f"load {folder} does not exist. Set --load, or leave it out to start afresh.")
-    return names.candidates(folder)
+def _newest(folder: str, agreement: Agreement) -> store.Stored | None:
+    """``store.newest``, the reading shared out; what is there is what rank 0 sees."""
+    candidates, skipped = agreement.on_rank_0(lambda: names.candidates(Path(folder)))
+    return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, agreement))
+
+
+def _check_there(config: CheckpointConfig) -> None:
+    if not Path(config.load).is_dir() and config.load != config.save:
+        raise CheckpointError(f"load {config.load} does not exist. Set --load, or leave it out to start afresh.")
 
 
 def _verify(path: Path, agreement: Agreement) -> RunState:

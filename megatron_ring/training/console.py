@@ -15,17 +15,24 @@ from megatron_ring.training.setup import Setup
 
 
 def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
-    """What rank 0 says before the processes join."""
-    config = setup.config
-    parameters = parameter_count(config.model, dataset.tokenizer.vocab_size, config.data.seq_length)
+    """What rank 0 says before the model is built."""
+    config, token_ids = setup.config, dataset.tokenizer.vocab_size
+    rows = config.model.vocabulary_size(token_ids)
+    parameters = parameter_count(config.model, rows, config.data.seq_length)
     lines = [
         *_chosen(setup),
-        f"model            {parameters:,} parameters, {dataset.tokenizer.vocab_size} token ids",
+        f"model            {parameters:,} parameters, {token_ids} token ids" + f" in {rows} rows" * (rows > token_ids),
         *(f"data             {line}" for line in dataset.training.in_words()),
     ]
     if stored:
-        lines += [*stored.skipped, f"resuming         {stored.path}, {stored.state.step} steps done"]
+        lines += [*stored.skipped, _beginning(stored)]
     return "\n".join(lines)
+
+
+def _beginning(stored: Stored) -> str:
+    if stored.state.step == 0:
+        return f"weights          {stored.path}, a new run"
+    return f"resuming         {stored.path}, {stored.state.step} steps done"
 
 
 def report(setup: Setup, dataset: Dataset, stored: Stored | None, engine: Engine) -> ConsoleReport:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.checkpoint.state import RunState
-from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors
+from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
 from megatron_ring.model.gpt import decay_groups
@@ -129,13 +129,14 @@ class Engine:
 
     @torch.no_grad()
     def load(self, tensors: Tensors, state: RunState) -> None:
-        """Take weights and optimizer from a checkpoint that any other grid may have written.
+        """Take weights, and the optimizer's state if it has done steps, from a checkpoint that any grid has written.
 
         Raises CheckpointError on the ranks that find a parameter of theirs missing or shaped otherwise.
         """
         tensors.check_shapes(self.shapes())
+        kinds = tensors.kinds if state.optimizer_steps else [WEIGHT]
         for fragment in self._fragments(self.named_parameters()):
-            fragment.fill(tensors)
+            fragment.fill(tensors, kinds)
         for moments in self.adam.state.values():
             moments["step"].fill_(state.optimizer_steps)
         set_loss_scale(self.engine.optimizer, state.loss_scale)

@@ -56,10 +56,10 @@ class Fragment:
             return self._pieces(0, length)
         return self._pieces(length * rank // ranks, length * (rank + 1) // ranks)
 
-    def fill(self, tensors: Tensors) -> None:
-        """Read what belongs here from a checkpoint of any borders, of the kinds that it has."""
+    def fill(self, tensors: Tensors, kinds: Iterable[str]) -> None:
+        """Read what belongs here from a checkpoint of any borders."""
         for piece in self._pieces(0, len(self.values[WEIGHT])):
-            for kind in tensors.kinds:
+            for kind in kinds:
                 tensors.read_into(piece.values[kind], piece.name, kind, piece.box)
 
     def _pieces(self, first: int, last: int) -> Iterator[Piece]:

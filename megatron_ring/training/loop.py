@@ -90,7 +90,7 @@ def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[B
     if not batches:
         return math.nan
     lengths = torch.cat([batch.document_lengths(setup.layout.seq_length) for batch in batches])
-    own = float(training_flops(setup.config.model, dataset.tokenizer.vocab_size, lengths))
+    own = float(training_flops(setup.config.model, _vocab_size(setup, dataset), lengths))
     if not setup.config.data.reset_attention_mask:
         return own * setup.grid.data  # the same on every data rank
     return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
@@ -108,6 +108,10 @@ def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> RunS
     return RunState(
         step=step,
         consumed_samples=ahead.consumed_samples,
-        vocab_size=dataset.tokenizer.vocab_size,
+        vocab_size=_vocab_size(setup, dataset),
         seq_length=setup.config.data.seq_length,
     )
+
+
+def _vocab_size(setup: Setup, dataset: Dataset) -> int:
+    return setup.config.model.vocabulary_size(dataset.tokenizer.vocab_size)

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_ring.config import DataConfig
+from megatron_ring.config import Config
 from megatron_ring.data.manifest import tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE
 from megatron_ring.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ _COLUMNS = ("parameters", "gradients", "optimizer", "bucket", "activations", "wo
 
 def memory_lines(setup: Setup) -> list[str]:
     """A row for each pipeline stage, and what the columns leave open."""
-    vocab_size, reason = vocabulary(setup.config.data)
+    vocab_size, reason = vocabulary(setup.config)
     stages = memory_of_stages(setup, vocab_size)
     title = "stage  layers" + "".join(f"{name:>12}" for name in _COLUMNS)
     rows = []
@@ -43,11 +43,14 @@ def memory_lines(setup: Setup) -> list[str]:
     ]
 
 
-def vocabulary(config: DataConfig) -> tuple[int, str]:
+def vocabulary(config: Config) -> tuple[int, str]:
     """How many token ids to plan with, and why so many."""
-    if not config.data_path and not config.tokenizer_model:
+    if config.model.padded_vocab_size:
+        return config.model.padded_vocab_size, "by padded_vocab_size"
+    data = config.data
+    if not data.data_path and not data.tokenizer_model:
         return DEFAULT_VOCAB_SIZE, "which the tokenizer of the default text has"
-    path = config.tokenizer_model or tokenizer_path(next(iter(config.blend)))
+    path = data.tokenizer_model or tokenizer_path(next(iter(data.blend)))
     try:
         return Tokenizer.load(path).vocab_size, f"by {path}"
     except DataError:

@@ -123,6 +123,30 @@ def test_on_any_other_grid_a_run_goes_on_as_if_nothing_had_happened(tmp_path):
         torch.testing.assert_close(torch.tensor(resumed[grid]), torch.tensor(expected[grid]), rtol=1e-5, atol=0)
 
 
+def finetune(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    first = tiny.Run(tiny.config(checkpoint={"save": str(folder / "first")}), prefix, rank, world_size)
+    before = first.steps(N)
+    first.save()
+    stretched = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_length": tiny.SEQ // 2}
+    folders = {"load": str(folder / "first"), "save": str(folder / "second"), "finetune": True}
+    second = tiny.Run(tiny.config(model=stretched, checkpoint=folders), prefix, rank, world_size)
+    second.resume(second.find())
+    assert second.step == second.loader.consumed_samples == 0
+    assert all(torch.equal(second.parameters()[name], trained) for name, trained in first.parameters().items())
+    after = second.steps(N)
+    assert after[0][0] < before[0][0], "it begins with what was learned"
+    second.save()
+
+    again = tiny.Run(tiny.config(model=stretched, checkpoint=folders), prefix, rank, world_size)
+    again.resume(again.find())
+    assert again.step == N, "started again, it goes on from its own"
+    assert again.steps(1) == second.steps(1)
+
+
+def test_a_new_run_takes_weights_alone_and_goes_on_from_its_own_checkpoints(tmp_path):
+    run_ranks(2, finetune, tmp_path, tiny.write_store(tmp_path))
+
+
 def save_while_training(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     saving = {"save": str(folder / "saved"), "load": str(folder / "saved"), "async_save": True, "keep_last": 2}
     config = tiny.config(checkpoint=saving)

@@ -1,0 +1,29 @@
+"""What one learns all learn; what one may not do none does."""
+
+import pytest
+
+from megatron_ring.errors import CheckpointError, DataError
+from megatron_ring.parallel.agreement import Agreement
+from tests.distributed import run_ranks
+
+
+def agree(rank: int, world_size: int) -> list[int]:
+    agreement = Agreement.build()
+    assert (agreement.rank, agreement.ranks) == (rank, world_size)
+    acted = []
+    assert agreement.on_rank_0(lambda: acted.append(rank) or "said by 0") == "said by 0"
+    assert acted == ([0] if rank == 0 else []), "nobody else acts"
+    with pytest.raises(DataError, match="by 1"):
+        agreement.on_all(lambda: fail_on(1, rank, DataError("by 1")))
+    with pytest.raises(CheckpointError, match="by 0"):
+        agreement.on_rank_0(lambda: fail_on(0, rank, CheckpointError("by 0")))
+    return agreement.on_all(lambda: rank * 10)
+
+
+def fail_on(failing: int, rank: int, error: Exception) -> None:
+    if rank == failing:
+        raise error
+
+
+def test_all_know_what_each_got_and_a_fault_is_everyone_s():
+    assert run_ranks(3, agree) == [[0, 10, 20]] * 3
