@@ -1,0 +1,106 @@
+"""What config.json and ModelConfig say of the same thing, and how each is told from the other.
+
+A family's whole config is a list of these. A key that is absent or null has the default of transformers' class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ring.config import ModelConfig
+
+Told = dict[str, Any]
+"""What a config.json says, by its keys; or what a ModelConfig does, by its fields."""
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """``read`` takes a config.json and a list that it adds problems to, and gives fields of ModelConfig.
+
+    ``write`` takes a ModelConfig whose every default is resolved, and gives keys of config.json.
+    """
+
+    read: Callable[[Told, list[str]], Told]
+    write: Callable[[ModelConfig], Told]
+
+
+def told_or(config: Told, key: str, default: Any) -> Any:
+    """The value of ``key``, or ``default`` where it is absent or null."""
+    return default if (value := config.get(key)) is None else value
+
+
+def size(key: str, field: str) -> Aspect:
+    """A number that every config.json of the family has."""
+
+    def read(config: Told, problems: list[str]) -> Told:
+        if isinstance(value := config.get(key), int) and value > 0:
+            return {field: value}
+        problems.append(f"{key} is {value!r}, and must be a whole number above 0.")
+        return {field: 1}  # so that the rest can be read, and all that is wrong be told at once
+
+    return Aspect(read, lambda model: {key: getattr(model, field)})
+
+
+def key(name: str, field: str, default: Any) -> Aspect:
+    """One key, one field, one meaning."""
+    return Aspect(
+        lambda config, problems: {field: told_or(config, name, default)},
+        lambda model: {name: getattr(model, field)},
+    )
+
+
+def only(name: str, *values: Any, because: str) -> Aspect:
+    """A key that our models have no choice for: the first of ``values`` is written, and is the default; no field."""
+
+    def read(config: Told, problems: list[str]) -> Told:
+        if (value := told_or(config, name, values[0])) not in values:
+            legal = " or ".join(repr(value) for value in values)
+            problems.append(f"{name} is {value!r}, and must be {legal}: {because}.")
+        return {}
+
+    return Aspect(read, lambda model: {} if values[0] is None else {name: values[0]})
+
+
+def always(**values: Any) -> Aspect:
+    """Fields that are the same in every model of the family, and that config.json does not mention."""
+    return Aspect(lambda config, problems: values, lambda model: {})
+
+
+def written(**values: Any) -> Aspect:
+    """Keys that describe how others would train the model, and that are read by nobody here."""
+    return Aspect(lambda config, problems: {}, lambda model: values)
+
+
+def tied(default: bool) -> Aspect:
+    """Whether the head's matrix is the embedding."""
+    untied = "untie_embeddings_and_output_weights"
+    return Aspect(
+        lambda config, problems: {untied: not told_or(config, "tie_word_embeddings", default)},
+        lambda model: {"tie_word_embeddings": not getattr(model, untied)},
+    )
+
+
+def whole_heads(width: str, heads: str) -> Aspect:
+    """transformers asks that the width divide into heads, even where heads have a size of their own."""
+
+    def read(config: Told, problems: list[str]) -> Told:
+        sizes = config.get(width), config.get(heads)
+        if all(isinstance(size, int) and size > 0 for size in sizes) and sizes[0] % sizes[1]:
+            problems.append(f"{width} {sizes[0]} does not divide into {heads} {sizes[1]}.")
+        return {}
+
+    return Aspect(read, lambda model: {})
+
+
+def linear_biases() -> Aspect:
+    """Llama's two keys for what is one field here: biases in every linear layer, or in none."""
+
+    def read(config: Told, problems: list[str]) -> Told:
+        attention, mlp = (bool(config.get(name)) for name in ("attention_bias", "mlp_bias"))
+        if attention != mlp:
+            problems.append(
+                f"attention_bias is {attention} and mlp_bias {mlp}: biases are in all linear layers or none."
+            )
+        return {"add_bias_linear": attention and mlp}
+
+    return Aspect(read, lambda model: dict.fromkeys(("attention_bias", "mlp_bias"), model.add_bias_linear))

@@ -1,0 +1,145 @@
+"""A folder that transformers loads, from a checkpoint of ours that any processes wrote."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_ring.checkpoint import disk, locate
+from megatron_ring.checkpoint.hugging_face import modules
+from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, GENERATION, copy_beside, read_json
+from megatron_ring.checkpoint.hugging_face.modules import Tensor
+from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
+from megatron_ring.checkpoint.locate import Located
+from megatron_ring.checkpoint.single_file import TYPES, Entry
+from megatron_ring.checkpoint.summary import Summary
+from megatron_ring.checkpoint.tensors import Tensors
+from megatron_ring.errors import CheckpointError
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is written, whichever it is."""
+
+    family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
+    """Whose words describe the model. Empty: those of the only family that has words for all of it."""
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
+    """Type of the weights. stored: what the checkpoint has, which after training is fp32."""
+    max_shard_size: str = "5GB"
+    """Bytes of tensors that a file has at most; KB, MB and GB are powers of 1000."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer's files. None: the checkpoint's own, which only an imported one has."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was read and what was written. carried: the files besides, the tokenizer's above all."""
+
+    checkpoint: Located
+    family: str
+    dtypes: list[torch.dtype]
+    seq_length: int
+    files: list[str]
+    carried: list[str]
+
+
+def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
+    """Write ``out``, whole or not at all, from a checkpoint or the newest in a --save folder.
+
+    Raises CheckpointError, and ConfigError for a size that is none. Memory holds the pages of the checkpoint that were
+    read, and one tensor.
+    """
+    limit, located = parse_size(form.max_shard_size), locate.locate(checkpoint)
+    _check_empty(out)
+    beside = _beside(located.path, form.tokenizer)
+    locate.verify(located.path)
+    stored = Summary.of(located.path)
+    model, seq_length = stored.config.model, stored.state.seq_length
+    family = choose_family(form.family, model, seq_length)
+    found = modules.tensors(FAMILIES[family].modules, stored.tensors.shapes)
+    entries = [Entry(name, _dtype(stored.tensors, tensor, form.dtype), tensor.shape) for name, tensor in found.items()]
+    dtypes = sorted({entry.dtype for entry in entries}, key=lambda dtype: -dtype.itemsize)
+    config = _config(family, stored.state.vocab_size, dtypes[0], beside)
+    config |= write_model(FAMILIES[family], model, seq_length)
+    with _whole_or_not(out) as partial:
+        files = write_shards(partial, entries, limit, lambda entry: _value(stored.tensors, found[entry.name], entry))
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        carried = copy_beside(beside, partial) if beside else []
+    return Exported(located, family, dtypes, seq_length, [CONFIG, *files], carried)
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already. Name a folder that is new, or empty.")
+
+
+def _beside(checkpoint: Path, asked: Path | None) -> Path | None:
+    """The folder that the tokenizer's files come from."""
+    if asked is None:
+        return checkpoint / CARRIED if (checkpoint / CARRIED).is_dir() else None
+    if not any((asked / name).is_file() for name in BESIDE):
+        raise CheckpointError(f"{asked} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out.")
+    return asked
+
+
+def _dtype(stored: Tensors, tensor: Tensor, asked: str) -> torch.dtype:
+    """Of one of their tensors; the widest of ours where it is made of several."""
+    if asked != "stored":
+        return TYPES[asked]
+    return max((stored.dtype(name) for name in tensor.parts), key=lambda dtype: dtype.itemsize)
+
+
+def _value(stored: Tensors, tensor: Tensor, entry: Entry) -> torch.Tensor:
+    whole = tensor.put_together([stored.read(name) for name in tensor.parts])
+    value = whole.to(entry.dtype)
+    if value.isinf().any() and not whole.isinf().any():
+        raise CheckpointError(
+            f"{entry.name} has a value of {whole.abs().max():.4g}, and {entry.dtype} ends at "
+            f"{torch.finfo(entry.dtype).max:.4g}. Set --dtype bf16 or fp32."
+        )
+    return value
+
+
+def _config(family: str, vocab_size: int, dtype: torch.dtype, source: Path | None) -> Told:
+    """What config.json has besides the model: transformers before 5 reads torch_dtype, later ones dtype."""
+    word = str(dtype).removeprefix("torch.")
+    named = {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": vocab_size}
+    return named | {"dtype": word, "torch_dtype": word, "use_cache": True} | _special_tokens(source)
+
+
+def _special_tokens(source: Path | None) -> Told:
+    """As the model that was imported has them. Null where nothing tells: a family's own defaults would be wrong ids."""
+    ids: Told = dict.fromkeys(_SPECIAL)
+    for name in (GENERATION, CONFIG) if source else ():
+        if (source / name).is_file():
+            told = read_json(source / name)
+            ids |= {key: told[key] for key in _SPECIAL if told.get(key) is not None}
+    return ids
+
+
+@contextlib.contextmanager
+def _whole_or_not(out: Path) -> Iterator[Path]:
+    """A folder under a hidden name, which becomes ``out`` when all is written, and goes otherwise."""
+    out = out.absolute()
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        disk.delete(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            disk.flush(file)
+        disk.flush_names(partial)
+        disk.rename(partial, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror}. Give it another name or disk.") from error
+    finally:
+        disk.delete(partial)

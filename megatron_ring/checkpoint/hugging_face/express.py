@@ -1,0 +1,93 @@
+"""config.json to ModelConfig and back, and whether a family can say exactly what a ModelConfig does.
+
+That is asked of the way there and back: what comes back another, the family cannot express.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
+from megatron_ring.config import ModelConfig
+from megatron_ring.errors import CheckpointError
+
+
+def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
+    """What ``config`` describes, and everything in it that has no counterpart here."""
+    fields: Told = {}
+    problems: list[str] = []
+    for aspect in family.aspects:
+        fields |= aspect.read(config, problems)
+    model = ModelConfig(**fields)
+    return model, problems or model.problems()
+
+
+def write_model(family: Family, model: ModelConfig, seq_length: int) -> Told:
+    """The config.json of a model that the family can express; ``seq_length``: the longest sequence."""
+    config: Told = {family.length: seq_length}
+    for aspect in family.aspects:
+        config |= aspect.write(resolved(model, seq_length))
+    return config
+
+
+def inexpressible(family: Family, model: ModelConfig, seq_length: int) -> list[str]:
+    """What there is in ``model`` that the family has not; nothing if it has all of it."""
+    back, problems = read_model(family, write_model(family, model, seq_length))
+    wanted, found = _compared(resolved(model, seq_length)), _compared(resolved(back, seq_length))
+    return problems + [
+        f"{name} is {wanted[name]}, and can only be {found[name]}."
+        for name in wanted
+        if name in found and wanted[name] != found[name]
+    ]
+
+
+def choose_family(name: str, model: ModelConfig, seq_length: int) -> str:
+    """``name``, or without one the only family that can express ``model``. Raises CheckpointError with the reasons."""
+    reasons = {each: inexpressible(FAMILIES[each], model, seq_length) for each in ([name] if name else FAMILIES)}
+    able = [each for each, problems in reasons.items() if not problems]
+    if len(able) > 1:
+        raise CheckpointError(f"the model is a {' and a '.join(able)} alike. Set --family to one of them.")
+    if not able:
+        listed = [f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems]
+        raise CheckpointError(["the model cannot be said exactly in Hugging Face's words:", *listed])
+    return able[0]
+
+
+def resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
+    """The same model with every default and every derived number in its place."""
+    model = replace(
+        model,
+        ffn_hidden_size=model.feed_forward_size,
+        num_query_groups=model.key_value_heads,
+        kv_channels=model.head_dim,
+    )
+    if model.rope_scaling == "ntk":
+        return _with_base_of_ntk(model)
+    if model.rope_scaling in ("yarn", "llama3") and not model.rope_original_length:
+        return replace(model, rope_original_length=_original_length(model, seq_length))
+    return model
+
+
+def _with_base_of_ntk(model: ModelConfig) -> ModelConfig:
+    """NTK-aware RoPE is RoPE of another base, base * factor^(D / (D-2)); a lone pair of a head has no base."""
+    exponent = model.head_dim / max(model.head_dim - 2, 1)
+    base = model.rotary_base * model.rope_scaling_factor**exponent
+    return replace(model, rotary_base=base, rope_scaling="none", rope_scaling_factor=1.0)
+
+
+def _original_length(model: ModelConfig, seq_length: int) -> int:
+    length = seq_length / model.rope_scaling_factor
+    if not length.is_integer():
+        raise CheckpointError(
+            f"RoPE was stretched from {length} tokens, seq_length {seq_length} / rope_scaling_factor "
+            f"{model.rope_scaling_factor}, and config.json takes whole ones."
+        )
+    return int(length)
+
+
+def _compared(model: ModelConfig) -> dict[str, Any]:
+    """What makes a difference: RoPE's base where there is RoPE, and windows layer by layer."""
+    fields = asdict(model) | {"window by layer": [model.window_of(layer) for layer in range(model.num_layers)]}
+    without = {"window_size", "window_attn_skip_freq"}
+    without |= set() if model.position_embedding_type == "rope" else {"rotary_base"}
+    return {name: value for name, value in fields.items() if name not in without}

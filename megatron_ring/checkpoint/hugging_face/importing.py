@@ -1,0 +1,121 @@
+"""A checkpoint of ours from a folder of transformers': weights alone, in the types that they have, at step 0."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from megatron_ring.checkpoint import names, store
+from megatron_ring.checkpoint.hugging_face import folder as hugging_face
+from megatron_ring.checkpoint.hugging_face.express import read_model
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
+from megatron_ring.checkpoint.hugging_face.folder import Folder
+from megatron_ring.checkpoint.hugging_face.matching import matched
+from megatron_ring.checkpoint.hugging_face.modules import Tensor
+from megatron_ring.checkpoint.hugging_face.parameters import parameters
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
+from megatron_ring.checkpoint.provenance import commit
+from megatron_ring.checkpoint.state import RunState
+from megatron_ring.checkpoint.tensors import Shapes, write_whole
+from megatron_ring.config import Config
+from megatron_ring.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Imported:
+    """path: the checkpoint, with its config. carried: what is in it besides. dropouts: what training leaves out."""
+
+    path: Path
+    family: str
+    config: Config
+    vocab_size: int
+    carried: list[str]
+    dropouts: list[str]
+
+
+def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
+    """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load. Raises CheckpointError."""
+    _check_empty(out)
+    folder = Folder.open(source)
+    name, family = _family(folder)
+    config, vocab_size = _config(folder, family, stretch)
+    shapes = parameters(config.model, vocab_size, config.data.seq_length)
+    found = matched(folder, family, shapes)
+    state = RunState(
+        step=0,
+        consumed_samples=0,
+        vocab_size=vocab_size,
+        seq_length=config.data.seq_length,
+        commit=commit(),
+        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+    )
+    path, carried = _write(folder, out, state, config, shapes, found)
+    return Imported(path, name, config, vocab_size, carried, _dropouts(folder.config))
+
+
+def _check_empty(out: Path) -> None:
+    """But for what a killed import has left, which the next one clears away."""
+    others = [path.name for path in out.iterdir() if not path.name.startswith(names.PARTIAL)] if out.is_dir() else []
+    if others or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder.")
+
+
+def _family(folder: Folder) -> tuple[str, Family]:
+    name = folder.config.get("model_type")
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{folder.path / hugging_face.CONFIG} is of model_type {name!r}. Known: {', '.join(FAMILIES)}."
+        )
+    return name, FAMILIES[name]
+
+
+def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, int]:
+    """The config of a run from this model, and its vocab_size."""
+    config, path = folder.config, folder.path / hugging_face.CONFIG
+    sizes = [config.get(key) for key in ("vocab_size", family.length)]
+    problems = [] if all(type(size) is int and size > 0 for size in sizes) else [
+        f"vocab_size and {family.length} are {sizes}, and must be whole numbers above 0."
+    ]  # fmt: skip
+    try:
+        model, of_model = read_model(family, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a value of a type that its key never has: {error!r}.") from error
+    if problems := problems + of_model:
+        raise CheckpointError([f"{path} describes a model that cannot be said exactly here:", *problems])
+    vocab_size, longest = sizes
+    model, seq_length = stretched(model, config, longest, stretch)
+    ours = Config(model=model)
+    return replace(ours, data=replace(ours.data, seq_length=seq_length)), vocab_size
+
+
+def _write(
+    folder: Folder, out: Path, state: RunState, config: Config, shapes: Shapes, found: dict[str, Tensor]
+) -> tuple[Path, list[str]]:
+    store.prepare(out, state.step)
+    partial = out / names.partial_name(state.step)
+    try:
+        write_whole(partial, shapes, _taken_apart(folder, found))
+        (partial / hugging_face.CARRIED).mkdir()
+        carried = hugging_face.copy_beside(folder.path, partial / hugging_face.CARRIED)
+        (partial / hugging_face.CARRIED / hugging_face.CONFIG).write_bytes(
+            (folder.path / hugging_face.CONFIG).read_bytes()
+        )
+        sealed = store.seal(out, state.step, store.written(out, state.step))
+        return store.commit(out, state, config, sealed), carried
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from error
+    finally:
+        store.discard(out, state.step)
+
+
+def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our parameters, from one of their tensors after the other: memory holds what its caller holds."""
+    for name, tensor in found.items():
+        yield from tensor.taken_apart(folder.read(name))
+
+
+def _dropouts(config: dict) -> list[str]:
+    names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+    return [f"{name} {config[name]}" for name in names if config.get(name)]

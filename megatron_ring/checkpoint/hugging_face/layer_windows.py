@@ -1,0 +1,68 @@
+"""Which layers have the sliding window: Mistral's all, Qwen's those that layer_types or max_window_layers name."""
+
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, told_or
+from megatron_ring.config import ModelConfig
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_QWENS_WINDOW, _QWENS_FIRST_LAYER = 4096, 28
+
+
+def _read_mistral(config: Told, problems: list[str]) -> Told:
+    # Mistral's one key whose null is not its default: no window.
+    return {"window_size": config.get("sliding_window", 4096) or 0}
+
+
+MISTRAL = Aspect(_read_mistral, lambda model: {"sliding_window": model.window_size or None})
+
+
+def _read_qwen(config: Told, problems: list[str]) -> Told:
+    window = told_or(config, "sliding_window", _QWENS_WINDOW) if config.get("use_sliding_window") else 0
+    types = told_or(config, "layer_types", _types_from(config, window))
+    if len(types) != config.get("num_hidden_layers") or not set(types) <= {_FULL, _SLIDING}:
+        problems.append(f"layer_types is {types}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers.")
+    elif _SLIDING in types and not window:
+        problems.append(f"layer_types has {_SLIDING}, but use_sliding_window and sliding_window name no window.")
+    elif (fields := _fields([window if kind == _SLIDING else 0 for kind in types])) is None:
+        problems.append(
+            f"the layers with a sliding window, {_numbers(types)} of {len(types)}, cannot be said here: all must have "
+            "it, or none, or all but layers N - 1, 2N - 1, ... (window_attn_skip_freq N)."
+        )
+    else:
+        return fields
+    return {}
+
+
+def _types_from(config: Told, window: int) -> list[str]:
+    """What configs without layer_types mean: the window is on the layers from max_window_layers on."""
+    layers = range(told_or(config, "num_hidden_layers", 0))
+    first = told_or(config, "max_window_layers", _QWENS_FIRST_LAYER)
+    return [_SLIDING if window and layer >= first else _FULL for layer in layers]
+
+
+def _fields(windows: list[int]) -> Told | None:
+    """window_size and window_attn_skip_freq that give each layer its window, None where there are none."""
+    if not any(windows):
+        return {}
+    for every in (0, *range(2, len(windows) + 1)):
+        fields = {"window_size": max(windows), "window_attn_skip_freq": every}
+        model = ModelConfig(**fields)
+        if [model.window_of(layer) for layer in range(len(windows))] == windows:
+            return fields
+    return None
+
+
+def _numbers(types: list[str]) -> str:
+    return ", ".join(str(layer) for layer, kind in enumerate(types) if kind == _SLIDING)
+
+
+def _write_qwen(model: ModelConfig) -> Told:
+    return {
+        "use_sliding_window": model.window_size > 0,
+        "sliding_window": model.window_size or None,
+        # All that transformers before layer_types reads: it knows no model whose full layers lie between others.
+        "max_window_layers": 0 if model.window_size else model.num_layers,
+        "layer_types": [_SLIDING if model.window_of(layer) else _FULL for layer in range(model.num_layers)],
+    }
+
+
+QWEN = Aspect(_read_qwen, _write_qwen)

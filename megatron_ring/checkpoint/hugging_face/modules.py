@@ -1,0 +1,71 @@
+"""Whose weights are whose: the modules of transformers' models by name, and ours that hold the same numbers.
+
+A table has a module's name on either side, ``{}`` for the layer; its weight and its bias go together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ring.checkpoint.tensors import Shapes
+
+
+@dataclass(frozen=True)
+class Module:
+    """Ours, and how theirs holds it: the weights of several one after another, rows and columns exchanged."""
+
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+def module(name: str) -> Module:
+    """One of ours, held as it is."""
+    return Module((name,))
+
+
+def conv1d(*names: str) -> Module:
+    """GPT-2's Conv1D: (in, out), and one for queries, keys and values side by side."""
+    return Module(names, transposed=True)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of their tensors: its shape, and the names and sizes along dim 0 of our parameters that it is made of."""
+
+    shape: tuple[int, ...]
+    parts: dict[str, int]
+    transposed: bool
+
+    def taken_apart(self, theirs: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Our parameters; copies only where the order of elements is another."""
+        whole = theirs.T if self.transposed else theirs
+        for name, part in zip(self.parts, whole.split(list(self.parts.values())), strict=True):
+            yield name, part.contiguous()
+
+    def put_together(self, ours: list[torch.Tensor]) -> torch.Tensor:
+        """Their tensor, of our parameters in the order of ``parts``."""
+        whole = ours[0] if len(ours) == 1 else torch.cat(ours)
+        return whole.T.contiguous() if self.transposed else whole
+
+
+def tensors(table: dict[str, Module], shapes: Shapes) -> dict[str, Tensor]:
+    """Every tensor of theirs, by name, for a model whose parameters have ``shapes``. None of ours may be left over."""
+    layers = range(1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")))
+    found = {}
+    for theirs, ours in table.items():
+        for layer in layers if "{}" in theirs else [0]:
+            for kind in ("weight", "bias"):
+                names = [f"{name.format(layer)}.{kind}" for name in ours.ours]
+                if names[0] in shapes:
+                    found[f"{theirs.format(layer)}.{kind}"] = _tensor([(name, shapes[name]) for name in names], ours)
+    left = set(shapes).difference(*(tensor.parts for tensor in found.values()))
+    assert not left, f"no place for {left}"
+    return found
+
+
+def _tensor(ours: list[tuple[str, tuple[int, ...]]], module: Module) -> Tensor:
+    parts = {name: shape[0] for name, shape in ours}
+    shape = (sum(parts.values()), *ours[0][1][1:])
+    transposed = module.transposed and len(shape) == 2
+    return Tensor(shape[::-1] if transposed else shape, parts, transposed)

@@ -1,0 +1,107 @@
+"""RoPE and its stretch in a config.json: rope_parameters, or rope_theta and rope_scaling, as transformers reads them.
+
+transformers 5 writes rope_parameters with everything in it, and still reads the older two keys, which then count. Both
+are written, with the same content, so that readers of either age find theirs.
+"""
+
+import math
+
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, told_or
+from megatron_ring.config import ModelConfig
+
+_DEFAULT_BASE = 10000.0
+_OF_ANY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# What each kind may say besides, and what it must not differ from where kernels/rope.py has no choice.
+_STRETCHES: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        "mscale", "mscale_all_dim",
+    },
+}  # fmt: skip
+_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+
+
+def _read(config: Told, problems: list[str]) -> Told:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    base = float(told_or(rope, "rope_theta", told_or(config, "rope_theta", _DEFAULT_BASE)))
+    kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
+    problems += _partial(config, rope)
+    if kind not in _STRETCHES:
+        known = ", ".join(_STRETCHES)
+        return _problem(problems, f"RoPE's rope_type is {kind!r}, which has no counterpart here. Known: {known}.")
+    if unknown := sorted(set(rope) - _STRETCHES[kind] - _OF_ANY_KIND):
+        return _problem(problems, f"RoPE of kind {kind} has no {', '.join(unknown)}.")
+    stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
+    return {"rotary_base": base, **stretch}
+
+
+def _partial(config: Told, rope: Told) -> list[str]:
+    share = told_or(rope, "partial_rotary_factor", told_or(config, "partial_rotary_factor", 1))
+    return [] if share == 1 else [f"partial_rotary_factor is {share}, and must be 1: RoPE turns whole heads here."]
+
+
+def _problem(problems: list[str], problem: str) -> Told:
+    problems.append(problem)
+    return {}
+
+
+def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> Told:
+    original = original_length(config)
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn":
+        factor = config["max_position_embeddings"] / original
+    if not isinstance(factor, (int, float)) or factor < 1:
+        return _problem(problems, f"RoPE's factor is {factor!r}, and must be a number of at least 1.")
+    problems += _differing_constants(rope, factor)
+    if factor == 1:
+        return {}  # of every kind the same as none
+    # Only these kinds have frequencies that depend on it.
+    lengths = {"rope_original_length": original} if kind in ("yarn", "llama3") else {}
+    return {"rope_scaling": kind, "rope_scaling_factor": float(factor), **lengths}
+
+
+def original_length(config: Told) -> int:
+    """The tokens that the model was trained on before its RoPE was stretched, as far as its config.json tells."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    outside = told_or(config, "original_max_position_embeddings", config["max_position_embeddings"])
+    return told_or(rope, "original_max_position_embeddings", outside)
+
+
+def _differing_constants(rope: Told, factor: float) -> list[str]:
+    magnitude = 0.1 * math.log(factor) + 1
+    expected = _CONSTANTS | {"attention_factor": magnitude}
+    found = [
+        f"RoPE's {name} is {rope[name]}, and must be {value}: kernels/rope.py has no other."
+        for name, value in expected.items()
+        if rope.get(name) is not None and not math.isclose(rope[name], value, rel_tol=1e-6)
+    ]
+    if rope.get("mscale") and rope.get("mscale_all_dim") and rope.get("attention_factor") is None:
+        found.append("RoPE's mscale and mscale_all_dim, which change YaRN's temperature, have no counterpart here.")
+    return found
+
+
+def _write(model: ModelConfig) -> Told:
+    stretch = _WRITTEN[model.rope_scaling](model)
+    kind = {"rope_type": "default"} | stretch
+    old = {"rope_scaling": stretch} if stretch else {}
+    return {"rope_theta": model.rotary_base, "rope_parameters": kind | {"rope_theta": model.rotary_base}} | old
+
+
+def _stretched(model: ModelConfig) -> Told:
+    return {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+
+
+def _from_original(model: ModelConfig) -> Told:
+    return _stretched(model) | {"original_max_position_embeddings": model.rope_original_length}
+
+
+def _llama3(model: ModelConfig) -> Told:
+    return _from_original(model) | {name: float(_CONSTANTS[name]) for name in ("low_freq_factor", "high_freq_factor")}
+
+
+_WRITTEN = {"none": lambda model: {}, "linear": _stretched, "yarn": _from_original, "llama3": _llama3}
+
+ROPE = Aspect(_read, _write)

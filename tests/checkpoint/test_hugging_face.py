@@ -1,0 +1,155 @@
+"""From transformers' models to ours and back: equal logits, equal tensors, equal configs, for every family."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from megatron_ring.checkpoint import store
+from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.parameters import parameters
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
+from megatron_ring.checkpoint.summary import Summary
+from megatron_ring.model.gpt import GPT
+from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, Case, logits, save
+from tests.model.conftest import CONFIGS, plain_attention
+
+# Who wrote it, and what layer_types and the number of heads say already.
+NOT_COMPARED = {"transformers_version", "_name_or_path", "max_window_layers"}
+
+
+def imported(folder: Path, out: Path, stretch: Stretch | None = None) -> Summary:
+    return Summary.of(import_folder(folder, out, stretch or Stretch()).path)
+
+
+def our_model(checkpoint: Summary) -> GPT:
+    """On one process, every parameter from the checkpoint."""
+    state = checkpoint.state
+    model = GPT(checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == checkpoint.tensors.shapes.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.tensors.read(name))
+    return model
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Summary, tokens_BS: torch.Tensor) -> torch.Tensor:
+    return our_model(checkpoint)(tokens_BS, torch.arange(tokens_BS.shape[1]))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    expected, found = tensors(first), tensors(second)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
+
+
+def config(folder: Path) -> dict:
+    read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    if read["model_type"] == "gpt2":
+        read["n_inner"] = read["n_inner"] or 4 * read["n_embd"]
+    without = NOT_COMPARED | ({"head_dim"} if read["model_type"] == "qwen2" else set())
+    return {key: value for key, value in read.items() if key not in without}
+
+
+@pytest.fixture
+def tokens_BS() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_there_and_back(case, tmp_path, tokens_BS):
+    theirs = save(case, tmp_path / "theirs")
+    ours = imported(theirs, tmp_path / "ours")
+    expected = logits(theirs, tokens_BS)
+    torch.testing.assert_close(our_logits(ours, tokens_BS), expected, rtol=1e-5, atol=1e-5)
+
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(family=case.family, max_shard_size="20KB"))
+    assert_same_tensors(theirs, tmp_path / "back")
+    assert config(tmp_path / "back") == config(theirs)
+    assert torch.equal(logits(tmp_path / "back", tokens_BS), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2"])
+def test_the_only_family_that_can_express_a_model_is_found(name, tmp_path):
+    save(CASES[name], tmp_path / "theirs")
+    imported(tmp_path / "theirs", tmp_path / "ours")
+    assert export_checkpoint(tmp_path / "ours", tmp_path / "back", Form()).family == name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_a_model(name):
+    model = GPT(CONFIGS[name], VOCABULARY, LENGTH, plain_attention, seed=1)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert parameters(CONFIGS[name], VOCABULARY, LENGTH) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_stay_as_they_are(dtype, tmp_path):
+    theirs = save(CASES["gpt2"], tmp_path / "theirs")
+    transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype).save_pretrained(tmp_path / "narrow")
+    ours = imported(tmp_path / "narrow", tmp_path / "ours")
+    assert {ours.tensors.dtype(name) for name in ours.tensors.shapes} == {dtype}
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form())
+    assert_same_tensors(tmp_path / "narrow", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_another_type_is_written_when_asked_for(tmp_path):
+    theirs = save(CASES["qwen2"], tmp_path / "theirs")
+    imported(theirs, tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(dtype="bf16"))
+    expected = tensors(theirs)
+    for name, found in tensors(tmp_path / "back").items():
+        assert torch.equal(found, expected[name].bfloat16())
+
+
+def test_a_model_saved_without_its_head(tmp_path, tokens_BS):
+    """As the first GPT-2: no prefix before the names, no head, and buffers of the mask."""
+    theirs = save(CASES["gpt2"], tmp_path / "theirs")
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
+    base = {name.removeprefix("transformer."): x.contiguous() for name, x in model.state_dict().items()}
+    del base["lm_head.weight"]
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, LENGTH, LENGTH) for layer in range(2)}
+    model.save_pretrained(tmp_path / "base", state_dict=base | masks)
+    assert {"h.0.attn.bias", "wte.weight"} <= tensors(tmp_path / "base").keys()
+    ours = imported(tmp_path / "base", tmp_path / "ours")
+    torch.testing.assert_close(our_logits(ours, tokens_BS), logits(theirs, tokens_BS), rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
+    theirs = save(CASES["mistral"], tmp_path / "theirs")
+    (theirs / "tokenizer.json").write_text('{"a tokenizer": true}')
+    ours = imported(theirs, tmp_path / "ours")
+    assert store.verify(ours.path).consumed_samples == 0
+    assert (ours.path / "hugging_face/config.json").read_bytes() == (theirs / "config.json").read_bytes()
+    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(family="mistral"))
+    assert done.carried == ["tokenizer.json", "generation_config.json"]
+    assert (tmp_path / "back/tokenizer.json").read_text() == '{"a tokenizer": true}'
+
+
+def test_special_tokens_come_with_the_tokenizer_or_not_at_all(tmp_path):
+    """Not from the family's own defaults, which are another model's ids."""
+    theirs = save(Case("llama", {"bos_token_id": 7, "eos_token_id": [8, 9]}), tmp_path / "theirs")
+    import_folder(theirs, tmp_path / "ours", Stretch())
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(family="llama", tokenizer=theirs))
+    assert (config(tmp_path / "back")["bos_token_id"], config(tmp_path / "back")["eos_token_id"]) == (7, [8, 9])
+    empty = tmp_path / "tokenizer"
+    empty.mkdir()
+    (empty / "tokenizer.json").write_text("{}")
+    export_checkpoint(tmp_path / "ours", tmp_path / "without", Form(family="llama", tokenizer=empty))
+    assert config(tmp_path / "without")["eos_token_id"] is None

@@ -1,0 +1,203 @@
+"""What a folder of transformers' may ask for and cannot have: refused with every reason, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
+from megatron_ring.errors import CheckpointError
+from tests.checkpoint.hugging_face_models import CASES, Case, build
+
+LIKE_LLAMA = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+GPT2 = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+
+
+def rope(**parameters) -> dict:
+    return {"rope_scaling": {"factor": 4.0, **parameters}}
+
+
+REFUSED = [
+    ("llama", {"attention_bias": True}, "attention_bias is True and mlp_bias False"),
+    ("llama", {"mlp_bias": True}, "attention_bias is False and mlp_bias True"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and must be 'silu' or 'swish'"),
+    ("llama", {"hidden_size": 30}, "hidden_size 30 does not divide into num_attention_heads 4"),
+    ("llama", {"num_key_value_heads": 3}, "num_query_groups 3 does not divide num_attention_heads 4"),
+    ("llama", {"num_hidden_layers": None}, "num_hidden_layers is None, and must be a whole number above 0"),
+    ("llama", {"vocab_size": 0}, "vocab_size and max_position_embeddings are [0, 32]"),
+    ("llama", {"max_position_embeddings": "32"}, "vocab_size and max_position_embeddings are [48, '32']"),
+    ("llama", {"rms_norm_eps": "small"}, "a value of a type that its key never has"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, and must be None"),
+    ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "code of the model's own is not run"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and must be 1"),
+    ("llama", rope(rope_type="default", partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
+    ("llama", rope(type="dynamic"), "rope_type is 'dynamic', which has no counterpart here"),
+    ("llama", rope(rope_type="longrope", long_factor=[1]), "rope_type is 'longrope'"),
+    ("llama", rope(rope_type="linear", beta_fast=32), "RoPE of kind linear has no beta_fast"),
+    ("llama", rope(rope_type="linear", factor=0.5), "RoPE's factor is 0.5, and must be a number of at least 1"),
+    ("llama", rope(rope_type="yarn", beta_fast=16), "RoPE's beta_fast is 16, and must be 32"),
+    ("llama", rope(rope_type="yarn", truncate=False), "RoPE's truncate is False, and must be True"),
+    ("llama", rope(rope_type="yarn", attention_factor=1.0), "RoPE's attention_factor is 1.0, and must be 1.138"),
+    ("llama", rope(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5), "mscale and mscale_all_dim"),
+    ("llama", rope(rope_type="llama3", high_freq_factor=8.0), "RoPE's high_freq_factor is 8.0, and must be 4"),
+    ("mistral", {"layer_types": ["sliding_attention"] * 4}, "transformers' Mistral has one window for all layers"),
+    ("qwen2", WINDOW | {"max_window_layers": 2}, "the layers with a sliding window, 2, 3 of 4, cannot be said here"),
+    ("qwen2", {"layer_types": ["full_attention"] * 3}, "must be full_attention or sliding_attention for each of"),
+    ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "must be full_attention or sliding_attention for each of"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window and sliding_window name no window"),
+    ("qwen3", {"attention_bias": True}, "attention_bias is True, and must be False"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', and must be 'gelu_new'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores are scaled alike in every layer"),
+    ("gpt2", {"scale_attn_weights": False}, "scores are scaled by 1 / sqrt(D)"),
+    ("gpt2", {"add_cross_attention": True}, "there is no encoder"),
+    ("gpt2", {"n_head": 5}, "n_embd 32 does not divide into n_head 5"),
+    ("bloom", {}, "is of model_type 'bloom'. Known: llama, mistral, qwen2, qwen3, gpt2"),
+]
+
+
+def described(folder: Path, family: str, **changes) -> Path:
+    """A folder whose config.json is that of the family, with changes; of its weights there is nothing right."""
+    folder.mkdir()
+    sizes = GPT2 if family == "gpt2" else LIKE_LLAMA
+    (folder / "config.json").write_text(json.dumps({"model_type": family} | sizes | changes))
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    return folder
+
+
+def refusal(source: Path, out: Path) -> str:
+    """What an import says, which must leave no checkpoint."""
+    with pytest.raises(CheckpointError) as refused:
+        import_folder(source, out, Stretch())
+    assert not out.exists() or not list(out.iterdir())
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
+def test_a_model_that_we_cannot_express(family, changes, reason, tmp_path):
+    assert reason in refusal(described(tmp_path / "theirs", family, **changes), tmp_path / "ours")
+
+
+def test_all_reasons_are_told_at_once(tmp_path):
+    told = refusal(described(tmp_path / "theirs", "llama", hidden_act="relu", mlp_bias=True), tmp_path / "ours")
+    assert "hidden_act is 'relu'" in told
+    assert "mlp_bias True" in told
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    """A Qwen 2, tied, in one file."""
+    build(Case("qwen2", {"tie_word_embeddings": True})).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Change tensors, or take them away."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("model.norm.weight", None, "model.norm.weight is missing."),
+        ("model.norm.bias", torch.zeros(32), "model.norm.bias has no place in the model."),
+        ("model.layers.4.mlp.up_proj.weight", torch.zeros(48, 32), "mlp.up_proj.weight has no place in the model."),
+        ("model.norm.weight", torch.zeros(31), "model.norm.weight has shape [31], and must have [32]."),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.int8), "model.norm.weight is of type I8, and must be of"),
+        ("lm_head.weight", torch.zeros(61, 32), "is not model.embed_tokens.weight, but tie_word_embeddings is true"),
+    ],
+)
+def test_tensors_that_are_not_the_models(name, tensor, reason, theirs, tmp_path):
+    rewrite(theirs, **{name: tensor})
+    assert reason in refusal(theirs, tmp_path / "ours")
+
+
+def test_a_tied_head_may_be_written_twice_and_buffers_may_be_there(theirs, tmp_path):
+    embedding = load_file(theirs / "model.safetensors")["model.embed_tokens.weight"]
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    rewrite(theirs, **{"lm_head.weight": embedding.clone(), **buffer})
+    assert import_folder(theirs, tmp_path / "ours", Stretch()).path.is_dir()
+
+
+def test_a_folder_that_is_none(tmp_path):
+    assert "is not a folder" in refusal(tmp_path / "nowhere", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"{", "is not JSON"), (b"[]", "holds no keys"), (b"\xff", "not JSON")]
+)
+def test_a_config_that_is_none(content, reason, theirs, tmp_path):
+    (theirs / "config.json").write_bytes(content)
+    assert reason in refusal(theirs, tmp_path / "ours")
+
+
+def test_a_config_that_is_missing(theirs, tmp_path):
+    (theirs / "config.json").unlink()
+    assert "config.json cannot be read: No such file" in refusal(theirs, tmp_path / "ours")
+
+
+def test_pickled_weights_are_not_read(theirs, tmp_path):
+    (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
+    assert "but pytorch_model.bin: only safetensors are read" in refusal(theirs, tmp_path / "ours")
+
+
+def test_no_weights(theirs, tmp_path):
+    (theirs / "model.safetensors").unlink()
+    assert "has neither model.safetensors nor model.safetensors.index.json. Load it" in refusal(theirs, tmp_path / "o")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, 5000, -1])
+def test_a_file_that_is_cut_off(kept, theirs, tmp_path):
+    content = (theirs / "model.safetensors").read_bytes()
+    (theirs / "model.safetensors").write_bytes(content[:kept])
+    assert "model.safetensors cannot be read" in refusal(theirs, tmp_path / "ours")
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    build(CASES["qwen2"]).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+def test_an_index_of_other_tensors(sharded, tmp_path):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "do not have the same tensors: model.norm.weight" in refusal(sharded, tmp_path / "ours")
+
+
+def test_an_index_that_is_none(sharded, tmp_path):
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}')
+    assert "has no weight_map" in refusal(sharded, tmp_path / "ours")
+
+
+def test_a_file_of_the_index_that_is_missing(sharded, tmp_path):
+    next(sharded.glob("model-00002*")).unlink()
+    assert "cannot be read" in refusal(sharded, tmp_path / "ours")
+
+
+def test_what_is_there_already_stays(theirs, tmp_path):
+    import_folder(theirs, tmp_path / "ours", Stretch())
+    with pytest.raises(CheckpointError, match="is there already, and has"):
+        import_folder(theirs, tmp_path / "ours", Stretch())
+    assert (tmp_path / "ours/step-00000000/state.json").is_file()
+
+
+def test_what_a_killed_import_left_is_cleared_away(theirs, tmp_path):
+    import_folder(theirs, tmp_path / "whole", Stretch())
+    shutil.copytree(tmp_path / "whole/step-00000000", tmp_path / "ours/.partial-00000000")
+    import_folder(theirs, tmp_path / "ours", Stretch())
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["latest", "step-00000000"]

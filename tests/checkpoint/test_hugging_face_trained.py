@@ -1,0 +1,65 @@
+"""From transformers to a grid of 2 pipeline x 2 tensor ranks, a step of training there, and back to transformers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
+from megatron_ring.checkpoint.summary import Summary
+from megatron_ring.config import Config, load_yaml
+from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, logits, save
+from tests.checkpoint.test_hugging_face import our_logits, tensors
+from tests.distributed import run_ranks
+from tests.training import tiny
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+GRID = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+
+
+def config_of(folder: Path) -> Config:
+    """What the import has written, trained as tiny runs are."""
+    written = load_yaml(folder / "step-00000000/config.yaml")
+    trained = tiny.config(parallel=GRID, checkpoint={"load": str(folder), "save": str(folder)})
+    return replace(trained, model=written.model, data=written.data)
+
+
+def train_a_step(rank: int, world_size: int, folders: list[Path], prefix: Path) -> None:
+    """Of the model in each folder of checkpoints; the checkpoint after it goes there too."""
+    for folder in folders:
+        run = tiny.Run(config_of(folder), prefix, rank, world_size)
+        run.resume(run.find())
+        run.steps(1)
+        run.save()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with three of each family: theirs, ours with the checkpoint of step 1, and theirs again."""
+    assert (tiny.VOCAB, tiny.SEQ) == (VOCABULARY, LENGTH)
+    root = tmp_path_factory.mktemp("trained")
+    for family in FAMILIES:
+        import_folder(save(CASES[family], root / family / "theirs"), root / family / "ours", Stretch())
+    run_ranks(4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root))
+    for family in FAMILIES:
+        export_checkpoint(root / family / "ours", root / family / "back", Form(family=family, max_shard_size="20KB"))
+    return root
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_was_trained(family, trained):
+    tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    checkpoint = Summary.of(trained / family / "ours/step-00000001")
+    found = logits(trained / family / "back", tokens_BS)
+    torch.testing.assert_close(found, our_logits(checkpoint, tokens_BS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, logits(trained / family / "theirs", tokens_BS), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_took_part(family, trained):
+    before, after = tensors(trained / family / "theirs"), tensors(trained / family / "back")
+    assert after.keys() == before.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []

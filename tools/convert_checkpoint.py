@@ -1,0 +1,93 @@
+"""Checkpoints of Hugging Face's transformers, in and out.
+
+    python tools/convert_checkpoint.py import HF_DIR OUT
+    python tools/convert_checkpoint.py import HF_DIR OUT --rope-scaling yarn --seq-length 131072
+    python tools/convert_checkpoint.py export CHECKPOINT HF_DIR --tokenizer DIR
+
+Llama, Mistral, Qwen 2, Qwen 3 and GPT-2, every tensor exactly, or refused with the reasons. transformers itself is not
+needed.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.folder import CARRIED
+from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
+from megatron_ring.checkpoint.store import CONFIG
+from megatron_ring.checkpoint.tensors import Tensors
+from megatron_ring.errors import speaking_errors
+
+
+@dataclass(frozen=True)
+class Import:
+    """Write OUT, a folder that --load takes, from HF_DIR, a folder of config.json and safetensors files."""
+
+    hf_dir: Annotated[Path, tyro.conf.Positional]
+    """What transformers' save_pretrained has written."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A folder that is not there yet, or empty."""
+    stretch: Annotated[Stretch, tyro.conf.OmitArgPrefixes] = field(default_factory=Stretch)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write HF_DIR, a folder that transformers loads, from CHECKPOINT, whatever processes wrote that."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """The folder of a checkpoint, or a --save folder: then its newest."""
+    hf_dir: Annotated[Path, tyro.conf.Positional]
+    """A folder that is not there yet, or empty."""
+    form: Annotated[Form, tyro.conf.OmitArgPrefixes] = field(default_factory=Form)
+
+
+Command = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, tyro.conf.subcommand("export")]
+
+
+def run_import(options: Import) -> None:
+    """Import, and tell what came of it and how to go on. Raises CheckpointError."""
+    done = import_folder(options.hf_dir, options.out, options.stretch)
+    stored, model = Tensors.open(done.path), done.config.model
+    types = sorted({str(stored.dtype(name)).removeprefix("torch.") for name in stored.shapes})
+    count = sum(prod(shape) for shape in stored.shapes.values())
+    print(f"{done.path}: {done.family}, {count:,} parameters in {' and '.join(types)}")
+    print(f"vocab_size {done.vocab_size:,}, seq_length {done.config.data.seq_length:,}, RoPE {_rope(model)}")
+    print(f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}")
+    if done.dropouts:
+        print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
+    print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")
+
+
+def _rope(model) -> str:
+    if model.position_embedding_type != "rope":
+        return "none, positions are learned"
+    stretch = f", {model.rope_scaling} x {model.rope_scaling_factor:g}" if model.rope_scaling != "none" else ""
+    return f"of base {model.rotary_base:g}{stretch}"
+
+
+def run_export(options: Export) -> None:
+    """Export, and tell what came of it. Raises CheckpointError, and ConfigError for a size that is none."""
+    done = export_checkpoint(options.checkpoint, options.hf_dir, options.form)
+    types = " and ".join(str(dtype).removeprefix("torch.") for dtype in done.dtypes)
+    if done.checkpoint.note:
+        print(done.checkpoint.note)
+    print(f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {types}, {len(done.files)} files")
+    print(f"its longest sequence is the run's seq_length, {done.seq_length:,}")
+    without = "none, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
+    print(f"tokenizer and generation_config.json: {', '.join(done.carried) or without}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Leaves with the exit code of the error whose message was printed."""
+    command = tyro.cli(Command, args=arguments, description=__doc__)
+    with speaking_errors():
+        {Import: run_import, Export: run_export}[type(command)](command)
+
+
+if __name__ == "__main__":
+    main()
