@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint import boxes, disk
+from megatron_ring.checkpoint import boxes, disk, tensors
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.errors import CheckpointError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {dtype: code for code, dtype in tensors.TYPES.items()}
 
 
 @dataclass(frozen=True)

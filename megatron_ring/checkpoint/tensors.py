@@ -8,8 +8,6 @@ nothing of the processes that wrote it: any others read the boxes that overlap t
 """
 
 import contextlib
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,22 +19,15 @@ from safetensors.torch import save_file
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
+from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
+from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
+from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
 from megatron_ring.errors import CheckpointError
 
-INDEX = "tensors.json"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHT, *MOMENTS)
-"""What is kept of a parameter: itself, and Adam's two moments; a model without its optimizer has the first alone."""
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Those that parameters have, under their names in safetensors."""
 PART_BYTES = 10**9
 """What one process puts into a file at most, if it has the choice."""
-
-
-Shapes = dict[str, tuple[int, ...]]
-"""Of whole parameters, by their names in a GPT on one process."""
-Written = tuple[str, Box]
-"""What the index has to know of a piece: the parameter and the box."""
 
 
 @dataclass(frozen=True)
@@ -52,38 +43,22 @@ class Piece:
         return Piece(self.name, self.box, {kind: x.to("cpu", copy=True) for kind, x in self.values.items()})
 
 
-_PART = re.compile(r"part-\d{5,}\.safetensors", re.ASCII)
-
-
-def part_name(number: int) -> str:
-    """The file of process ``number``, or the ``number``-th of those that one process writes."""
-    return f"part-{number:05d}.safetensors"
-
-
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
     """Write a file of ``pieces``; returns what the index has to know of them. Raises CheckpointError."""
     pieces, path = list(pieces), folder / part_name(number)
     content = {_key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()}
-    try:
+    with _write_errors(path):
         save_file(content, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
     return [(piece.name, piece.box) for piece in pieces]
 
 
 def write_index(folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]) -> None:
     """Write the index of the parts 0, 1, ..., of which ``write_part`` returned ``parts``; ``shapes``: whole ones.
 
-    Raises CheckpointError where the sizes of its boxes do not add up to a whole tensor.
+    Raises CheckpointError, also where its boxes do not have every element of every parameter once.
     """
-    found: dict[str, dict[str, str]] = {name: {} for name in shapes}
-    for number, written in enumerate(parts):
-        for name, box in written:
-            found[name][boxes.text(box)] = part_name(number)
-    tensors = {name: {"shape": list(shapes[name]), "boxes": found[name]} for name in sorted(shapes)}
-    content = json.dumps({"kinds": list(kinds), "tensors": tensors}, indent=1)
-    _decoded(content)
-    (folder / INDEX).write_text(content + "\n")
+    with _write_errors(folder / INDEX):
+        (folder / INDEX).write_text(encode(shapes, kinds, parts))
 
 
 def write_whole(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -130,7 +105,7 @@ class Tensors:
     def open(path: Path) -> "Tensors":
         """Of the checkpoint at ``path``, which was found whole before. Raises CheckpointError for a foreign index."""
         try:
-            return Tensors(path, *_decoded((path / INDEX).read_bytes()))
+            return Tensors(path, *decode((path / INDEX).read_bytes()))
         except OSError as error:
             raise CheckpointError(f"{path / INDEX} cannot be read: {error.strerror}") from error
 
@@ -195,33 +170,16 @@ def _key(kind: str, name: str, box: Box) -> str:
 
 
 @contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _decoded(content: str | bytes) -> tuple[tuple[str, ...], Shapes, dict[str, list[tuple[Box, str]]]]:
-    """kinds, shapes and boxes with their files; raises CheckpointError unless every element is in one box."""
-    try:
-        document = json.loads(content)
-        kinds, tensors = tuple(document["kinds"]), document["tensors"]
-        shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-        parts = {
-            name: [(boxes.parse(box), file) for box, file in entry["boxes"].items()] for name, entry in tensors.items()
-        }
-        if not tensors or not set(kinds) <= set(KINDS):
-            raise ValueError("parameters or kinds")
-        for name, shape in shapes.items():
-            _check_parts(name, shape, parts[name])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{INDEX} is not an index of tensors") from error
-    return kinds, shapes, parts
-
-
-def _check_parts(name: str, shape: tuple[int, ...], parts: list[tuple[Box, str]]) -> None:
-    if not all(_PART.fullmatch(file) for _, file in parts):
-        raise ValueError("a file that no process writes")
-    if not parts or not boxes.partition([box for box, _ in parts], shape):
-        raise CheckpointError(f"{INDEX}: the boxes of {name} do not make up its shape {shape}")

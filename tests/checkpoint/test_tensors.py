@@ -95,6 +95,19 @@ def test_an_index_of_boxes_that_miss_an_element_or_have_one_twice_is_not_written
     assert not (tmp_path / INDEX).exists()
 
 
+def test_a_box_of_two_parts_is_refused(tmp_path):
+    twice = [[("p", boxes.parse("0:2,0:4"))]] * 2
+    with pytest.raises(CheckpointError, match=r"tensors.json: two parts have p\[0:2,0:4\]"):
+        tensors.write_index(tmp_path, {"p": (2, 4)}, [WEIGHT], twice)
+
+
+@pytest.mark.parametrize("name", [INDEX, "part-00000.safetensors"])
+def test_what_cannot_be_written_is_a_checkpoint_error(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"^{name}: .*[Ii]s a directory"):
+        write(tmp_path, {"p": numbered((2,))}, [[("p", boxes.parse("0:2"))]])
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
     """The files of a sound checkpoint, and its weights."""
