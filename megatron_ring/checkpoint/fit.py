@@ -1,9 +1,11 @@
 """Whether a checkpoint is of the run that would resume from it: the same model, over whatever processes."""
 
+from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from megatron_ring.checkpoint.store import CONFIG, Stored
-from megatron_ring.config import Config, ModelConfig, load_yaml
+from megatron_ring.config import Config, load_yaml
 from megatron_ring.errors import CheckpointError, flag
 
 # What makes a model compute otherwise with the same tensors.
@@ -19,11 +21,11 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
     ``tensors_alone``: of one that has other tensors, which is all that matters to a new run from its weights.
     """
     ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
-    then, now = load_yaml(stored.path / CONFIG).model, config.model
+    now = config.model
     differing = [
-        f"{f.name} {getattr(then, f.name)} there, {getattr(now, f.name)} here. Set {flag(f.name)}."
-        for f in fields(ModelConfig)
-        if f.name not in ignored and getattr(then, f.name) != getattr(now, f.name)
+        f"{name} {then} there, {here} here. Set {flag(name)}."
+        for name, then, here in _differences(load_yaml(stored.path / CONFIG).model, now)
+        if name not in ignored
     ]
     if stored.state.vocab_size != vocab_size:
         differing.append(
@@ -36,3 +38,17 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
         )
     if differing:
         raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *differing])
+
+
+def other_data(stored: Stored, config: Config) -> list[str]:
+    """What has the run read other samples under the same numbers than the checkpoint's, in words."""
+    then = load_yaml(stored.path / CONFIG)
+    found = [*_differences(then.data, config.data), ("seed", then.training.seed, config.training.seed)]
+    return [f"{name} {there} there, {here} here" for name, there, here in found if there != here]
+
+
+def _differences(then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, there, here) of each field of a section that differs."""
+    for f in fields(now):
+        if getattr(then, f.name) != getattr(now, f.name):
+            yield f.name, getattr(then, f.name), getattr(now, f.name)

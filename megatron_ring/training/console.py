@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_ring.checkpoint.fit import other_data
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, to_yaml
 from megatron_ring.data.dataset import Dataset
@@ -25,14 +26,21 @@ def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
         *(f"data             {line}" for line in dataset.training.in_words()),
     ]
     if stored:
-        lines += [*stored.skipped, _beginning(stored)]
+        lines += [*stored.skipped, *_beginning(stored, config)]
     return "\n".join(lines)
 
 
-def _beginning(stored: Stored) -> str:
+def _beginning(stored: Stored, config: Config) -> list[str]:
+    """What the run goes on from; data that is not the checkpoint's is no fault, but is never taken in silence."""
     if stored.state.step == 0:
-        return f"weights          {stored.path}, a new run"
-    return f"resuming         {stored.path}, {stored.state.step} steps done"
+        return [f"weights          {stored.path}, a new run"]
+    lines = [f"resuming         {stored.path}, {stored.state.step} steps done"]
+    if differing := other_data(stored, config):
+        lines += [
+            f"other data       {'; '.join(differing)}: it goes on at sample {stored.state.consumed_samples:,}, which may"
+            " be another text than there, read before or not."
+        ]
+    return lines
 
 
 def report(setup: Setup, dataset: Dataset, stored: Stored | None, engine: Engine) -> ConsoleReport:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ring.checkpoint import fit, store
-from megatron_ring.config import Config, DataConfig, ModelConfig
+from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.small import write
 
@@ -40,3 +40,17 @@ def test_a_new_run_may_compute_otherwise_with_the_same_tensors(tmp_path):
         fit.check_same_model(
             store.newest(tmp_path), Config(model=ModelConfig(num_layers=3)), vocab_size=61, tensors_alone=True
         )
+
+
+def test_other_data_is_told(tmp_path):
+    write(tmp_path, 5)
+    found = store.newest(tmp_path)
+    assert fit.other_data(found, Config()) == []
+    changed = Config(
+        data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64), training=TrainingConfig(seed=1)
+    )
+    assert fit.other_data(found, changed) == [
+        "data_path () there, ('0.7', 'a', '0.3', 'b') here",
+        "seq_length 1024 there, 64 here",
+        "seed 1234 there, 1 here",
+    ]
