@@ -36,10 +36,8 @@ def _beginning(stored: Stored, config: Config) -> list[str]:
         return [f"weights          {stored.path}, a new run"]
     lines = [f"resuming         {stored.path}, {stored.state.step} steps done"]
     if differing := other_data(stored, config):
-        lines += [
-            f"other data       {'; '.join(differing)}: it goes on at sample {stored.state.consumed_samples:,}, which may"
-            " be another text than there, read before or not."
-        ]
+        goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
+        lines.append(f"other data       {'; '.join(differing)}: {goes_on}, read before or not.")
     return lines
 
 
