@@ -50,7 +50,7 @@ Command = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, 
 
 
 def run_import(options: Import) -> None:
-    """Import, and tell what came of it and how to go on. Raises CheckpointError."""
+    """Import, and tell what came of it and how to go on. Raises CheckpointError, ConfigError."""
     done = import_folder(options.hf_dir, options.out, options.stretch)
     stored, model = Tensors.open(done.path), done.config.model
     types = sorted({str(stored.dtype(name)).removeprefix("torch.") for name in stored.shapes})

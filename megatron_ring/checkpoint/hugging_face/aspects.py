@@ -29,14 +29,23 @@ def told_or(config: Told, key: str, default: Any) -> Any:
     return default if (value := config.get(key)) is None else value
 
 
+def missing_sizes(config: Told, *keys: str) -> list[str]:
+    """What to say of the keys that are no sizes."""
+    values = {key: config.get(key) for key in keys}
+    return [
+        f"{key} is {value!r}, and must be a whole number above 0."
+        for key, value in values.items()
+        if type(value) is not int or value < 1
+    ]
+
+
 def size(key: str, field: str) -> Aspect:
     """A number that every config.json of the family has."""
 
     def read(config: Told, problems: list[str]) -> Told:
-        if isinstance(value := config.get(key), int) and value > 0:
-            return {field: value}
-        problems.append(f"{key} is {value!r}, and must be a whole number above 0.")
-        return {field: 1}  # so that the rest can be read, and all that is wrong be told at once
+        problems += (missing := missing_sizes(config, key))
+        # 1, so that the rest can be read, and all that is wrong be told at once.
+        return {field: 1 if missing else config[key]}
 
     return Aspect(read, lambda model: {key: getattr(model, field)})
 
@@ -84,9 +93,8 @@ def whole_heads(width: str, heads: str) -> Aspect:
     """transformers asks that the width divide into heads, even where heads have a size of their own."""
 
     def read(config: Told, problems: list[str]) -> Told:
-        sizes = config.get(width), config.get(heads)
-        if all(isinstance(size, int) and size > 0 for size in sizes) and sizes[0] % sizes[1]:
-            problems.append(f"{width} {sizes[0]} does not divide into {heads} {sizes[1]}.")
+        if not missing_sizes(config, width, heads) and config[width] % config[heads]:
+            problems.append(f"{width} {config[width]} does not divide into {heads} {config[heads]}.")
         return {}
 
     return Aspect(read, lambda model: {})

@@ -16,10 +16,13 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
     """What ``config`` describes, and everything in it that has no counterpart here."""
     fields: Told = {}
     problems: list[str] = []
-    for aspect in family.aspects:
-        fields |= aspect.read(config, problems)
-    model = ModelConfig(**fields)
-    return model, problems or model.problems()
+    try:
+        for aspect in family.aspects:
+            fields |= aspect.read(config, problems)
+        model = ModelConfig(**fields)
+        return model, problems or model.problems()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return ModelConfig(), [*problems, f"a value is of a type that its key never has ({error!r})."]
 
 
 def write_model(family: Family, model: ModelConfig, seq_length: int) -> Told:
@@ -86,8 +89,8 @@ def _original_length(model: ModelConfig, seq_length: int) -> int:
 
 
 def _compared(model: ModelConfig) -> dict[str, Any]:
-    """What makes a difference: RoPE's base where there is RoPE, and windows layer by layer."""
+    """What makes a difference: RoPE's base where there is RoPE, windows layer by layer; rows are what they are."""
     fields = asdict(model) | {"window by layer": [model.window_of(layer) for layer in range(model.num_layers)]}
-    without = {"window_size", "window_attn_skip_freq"}
+    without = {"window_size", "window_attn_skip_freq", "padded_vocab_size"}
     without |= set() if model.position_embedding_type == "rope" else {"rotary_base"}
     return {name: value for name, value in fields.items() if name not in without}

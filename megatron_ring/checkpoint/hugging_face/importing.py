@@ -1,5 +1,6 @@
 """A checkpoint of ours from a folder of transformers': weights alone, in the types that they have, at step 0."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ import torch
 
 from megatron_ring.checkpoint import names, store
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
+from megatron_ring.checkpoint.hugging_face.aspects import missing_sizes
 from megatron_ring.checkpoint.hugging_face.express import read_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
 from megatron_ring.checkpoint.hugging_face.folder import Folder
@@ -36,7 +38,10 @@ class Imported:
 
 
 def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
-    """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load. Raises CheckpointError."""
+    """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load.
+
+    Raises CheckpointError, and ConfigError for a stretch that cannot be.
+    """
     _check_empty(out)
     folder = Folder.open(source)
     name, family = _family(folder)
@@ -73,21 +78,15 @@ def _family(folder: Folder) -> tuple[str, Family]:
 
 def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, int]:
     """The config of a run from this model, and its vocab_size."""
-    config, path = folder.config, folder.path / hugging_face.CONFIG
-    sizes = [config.get(key) for key in ("vocab_size", family.length)]
-    problems = [] if all(type(size) is int and size > 0 for size in sizes) else [
-        f"vocab_size and {family.length} are {sizes}, and must be whole numbers above 0."
-    ]  # fmt: skip
-    try:
-        model, of_model = read_model(family, config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a value of a type that its key never has: {error!r}.") from error
-    if problems := problems + of_model:
+    model, problems = read_model(family, folder.config)
+    if problems := missing_sizes(folder.config, "vocab_size", family.length) + problems:
+        path = folder.path / hugging_face.CONFIG
         raise CheckpointError([f"{path} describes a model that cannot be said exactly here:", *problems])
-    vocab_size, longest = sizes
-    model, seq_length = stretched(model, config, longest, stretch)
-    ours = Config(model=model)
-    return replace(ours, data=replace(ours.data, seq_length=seq_length)), vocab_size
+    vocab_size, longest = folder.config["vocab_size"], folder.config[family.length]
+    model, seq_length = stretched(model, folder.config, longest, stretch)
+    # A tokenizer may have fewer ids than the model has rows.
+    config = Config(model=replace(model, padded_vocab_size=vocab_size))
+    return replace(config, data=replace(config.data, seq_length=seq_length)), vocab_size
 
 
 def _write(
@@ -97,17 +96,19 @@ def _write(
     partial = out / names.partial_name(state.step)
     try:
         write_whole(partial, shapes, _taken_apart(folder, found))
-        (partial / hugging_face.CARRIED).mkdir()
-        carried = hugging_face.copy_beside(folder.path, partial / hugging_face.CARRIED)
-        (partial / hugging_face.CARRIED / hugging_face.CONFIG).write_bytes(
-            (folder.path / hugging_face.CONFIG).read_bytes()
-        )
+        carried = _carry(folder.path, partial / hugging_face.CARRIED)
         sealed = store.seal(out, state.step, store.written(out, state.step))
         return store.commit(out, state, config, sealed), carried
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from error
     finally:
         store.discard(out, state.step)
+
+
+def _carry(source: Path, target: Path) -> list[str]:
+    target.mkdir()
+    shutil.copyfile(source / hugging_face.CONFIG, target / hugging_face.CONFIG)
+    return hugging_face.copy_beside(source, target)
 
 
 def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

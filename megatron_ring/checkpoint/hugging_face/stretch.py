@@ -6,12 +6,12 @@ from typing import Literal
 from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.rope_parameters import original_length
 from megatron_ring.config import ModelConfig
-from megatron_ring.errors import CheckpointError
+from megatron_ring.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Stretch:
-    rope_scaling: Literal["as it is", "linear", "ntk", "yarn", "llama3"] = "as it is"
+    rope_scaling: Literal["unchanged", "linear", "ntk", "yarn", "llama3"] = "unchanged"
     """Stretch RoPE, as --rope-scaling of pretrain_gpt.py, from the length that the model was first trained on."""
     rope_scaling_factor: float = 0.0
     """New length over old one. 0: --seq-length over the length that config.json tells."""
@@ -22,16 +22,16 @@ class Stretch:
 def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) -> tuple[ModelConfig, int]:
     """The model as ``asked`` for, and its seq_length; ``longest`` is what ``config``, a config.json, is made for.
 
-    Raises CheckpointError.
+    Raises ConfigError.
     """
     if problem := _problem(model, longest, asked):
-        raise CheckpointError(problem)
-    if asked.rope_scaling == "as it is":
+        raise ConfigError(problem)
+    if asked.rope_scaling == "unchanged":
         return model, asked.seq_length or longest
     original = original_length(config)
     factor = asked.rope_scaling_factor or asked.seq_length / original
     if factor <= 1:
-        raise CheckpointError(
+        raise ConfigError(
             f"rope_scaling {asked.rope_scaling} by {factor:g}, from {original} tokens, must be by more than 1. Set "
             f"--seq-length to more than {original}, or --rope-scaling-factor."
         )
@@ -42,7 +42,7 @@ def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) ->
 
 
 def _problem(model: ModelConfig, longest: int, asked: Stretch) -> str:
-    stretches = asked.rope_scaling != "as it is"
+    stretches = asked.rope_scaling != "unchanged"
     if asked.seq_length < 0 or asked.rope_scaling_factor < 0:
         return "seq_length and rope_scaling_factor must not be below 0. Set --seq-length, --rope-scaling-factor."
     if model.position_embedding_type == "learned_absolute" and (stretches or asked.seq_length not in (0, longest)):

@@ -1,0 +1,71 @@
+"""The command line of convert_checkpoint.py: what it says, what it leaves, its exit codes, and a run from an import."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.config import load_yaml
+from megatron_ring.errors import CheckpointError, ConfigError
+from tests.checkpoint.hugging_face_models import CASES, save
+from tools.convert_checkpoint import main
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory) -> Path:
+    return save(CASES["qwen2"], tmp_path_factory.mktemp("models") / "qwen2")
+
+
+def test_there_and_back(qwen2, tmp_path, capsys):
+    main(["import", str(qwen2), str(tmp_path / "ours")])
+    told = capsys.readouterr().out
+    assert "step-00000000: qwen2, 35,168 parameters in float32" in told
+    assert "vocab_size 61, seq_length 48, RoPE of base 10000" in told
+    assert "carried along in hugging_face/: generation_config.json" in told
+    assert f"--config {tmp_path}/ours/step-00000000/config.yaml --load {tmp_path}/ours" in told
+
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "bf16", "--max-shard-size", "30KB"])
+    told = capsys.readouterr().out
+    assert "ours: the latest is step-00000000" in told
+    assert "step-00000000 as qwen2 in bfloat16, 5 files" in told
+    assert "its longest sequence is the run's seq_length, 48" in told
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_options_of_an_import(qwen2, tmp_path, capsys):
+    main(["import", str(qwen2), str(tmp_path / "ours"), "--rope-scaling", "yarn", "--seq-length", "192"])
+    assert "seq_length 192, RoPE of base 10000, yarn x 4" in capsys.readouterr().out
+    written = load_yaml(tmp_path / "ours/step-00000000/config.yaml")
+    assert (written.data.seq_length, written.model.rope_scaling, written.model.padded_vocab_size) == (192, "yarn", 61)
+
+
+def test_what_is_not_carried_along_is_told(tmp_path, capsys):
+    source = save(CASES["gpt2"], tmp_path / "gpt2")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1}))
+    (source / "generation_config.json").unlink()
+    main(["import", str(source), str(tmp_path / "ours")])
+    told = capsys.readouterr().out
+    assert "not carried along: resid_pdrop 0.1; the models here have no dropout" in told
+    assert "positions are learned" in told
+    assert "no tokenizer, there was none" in told
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back")])
+    assert "none, the checkpoint has no tokenizer. Set --tokenizer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["import", "nowhere", "ours"], CheckpointError, "nowhere is not a folder"),
+        (["import", "{qwen2}", "ours", "--seq-length", "4096"], ConfigError, "Set --rope-scaling"),
+        (["export", "nowhere", "theirs"], CheckpointError, "nowhere is no checkpoint"),
+        (["export", "nowhere", "theirs", "--max-shard-size", "5XB"], ConfigError, "max_shard_size '5XB' is no size"),
+    ],
+)
+def test_errors_leave_with_their_exit_code(arguments, error, message, qwen2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([argument.format(qwen2=qwen2) for argument in arguments])
+    assert left.value.code == error.exit_code
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
