@@ -33,7 +33,7 @@ class Options:
     kind: Literal["weight", "exp_avg", "exp_avg_sq"] = "weight"
     """What of each parameter is looked at: itself, or one of Adam's two moments."""
     tensors: str = "*"
-    """Which parameters, as a shell pattern: 'layers.0.*'."""
+    """Which parameters, as a shell pattern: 'blocks.0.*'."""
     verify: tyro.conf.FlagCreatePairsOff[bool] = False
     """Before anything else, read every byte and check it against the checksum it was written with."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False

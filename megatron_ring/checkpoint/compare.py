@@ -59,7 +59,9 @@ class Comparison:
 
     def rows(self, names: Names) -> Iterator[dict[str, Any]]:
         """Name and difference of what both have in one shape; one tensor of each is in memory at a time."""
-        for name in names.common:
-            of_a, of_b = (one.tensors.read(name, self.kind) for one in (self.a, self.b))
-            types = dict.fromkeys([type_name(of_a), type_name(of_b)])
-            yield {"name": name, "type": ", ".join(types)} | asdict(difference(of_a, of_b))
+        return map(self._row, names.common)
+
+    def _row(self, name: str) -> dict[str, Any]:
+        of_a, of_b = (one.tensors.read(name, self.kind) for one in (self.a, self.b))
+        types = dict.fromkeys([type_name(of_a), type_name(of_b)])
+        return {"name": name, "type": ", ".join(types)} | asdict(difference(of_a, of_b))

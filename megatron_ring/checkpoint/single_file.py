@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -17,6 +18,8 @@ from megatron_ring.errors import CheckpointError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {dtype: code for code, dtype in tensors.TYPES.items()}
+_STRETCH = 2**20
+"""Elements that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ class Entry:
 def consolidate(checkpoint: Summary, file: Path, kind: str, dtype: torch.dtype | None) -> int:
     """Write what is kept as ``kind`` of every parameter, as ``dtype`` or as stored; returns the bytes of the file.
 
-    Under its name when whole, or not at all. One tensor is in memory, and its copy in another type. Raises
-    CheckpointError where a value is too large for ``dtype`` or the file cannot be written.
+    Under its name when whole, or not at all. One tensor is in memory at a time. Raises CheckpointError where a value is
+    too large for ``dtype`` or the file cannot be written.
     """
     kept, shapes = checkpoint.tensors, checkpoint.tensors.shapes
     entries = [Entry(name, dtype or kept.dtype(name, kind), shapes[name]) for name in checkpoint.names(kind, "*")]
     # As safetensors has it: large types first, so that every tensor begins at a multiple of its elements' size.
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    return write(file, entries, lambda entry: _as(kept.read(entry.name, kind), entry), metadata(checkpoint, kind))
+    return write(file, entries, lambda entry: kept.read(entry.name, kind), metadata(checkpoint, kind))
 
 
 def metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
@@ -55,13 +58,13 @@ def metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
 
 
 def write(file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor], about: dict[str, str]) -> int:
-    """Write what ``read`` gives for each of ``entries``, one after another; returns the bytes of the file."""
+    """Write what ``read`` gives for each of ``entries``, in the entry's type; returns the bytes of the file."""
     partial = file.with_name(f".partial-{file.name}")
     try:
         with partial.open("wb") as stream:
             stream.write(header(entries, about))
             for entry in entries:
-                stream.write(read(entry).contiguous().flatten().view(torch.uint8).numpy())
+                _stream(read(entry), entry, stream)
             size = stream.tell()
         disk.flush(partial)
         disk.rename(partial, file)
@@ -83,12 +86,15 @@ def header(entries: Iterable[Entry], about: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _as(tensor: torch.Tensor, entry: Entry) -> torch.Tensor:
-    converted = tensor.to(entry.dtype)
-    if converted.isfinite().sum() != tensor.isfinite().sum():
-        largest = tensor[tensor.isfinite()].abs().max().item()
-        raise CheckpointError(
-            f"{entry.name} has values up to {largest:.4g}, and {str(entry.dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(entry.dtype).max:.4g}. Set --dtype."
-        )
-    return converted
+def _stream(tensor: torch.Tensor, entry: Entry, stream: BinaryIO) -> None:
+    """A stretch at a time, so that no copy of all in another type is made."""
+    for stretch in tensor.flatten().split(_STRETCH):
+        converted = stretch.to(entry.dtype)
+        if converted.isfinite().sum() != stretch.isfinite().sum():
+            raise CheckpointError(_too_large(stretch, entry))
+        stream.write(converted.view(torch.uint8).numpy())
+
+
+def _too_large(values: torch.Tensor, entry: Entry) -> str:
+    largest, end = values[values.isfinite()].abs().max().item(), torch.finfo(entry.dtype)
+    return f"{entry.name} has values up to {largest:.4g}, and {end.dtype} ends at {end.max:.4g}. Set --dtype."

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-_STRETCH = 2**22
-"""Elements that are float64 at a time: 32 MiB."""
+_STRETCH = 2**20
+"""Elements that are float64 at a time: 8 MiB."""
 
 
 @dataclass(frozen=True)

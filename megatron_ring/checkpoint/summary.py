@@ -71,10 +71,12 @@ class Summary:
 
     def rows(self, names: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
         """Name, shape, type and statistics of what is kept of each; one tensor is in memory at a time."""
-        for name in names:
-            tensor = self.tensors.read(name, kind)
-            what = {"name": name, "shape": list(tensor.shape), "type": type_name(tensor)}
-            yield what | asdict(statistics(tensor))
+        return (self._row(name, kind) for name in names)
+
+    def _row(self, name: str, kind: str) -> dict[str, Any]:
+        tensor = self.tensors.read(name, kind)
+        what = {"name": name, "shape": list(tensor.shape), "type": type_name(tensor)}
+        return what | asdict(statistics(tensor))
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ TENSOR, ZERO = 2, 3
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Of odd sizes: a matrix, one with fewer rows than there are ranks, and a vector."""
     random = torch.Generator().manual_seed(seed)
-    shapes = {"embedding.weight": (7, 4), "layers.0.mlp.down.weight": (2, 5), "norm.weight": (5,)}
+    shapes = {"embedding.weight": (7, 4), "blocks.0.mlp.down_proj.weight": (2, 5), "norm.weight": (5,)}
     return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
 
 

@@ -69,8 +69,8 @@ def test_other_models_are_refused_with_all_that_differs(tmp_path):
         f"{wider.path}: model.num_layers is 2, not 4.",
         f"{wider.path}: norm.weight has shape (4,), not (5,).",
         f"{renamed.path}: vocab_size is 8, not 7.",
-        f"{renamed.path}: layers.0.mlp.down.weight is missing.",
-        f"{renamed.path}: layers.0.moe.down.weight is there as well.",
+        f"{renamed.path}: blocks.0.mlp.down_proj.weight is missing.",
+        f"{renamed.path}: blocks.0.moe.down_proj.weight is there as well.",
     ]
     assert not (tmp_path / "out").exists()
 

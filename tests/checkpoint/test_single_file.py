@@ -20,6 +20,12 @@ from tests.checkpoint import imagined
 CONFIG = Config(model=ModelConfig(num_layers=2, rope_scaling="yarn", rope_scaling_factor=4.0))
 
 
+@pytest.fixture(params=[3, 2**20], autouse=True)
+def stretch(request, monkeypatch):
+    """So short that every tensor here is several, and as it is."""
+    monkeypatch.setattr(single_file, "_STRETCH", request.param)
+
+
 def written(folder: Path, whole: dict[str, torch.Tensor], kind: str = "weight") -> Summary:
     kinds = {"weight": imagined.weights(9)} | {kind: whole}
     return Summary.of(imagined.write(folder, 5, kinds, CONFIG))

@@ -12,7 +12,7 @@ from megatron_ring.checkpoint.statistics import Difference, Statistics, differen
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(params=[3, 2**22], autouse=True)
+@pytest.fixture(params=[3, 2**20], autouse=True)
 def stretch(request, monkeypatch):
     """So short that every tensor here is several, and as it is."""
     monkeypatch.setattr(statistics, "_STRETCH", request.param)

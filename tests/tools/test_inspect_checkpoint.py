@@ -61,8 +61,8 @@ def test_moments_are_told_of_the_parameters_whose_names_fit(folder, capsys):
     assert (told["step"], told["kind"], told["parameters"], told["consumed_tokens"]) == (5, "exp_avg_sq", 43, 320)
     assert (told["not_default"], told["config"]["training.lr"]) == (["model.num_layers", "training.lr"], 0.25)
     [row] = told["tensors"]
-    assert (row["name"], row["shape"], row["type"]) == ("layers.0.mlp.down.weight", [2, 5], "float32")
-    assert math.isclose(row["norm"], norm("layers.0.mlp.down.weight", seed=2), rel_tol=1e-12)
+    assert (row["name"], row["shape"], row["type"]) == ("blocks.0.mlp.down_proj.weight", [2, 5], "float32")
+    assert math.isclose(row["norm"], norm("blocks.0.mlp.down_proj.weight", seed=2), rel_tol=1e-12)
 
 
 def test_equal_checkpoints_leave_with_0(folder, capsys):
@@ -77,7 +77,7 @@ def test_equal_checkpoints_leave_with_0(folder, capsys):
 def other(tmp_path) -> Path:
     """One tensor with another value, one renamed, one of another shape, another learning rate, and no moments."""
     whole = imagined.weights()
-    whole["layers.1.mlp.down.weight"] = whole.pop("layers.0.mlp.down.weight")
+    whole["blocks.1.mlp.down_proj.weight"] = whole.pop("blocks.0.mlp.down_proj.weight")
     whole["embedding.weight"][0, 0] += 1
     whole["norm.weight"] = torch.ones(4)
     config = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(lr=0.5))
@@ -87,8 +87,10 @@ def other(tmp_path) -> Path:
 def test_different_checkpoints_leave_with_1_and_what_differs(folder, other, capsys):
     assert main([str(folder), str(other)]) == 1
     shown = capsys.readouterr().out
-    assert "where they differ:\n  training.lr: 0.25 and 0.5\nonly in the first: layers.0.mlp.down.weight\n" in shown
-    assert "only in the second: layers.1.mlp.down.weight\ntwo shapes: norm.weight 5 and 4\n" in shown
+    assert (
+        "where they differ:\n  training.lr: 0.25 and 0.5\nonly in the first: blocks.0.mlp.down_proj.weight\n" in shown
+    )
+    assert "only in the second: blocks.1.mlp.down_proj.weight\ntwo shapes: norm.weight 5 and 4\n" in shown
     assert table(shown)["embedding.weight"] == ["float32", "no", f"{1 / norm('embedding.weight'):.6g}", "1", "0"]
     assert shown.endswith("\ndifferent: the values of 1 of 1 tensors in both\n")
 
@@ -97,13 +99,13 @@ def test_what_differs_is_told_to_machines_too(folder, other, capsys):
     assert main([str(folder), str(other), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     names = (told["only_first"], told["only_second"], told["two_shapes"])
-    assert names == (["layers.0.mlp.down.weight"], ["layers.1.mlp.down.weight"], ["norm.weight"])
+    assert names == (["blocks.0.mlp.down_proj.weight"], ["blocks.1.mlp.down_proj.weight"], ["norm.weight"])
     assert (told["config"], told["equal"]) == ({"training.lr": [0.25, 0.5]}, False)
     assert [(row["name"], row["equal"]) for row in told["tensors"]] == [("embedding.weight", False)]
 
 
 def test_a_difference_in_names_alone_leaves_with_1(folder, other):
-    assert main([str(folder), str(other), "--tensors", "layers.*"]) == 1
+    assert main([str(folder), str(other), "--tensors", "blocks.*"]) == 1
 
 
 def test_every_byte_is_verified_when_asked(folder, capsys):
@@ -132,7 +134,7 @@ def test_what_is_not_there_is_named(folder, other, capsys):
         capsys, str(other), "--kind", "exp_avg"
     )
     assert "no exp_avg" in failure(capsys, str(folder), str(other), "--kind", "exp_avg")
-    said = "has a name like 'head*'. There are 3, from embedding.weight to norm.weight. Set --tensors."
+    said = "has a name like 'head*'. There are 3, from blocks.0.mlp.down_proj.weight to norm.weight. Set --tensors."
     assert said in failure(capsys, str(folder), "--tensors", "head*")
     assert said in failure(capsys, str(folder), str(other), "--tensors", "head*")
     assert "is no checkpoint" in failure(capsys, str(folder) + "x")
