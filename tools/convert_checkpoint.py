@@ -21,6 +21,7 @@ from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.tensors import Tensors
+from megatron_ring.config import ModelConfig
 from megatron_ring.errors import speaking_errors
 
 
@@ -60,10 +61,12 @@ def run_import(options: Import) -> None:
     print(f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}")
     if done.dropouts:
         print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
+    for tokenizer in {"tokenizer.json", "tokenizer.model"}.intersection(done.carried):
+        print(f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}")
     print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")
 
 
-def _rope(model) -> str:
+def _rope(model: ModelConfig) -> str:
     if model.position_embedding_type != "rope":
         return "none, positions are learned"
     stretch = f", {model.rope_scaling} x {model.rope_scaling_factor:g}" if model.rope_scaling != "none" else ""

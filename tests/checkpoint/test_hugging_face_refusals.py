@@ -50,6 +50,8 @@ REFUSED = [
     ("llama", rope(rope_type="longrope", long_factor=[1]), "rope_type is 'longrope'"),
     ("llama", rope(rope_type="linear", beta_fast=32), "RoPE of kind linear has no beta_fast"),
     ("llama", rope(rope_type="linear", factor=0.5), "RoPE's factor is 0.5, and must be a number of at least 1"),
+    ("llama", rope(rope_type="llama3", factor=float("nan")), "RoPE's factor is nan, and must be a number of at least"),
+    ("llama", rope(rope_type="yarn", original_max_position_embeddings=8.5), "original_max_position_embeddings is 8.5"),
     ("llama", rope(rope_type="yarn", beta_fast=16), "RoPE's beta_fast is 16, and must be 32"),
     ("llama", rope(rope_type="yarn", truncate=False), "RoPE's truncate is False, and must be True"),
     ("llama", rope(rope_type="yarn", attention_factor=1.0), "RoPE's attention_factor is 1.0, and must be 1.138"),

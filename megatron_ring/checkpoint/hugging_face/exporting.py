@@ -10,17 +10,14 @@ from typing import Literal
 import torch
 
 from megatron_ring.checkpoint import disk, locate
-from megatron_ring.checkpoint.hugging_face import modules
 from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, GENERATION, copy_beside, read_json
-from megatron_ring.checkpoint.hugging_face.modules import Tensor
 from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
+from megatron_ring.checkpoint.hugging_face.weights import STORED, Weights
 from megatron_ring.checkpoint.locate import Located
-from megatron_ring.checkpoint.single_file import TYPES, Entry
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.checkpoint.tensors import Tensors
 from megatron_ring.errors import CheckpointError
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -32,7 +29,7 @@ class Form:
 
     family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
     """Whose words describe the model. Empty: those of the only family that has words for all of it."""
-    dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = STORED
     """Type of the weights. stored: what the checkpoint has, which after training is fp32."""
     max_shard_size: str = "5GB"
     """Bytes of tensors that a file has at most; KB, MB and GB are powers of 1000."""
@@ -55,8 +52,7 @@ class Exported:
 def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     """Write ``out``, whole or not at all, from a checkpoint or the newest in a --save folder.
 
-    Raises CheckpointError, and ConfigError for a size that is none. Memory holds the pages of the checkpoint that were
-    read, and one tensor.
+    Raises CheckpointError, and ConfigError for a size that is none.
     """
     limit, located = parse_size(form.max_shard_size), locate.locate(checkpoint)
     _check_empty(out)
@@ -65,13 +61,13 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     stored = Summary.of(located.path)
     model, seq_length = stored.config.model, stored.state.seq_length
     family = choose_family(form.family, model, seq_length)
-    found = modules.tensors(FAMILIES[family].modules, stored.tensors.shapes)
-    entries = [Entry(name, _dtype(stored.tensors, tensor, form.dtype), tensor.shape) for name, tensor in found.items()]
+    weights = Weights(located.path, FAMILIES[family].modules, form.dtype)
+    entries = weights.entries()
     dtypes = sorted({entry.dtype for entry in entries}, key=lambda dtype: -dtype.itemsize)
     config = _config(family, stored.state.vocab_size, dtypes[0], beside)
     config |= write_model(FAMILIES[family], model, seq_length)
     with _whole_or_not(out) as partial:
-        files = write_shards(partial, entries, limit, lambda entry: _value(stored.tensors, found[entry.name], entry))
+        files = write_shards(partial, entries, limit, weights.read)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         carried = copy_beside(beside, partial) if beside else []
     return Exported(located, family, dtypes, seq_length, [CONFIG, *files], carried)
@@ -89,24 +85,6 @@ def _beside(checkpoint: Path, asked: Path | None) -> Path | None:
     if not any((asked / name).is_file() for name in BESIDE):
         raise CheckpointError(f"{asked} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out.")
     return asked
-
-
-def _dtype(stored: Tensors, tensor: Tensor, asked: str) -> torch.dtype:
-    """Of one of their tensors; the widest of ours where it is made of several."""
-    if asked != "stored":
-        return TYPES[asked]
-    return max((stored.dtype(name) for name in tensor.parts), key=lambda dtype: dtype.itemsize)
-
-
-def _value(stored: Tensors, tensor: Tensor, entry: Entry) -> torch.Tensor:
-    whole = tensor.put_together([stored.read(name) for name in tensor.parts])
-    value = whole.to(entry.dtype)
-    if value.isinf().any() and not whole.isinf().any():
-        raise CheckpointError(
-            f"{entry.name} has a value of {whole.abs().max():.4g}, and {entry.dtype} ends at "
-            f"{torch.finfo(entry.dtype).max:.4g}. Set --dtype bf16 or fp32."
-        )
-    return value
 
 
 def _config(family: str, vocab_size: int, dtype: torch.dtype, source: Path | None) -> Told:

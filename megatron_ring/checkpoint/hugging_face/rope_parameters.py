@@ -11,7 +11,7 @@ from megatron_ring.config import ModelConfig
 
 _DEFAULT_BASE = 10000.0
 _OF_ANY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-# What each kind may say besides, and what it must not differ from where kernels/rope.py has no choice.
+# What each kind may say besides.
 _STRETCHES: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -21,11 +21,12 @@ _STRETCHES: dict[str, set[str]] = {
         "mscale", "mscale_all_dim",
     },
 }  # fmt: skip
+# Where kernels/rope.py has no choice.
 _CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
 def _read(config: Told, problems: list[str]) -> Told:
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = _rope(config)
     base = float(told_or(rope, "rope_theta", told_or(config, "rope_theta", _DEFAULT_BASE)))
     kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
     problems += _partial(config, rope)
@@ -36,6 +37,10 @@ def _read(config: Told, problems: list[str]) -> Told:
         return _problem(problems, f"RoPE of kind {kind} has no {', '.join(unknown)}.")
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
     return {"rotary_base": base, **stretch}
+
+
+def _rope(config: Told) -> Told:
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _partial(config: Told, rope: Told) -> list[str]:
@@ -53,8 +58,10 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
         factor = config["max_position_embeddings"] / original
-    if not isinstance(factor, (int, float)) or factor < 1:
+    if not isinstance(factor, (int, float)) or not factor >= 1:
         return _problem(problems, f"RoPE's factor is {factor!r}, and must be a number of at least 1.")
+    if type(original) is not int or original < 1:
+        return _problem(problems, f"original_max_position_embeddings is {original!r}, and must be a whole number.")
     problems += _differing_constants(rope, factor)
     if factor == 1:
         return {}  # of every kind the same as none
@@ -65,9 +72,8 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
 
 def original_length(config: Told) -> int:
     """The tokens that the model was trained on before its RoPE was stretched, as far as its config.json tells."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    outside = told_or(config, "original_max_position_embeddings", config["max_position_embeddings"])
-    return told_or(rope, "original_max_position_embeddings", outside)
+    inside = told_or(_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
+    return told_or(config, "original_max_position_embeddings", inside)
 
 
 def _differing_constants(rope: Told, factor: float) -> list[str]:

@@ -1,0 +1,59 @@
+"""Conversions need at most 1.2 times the memory of the model, by what a process's high-water mark rises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.config import ModelConfig
+from tests.checkpoint.test_hugging_face_export import write
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8}
+MODELS = {
+    "qwen2": ModelConfig(**SIZES, add_qkv_bias=True),
+    # The one whose tensors have to be turned, and put together from several.
+    "gpt2": ModelConfig(
+        **SIZES,
+        normalization="LayerNorm",
+        activation="gelu",
+        add_bias_linear=True,
+        position_embedding_type="learned_absolute",
+    ),
+}
+# Libraries are loaded before the mark is set back to what is in use.
+MEASURED = """
+import sys
+from pathlib import Path
+from tools.convert_checkpoint import main
+
+def high_water_mark():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")
+before = high_water_mark()
+main(sys.argv[1:])
+print(high_water_mark() - before)
+"""
+
+
+def rise(*arguments: str | Path) -> int:
+    """Bytes by which the memory of a conversion's process goes up."""
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("family", MODELS)
+def test_memory(family, tmp_path):
+    ours = write(tmp_path / "ours", MODELS[family])
+    model_bytes = sum(part.stat().st_size for part in ours.glob("part-*"))
+    assert model_bytes > 3e8
+    export_checkpoint(ours, tmp_path / "theirs", Form())
+    limit = 1.2 * model_bytes
+    assert rise("import", tmp_path / "theirs", tmp_path / "imported") < limit
+    assert rise("export", ours, tmp_path / "exported") < limit
+    assert rise("export", ours, tmp_path / "narrow", "--dtype", "bf16") < limit
