@@ -41,10 +41,15 @@ def split_parameter(whole_shape: tuple[int, ...], dim: int, tensor: TensorParall
     return parameter
 
 
+def part_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of what this tensor rank has of ``parameter``, which ZeRO 3 hides between uses."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape that ``parameter`` has on one process."""
     split = split_of(parameter)
-    shape = list(parameter.shape)
+    shape = list(part_shape(parameter))
     if split:
         shape[split.dim] = split.whole
     return tuple(shape)

@@ -20,7 +20,8 @@ from megatron_ring.data.packing import IGNORED
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training.fragments import Fragment, fragments, update_compute_weights, whole_shapes
+from megatron_ring.parallel.tensor import whole_shape
+from megatron_ring.training.fragments import Fragment, fragments, update_compute_weights
 from megatron_ring.training.gradient_norm import clip, counts_here
 from megatron_ring.training.loss import counted_tokens, share_of_mean
 from megatron_ring.training.loss_scale import loss_scale, set_loss_scale
@@ -115,7 +116,7 @@ class Engine:
 
     def shapes(self) -> Shapes:
         """Whole shapes of the parameters of which this process holds something."""
-        return whole_shapes(self.named_parameters())
+        return {name: whole_shape(parameter) for name, parameter in self.named_parameters()}
 
     def pieces(self) -> list[Piece]:
         """What this process adds to a checkpoint: views of its memory. All together have every element once."""

@@ -9,7 +9,7 @@ memory: what is read there is saved, what is written there is loaded. The way to
     float32 alone              the parameter itself
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from torch import nn
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
-from megatron_ring.checkpoint.tensors import MOMENTS, WEIGHT, Piece, Shapes, Tensors
-from megatron_ring.parallel.tensor import split_of
+from megatron_ring.checkpoint.tensors import MOMENTS, WEIGHT, Piece, Tensors
+from megatron_ring.parallel.tensor import part_shape, split_of
 
 
 class Place(NamedTuple):
@@ -71,16 +71,6 @@ class Fragment:
             first = run.stop
 
 
-def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> Shapes:
-    """The shapes that parameters have on one process, whatever this one holds of them."""
-    return {
-        name: tuple(
-            split.whole if (split := split_of(p)) and split.dim == dim else n for dim, n in enumerate(_shape(p))
-        )
-        for name, p in named
-    }
-
-
 def fragments(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, adam: torch.optim.Optimizer) -> list[Fragment]:
     """What this process holds of the parameters ``named`` as in a whole GPT.
 
@@ -92,16 +82,13 @@ def fragments(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, adam: t
 
 def _fragment(name: str, parameter: nn.Parameter, place: Place, adam: torch.optim.Optimizer) -> Fragment:
     split = split_of(parameter)
-    part = tuple(split.indices if split and dim == split.dim else range(n) for dim, n in enumerate(_shape(parameter)))
+    part = tuple(
+        split.indices if split and dim == split.dim else range(n) for dim, n in enumerate(part_shape(parameter))
+    )
     kept = {WEIGHT: place.held, **_moments(adam, place.held)}
     run = slice(place.offset, place.offset + place.length)
     values = {kind: x.detach().view(-1)[run] for kind, x in kept.items()}
     return Fragment(name, part, place.start, place.copied, values)
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the tensor rank's part, which ZeRO 3 hides."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _moments(adam: torch.optim.Optimizer, held: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,7 +100,7 @@ def _moments(adam: torch.optim.Optimizer, held: torch.Tensor) -> dict[str, torch
     return {kind: state[kind] for kind in MOMENTS}
 
 
-def _places(optimizer: Any, adam: torch.optim.Optimizer) -> Any:
+def _places(optimizer: Any, adam: torch.optim.Optimizer) -> Callable[[nn.Parameter], Place | None]:
     """What finds the place of a parameter; None for one of which this process holds nothing."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return lambda p: _place_in_zero_3(p, optimizer)
