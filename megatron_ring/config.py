@@ -312,9 +312,10 @@ class TrainingConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO over data x context ranks: 1 splits optimizer state, 2 gradients too, 3 parameters too."""
     eval_interval: int = 100
-    """Steps between validations; there is one before the first step and one after the last. 0: none at all."""
+    """Steps between validations; there is one before the first step and one after the last. 0: none at all; a test
+    share of --split is evaluated all the same."""
     eval_iters: int = 8
-    """Global batches of one validation."""
+    """Global batches of one validation, and of the test."""
     deepspeed: tyro.conf.Suppress[tyro.conf.Fixed[dict[str, Any]]] = field(default_factory=dict)
     """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
 

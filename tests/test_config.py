@@ -82,6 +82,7 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
     assert load_yaml(path).data == DataConfig(data_path=("store",), split=(0.5, 0.5))
     config = parse(["--config", path, "--split", "0.9", "0.1", "--data-path", "other"])
     assert config.data == DataConfig(data_path=("other",), split=(0.9, 0.1))
+    assert parse(["--config", path, "--split", "0.8", "0.1", "0.1"]).data.split == (0.8, 0.1, 0.1)
 
 
 def test_a_blend_alternates_weights_and_stores_and_the_weights_are_exact():
@@ -188,7 +189,7 @@ MISTAKES = {
     "model: {num_layer: 2}": "FILE: model: unknown key 'num_layer'. Did you mean num_layers?",
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
-    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, save_interval, "
+    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, save_interval, "
     "async_save, keep_last, keep_every.",
     "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
     "dry_run.",
@@ -420,6 +421,11 @@ PROBLEMS = [
         "up to 1, the first above 0. Set --split.",
     ),
     (
+        DataConfig(split=(0.8, 0.1, 0.2)),
+        "split (0.8, 0.1, 0.2) must be two or three shares (training, validation, test), none below 0, that add "
+        "up to 1, the first above 0. Set --split.",
+    ),
+    (
         DataConfig(split=(1.5, -0.5)),
         "split (1.5, -0.5) must be two or three shares (training, validation, test), none below 0, that add "
         "up to 1, the first above 0. Set --split.",
@@ -449,6 +455,12 @@ PROBLEMS = [
         "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
     ),
     (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
+    (CheckpointConfig(finetune=True), "finetune has no weights to begin with while load is empty. Set --load."),
+    (
+        CheckpointConfig(finetune=True, load="runs", save="runs"),
+        "finetune makes a new run of the weights in load runs, and save is the same folder, whose checkpoints are the "
+        "old run's. Set --save to another folder.",
+    ),
     (
         CheckpointConfig(async_save=True),
         "async_save has nothing to write while save is empty. Set --save, or leave --async-save out.",
@@ -477,6 +489,7 @@ LEGAL = [
     ModelConfig(kv_channels=3, position_embedding_type="learned_absolute"),
     MemoryConfig(recompute="full", recompute_attention=True, loss_chunk_size=0),
     DataConfig(split=(1.0, 0.0)),
+    DataConfig(split=(0.9, 0.0, 0.1)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
     CheckpointConfig(save="runs", save_interval=5),
     CheckpointConfig(save="runs", keep_last=2, keep_every=100),
@@ -530,3 +543,10 @@ def test_heads():
 )
 def test_every_so_many_layers_one_attends_fully(model, windows):
     assert [model.window_of(layer) for layer in range(5)] == windows
+
+
+def test_a_model_has_a_row_for_every_token_id():
+    assert ModelConfig().vocabulary_size(61) == 61
+    assert ModelConfig(padded_vocab_size=64).vocabulary_size(61) == 64
+    with pytest.raises(ConfigError, match="padded_vocab_size 60 has no row for the last of the tokenizer's 61 ids"):
+        ModelConfig(padded_vocab_size=60).vocabulary_size(61)
