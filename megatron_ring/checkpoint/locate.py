@@ -1,5 +1,7 @@
 """The checkpoint that a tool was given, by its own folder or by the --save folder that it lies in."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +38,8 @@ def locate(given: Path) -> Located:
 
 def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
     """What the checkpoint at ``path`` says of itself and of its files, which are not read. Raises CheckpointError."""
-    try:
+    with _named(path):
         return store.described(path)
-    except CheckpointError as fault:
-        raise CheckpointError(_not_whole(path, fault)) from fault
 
 
 def verify(path: Path) -> None:
@@ -51,12 +51,15 @@ def verify(path: Path) -> None:
     total = sum(record.bytes for record in files.values())
     with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, delay=1, disable=None, leave=False) as bar:
         for name, record in files.items():
-            try:
+            with _named(path):
                 store.check(path, {name: record})
-            except CheckpointError as fault:
-                raise CheckpointError(_not_whole(path, fault)) from fault
             bar.update(record.bytes)
 
 
-def _not_whole(path: Path, fault: CheckpointError) -> str:
-    return f"{path} is not whole: {fault}. Give another checkpoint."
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The store tells of a fault in a checkpoint; here it is told in which."""
+    try:
+        yield
+    except CheckpointError as fault:
+        raise CheckpointError(f"{path} is not whole: {fault}. Give another checkpoint.") from fault

@@ -4,6 +4,7 @@ safetensors' own writer wants all tensors at once. The format is a header that t
 their bytes (https://github.com/huggingface/safetensors#format), so that it can be written with one in memory.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -71,7 +72,8 @@ def write(file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor
     except OSError as error:
         raise CheckpointError(f"{file} cannot be written: {error.strerror}. Give FILE another name.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return size
 
 

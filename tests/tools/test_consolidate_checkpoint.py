@@ -61,7 +61,9 @@ def test_a_damaged_checkpoint_is_refused_and_no_file_is_left(folder, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_folder_that_is_not_there_is_named(folder, tmp_path, capsys):
-    code, told = failure(capsys, str(folder), str(tmp_path / "nowhere" / "model.safetensors"))
-    assert code == CheckpointError.exit_code
-    assert "model.safetensors cannot be written: No such file or directory. Give FILE another name." in told
+def test_a_folder_that_is_not_there_or_none_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for parent, reason in (("nowhere", "No such file or directory"), ("file", "Not a directory")):
+        code, told = failure(capsys, str(folder), str(tmp_path / parent / "model.safetensors"))
+        assert code == CheckpointError.exit_code
+        assert f"model.safetensors cannot be written: {reason}. Give FILE another name." in told
