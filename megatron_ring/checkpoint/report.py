@@ -1,5 +1,6 @@
 """What is told of a checkpoint, and of two side by side: lines of text for people, a dict for machines."""
 
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from megatron_ring.checkpoint.compare import Comparison, Names
 from megatron_ring.checkpoint.summary import Summary, differing, settings
 from megatron_ring.config import Config
+
+_PARTS = "part-*.safetensors"
 
 
 def described(summary: Summary) -> Iterator[str]:
@@ -29,7 +32,7 @@ def described(summary: Summary) -> Iterator[str]:
     )
     changed = differing(summary.config, Config())
     yield from _listed("config, where it is not the default", {key: repr(value) for key, (value, _) in changed.items()})
-    yield from _listed("files", {name: f"{size:,} bytes" for name, size in sorted(summary.files.items())})
+    yield from _listed("files", _files(summary.files))
 
 
 def document(summary: Summary) -> dict[str, Any]:
@@ -78,6 +81,13 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for name, *others in cells:
         yield name.ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:]))
+
+
+def _files(sizes: dict[str, int]) -> dict[str, str]:
+    """The parts, of which there are as many as processes, in one line."""
+    parts = fnmatch.filter(sizes, _PARTS)
+    others = {name: f"{sizes[name]:,} bytes" for name in sorted(sizes.keys() - set(parts))}
+    return others | {_PARTS: f"{len(parts)} files, {sum(map(sizes.get, parts)):,} bytes"}
 
 
 def _listed(title: str, entries: dict[str, str]) -> Iterator[str]:

@@ -47,10 +47,15 @@ def norm(name: str, seed: int = 0) -> float:
 
 
 def test_all_files_are_counted_with_all_their_bytes(folder, capsys):
-    main([str(folder), "--json"])
-    told = json.loads(capsys.readouterr().out)
     files = {path.name: path.stat().st_size for path in (folder / "step-00000010").iterdir()}
-    assert told["files"] == files
+    parts = [size for name, size in files.items() if name.startswith("part-")]
+    main([str(folder)])
+    shown = capsys.readouterr().out
+    assert f": 9 files, {sum(files.values()):,} bytes\n" in shown
+    assert f"\n  state.json: {files['state.json']:,} bytes\n" in shown
+    assert f"\n  part-*.safetensors: 6 files, {sum(parts):,} bytes\n" in shown
+    main([str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["files"] == files
 
 
 def test_moments_are_told_of_the_parameters_whose_names_fit(folder, capsys):
