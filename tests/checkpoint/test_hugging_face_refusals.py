@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_ring.checkpoint.hugging_face.express import inexpressible, read_model
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.errors import CheckpointError
@@ -39,7 +43,8 @@ REFUSED = [
     ("llama", {"num_hidden_layers": None}, "num_hidden_layers is None, and must be a whole number above 0"),
     ("llama", {"vocab_size": 0}, "vocab_size is 0, and must be a whole number above 0"),
     ("llama", {"max_position_embeddings": "32"}, "max_position_embeddings is '32', and must be a whole"),
-    ("llama", {"rms_norm_eps": "small"}, "a value is of a type that its key never has"),
+    ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and must be a number"),
+    ("llama", {"head_dim": 8.0}, "head_dim is 8.0, and must be a whole number"),
     ("llama", {"rope_scaling": "yarn"}, "a value is of a type that its key never has"),
     ("qwen3", {"layer_types": 4}, "a value is of a type that its key never has"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, and must be None"),
@@ -57,6 +62,8 @@ REFUSED = [
     ("llama", rope(rope_type="yarn", attention_factor=1.0), "RoPE's attention_factor is 1.0, and must be 1.138"),
     ("llama", rope(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5), "mscale and mscale_all_dim"),
     ("llama", rope(rope_type="llama3", high_freq_factor=8.0), "RoPE's high_freq_factor is 8.0, and must be 4"),
+    ("mistral", {"sliding_window": 5.0}, "sliding_window is 5.0, and must be a whole number above 0"),
+    ("qwen2", WINDOW | {"sliding_window": 0}, "sliding_window is 0, and must be a whole number above 0"),
     ("mistral", {"layer_types": ["sliding_attention"] * 4}, "transformers' Mistral has one window for all layers"),
     ("qwen2", WINDOW | {"max_window_layers": 2}, "the layers with a sliding window, 2, 3 of 4, cannot be said here"),
     ("qwen2", {"layer_types": ["full_attention"] * 3}, "must be full_attention or sliding_attention for each of"),
@@ -70,6 +77,10 @@ REFUSED = [
     ("gpt2", {"n_head": 5}, "n_embd 32 does not divide into n_head 5"),
     ("bloom", {}, "is of model_type 'bloom'. Known: llama, mistral, qwen2, qwen3, gpt2"),
 ]
+
+
+KEYS = {key for _, changes, _ in REFUSED for key in changes} | LIKE_LLAMA.keys() | GPT2.keys()
+KEYS |= {"factor", "rope_type", "type", "rope_theta", "rope_parameters", "original_max_position_embeddings", "head_dim"}
 
 
 def described(folder: Path, family: str, **changes) -> Path:
@@ -92,6 +103,22 @@ def refusal(source: Path, out: Path) -> str:
 @pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
 def test_a_model_that_we_cannot_express(family, changes, reason, tmp_path):
     assert reason in refusal(described(tmp_path / "theirs", family, **changes), tmp_path / "ours")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats() | st.text() | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(sorted(KEYS)) | st.text(), inner),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(changes=st.dictionaries(st.sampled_from(sorted(KEYS)), JSON, max_size=4))
+def test_a_config_of_any_values_is_read_or_refused(family, changes):
+    """Never another exception; and what is read without a problem can be written."""
+    config = (GPT2 if family == "gpt2" else LIKE_LLAMA) | changes
+    model, problems = read_model(FAMILIES[family], config)
+    if not problems:
+        assert inexpressible(FAMILIES[family], model, 32) == []
 
 
 def test_all_reasons_are_told_at_once(tmp_path):

@@ -50,12 +50,17 @@ def size(key: str, field: str) -> Aspect:
     return Aspect(read, lambda model: {key: getattr(model, field)})
 
 
-def key(name: str, field: str, default: Any) -> Aspect:
-    """One key, one field, one meaning."""
-    return Aspect(
-        lambda config, problems: {field: told_or(config, name, default)},
-        lambda model: {name: getattr(model, field)},
-    )
+def key(name: str, field: str, default: int | float) -> Aspect:
+    """One key, one field, one meaning; a whole number if ``default`` is one."""
+
+    def read(config: Told, problems: list[str]) -> Told:
+        value = told_or(config, name, default)
+        if type(value) in (int, type(default)):
+            return {field: type(default)(value)}
+        problems.append(f"{name} is {value!r}, and must be a{' whole' * isinstance(default, int)} number.")
+        return {}
+
+    return Aspect(read, lambda model: {name: getattr(model, field)})
 
 
 def only(name: str, *values: Any, because: str) -> Aspect:

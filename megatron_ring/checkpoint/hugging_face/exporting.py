@@ -14,6 +14,7 @@ from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, GENERATION, copy_beside, read_json
+from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
 from megatron_ring.checkpoint.hugging_face.weights import STORED, Weights
 from megatron_ring.checkpoint.locate import Located
@@ -59,12 +60,13 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     beside = _beside(located.path, form.tokenizer)
     locate.verify(located.path)
     stored = Summary.of(located.path)
-    model, seq_length = stored.config.model, stored.state.seq_length
+    model, vocab_size, seq_length = stored.config.model, stored.state.vocab_size, stored.state.seq_length
+    stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
     family = choose_family(form.family, model, seq_length)
     weights = Weights(located.path, FAMILIES[family].modules, form.dtype)
     entries = weights.entries()
     dtypes = sorted({entry.dtype for entry in entries}, key=lambda dtype: -dtype.itemsize)
-    config = _config(family, stored.state.vocab_size, dtypes[0], beside)
+    config = _config(family, vocab_size, dtypes[0], beside)
     config |= write_model(FAMILIES[family], model, seq_length)
     with _whole_or_not(out) as partial:
         files = write_shards(partial, entries, limit, weights.read)

@@ -21,7 +21,7 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
             fields |= aspect.read(config, problems)
         model = ModelConfig(**fields)
         return model, problems or model.problems()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         return ModelConfig(), [*problems, f"a value is of a type that its key never has ({error!r})."]
 
 

@@ -1,22 +1,29 @@
 """Which layers have the sliding window: Mistral's all, Qwen's those that layer_types or max_window_layers name."""
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, told_or
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, missing_sizes, told_or
 from megatron_ring.config import ModelConfig
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_QWENS_WINDOW, _QWENS_FIRST_LAYER = 4096, 28
+_DEFAULT_WINDOW, _QWENS_FIRST_LAYER = 4096, 28
 
 
-def _read_mistral(config: Told, problems: list[str]) -> Told:
-    # Mistral's one key whose null is not its default: no window.
-    return {"window_size": config.get("sliding_window", 4096) or 0}
+def _window(config: Told, problems: list[str]) -> int:
+    """0: none, which null means; here it is not the default."""
+    window = config.get("sliding_window", _DEFAULT_WINDOW)
+    if window is None:
+        return 0
+    problems += missing_sizes({"sliding_window": window}, "sliding_window")
+    return window
 
 
-MISTRAL = Aspect(_read_mistral, lambda model: {"sliding_window": model.window_size or None})
+MISTRAL = Aspect(
+    lambda config, problems: {"window_size": _window(config, problems)},
+    lambda model: {"sliding_window": model.window_size or None},
+)
 
 
 def _read_qwen(config: Told, problems: list[str]) -> Told:
-    window = told_or(config, "sliding_window", _QWENS_WINDOW) if config.get("use_sliding_window") else 0
+    window = _window(config, problems) if config.get("use_sliding_window") else 0
     types = told_or(config, "layer_types", _types_from(config, window))
     if len(types) != config.get("num_hidden_layers") or not set(types) <= {_FULL, _SLIDING}:
         problems.append(f"layer_types is {types}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers.")

@@ -50,22 +50,28 @@ class Tensor:
 
 
 def tensors(table: dict[str, Module], shapes: Shapes) -> dict[str, Tensor]:
-    """Every tensor of theirs, by name, for a model whose parameters have ``shapes``. None of ours may be left over."""
+    """Every tensor of theirs, by name, for a model whose parameters have ``shapes``. None of ours may be left over.
+
+    What is in no layer comes first, then layer by layer.
+    """
     layers = range(1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")))
-    found = {}
-    for theirs, ours in table.items():
-        for layer in layers if "{}" in theirs else [0]:
-            for kind in ("weight", "bias"):
-                names = [f"{name.format(layer)}.{kind}" for name in ours.ours]
-                if names[0] in shapes:
-                    found[f"{theirs.format(layer)}.{kind}"] = _tensor([(name, shapes[name]) for name in names], ours)
-    left = set(shapes).difference(*(tensor.parts for tensor in found.values()))
+    found: dict[str, Tensor] = {}
+    for layer in (None, *layers):
+        for theirs, ours in table.items():
+            if ("{}" in theirs) == (layer is not None):
+                found |= _of_module(theirs.format(layer), [name.format(layer) for name in ours.ours], ours, shapes)
+    left = shapes.keys() - {name for tensor in found.values() for name in tensor.parts}
     assert not left, f"no place for {left}"
     return found
 
 
-def _tensor(ours: list[tuple[str, tuple[int, ...]]], module: Module) -> Tensor:
-    parts = {name: shape[0] for name, shape in ours}
-    shape = (sum(parts.values()), *ours[0][1][1:])
-    transposed = module.transposed and len(shape) == 2
-    return Tensor(shape[::-1] if transposed else shape, parts, transposed)
+def _of_module(theirs: str, ours: list[str], module: Module, shapes: Shapes) -> dict[str, Tensor]:
+    """Its weight and its bias, as far as the model has them."""
+    found = {}
+    for kind in ("weight", "bias"):
+        if f"{ours[0]}.{kind}" in shapes:
+            parts = {f"{name}.{kind}": shapes[f"{name}.{kind}"][0] for name in ours}
+            shape = (sum(parts.values()), *shapes[f"{ours[0]}.{kind}"][1:])
+            transposed = module.transposed and kind == "weight"
+            found[f"{theirs}.{kind}"] = Tensor(shape[::-1] if transposed else shape, parts, transposed)
+    return found

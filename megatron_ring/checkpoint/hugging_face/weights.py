@@ -8,7 +8,6 @@ from megatron_ring.checkpoint.hugging_face import modules
 from megatron_ring.checkpoint.hugging_face.modules import Module
 from megatron_ring.checkpoint.single_file import TYPES, Entry
 from megatron_ring.checkpoint.tensors import Tensors
-from megatron_ring.errors import CheckpointError
 
 STORED = "stored"
 _MAPPED_BYTES = 2**27
@@ -26,20 +25,13 @@ class Weights:
         self._tensors = modules.tensors(table, self._stored.shapes)
 
     def entries(self) -> list[Entry]:
-        """What there is to be written, in the order in which a token meets it."""
+        """What there is to be written, layer by layer."""
         return [Entry(name, self._type(name), tensor.shape) for name, tensor in self._tensors.items()]
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """One of ``entries``. Raises CheckpointError where its type has no number for a value."""
+        """One of ``entries``, in the type that it has in the checkpoint."""
         tensor = self._tensors[entry.name]
-        stored = tensor.put_together([self._parameter(name) for name in tensor.parts])
-        value = stored.to(entry.dtype)
-        if entry.dtype != stored.dtype and value.isinf().any() and not stored.isinf().any():
-            raise CheckpointError(
-                f"{entry.name} has a value of {stored.abs().max():.4g}, and {entry.dtype} ends at "
-                f"{torch.finfo(entry.dtype).max:.4g}. Set --dtype bf16 or fp32."
-            )
-        return value
+        return tensor.put_together([self._parameter(name) for name in tensor.parts])
 
     def _type(self, name: str) -> torch.dtype:
         """The widest of its parts where it has several."""
