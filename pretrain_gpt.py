@@ -5,6 +5,8 @@ deepspeed --num_gpus 2 pretrain_gpt.py --config configs/tiny-cpu.yaml --context-
 python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --context-parallel striped --dry-run
 """
 
+import sys
+
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.dataset import Dataset
@@ -18,9 +20,10 @@ from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
 from megatron_ring.training.setup import Setup
+from megatron_ring.training.stopping import Stopping
 
 
-def main(config: Config, environment: Environment) -> None:
+def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     speaks = environment.global_rank == 0
     if config.dry_run:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
@@ -43,13 +46,16 @@ def main(config: Config, environment: Environment) -> None:
     report = console.report(setup, dataset, stored, engine) if speaks else Silence()
     at = setup.grid.coordinates(environment.global_rank)
     saver = checkpointing.Saver(setup, agreement)
-    saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report)
-    leave_processes()
+    stopping.begin(Agreement.build())
+    saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report, stopping)
     if speaks:
         print(console.closing(report, config, saved))
+    stopping.close(saved)
+    leave_processes()
 
 
 if __name__ == "__main__":
     environment = Environment.read()
-    with spoken_once(environment):
-        main(arguments(environment), environment)
+    with spoken_once(environment), Stopping(speaks=environment.global_rank == 0) as stopping:
+        main(arguments(environment), environment, stopping)
+    sys.exit(stopping.exit_code)

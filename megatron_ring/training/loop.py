@@ -20,6 +20,7 @@ from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.setup import Setup
+from megatron_ring.training.stopping import Stopping
 
 
 def train(
@@ -30,8 +31,12 @@ def train(
     start: RunState | None,
     saver: Saver,
     report: Report,
+    stopping: Stopping,
 ) -> Path | None:
-    """Run the steps after ``start`` up to train_iters; returns the last checkpoint's folder. ``report`` is told all."""
+    """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
+
+    Returns the last checkpoint's folder.
+    """
     training, saving = setup.config.training, setup.config.checkpoint
     loader = _loader(dataset, dataset.training, setup, at, start.consumed_samples if start else 0)
     validates = training.eval_interval > 0 and dataset.validation is not None
@@ -45,8 +50,11 @@ def train(
                 report.held_out(held_out("validation", engine, setup, at, dataset, step))
             if last and dataset.test is not None:
                 report.held_out(held_out("test", engine, setup, at, dataset, step))
-            if saving.save and (last or (saving.save_interval and step % saving.save_interval == 0)):
+            stops = not last and stopping.agreed(step)
+            if saving.save and (last or stops or (saving.save_interval and step % saving.save_interval == 0)):
                 saver.save(engine, _state(setup, dataset, step, ahead))
+            if stops:
+                break
     return saver.finish()
 
 

@@ -1,0 +1,95 @@
+"""Stopping in order: a rank hears a signal, all end after the same step, with a checkpoint, to be started again.
+
+SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send. The exit code is
+EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank, torchrun and deepspeed hand
+on SIGTERM, wait 30 s for the ranks, and end with a code of their own; SIGUSR1 kills these two and orphans their ranks.
+"""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from megatron_ring.parallel.agreement import Agreement
+
+EXIT_CODE = os.EX_TEMPFAIL
+SIGNALS = signal.SIGTERM, signal.SIGUSR1
+
+# All ranks are told within a moment of each other. One that left before the rest have heard would fail them.
+_SECONDS_TO_HEAR = 1
+
+
+class Stopping:
+    """Whether this run is to stop, and after which step it did.
+
+    Within it signals are heard by a thread: the main one may be in a library's call, waiting for ranks that never come.
+    Before ``begin`` they end the process; a rank that alone is told so leaves the rest to its launcher.
+    """
+
+    def __init__(self, speaks: bool):
+        self.stopped_after: int | None = None
+        self._speaks, self._told, self._begun = speaks, Event(), Event()
+
+    @property
+    def exit_code(self) -> int:
+        """What to leave with when nothing failed."""
+        return 0 if self.stopped_after is None else EXIT_CODE
+
+    def begin(self, agreement: Agreement) -> None:
+        """From now on ``agreed`` answers the signals, over ``agreement``, which must be its alone."""
+        self._agreement = agreement
+        self._begun.set()
+
+    def agreed(self, step: int) -> bool:
+        """Whether any rank has been told to stop, the same on all. All ask once a step; blocks until they have."""
+        told = torch.tensor(int(self._told.is_set()))
+        dist.all_reduce(told, dist.ReduceOp.MAX, self._agreement.group)
+        if told:
+            self.stopped_after = step
+        return bool(told)
+
+    def close(self, saved: Path | None) -> None:
+        """Say, if it has stopped, how it goes on. ``saved``: its last checkpoint."""
+        if self.stopped_after is not None:
+            kept = f"--load {saved.parent} goes on from there" if saved else "nothing is kept: --save is not set"
+            self._say(f"after step {self.stopped_after}, as a signal asked; {kept}")
+
+    def __enter__(self) -> "Stopping":
+        hearing, self._ear = socket.socketpair()
+        self._ear.setblocking(False)
+        Thread(target=self._listen, args=(hearing,), name="stopping", daemon=True).start()
+        signal.set_wakeup_fd(self._ear.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # without a handler of Python's the wake-up is not written
+            signal.siginterrupt(number, False)  # nor are the system calls of libraries to fail with EINTR
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        """One that failed ends at a signal; one that is done, or has stopped, is not hurt by a late or second one."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if isinstance(error, Exception) else signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        self._ear.close()
+
+    def _listen(self, hearing: socket.socket) -> None:
+        with hearing:
+            while numbers := hearing.recv(64):  # a byte for each signal; none once closed
+                if not self._told.is_set() and not set(SIGNALS).isdisjoint(numbers):
+                    self._told.set()
+                    if not self._begun.wait(_SECONDS_TO_HEAR):
+                        self._leave()
+
+    def _leave(self) -> None:
+        self._say("before the first step, as a signal asked")
+        sys.stdout.flush()
+        os._exit(EXIT_CODE)
+
+    def _say(self, words: str) -> None:
+        if self._speaks:
+            print(f"stopped          {words}", flush=True)

@@ -1,0 +1,135 @@
+"""A run that is told to stop ends in order, on all ranks, and started again it is the run that was never stopped."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.checkpoint.names import PARTIAL
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", "small.yaml"]
+STEPS = 60
+SMALL = f"""\
+model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2}}
+parallel: {{context_parallel: striped}}
+data: {{data_path: [text/tokens], seq_length: 64, split: [0.8, 0.2, 0.0]}}
+training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 10, eval_iters: 1, dtype: fp32}}
+logging: {{log_interval: 10}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with small.yaml and a prepared store, text/tokens."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "pages").mkdir()
+    for page in range(20):
+        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
+    prepare = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", "pages"]
+    subprocess.run([*prepare, "--output-prefix", "text/tokens", "--vocab-size", "300"], cwd=folder, check=True)
+    return folder
+
+
+def start(folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: int = 0) -> list[subprocess.Popen]:
+    """These ranks of two, without a launcher."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    world |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen(
+            [*PROGRAM, *flags],
+            cwd=folder,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **said,
+        )
+        for rank in ranks
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> tuple[set[int], str]:
+    """The exit codes of all, and what they said."""
+    said = "".join(process.communicate(timeout=120)[0] for process in processes)
+    return {process.returncode for process in processes}, said
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def metrics(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def figures(file: Path) -> list[dict]:
+    """What does not depend on the clock, line by line."""
+    timed = {"tokens_per_second", "step_seconds", "data_seconds"}
+    return [{key: value for key, value in record.items() if key not in timed} for record in metrics(file)]
+
+
+def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_started_again(folder):
+    codes, said = ended(start(folder, "--metrics-file", "straight.jsonl"))
+    assert codes == {0}, said
+
+    flags = ["--save", "saved", "--load", "saved", "--metrics-file", "stopped.jsonl"]
+    ranks = start(folder, *flags, "--save-interval", "1", "--async-save")
+    until(lambda: any((folder / "saved").glob(f"{PARTIAL}*")))
+    ranks[1].send_signal(signal.SIGUSR1)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    codes, said = ended(ranks)
+    assert codes == {75}, said
+    assert "Traceback" not in said
+    stopped_after = metrics(folder / "stopped.jsonl")[-1]["step"]
+    assert stopped_after < STEPS
+    assert said.count(f"after step {stopped_after}, as a signal asked; --load saved goes on from there") == 1
+
+    codes, said = ended(start(folder, *flags))
+    assert codes == {0}, said
+    assert figures(folder / "stopped.jsonl") == figures(folder / "straight.jsonl")
+
+
+def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
+    ranks = start(folder, "--metrics-file", "lost.jsonl", "--pipeline-model-parallel-size", "2", "--num-layers", "2")
+    until(lambda: metrics(folder / "lost.jsonl"))
+    ranks[1].send_signal(signal.SIGUSR1)
+    codes, said = ended(ranks)
+    assert codes == {75}, said
+    assert said.count("nothing is kept: --save is not set") == 1
+    assert "Traceback" not in said
+
+
+def test_told_while_it_waits_for_others_it_leaves_at_once(folder):
+    port = free_port()
+    ranks = start(folder, ranks=[0], port=port)
+    until(lambda: answers(port))
+    ranks[0].send_signal(signal.SIGUSR1)
+    began = time.monotonic()
+    codes, said = ended(ranks)
+    assert codes == {75}, said
+    assert said.count("stopped          before the first step, as a signal asked") == 1
+    assert time.monotonic() - began < 20, "it did not wait for the rank that never comes"
+
+
+def answers(port: int) -> bool:
+    """Whether rank 0 is there for the others to meet."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
