@@ -2,18 +2,22 @@
 
 ``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` sets SLURM's names; alone, a process is
 the whole world. A batch script carries SLURM's names too, but only within a step of srun do they count processes.
+The ranks of a step meet on its first node, at a port of their own, unless MASTER_ADDR and MASTER_PORT say where.
 """
 
 import os
+import re
 from dataclasses import dataclass
+
+from megatron_ring.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Environment:
     """global_rank, world_size: among all processes. local_rank, local_size: among those of this machine.
 
-    threads: how many this process should compute with on a CPU: OMP_NUM_THREADS where that is set, else its share of
-    the cores, so that ranks on one machine do not fight for them.
+    threads: how many this process should compute with on a CPU: OMP_NUM_THREADS where that is set, else what srun gave
+    each, else its share of the cores, so that ranks on one machine do not fight for them.
     """
 
     global_rank: int
@@ -24,28 +28,70 @@ class Environment:
 
     @staticmethod
     def read() -> "Environment":
-        world_size = _integer("WORLD_SIZE", "SLURM_NTASKS", default=1)
+        world_size = _integer("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
         # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        local_size = _integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=world_size)
+        local_size = _integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=len(_ranks_of_node()) or world_size)
+        own_cores = max(1, len(os.sched_getaffinity(0)) // local_size)
         return Environment(
             global_rank=_integer("RANK", "SLURM_PROCID", default=0),
             local_rank=_integer("LOCAL_RANK", "SLURM_LOCALID", default=0),
             world_size=world_size,
             local_size=local_size,
-            threads=_integer("OMP_NUM_THREADS", default=max(1, len(os.sched_getaffinity(0)) // local_size)),
+            threads=_integer("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", default=own_cores),
         )
 
     def complete(self) -> None:
-        """Give torch's rendezvous what the launcher left out, so that a bare ``python`` is a world of one."""
+        """Give torch's rendezvous what the launcher left out, so that a bare ``python`` is a world of one.
+
+        Raises ConfigError where srun dealt out the ranks so that rings would leave the nodes at every hop.
+        """
+        _check_neighbours(_ranks_of_node())
         os.environ.setdefault("RANK", str(self.global_rank))
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         os.environ.setdefault("WORLD_SIZE", str(self.world_size))
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault(
+            "MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]) if _in_step() else "127.0.0.1"
+        )
+        os.environ.setdefault("MASTER_PORT", str(_port()))
+
+
+def first_host(node_list: str) -> str:
+    """The first name of SLURM's short form of many.
+
+    >>> first_host("node[01-03,7],other"), first_host("gpu1,gpu2"), first_host("rack[2,4]-node[5-6]")
+    ('node01', 'gpu1', 'rack2-node5')
+    """
+    first = re.match(r"(?:\[[^]]*\]|[^,[])+", node_list).group()
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
+
+
+def _port() -> int:
+    """Of the step's own, below those that a system gives out by itself: jobs that share a node must not meet."""
+    if not _in_step():
+        return 29500
+    return 15000 + (_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % 15000
+
+
+def _ranks_of_node() -> list[int]:
+    """The ranks that srun runs on this node; none if it was not srun that started this process."""
+    if not _in_step() or "RANK" in os.environ:
+        return []
+    return [int(rank) for rank in os.environ["SLURM_GTIDS"].split(",")]
+
+
+def _check_neighbours(ranks: list[int]) -> None:
+    if ranks and ranks[-1] - ranks[0] + 1 != len(ranks):
+        raise ConfigError(
+            f"srun runs ranks {', '.join(map(str, ranks))} on this node, which are no neighbours: a ring would leave "
+            "the node at every hop. Start with srun --distribution=block."
+        )
+
+
+def _in_step() -> bool:
+    return "SLURM_STEP_ID" in os.environ
 
 
 def _integer(*names: str, default: int) -> int:
-    in_step = "SLURM_STEP_ID" in os.environ
-    given = (name for name in names if name in os.environ and (in_step or not name.startswith("SLURM_")))
+    given = (name for name in names if name in os.environ and (_in_step() or not name.startswith("SLURM_")))
     # OMP_NUM_THREADS may list a number for each nesting level; the outermost comes first.
     return next((int(os.environ[name].split(",")[0]) for name in given), default)

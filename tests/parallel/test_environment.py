@@ -2,18 +2,21 @@ import os
 
 import pytest
 
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.errors import ConfigError
+from megatron_ring.parallel.environment import Environment, first_host
 
 # What each launcher says to rank 5 of 8 on the second of two machines.
 LAUNCHERS = {
     "torchrun": {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
     "deepspeed": {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"},
     "srun": {
-        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "20042",
+        "SLURM_STEP_ID": "1",
+        "SLURM_STEP_NODELIST": "node[07-08]",
+        "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "8",
-        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_GTIDS": "4,5,6,7",
     },
 }
 
@@ -37,9 +40,10 @@ def test_alone_a_process_is_the_whole_world_and_has_all_cores(environ):
 
 
 def test_torchrun_within_slurm_is_believed(environ):
-    environ.update(LAUNCHERS["torchrun"] | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"})
-    assert Environment.read().global_rank == 5
-    assert Environment.read().world_size == 8
+    """srun starts a torchrun on each node, whatever way it deals them out."""
+    environ.update(LAUNCHERS["srun"] | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_GTIDS": "0,2"} | LAUNCHERS["torchrun"])
+    assert Environment.read() == Environment(global_rank=5, local_rank=1, world_size=8, local_size=4, threads=4)
+    Environment.read().complete()
 
 
 def test_ranks_of_one_machine_share_its_cores_but_each_has_one(environ):
@@ -52,11 +56,41 @@ def test_threads_that_are_asked_for_are_given(environ):
     assert Environment.read().threads == 3
 
 
-def test_what_the_launcher_left_out_is_completed(environ):
-    environ.update(LAUNCHERS["srun"] | {"MASTER_ADDR": "node1"})
+@pytest.mark.parametrize(
+    ("launcher", "address", "port"), [("deepspeed", "127.0.0.1", "29500"), ("srun", "node07", str(15000 + 5043))]
+)
+def test_what_the_launcher_left_out_is_completed(launcher, address, port, environ):
+    environ.update(LAUNCHERS[launcher])
     Environment.read().complete()
-    told = {name: environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert told == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    told = [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert told == ["5", "1", "8", address, port]
+
+
+def test_ranks_of_a_step_meet_where_they_are_told_to(environ):
+    environ.update(LAUNCHERS["srun"] | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    Environment.read().complete()
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "1234")
+
+
+def test_ranks_that_srun_deals_out_in_turn_are_refused(environ):
+    environ.update(LAUNCHERS["srun"] | {"SLURM_GTIDS": "1,3,5,7"})
+    with pytest.raises(ConfigError, match=r"srun runs ranks 1, 3, 5, 7 on this node.* srun --distribution=block"):
+        Environment.read().complete()
+
+
+@pytest.mark.parametrize(
+    ("node_list", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-2,7]", "node1"),
+        ("node[01-03],other", "node01"),
+        ("node7,node[1-2]", "node7"),
+        ("a-[08,12]-ib,b-[1-2]", "a-08-ib"),
+        ("rack[2-3]n[5-6]", "rack2n5"),
+    ],
+)
+def test_the_first_of_many_nodes(node_list, first):
+    assert first_host(node_list) == first
 
 
 def test_what_the_launcher_said_is_kept(environ):
@@ -69,6 +103,11 @@ def test_what_the_launcher_said_is_kept(environ):
 def test_a_batch_script_that_carries_slurms_names_is_still_alone(environ):
     environ.update({name: value for name, value in LAUNCHERS["srun"].items() if name != "SLURM_STEP_ID"})
     assert Environment.read().world_size == 1
+
+
+def test_a_task_of_srun_computes_with_the_cores_it_was_given(environ):
+    environ.update(LAUNCHERS["srun"] | {"SLURM_CPUS_PER_TASK": "12"})
+    assert Environment.read().threads == 12
 
 
 def test_the_outermost_number_of_threads_counts(environ):
