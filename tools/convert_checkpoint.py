@@ -9,10 +9,10 @@ needed.
 """
 
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
@@ -20,7 +20,7 @@ from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
-from megatron_ring.checkpoint.tensors import Tensors
+from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import speaking_errors
 
@@ -53,17 +53,21 @@ Command = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, 
 def run_import(options: Import) -> None:
     """Import, and tell what came of it and how to go on. Raises CheckpointError, ConfigError."""
     done = import_folder(options.hf_dir, options.out, options.stretch)
-    stored, model = Tensors.open(done.path), done.config.model
-    types = sorted({str(stored.dtype(name)).removeprefix("torch.") for name in stored.shapes})
-    count = sum(prod(shape) for shape in stored.shapes.values())
-    print(f"{done.path}: {done.family}, {count:,} parameters in {' and '.join(types)}")
-    print(f"vocab_size {done.vocab_size:,}, seq_length {done.config.data.seq_length:,}, RoPE {_rope(model)}")
+    stored = Summary.of(done.path)
+    types = _named({stored.tensors.dtype(name) for name in stored.tensors.shapes})
+    print(f"{done.path}: {done.family}, {stored.parameters:,} parameters in {types}")
+    sizes = f"vocab_size {stored.state.vocab_size:,}, seq_length {stored.state.seq_length:,}"
+    print(f"{sizes}, RoPE {_rope(stored.config.model)}")
     print(f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}")
     if done.dropouts:
         print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
     for tokenizer in {"tokenizer.json", "tokenizer.model"}.intersection(done.carried):
         print(f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}")
     print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")
+
+
+def _named(types: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
 
 
 def _rope(model: ModelConfig) -> str:
@@ -76,10 +80,11 @@ def _rope(model: ModelConfig) -> str:
 def run_export(options: Export) -> None:
     """Export, and tell what came of it. Raises CheckpointError, and ConfigError for a size that is none."""
     done = export_checkpoint(options.checkpoint, options.hf_dir, options.form)
-    types = " and ".join(str(dtype).removeprefix("torch.") for dtype in done.dtypes)
     if done.checkpoint.note:
         print(done.checkpoint.note)
-    print(f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {types}, {len(done.files)} files")
+    print(
+        f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {_named(done.dtypes)}, {len(done.files)} files"
+    )
     print(f"its longest sequence is the run's seq_length, {done.seq_length:,}")
     without = "none, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
     print(f"tokenizer and generation_config.json: {', '.join(done.carried) or without}")

@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.express import read_model, resolved
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
@@ -96,6 +98,18 @@ def test_parameters_are_those_of_a_model(name):
     model = GPT(CONFIGS[name], VOCABULARY, LENGTH, plain_attention, seed=1)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert parameters(CONFIGS[name], VOCABULARY, LENGTH) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_absent_key_is_what_transformers_takes_it_for(family):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32}
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
+    if family == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": LENGTH}
+    complete = transformers.AutoConfig.for_model(family, **sizes).to_dict()
+    (model, problems), (expected, none) = (read_model(FAMILIES[family], told) for told in (sizes, complete))
+    assert problems == none == []
+    assert resolved(model, LENGTH) == resolved(expected, LENGTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -168,7 +168,8 @@ def test_a_folder_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"{", "is not JSON"), (b"[]", "holds no keys"), (b"\xff", "not JSON")]
+    ("content", "reason"),
+    [(b"{", "is not JSON"), (b"[]", "holds no keys"), (b"\xff", "not JSON"), (b"[" * 10**5, "not JSON")],
 )
 def test_a_config_that_is_none(content, reason, theirs, tmp_path):
     (theirs / "config.json").write_bytes(content)

@@ -62,13 +62,15 @@ def test_the_factor_may_be_given_and_a_stretch_of_another_kind_be_replaced(model
     assert written.data.seq_length == 160
     model = written.model
     assert (model.rope_scaling, model.rope_scaling_factor, model.rope_original_length) == ("yarn", 10.0, 16)
-    other = import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).config
+    other = Summary.of(
+        import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).path
+    ).config
     assert (other.model.rope_scaling_factor, other.data.seq_length) == (LONG / 16, LONG)
 
 
 def test_samples_may_be_shorter_than_the_model_is_made_for(models, tmp_path):
-    done = import_folder(models / "qwen2", tmp_path / "ours", Stretch(seq_length=16))
-    assert (done.config.data.seq_length, done.config.model.rope_scaling) == (16, "none")
+    config = Summary.of(import_folder(models / "qwen2", tmp_path / "ours", Stretch(seq_length=16)).path).config
+    assert (config.data.seq_length, config.model.rope_scaling) == (16, "none")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Exported:
 
     checkpoint: Located
     family: str
-    dtypes: list[torch.dtype]
+    dtypes: set[torch.dtype]
     seq_length: int
     files: list[str]
     carried: list[str]
@@ -65,8 +65,8 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     family = choose_family(form.family, model, seq_length)
     weights = Weights(located.path, FAMILIES[family].modules, form.dtype)
     entries = weights.entries()
-    dtypes = sorted({entry.dtype for entry in entries}, key=lambda dtype: -dtype.itemsize)
-    config = _config(family, vocab_size, dtypes[0], beside)
+    dtypes = {entry.dtype for entry in entries}
+    config = _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize), beside)
     config |= write_model(FAMILIES[family], model, seq_length)
     with _whole_or_not(out) as partial:
         files = write_shards(partial, entries, limit, weights.read)

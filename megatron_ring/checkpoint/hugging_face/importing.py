@@ -27,12 +27,10 @@ from megatron_ring.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Imported:
-    """path: the checkpoint, with its config. carried: what is in it besides. dropouts: what training leaves out."""
+    """path: the checkpoint. carried: what is in it besides the model. dropouts: what training leaves out."""
 
     path: Path
     family: str
-    config: Config
-    vocab_size: int
     carried: list[str]
     dropouts: list[str]
 
@@ -57,7 +55,7 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
         written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
     )
     path, carried = _write(folder, out, state, config, shapes, found)
-    return Imported(path, name, config, vocab_size, carried, _dropouts(folder.config))
+    return Imported(path, name, carried, _dropouts(folder.config))
 
 
 def _check_empty(out: Path) -> None:

@@ -6,10 +6,9 @@ from megatron_ring.checkpoint.hugging_face import modules
 from megatron_ring.checkpoint.hugging_face.families import Family
 from megatron_ring.checkpoint.hugging_face.folder import Folder, Header
 from megatron_ring.checkpoint.hugging_face.modules import Tensor
-from megatron_ring.checkpoint.tensors import Shapes
+from megatron_ring.checkpoint.tensors import TYPES, Shapes
 from megatron_ring.errors import CheckpointError
 
-_TYPES = ("F64", "F32", "F16", "BF16")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.weight"
 
 
@@ -39,8 +38,8 @@ def _misfits(name: str, header: Header, wanted: Tensor) -> list[str]:
     found = []
     if header.shape != wanted.shape:
         found.append(f"{name} has shape {list(header.shape)}, and must have {list(wanted.shape)}.")
-    if header.dtype not in _TYPES:
-        found.append(f"{name} is of type {header.dtype}, and must be of {', '.join(_TYPES)}.")
+    if header.dtype not in TYPES:
+        found.append(f"{name} is of type {header.dtype}, and must be of {', '.join(TYPES)}.")
     return found
 
 
