@@ -9,16 +9,17 @@ nothing of the processes that wrote it: any others read the boxes that overlap t
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
+from megatron_ring.checkpoint.mapped_files import MappedFiles
 from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
 from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
 from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
@@ -99,13 +100,13 @@ class Tensors:
     kinds: tuple[str, ...]
     shapes: Shapes
     _parts: dict[str, list[tuple[Box, str]]]
-    _files: dict[str, Any] = field(default_factory=dict)
+    _files: MappedFiles
 
     @staticmethod
     def open(path: Path) -> "Tensors":
         """Of the checkpoint at ``path``, which was found whole before. Raises CheckpointError for a foreign index."""
         try:
-            return Tensors(path, *decode((path / INDEX).read_bytes()))
+            return Tensors(path, *decode((path / INDEX).read_bytes()), MappedFiles(path))
         except OSError as error:
             raise CheckpointError(f"{path / INDEX} cannot be read: {error.strerror}") from error
 
@@ -126,11 +127,11 @@ class Tensors:
         dtype = self.dtype(name, kind)
         if {TYPES[values.get_dtype()] for _, values, _ in pieces} - {dtype}:
             raise CheckpointError(f"{self.path}: the boxes of {kind}/{name} are not of one type")
-        return _filled(torch.empty([len(indices) for indices in box], dtype=dtype), pieces)
+        return self._filled(torch.empty([len(indices) for indices in box], dtype=dtype), pieces)
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, box: Box) -> None:
         """Fill ``out``, of any type and shaped as ``box``, with what parameter ``name`` has there."""
-        _filled(out, self._pieces(name, kind, box))
+        self._filled(out, self._pieces(name, kind, box))
 
     def dtype(self, name: str, kind: str = WEIGHT) -> torch.dtype:
         """The type that was written."""
@@ -147,22 +148,16 @@ class Tensors:
         """What ``file`` has of a box, unread. Raises CheckpointError where it is not what the index says."""
         key, path = _key(kind, name, box), self.path / file
         with _read_errors(path):
-            values = self._file(file).get_slice(key)
+            values = self._files.open(file).get_slice(key)
         if values.get_shape() != [len(indices) for indices in box] or values.get_dtype() not in TYPES:
             raise CheckpointError(f"{path} cannot be read: {key} is {values.get_dtype()} {values.get_shape()} there")
         return values
 
-    def _file(self, name: str) -> Any:
-        """Opened once: a memory map."""
-        if name not in self._files:
-            self._files[name] = safe_open(self.path / name, framework="pt")
-        return self._files[name]
-
-
-def _filled(out: torch.Tensor, pieces: Iterable[_Read]) -> torch.Tensor:
-    for target, values, source in pieces:
-        out[target] = values[source]
-    return out
+    def _filled(self, out: torch.Tensor, pieces: Iterable[_Read]) -> torch.Tensor:
+        for target, values, source in pieces:
+            out[target] = values[source]
+        self._files.count(out.nbytes)
+        return out
 
 
 def _key(kind: str, name: str, box: Box) -> str:

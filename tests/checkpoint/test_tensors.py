@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_ring.checkpoint import boxes, tensors
+from megatron_ring.checkpoint import boxes, mapped_files, tensors
 from megatron_ring.checkpoint.tensors import INDEX, MOMENTS, WEIGHT, Piece, Tensors
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint import imagined
@@ -266,3 +266,17 @@ def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch)
     tensors.write_whole(tmp_path, {f"p{n}": (8,) for n in range(9)}, made())
     assert max(most) <= 3
     assert len(list(tmp_path.glob("part-*"))) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux")
+def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped_files, "CLOSED_AFTER", 64)
+    write(
+        tmp_path, {"p": numbered((8,)), "q": numbered((8,))}, [[("p", boxes.parse("0:8"))], [("q", boxes.parse("0:8"))]]
+    )
+    read = Tensors.open(tmp_path)
+    found = [read.read("p")]
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    found.append(read.read("q"))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert all(same(values, numbered((8,))) for values in [*found, read.read("p")])
