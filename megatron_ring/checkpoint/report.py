@@ -27,7 +27,7 @@ def described(summary: Summary) -> Iterator[str]:
     )
     yield f"kept of each parameter: {', '.join(summary.tensors.kinds)}"
     yield (
-        f"made by: commit {state.commit or 'unknown'}, {state.written_at or 'time unknown'}, "
+        f"made at {state.written_at or 'unknown'} (UTC), by commit {state.commit or 'unknown'}, "
         f"processes {state.processes or 'unknown'}"
     )
     changed = differing(summary.config, Config())

@@ -47,12 +47,14 @@ def _shares(length: int, ranks: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(borders)]
 
 
-def write(folder: Path, step: int, kinds: dict[str, dict[str, torch.Tensor]], config: Config | None = None) -> Path:
-    """A whole checkpoint; returns its folder."""
+def write(
+    folder: Path, step: int, kinds: dict[str, dict[str, torch.Tensor]], config: Config | None = None, **made: str
+) -> Path:
+    """A whole checkpoint; returns its folder. ``made``: what its state says of how it was made."""
     store.prepare(folder, step)
     partial = folder / names.partial_name(step)
     written = [tensors.write_part(partial, number, pieces) for number, pieces in enumerate(parts(kinds))]
     shapes = {name: tuple(whole.shape) for name, whole in kinds[tensors.WEIGHT].items()}
     tensors.write_index(partial, shapes, kinds, written)
-    state = RunState(step=step, consumed_samples=4 * step, vocab_size=7, seq_length=16, optimizer_steps=step)
+    state = RunState(step, consumed_samples=4 * step, vocab_size=7, seq_length=16, optimizer_steps=step, **made)
     return store.commit(folder, state, config or Config(), store.seal(folder, step, store.written(folder, step)))

@@ -12,6 +12,8 @@ from megatron_ring.errors import CheckpointError
 from tests.checkpoint import imagined
 from tools.inspect_checkpoint import main
 
+MADE = {"commit": "0ca56ca", "written_at": "2026-11-22 17:56:19", "processes": "pipe 1, data 2"}
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
@@ -19,7 +21,7 @@ def folder(tmp_path) -> Path:
     config = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(lr=0.25))
     for step in (5, 10):
         moments = {"exp_avg": imagined.weights(1), "exp_avg_sq": imagined.weights(2)}
-        imagined.write(tmp_path / "run", step, {"weight": imagined.weights()} | moments, config)
+        imagined.write(tmp_path / "run", step, {"weight": imagined.weights()} | moments, config, **MADE)
     return tmp_path / "run"
 
 
@@ -37,7 +39,8 @@ def test_the_checkpoint_that_latest_names_is_told(folder, capsys):
     assert shown.startswith(f"{folder}/step-00000010: 9 files, ")
     assert "\nstep 10: 40 samples, 640 tokens seen, 10 optimizer steps\n" in shown
     assert "\nmodel: 43 parameters, 1 layers, hidden size 256, 4 query and 4 key-value heads of 64" in shown
-    assert "\nkept of each parameter: weight, exp_avg, exp_avg_sq\nmade by: commit unknown" in shown
+    assert "\nkept of each parameter: weight, exp_avg, exp_avg_sq\n" in shown
+    assert "\nmade at 2026-11-22 17:56:19 (UTC), by commit 0ca56ca, processes pipe 1, data 2\n" in shown
     assert "default:\n  model.num_layers: 1\n  training.lr: 0.25\nfiles:\n  config.yaml: " in shown
     assert table(shown)["embedding.weight"][:3] == ["7x4", "float32", f"{norm('embedding.weight'):.6g}"]
 
@@ -68,6 +71,11 @@ def test_moments_are_told_of_the_parameters_whose_names_fit(folder, capsys):
     [row] = told["tensors"]
     assert (row["name"], row["shape"], row["type"]) == ("blocks.0.mlp.down_proj.weight", [2, 5], "float32")
     assert math.isclose(row["norm"], norm("blocks.0.mlp.down_proj.weight", seed=2), rel_tol=1e-12)
+
+
+def test_what_is_not_known_of_how_it_was_made_is_said_to_be_so(other, capsys):
+    main([str(other)])
+    assert "\nmade at unknown (UTC), by commit unknown, processes unknown\n" in capsys.readouterr().out
 
 
 def test_equal_checkpoints_leave_with_0(folder, capsys):
