@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_ring.checkpoint import boxes, mapped_files, tensors
-from megatron_ring.checkpoint.tensors import INDEX, MOMENTS, WEIGHT, Piece, Tensors
+from megatron_ring.checkpoint.tensors import INDEX, WEIGHT, Piece, Tensors
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint import imagined
 
@@ -27,17 +27,17 @@ def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torc
     return torch.arange(1, math.prod(shape) + 1).reshape(shape).to(dtype)
 
 
-def write(folder: Path, whole: dict[str, torch.Tensor], parts: list[list[tuple[str, boxes.Box]]], kinds=(WEIGHT,)):
-    """The boxes of each part, of every kind the same values but for their sign and size."""
-    factors = dict(zip((WEIGHT, *MOMENTS), (1, -1, 2)))
-    written = [
-        tensors.write_part(
-            folder,
-            number,
-            [Piece(name, box, {k: factors[k] * whole[name][boxes.slices(box)] for k in kinds}) for name, box in held],
-        )
-        for number, held in enumerate(parts)
-    ]
+FACTORS = {WEIGHT: 1, "exp_avg": -1, "exp_avg_sq": 2}
+Held = list[tuple[str, boxes.Box]]
+
+
+def write(folder: Path, whole: dict[str, torch.Tensor], parts: list[Held], kinds: tuple[str, ...] = (WEIGHT,)) -> None:
+    """The boxes of each part, of every kind the values of ``whole`` times its factor."""
+
+    def piece(name: str, box: boxes.Box) -> Piece:
+        return Piece(name, box, {kind: FACTORS[kind] * whole[name][boxes.slices(box)] for kind in kinds})
+
+    written = [tensors.write_part(folder, n, [piece(name, box) for name, box in held]) for n, held in enumerate(parts)]
     tensors.write_index(folder, {name: tuple(x.shape) for name, x in whole.items()}, kinds, written)
 
 
@@ -60,10 +60,10 @@ def test_any_cuts_are_read_back_by_any_box(data):
     shape, dtype = data.draw(SHAPES), data.draw(TYPES)
     whole, split, box = numbered(shape, dtype), data.draw(splits(shape)), data.draw(boxes_in(shape))
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), {"p": whole}, [[("p", one) for one in run] for run in split], (WEIGHT, *MOMENTS))
+        write(Path(folder), {"p": whole}, [[("p", one) for one in run] for run in split], tuple(FACTORS))
         read = Tensors.open(Path(folder))
-        assert (read.shapes, read.kinds) == ({"p": shape}, (WEIGHT, *MOMENTS))
-        for kind, factor in ((WEIGHT, 1), ("exp_avg", -1), ("exp_avg_sq", 2)):
+        assert (read.shapes, read.kinds) == ({"p": shape}, tuple(FACTORS))
+        for kind, factor in FACTORS.items():
             assert same(read.read("p", kind), factor * whole)
             assert same(read.read("p", kind, box), factor * whole[boxes.slices(box)])
         assert read.dtype("p") == dtype
