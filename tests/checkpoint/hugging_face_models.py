@@ -1,10 +1,18 @@
-"""Tiny models of transformers with random weights, of every family and of what differs within one."""
+"""Tiny models of transformers with random weights, of every family and of what differs within one; and ours of them."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file
+
+from megatron_ring.checkpoint.summary import Summary
+from megatron_ring.model.gpt import GPT
+from tests.model.conftest import plain_attention
+
+# Who wrote it, and what layer_types and the number of heads say already.
+NOT_COMPARED = {"transformers_version", "_name_or_path", "max_window_layers"}
 
 # Those of tests/training/tiny.py, so that its runs can train these models.
 VOCABULARY, LENGTH = 61, 48
@@ -101,3 +109,33 @@ def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
         folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True
     )
     return model.eval()(tokens_BS).logits
+
+
+def our_model(checkpoint: Summary) -> GPT:
+    """On one process, every parameter from the checkpoint."""
+    state = checkpoint.state
+    model = GPT(checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == checkpoint.tensors.shapes.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.tensors.read(name))
+    return model
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Summary, tokens_BS: torch.Tensor) -> torch.Tensor:
+    return our_model(checkpoint)(tokens_BS, torch.arange(tokens_BS.shape[1]))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that is in its safetensors files."""
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def config(folder: Path) -> dict:
+    read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    if read["model_type"] == "gpt2":
+        read["n_inner"] = read["n_inner"] or 4 * read["n_embd"]
+    without = NOT_COMPARED | ({"head_dim"} if read["model_type"] == "qwen2" else set())
+    return {key: value for key, value in read.items() if key not in without}

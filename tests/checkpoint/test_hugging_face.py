@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 
 from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
@@ -17,40 +16,22 @@ from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.model.gpt import GPT
-from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, Case, logits, save
+from tests.checkpoint.hugging_face_models import (
+    CASES,
+    LENGTH,
+    VOCABULARY,
+    Case,
+    config,
+    logits,
+    our_logits,
+    save,
+    tensors,
+)  # fmt: skip
 from tests.model.conftest import CONFIGS, plain_attention
-
-# Who wrote it, and what layer_types and the number of heads say already.
-NOT_COMPARED = {"transformers_version", "_name_or_path", "max_window_layers"}
 
 
 def imported(folder: Path, out: Path, stretch: Stretch | None = None) -> Summary:
     return Summary.of(import_folder(folder, out, stretch or Stretch()).path)
-
-
-def our_model(checkpoint: Summary) -> GPT:
-    """On one process, every parameter from the checkpoint."""
-    state = checkpoint.state
-    model = GPT(checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1)
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == checkpoint.tensors.shapes.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.tensors.read(name))
-    return model
-
-
-@torch.no_grad()
-def our_logits(checkpoint: Summary, tokens_BS: torch.Tensor) -> torch.Tensor:
-    return our_model(checkpoint)(tokens_BS, torch.arange(tokens_BS.shape[1]))
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:
@@ -58,14 +39,6 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
-
-
-def config(folder: Path) -> dict:
-    read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    if read["model_type"] == "gpt2":
-        read["n_inner"] = read["n_inner"] or 4 * read["n_embd"]
-    without = NOT_COMPARED | ({"head_dim"} if read["model_type"] == "qwen2" else set())
-    return {key: value for key, value in read.items() if key not in without}
 
 
 @pytest.fixture

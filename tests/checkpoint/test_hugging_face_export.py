@@ -8,15 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ring.checkpoint import names, store, tensors
+from megatron_ring.checkpoint import tensors
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.shards import parse_size
-from megatron_ring.checkpoint.state import RunState
-from megatron_ring.config import Config, ModelConfig
+from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
+from tests.checkpoint.constant_weights import write
 
-VOCABULARY, LENGTH = 48, 32
 LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2)
 QWEN2 = replace(LLAMA, add_qkv_bias=True)
 GPT2 = replace(
@@ -27,18 +25,6 @@ GPT2 = replace(
     add_bias_linear=True,
     position_embedding_type="learned_absolute",
 )
-
-
-def write(folder: Path, model: ModelConfig, value: float = 0.5, left_out: str = "") -> Path:
-    """A checkpoint whose weights are all ``value``."""
-    shapes = {name: shape for name, shape in parameters(model, VOCABULARY, LENGTH).items() if name != left_out}
-    store.prepare(folder, 3)
-    values = ((name, torch.full(shape, value)) for name, shape in shapes.items())
-    tensors.write_whole(folder / names.partial_name(3), shapes, values)
-    sealed = store.seal(folder, 3, store.written(folder, 3))
-    config = Config(model=model)
-    config = replace(config, data=replace(config.data, seq_length=LENGTH))
-    return store.commit(folder, RunState(3, 12, VOCABULARY, LENGTH), config, sealed)
 
 
 def refusal(source: Path, out: Path, form: Form) -> str:
@@ -148,6 +134,29 @@ def test_shards_are_as_large_as_was_asked_and_have_every_tensor(tmp_path):
     assert index["metadata"]["total_size"] == sum(map(sum, sizes))
     assert index["weight_map"].keys() == {name for shard in shards for name in shard}
     assert set(index["weight_map"].values()) < set(done.files)
+
+
+def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path):
+    """Queries and keys, of two types, become one tensor, of the wider. Five bfloat16 are ten bytes."""
+    odd = replace(GPT2, hidden_size=5, num_attention_heads=1)
+    write(tmp_path / "queries", odd, narrow="q_proj")
+    done = export_checkpoint(tmp_path / "queries", tmp_path / "wide", Form())
+    assert done.dtypes == {torch.float32}
+    write(tmp_path / "norms", odd, narrow="norm")
+    done = export_checkpoint(tmp_path / "norms", tmp_path / "mixed", Form())
+    assert done.dtypes == {torch.float32, torch.bfloat16}
+    content = (tmp_path / "mixed/model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    sizes = {"F32": 4, "BF16": 2}
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    assert [entry for entry in tensors if entry["data_offsets"][0] % sizes[entry["dtype"]]] == []
+
+
+@pytest.mark.parametrize(("window", "first"), [(0, 2), (8, 0)])
+def test_readers_that_know_no_layer_types_find_the_first_layer_with_a_window(window, first, tmp_path):
+    write(tmp_path / "ours", replace(QWEN2, window_size=window))
+    export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form())
+    assert json.loads((tmp_path / "theirs/config.json").read_text())["max_window_layers"] == first
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):

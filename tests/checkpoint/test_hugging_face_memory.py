@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
 from megatron_ring.config import ModelConfig
-from tests.checkpoint.test_hugging_face_export import write
+from tests.checkpoint.constant_weights import write
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8}

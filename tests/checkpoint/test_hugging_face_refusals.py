@@ -1,6 +1,8 @@
 """What a folder of transformers' may ask for and cannot have: refused with every reason, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_ring.checkpoint.hugging_face import importing
 from megatron_ring.checkpoint.hugging_face.express import inexpressible, read_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
@@ -226,6 +229,16 @@ def test_what_is_there_already_stays(theirs, tmp_path):
     with pytest.raises(CheckpointError, match="is there already, and has"):
         import_folder(theirs, tmp_path / "ours", Stretch())
     assert (tmp_path / "ours/step-00000000/state.json").is_file()
+
+
+@pytest.mark.parametrize("step", ["write_whole", "_carry"])
+def test_a_full_disk_leaves_nothing(step, theirs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(importing, step, full)
+    assert "was not imported to" in (told := refusal(theirs, tmp_path / "ours"))
+    assert "No space left on device" in told
 
 
 def test_what_a_killed_import_left_is_cleared_away(theirs, tmp_path):

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.express import read_model
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import load_yaml
 from megatron_ring.errors import ConfigError
-from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, logits, save
-from tests.checkpoint.test_hugging_face import config, our_logits
+from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, config, logits, our_logits, save
 
 LONG = 4 * LENGTH
+ORIGINAL = "original_max_position_embeddings"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,29 @@ def test_the_factor_may_be_given_and_a_stretch_of_another_kind_be_replaced(model
         import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).path
     ).config
     assert (other.model.rope_scaling_factor, other.data.seq_length) == (LONG / 16, LONG)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ("yarn", 2.0, 64)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None, ORIGINAL: 16}}, ("yarn", 4.0, 16)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 16}, ORIGINAL: 32}, ("yarn", 2.0, 32)),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1.0}}, ("none", 1.0, 0)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "yarn"}},
+            ("linear", 2.0, 0),
+        ),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", ORIGINAL: None}}, ("none", 1.0, 0)),
+    ],
+)
+def test_what_a_config_says_of_its_stretch(told, expected):
+    """As transformers 5 has it, the words of older ones included."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 4)
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    model, problems = read_model(FAMILIES["llama"], sizes | told)
+    assert problems == []
+    assert (model.rope_scaling, model.rope_scaling_factor, model.rope_original_length) == expected
 
 
 def test_samples_may_be_shorter_than_the_model_is_made_for(models, tmp_path):

@@ -11,8 +11,7 @@ from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import Config, load_yaml
-from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, logits, save
-from tests.checkpoint.test_hugging_face import our_logits, tensors
+from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, logits, our_logits, save, tensors
 from tests.distributed import run_ranks
 from tests.training import tiny
 

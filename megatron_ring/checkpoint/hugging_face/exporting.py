@@ -13,15 +13,13 @@ from megatron_ring.checkpoint import disk, locate
 from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
-from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, GENERATION, copy_beside, read_json
+from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, copy_beside, read_json
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
 from megatron_ring.checkpoint.hugging_face.weights import STORED, Weights
 from megatron_ring.checkpoint.locate import Located
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.errors import CheckpointError
-
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     model, vocab_size, seq_length = stored.config.model, stored.state.vocab_size, stored.state.seq_length
     stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
     family = choose_family(form.family, model, seq_length)
-    weights = Weights(located.path, FAMILIES[family].modules, form.dtype)
+    weights = Weights.of(stored.tensors, FAMILIES[family].modules, form.dtype)
     entries = weights.entries()
     dtypes = {entry.dtype for entry in entries}
     config = _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize), beside)
@@ -97,13 +95,9 @@ def _config(family: str, vocab_size: int, dtype: torch.dtype, source: Path | Non
 
 
 def _special_tokens(source: Path | None) -> Told:
-    """As the model that was imported has them. Null where nothing tells: a family's own defaults would be wrong ids."""
-    ids: Told = dict.fromkeys(_SPECIAL)
-    for name in (GENERATION, CONFIG) if source else ():
-        if (source / name).is_file():
-            told = read_json(source / name)
-            ids |= {key: told[key] for key in _SPECIAL if told.get(key) is not None}
-    return ids
+    """As the config.json beside the tokenizer has them; null, not a family's own ids, where there is none."""
+    told = read_json(source / CONFIG) if source and (source / CONFIG).is_file() else {}
+    return {key: told.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 @contextlib.contextmanager

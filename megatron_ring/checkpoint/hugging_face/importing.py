@@ -97,8 +97,8 @@ def _write(
         carried = _carry(folder.path, partial / hugging_face.CARRIED)
         sealed = store.seal(out, state.step, store.written(out, state.step))
         return store.commit(out, state, config, sealed), carried
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from error
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{folder.path} was not imported to {out}: {error}.") from error
     finally:
         store.discard(out, state.step)
 

@@ -33,7 +33,8 @@ def _read(config: Told, problems: list[str]) -> Told:
     if kind not in _STRETCHES:
         known = ", ".join(_STRETCHES)
         return _problem(problems, f"RoPE's rope_type is {kind!r}, which has no counterpart here. Known: {known}.")
-    if unknown := sorted(set(rope) - _STRETCHES[kind] - _OF_ANY_KIND):
+    given = {name for name, value in rope.items() if value is not None}
+    if unknown := sorted(given - _STRETCHES[kind] - _OF_ANY_KIND):
         return _problem(problems, f"RoPE of kind {kind} has no {', '.join(unknown)}.")
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
     return {"rotary_base": base, **stretch}
