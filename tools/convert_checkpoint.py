@@ -85,7 +85,7 @@ def run_export(options: Export) -> None:
     print(
         f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {_named(done.dtypes)}, {len(done.files)} files"
     )
-    print(f"its longest sequence is the run's seq_length, {done.seq_length:,}")
+    print(f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens")
     without = "none, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
     print(f"tokenizer and generation_config.json: {', '.join(done.carried) or without}")
 

@@ -52,7 +52,7 @@ CASES = {
                 "rope_type": "yarn",
                 "factor": 4.0,
                 "rope_theta": 1e4,
-                "original_max_position_embeddings": 8,
+                "original_max_position_embeddings": 12,
             }
         },
     ),

@@ -1,6 +1,7 @@
 """Long context on import: what RoPE becomes, that transformers computes the same with it, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def test_the_factor_may_be_given_and_a_stretch_of_another_kind_be_replaced(model
         import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).path
     ).config
     assert (other.model.rope_scaling_factor, other.data.seq_length) == (LONG / 16, LONG)
+
+
+def test_a_config_may_name_the_old_length_beside_its_stretch(models, tmp_path):
+    """As Qwen's do, and transformers before 5 takes YaRN's factor from the lengths: ours names the new one."""
+    told = json.loads((models / "qwen2/config.json").read_text())
+    told["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, ORIGINAL: LENGTH}
+    shutil.copytree(models / "qwen2", tmp_path / "theirs")
+    (tmp_path / "theirs/config.json").write_text(json.dumps(told))
+    path = import_folder(tmp_path / "theirs", tmp_path / "ours", Stretch(seq_length=2 * LENGTH)).path
+    assert load_yaml(path / "config.yaml").data.seq_length == 2 * LENGTH
+    assert export_checkpoint(path, tmp_path / "back", Form()).longest == 4 * LENGTH
+    assert config(tmp_path / "back")["max_position_embeddings"] == 4 * LENGTH
 
 
 @pytest.mark.parametrize(

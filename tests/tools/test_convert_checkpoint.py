@@ -28,7 +28,7 @@ def test_there_and_back(qwen2, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "ours: the latest is step-00000000" in told
     assert "step-00000000 as qwen2 in bfloat16, 5 files" in told
-    assert "its longest sequence is the run's seq_length, 48" in told
+    assert "its longest sequence, by how it was trained or stretched, is of 48 tokens" in told
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
 
 

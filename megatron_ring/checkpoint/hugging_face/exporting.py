@@ -38,12 +38,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was read and what was written. carried: the files besides, the tokenizer's above all."""
+    """What was read and what was written. longest: tokens of a sequence by config.json. carried: the files besides."""
 
     checkpoint: Located
     family: str
     dtypes: set[torch.dtype]
-    seq_length: int
+    longest: int
     files: list[str]
     carried: list[str]
 
@@ -70,7 +70,7 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
         files = write_shards(partial, entries, limit, weights.read)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         carried = copy_beside(beside, partial) if beside else []
-    return Exported(located, family, dtypes, seq_length, [CONFIG, *files], carried)
+    return Exported(located, family, dtypes, config[FAMILIES[family].length], [CONFIG, *files], carried)
 
 
 def _check_empty(out: Path) -> None:

@@ -26,10 +26,11 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
 
 
 def write_model(family: Family, model: ModelConfig, seq_length: int) -> Told:
-    """The config.json of a model that the family can express; ``seq_length``: the longest sequence."""
-    config: Told = {family.length: seq_length}
+    """The config.json of a model that the family can express and that was trained on samples of ``seq_length``."""
+    model = resolved(model, seq_length)
+    config: Told = {family.length: _longest(model, seq_length)}
     for aspect in family.aspects:
-        config |= aspect.write(resolved(model, seq_length))
+        config |= aspect.write(model)
     return config
 
 
@@ -76,6 +77,13 @@ def _with_base_of_ntk(model: ModelConfig) -> ModelConfig:
     exponent = model.head_dim / max(model.head_dim - 2, 1)
     base = model.rotary_base * model.rope_scaling_factor**exponent
     return replace(model, rotary_base=base, rope_scaling="none", rope_scaling_factor=1.0)
+
+
+def _longest(model: ModelConfig, seq_length: int) -> int:
+    """What it was trained on; with YaRN what it is stretched to, from which transformers before 5 has the factor."""
+    if model.rope_scaling != "yarn":
+        return seq_length
+    return round(model.rope_original_length * model.rope_scaling_factor)
 
 
 def _original_length(model: ModelConfig, seq_length: int) -> int:

@@ -66,7 +66,7 @@ def _write_qwen(model: ModelConfig) -> Told:
     return {
         "use_sliding_window": model.window_size > 0,
         "sliding_window": model.window_size or None,
-        # All that transformers before layer_types reads: it knows no model whose full layers lie between others.
+        # All that transformers before 4.53 reads: it cannot say that full layers lie between others.
         "max_window_layers": 0 if model.window_size else model.num_layers,
         "layer_types": [_SLIDING if model.window_of(layer) else _FULL for layer in range(model.num_layers)],
     }

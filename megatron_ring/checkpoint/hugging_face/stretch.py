@@ -24,7 +24,9 @@ def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) ->
 
     Raises ConfigError.
     """
-    if problem := _problem(model, longest, asked):
+    # Some that are stretched say how far, and name the old length still.
+    limit = max(longest, int(model.rope_original_length * model.rope_scaling_factor))
+    if problem := _problem(model, limit, asked):
         raise ConfigError(problem)
     if asked.rope_scaling == "unchanged":
         return model, asked.seq_length or longest
