@@ -19,6 +19,9 @@ from megatron_ring.training.engine import leave_processes, start_processes
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
+from megatron_ring.training.precision import device_type
+from megatron_ring.training.self_test.alike import check_data, check_options_and_code, leaving_together, on_every
+from megatron_ring.training.self_test.report import self_test
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.stopping import Stopping
 
@@ -27,17 +30,26 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     speaks = environment.global_rank == 0
     if config.dry_run:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
-    setup = Setup.of(config, environment.world_size)
-    dataset = Dataset.open(config.data, config.training.seed, progress=speaks)
-    vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
-
-    start_processes(environment, setup.device)
+    start_processes(environment, device_type())
     agreement = Agreement.build()
-    stored = checkpointing.find(setup, vocab_size, agreement)
+    with leaving_together():
+        check_options_and_code(config, agreement)
+        setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
+        if config.self_test == "only":
+            return test_alone(setup, environment, agreement)
+        dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=speaks))
+        check_data(config.data, agreement)
+        vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
+        stored = checkpointing.find(setup, vocab_size, agreement)
     if speaks:
         print(console.opening(setup, dataset, stored))
     groups = ProcessGroups.build(setup.grid, environment.global_rank)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
+    if config.self_test == "start" and environment.world_size > 1:
+        with leaving_together():
+            tested = self_test(setup, groups, agreement)
+        if speaks:
+            print(tested.line())
     model = build_model(setup, groups, attention, vocab_size)
     engine = start_engine(model, setup, groups)
     if stored:
@@ -51,6 +63,18 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     if speaks:
         print(console.closing(report, config, saved))
     stopping.close(saved)
+    leave_processes()
+
+
+def test_alone(setup: Setup, environment: Environment, agreement: Agreement) -> None:
+    """All that --self-test does once options and code agree: nothing is trained, and data is asked for only by name."""
+    config = setup.config
+    if config.data.data_path:
+        on_every(agreement, lambda: Dataset.open(config.data, config.training.seed))
+        check_data(config.data, agreement)
+    tested = self_test(setup, ProcessGroups.build(setup.grid, environment.global_rank), agreement)
+    if environment.global_rank == 0:
+        print(tested.in_full())
     leave_processes()
 
 

@@ -11,12 +11,29 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from megatron_ring.errors import ConfigError, flag, nearest_multiples, not_positive
+
+
+def _self_test(words: list[str]) -> str:
+    if len(words) > 1:
+        raise ValueError("takes one word or none")
+    return words[0] if words else "only"
+
+
+# The flag without a word stands for "only".
+_ALONE_ONLY = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[{start,only,none}]",
+    instance_from_str=_self_test,
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+    choices=("start", "only", "none"),
+)
 
 # ``int | str`` is the one, and the other as soon as a Literal is among them.
 _UNIONS = (UnionType, Union)
@@ -442,6 +459,10 @@ class Config:
 
     def problems(self) -> list[str]:
         """Everything that is wrong within the sections, each with rule, remedy and flag."""
+    self_test: Annotated[Literal["start", "only", "none"], _ALONE_ONLY] = "start"
+    """Ranks prove that they are each other's neighbours and attend exactly, and time their links. start: in one line
+    before training, where they are several; only, or --self-test without a word: report and leave; none: leave it out.
+    That options, code and data are the same on all ranks is checked in any case."""
         sections = [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
         return [problem for section in sections for problem in section.problems()]
 

@@ -175,11 +175,12 @@ def test_the_resolved_config_keeps_what_is_for_deepspeed(yaml):
     assert load_yaml(yaml(to_yaml(config))) == config
 
 
-def test_the_resolved_config_holds_every_option_but_where_it_came_from_and_the_dry_run():
-    resolved = to_yaml(replace(Config(), config="some.yaml", dry_run=True))
+def test_the_resolved_config_holds_every_option_but_where_it_came_from_and_what_is_done_with_it():
+    resolved = to_yaml(replace(Config(), config="some.yaml", dry_run=True, self_test="none"))
     assert all(f"  {field.name}:" in resolved for section in SECTIONS for field in fields(section))
     assert "some.yaml" not in resolved
     assert "dry_run" not in resolved
+    assert "self_test" not in resolved
 
 
 # ---- what a file may not say ----
@@ -192,7 +193,7 @@ MISTAKES = {
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, save_interval, "
     "async_save, keep_last, keep_every.",
     "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
-    "dry_run.",
+    "dry_run, self_test.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
     "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
     "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",

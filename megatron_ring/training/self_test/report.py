@@ -1,0 +1,71 @@
+"""The self-test of ranks that are known to run the same: neighbours, attention, links; and what is said of it."""
+
+from dataclasses import dataclass
+
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.training.self_test.exactness import TOLERANCE, Errors, check_attention
+from megatron_ring.training.self_test.hops import Link, measure_links, median, message_bytes, slow
+from megatron_ring.training.self_test.neighbours import check_neighbours
+from megatron_ring.training.self_test.processes import Process
+from megatron_ring.training.setup import Setup
+
+_LINKS_NAMED = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, the same on every rank.
+
+    processes: by rank. errors: the worst of any rank. links: of all rings, the slowest first; none in rings of one.
+    """
+
+    setup: Setup
+    processes: list[Process]
+    errors: Errors
+    links: list[Link]
+
+    def line(self) -> str:
+        """For the start of a run; a slow link has a line of its own."""
+        said = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
+        if self.links:
+            size = f"{message_bytes(self.setup):,} bytes"
+            said += f"; {median(self.links) / 1e6:.3g} MB/s a hop of {size}, slowest {self.links[0]}"
+        return "\n".join([f"self-test        {said}", *self._warnings()])
+
+    def in_full(self) -> str:
+        """For --self-test alone."""
+        precision, kernel = self.setup.precision, self.setup.kernel.name
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors._asdict().items())
+        lines = [
+            f"processes        {len(self.processes)} agree, each where the grid has it, on "
+            f"{', '.join(sorted({process.host for process in self.processes}))}",
+            f"attention        {self._equation()} ({kernel}, {precision.name}): {errors}, of the largest entry; "
+            f"{TOLERANCE[precision.dtype]:.1e} is allowed",
+        ]
+        if self.links:
+            lines.append(f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:")
+            lines += [f"                 {link}" for link in self.links[:_LINKS_NAMED]]
+        return "\n".join([*lines, *self._warnings(), "self-test        passed"])
+
+    def _equation(self) -> str:
+        return "ring = local attention" if self.setup.grid.context > 1 else "attention = plain attention"
+
+    def _warnings(self) -> list[str]:
+        return [
+            f"slow link        {link} MB/s is less than half of what others like it do: look at its network, and at "
+            "what else runs on these hosts"
+            for link in slow(self.links)
+        ]
+
+
+def self_test(setup: Setup, groups: ProcessGroups, agreement: Agreement) -> Report:
+    """Raises ConfigError on every rank, with the same words, where one fails. Talks in all groups and blocks.
+
+    Options, code and data must be the same already (alike.py): ranks that differ may not even have the same groups.
+    """
+    processes = agreement.on_all(lambda: Process.here(agreement.rank))
+    check_neighbours(setup.grid, groups, processes, agreement, setup.device)
+    errors = check_attention(setup, groups, processes, agreement)
+    links = measure_links(setup, groups, processes, agreement)
+    return Report(setup, processes, errors, sorted(links, key=lambda link: link.bytes_per_second))

@@ -1,0 +1,347 @@
+"""The self-test passes where all is well, and names each fault with its rank, the same on every rank."""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_ring.data.tokens import TokenStoreWriter
+from megatron_ring.errors import DataError, MegatronRingError
+from megatron_ring.kernels.attention import KERNELS, sdpa
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.grid import Grid
+from megatron_ring.training.self_test import alike, hops, neighbours
+from megatron_ring.training.self_test.exactness import TOLERANCE
+from megatron_ring.training.self_test.processes import Process, in_words
+from megatron_ring.training.self_test.report import Report, self_test
+from megatron_ring.training.setup import Setup
+from tests import tolerances
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "pretrain_gpt.py"
+SMALL = """\
+model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
+parallel: {context_parallel: striped}
+data: {data_path: [text/tokens], seq_length: 64, split: [1.0, 0.0]}
+training: {train_iters: 1, lr_decay_style: constant, eval_interval: 0, dtype: fp32}
+"""
+CONFIG = Config(
+    model=ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2),
+    parallel=ParallelConfig(context_parallel="striped"),
+    data=DataConfig(seq_length=64),
+    training=TrainingConfig(dtype="fp32"),
+)
+
+
+def changed(**sections: dict) -> Config:
+    return replace(CONFIG, **{name: replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()})
+
+
+# Four ranks each: (config, links in its rings).
+PASSING = {
+    "ring of 4, striped": (changed(), 4),
+    "wide stripes, bf16": (changed(data={"seq_length": 4096}, training={"dtype": "bf16"}), 4),
+    "zigzag x Ulysses 2": (changed(parallel={"context_parallel": "zigzag", "ulysses_degree": 2}), 4),
+    "tensor 2 x pipe 2": (
+        changed(parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        0,
+    ),
+    "data 2 x ring 2, packed, windows": (
+        changed(
+            parallel={"context_parallel_size": 2, "context_parallel": "ring"},
+            data={"reset_attention_mask": True},
+            model={"window_size": 8, "window_attn_skip_freq": 2},
+        ),
+        4,
+    ),
+    "data 4": (changed(parallel={"context_parallel": "none"}), 0),
+}
+
+
+def report_of(config: Config, agreement: Agreement) -> Report:
+    setup = Setup.of(config, agreement.ranks)
+    return self_test(setup, ProcessGroups.build(setup.grid, agreement.rank), agreement)
+
+
+def passes(rank: int, world_size: int) -> dict[str, Report]:
+    agreement = Agreement.build()
+    return {name: report_of(config, agreement) for name, (config, _) in PASSING.items()}
+
+
+@pytest.fixture(scope="module")
+def passed() -> list[dict[str, Report]]:
+    return run_ranks(4, passes)
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_where_all_is_well_every_rank_knows_it(name, passed):
+    reports = [of_rank[name] for of_rank in passed]
+    assert len({report.line() for report in reports}) == 1
+    report, links = reports[0], PASSING[name][1]
+    assert all(0 < error <= TOLERANCE[report.setup.precision.dtype] for error in report.errors)
+    assert [process.global_rank for process in report.processes] == [0, 1, 2, 3]
+    assert len(report.links) == links
+
+
+def test_one_line_says_it(passed):
+    host = re.escape(socket.gethostname())
+    ring = rf"self-test        4 ranks agree; ring = local attention to \de-07; \S+ MB/s a hop of 4,096 bytes, " \
+           rf"slowest \d -> \d \({host} -> {host}\) \S+"  # fmt: skip
+    assert re.fullmatch(ring, passed[0]["ring of 4, striped"].line().splitlines()[0])
+    alone = r"self-test        4 ranks agree; attention = plain attention to \de-07"
+    assert re.fullmatch(alone, passed[0]["data 4"].line())
+    report = passed[0]["zigzag x Ulysses 2"].in_full()
+    assert re.search(r"attention        ring = local attention \(sdpa, fp32\): out \S+, dq \S+, dk \S+, dv ", report)
+    assert len(re.findall(rf"\d -> \d \({host} -> {host}\) \S+$", report, re.M)) == 4
+    assert report.endswith("self-test        passed")
+
+
+def test_tolerances_are_those_of_the_tests():
+    assert TOLERANCE == tolerances.TOLERANCE
+
+
+# ---- faults: each in four ranks, of which one or two are wrong ----
+
+
+def another_option(rank: int, agreement: Agreement, folder: Path) -> None:
+    other = {2: changed(training={"lr": 0.5}), 3: changed(data={"seq_length": 66})}
+    alike.check_options_and_code(other.get(rank, CONFIG), agreement)
+
+
+def other_code(rank: int, agreement: Agreement, folder: Path) -> None:
+    with put(alike, _source_hash=lambda: "abc" if rank == 1 else "def", commit=lambda: "9f3+" if rank == 1 else "9f3"):
+        alike.check_options_and_code(CONFIG, agreement)
+
+
+def other_data(rank: int, agreement: Agreement, folder: Path) -> None:
+    own = folder / str(rank)
+    own.mkdir()
+    with contextlib.chdir(own):
+        with TokenStoreWriter("tokens", np.uint16) as writer:
+            writer.add_document([1, 2] if rank == 3 else [1, 2, 3])
+        alike.check_data(DataConfig(data_path=("tokens",)), agreement)
+
+
+def no_data(rank: int, agreement: Agreement, folder: Path) -> None:
+    def open_data() -> None:
+        if rank == 3:
+            raise DataError("no tokens.bin")
+
+    alike.on_every(agreement, open_data)
+
+
+def another_order(rank: int, agreement: Agreement, folder: Path) -> None:
+    """As if the ring had been built 0, 2, 1, 3."""
+
+    def permuted(groups: ProcessGroups) -> RingExchange:
+        members = (0, 2, 1, 3)
+        return RingExchange(members, groups.ring_links, members.index(rank))
+
+    with put(neighbours, ring_exchange=permuted):
+        report_of(CONFIG, agreement)
+
+
+def another_group(rank: int, agreement: Agreement, folder: Path) -> None:
+    """As if the tensor axis ran where the data axis does."""
+    groups = ProcessGroups.build(Grid(data=2, tensor=2), rank)
+    crossed, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    processes = agreement.on_all(lambda: Process.here(rank))
+    crossing = replace(groups, tensor=crossed)
+    neighbours.check_neighbours(Grid(data=2, tensor=2), crossing, processes, agreement, "cpu")
+
+
+def a_kernel_that_is_wrong(rank: int, agreement: Agreement, folder: Path) -> None:
+    def forward(q, k, v, runs, scale, state) -> None:
+        sdpa.forward(q, k, v, runs, 1.001 * scale, state)
+
+    if rank == 1:
+        KERNELS["sdpa"] = SimpleNamespace(forward=forward, backward=sdpa.backward)
+    try:
+        report_of(CONFIG, agreement)
+    finally:
+        KERNELS["sdpa"] = sdpa
+
+
+FAULTS = {
+    another_option: [
+        "seq_length is not the same on all ranks: 64 on ranks 0-2 (HOST); 66 on rank 3 (HOST). Give every rank the "
+        "same --seq-length.",
+        "lr is not the same on all ranks: 0.001 on ranks 0-1, 3 (HOST); 0.5 on rank 2 (HOST). Give every rank the "
+        "same --lr.",
+    ],
+    other_code: [
+        "source of megatron_ring is not the same on all ranks: def on ranks 0, 2-3 (HOST); abc on rank 1 (HOST). Give "
+        "every host the same.",
+        "commit is not the same on all ranks: 9f3 on ranks 0, 2-3 (HOST); 9f3+ on rank 1 (HOST). Check out one.",
+    ],
+    other_data: [
+        "size of tokens.bin is not the same on all ranks: 6 bytes on ranks 0-2 (HOST); 4 bytes on rank 3 (HOST). Copy "
+        "the store anew to where it differs."
+    ],
+    no_data: ["on rank 3 (HOST): no tokens.bin"],
+    another_order: [
+        "rank 0 (HOST, process PID) meets rank 2 (HOST, process PID) as the rank after it in its ring, where the grid "
+        "has rank 1 (HOST, process PID).",
+        "rank 1 (HOST, process PID) meets rank 2 (HOST, process PID) as the rank before it in its ring, where the grid "
+        "has rank 0 (HOST, process PID).",
+        "rank 1 (HOST, process PID) meets rank 3 (HOST, process PID) as the rank after it in its ring, where the grid "
+        "has rank 2 (HOST, process PID).",
+    ],
+    another_group: [
+        "rank 0 (HOST, process PID) meets rank 2 (HOST, process PID) as member 1 of its tensor group, where the grid "
+        "has rank 1 (HOST, process PID).",
+    ],
+    a_kernel_that_is_wrong: ["ring attention is not local attention: out is wrong on rank 1 (HOST), by "],
+}
+
+
+@contextlib.contextmanager
+def put(module, **attributes):
+    """What monkeypatch does, in a rank."""
+    kept = {name: getattr(module, name) for name in attributes}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        module.__dict__.update(kept)
+
+
+def meet_with(rank: int, world_size: int, folder: Path) -> dict[str, MegatronRingError]:
+    agreement, met = Agreement.build(), {}
+    for fault in FAULTS:
+        with pytest.raises(MegatronRingError) as raised:
+            fault(rank, agreement, folder)
+        met[fault.__name__] = raised.value
+    return met
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory) -> list[dict[str, MegatronRingError]]:
+    """What each of four ranks was told of each fault."""
+    return run_ranks(4, meet_with, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_named_alike_on_every_rank(fault, met):
+    errors = [of_rank[fault.__name__] for of_rank in met]
+    assert len({str(error) for error in errors}) == 1
+    assert {error.exit_code for error in errors} == {3 if fault is no_data else 2}
+    said = re.sub(r"process \d+", "process PID", str(errors[0]).replace(socket.gethostname(), "HOST"))
+    assert said.startswith("\n".join(FAULTS[fault]))
+
+
+# ---- links ----
+
+
+def one_is_late(rank: int, world_size: int) -> Report:
+    start = RingExchange.start
+
+    def late(exchange: RingExchange, *arguments) -> object:
+        time.sleep(0.1)
+        return start(exchange, *arguments)
+
+    if rank == 2:
+        RingExchange.start = late
+    return report_of(CONFIG, Agreement.build())
+
+
+def test_a_link_that_is_slow_is_warned_of_by_both_its_ranks():
+    line = run_ranks(4, one_is_late)[0].line()
+    assert re.search(r"slow link        2 -> 3 \(\S+ -> \S+\) \S+ MB/s is less than half", line)
+
+
+def link(sender: int, receiver: int, rate: float, hosts: str = "aa") -> hops.Link:
+    return hops.Link(Process(sender, hosts[0], 1), Process(receiver, hosts[1], 1), rate)
+
+
+def test_a_link_between_hosts_is_compared_with_others_between_hosts():
+    links = [link(0, 1, 100.0), link(1, 2, 9.0, "ab"), link(2, 3, 90.0, "bb"), link(3, 0, 10.0, "ba")]
+    assert hops.slow(links) == []
+    weak = link(5, 6, 40.0, "bb")
+    assert hops.slow([*links, weak]) == [weak]
+    assert hops.slow([]) == []
+
+
+def test_ranks_are_named_in_runs_and_many_hosts_are_counted():
+    processes = [Process(rank, f"node{rank // 2}", 1) for rank in range(8)]
+    assert in_words(processes[:3]) == "ranks 0-2 (node0, node1)"
+    assert in_words([processes[0], processes[7]]) == "ranks 0, 7 (node0, node3)"
+    assert in_words(processes) == "ranks 0-7 (4 hosts)"
+
+
+# ---- the program ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with small.yaml and a prepared store, text/tokens."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "page.txt").write_text("\n".join(f"line {i} of a page" for i in range(400)))
+    prepare = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", "page.txt", "--vocab-size", "300"]
+    subprocess.run([*prepare, "--output-prefix", "text/tokens"], cwd=folder, check=True)
+    return folder
+
+
+def two_ranks(folder: Path, flags_of: Callable[[int], list[str]]) -> list[tuple[int, str]]:
+    """(exit code, what it said) of two ranks without a launcher."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    world |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, "--config", "small.yaml", *flags_of(rank)],
+            cwd=folder,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=100)[0] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said)]
+
+
+def test_a_run_begins_with_the_line(folder):
+    deepspeed = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", PROGRAM, "--config", "small.yaml"]
+    found = subprocess.run(deepspeed, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.count("self-test        2 ranks agree; ring = local attention to ") == 1
+    assert found.stdout.index("self-test  ") < found.stdout.index("step  ")
+
+
+def test_ranks_of_different_flags_end_with_one_message_and_no_wait(folder):
+    # 66 is no length for zigzag on two ranks: alone, rank 1 would have left before it joined.
+    other = ["--context-parallel", "zigzag", "--seq-length", "66"]
+    (code, said), (code_1, said_1) = two_ranks(folder, lambda rank: other if rank == 1 else [])
+    assert (code, code_1) == (2, 2), said + said_1
+    assert said.count("seq_length is not the same on all ranks: 64 on rank 0") == 1
+    assert "Traceback" not in said + said_1
+    assert "ConfigError" not in said_1
+
+
+def test_alone_it_needs_no_data_and_reports(folder, tmp_path):
+    without_data = SMALL.replace("data_path: [text/tokens], ", "")
+    (tmp_path / "small.yaml").write_text(without_data)
+    (code, said), (code_1, said_1) = two_ranks(tmp_path, lambda rank: ["--self-test"])
+    assert (code, code_1) == (0, 0), said + said_1
+    assert "processes        2 agree, each where the grid has it, on " in said
+    assert "hops             8,192 bytes; MB/s, the slowest first:" in said
+    assert said.count("self-test        passed") == 1
+    assert "self-test" not in said_1
+    assert not (tmp_path / "data").exists(), "no corpus was prepared"
