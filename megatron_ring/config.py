@@ -456,13 +456,13 @@ class Config:
     """YAML file of sections and keys; flags go over it."""
     dry_run: bool = False
     """Print the resolved config and the plan, start nothing, and leave."""
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong within the sections, each with rule, remedy and flag."""
     self_test: Annotated[Literal["start", "only", "none"], _ALONE_ONLY] = "start"
     """Ranks prove that they are each other's neighbours and attend exactly, and time their links. start: in one line
     before training, where they are several; only, or --self-test without a word: report and leave; none: leave it out.
     That options, code and data are the same on all ranks is checked in any case."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong within the sections, each with rule, remedy and flag."""
         sections = [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
         return [problem for section in sections for problem in section.problems()]
 
