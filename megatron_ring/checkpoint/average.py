@@ -6,14 +6,13 @@ Optima and Better Generalization"). Sums are float64, one parameter at a time.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from megatron_ring.checkpoint import names, store, tensors
 from megatron_ring.checkpoint.compare import sorted_out
-from megatron_ring.checkpoint.provenance import commit
+from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.summary import Summary, differing
 from megatron_ring.errors import CheckpointError
@@ -58,7 +57,7 @@ def _state(newest: RunState, checkpoints: list[Summary], weights: list[float]) -
         loss_scale={},
         processes=f"1, for the mean of {shares}",
         commit=commit(),
-        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+        written_at=now(),
     )
 
 

@@ -61,4 +61,6 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write a checkpoint to {folder}: {error.strerror}. Set --save.") from error
+        raise CheckpointError(
+            f"cannot write a checkpoint to {folder}: {error.strerror}. Choose another folder (in a run: --save)."
+        ) from error

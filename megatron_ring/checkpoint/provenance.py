@@ -1,8 +1,14 @@
-"""Which code wrote a checkpoint."""
+"""Which code wrote a checkpoint, and when."""
 
 import functools
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @functools.cache

@@ -4,12 +4,11 @@ Which files there are and when they count is ``checkpoint/store.py``'s; what is 
 """
 
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 
 from megatron_ring.checkpoint import fit, names, store, tensors
-from megatron_ring.checkpoint.provenance import commit
+from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
 from megatron_ring.config import CheckpointConfig, Config
@@ -99,7 +98,7 @@ def _saved(pieces: list[Piece], shapes: Shapes, state: RunState, config: Config,
         parts = agreement.on_all(lambda: _part(partial, agreement.rank, pieces, step))
         agreement.on_rank_0(lambda: tensors.write_index(partial, shapes, tensors.KINDS, parts))
         sealed = _sealed(folder, step, agreement)
-        made = replace(state, commit=commit(), written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
+        made = replace(state, commit=commit(), written_at=now())
         return agreement.on_rank_0(lambda: store.commit(folder, made, config, sealed))
     except CheckpointError as error:
         agreement.on_rank_0(lambda: store.discard(folder, step))

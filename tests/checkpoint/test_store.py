@@ -117,7 +117,8 @@ def test_where_none_is_whole_all_are_named(tmp_path):
 def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
-        CheckpointError, match="cannot write a checkpoint to .*file/folder: Not a directory. Set --save"
+        CheckpointError,
+        match="cannot write a checkpoint to .*file/folder: Not a directory. Choose another folder .in a run: --save.",
     ):
         store.prepare(tmp_path / "file" / "folder", 5)
 

@@ -19,6 +19,7 @@ from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import rules
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.setup import Setup
+from megatron_ring.training.stopping import Stopping
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +310,7 @@ def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(flags, message
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()])
     environment = Environment.read()
     with pytest.raises(SystemExit) as left, spoken_once(environment):
-        pretrain_gpt.main(arguments(environment), environment)
+        pretrain_gpt.main(arguments(environment), environment, Stopping(speaks=True))
     assert left.value.code == ConfigError.exit_code
     assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")
     assert not dist.is_initialized()

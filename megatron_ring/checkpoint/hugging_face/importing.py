@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from megatron_ring.checkpoint.hugging_face.matching import matched
 from megatron_ring.checkpoint.hugging_face.modules import Tensor
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
-from megatron_ring.checkpoint.provenance import commit
+from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import Shapes, write_whole
 from megatron_ring.config import Config
@@ -52,7 +51,7 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
         vocab_size=vocab_size,
         seq_length=config.data.seq_length,
         commit=commit(),
-        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+        written_at=now(),
     )
     path, carried = _write(folder, out, state, config, shapes, found)
     return Imported(path, name, carried, _dropouts(folder.config))
