@@ -39,10 +39,11 @@ def _too_little(name: str, share: float, lengths: np.ndarray, part: range, seq_l
     tokens = int(lengths[part.start : part.stop].sum())
     if tokens > seq_length:
         return ""
+    shorter = f"--seq-length to at most {tokens - 1}, " if tokens > 1 else ""
     return (
         f"{name}: a share of {share:g} of {len(lengths)} documents is {len(part)} documents with {tokens} tokens, and "
-        f"one sample takes {seq_length + 1} (seq_length + 1). Set --split to give it more, --seq-length to at most "
-        f"{max(tokens - 1, 0)}, or prepare more text."
+        f"one sample takes {seq_length + 1} (seq_length + 1). Set --split to give it more or none, {shorter}or prepare "
+        "more text."
     )
 
 
