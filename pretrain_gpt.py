@@ -20,8 +20,9 @@ from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
 from megatron_ring.training.precision import device_type
-from megatron_ring.training.self_test.alike import check_data, check_options_and_code, leaving_together, on_every
+from megatron_ring.training.self_test.alike import check_data, check_options_and_code
 from megatron_ring.training.self_test.report import self_test
+from megatron_ring.training.self_test.together import leaving_together, on_every
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.stopping import Stopping
 

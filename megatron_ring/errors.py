@@ -42,6 +42,12 @@ class KernelUnavailable(MegatronRingError):
     exit_code = 5
 
 
+class RingStalled(MegatronRingError):
+    """A neighbour in the ring died or kept this process waiting longer than --ring-timeout: start the job again."""
+
+    exit_code = 76
+
+
 def nearest_multiples(value: int, multiple: int) -> str:
     """The legal values around ``value`` when it must be a positive multiple: ``"8184, 8192"``.
 

@@ -5,7 +5,8 @@ Around the ring, the members of a Ulysses group trade heads for tokens and back;
 The ring is a ``torch.library`` custom op, forward and backward, so that autograd, selective activation checkpointing
 and the compiler see one node with the output and the log-sum-exp as its results: recomputing a layer can keep them
 and never runs the ring a second time. An op takes tensors, numbers and text, so the ring's communicators are passed
-by the names torch.distributed gives them and the kernel by its own.
+by the names torch.distributed gives them, the kernel by its own, and where the process is noted (``Whereabouts``) by
+the numbers themselves. The operators write there, which their schemas do not say: no operator reads it.
 """
 
 import torch
@@ -19,22 +20,25 @@ from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.kernels.attention import KERNELS
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.whereabouts import Direction, Whereabouts
 
 
 class ContextParallelAttention:
     """Attention of local queries over the whole sequence, given the layout, a kernel by name and the groups.
 
+    ``place`` is where it notes what it does; it must know the layer when it is called.
     Talks on the ring's two communicators and in the Ulysses group, and blocks; all of their ranks must call it equally
     often and alike.
     """
 
-    def __init__(self, layout: Layout, kernel: str, groups: ProcessGroups):
+    def __init__(self, layout: Layout, kernel: str, groups: ProcessGroups, place: Whereabouts | None = None):
         ring_size = dist.get_world_size(groups.ring_links[0]) if groups.ring_links else 1
         assert layout.ring_size == ring_size, "a layout for another ring than the groups'"
         self.layout = layout
         self.kernel = kernel
         self.links = " ".join(group.group_name for group in groups.ring_links or ())
         self.members = ulysses.Members.of(groups.ulysses)
+        self.place = place or Whereabouts()
 
     def __call__(
         self,
@@ -62,6 +66,7 @@ class ContextParallelAttention:
         batch, length, *_ = q_BLHD.shape
         assert length == self.layout.shard_length, "queries of another length than the layout's shard"
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
+        settings += self.place.layer, self.place.numbers
         if document_starts is None:
             return ring_attention(q_BLHD, kv_2BLGD, None, 1, *settings)
         # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
@@ -81,13 +86,17 @@ def ring_attention(
     stripe_size: int,
     kernel: str,
     links: str,
+    layer: int = 0,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``ring.forward`` over the ring whose communicators are named in ``links`` (empty: a ring of one).
 
-    With ``document_starts``, L is that of ``samples`` shards end to end.
+    With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a Whereabouts' numbers.
     """
-    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links)
-    return ring_loop.forward(q_BLHD, kv_2BLGD, ring)
+    noted = Whereabouts(place)
+    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
+    with noted.in_ring(layer, Direction.FORWARD):
+        return ring_loop.forward(q_BLHD, kv_2BLGD, ring)
 
 
 @torch.library.custom_op("megatron_ring::ring_attention_backward", mutates_args=())
@@ -105,10 +114,14 @@ def ring_attention_backward(
     stripe_size: int,
     kernel: str,
     links: str,
+    layer: int = 0,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``ring.backward``, its gradients cast to the types of q and kv."""
-    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links)
-    dq_BLHD, dkv_2BLGD = ring_loop.backward(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
+    noted = Whereabouts(place)
+    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
+    with noted.in_ring(layer, Direction.BACKWARD):
+        dq_BLHD, dkv_2BLGD = ring_loop.backward(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
     return dq_BLHD.to(q_BLHD.dtype), dkv_2BLGD.to(kv_2BLGD.dtype)
 
 
@@ -151,8 +164,9 @@ def _ring(
     stripe_size: int,
     kernel: str,
     links: str,
+    place: Whereabouts,
 ) -> ring_loop.Ring:
-    exchange = _exchange(links) if links else None
+    exchange = _exchange(links, place) if links else None
     ring_size = len(exchange.members) if exchange else 1
     starts = () if document_starts is None else tuple(document_starts.tolist())
     return ring_loop.Ring(
@@ -162,9 +176,10 @@ def _ring(
         scale=q_BLHD.shape[-1] ** -0.5,
         exchange=exchange,
         mask=Mask(window, starts, samples),
+        on_hop=place.begin_hop,
     )
 
 
-def _exchange(links: str) -> RingExchange:
+def _exchange(links: str, place: Whereabouts) -> RingExchange:
     groups = tuple(_resolve_process_group(name) for name in links.split())
-    return RingExchange(tuple(dist.get_process_group_ranks(groups[0])), groups, dist.get_rank(groups[0]))
+    return RingExchange(tuple(dist.get_process_group_ranks(groups[0])), groups, dist.get_rank(groups[0]), place)

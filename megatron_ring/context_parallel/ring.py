@@ -7,6 +7,7 @@ and nothing in a hop waits but for what the next hop needs.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,11 +45,18 @@ class Ring:
     scale: float
     exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
     mask: Mask = CAUSAL
+    on_hop: Callable[[int, int], object] = lambda hop, hops: None  # told of each, for those who watch
 
     @functools.cached_property
     def hops(self) -> int:
         """How often keys meet queries; fewer than ranks where nobody looks back that far. The same on every rank."""
         return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
+
+    def turns(self) -> Iterator[int]:
+        """The hops in turn, from 0."""
+        for hop in range(self.hops):
+            self.on_hop(hop, self.hops)
+            yield hop
 
     def keys_of(self, hop: int) -> int:
         """The ring rank whose keys our queries meet in ``hop``: our own first, so that no row starts with nothing."""
@@ -80,7 +88,7 @@ def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[t
     the log-sum-exp (batch, heads, L) in float32 (float64 for float64). One exchange less than there are hops.
     """
     state = RunningSoftmax.empty(q_BLHD)
-    for hop in range(ring.hops):
+    for hop in ring.turns():
         travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
         runs = ring.runs(ring.ring_rank, ring.keys_of(hop))
         ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], runs, ring.scale, state)
@@ -114,7 +122,7 @@ def backward(
 
 def _keys_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     dq_BLHD, sums = _zeros(q_BLHD), None
-    for hop in range(ring.hops):
+    for hop in ring.turns():
         travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
         dkv_2BLGD = _zeros(kv_2BLGD)
         ring.kernel.backward(
@@ -133,7 +141,7 @@ def _queries_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) 
     dkv_2BLGD, sums = _zeros(kv_2BLGD), None
     rows = (q_BLHD, dout_BLHD, lse_BHL, delta(out_BLHD, dout_BLHD))
     message = packed(rows) if ring.hops > 1 else None
-    for hop in range(ring.hops):
+    for hop in ring.turns():
         travelling = ring.pass_on(message, hop, distance=-1)
         dq_BLHD = _zeros(q_BLHD)
         ring.kernel.backward(

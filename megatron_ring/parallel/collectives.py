@@ -5,26 +5,33 @@ and what it receives do not queue behind each other, and neighbours post in an o
 share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.whereabouts import Whereabouts
+
+# The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
+_SECONDS_FOR_THE_WATCHDOG = 60
 
 
 @dataclass(frozen=True)
 class RingTransfer:
     """A tensor on its way around the ring, and its like on the way here."""
 
-    works: list[dist.Work]
+    works: list[tuple[int, dist.Work]]  # each with the global rank at its other end
     sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
+    place: Whereabouts
 
     def wait(self) -> torch.Tensor:
         """What was sent to this rank. On CUDA the current stream waits, not the host."""
-        for work in self.works:
-            work.wait()
+        for peer, work in self.works:
+            with self.place.waiting_for(peer):
+                work.wait()
         return self.received
 
 
@@ -32,12 +39,14 @@ class RingTransfer:
 class RingExchange:
     """Passing a tensor on around a ring of at least two ranks.
 
-    members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's place.
+    members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
+    place: where it is noted for whom this process waits.
     """
 
     members: tuple[int, ...]
     links: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ring_rank: int
+    place: Whereabouts = field(default_factory=Whereabouts)
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (contiguous) ``distance`` ranks on and receive its like from as far back; does not block."""
@@ -51,8 +60,14 @@ class RingExchange:
         works = []
         for link in (0, 1):
             posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
-            works += dist.batch_isend_irecv(posted) if posted else []
-        return RingTransfer(works, tensor, received)
+            works += self._post(posted) if posted else []
+        return RingTransfer(works, tensor, received, self.place)
+
+    def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
+        """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""
+        with self.place.waiting_for(posted[0].peer):
+            works = dist.batch_isend_irecv(posted)
+        return [(op.peer, work) for op, work in zip(posted, works)]  # NCCL has one work for the whole batch
 
 
 @dataclass(frozen=True)
@@ -71,9 +86,14 @@ class ProcessGroups:
     model: dist.ProcessGroup | None = None
 
     @staticmethod
-    def build(grid: Grid, global_rank: int) -> "ProcessGroups":
-        """Build every group of the grid; all processes call it, in the same place. Blocks until all have."""
-        links = [_own_group(grid.members("ring"), global_rank) for _ in range(2)]
+    def build(grid: Grid, global_rank: int, ring_timeout: int = 0) -> "ProcessGroups":
+        """Build every group of the grid; all processes call it, in the same place. Blocks until all have.
+
+        ``ring_timeout``: seconds after which a watchdog ends a wait in the ring; torch itself would a minute later,
+        NCCL's own watchdog included. 0: there is none, and torch's limit is its default.
+        """
+        limit = timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG) if ring_timeout else None
+        links = [_own_group(grid.members("ring"), global_rank, limit) for _ in range(2)]
         for link in links if grid.ring > 1 else ():
             # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
             # rank 0 has no transfer on the second link.
@@ -99,8 +119,8 @@ class ProcessGroups:
         return tensor
 
 
-def _own_group(groups: list[list[int]], global_rank: int) -> dist.ProcessGroup | None:
+def _own_group(groups: list[list[int]], global_rank: int, limit: timedelta | None = None) -> dist.ProcessGroup | None:
     if len(groups[0]) == 1:
         return None
-    own, _ = dist.new_subgroups_by_enumeration(groups)
+    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit)
     return own

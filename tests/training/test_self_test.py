@@ -23,10 +23,11 @@ from megatron_ring.kernels.attention import KERNELS, sdpa
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.training.self_test import alike, hops, neighbours
-from megatron_ring.training.self_test.exactness import TOLERANCE
+from megatron_ring.training.self_test import alike, facts, hops, neighbours
+from megatron_ring.training.self_test.exactness import TOLERANCE, allowed
 from megatron_ring.training.self_test.processes import Process, in_words
 from megatron_ring.training.self_test.report import Report, self_test
+from megatron_ring.training.self_test.together import on_every
 from megatron_ring.training.setup import Setup
 from tests import tolerances
 from tests.distributed import run_ranks
@@ -68,6 +69,12 @@ PASSING = {
         ),
         4,
     ),
+    "one key-value head, bf16": (
+        changed(
+            model={"num_attention_heads": 64, "num_query_groups": 1, "kv_channels": 32}, training={"dtype": "bf16"}
+        ),
+        4,
+    ),
     "data 4": (changed(parallel={"context_parallel": "none"}), 0),
 }
 
@@ -92,7 +99,7 @@ def test_where_all_is_well_every_rank_knows_it(name, passed):
     reports = [of_rank[name] for of_rank in passed]
     assert len({report.line() for report in reports}) == 1
     report, links = reports[0], PASSING[name][1]
-    assert all(0 < error <= TOLERANCE[report.setup.precision.dtype] for error in report.errors)
+    assert all(0 < error <= limit for error, limit in zip(report.errors, allowed(report.setup)))
     assert [process.global_rank for process in report.processes] == [0, 1, 2, 3]
     assert len(report.links) == links
 
@@ -105,7 +112,10 @@ def test_one_line_says_it(passed):
     alone = r"self-test        4 ranks agree; attention = plain attention to \de-07"
     assert re.fullmatch(alone, passed[0]["data 4"].line())
     report = passed[0]["zigzag x Ulysses 2"].in_full()
-    assert re.search(r"attention        ring = local attention \(sdpa, fp32\): out \S+, dq \S+, dk \S+, dv ", report)
+    off = ", ".join(rf"{name} \S+e-07 \(2.5e-06\)" for name in ("out", "dq", "dk", "dv"))
+    assert re.search(
+        rf"^attention        ring = local attention by sdpa in fp32: off by \(allowed\) {off} of ", report, re.M
+    )
     assert len(re.findall(rf"\d -> \d \({host} -> {host}\) \S+$", report, re.M)) == 4
     assert report.endswith("self-test        passed")
 
@@ -123,7 +133,8 @@ def another_option(rank: int, agreement: Agreement, folder: Path) -> None:
 
 
 def other_code(rank: int, agreement: Agreement, folder: Path) -> None:
-    with put(alike, _source_hash=lambda: "abc" if rank == 1 else "def", commit=lambda: "9f3+" if rank == 1 else "9f3"):
+    source, commit = ("abc", "9f3+") if rank == 1 else ("def", "9f3")
+    with put(facts, _source_hash=lambda: source), put(alike, commit=lambda: commit):
         alike.check_options_and_code(CONFIG, agreement)
 
 
@@ -141,7 +152,7 @@ def no_data(rank: int, agreement: Agreement, folder: Path) -> None:
         if rank == 3:
             raise DataError("no tokens.bin")
 
-    alike.on_every(agreement, open_data)
+    on_every(agreement, open_data)
 
 
 def another_order(rank: int, agreement: Agreement, folder: Path) -> None:
@@ -251,7 +262,7 @@ def one_is_late(rank: int, world_size: int) -> Report:
     start = RingExchange.start
 
     def late(exchange: RingExchange, *arguments) -> object:
-        time.sleep(0.1)
+        time.sleep(0.02)
         return start(exchange, *arguments)
 
     if rank == 2:
@@ -259,9 +270,11 @@ def one_is_late(rank: int, world_size: int) -> Report:
     return report_of(CONFIG, Agreement.build())
 
 
-def test_a_link_that_is_slow_is_warned_of_by_both_its_ranks():
-    line = run_ranks(4, one_is_late)[0].line()
-    assert re.search(r"slow link        2 -> 3 \(\S+ -> \S+\) \S+ MB/s is less than half", line)
+def test_what_makes_a_link_slow_is_at_one_of_its_ends():
+    """A rank that sends late delays whom it sends to, and often, because it receives late, who sends to it."""
+    (said,) = (line for line in run_ranks(4, one_is_late)[0].line().splitlines() if line.startswith("slow links"))
+    named = set(re.findall(r"(\d) -> (\d) \(", said))
+    assert {("2", "3")} <= named <= {("1", "2"), ("2", "3")}
 
 
 def link(sender: int, receiver: int, rate: float, hosts: str = "aa") -> hops.Link:

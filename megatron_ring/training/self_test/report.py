@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.training.self_test.exactness import TOLERANCE, Errors, check_attention
+from megatron_ring.training.self_test.exactness import Errors, allowed, check_attention
 from megatron_ring.training.self_test.hops import Link, measure_links, median, message_bytes, slow
 from megatron_ring.training.self_test.neighbours import check_neighbours
 from megatron_ring.training.self_test.processes import Process
@@ -26,7 +26,7 @@ class Report:
     links: list[Link]
 
     def line(self) -> str:
-        """For the start of a run; a slow link has a line of its own."""
+        """For the start of a run; slow links have a line of their own."""
         said = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
         if self.links:
             size = f"{message_bytes(self.setup):,} bytes"
@@ -35,13 +35,13 @@ class Report:
 
     def in_full(self) -> str:
         """For --self-test alone."""
-        precision, kernel = self.setup.precision, self.setup.kernel.name
-        errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors._asdict().items())
+        limits = zip(Errors._fields, self.errors, allowed(self.setup))
+        errors = ", ".join(f"{name} {error:.1e} ({limit:.1e})" for name, error, limit in limits)
         lines = [
             f"processes        {len(self.processes)} agree, each where the grid has it, on "
             f"{', '.join(sorted({process.host for process in self.processes}))}",
-            f"attention        {self._equation()} ({kernel}, {precision.name}): {errors}, of the largest entry; "
-            f"{TOLERANCE[precision.dtype]:.1e} is allowed",
+            f"attention        {self._equation()} by {self.setup.kernel.name} in {self.setup.precision.name}: off by "
+            f"(allowed) {errors} of the largest entry",
         ]
         if self.links:
             lines.append(f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:")
@@ -52,10 +52,12 @@ class Report:
         return "ring = local attention" if self.setup.grid.context > 1 else "attention = plain attention"
 
     def _warnings(self) -> list[str]:
+        if not (found := slow(self.links)):
+            return []
+        more = f" and {len(found) - _LINKS_NAMED} more" if len(found) > _LINKS_NAMED else ""
         return [
-            f"slow link        {link} MB/s is less than half of what others like it do: look at its network, and at "
-            "what else runs on these hosts"
-            for link in slow(self.links)
+            f"slow links       {', '.join(map(str, found[:_LINKS_NAMED]))}{more}: MB/s, less than half of the median "
+            "within a host or between hosts; look at the network, and at what else runs there"
         ]
 
 
