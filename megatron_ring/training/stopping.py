@@ -1,8 +1,9 @@
 """Stopping in order: a rank hears a signal, all end after the same step, with a checkpoint, to be started again.
 
 SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send. The exit code is
-EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank, torchrun and deepspeed hand
-on SIGTERM, wait 30 s for the ranks, and end with a code of their own; SIGUSR1 kills these two and orphans their ranks.
+EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank. torchrun hands on SIGTERM,
+waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of either and leaves its ranks running:
+signal one of them, or all of its process group.
 """
 
 import os
@@ -72,6 +73,8 @@ class Stopping:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         """One that failed ends at a signal; one that is done, or has stopped, is not hurt by a late or second one."""
+        if isinstance(error, Exception) and self._told.is_set() and not self._begun.is_set():
+            self._leave()  # it was about to; those who were a moment quicker have failed it
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if isinstance(error, Exception) else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)

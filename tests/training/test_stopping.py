@@ -128,6 +128,22 @@ def test_told_while_it_waits_for_others_it_leaves_at_once(folder):
     assert time.monotonic() - began < 20, "it did not wait for the rank that never comes"
 
 
+LEFT_BEHIND = """\
+import os, signal, time
+from megatron_ring.training.stopping import Stopping
+with Stopping(speaks=True):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+    raise RuntimeError("connection closed by peer")
+"""
+
+
+def test_told_while_others_leave_before_it_it_fails_no_more_than_they_do():
+    left = subprocess.run([sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True)
+    assert left.returncode == 75, left.stderr
+    assert "Traceback" not in left.stderr
+
+
 def answers(port: int) -> bool:
     """Whether rank 0 is there for the others to meet."""
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
