@@ -13,6 +13,8 @@ from megatron_ring.data.dataset import Dataset
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.watchdog import watched
+from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.engine import leave_processes, start_processes
@@ -44,14 +46,16 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
         stored = checkpointing.find(setup, vocab_size, agreement)
     if speaks:
         print(console.opening(setup, dataset, stored))
-    groups = ProcessGroups.build(setup.grid, environment.global_rank)
-    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
+    place, ring_timeout = Whereabouts(), config.parallel.ring_timeout
+    groups = ProcessGroups.build(setup.grid, environment.global_rank, ring_timeout)
+    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place)
     if config.self_test == "start" and environment.world_size > 1:
         with leaving_together():
             tested = self_test(setup, groups, agreement)
         if speaks:
             print(tested.line())
     model = build_model(setup, groups, attention, vocab_size)
+    place.follow(model)
     engine = start_engine(model, setup, groups)
     if stored:
         checkpointing.resume(engine, stored)
@@ -60,11 +64,12 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     at = setup.grid.coordinates(environment.global_rank)
     saver = checkpointing.Saver(setup, agreement)
     stopping.begin(Agreement.build())
-    saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report, stopping)
-    if speaks:
-        print(console.closing(report, config, saved))
-    stopping.close(saved)
-    leave_processes()
+    with watched(place, groups, ring_timeout, agreement):
+        saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report, stopping, place)
+        if speaks:
+            print(console.closing(report, config, saved))
+        stopping.close(saved)
+        leave_processes()
 
 
 def test_alone(setup: Setup, environment: Environment, agreement: Agreement) -> None:

@@ -223,13 +223,16 @@ class ParallelConfig:
     """Megatron's word: tensor ranks also share out the tokens between their layers. It splits no attention."""
     pipeline_model_parallel_size: int = 1
     """Processes P that split the layers among them."""
+    ring_timeout: int = 600
+    """Seconds that a rank waits for a neighbour in the ring; then all say where they are and the job ends with exit
+    code 76. Take more than the longest that one lets others wait: to load, save, compile. 0: no limit."""
     world_size: int = 0
     """Processes this config is meant for: what --dry-run plans with, and what a run is checked against. 0: any."""
 
     def problems(self) -> list[str]:
         sizes = ["ulysses_degree", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
         sizes += ["stripe_size"] if self.stripe_size != "auto" else []
-        return not_positive(self, *sizes) + _negative(self, "context_parallel_size", "world_size")
+        return not_positive(self, *sizes) + _negative(self, "context_parallel_size", "ring_timeout", "world_size")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.grid import Coordinates
+from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.engine import Engine
@@ -32,6 +33,7 @@ def train(
     saver: Saver,
     report: Report,
     stopping: Stopping,
+    place: Whereabouts,
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
 
@@ -43,7 +45,7 @@ def train(
     if validates and (start is None or start.step == 0):
         report.held_out(held_out("validation", engine, setup, at, dataset, step=0))
     with Prefetcher(loader) as ahead:
-        for step in range(start.step + 1 if start else 1, training.train_iters + 1):
+        for step in place.steps(range(start.step + 1 if start else 1, training.train_iters + 1)):
             report.step(_step(engine, setup, dataset, ahead, step))
             last = step == training.train_iters
             if validates and (last or step % training.eval_interval == 0):
