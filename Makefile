@@ -12,7 +12,7 @@ STORE := data/python-library/tokens
 # Without a GPU, say so to DeepSpeed, which else asks around and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-.PHONY: train test test-all check bench clean
+.PHONY: train test test-all test-slurm check bench clean
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -22,7 +22,12 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+
+# A SLURM of two nodes on this machine, for which it needs root.
+test-slurm: $(BIN)/.installed-dev
+	tests/slurm/install.sh
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check

@@ -1,0 +1,19 @@
+#!/bin/bash
+# See that SLURM and munge are here for tests/slurm: install Debian's, as root, or say how.
+set -euo pipefail
+
+packages=(munge slurmctld slurmd slurm-client)
+export PATH=$PATH:/usr/sbin
+missing=()
+for program in munged slurmctld slurmd sbatch unshare; do
+    command -v "$program" >/dev/null || missing+=("$program")
+done
+[[ ${#missing[@]} -eq 0 ]] && exit
+
+if [[ $(id -u) -ne 0 ]] || ! command -v apt-get >/dev/null; then
+    echo "${missing[*]} not found. As root on Debian or Ubuntu: apt-get install ${packages[*]}" >&2
+    exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -qq --yes --no-install-recommends "${packages[@]}"
