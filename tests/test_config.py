@@ -85,6 +85,15 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
     assert parse(["--config", path, "--split", "0.8", "0.1", "0.1"]).data.split == (0.8, 0.1, 0.1)
 
 
+def test_the_self_test_without_a_word_is_all_that_is_done(yaml):
+    assert parse([]).self_test == "start"
+    assert parse(["--self-test"]).self_test == "only"
+    assert parse(["--self-test", "--lr", "0.1"]).self_test == "only"
+    path = yaml("self_test: none")
+    assert parse(["--config", path]).self_test == "none"
+    assert parse(["--config", path, "--self-test", "start"]).self_test == "start"
+
+
 def test_a_blend_alternates_weights_and_stores_and_the_weights_are_exact():
     blend = parse(["--data-path", "0.7", "a", "0.1", "b"]).data.blend
     assert blend == {"a": Fraction(7, 10), "b": Fraction(1, 10)}
@@ -252,6 +261,8 @@ def test_a_file_that_is_not_there(tmp_path):
         (["--dtype", "bf15"], "bf16"),
         (["--deepspeed", "3"], "Unrecognized"),
         (["--config"], "Missing value"),
+        (["--self-test", "off"], "only"),
+        (["--self-test", "only", "none"], "takes one word or none"),
     ],
 )
 def test_a_bad_flag_leaves_with_two_and_names_what_is_near(arguments, said, capsys):

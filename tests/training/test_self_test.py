@@ -353,7 +353,7 @@ def test_alone_it_needs_no_data_and_reports(folder, tmp_path):
     (tmp_path / "small.yaml").write_text(without_data)
     (code, said), (code_1, said_1) = two_ranks(tmp_path, lambda rank: ["--self-test"])
     assert (code, code_1) == (0, 0), said + said_1
-    assert "processes        2 agree, each where the grid has it, on " in said
+    assert "processes        alike, and each where the grid has it: ranks 0-1 (" in said
     assert "hops             8,192 bytes; MB/s, the slowest first:" in said
     assert said.count("self-test        passed") == 1
     assert "self-test" not in said_1

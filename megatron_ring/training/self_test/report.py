@@ -7,7 +7,7 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.training.self_test.exactness import Errors, allowed, check_attention
 from megatron_ring.training.self_test.hops import Link, measure_links, median, message_bytes, slow
 from megatron_ring.training.self_test.neighbours import check_neighbours
-from megatron_ring.training.self_test.processes import Process
+from megatron_ring.training.self_test.processes import Process, in_words
 from megatron_ring.training.setup import Setup
 
 _LINKS_NAMED = 16
@@ -38,8 +38,7 @@ class Report:
         limits = zip(Errors._fields, self.errors, allowed(self.setup))
         errors = ", ".join(f"{name} {error:.1e} ({limit:.1e})" for name, error, limit in limits)
         lines = [
-            f"processes        {len(self.processes)} agree, each where the grid has it, on "
-            f"{', '.join(sorted({process.host for process in self.processes}))}",
+            f"processes        alike, and each where the grid has it: {in_words(self.processes)}",
             f"attention        {self._equation()} by {self.setup.kernel.name} in {self.setup.precision.name}: off by "
             f"(allowed) {errors} of the largest entry",
         ]
