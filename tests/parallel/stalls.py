@@ -26,7 +26,7 @@ from megatron_ring.parallel.whereabouts import Direction, Place, Whereabouts
 
 RANKS = 3
 STEPS = 3
-TIMEOUT = 4
+TIMEOUT = 6
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
 LENGTH = 8  # of one rank
 
@@ -87,7 +87,7 @@ class Ring:
         for process in self.processes:
             process.start()
 
-    def ended(self, seconds: float = 60) -> list[Ended]:
+    def ended(self, seconds: float = 150) -> list[Ended]:
         """By rank, as soon as those that can end have, or when ``seconds`` are over; then none is left."""
         deadline = time.monotonic() + seconds
         for process, ends in zip(self.processes, self.ends):

@@ -18,9 +18,9 @@ FAULTS = {
     "stopped in forward": Fault(layer=0, direction=Direction.FORWARD, hop=1, signal=signal.SIGSTOP),
     "killed": Fault(signal=signal.SIGKILL),
     "asleep": Fault(sleep=60),
-    "slow": Fault(sleep=TIMEOUT / 3),
-    "none": Fault(),
 }
+HEALTHY = {"slow": Fault(sleep=2), "none": Fault()}
+PATIENCE = 60  # of those in which nothing is wrong, however busy the machine
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def ended(tmp_path_factory) -> dict[str, list[Ended]]:
     """How the ranks of each ring ended; all rings run at the same time, because most of them only wait."""
     folder: Path = tmp_path_factory.mktemp("rings")
     rings = {name: Ring(folder / name, fault) for name, fault in FAULTS.items()}
+    rings |= {name: Ring(folder / name, fault, PATIENCE) for name, fault in HEALTHY.items()}
     rings["unwatched"] = Ring(folder / "unwatched", ring_timeout=0)
     return {name: ring.ended() for name, ring in rings.items()}
 
@@ -38,7 +39,7 @@ def line(rank: Ended) -> str:
     return re.sub(r" \([^()]*, pid \d+\)", "", re.sub(r"\d+ s", "N s", said))
 
 
-@pytest.mark.parametrize("name", ["stopped", "stopped in forward", "killed", "asleep"])
+@pytest.mark.parametrize("name", FAULTS)
 def test_every_rank_that_runs_says_one_line_and_leaves_with_the_code_of_a_stall(name, ended):
     assert {rank.exit_code for rank in ended[name]} - {None, -signal.SIGKILL} == {RingStalled.exit_code}
     for rank in (0, 2):
@@ -74,10 +75,10 @@ def test_one_that_only_dawdles_is_told_from_one_that_is_stopped(ended):
 
 def test_the_wait_is_as_long_as_the_option_says_and_little_longer(ended):
     (waited,) = re.findall(r"rank 2 \(.*?\) has waited (\d+) s", ended["stopped"][2].said)
-    assert TIMEOUT <= int(waited) <= TIMEOUT + 10
+    assert TIMEOUT <= int(waited) <= TIMEOUT + 20
 
 
-@pytest.mark.parametrize("name", ["slow", "none"])
+@pytest.mark.parametrize("name", HEALTHY)
 def test_a_ring_that_moves_is_left_alone_and_its_losses_are_those_without_a_watchdog(name, ended):
     assert [rank.exit_code for rank in ended[name]] == [0, 0, 0]
     assert [rank.said for rank in ended[name]] == ["", "", ""]

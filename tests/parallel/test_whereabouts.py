@@ -1,0 +1,97 @@
+"""What is noted of a process while its layers run, are run again and are differentiated."""
+
+import pytest
+import torch
+
+from megatron_ring.config import ModelConfig
+from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.model.execution import Execution
+from megatron_ring.model.gpt import Layers
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts
+
+MODEL = ModelConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
+STAGE = range(2, 4)  # the layers of a pipeline's second stage
+LENGTH = 8
+
+FORWARD = [(7, 2, Direction.FORWARD, 1, 1), (7, 3, Direction.FORWARD, 1, 1)]
+BACKWARD = [(7, 3, Direction.BACKWARD, 1, 1), (7, 2, Direction.BACKWARD, 1, 1)]
+AGAIN = [FORWARD[1], BACKWARD[0], FORWARD[0], BACKWARD[1]]
+
+
+class Noting:
+    """The reference kernel, with a list of the places where it was called."""
+
+    def __init__(self, place: Whereabouts):
+        self.place, self.places = place, []
+
+    def forward(self, *inputs) -> None:
+        self.places.append(self.place.read()[:5])
+        reference.forward(*inputs)
+
+    def backward(self, *inputs) -> None:
+        self.places.append(self.place.read()[:5])
+        reference.backward(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("execution", "backward"),
+    [
+        (Execution(), BACKWARD),
+        (Execution(recompute="selective"), BACKWARD),
+        (Execution(recompute="full"), BACKWARD),
+        (Execution(recompute="full", recompute_attention=True), AGAIN),
+    ],
+    ids=["kept", "selective", "full", "attention too"],
+)
+def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(execution, backward, monkeypatch):
+    place = Whereabouts()
+    kernel = Noting(place)
+    monkeypatch.setitem(KERNELS, "noting", kernel)
+    attention = ContextParallelAttention(Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place)
+    layers = Layers(MODEL, LENGTH, attention, 1, execution, STAGE)
+    place.follow(layers)
+    for _ in place.steps([7]):
+        x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, requires_grad=True)
+        layers.run(x_BlE, torch.arange(LENGTH), None).sum().backward()
+    assert kernel.places == FORWARD + backward
+    assert place.read().hops == 0, "outside of the ring again"
+
+
+def test_a_wait_is_noted_until_it_is_over():
+    place = Whereabouts()
+    with place.in_ring(5, Direction.BACKWARD):
+        place.begin_hop(1, 4)
+        with place.waiting_for(2):
+            assert place.read()._replace(seconds=0) == Place(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
+        assert place.read().waits_for == NOBODY
+    assert place.read().hops == 0
+
+
+def test_a_wait_that_fails_is_still_told():
+    place = Whereabouts()
+
+    def lose() -> None:
+        with place.in_ring(5, Direction.FORWARD), place.waiting_for(2):
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        lose()
+    assert place.read().waits_for == 2
+
+
+def test_seconds_begin_anew_with_every_hop_and_every_wait():
+    place = Whereabouts()
+    place.begin_hop(0, 2)
+    place.numbers[Place._fields.index("seconds")] -= 10**10
+    assert 10 <= place.read().seconds < 20
+    with place.waiting_for(0):
+        assert place.read().seconds < 10
+
+
+def test_what_an_operator_notes_is_read_outside_of_it():
+    place = Whereabouts()
+    Whereabouts(place.numbers).begin_hop(2, 3)
+    assert place.read().hop == 3
