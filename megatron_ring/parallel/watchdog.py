@@ -73,7 +73,7 @@ class Watchdog:
 
     def _judge(self) -> None:
         """End the process if it lost the next of its ring, or if another one lost its own and says so in a moment."""
-        self._look()
+        self._look(self.place.read())
         if self._suspect is not None:
             self._wake.set()
         if self._wake.wait(_SECONDS_TO_SPEAK):
@@ -85,16 +85,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while self._suspect is None and not self._wake.wait(_SECONDS_BETWEEN_LOOKS):
-            if self.place.read().seconds >= self.ring_timeout:
-                self._look()
+            place = self.place.read()
+            if place.seconds >= self.ring_timeout:
+                self._look(place)
         if not self._over:
             self._end()
 
-    def _look(self) -> None:
+    def _look(self, place: Place) -> None:
         """Suspect whom this process waits for in the ring; elsewhere the next of its ring, if that shows no life."""
-        waits_for = self.place.read().waits_for
-        if waits_for != NOBODY:
-            self._suspect = waits_for
+        if place.waits_for != NOBODY:
+            self._suspect = place.waits_for
         elif isinstance(self.intercom.ask(self.following), str):
             self._suspect = self.following
 
