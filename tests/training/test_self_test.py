@@ -289,6 +289,10 @@ def test_a_link_between_hosts_is_compared_with_others_between_hosts():
     assert hops.slow([]) == []
 
 
+def test_rates_are_said_in_megabytes():
+    assert [hops.megabytes(rate) for rate in (2.514e9, 15.6e6, 1.26e6, 40e3)] == ["2,514", "16", "1.3", "0.04"]
+
+
 def test_ranks_are_named_in_runs_and_many_hosts_are_counted():
     processes = [Process(rank, f"node{rank // 2}", 1) for rank in range(8)]
     assert in_words(processes[:3]) == "ranks 0-2 (node0, node1)"

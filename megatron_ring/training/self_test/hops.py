@@ -38,7 +38,7 @@ class Link(NamedTuple):
 
     def __str__(self) -> str:
         ranks = f"{self.sender.global_rank} -> {self.receiver.global_rank}"
-        return f"{ranks} ({self.sender.host} -> {self.receiver.host}) {self.bytes_per_second / 1e6:.3g}"
+        return f"{ranks} ({self.sender.host} -> {self.receiver.host}) {megabytes(self.bytes_per_second)}"
 
 
 def measure_links(setup: Setup, groups: ProcessGroups, processes: list[Process], agreement: Agreement) -> list[Link]:
@@ -67,6 +67,12 @@ def slow(links: list[Link]) -> list[Link]:
         link.within_host: median([each for each in links if each.within_host == link.within_host]) for link in links
     }
     return [link for link in links if link.bytes_per_second < _SLOW * medians[link.within_host]]
+
+
+def megabytes(bytes_per_second: float) -> str:
+    """In a second, with two digits at least."""
+    rate = bytes_per_second / 1e6
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def median(links: list[Link]) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.training.self_test.exactness import Errors, allowed, check_attention
-from megatron_ring.training.self_test.hops import Link, measure_links, median, message_bytes, slow
+from megatron_ring.training.self_test.hops import Link, measure_links, median, megabytes, message_bytes, slow
 from megatron_ring.training.self_test.neighbours import check_neighbours
 from megatron_ring.training.self_test.processes import Process, in_words
 from megatron_ring.training.setup import Setup
@@ -30,7 +30,7 @@ class Report:
         said = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
         if self.links:
             size = f"{message_bytes(self.setup):,} bytes"
-            said += f"; {median(self.links) / 1e6:.3g} MB/s a hop of {size}, slowest {self.links[0]}"
+            said += f"; {megabytes(median(self.links))} MB/s a hop of {size}, slowest {self.links[0]}"
         return "\n".join([f"self-test        {said}", *self._warnings()])
 
     def in_full(self) -> str:
