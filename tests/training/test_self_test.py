@@ -316,8 +316,7 @@ def folder(tmp_path_factory) -> Path:
 
 def two_ranks(folder: Path, flags_of: Callable[[int], list[str]]) -> list[tuple[int, str]]:
     """(exit code, what it said) of two ranks without a launcher."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     world |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
@@ -334,9 +333,16 @@ def two_ranks(folder: Path, flags_of: Callable[[int], list[str]]) -> list[tuple[
     return [(rank.returncode, text) for rank, text in zip(ranks, said)]
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def test_a_run_begins_with_the_line(folder):
-    deepspeed = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", PROGRAM, "--config", "small.yaml"]
-    found = subprocess.run(deepspeed, cwd=folder, capture_output=True, text=True, timeout=300)
+    deepspeed = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
+    found = subprocess.run(
+        [*deepspeed, PROGRAM, "--config", "small.yaml"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("self-test        2 ranks agree; ring = local attention to ") == 1
     assert found.stdout.index("self-test  ") < found.stdout.index("step  ")
