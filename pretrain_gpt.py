@@ -9,7 +9,6 @@ import sys
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.data.dataset import Dataset
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
@@ -22,10 +21,9 @@ from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
 from megatron_ring.training.precision import device_type
-from megatron_ring.training.self_test.alike import check_data, check_options_and_code
-from megatron_ring.training.self_test.report import self_test
-from megatron_ring.training.self_test.together import leaving_together, on_every
+from megatron_ring.training.self_test.run import test_alone, test_in_a_line
 from megatron_ring.training.setup import Setup
+from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
 
@@ -35,53 +33,32 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
     start_processes(environment, device_type())
     agreement = Agreement.build()
-    with leaving_together():
-        check_options_and_code(config, agreement)
-        setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
-        if config.self_test == "only":
-            return test_alone(setup, environment, agreement)
-        dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=speaks))
-        check_data(config.data, agreement)
-        vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
-        stored = checkpointing.find(setup, vocab_size, agreement)
+    if config.self_test == "only":
+        return test_alone(config, environment, agreement)
+    start = Start.together(config, environment, agreement)
     if speaks:
-        print(console.opening(setup, dataset, stored))
-    place, ring_timeout = Whereabouts(), config.parallel.ring_timeout
-    groups = ProcessGroups.build(setup.grid, environment.global_rank, ring_timeout)
+        print(console.opening(start))
+
+    setup, place = start.setup, Whereabouts()
+    groups = ProcessGroups.build(setup.grid, environment.global_rank, config.parallel.ring_timeout)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place)
     if config.self_test == "start" and environment.world_size > 1:
-        with leaving_together():
-            tested = self_test(setup, groups, agreement)
-        if speaks:
-            print(tested.line())
-    model = build_model(setup, groups, attention, vocab_size)
+        test_in_a_line(setup, groups, agreement)
+    model = build_model(setup, groups, attention, start.vocab_size)
     place.follow(model)
     engine = start_engine(model, setup, groups)
-    if stored:
-        checkpointing.resume(engine, stored)
+    if start.stored:
+        checkpointing.resume(engine, start.stored)
 
-    report = console.report(setup, dataset, stored, engine) if speaks else Silence()
-    at = setup.grid.coordinates(environment.global_rank)
+    report = console.report(start, engine) if speaks else Silence()
     saver = checkpointing.Saver(setup, agreement)
     stopping.begin(Agreement.build())
-    with watched(place, groups, ring_timeout, agreement):
-        saved = train(engine, setup, at, dataset, stored.state if stored else None, saver, report, stopping, place)
+    with watched(place, groups, config.parallel.ring_timeout, agreement):
+        saved = train(engine, start, saver, report, stopping, place)
         if speaks:
             print(console.closing(report, config, saved))
         stopping.close(saved)
         leave_processes()
-
-
-def test_alone(setup: Setup, environment: Environment, agreement: Agreement) -> None:
-    """All that --self-test does once options and code agree: nothing is trained, and data is asked for only by name."""
-    config = setup.config
-    if config.data.data_path:
-        on_every(agreement, lambda: Dataset.open(config.data, config.training.seed))
-        check_data(config.data, agreement)
-    tested = self_test(setup, ProcessGroups.build(setup.grid, environment.global_rank), agreement)
-    if environment.global_rank == 0:
-        print(tested.in_full())
-    leave_processes()
 
 
 if __name__ == "__main__":

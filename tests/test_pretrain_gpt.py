@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,11 @@ def alone(*flags: str | Path, folder: Path) -> subprocess.CompletedProcess:
 
 
 def by_deepspeed(*flags: str | Path, ranks: int, folder: Path) -> subprocess.CompletedProcess:
-    return run(BIN / "deepspeed", "--num_gpus", str(ranks), ROOT / "pretrain_gpt.py", *flags, folder=folder)
+    # A port of its own: the launcher's default is anybody's on this machine.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher = [BIN / "deepspeed", "--master_port", str(free.getsockname()[1]), "--num_gpus", str(ranks)]
+    return run(*launcher, ROOT / "pretrain_gpt.py", *flags, folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 from megatron_ring.checkpoint.fit import other_data
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config, to_yaml
-from megatron_ring.data.dataset import Dataset
 from megatron_ring.plan.flops import peak_flops
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.training.dry_run import plan_lines
@@ -13,12 +12,13 @@ from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.setup import Setup
+from megatron_ring.training.start import Start
 
 
-def opening(setup: Setup, dataset: Dataset, stored: Stored | None) -> str:
-    """What rank 0 says before the model is built."""
-    config, token_ids = setup.config, dataset.tokenizer.vocab_size
-    rows = config.model.vocabulary_size(token_ids)
+def opening(start: Start) -> str:
+    """What is said before the model is built."""
+    setup, dataset, stored = start.setup, start.dataset, start.stored
+    config, token_ids, rows = setup.config, dataset.tokenizer.vocab_size, start.vocab_size
     parameters = parameter_count(config.model, rows, config.data.seq_length)
     lines = [
         *_chosen(setup),
@@ -41,15 +41,14 @@ def _beginning(stored: Stored, config: Config) -> list[str]:
     return lines
 
 
-def report(setup: Setup, dataset: Dataset, stored: Stored | None, engine: Engine) -> ConsoleReport:
+def report(start: Start, engine: Engine) -> ConsoleReport:
     """Where rank 0's steps are told. Measures what this device could reach, where no data sheet says it."""
-    config = setup.config
+    setup, config = start.setup, start.setup.config
     peak, source = peak_flops(setup.device, setup.precision.dtype)
     print(f"peak             {peak / 1e12:.3g} TFLOP/s a process, {source}")
-    done = stored.state.step if stored else 0
     return ConsoleReport(
         config.logging,
-        steps=range(done + 1, config.training.train_iters + 1),
+        steps=range(start.state.step + 1, config.training.train_iters + 1),
         peak_flops=peak * setup.grid.world_size,
         monitors=engine.write_events,
     )

@@ -2,77 +2,67 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from megatron_ring.checkpoint.state import RunState
-from megatron_ring.data.dataset import Dataset, bits_per_byte
+from megatron_ring.data.dataset import bits_per_byte
 from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
-from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.schedule import learning_rate
-from megatron_ring.training.setup import Setup
+from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
 
 def train(
-    engine: Engine,
-    setup: Setup,
-    at: Coordinates,
-    dataset: Dataset,
-    start: RunState | None,
-    saver: Saver,
-    report: Report,
-    stopping: Stopping,
-    place: Whereabouts,
+    engine: Engine, start: Start, saver: Saver, report: Report, stopping: Stopping, place: Whereabouts
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
 
     Returns the last checkpoint's folder.
     """
-    training, saving = setup.config.training, setup.config.checkpoint
-    loader = _loader(dataset, dataset.training, setup, at, start.consumed_samples if start else 0)
+    training, saving, dataset = start.setup.config.training, start.setup.config.checkpoint, start.dataset
     validates = training.eval_interval > 0 and dataset.validation is not None
-    if validates and (start is None or start.step == 0):
-        report.held_out(held_out("validation", engine, setup, at, dataset, step=0))
-    with Prefetcher(loader) as ahead:
-        for step in place.steps(range(start.step + 1 if start else 1, training.train_iters + 1)):
-            report.step(_step(engine, setup, dataset, ahead, step))
+    if validates and start.state.step == 0:
+        report.held_out(held_out("validation", engine, start, step=0))
+    with Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
+        for step in place.steps(range(start.state.step + 1, training.train_iters + 1)):
+            report.step(_step(engine, start, ahead, step))
             last = step == training.train_iters
             if validates and (last or step % training.eval_interval == 0):
-                report.held_out(held_out("validation", engine, setup, at, dataset, step))
+                report.held_out(held_out("validation", engine, start, step))
             if last and dataset.test is not None:
-                report.held_out(held_out("test", engine, setup, at, dataset, step))
+                report.held_out(held_out("test", engine, start, step))
             stops = not last and stopping.agreed(step)
             if saving.save and (last or stops or (saving.save_interval and step % saving.save_interval == 0)):
-                saver.save(engine, _state(setup, dataset, step, ahead))
+                saver.save(engine, replace(start.state, step=step, consumed_samples=ahead.consumed_samples))
             if stops:
                 break
     return saver.finish()
 
 
-def held_out(
-    part: Literal["validation", "test"], engine: Engine, setup: Setup, at: Coordinates, dataset: Dataset, step: int
-) -> HeldOutRecord:
+def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, step: int) -> HeldOutRecord:
     """The loss on the same samples every time: the first eval_iters global batches of the part's stream."""
-    loader = _loader(dataset, getattr(dataset, part), setup, at, consumed_samples=0)
+    dataset = start.dataset
+    loader = _loader(start, getattr(dataset, part), consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
-    batches = [loader.next_step() for _ in range(setup.config.training.eval_iters)]
+    batches = [loader.next_step() for _ in range(start.setup.config.training.eval_iters)]
     total = engine.evaluate(batches, bytes_per_token)
     loss = total.loss_sum / max(1, total.tokens)
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
-def _step(engine: Engine, setup: Setup, dataset: Dataset, ahead: Prefetcher, step: int) -> StepRecord:
+def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int) -> StepRecord:
+    setup = start.setup
     began = time.perf_counter()
     batches = ahead.next_step()
     loaded = time.perf_counter()
@@ -88,40 +78,26 @@ def _step(engine: Engine, setup: Setup, dataset: Dataset, ahead: Prefetcher, ste
         tokens_per_second=setup.global_batch_size * setup.config.data.seq_length / seconds,
         step_seconds=seconds,
         data_seconds=loaded - began,
-        model_flops=_model_flops(engine, setup, dataset, batches),
+        model_flops=_model_flops(engine, start, batches),
     )
 
 
-def _model_flops(engine: Engine, setup: Setup, dataset: Dataset, batches: list[Batch]) -> float:
+def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
     """Floating-point operations of the step on all ranks, counted from what its documents let tokens see.
 
     Known on the first pipeline stage, one of whose ranks reports it: later ones have no batches.
     """
     if not batches:
         return math.nan
+    setup = start.setup
     lengths = torch.cat([batch.document_lengths(setup.layout.seq_length) for batch in batches])
-    own = float(training_flops(setup.config.model, _vocab_size(setup, dataset), lengths))
+    own = float(training_flops(setup.config.model, start.vocab_size, lengths))
     if not setup.config.data.reset_attention_mask:
         return own * setup.grid.data  # the same on every data rank
     return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
 
 
-def _loader(
-    dataset: Dataset, stream: Stream, setup: Setup, at: Coordinates, consumed_samples: int
-) -> Loader | LaterStageLoader:
-    micro_batch_size, global_batch_size = setup.config.training.micro_batch_size, setup.global_batch_size
-    place = setup.layout, setup.grid, at
-    return loader_of(stream, dataset.packing, *place, micro_batch_size, global_batch_size, consumed_samples)
-
-
-def _state(setup: Setup, dataset: Dataset, step: int, ahead: Prefetcher) -> RunState:
-    return RunState(
-        step=step,
-        consumed_samples=ahead.consumed_samples,
-        vocab_size=_vocab_size(setup, dataset),
-        seq_length=setup.config.data.seq_length,
-    )
-
-
-def _vocab_size(setup: Setup, dataset: Dataset) -> int:
-    return setup.config.model.vocabulary_size(dataset.tokenizer.vocab_size)
+def _loader(start: Start, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:
+    setup = start.setup
+    sizes = setup.config.training.micro_batch_size, setup.global_batch_size
+    return loader_of(stream, start.dataset.packing, setup.layout, setup.grid, start.at, *sizes, consumed_samples)

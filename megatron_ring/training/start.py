@@ -1,0 +1,51 @@
+"""What all ranks find out together before anything is built: that they run the same, with what, and from where."""
+
+from dataclasses import dataclass, replace
+
+from megatron_ring.checkpoint.state import RunState
+from megatron_ring.checkpoint.store import Stored
+from megatron_ring.config import Config
+from megatron_ring.data.dataset import Dataset
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.grid import Coordinates
+from megatron_ring.training import checkpointing
+from megatron_ring.training.self_test.alike import check_data, check_options_and_code
+from megatron_ring.training.self_test.together import leaving_together, on_every
+from megatron_ring.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Start:
+    """at: this process's place. stored: the checkpoint to go on from, None to start afresh."""
+
+    setup: Setup
+    dataset: Dataset
+    at: Coordinates
+    stored: Stored | None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the embedding."""
+        return self.setup.config.model.vocabulary_size(self.dataset.tokenizer.vocab_size)
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is before its first step. Samples may be of another length than those counted before."""
+        seq_length = self.setup.config.data.seq_length
+        if self.stored:
+            return replace(self.stored.state, seq_length=seq_length)
+        return RunState(0, 0, self.vocab_size, seq_length)
+
+    @staticmethod
+    def together(config: Config, environment: Environment, agreement: Agreement) -> "Start":
+        """Raises on every rank, once all have left their groups, what is wrong on any. Collective; blocks."""
+        rank = environment.global_rank
+        with leaving_together():
+            check_options_and_code(config, agreement)
+            setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
+            dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
+            check_data(config.data, agreement)
+            start = Start(setup, dataset, setup.grid.coordinates(rank), stored=None)
+            stored = checkpointing.find(setup, start.vocab_size, agreement)
+        return Start(setup, dataset, start.at, stored)
