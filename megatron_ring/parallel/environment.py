@@ -52,7 +52,7 @@ class Environment:
         os.environ.setdefault(
             "MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]) if _in_step() else "127.0.0.1"
         )
-        os.environ.setdefault("MASTER_PORT", str(_port()))
+        os.environ.setdefault("MASTER_PORT", str(_port(self.world_size)))
 
 
 def first_host(node_list: str) -> str:
@@ -65,10 +65,13 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
 
 
-def _port() -> int:
-    """Of the step's own, below those that a system gives out by itself: jobs that share a node must not meet."""
+def _port(world_size: int) -> int:
+    """Of the step's own, below those that a system gives out by itself: jobs that share a node must not meet.
+
+    Alone a process meets nobody, and takes whichever is free.
+    """
     if not _in_step():
-        return 29500
+        return 29500 if world_size > 1 else 0
     return 15000 + (_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % 15000
 
 

@@ -66,6 +66,11 @@ def test_what_the_launcher_left_out_is_completed(launcher, address, port, enviro
     assert told == ["5", "1", "8", address, port]
 
 
+def test_alone_a_process_takes_any_port_that_is_free(environ):
+    Environment.read().complete()
+    assert environ["MASTER_PORT"] == "0"
+
+
 def test_ranks_of_a_step_meet_where_they_are_told_to(environ):
     environ.update(LAUNCHERS["srun"] | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     Environment.read().complete()
