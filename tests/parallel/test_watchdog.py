@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import RingStalled
 from megatron_ring.parallel.intercom import Member
 from megatron_ring.parallel.watchdog import report
@@ -107,3 +108,8 @@ def test_a_long_chain_of_waits_is_told_by_its_ends():
 def test_waits_that_go_round_are_called_a_circle():
     waits = {member(1): waiting(0), member(0): waiting(1)}
     assert report(member(0), waiting(1), waits).endswith("; these waits close in a circle of 2 ranks")
+
+
+def test_a_limit_below_0_is_refused():
+    problems = ParallelConfig(ring_timeout=-1).problems()
+    assert problems == ["ring_timeout -1 must not be below 0. Set --ring-timeout."]
