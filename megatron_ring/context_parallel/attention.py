@@ -181,5 +181,4 @@ def _ring(
 
 
 def _exchange(links: str, place: Whereabouts) -> RingExchange:
-    groups = tuple(_resolve_process_group(name) for name in links.split())
-    return RingExchange(tuple(dist.get_process_group_ranks(groups[0])), groups, dist.get_rank(groups[0]), place)
+    return RingExchange.over(tuple(_resolve_process_group(name) for name in links.split()), place)

@@ -48,6 +48,12 @@ class RingExchange:
     ring_rank: int
     place: Whereabouts = field(default_factory=Whereabouts)
 
+    @staticmethod
+    def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
+        """This process's, in the ring whose ``links`` these are."""
+        members = tuple(dist.get_process_group_ranks(links[0]))
+        return RingExchange(members, links, dist.get_rank(links[0]), place or Whereabouts())
+
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (contiguous) ``distance`` ranks on and receive its like from as far back; does not block."""
         received = torch.empty_like(tensor)

@@ -42,10 +42,7 @@ def check_neighbours(
 
 def ring_exchange(groups: ProcessGroups) -> RingExchange | None:
     """The exchange of this process's ring; None in a ring of one."""
-    if groups.ring_links is None:
-        return None
-    members = tuple(dist.get_process_group_ranks(groups.ring_links[0]))
-    return RingExchange(members, groups.ring_links, dist.get_rank(groups.ring_links[0]))
+    return RingExchange.over(groups.ring_links) if groups.ring_links else None
 
 
 def _met(grid: Grid, groups: ProcessGroups, here: Process, device: str) -> Iterator[tuple[str, int, Process | None]]:
