@@ -6,11 +6,19 @@ from megatron_ring.errors import (
     DataError,
     KernelUnavailable,
     MegatronRingError,
+    RingStalled,
     nearest_multiples,
     speaking_errors,
 )
 
-EXIT_CODES = {MegatronRingError: 1, ConfigError: 2, DataError: 3, CheckpointError: 4, KernelUnavailable: 5}
+EXIT_CODES = {
+    MegatronRingError: 1,
+    ConfigError: 2,
+    DataError: 3,
+    CheckpointError: 4,
+    KernelUnavailable: 5,
+    RingStalled: 76,
+}
 
 
 @pytest.mark.parametrize("kind", EXIT_CODES)
