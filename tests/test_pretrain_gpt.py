@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from megatron_ring.config import load_yaml
 from megatron_ring.training.console import plan
 from megatron_ring.training.setup import Setup
+from tests.programs import free_port, working_folder
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -33,25 +33,14 @@ def alone(*flags: str | Path, folder: Path) -> subprocess.CompletedProcess:
 
 
 def by_deepspeed(*flags: str | Path, ranks: int, folder: Path) -> subprocess.CompletedProcess:
-    # A port of its own: the launcher's default is anybody's on this machine.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launcher = [BIN / "deepspeed", "--master_port", str(free.getsockname()[1]), "--num_gpus", str(ranks)]
+    launcher = [BIN / "deepspeed", "--master_port", free_port(), "--num_gpus", str(ranks)]
     return run(*launcher, ROOT / "pretrain_gpt.py", *flags, folder=folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A working directory with small.yaml and a prepared store, text/tokens."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "small.yaml").write_text(SMALL)
-    (folder / "pages").mkdir()
-    for page in range(20):
-        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
-    prepare = [ROOT / "tools" / "prepare_data.py", "--input", "pages", "--output-prefix", "text/tokens"]
-    prepared = run(sys.executable, *prepare, "--vocab-size", "300", folder=folder)
-    assert prepared.returncode == 0, prepared.said
-    return folder
+    return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
 @pytest.fixture(scope="module")

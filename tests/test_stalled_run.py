@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.programs import free_port
+
 ROOT = Path(__file__).parents[1]
 SMALL = """\
 model: {num_layers: 2, hidden_size: 64, num_attention_heads: 2}
@@ -36,7 +38,7 @@ def run(tmp_path) -> subprocess.Popen:
     prepare = [ROOT / "tools" / "prepare_data.py", "--input", "text.txt", "--output-prefix", "tokens"]
     subprocess.run([sys.executable, *prepare, "--vocab-size", "300"], cwd=tmp_path, check=True, capture_output=True)
     program = [ROOT / "pretrain_gpt.py", "--config", "small.yaml"]
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2"]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--master_port", free_port(), "--num_gpus", "2"]
     with open(tmp_path / "said", "w") as said:
         run = subprocess.Popen([*launcher, *program], cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT)
     yield run

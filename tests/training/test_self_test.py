@@ -1,7 +1,6 @@
 """The self-test passes where all is well, and names each fault with its rank, the same on every rank."""
 
 import contextlib
-import os
 import re
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from megatron_ring.training.self_test.together import on_every
 from megatron_ring.training.setup import Setup
 from tests import tolerances
 from tests.distributed import run_ranks
+from tests.programs import free_port, start_rank, working_folder
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "pretrain_gpt.py"
@@ -306,36 +306,15 @@ def test_ranks_are_named_in_runs_and_many_hosts_are_counted():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A working directory with small.yaml and a prepared store, text/tokens."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "small.yaml").write_text(SMALL)
-    (folder / "page.txt").write_text("\n".join(f"line {i} of a page" for i in range(400)))
-    prepare = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", "page.txt", "--vocab-size", "300"]
-    subprocess.run([*prepare, "--output-prefix", "text/tokens"], cwd=folder, check=True)
-    return folder
+    return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
 def two_ranks(folder: Path, flags_of: Callable[[int], list[str]]) -> list[tuple[int, str]]:
     """(exit code, what it said) of two ranks without a launcher."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    world |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, "--config", "small.yaml", *flags_of(rank)],
-            cwd=folder,
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    port = free_port()
+    ranks = [start_rank(rank, port, folder, flags_of(rank)) for rank in (0, 1)]
     said = [rank.communicate(timeout=300)[0] for rank in ranks]
     return [(rank.returncode, text) for rank, text in zip(ranks, said)]
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
 
 
 def test_a_run_begins_with_the_line(folder):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.checkpoint.names import PARTIAL
+from tests.programs import free_port, start_rank, working_folder
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", "small.yaml"]
@@ -30,41 +30,19 @@ logging: {{log_interval: 10}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A working directory with small.yaml and a prepared store, text/tokens."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "small.yaml").write_text(SMALL)
-    (folder / "pages").mkdir()
-    for page in range(20):
-        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
-    prepare = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", "pages"]
-    subprocess.run([*prepare, "--output-prefix", "text/tokens", "--vocab-size", "300"], cwd=folder, check=True)
-    return folder
+    return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
-def start(folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: int = 0) -> list[subprocess.Popen]:
+def start(folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: str = "") -> list[subprocess.Popen]:
     """These ranks of two, without a launcher."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    world |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen(
-            [*PROGRAM, *flags],
-            cwd=folder,
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **said,
-        )
-        for rank in ranks
-    ]
+    port = port or free_port()
+    return [start_rank(rank, port, folder, flags) for rank in ranks]
 
 
 def ended(processes: list[subprocess.Popen]) -> tuple[set[int], str]:
     """The exit codes of all, and what they said; long before they would give up waiting for one another."""
     said = "".join(process.communicate(timeout=240)[0] for process in processes)
     return {process.returncode for process in processes}, said
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -142,7 +120,7 @@ def test_told_while_others_leave_before_it_it_fails_no_more_than_they_do():
     assert "Traceback" not in left.stderr
 
 
-def answers(port: int) -> bool:
+def answers(port: str) -> bool:
     """Whether rank 0 is there for the others to meet."""
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         return True

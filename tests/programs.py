@@ -1,0 +1,41 @@
+"""What tests of the whole program share: a folder to work in, ports, and ranks started without a launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def working_folder(folder: Path, config: str) -> Path:
+    """``folder`` with ``config`` as small.yaml and a prepared store, text/tokens."""
+    (folder / "small.yaml").write_text(config)
+    (folder / "pages").mkdir()
+    for page in range(20):
+        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
+    prepare = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", "pages", "--vocab-size", "300"]
+    subprocess.run([*prepare, "--output-prefix", "text/tokens"], cwd=folder, check=True)
+    return folder
+
+
+def free_port() -> str:
+    """One that nobody has: a launcher's default is anybody's on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def start_rank(rank: int, port: str, folder: Path, flags: Iterable[str]) -> subprocess.Popen:
+    """pretrain_gpt.py with small.yaml as one of two ranks that meet at ``port``, without a launcher."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "pretrain_gpt.py", "--config", "small.yaml", *flags],
+        cwd=folder,
+        env=os.environ | world,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
