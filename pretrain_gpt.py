@@ -13,7 +13,6 @@ from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.watchdog import watched
-from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.engine import leave_processes, start_processes
@@ -21,6 +20,7 @@ from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
 from megatron_ring.training.precision import device_type
+from megatron_ring.training.ring_profile.watch import RingWatch, whereabouts
 from megatron_ring.training.self_test.run import test_alone, test_in_a_line
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
@@ -39,7 +39,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     if speaks:
         print(console.opening(start))
 
-    setup, place = start.setup, Whereabouts()
+    setup, place = start.setup, whereabouts(start.setup)
     groups = ProcessGroups.build(setup.grid, environment.global_rank, config.parallel.ring_timeout)
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place)
     if config.self_test == "start" and environment.world_size > 1:
@@ -51,12 +51,14 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
         checkpointing.resume(engine, start.stored)
 
     report = console.report(start, engine) if speaks else Silence()
-    saver = checkpointing.Saver(setup, agreement)
+    saver, watch = checkpointing.Saver(setup, agreement), RingWatch(setup, place, engine)
     stopping.begin(Agreement.build())
     with watched(place, groups, config.parallel.ring_timeout, agreement):
-        saved = train(engine, start, saver, report, stopping, place)
+        saved = train(engine, start, saver, report, stopping, place, watch)
         if speaks:
             print(console.closing(report, config, saved))
+        for line in watch.finish():
+            print(line)
         stopping.close(saved)
         leave_processes()
 

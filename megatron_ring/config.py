@@ -7,6 +7,7 @@ and of the device is checked by training/setup.py. Nothing is clamped or repaire
 
 import contextlib
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -439,9 +440,31 @@ class LoggingConfig:
     """Report to this Weights & Biases project; WANDB_MODE=offline works. Empty: none."""
     csv_dir: str = ""
     """Write one csv file a metric to this folder. Empty: none."""
+    straggler_threshold: float = 1.25
+    """Warn, once per log interval, of a rank that computes this many times as long in its hops of the ring as ranks do
+    on average with such work. Waits do not count. 0: nobody looks. On CPU alone, where the host itself waits."""
+    profile_ring: bool = False
+    """Tell of each step, in the metrics file, what every hop of the ring computed, waited and sent and how even it was
+    over ranks, and on the console the shares of attention, exposed communication, data and optimizer. On CPU alone."""
+    profile_ring_trace: str = ""
+    """With --profile-ring, write a trace of a few steps of all ranks to this file, for https://ui.perfetto.dev and
+    chrome://tracing; some 3 KB a hop, layer, pass and rank. Empty: none."""
+    profile_ring_steps: int = 2
+    """Steps in that trace, from the third that this run takes."""
 
     def problems(self) -> list[str]:
-        return not_positive(self, "log_interval")
+        found = not_positive(self, "log_interval", "profile_ring_steps")
+        if not (self.straggler_threshold == 0 or 1 < self.straggler_threshold < math.inf):
+            found.append(
+                f"straggler_threshold {self.straggler_threshold} must be above 1, the mean, or 0 for none. "
+                "Set --straggler-threshold."
+            )
+        if self.profile_ring_trace and not self.profile_ring:
+            found.append(
+                f"profile_ring_trace {self.profile_ring_trace} has no effect without profile_ring. "
+                "Set --profile-ring, or leave --profile-ring-trace out."
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Draw the loss of a run from its metrics file.
+"""Draw the loss of a run from its metrics file, and its hops from the trace of its ring.
 
 python tools/plot_metrics.py --metrics-file runs/tiny-cpu/metrics.jsonl --output loss.png
+python tools/plot_metrics.py --metrics-file runs/tiny-cpu/metrics.jsonl --output loss.png --trace trace.json
 """
 
 from pathlib import Path
@@ -9,17 +10,23 @@ import tyro
 
 from megatron_ring.errors import speaking_errors
 from megatron_ring.training.plot import draw_loss
+from megatron_ring.training.ring_profile.timeline import draw_timeline
 
 
-def main(metrics_file: Path, output: Path) -> None:
-    """Draw training loss, held-out bits per byte and speed over steps.
+def main(metrics_file: Path, output: Path, trace: Path | None = None) -> None:
+    """Draw training loss, held-out bits per byte and speed over steps, and what hops waited where that was profiled.
 
     Args:
         metrics_file: What pretrain_gpt.py wrote with --metrics-file.
         output: The picture to write; its ending says which kind (png, svg, pdf).
+        trace: What it wrote with --profile-ring-trace: drawn beside the output, as its name with "-hops" behind.
     """
     draw_loss(metrics_file, output)
     print(f"drew {output}")
+    if trace:
+        hops = output.with_stem(f"{output.stem}-hops")
+        draw_timeline(trace, hops)
+        print(f"drew {hops}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel import ulysses
+from megatron_ring.context_parallel.counted import counted
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.kernels.attention import KERNELS
@@ -172,7 +173,7 @@ def _ring(
     return ring_loop.Ring(
         layout=Layout(layout, q_BLHD.shape[1] // samples * ring_size, ring_size, stripe_size),
         ring_rank=exchange.ring_rank if exchange else 0,
-        kernel=KERNELS[kernel],
+        kernel=counted(KERNELS[kernel], place),
         scale=q_BLHD.shape[-1] ** -0.5,
         exchange=exchange,
         mask=Mask(window, starts, samples),

@@ -25,6 +25,8 @@ class RingTransfer:
     works: list[tuple[int, dist.Work]]  # each with the global rank at its other end
     sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
+    sender: int  # of what is received, a global rank
+    sent_at: int  # as place.sends tells
     place: Whereabouts
 
     def wait(self) -> torch.Tensor:
@@ -32,6 +34,7 @@ class RingTransfer:
         for peer, work in self.works:
             with self.place.waiting_for(peer):
                 work.wait()
+        self.place.received(self.sent_at, self.sender)
         return self.received
 
 
@@ -63,11 +66,11 @@ class RingExchange:
             (self.ring_rank % 2, dist.isend, tensor, self.members[receiver]),
             (sender % 2, dist.irecv, received, self.members[sender]),
         ]
-        works = []
+        works, sent_at = [], self.place.sends(tensor.nbytes, self.members[receiver])
         for link in (0, 1):
             posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
             works += self._post(posted) if posted else []
-        return RingTransfer(works, tensor, received, self.place)
+        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place)
 
     def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
         """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""

@@ -3,6 +3,9 @@
 The numbers lie in a tensor on the host, because the ring is an operator, and what an operator is given are tensors,
 numbers and text (docs/decisions/0002). A note is a write to memory: it takes no lock, waits for no device and allocates
 nothing there. What is read together is written together, so that another thread never sees half a note.
+
+Behind the place there may be room for more: for the sum of the work done in rings, which finds stragglers, and for a
+log of all that is noted (ring_log.py), which is a profile. A note that finds no room for itself is not kept.
 """
 
 import contextlib
@@ -14,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from megatron_ring.parallel.ring_log import Event, RingLog
 
 NOBODY = -1
 
@@ -49,20 +54,50 @@ class Place(NamedTuple):
         return f"has waited {self.seconds:.0f} s for rank {self.waits_for} in {where}"
 
 
-class Whereabouts:
-    """A Place that is kept up to date. ``numbers``: (7,) int64 on the CPU, one for each of Place's; None: new ones.
+class Work(NamedTuple):
+    """What a process has done in rings so far.
 
-    In the place of seconds they have the moment, time.monotonic_ns(), from which these count.
+    nanoseconds: within passes, but for waits. products: (query, key) pairs that it multiplied, each as often as it did.
+    """
+
+    nanoseconds: int
+    products: int
+
+
+_PLACE, _WORK = len(Place._fields), len(Work._fields)
+
+
+class Whereabouts:
+    """A Place that is kept up to date. ``numbers``: int64 on the CPU, the first 7 one for each of Place's.
+
+    In the place of seconds they have the moment, time.monotonic_ns(), from which these count. Behind them may be two
+    for Work, and behind those a log. None: new ones, for a Place alone.
     """
 
     def __init__(self, numbers: torch.Tensor | None = None):
-        self.numbers = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NOBODY]) if numbers is None else numbers
-        self._cells = self.numbers.numpy()  # writing there costs a tenth of writing to the tensor
+        self.numbers = _fresh_numbers(0) if numbers is None else numbers
+        cells = self.numbers.numpy()  # writing there costs a tenth of writing to the tensor
+        self._cells, self._work, log = cells[:_PLACE], cells[_PLACE : _PLACE + _WORK], cells[_PLACE + _WORK :]
+        self.log = RingLog(log) if len(log) else None
+
+    @staticmethod
+    def with_work(log_rows: int = 0) -> "Whereabouts":
+        """One that adds up its work, and with ``log_rows`` keeps a log of so many."""
+        return Whereabouts(_fresh_numbers(_WORK + (RingLog.cells(log_rows) if log_rows else 0)))
 
     def read(self) -> Place:
         """Where this process is now; from any thread."""
         *place, since, waits_for = self._cells.tolist()
         return Place(*place, (time.monotonic_ns() - since) / 1e9, waits_for)
+
+    @property
+    def adds_work_up(self) -> bool:
+        return len(self._work) > 0
+
+    @property
+    def work(self) -> Work:
+        """Of this process, since it began."""
+        return Work(*self._work.tolist())
 
     @property
     def layer(self) -> int:
@@ -84,21 +119,62 @@ class Whereabouts:
     @contextlib.contextmanager
     def in_ring(self, layer: int, direction: Direction) -> Iterator[None]:
         """Around a pass of the ring. One that fails is never left: what it was at can still be read."""
+        entered = self._note(Event.ENTERED, layer, direction)
         self._write("layer", layer, direction)
         yield
-        self._write("hop", 0, 0, time.monotonic_ns(), NOBODY)
+        left = self._note(Event.LEFT)
+        self._write("hop", 0, 0, left, NOBODY)
+        self._add_work(left - entered)
 
     def begin_hop(self, hop: int, hops: int) -> None:
         """``hop`` counts from 0, as the ring does."""
-        self._write("hop", hop + 1, hops, time.monotonic_ns(), NOBODY)
+        self._write("hop", hop + 1, hops, self._note(Event.HOP, hop + 1, hops), NOBODY)
 
     @contextlib.contextmanager
     def waiting_for(self, global_rank: int) -> Iterator[None]:
         """Around what another process can hold up. A wait that fails is never over."""
-        self._write("seconds", time.monotonic_ns(), global_rank)
+        began = self._note(Event.WAITING, global_rank)
+        self._write("seconds", began, global_rank)
         yield
-        self._write("seconds", time.monotonic_ns(), NOBODY)
+        over = self._note(Event.WAITED)
+        self._write("seconds", over, NOBODY)
+        self._add_work(began - over)
+
+    def sends(self, size: int, receiver: int) -> int:
+        """``size`` bytes to a global rank; returns the moment, by which ``received`` knows the transfer."""
+        return self._note(Event.SENT, size, receiver)
+
+    def received(self, sent_at: int, sender: int) -> None:
+        """What a global rank sent, in the transfer that began when ``sends`` said."""
+        self._note(Event.RECEIVED, sent_at, sender)
+
+    def multiplies(self, products: int) -> None:
+        """So many pairs of a query and a key, each product of the two counted."""
+        self._work[1:] += products
+
+    @contextlib.contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """Around the optimizer's step."""
+        self._note(Event.OPTIMIZING)
+        yield
+        self._note(Event.OPTIMIZED)
+
+    def _note(self, event: Event, a: int = 0, b: int = 0) -> int:
+        """The moment, noted where there is a log."""
+        moment = time.monotonic_ns()
+        if self.log is not None:
+            self.log.add(moment, event, a, b)
+        return moment
+
+    def _add_work(self, nanoseconds: int) -> None:
+        self._work[:1] += nanoseconds  # to nothing, where there is no room
 
     def _write(self, first: str, *values: int) -> None:
         at = Place._fields.index(first)
         self._cells[at : at + len(values)] = values
+
+
+def _fresh_numbers(room: int) -> torch.Tensor:
+    """Those of a Place outside of the ring, and ``room`` more."""
+    place = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NOBODY])
+    return torch.cat([place, torch.zeros(room, dtype=place.dtype)])

@@ -6,6 +6,8 @@ that average the true token mean. Only this file and pipeline_engine.py import d
 
 import math
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +149,16 @@ class Engine:
         """Hand (name, value, step) to DeepSpeed's monitors: wandb, tensorboard, csv, those that are on."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(events)
+
+    def within_optimizer_step(self, note: Callable[[], AbstractContextManager]) -> None:
+        """From now on take DeepSpeed's step, with the norm, Adam and the gathering of weights, within ``note()``."""
+        take_step = self.engine._take_model_step
+
+        def noted_step(*arguments: Any) -> None:
+            with note():
+                take_step(*arguments)
+
+        self.engine._take_model_step = noted_step
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What this process has of the parameters, by their names in a whole GPT."""

@@ -18,13 +18,20 @@ from megatron_ring.plan.flops import training_flops
 from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
+from megatron_ring.training.ring_profile.watch import RingWatch
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
 
 def train(
-    engine: Engine, start: Start, saver: Saver, report: Report, stopping: Stopping, place: Whereabouts
+    engine: Engine,
+    start: Start,
+    saver: Saver,
+    report: Report,
+    stopping: Stopping,
+    place: Whereabouts,
+    watch: RingWatch,
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
 
@@ -36,7 +43,7 @@ def train(
         report.held_out(held_out("validation", engine, start, step=0))
     with Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
         for step in place.steps(range(start.state.step + 1, training.train_iters + 1)):
-            report.step(_step(engine, start, ahead, step))
+            report.step(_step(engine, start, ahead, step, watch))
             last = step == training.train_iters
             if validates and (last or step % training.eval_interval == 0):
                 report.held_out(held_out("validation", engine, start, step))
@@ -61,8 +68,9 @@ def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, 
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
-def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int) -> StepRecord:
+def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch) -> StepRecord:
     setup = start.setup
+    watch.begin()
     began = time.perf_counter()
     batches = ahead.next_step()
     loaded = time.perf_counter()
@@ -79,6 +87,7 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int) -> StepRec
         step_seconds=seconds,
         data_seconds=loaded - began,
         model_flops=_model_flops(engine, start, batches),
+        ring=watch.end(step, seconds, loaded - began),
     )
 
 

@@ -6,18 +6,29 @@ The keys of the metrics file are a public interface. A step writes
 ``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
 test_bits_per_byte``. ``tokens`` counts all those trained on so far. Losses are nats per token. Only global rank 0 tells
 anything.
+
+Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and ``slowest_over_mean``: who computed
+longest in its hops since the last one, waits left out, over the ranks' mean for such work. With --profile-ring a step
+adds ``attention_share, exposed_communication_share, data_share, optimizer_share`` of its seconds, means over all ranks
+that do not overlap: the ring's passes but for waits; those waits, for Ulysses' trades and collectives outside of the
+ring are in none; waiting for data; DeepSpeed's step, that is the norm, Adam and the gathering of weights, but not the
+reduction of gradients, which is in none. And ``ring_hops``, an object for each ``direction`` and ``hop``, over all
+layers and micro-batches: ``compute_seconds, wait_seconds, bytes`` sent, means over all ranks, and ``imbalance``, the
+compute of the slowest rank over the mean of its ring, in the worst ring. ``missed_rows`` are notes that found no room
+in the profile's log; there should be none. Monitors have all but ``ring_hops``.
 """
 
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
 from megatron_ring.config import LoggingConfig
+from megatron_ring.training.ring_profile.step import RingReport
 
 Monitors = Callable[[list[tuple[str, float, int]]], None]
 
@@ -35,6 +46,17 @@ class StepRecord:
     step_seconds: float
     data_seconds: float
     model_flops: float
+    ring: RingReport = field(default_factory=RingReport)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """As the metrics file has them."""
+        return {name: value for name, value in vars(self).items() if name != "ring"} | self.ring.figures
+
+    def events(self) -> list[tuple[str, float, int]]:
+        """As the monitors have them, which take single numbers."""
+        numbers = {name: value for name, value in self.figures.items() if isinstance(value, int | float)}
+        return [(f"train/{name}", value, self.step) for name, value in numbers.items() if name != "step"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +118,14 @@ class ConsoleReport:
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
-        self._write(vars(record))
-        self.monitors([(f"train/{key}", value, record.step) for key, value in vars(record).items() if key != "step"])
+        self._write(record.figures)
+        self.monitors(record.events())
         self.bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s")
         self.bar.update()
         if record.step % self.interval == 0 or record.step in (self.first_step, self.last_step):
             tqdm.write(self._line(record))
+        for line in record.ring.lines:
+            tqdm.write(line)
 
     def held_out(self, record: HeldOutRecord) -> None:
         if record.part == "validation":

@@ -152,6 +152,11 @@ def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:
             "offload_activations has no effect on this device, a CPU: activations lie in its memory already. "
             "Leave --offload-activations out."
         )
+    if config.logging.profile_ring and device == "cuda":
+        found.append(
+            "profile_ring counts what the host waits, but on this device, CUDA, the device waits for transfers and not "
+            "the host: its figures would be wrong. Leave --profile-ring out."
+        )
     return [message for message in found if message]
 
 

@@ -10,7 +10,8 @@ from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts
+from megatron_ring.parallel.ring_log import Event
+from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts, Work
 
 MODEL = ModelConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
 STAGE = range(2, 4)  # the layers of a pipeline's second stage
@@ -95,3 +96,65 @@ def test_what_an_operator_notes_is_read_outside_of_it():
     place = Whereabouts()
     Whereabouts(place.numbers).begin_hop(2, 3)
     assert place.read().hop == 3
+
+
+def test_work_is_a_pass_but_for_its_waits(monkeypatch):
+    moments = iter(range(100, 200, 10))
+    place = Whereabouts.with_work()
+    monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
+    with place.in_ring(0, Direction.FORWARD):  # at 100
+        place.begin_hop(0, 1)
+        with place.waiting_for(1):  # from 120 to 130
+            pass
+    place.multiplies(7)
+    assert place.work == Work(nanoseconds=140 - 100 - 10, products=7)
+
+
+def test_everything_that_is_noted_is_in_the_log(monkeypatch):
+    moments = iter(range(100, 200, 10))
+    place = Whereabouts.with_work(log_rows=9)
+    monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
+    with place.in_ring(5, Direction.BACKWARD):
+        place.begin_hop(1, 4)
+        sent_at = place.sends(1000, receiver=3)
+        with place.waiting_for(2):
+            pass
+        place.received(sent_at, sender=2)
+    with place.optimizing():
+        pass
+    assert place.log.rows.tolist() == [
+        [100, Event.ENTERED, 5, Direction.BACKWARD],
+        [110, Event.HOP, 2, 4],
+        [120, Event.SENT, 1000, 3],
+        [130, Event.WAITING, 2, 0],
+        [140, Event.WAITED, 0, 0],
+        [150, Event.RECEIVED, 120, 2],
+        [160, Event.LEFT, 0, 0],
+        [170, Event.OPTIMIZING, 0, 0],
+        [180, Event.OPTIMIZED, 0, 0],
+    ]
+
+
+def test_what_does_not_fit_into_the_log_is_counted():
+    place = Whereabouts.with_work(log_rows=2)
+    for hop in range(3):
+        place.begin_hop(hop, 3)
+    assert place.log.rows[:, 2].tolist() == [1, 2]
+    assert place.log.missed == 1
+    place.log.clear()
+    assert len(place.log.rows) == place.log.missed == 0
+
+
+def test_an_operator_notes_in_the_same_log():
+    place = Whereabouts.with_work(log_rows=1)
+    Whereabouts(place.numbers).begin_hop(2, 3)
+    assert place.log.rows[0, 1:].tolist() == [Event.HOP, 3, 3]
+
+
+def test_without_room_only_the_place_is_kept():
+    place = Whereabouts()
+    with place.in_ring(1, Direction.FORWARD):
+        place.multiplies(3)
+    assert place.log is None
+    assert not place.adds_work_up
+    assert len(place.numbers) == len(Place._fields)

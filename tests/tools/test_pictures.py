@@ -1,12 +1,16 @@
 """The picture tools write the pictures that they are asked for, the same ones every time."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_ring.errors import DataError
+from megatron_ring.training.plot import draw_loss
+from megatron_ring.training.ring_profile.timeline import draw_timeline
 from tools import draw_layouts
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +56,49 @@ def test_the_loss_is_drawn_from_a_metrics_file(tmp_path):
     found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def hops(wait_seconds: float) -> list[dict]:
+    return [
+        {"direction": way, "hop": hop, "wait_seconds": wait_seconds}
+        for way in ("forward", "backward")
+        for hop in (1, 2)
+    ]
+
+
+def test_a_profiled_run_has_its_waits_below_its_loss(tmp_path):
+    lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
+    heights = []
+    for profile in ({}, {"ring_hops": hops(0.01)}):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | profile) + "\n" for line in lines))
+        draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
+        drawn = (tmp_path / "loss.svg").read_text()
+        heights.append(float(re.search(r'height="([0-9.]+)pt"', drawn)[1]))
+        assert drawn.count("<!-- backward 2 -->") == len(profile)
+    assert heights[1] > heights[0]
+
+
+def slice(rank: int, kind: str, start: float, **known: object) -> dict:
+    return {"ph": "X", "pid": rank, "tid": 0, "cat": kind, "ts": start, "dur": 900.0, "args": known}
+
+
+def test_the_hops_of_a_trace_are_drawn_a_row_for_each_rank(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens_per_second": 1.0}\n')
+    events = [slice(rank, "hop", 1000.0 * rank, direction="forward") for rank in (0, 3)]
+    events += [slice(3, "wait", 3500.0, direction="forward"), {"ph": "M", "name": "process_name", "pid": 0, "args": {}}]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    flags = "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.svg"
+    found = tool("plot_metrics.py", *flags, "--trace", tmp_path / "trace.json")
+    assert found.returncode == 0, found.stderr
+    drawn = (tmp_path / "loss-hops.svg").read_text()
+    assert ["<!-- rank 0 -->" in drawn, "<!-- rank 3 -->" in drawn, "<!-- rank 1 -->" in drawn] == [True, True, False]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"traceEvents": []}'])
+def test_what_is_no_trace_of_a_ring_is_refused(content, tmp_path):
+    (tmp_path / "trace.json").write_text(content)
+    with pytest.raises(DataError, match="Set --trace"):
+        draw_timeline(tmp_path / "trace.json", tmp_path / "hops.png")
 
 
 def test_a_file_without_steps_is_refused(tmp_path):

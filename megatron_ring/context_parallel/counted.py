@@ -1,0 +1,32 @@
+"""How much work a hop is, counted from its mask: only with it can one rank's time be held against another's.
+
+Under a contiguous ring, or where documents are short, ranks have unequal work by design, and who takes longer may be
+the faster one.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.parallel.whereabouts import Whereabouts
+
+# Matrix products of a visible pair: scores and output; backward the scores again, dP, dQ, dK and dV.
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
+
+
+def counted(kernel: HopKernel, place: Whereabouts) -> HopKernel:
+    """``kernel``, telling ``place`` how much it multiplies where that is added up."""
+    return _Counted(kernel, place) if place.adds_work_up else kernel
+
+
+@dataclass(frozen=True)
+class _Counted:
+    kernel: HopKernel
+    place: Whereabouts
+
+    def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, *rest) -> None:
+        self.place.multiplies(_FORWARD_PRODUCTS * runs.visible_pairs)
+        self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, runs, *rest)
+
+    def backward(self, dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest) -> None:
+        self.place.multiplies(_BACKWARD_PRODUCTS * runs.visible_pairs)
+        self.kernel.backward(dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest)
