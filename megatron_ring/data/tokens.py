@@ -4,6 +4,7 @@
 tokenizer a store was written with is in neither: see manifest.py.
 """
 
+import os
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -96,17 +97,28 @@ class TokenStore:
         self.dtype, self._starts = read_index(prefix)
         _refuse_other_size(prefix, int(self._starts[-1]), self.dtype)
         self.lengths = np.diff(self._starts)
+        self._file = bin_path(prefix).open("rb")
         # A plain array over the map: slices of np.memmap itself are several times slower to make.
-        self._tokens = np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
+        self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
 
     def __len__(self) -> int:
         """Documents."""
         return len(self.lengths)
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type."""
+        """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type, to be read at once.
+
+        Raises DataError where the file has become shorter since it was opened.
+        """
         assert 0 <= i < len(self)
+        self._refuse_cut()
         return self._tokens[self._starts[i] : self._starts[i + 1]]
+
+    def _refuse_cut(self) -> None:
+        """Whoever reads a map behind the end of its file is killed by SIGBUS, without a word."""
+        if (found := os.fstat(self._file.fileno()).st_size) < self._tokens.nbytes:
+            cut = f"{found} bytes, and had {self._tokens.nbytes} when it was opened: somebody has cut it"
+            raise damaged(self.prefix, bin_path(self.prefix), cut)
 
 
 def _refuse_missing(prefix: str | Path) -> None:

@@ -1,5 +1,6 @@
 """The token store: Megatron's bytes, round trips, and a message for every kind of damage."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -134,6 +135,13 @@ def test_tokens_of_another_size_are_refused(prefix, content):
     Path(f"{prefix}.bin").write_bytes(content)
     with pytest.raises(DataError, match=rf"P\.bin has {len(content)} bytes, .* tells of 10 \(5 tokens of uint16\)"):
         TokenStore(prefix)
+
+
+def test_tokens_that_are_cut_while_they_are_read_are_refused(prefix):
+    store = TokenStore(prefix)
+    os.truncate(f"{prefix}.bin", 4)
+    with pytest.raises(DataError, match=r"P\.bin has 4 bytes, and had 10 when it was opened: .*Set --data-path"):
+        store.document(0)
 
 
 @settings(max_examples=200)
