@@ -12,7 +12,7 @@ STORE := data/python-library/tokens
 # Without a GPU, say so to DeepSpeed, which else asks around and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-.PHONY: train test test-all test-slurm check bench clean
+.PHONY: train test test-all test-slurm test-docker check bench clean
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -22,12 +22,17 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not docker" $(ARGS)
 
 # A SLURM of two nodes on this machine, for which it needs root.
 test-slurm: $(BIN)/.installed-dev
 	tests/slurm/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+# Images built without an engine, on a base made here, for which it needs root.
+test-docker: $(BIN)/.installed-dev
+	tests/docker/install.sh
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m docker tests/docker $(ARGS)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check
