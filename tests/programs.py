@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "pretrain_gpt.py"
 
 
 def working_folder(folder: Path, config: str) -> Path:
@@ -27,15 +28,26 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def start_rank(rank: int, port: str, folder: Path, flags: Iterable[str]) -> subprocess.Popen:
-    """pretrain_gpt.py with small.yaml as one of two ranks that meet at ``port``, without a launcher."""
+def start_rank(
+    rank: int,
+    port: str,
+    folder: Path,
+    flags: Iterable[str],
+    program: Path = PROGRAM,
+    stderr: int = subprocess.STDOUT,
+    **variables: str,
+) -> subprocess.Popen:
+    """``program`` with small.yaml as one of two ranks that meet at ``port``, without a launcher.
+
+    ``variables`` are more of its environment.
+    """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
-        [sys.executable, ROOT / "pretrain_gpt.py", "--config", "small.yaml", *flags],
+        [sys.executable, program, "--config", "small.yaml", *flags],
         cwd=folder,
-        env=os.environ | world,
+        env=os.environ | world | variables,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
     )
