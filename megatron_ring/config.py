@@ -429,6 +429,36 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardsConfig:
+    on_bad_step: Literal["skip", "roll-back", "stop"] = "skip"
+    """What follows a step whose loss or gradient norm is not finite, or whose loss is a spike. It never moves a weight.
+    skip: the samples behind it, so that one bad text or a passing fault costs a step; roll-back: the same samples, with
+    the newest checkpoint's weights and optimizer; stop: the run ends with exit code 6."""
+    max_bad_steps: int = 10
+    """More than so many bad steps since the last checkpoint was written, or since the start, end the run with exit
+    code 6: what goes on is no passing fault."""
+    loss_spike_factor: float = 0.0
+    """A loss above this many times the median of the last good steps' is a spike, from the 17th good step on; 1.5 to 2
+    lets noise pass. Where losses rise for good, max_bad_steps ends the run. 0: no loss is a spike."""
+    loss_spike_window: int = 128
+    """Good steps whose losses that median is of; a checkpoint keeps them."""
+
+    def problems(self) -> list[str]:
+        found = _negative(self, "max_bad_steps", "loss_spike_factor")
+        if 0 < self.loss_spike_factor <= 1:
+            found.append(
+                f"loss_spike_factor {self.loss_spike_factor} would refuse every other step: it must be above 1, or 0 "
+                "for no limit. Set --loss-spike-factor."
+            )
+        if self.loss_spike_window < 16:
+            found.append(
+                f"loss_spike_window {self.loss_spike_window} is too short for a median that a spike does not move: it "
+                "must be at least 16. Set --loss-spike-window."
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     log_interval: int = 10
     """Steps between lines on the console."""
@@ -477,6 +507,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     config: str = ""
     """YAML file of sections and keys; flags go over it."""

@@ -42,6 +42,12 @@ class KernelUnavailable(MegatronRingError):
     exit_code = 5
 
 
+class Diverged(MegatronRingError):
+    """Steps whose loss or gradient is not finite, or whose loss is a spike: as many as --on-bad-step lets pass."""
+
+    exit_code = 6
+
+
 class RingStalled(MegatronRingError):
     """A neighbour in the ring died or kept this process waiting longer than --ring-timeout: start the job again."""
 

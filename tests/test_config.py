@@ -201,7 +201,7 @@ MISTAKES = {
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, save_interval, "
     "async_save, keep_last, keep_every.",
-    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, logging, config, "
+    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, guards, logging, config, "
     "dry_run, self_test.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
     "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",

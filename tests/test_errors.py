@@ -4,6 +4,7 @@ from megatron_ring.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    Diverged,
     KernelUnavailable,
     MegatronRingError,
     RingStalled,
@@ -17,6 +18,7 @@ EXIT_CODES = {
     DataError: 3,
     CheckpointError: 4,
     KernelUnavailable: 5,
+    Diverged: 6,
     RingStalled: 76,
 }
 

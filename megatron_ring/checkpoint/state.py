@@ -21,7 +21,8 @@ class RunState:
 
     step: optimizer steps done. consumed_samples: samples read, over all ranks. vocab_size, seq_length: sizes of the
     model that the config alone does not give. optimizer_steps: those that Adam's moments have seen; 0 without moments.
-    loss_scale: of fp16, what its scaler counts. processes, commit, written_at (UTC): who wrote it and when; told, but
+    loss_scale: of fp16, what its scaler counts. skipped_steps, roll_backs: how often either followed a bad step;
+    recent_losses: of the last good steps, oldest first, as far as a spike is measured by them. processes, commit, written_at (UTC): who wrote it and when; told, but
     no resuming run depends on them.
     """
 
@@ -31,6 +32,9 @@ class RunState:
     seq_length: int
     optimizer_steps: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0
+    roll_backs: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     processes: str = ""
     commit: str = ""
     written_at: str = ""

@@ -48,8 +48,9 @@ class Saver:
     With --async-save a thread writes copies that were taken aside, and training goes on meanwhile.
     """
 
-    def __init__(self, setup: Setup, agreement: Agreement):
-        self._config, self._agreement = setup.config, agreement
+    def __init__(self, setup: Setup, agreement: Agreement, begun_from: store.Stored | None = None):
+        """``begun_from``: the checkpoint that the run goes on from; until it has one of its own, the newest."""
+        self._config, self.agreement, self._begun_from = setup.config, agreement, begun_from
         self._processes = ", ".join(f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items())
         self._thread: Thread | None = None
         self._saved: Path | None = None
@@ -63,7 +64,7 @@ class Saver:
         """
         self.finish()
         state = replace(state, **engine.counters(), processes=self._processes)
-        shapes = {name: shape for of_rank in self._agreement.on_all(engine.shapes) for name, shape in of_rank.items()}
+        shapes = {name: shape for of_rank in self.agreement.on_all(engine.shapes) for name, shape in of_rank.items()}
         if self._config.checkpoint.async_save:
             taken_aside = [piece.on_cpu() for piece in engine.pieces()]
             self._thread = Thread(target=self._write, args=(taken_aside, shapes, state), name="save", daemon=True)
@@ -82,9 +83,20 @@ class Saver:
             raise fault
         return self._saved
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run, once it is whole: its own, or the one it was begun from."""
+        return self.finish() or (self._begun_from.path if self._begun_from else None)
+
+    def load_newest(self, engine: Engine) -> store.Stored:
+        """Give ``engine`` what the newest checkpoint has that is still whole, as ``resume`` does; there must be one."""
+        own = self.finish() and _newest(self._config.checkpoint.save, self.agreement)
+        stored = own or self._begun_from
+        resume(engine, stored)
+        return stored
+
     def _write(self, pieces: list[Piece], shapes: Shapes, state: RunState) -> None:
         try:
-            self._saved = _saved(pieces, shapes, state, self._config, self._agreement)
+            self._saved = _saved(pieces, shapes, state, self._config, self.agreement)
         except CheckpointError as error:
             self._fault = error
 

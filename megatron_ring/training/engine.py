@@ -23,8 +23,10 @@ from megatron_ring.model.gpt import decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.tensor import whole_shape
+from megatron_ring.training.decision import Decision
 from megatron_ring.training.fragments import Fragment, fragments, update_compute_weights
 from megatron_ring.training.gradient_norm import clip, counts_here
+from megatron_ring.training.lookout import Lookout, Seen
 from megatron_ring.training.loss import counted_tokens, share_of_mean
 from megatron_ring.training.loss_scale import loss_scale, set_loss_scale
 from megatron_ring.training.model_parallel_unit import model_parallel_unit
@@ -53,11 +55,15 @@ def leave_processes() -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the global batch's counted tokens, nats. grad_norm: of the whole gradient, before clipping."""
+    """loss: mean over the global batch's counted tokens, nats. grad_norm: of the whole gradient, before clipping.
+
+    refused: nothing has moved, because one of them is not finite or the loss was higher than allowed (decision.py).
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    refused: bool
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Engine:
         )
         self.groups = groups
         self.device = torch.device(setup.device)
+        self.lookout = Lookout(model, self.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -95,14 +102,31 @@ class Engine:
         # moves no weight, but AdamW would count it as its first.
         self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        step = self.adam.step
+        self.adam.step = lambda: None if self.decision.refused else step()
 
-    def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages."""
+    def train_step(self, batches: list[Batch], learning_rate: float, highest_loss: float = math.inf) -> StepResult:
+        """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages.
+
+        It is refused, and moves nothing, if its loss is above ``highest_loss`` or anything of it is not finite.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         count = self._sum(counted_tokens(_targets(batches)).to(self.device))
-        loss = self._step(batches, share_of_mean(count, self.averaged_over))
-        return StepResult(loss.item(), float(self.engine.get_global_grad_norm()), int(count))
+        self.decision = Decision(self._own_loss, self._norm_to_judge, highest_loss)
+        self.lookout.begin()
+        self._step(batches, share_of_mean(count, self.averaged_over))
+        loss, refused = self.decision.loss, self.decision.refused
+        return StepResult(loss, self._grad_norm(), int(count), refused)
+
+    def seen(self) -> Seen:
+        """What this process has seen of the last step."""
+        return self.lookout.seen(dist.get_rank(), self._own_loss())
+
+    def _own_loss(self) -> torch.Tensor:
+        """This process's share of the last step's loss, 0 where others count it, and not finite if its own is not."""
+        first = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
+        return self._loss_of_shares() / self.averaged_over * first
 
     def evaluate(self, steps: list[list[Batch]], bytes_per_token: torch.Tensor) -> Evaluation:
         """Sums over whole global batches, without gradients. ``bytes_per_token``: (V,) bytes of text of each id."""
@@ -141,6 +165,8 @@ class Engine:
         for fragment in self._fragments(self.named_parameters()):
             fragment.fill(tensors, kinds)
         for moments in self.adam.state.values():
+            for moment in moments.values() if not state.optimizer_steps else ():
+                moment.zero_()  # who goes back to weights alone has moments of its own
             moments["step"].fill_(state.optimizer_steps)
         set_loss_scale(self.engine.optimizer, state.loss_scale)
         update_compute_weights(self.engine.optimizer)
@@ -171,15 +197,27 @@ class Engine:
         """What was counted in this process's batches, summed over all that have other ones, in place."""
         return self.groups.sum(counts)
 
-    def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
-        """Backward through the micro-batches' loss sums times ``scale``, and the step; the mean over all of them."""
-        total = torch.zeros((), device=self.device)
+    def _step(self, batches: list[Batch], scale: torch.Tensor) -> None:
+        """Backward through the micro-batches' loss sums times ``scale``, and the step, which asks for their sum."""
+        self._loss_so_far = torch.zeros((), device=self.device)
         for batch in batches:
             share = self._loss_sum(batch) * scale
+            self._loss_so_far += share.detach()
             self.engine.backward(share)
             self.engine.step()
-            total += share.detach()
-        return self.groups.sum(total) / self.averaged_over
+
+    def _loss_of_shares(self) -> torch.Tensor:
+        """What ``_step`` has added up of the losses, as this process knows them."""
+        return self._loss_so_far
+
+    def _grad_norm(self) -> float:
+        """Of the step at hand or the last one; not finite where DeepSpeed's -1 says so."""
+        norm = float(getattr(self.engine.optimizer, "_global_grad_norm", self.engine.get_global_grad_norm()))
+        return norm if norm >= 0 else math.nan
+
+    def _norm_to_judge(self) -> float:
+        """0 where the loss scale adapts: a norm that is not finite is its overflow then, which DeepSpeed answers."""
+        return 0.0 if loss_scale(self.engine.optimizer) else self._grad_norm()
 
     def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
         """The loss summed over a global batch, of all ranks."""

@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,36 @@ from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.plan.flops import training_flops
+from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.engine import Engine
+from megatron_ring.training.engine import Engine, StepResult
+from megatron_ring.training.guards import Guard
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.ring_profile.watch import RingWatch
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken, or was to be: what is told of it, what came of it, and which samples it has read."""
+
+    record: StepRecord
+    result: StepResult
+    samples: range
+
+
+class Course:
+    """The numbers of the steps behind ``done`` up to ``last``; who sets ``done`` has it go on from there."""
+
+    def __init__(self, done: int, last: int):
+        self.done, self.last = done, last
+
+    def __iter__(self) -> Iterator[int]:
+        while self.done < self.last:
+            self.done += 1
+            yield self.done
 
 
 def train(
@@ -41,9 +65,16 @@ def train(
     validates = training.eval_interval > 0 and dataset.validation is not None
     if validates and start.state.step == 0:
         report.held_out(held_out("validation", engine, start, step=0))
+    guard = Guard(start.setup.config.guards, start.state)
+    bad_steps = BadSteps(engine, guard, saver, report)
     with Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
-        for step in place.steps(range(start.state.step + 1, training.train_iters + 1)):
-            report.step(_step(engine, start, ahead, step, watch))
+        for step in place.steps(course := Course(start.state.step, training.train_iters)):
+            taken = _step(engine, start, ahead, step, watch, guard)
+            report.step(taken.record)
+            if taken.result.refused:
+                course.done = bad_steps.answer(step, taken.result, taken.samples)
+                if course.done < step:
+                    continue
             last = step == training.train_iters
             if validates and (last or step % training.eval_interval == 0):
                 report.held_out(held_out("validation", engine, start, step))
@@ -51,7 +82,9 @@ def train(
                 report.held_out(held_out("test", engine, start, step))
             stops = not last and stopping.agreed(step)
             if saving.save and (last or stops or (saving.save_interval and step % saving.save_interval == 0)):
-                saver.save(engine, replace(start.state, step=step, consumed_samples=ahead.consumed_samples))
+                consumed = ahead.consumed_samples
+                saver.save(engine, replace(start.state, step=step, consumed_samples=consumed, **guard.kept()))
+                guard.saved()
             if stops:
                 break
     return saver.finish()
@@ -68,16 +101,17 @@ def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, 
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
-def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch) -> StepRecord:
-    setup = start.setup
+def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard) -> Taken:
+    setup, first = start.setup, ahead.consumed_samples
     watch.begin()
     began = time.perf_counter()
     batches = ahead.next_step()
     loaded = time.perf_counter()
     rate = learning_rate(step, setup.config.training)
-    result = engine.train_step(batches, rate)
+    result = engine.train_step(batches, rate, guard.highest_loss)
     seconds = time.perf_counter() - began
-    return StepRecord(
+    guard.count(result)
+    record = StepRecord(
         step=step,
         loss=result.loss,
         grad_norm=result.grad_norm,
@@ -87,8 +121,11 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
         step_seconds=seconds,
         data_seconds=loaded - began,
         model_flops=_model_flops(engine, start, batches),
+        skipped_steps=guard.skipped_steps,
+        roll_backs=guard.roll_backs,
         ring=watch.end(step, seconds, loaded - began),
     )
+    return Taken(record, result, range(first, ahead.consumed_samples))
 
 
 def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:

@@ -2,10 +2,12 @@
 
 The keys of the metrics file are a public interface. A step writes
 ``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
-``data_seconds``, and the operations of all ranks, ``model_flops`` (plan/flops.py); a validation writes
+``data_seconds``, the operations of all ranks, ``model_flops`` (plan/flops.py), and of all steps so far how many were
+bad and ``skipped_steps``, or led to ``roll_backs``; a validation writes
 ``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
-test_bits_per_byte``. ``tokens`` counts all those trained on so far. Losses are nats per token. Only global rank 0 tells
-anything.
+test_bits_per_byte``. ``tokens`` counts all those read so far. Losses are nats per token. What is not finite is null in
+the file, for JSON has no word for it, and what it is to the monitors. After a roll back the file goes on from the
+checkpoint's step; monitors cannot take back what they were told. Only global rank 0 tells anything.
 
 Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and ``slowest_over_mean``: who computed
 longest in its hops since the last one, waits left out, over the ranks' mean for such work. With --profile-ring a step
@@ -19,6 +21,7 @@ in the profile's log; there should be none. Monitors have all but ``ring_hops``.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +49,8 @@ class StepRecord:
     step_seconds: float
     data_seconds: float
     model_flops: float
+    skipped_steps: int
+    roll_backs: int
     ring: RingReport = field(default_factory=RingReport)
 
     @property
@@ -88,6 +93,10 @@ class Report(Protocol):
 
     def held_out(self, record: HeldOutRecord) -> None: ...
 
+    def say(self, words: str) -> None: ...
+
+    def back_to(self, step: int) -> None: ...
+
 
 class Silence:
     """The report of every rank but the first."""
@@ -96,6 +105,12 @@ class Silence:
         pass
 
     def held_out(self, record: HeldOutRecord) -> None:
+        pass
+
+    def say(self, words: str) -> None:
+        pass
+
+    def back_to(self, step: int) -> None:
         pass
 
 
@@ -135,6 +150,21 @@ class ConsoleReport:
         tqdm.write(
             f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
         )
+        if not math.isfinite(record.loss):
+            self.say(f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text")
+
+    def say(self, words: str) -> None:
+        """A line among those of the steps."""
+        tqdm.write(words)
+
+    def back_to(self, step: int) -> None:
+        """Forget the steps behind ``step``, from which the run goes on with other samples."""
+        self.steps = [record for record in self.steps if record.step <= step]
+        self.validations = [record for record in self.validations if record.step <= step]
+        if self.metrics_file:
+            keep_until(self.metrics_file, step)
+        self.bar.n = step
+        self.bar.refresh()
 
     def close(self) -> str:
         """Take the bar down and return the summary."""
@@ -150,6 +180,8 @@ class ConsoleReport:
         if self.validations:
             first, last = (self.validations[i].bits_per_byte for i in (0, -1))
             lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
+        if self.steps and (end := self.steps[-1]).skipped_steps + end.roll_backs:
+            lines.append(f"bad steps        {end.skipped_steps} skipped, {end.roll_backs} followed by a roll back")
         return "\n".join(lines)
 
     def _line(self, record: StepRecord) -> str:
@@ -168,4 +200,12 @@ class ConsoleReport:
     def _write(self, record: dict) -> None:
         if self.metrics_file:
             with self.metrics_file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(_legal(record), allow_nan=False) + "\n")
+
+
+def _legal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _legal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_legal(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -70,8 +70,12 @@ class PipelineEngine(Engine):
         dist.broadcast(counts, group=self.groups.model, group_src=0)
         return counts
 
-    def _step(self, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
-        return self.engine.train_batch(_loaded(batches, scale))
+    def _step(self, batches: list[Batch], scale: torch.Tensor) -> None:
+        self.engine.train_batch(_loaded(batches, scale))
+
+    def _loss_of_shares(self) -> torch.Tensor:
+        """Of the last stage, which alone knows them."""
+        return self.engine.total_loss if self.engine.is_last_stage() else torch.zeros((), device=self.device)
 
     def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
         scale = torch.tensor(float(self.averaged_over), device=self.device)

@@ -1,11 +1,13 @@
 """The metrics file is a public interface: its keys, its order, and what a resumed run does to it."""
 
 import json
+import math
 
 import pytest
 
 from megatron_ring.config import LoggingConfig
 from megatron_ring.training.metrics import ConsoleReport, HeldOutRecord, StepRecord, keep_until
+from megatron_ring.training.plot import draw_loss
 
 STEP = {
     "step": 1,
@@ -17,6 +19,8 @@ STEP = {
     "step_seconds": 0.1,
     "data_seconds": 0.001,
     "model_flops": 1e8,
+    "skipped_steps": 0,
+    "roll_backs": 0,
 }
 VALIDATION, TEST = HeldOutRecord(1, "validation", 2.4, 1.2), HeldOutRecord(2, "test", 2.3, 1.1)
 
@@ -89,6 +93,31 @@ def test_the_summary_says_what_was_gained_on_the_validation_text(report):
     summary = report.close()
     assert "3.0000 -> 1.5000 bits per byte (-50%)" in summary
     assert "960 tokens/s (median), 10% of peak" in summary
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_itself_to_the_monitors(report, monitored, tmp_path, capsys):
+    report.step(StepRecord(**STEP | {"loss": math.nan, "grad_norm": math.inf}))
+    report.held_out(HeldOutRecord(1, "validation", math.nan, math.nan))
+    step, validation = map(json.loads, (tmp_path / "new" / "metrics.jsonl").read_text().splitlines())
+    assert step == STEP | {"loss": None, "grad_norm": None}
+    assert validation == {"step": 1, "validation_loss": None, "validation_bits_per_byte": None}
+    assert ("train/grad_norm", math.inf, 1) in monitored
+    assert "the validation loss is not finite, though no bad step has moved a weight" in capsys.readouterr().out
+    draw_loss(tmp_path / "new" / "metrics.jsonl", tmp_path / "loss.png")
+    keep_until(tmp_path / "new" / "metrics.jsonl", 0)
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+
+
+def test_after_going_back_the_file_and_the_summary_have_every_step_once(report, tmp_path):
+    for step, loss, roll_backs in ((1, 4.0, 0), (2, math.nan, 1), (2, 3.0, 1)):
+        report.step(StepRecord(**STEP | {"step": step, "loss": loss, "roll_backs": roll_backs}))
+        if math.isnan(loss):
+            report.back_to(1)
+    lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [4.0, 3.0]
+    summary = report.close()
+    assert "4.0000 -> 3.0000 in 2 steps" in summary
+    assert "bad steps        0 skipped, 1 followed by a roll back" in summary
 
 
 def test_a_resumed_run_takes_up_the_file_where_the_checkpoint_was(tmp_path):
