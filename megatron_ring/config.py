@@ -472,7 +472,8 @@ class LoggingConfig:
     """Write one csv file a metric to this folder. Empty: none."""
     straggler_threshold: float = 1.25
     """Warn, once per log interval, of a rank that computes this many times as long in its hops of the ring as ranks do
-    on average with such work. Waits do not count. 0: nobody looks. On CPU alone, where the host itself waits."""
+    on average with such work; one that is named again and again is slow. Waits do not count. 0: nobody looks. On CPU
+    alone, where the host itself waits."""
     profile_ring: bool = False
     """Tell of each step, in the metrics file, what every hop of the ring computed, waited and sent and how even it was
     over ranks, and on the console the shares of attention, exposed communication, data and optimizer. On CPU alone."""

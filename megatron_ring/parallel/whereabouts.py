@@ -92,6 +92,7 @@ class Whereabouts:
 
     @property
     def adds_work_up(self) -> bool:
+        """Whether there is room for Work."""
         return len(self._work) > 0
 
     @property

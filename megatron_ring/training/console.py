@@ -11,6 +11,7 @@ from megatron_ring.training.dry_run import plan_lines
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport
 from megatron_ring.training.plot import draw_loss
+from megatron_ring.training.ring_profile import watch as ring_profile
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
 
@@ -86,6 +87,7 @@ def _chosen(setup: Setup) -> list[str]:
         f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
+        *ring_profile.in_words(setup),
     ]
 
 

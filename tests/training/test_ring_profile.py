@@ -4,13 +4,14 @@ import itertools
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_ring.config import Config, LoggingConfig, ModelConfig
+from megatron_ring.config import Config, LoggingConfig, ModelConfig, ParallelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
@@ -23,6 +24,7 @@ from megatron_ring.parallel.ring_log import Event
 from megatron_ring.parallel.whereabouts import Direction, Whereabouts
 from megatron_ring.plan.messages import ring_tensors
 from megatron_ring.plan.timeline import counted
+from megatron_ring.training import rules
 from megatron_ring.training.ring_profile import clocks
 from megatron_ring.training.ring_profile.clocks import offset_to_rank_0
 from megatron_ring.training.ring_profile.figures import SHARES, as_numbers, figures, in_words
@@ -31,6 +33,9 @@ from megatron_ring.training.ring_profile.step import RingReport, StepTime
 from megatron_ring.training.ring_profile.straggler import Stragglers, slowest
 from megatron_ring.training.ring_profile.sums import StepSums, sums
 from megatron_ring.training.ring_profile.trace import COMPUTE, StepLog
+from megatron_ring.training.ring_profile.watch import in_words as unwatched
+from megatron_ring.training.ring_profile.watch import whereabouts
+from megatron_ring.training.setup import Setup
 from tests.distributed import run_ranks
 
 SECOND = 10**9
@@ -87,7 +92,7 @@ def slow_second(rank: int, world_size: int, links: ProcessGroups, agreement: Agr
         passes(Layout("striped", 24 * world_size, world_size), 0, 4, place, links)
         took = StepTime(step, began, (time.monotonic_ns() - began) / 1e9, 0.0, is_told=step == 3)
         reports.append(stragglers.end(took))
-        lines.append(recorder.keep(StepLog(*took[:4], place.log.rows)))
+        lines.append(recorder.keep(StepLog(took, place.log.rows)))
     lines.append(recorder.finish())
     return {"reports": reports, "lines": lines, "slow": sums(place.log.rows, world_size)}
 
@@ -296,3 +301,18 @@ def test_clocks_are_brought_to_rank_0_within_the_error_that_is_told(size, found)
 )
 def test_options_that_mean_nothing_are_refused(changes, message):
     assert message in LoggingConfig(**changes).problems()[0]
+
+
+def test_a_device_that_waits_by_itself_is_not_profiled():
+    profiled = replace(config(4), logging=LoggingConfig(profile_ring=True))
+    told = [[m for m in rules.problems(profiled, Grid(), device) if "profile_ring" in m] for device in ("cpu", "cuda")]
+    assert told[0] == []
+    assert "CUDA, the device waits for transfers and not the host" in told[1][0]
+
+
+def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_said():
+    here = Setup.of(replace(config(4), parallel=ParallelConfig(context_parallel="striped")), world_size=2)
+    there, not_wanted = replace(here, device="cuda"), replace(here.config, logging=LoggingConfig(straggler_threshold=0))
+    assert [setup_is.adds_work_up for setup_is in map(whereabouts, (here, there))] == [True, False]
+    assert unwatched(here) == unwatched(replace(there, config=not_wanted)) == []
+    assert unwatched(there)[0].startswith("stragglers       not looked for: on CUDA")

@@ -47,7 +47,7 @@ class Profile:
         rows = self._log.rows
         own = as_numbers(sums(rows, len(self._rings[0])), self._log.missed, time.seconds, time.data_seconds)
         of_ranks = gathered(own, self._agreement)
-        lines = self._recorder.keep(StepLog(*time[:4], rows)) if self._recorder else []
+        lines = self._recorder.keep(StepLog(time, rows)) if self._recorder else []
         if of_ranks is None:
             return RingReport()
         self._untold.append(figures(of_ranks, self._rings))

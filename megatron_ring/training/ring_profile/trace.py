@@ -15,25 +15,24 @@ import numpy as np
 
 from megatron_ring.training.ring_profile.clocks import Offset
 from megatron_ring.training.ring_profile.spans import Span, spans
+from megatron_ring.training.ring_profile.step import StepTime
 
 COMPUTE = 0
 """The number of the thread that computes; transfers have those behind it."""
 
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 
 
 class StepLog(NamedTuple):
-    """A rank's log of a step that began at a moment, time.monotonic_ns(): its rows, (rows, 4) int64, and seconds."""
+    """A rank's log of a step: (rows, 4) int64."""
 
-    step: int
-    began: int
-    seconds: float
-    data_seconds: float
+    time: StepTime
     rows: np.ndarray
 
     def spans(self, ring: list[int], rank: int) -> Iterator[Span]:
-        yield Span("step", self.began, self.began + round(self.seconds * 1e9), {"step": self.step})
-        yield Span("data", self.began, self.began + round(self.data_seconds * 1e9), {})
+        began = self.time.began
+        yield Span("step", began, began + round(self.time.seconds * 1e9), {"step": self.time.step})
+        yield Span("data", began, began + round(self.time.data_seconds * 1e9), {})
         yield from spans(self.rows, ring, rank)
 
 
@@ -52,14 +51,14 @@ class RankLog(NamedTuple):
 
 def as_json(ranks: list[RankLog]) -> str:
     """The whole file."""
-    began = min(step.began + of.offset.nanoseconds for of in ranks for step in of.steps)
+    began = min(step.time.began + of.offset.nanoseconds for of in ranks for step in of.steps)
     about = {"clock_error_microseconds_by_rank": {str(of.rank): of.offset.error / 1e3 for of in ranks}}
     events = [event for of in ranks for event in _events(of, began)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about})
 
 
-def _events(of: RankLog, began: int) -> Iterator[Event]:
-    def event(span: Span, thread: int) -> Event:
+def _events(of: RankLog, began: int) -> Iterator[TraceEvent]:
+    def event(span: Span, thread: int) -> TraceEvent:
         start = (span.began + of.offset.nanoseconds - began) / 1e3
         said = {"name": _name(span), "cat": span.kind, "args": span.known}
         return said | {"ph": "X", "pid": of.rank, "tid": thread, "ts": start, "dur": (span.ended - span.began) / 1e3}
@@ -85,7 +84,7 @@ def _side_by_side(transfers: list[Span]) -> list[int]:
     return threads
 
 
-def _arrows(slices: list[Event]) -> Iterator[Event]:
+def _arrows(slices: list[TraceEvent]) -> Iterator[TraceEvent]:
     """From each transfer and to it. The n-th that a rank sends to another is the n-th that this receives from it."""
     sent, received = Counter(), Counter()
     for slice in slices:
@@ -98,8 +97,8 @@ def _arrows(slices: list[Event]) -> Iterator[Event]:
         yield arrow | {"ph": "f", "bp": "e", "id": f"{sender}-{rank}-{received[sender]}", "ts": within}
 
 
-def _names(of: RankLog, threads: int) -> Iterator[Event]:
-    def name(kind: str, thread: int, words: str) -> Event:
+def _names(of: RankLog, threads: int) -> Iterator[TraceEvent]:
+    def name(kind: str, thread: int, words: str) -> TraceEvent:
         return {"ph": "M", "name": kind, "pid": of.rank, "tid": thread, "args": {"name": words}}
 
     yield name("process_name", COMPUTE, f"rank {of.rank} ({of.node})")

@@ -23,8 +23,21 @@ def whereabouts(setup: Setup) -> Whereabouts:
     return Whereabouts.with_work() if _looks_for_stragglers(setup) else Whereabouts()
 
 
+def in_words(setup: Setup) -> list[str]:
+    """What to say where stragglers were to be looked for, and are not."""
+    if _looks_for_stragglers(setup) or not _wants_stragglers(setup):
+        return []
+    return [
+        "stragglers       not looked for: on CUDA the device waits for transfers, and the host's clock says nothing"
+    ]
+
+
+def _wants_stragglers(setup: Setup) -> bool:
+    return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0
+
+
 def _looks_for_stragglers(setup: Setup) -> bool:
-    return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0 and setup.device == "cpu"
+    return _wants_stragglers(setup) and setup.device == "cpu"
 
 
 class RingWatch:
