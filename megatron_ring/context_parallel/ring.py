@@ -9,7 +9,7 @@ and nothing in a hop waits but for what the next hop needs.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +70,11 @@ class Ring:
         """What the queries of one ring rank see of the keys of another."""
         return hop_runs(self.layout, queries_of, keys_of, self.mask)
 
+    @property
+    def own_runs(self) -> KeyRuns:
+        """What this rank's queries see of its own keys."""
+        return self.runs(self.ring_rank, self.ring_rank)
+
     def pass_on(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
         """Send what is needed again in the next hop; the last hop's keys or queries need not come home."""
         return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
@@ -109,7 +114,8 @@ def backward(
     """Gradients (dq, dkv) of ``forward``, in the accumulation type: float32, or float64 for float64.
 
     What is fewer bytes goes around: K and V, or Q with what belongs to it; its gradients follow one hop behind, each
-    rank adding its share when its own is computed, and are home after as many exchanges as there are hops.
+    rank adding its share when its own is computed, and are home after as many exchanges as there are hops. Half of a
+    rank's work on its own keys is left for the last of these, behind which there would be none.
     ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
     if dlse_BHL is not None:
@@ -117,45 +123,84 @@ def backward(
         dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
         out_BLHD = output_of(delta_BHL, dout_BLHD)
     travels = _queries_travel if queries_are_lighter(q_BLHD, kv_2BLGD) else _keys_travel
-    return travels(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
+    return travels(_Rows(dout_BLHD, q_BLHD, out_BLHD, lse_BHL), kv_2BLGD, ring)
 
 
-def _keys_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
-    dq_BLHD, sums = _zeros(q_BLHD), None
+class _Rows(NamedTuple):
+    """A rank's queries, and what their gradients need."""
+
+    dout_BLHD: torch.Tensor
+    q_BLHD: torch.Tensor
+    out_BLHD: torch.Tensor
+    lse_BHL: torch.Tensor
+
+
+def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+    every, early, late = _heads(own_2BLGD, ring)
+    dq_BLHD, kv_2BLGD, sums = _zeros(own.q_BLHD), own_2BLGD, None
     for hop in ring.turns():
         travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD = _zeros(kv_2BLGD)
-        ring.kernel.backward(
-            dout_BLHD, q_BLHD, kv_2BLGD[0], kv_2BLGD[1], out_BLHD, lse_BHL,
-            ring.runs(ring.ring_rank, ring.keys_of(hop)), ring.scale, dq_BLHD, dkv_2BLGD[0], dkv_2BLGD[1],
-        )  # fmt: skip
+        dkv_2BLGD, runs = _zeros(kv_2BLGD), ring.runs(ring.ring_rank, ring.keys_of(hop))
+        _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dkv_2BLGD += sums.wait()
         sums = ring.pass_sums_on(dkv_2BLGD, hop, distance=1)
         if travelling:
             kv_2BLGD = travelling.wait()
-    return dq_BLHD, sums.wait() if sums else dkv_2BLGD
+    if not sums:
+        return dq_BLHD, dkv_2BLGD
+    dkv_2BLGD = _zeros(own_2BLGD)
+    _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, dkv_2BLGD)
+    return dq_BLHD, dkv_2BLGD.add_(sums.wait())
 
 
-def _queries_travel(dout_BLHD, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
-    dkv_2BLGD, sums = _zeros(kv_2BLGD), None
-    rows = (q_BLHD, dout_BLHD, lse_BHL, delta(out_BLHD, dout_BLHD))
-    message = packed(rows) if ring.hops > 1 else None
+def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+    every, early, late = _heads(kv_2BLGD, ring)
+    dkv_2BLGD, rows, sums = _zeros(kv_2BLGD), own, None
+    load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta(own.out_BLHD, own.dout_BLHD))
+    message = packed(load) if ring.hops > 1 else None
     for hop in ring.turns():
         travelling = ring.pass_on(message, hop, distance=-1)
-        dq_BLHD = _zeros(q_BLHD)
-        ring.kernel.backward(
-            dout_BLHD, q_BLHD, kv_2BLGD[0], kv_2BLGD[1], out_BLHD, lse_BHL,
-            ring.runs(ring.queries_of(hop), ring.ring_rank), ring.scale, dq_BLHD, dkv_2BLGD[0], dkv_2BLGD[1],
-        )  # fmt: skip
+        dq_BLHD, runs = _zeros(own.q_BLHD), ring.runs(ring.queries_of(hop), ring.ring_rank)
+        _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dq_BLHD += sums.wait()
         sums = ring.pass_sums_on(dq_BLHD, hop, distance=-1)
         if travelling:
             message = travelling.wait()
-            q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, rows)
-            out_BLHD = output_of(delta_BHL, dout_BLHD)
-    return sums.wait() if sums else dq_BLHD, dkv_2BLGD
+            q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, load)
+            rows = _Rows(dout_BLHD, q_BLHD, output_of(delta_BHL, dout_BLHD), lse_BHL)
+    if not sums:
+        return dq_BLHD, dkv_2BLGD
+    dq_BLHD = _zeros(own.q_BLHD)
+    _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
+    return dq_BLHD.add_(sums.wait()), dkv_2BLGD
+
+
+def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
+    """Of the key-value heads all, and those for which a rank's queries meet its own keys first, and last.
+
+    Half and half, so that there is work both while the first message travels and while the last sums go home.
+    """
+    groups = kv_2BLGD.shape[3]
+    border = -(-groups // 2) if ring.hops > 1 else groups
+    return slice(0, groups), slice(0, border), slice(border, groups)
+
+
+def _add_gradients(
+    ring: Ring, runs: KeyRuns, groups: slice, rows: _Rows, kv_2BLGD: torch.Tensor, dq_BLHD: torch.Tensor, dkv_2BLGD
+) -> None:
+    """Add to ``dq`` and ``dkv`` what comes of these key-value heads and the queries that read them."""
+    if groups.start == groups.stop:
+        return
+    to_a_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
+    heads = slice(groups.start * to_a_group, groups.stop * to_a_group)
+    dout_BLhD, q_BLhD, out_BLhD = (x[:, :, heads] for x in (rows.dout_BLHD, rows.q_BLHD, rows.out_BLHD))
+    (k_BLgD, v_BLgD), (dk_BLgD, dv_BLgD) = kv_2BLGD[:, :, :, groups], dkv_2BLGD[:, :, :, groups]
+    ring.kernel.backward(
+        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out_BLhD, rows.lse_BHL[:, heads], runs, ring.scale,
+        dq_BLHD[:, :, heads], dk_BLgD, dv_BLgD,
+    )  # fmt: skip
 
 
 def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,9 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 
+from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, reference
@@ -150,3 +153,41 @@ def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
 
     with pytest.raises(MemoryError):
         simulated_ring.run(Layout("ring", 8, 4), OutOfMemory(), *oracle.random_inputs(1, 8, heads=1, groups=1))
+
+
+class Diary:
+    """An exchange that keeps what it is given, and a kernel that computes nothing: what they were asked, in order."""
+
+    def __init__(self):
+        self.events: list[str] = []
+
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "Sent":
+        number = sum(event.startswith("start") for event in self.events)
+        self.events.append(f"start {number}")
+        return Sent(tensor, f"wait {number}", self.events)
+
+    def backward(self, dout_BLHD, *tensors) -> None:
+        self.events.append(f"compute {dout_BLHD.shape[2]} heads")
+
+
+class Sent(NamedTuple):
+    tensor: torch.Tensor
+    event: str
+    events: list[str]
+
+    def wait(self) -> torch.Tensor:
+        self.events.append(self.event)
+        return self.tensor
+
+
+HALF, ALL = "compute 2 heads", "compute 4 heads"
+
+
+@pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
+def test_backward_computes_while_anything_travels_home_included(groups):
+    """Of the work on own keys half comes first, beside the first message, and half last, beside the last sums."""
+    diary, layout = Diary(), Layout("striped", 12, 3)
+    q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
+    ring_loop.backward(q, None, q, kv, q, lse, ring_loop.Ring(layout, 0, diary, 1.0, diary))
+    hops = ["start 0", HALF, "start 1", "wait 0"], ["start 2", ALL, "wait 1", "start 3", "wait 2"]
+    assert diary.events == [*hops[0], *hops[1], ALL, "wait 3", "start 4", HALF, "wait 4"]
