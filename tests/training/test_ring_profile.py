@@ -4,14 +4,13 @@ import itertools
 import json
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_ring.config import Config, LoggingConfig, ModelConfig, ParallelConfig
+from megatron_ring.config import Config, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
@@ -24,7 +23,6 @@ from megatron_ring.parallel.ring_log import Event
 from megatron_ring.parallel.whereabouts import Direction, Whereabouts
 from megatron_ring.plan.messages import ring_tensors
 from megatron_ring.plan.timeline import counted
-from megatron_ring.training import rules
 from megatron_ring.training.ring_profile import clocks
 from megatron_ring.training.ring_profile.clocks import offset_to_rank_0
 from megatron_ring.training.ring_profile.figures import SHARES, as_numbers, figures, in_words
@@ -33,9 +31,6 @@ from megatron_ring.training.ring_profile.step import RingReport, StepTime
 from megatron_ring.training.ring_profile.straggler import Stragglers, slowest
 from megatron_ring.training.ring_profile.sums import StepSums, sums
 from megatron_ring.training.ring_profile.trace import COMPUTE, StepLog
-from megatron_ring.training.ring_profile.watch import in_words as unwatched
-from megatron_ring.training.ring_profile.watch import whereabouts
-from megatron_ring.training.setup import Setup
 from tests.distributed import run_ranks
 
 SECOND = 10**9
@@ -60,11 +55,11 @@ class Slow:
     """The reference kernel, with a rest before every hop."""
 
     def forward(self, *inputs) -> None:
-        time.sleep(0.02)
+        time.sleep(0.05)
         reference.forward(*inputs)
 
     def backward(self, *inputs) -> None:
-        time.sleep(0.02)
+        time.sleep(0.05)
         reference.backward(*inputs)
 
 
@@ -84,16 +79,22 @@ def slow_second(rank: int, world_size: int, links: ProcessGroups, agreement: Agr
     KERNELS["noted"] = Slow() if rank == 1 else reference
     place, ring = Whereabouts.with_work(log_rows=1000), list(range(world_size))
     stragglers = Stragglers(place, 1.25, agreement)
-    recorder = Recorder(str(folder / f"{world_size}.json"), 1, ring, agreement)
-    reports, lines = [], []
+    recorders = {
+        "whole": Recorder(str(folder / f"{world_size}.json"), 1, ring, agreement),
+        "cut short": Recorder(str(folder / f"{world_size}-short.json"), 5, ring, agreement),
+        "unwritable": Recorder("/dev/null/trace.json", 1, ring, agreement),
+    }
+    reports, lines = [], {name: [] for name in recorders}
     for step in (1, 2, 3):
         place.log.clear()
         began = time.monotonic_ns()
         passes(Layout("striped", 24 * world_size, world_size), 0, 4, place, links)
         took = StepTime(step, began, (time.monotonic_ns() - began) / 1e9, 0.0, is_told=step == 3)
         reports.append(stragglers.end(took))
-        lines.append(recorder.keep(StepLog(took, place.log.rows)))
-    lines.append(recorder.finish())
+        for name, recorder in recorders.items():
+            lines[name].append(recorder.keep(StepLog(took, place.log.rows)))
+    for name, recorder in recorders.items():
+        lines[name].append(recorder.finish())
     return {"reports": reports, "lines": lines, "slow": sums(place.log.rows, world_size)}
 
 
@@ -238,9 +239,28 @@ def test_rows_that_were_missed_are_told():
 
 
 @pytest.mark.parametrize("size", [2, 3])
+def test_rank_0_says_where_the_trace_is_once_it_is_whole_or_the_run_is_over(size, found, folder):
+    said, *others = (of_rank["lines"] for of_rank in found[size])
+    whole, short = folder / f"{size}.json", folder / f"{size}-short.json"
+    tell = "ring trace       {}, 1 steps; https://ui.perfetto.dev opens it"
+    assert said["whole"] == [[], [], [tell.format(whole)], []]
+    assert said["cut short"] == [[], [], [], [tell.format(short)]]
+    assert said["unwritable"][2][0].startswith("ring trace       not written: /dev/null/trace.json: ")
+    assert whole.exists()
+    assert short.exists()
+    assert all(lines == {name: [[]] * 4 for name in said} for lines in others)
+
+
+def test_a_run_too_short_for_a_trace_says_so():
+    recorder = Recorder("trace.json", 1, [0], agreement=None)
+    assert recorder.keep(log := StepLog(StepTime(1, 0, 1.0, 0.0, is_told=True), None)) == recorder.keep(log) == []
+    assert recorder.finish() == [
+        "ring trace       none: it begins with the third step of a run, and there was no third"
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_trace_has_every_hop_of_every_rank_and_arrows_between_transfers(size, found, folder):
-    assert found[size][0]["lines"][2][0].startswith("ring trace ")
-    assert [lines for lines in found[size][0]["lines"] if lines] == [found[size][0]["lines"][2]], "said once"
     trace = json.loads((folder / f"{size}.json").read_text())
     events = trace["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]
@@ -289,30 +309,3 @@ def test_clocks_are_brought_to_rank_0_within_the_error_that_is_told(size, found)
     *same, fast = (of_rank["clock"] for of_rank in found[size])
     assert all(abs(offset.nanoseconds) <= offset.error for offset in same)
     assert abs(fast.nanoseconds + 60 * SECOND) <= fast.error < SECOND
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"straggler_threshold": 0.9}, "straggler_threshold 0.9 must be above 1, the mean, or 0"),
-        ({"profile_ring_steps": 0}, "profile_ring_steps 0 must be at least 1"),
-        ({"profile_ring_trace": "x.json"}, "profile_ring_trace x.json has no effect without profile_ring"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(changes, message):
-    assert message in LoggingConfig(**changes).problems()[0]
-
-
-def test_a_device_that_waits_by_itself_is_not_profiled():
-    profiled = replace(config(4), logging=LoggingConfig(profile_ring=True))
-    told = [[m for m in rules.problems(profiled, Grid(), device) if "profile_ring" in m] for device in ("cpu", "cuda")]
-    assert told[0] == []
-    assert "CUDA, the device waits for transfers and not the host" in told[1][0]
-
-
-def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_said():
-    here = Setup.of(replace(config(4), parallel=ParallelConfig(context_parallel="striped")), world_size=2)
-    there, not_wanted = replace(here, device="cuda"), replace(here.config, logging=LoggingConfig(straggler_threshold=0))
-    assert [setup_is.adds_work_up for setup_is in map(whereabouts, (here, there))] == [True, False]
-    assert unwatched(here) == unwatched(replace(there, config=not_wanted)) == []
-    assert unwatched(there)[0].startswith("stragglers       not looked for: on CUDA")
