@@ -6,7 +6,10 @@ the faster one.
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # Matrix products of a visible pair: scores and output; backward the scores again, dP, dQ, dK and dV.
@@ -24,9 +27,15 @@ class _Counted:
     place: Whereabouts
 
     def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, *rest) -> None:
-        self.place.multiplies(_FORWARD_PRODUCTS * runs.visible_pairs)
+        self.place.multiplies(_FORWARD_PRODUCTS * _pairs(q_BLHD, runs))
         self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, runs, *rest)
 
     def backward(self, dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest) -> None:
-        self.place.multiplies(_BACKWARD_PRODUCTS * runs.visible_pairs)
+        self.place.multiplies(_BACKWARD_PRODUCTS * _pairs(q_BLHD, runs))
         self.kernel.backward(dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest)
+
+
+def _pairs(q_BLHD: torch.Tensor, runs: KeyRuns) -> int:
+    """Of every sample and head: a call may be for a few heads."""
+    samples, _, heads, _ = q_BLHD.shape
+    return samples * heads * runs.visible_pairs

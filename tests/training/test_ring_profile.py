@@ -34,7 +34,7 @@ from megatron_ring.training.ring_profile.trace import COMPUTE, StepLog
 from tests.distributed import run_ranks
 
 SECOND = 10**9
-STRIPED, CUT, SHARED_HEADS = ("striped", 0, 4), ("ring", 9, 4), ("ring", 0, 1)  # layout, window, key-value heads
+STRIPED, CUT, SHARED_HEADS = ("striped", 0, 4), ("ring", 9, 4), ("ring", 0, 2)  # layout, window, key-value heads
 RINGS = list(itertools.product((2, 3), (STRIPED, CUT, SHARED_HEADS)))
 
 
@@ -170,10 +170,10 @@ def test_a_ring_sends_in_each_hop_what_is_planned(size, case, found):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_work_of_a_rank_is_that_of_its_mask(size, found):
-    """Where keys travel, backward has the same pairs: two products of each forward, five backward."""
+    """Where keys travel, backward has the same pairs, those of 4 heads: two products of each forward, five backward."""
     pairs_RR = counted(Layout("ring", 24 * size, size)).work_RR
     products = [of_rank[SHARED_HEADS][1] for of_rank in found[size]]
-    assert products == ((2 + 5) * pairs_RR.sum(dim=0)).tolist()
+    assert products == (4 * (2 + 5) * pairs_RR.sum(dim=0)).tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3])
