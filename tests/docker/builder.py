@@ -15,12 +15,14 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
+CHROOT = {"BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "docker"}
 
 
 class Builder:
     """Its images and containers, and what runs in them, last while it is entered.
 
-    lent: arguments that give each build step what this machine has, for pip to find packages with.
+    lent: arguments that give each build step what this machine has, for pip to find packages with. Names of images
+    begin with localhost/, so that no registry is asked for them.
     """
 
     def __init__(self, folder: Path, lent: list[str]):
@@ -37,13 +39,17 @@ class Builder:
             process.wait()
         self.ask("rm", "--all")
         self.ask("rmi", "--all", "--force")
-        for mount in reversed(_mounts_below(self.folder)):
-            subprocess.run(["umount", mount], check=True)
+        for mount in reversed(
+            _mounts_below(self.folder)
+        ):  # buildah's own, which hold files that are not ours to delete
+            subprocess.run(["umount", "--lazy", mount], check=True)
         shutil.rmtree(self.folder)
 
     def ask(self, command: str, *arguments: str) -> str:
         """What one of buildah's commands says; raises, with all that it said, if it fails."""
-        done = subprocess.run(self._buildah(command, *arguments), capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            self._buildah(command, *arguments), capture_output=True, text=True, env=os.environ | CHROOT, timeout=900
+        )
         assert done.returncode == 0, f"buildah {command} {arguments}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
         return done.stdout.strip()
 
@@ -55,12 +61,12 @@ class Builder:
 
     def build(self, file: str, image: str, base: str) -> None:
         """What ``docker build`` makes of a file of this repository over ``base``."""
-        kind = ["--isolation", "chroot", "--format", "docker", "--file", str(ROOT / file), "--tag", image]
-        self.ask("build", *kind, "--build-arg", f"BASE=localhost/{base}", *self.lent, str(ROOT))
+        named = ["--file", str(ROOT / file), "--tag", image]
+        self.ask("build", *named, f"--build-arg=BASE={base}", *self.lent, str(ROOT))
 
     def settings(self, image: str) -> dict:
         """What an image says of itself: Env, User, Cmd, Labels and so on."""
-        return json.loads(self.ask("inspect", "--type", "image", f"localhost/{image}"))["Docker"]["config"]
+        return json.loads(self.ask("inspect", "--type", "image", image))["Docker"]["config"]
 
     def start(
         self,
@@ -71,13 +77,13 @@ class Builder:
         user: str = "",
     ) -> subprocess.Popen:
         """``docker run``: a container of its own, as the image's user unless told. volumes: where it sees a folder."""
-        container = self.ask("from", f"localhost/{image}")
-        flags = ["--isolation", "chroot", *([f"--user={user}"] if user else [])]
+        container = self.ask("from", image)
+        flags = [f"--user={user}"] if user else []
         flags += [f"--env={name}={value}" for name, value in environment.items()]
         flags += [f"--volume={folder}:{place}" for folder, place in volumes.items()]
         run = self._buildah("run", *flags, container, "--", *command)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self._running.append(subprocess.Popen(run, start_new_session=True, **pipes))
+        self._running.append(subprocess.Popen(run, env=os.environ | CHROOT, start_new_session=True, **pipes))
         return self._running[-1]
 
     def _buildah(self, command: str, *arguments: str) -> list[str]:
