@@ -63,7 +63,7 @@ class Fault:
     step: int
     hop: int = 1
     direction: str = "FORWARD"
-    layer: int = 1
+    layer: int = 0
     rank: int = 1
 
     def environment(self) -> dict[str, str]:
