@@ -48,7 +48,7 @@ class Builder:
     def ask(self, command: str, *arguments: str) -> str:
         """What one of buildah's commands says; raises, with all that it said, if it fails."""
         done = subprocess.run(
-            self._buildah(command, *arguments), capture_output=True, text=True, env=os.environ | CHROOT, timeout=900
+            self._buildah(command, *arguments), capture_output=True, text=True, env=os.environ | CHROOT, timeout=1800
         )
         assert done.returncode == 0, f"buildah {command} {arguments}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
         return done.stdout.strip()
@@ -91,7 +91,7 @@ class Builder:
         return ["buildah", *kept, command, *arguments]
 
 
-def output(process: subprocess.Popen, seconds: float = 300) -> str:
+def output(process: subprocess.Popen, seconds: float = 600) -> str:
     """All that it said; it must end with 0."""
     said, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, said
