@@ -45,7 +45,7 @@ from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, stripe_w
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, BALANCED, CONTIGUOUS, FORWARD_PRODUCTS, Hop, operations
+from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, CAUSAL, FORWARD_PRODUCTS, Hop, operations
 from megatron_ring.plan.timeline import counted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -313,14 +313,15 @@ def _row(options: Options, shard: Shard, mbit: float | None, rounds: list[dict[s
 def _criterion(
     options: Options, shard: Shard, seconds: Sequence[float], bytes_per_second: float
 ) -> tuple[list[float], list[float]]:
-    """The kernel's operations a second and the fewest tokens that hide a hop's messages, forward and backward."""
-    a_pair = [
-        operations(products, options.heads, options.head_dim) for products in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)
-    ]
-    pairs, share = counted(shard.layout).critical_path, CONTIGUOUS if options.layout == "ring" else BALANCED
+    """The kernel's operations a second and the fewest tokens that hide every hop's messages, forward and backward.
+
+    Messages travel from the first hop on, in which every layout sees half of the square.
+    """
+    a_pair = [operations(each, options.heads, options.head_dim) for each in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)]
+    pairs = counted(shard.layout).critical_path
     rates = [work * pairs / spent for work, spent in zip(a_pair, seconds)]
     sent = shard.kv.nbytes, min(backward_bytes(shard.q, shard.kv).values())
-    hops = [Hop(work * share, each / len(shard.q[0])) for work, each in zip(a_pair, sent)]
+    hops = [Hop(work * CAUSAL, each / len(shard.q[0])) for work, each in zip(a_pair, sent)]
     return rates, [hop.shortest_shard(rate, bytes_per_second) for hop, rate in zip(hops, rates)]
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 # Matrix products of a visible pair.
 FORWARD_PRODUCTS = 2  # the score, and its share of the output
 BACKWARD_PRODUCTS = 5  # the score again, and the gradients of the probability, q, k and v
-# Visible pairs of a hop over c squared: where every rank has its share, and where the contiguous ring's last has all.
-BALANCED, CONTIGUOUS = 0.5, 1.0
+# Visible pairs of a hop over c squared: in the first, on own keys, and in every hop of a balanced layout; and in the
+# later hops of a contiguous ring, on its last rank.
+CAUSAL, FULL = 0.5, 1.0
 
 
 def operations(products: int, heads: int, head_dim: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.traffic import backward_bytes
-from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, BALANCED, CONTIGUOUS, FORWARD_PRODUCTS, Hop, operations
+from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, CAUSAL, FORWARD_PRODUCTS, FULL, Hop, operations
 
 FLOPS, BANDWIDTH = 600e12, 50e9  # a second; of one GPU, and of one 400 Gb/s network card
 HEADS, SIZE = 32, 128
@@ -16,13 +16,13 @@ def shard(groups: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tenso
     return torch.empty(1, 1, HEADS, SIZE, **of), torch.empty(2, 1, 1, groups, SIZE, **of)
 
 
-def forward(groups: int, pairs: float = BALANCED, dtype: torch.dtype = torch.bfloat16) -> float:
+def forward(groups: int, pairs: float = CAUSAL, dtype: torch.dtype = torch.bfloat16) -> float:
     hop = Hop(pairs * operations(FORWARD_PRODUCTS, HEADS, SIZE), shard(groups, dtype)[1].nbytes)
     return hop.shortest_shard(FLOPS, BANDWIDTH)
 
 
 def backward(groups: int, travels: str, dtype: torch.dtype = torch.bfloat16) -> float:
-    hop = Hop(BALANCED * operations(BACKWARD_PRODUCTS, HEADS, SIZE), backward_bytes(*shard(groups, dtype))[travels])
+    hop = Hop(CAUSAL * operations(BACKWARD_PRODUCTS, HEADS, SIZE), backward_bytes(*shard(groups, dtype))[travels])
     return hop.shortest_shard(FLOPS, BANDWIDTH)
 
 
@@ -32,7 +32,7 @@ def test_halved_hops_of_two_byte_keys_need_twice_the_share_of_heads_that_travel(
 
 
 def test_full_hops_of_equal_heads_need_what_ring_attention_s_paper_says():
-    assert forward(HEADS, CONTIGUOUS) == pytest.approx(FLOPS / BANDWIDTH)
+    assert forward(HEADS, FULL) == pytest.approx(FLOPS / BANDWIDTH)
 
 
 @pytest.mark.parametrize("groups", [1, 8, 32])
