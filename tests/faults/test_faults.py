@@ -21,6 +21,7 @@ from tests.programs import PROGRAM, ROOT, free_port, start_rank, working_folder
 
 pytestmark = pytest.mark.whole
 
+STRUCK = ROOT / "tests" / "faults" / "struck.py"
 STEPS = 12
 SMALL = f"""\
 model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 2}}
@@ -108,25 +109,29 @@ class Ended:
     err: str
 
 
-def ended(ranks: Sequence[subprocess.Popen]) -> list[Ended]:
-    """How they ended, long before they would give up waiting for one another."""
-    return [Ended(rank.returncode, *said) for rank in ranks for said in [_said(rank)]]
+def run(
+    folder: Path, flags: Sequence[str] = (), of_rank_1: Sequence[str] = (), fault: Fault | None = None
+) -> list[Ended]:
+    """Both ranks of the program, one of which has a ``fault``, from start to end."""
+    port, program = free_port(), STRUCK if fault else PROGRAM
+    variables = fault.environment() if fault else {}
+    ranks = [
+        start_rank(rank, port, folder, [*flags, *own], program, subprocess.PIPE, **variables)
+        for rank, own in enumerate(((), of_rank_1))
+    ]
+    try:
+        return [_ended(rank) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
-def _said(rank: subprocess.Popen) -> tuple[str, str]:
+def _ended(rank: subprocess.Popen) -> Ended:
+    """Long before it would give up waiting for another."""
     if rank.poll() is None and psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED:
         rank.kill()  # as the scheduler does, once the first has ended
-    return rank.communicate(timeout=240)
-
-
-def run(folder: Path, flags: Sequence[str] = (), of_rank_1: Sequence[str] = (), fault: Fault | None = None):
-    """Both ranks of the program, one of which has a ``fault``, from start to end."""
-    port, program = free_port(), ROOT / "tests" / "faults" / "struck.py" if fault else PROGRAM
-    variables = fault.environment() if fault else {}
-    own_flags = [[*flags], [*flags, *of_rank_1]]
-    return ended([
-        start_rank(rank, port, folder, own_flags[rank], program, subprocess.PIPE, **variables) for rank in (0, 1)
-    ])  # fmt: skip
+    out, err = rank.communicate(timeout=240)
+    return Ended(rank.returncode, out, err)
 
 
 def losses(folder: Path) -> list[dict]:
