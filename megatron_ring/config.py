@@ -431,9 +431,9 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class GuardsConfig:
     on_bad_step: Literal["skip", "roll-back", "stop"] = "skip"
-    """What follows a step whose loss or gradient norm is not finite, or whose loss is a spike. It never moves a weight.
-    skip: the samples behind it, so that one bad text or a passing fault costs a step; roll-back: the same samples, with
-    the newest checkpoint's weights and optimizer; stop: the run ends with exit code 6."""
+    """What follows a bad step: its loss or gradient norm is not finite, or its loss is a spike. No weight moves in it.
+    skip: the next step, so that a bad text or a passing fault costs no more than one; roll-back: the newest checkpoint
+    is loaded, and the samples since are left out; stop: the run ends with exit code 6."""
     max_bad_steps: int = 10
     """More than so many bad steps since the last checkpoint was written, or since the start, end the run with exit
     code 6: what goes on is no passing fault."""

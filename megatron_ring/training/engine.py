@@ -123,11 +123,6 @@ class Engine:
         """What this process has seen of the last step."""
         return self.lookout.seen(dist.get_rank(), self._own_loss())
 
-    def _own_loss(self) -> torch.Tensor:
-        """This process's share of the last step's loss, 0 where others count it, and not finite if its own is not."""
-        first = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
-        return self._loss_of_shares() / self.averaged_over * first
-
     def evaluate(self, steps: list[list[Batch]], bytes_per_token: torch.Tensor) -> Evaluation:
         """Sums over whole global batches, without gradients. ``bytes_per_token``: (V,) bytes of text of each id."""
         targets = _targets([batch for batches in steps for batch in batches])
@@ -205,6 +200,11 @@ class Engine:
             self._loss_so_far += share.detach()
             self.engine.backward(share)
             self.engine.step()
+
+    def _own_loss(self) -> torch.Tensor:
+        """This process's share of the last step's loss, 0 where others count it, and not finite if its own is not."""
+        first = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
+        return self._loss_of_shares() / self.averaged_over * first
 
     def _loss_of_shares(self) -> torch.Tensor:
         """What ``_step`` has added up of the losses, as this process knows them."""

@@ -82,8 +82,8 @@ def train(
                 report.held_out(held_out("test", engine, start, step))
             stops = not last and stopping.agreed(step)
             if saving.save and (last or stops or (saving.save_interval and step % saving.save_interval == 0)):
-                consumed = ahead.consumed_samples
-                saver.save(engine, replace(start.state, step=step, consumed_samples=consumed, **guard.kept()))
+                done = replace(start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept())
+                saver.save(engine, done)
                 guard.saved()
             if stops:
                 break

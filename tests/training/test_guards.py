@@ -132,7 +132,8 @@ def answered(run: tiny.Run, rank: int, guard: Guard, bad_steps: BadSteps) -> Non
 
 def going_back(folder: Path, **sections: dict) -> Config:
     folders = {"save": str(folder), "load": str(folder), "save_interval": 2}
-    return tiny.config(checkpoint=folders, guards={"on_bad_step": "roll-back", "max_bad_steps": 2}, **sections)
+    options = {"on_bad_step": "roll-back", "max_bad_steps": 2, "loss_spike_factor": 2.0}
+    return tiny.config(checkpoint=folders, guards=options, **sections)
 
 
 def go_back(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]) -> None:
@@ -141,9 +142,10 @@ def go_back(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[
         guard, bad_steps = guarded(run, report)
         run.steps(2)
         path = run.save()
-        one_step(run)
+        guard.count(one_step(run))
         answered(run, rank, guard, bad_steps)
         assert (run.step, report.step, guard.roll_backs) == (2, 2, 1)
+        assert guard.kept()["recent_losses"] == [], "it is measured as at the checkpoint"
         assert f"its gradient norm is inf; it began on rank {0 if run.setup.grid.pipe > 1 else 1} (" in report.lines[0]
         assert report.lines[0].endswith(f"back to {path}, and on with the samples behind these")
 
