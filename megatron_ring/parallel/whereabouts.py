@@ -71,13 +71,14 @@ class Whereabouts:
     """A Place that is kept up to date. ``numbers``: int64 on the CPU, the first 7 one for each of Place's.
 
     In the place of seconds they have the moment, time.monotonic_ns(), from which these count. Behind them may be two
-    for Work, and behind those a log. None: new ones, for a Place alone.
+    for Work, and behind those a log. None: new ones, for a Place alone. adds_work_up: whether there is room for Work.
     """
 
     def __init__(self, numbers: torch.Tensor | None = None):
         self.numbers = _fresh_numbers(0) if numbers is None else numbers
         cells = self.numbers.numpy()  # writing there costs a tenth of writing to the tensor
         self._cells, self._work, log = cells[:_PLACE], cells[_PLACE : _PLACE + _WORK], cells[_PLACE + _WORK :]
+        self.adds_work_up = len(self._work) > 0
         self.log = RingLog(log) if len(log) else None
 
     @staticmethod
@@ -89,11 +90,6 @@ class Whereabouts:
         """Where this process is now; from any thread."""
         *place, since, waits_for = self._cells.tolist()
         return Place(*place, (time.monotonic_ns() - since) / 1e9, waits_for)
-
-    @property
-    def adds_work_up(self) -> bool:
-        """Whether there is room for Work."""
-        return len(self._work) > 0
 
     @property
     def work(self) -> Work:
@@ -151,7 +147,7 @@ class Whereabouts:
 
     def multiplies(self, products: int) -> None:
         """So many pairs of a query and a key, each product of the two counted."""
-        self._work[1:] += products
+        self._add_work(products=products)
 
     @contextlib.contextmanager
     def optimizing(self) -> Iterator[None]:
@@ -167,8 +163,9 @@ class Whereabouts:
             self.log.add(moment, event, a, b)
         return moment
 
-    def _add_work(self, nanoseconds: int) -> None:
-        self._work[:1] += nanoseconds  # to nothing, where there is no room
+    def _add_work(self, nanoseconds: int = 0, products: int = 0) -> None:
+        if self.adds_work_up:
+            self._work += nanoseconds, products
 
     def _write(self, first: str, *values: int) -> None:
         at = Place._fields.index(first)
