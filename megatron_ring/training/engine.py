@@ -102,6 +102,8 @@ class Engine:
         # moves no weight, but AdamW would count it as its first.
         self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        # DeepSpeed would tell of samples where write_events tells of steps, and wandb drops what lies behind its last.
+        self.engine.monitor.enabled = False
         step = self.adam.step
         self.adam.step = lambda: None if self.decision.refused else step()
 
@@ -168,8 +170,7 @@ class Engine:
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """Hand (name, value, step) to DeepSpeed's monitors: wandb, tensorboard, csv, those that are on."""
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events(events)
+        self.engine.monitor.write_events(events)
 
     def within_optimizer_step(self, note: Callable[[], AbstractContextManager]) -> None:
         """From now on take DeepSpeed's step, with the norm, Adam and the gathering of weights, within ``note()``."""
