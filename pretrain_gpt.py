@@ -22,6 +22,7 @@ from megatron_ring.training.metrics import Silence
 from megatron_ring.training.precision import device_type
 from megatron_ring.training.ring_profile.watch import RingWatch, whereabouts
 from megatron_ring.training.self_test.run import test_alone, test_in_a_line
+from megatron_ring.training.self_test.together import leaving_together
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
@@ -55,7 +56,8 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     saver, watch = checkpointing.Saver(setup, agreement, start.stored), RingWatch(setup, place, engine)
     stopping.begin(Agreement.build())
     with watched(place, groups, config.parallel.ring_timeout, agreement):
-        saved = train(engine, start, saver, report, stopping, place, watch)
+        with leaving_together():
+            saved = train(engine, start, saver, report, stopping, place, watch)
         if speaks:
             print(console.closing(report, config, saved))
         for line in watch.finish():

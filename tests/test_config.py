@@ -201,8 +201,8 @@ MISTAKES = {
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
     "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, save_interval, "
     "async_save, keep_last, keep_every.",
-    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, guards, logging, config, "
-    "dry_run, self_test.",
+    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, guards, logging, "
+    "config, dry_run, self_test.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
     "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
     "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",

@@ -32,7 +32,7 @@ class Text:
         tokens = np.full(len(places), IGNORED)
         for piece, start, first, stop in zip(self.pieces, starts, bounds, bounds[1:]):
             tokens[first:stop] = piece[places[first:stop] - start]
-        self._refuse_foreign(tokens[: bounds[-1]])
+        self._refuse_foreign(tokens[: bounds[-1]], places)
         return tokens
 
     def ends(self, end_of_document: int, seq_length: int) -> np.ndarray:
@@ -44,14 +44,21 @@ class Text:
             start += len(found)
         return ends
 
-    def _refuse_foreign(self, tokens: np.ndarray) -> None:
-        foreign = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+    def _refuse_foreign(self, tokens: np.ndarray, places: np.ndarray) -> None:
+        foreign = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
         if foreign.size:
+            first, prefix = foreign[0], self.store.prefix
             raise DataError(
-                f"the tokenizer does not fit the data: token store {self.store.prefix} has id {foreign[0]}, and the "
-                f"tokenizer has {self.vocab_size} ids, 0 to {self.vocab_size - 1}. Set --tokenizer-model to the one "
-                "the store was written with."
+                f"the tokenizer does not fit the data: token store {prefix} has id {tokens[first]}, in "
+                f"{self._where(places[first])}, and the tokenizer has {self.vocab_size} ids, 0 to "
+                f"{self.vocab_size - 1}. Set --tokenizer-model to the one the store was written with; if it is, the "
+                f"file is damaged, and python tools/inspect_data.py {prefix} --verify names what else is."
             )
+
+    def _where(self, place: int) -> str:
+        starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
+        number = np.searchsorted(starts, place, side="right") - 1
+        return self.store.where(self.pieces[number][place - starts[number] :])
 
 
 class Stream(ABC):

@@ -114,6 +114,12 @@ class TokenStore:
         self._refuse_cut()
         return self._tokens[self._starts[i] : self._starts[i + 1]]
 
+    def where(self, tokens: np.ndarray) -> str:
+        """In words where the first of ``tokens``, part of what ``document`` has returned, lies."""
+        byte = tokens.ctypes.data - self._tokens.ctypes.data
+        document = np.searchsorted(self._starts, byte // self.dtype.itemsize, side="right") - 1
+        return f"document {document} at byte {byte} of {bin_path(self.prefix)}"
+
     def _refuse_cut(self) -> None:
         """Whoever reads a map behind the end of its file is killed by SIGBUS, without a word."""
         if (found := os.fstat(self._file.fileno()).st_size) < self._tokens.nbytes:

@@ -5,10 +5,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-import torch.distributed as dist
-
 from megatron_ring.config import Config, parse
-from megatron_ring.errors import DataError, MegatronRingError
+from megatron_ring.errors import MegatronRingError
 from megatron_ring.parallel.environment import Environment
 
 # A launcher kills all ranks once one has left, so those that keep silent give rank 0 the time to speak.
@@ -29,12 +27,11 @@ def spoken_once(environment: Environment) -> Iterator[None]:
     """End with the exit code of a user's fault (errors.py), said by one rank.
 
     Before the processes have joined every rank finds the same fault, and so they do in what they decide together.
-    Only data can be bad for one rank alone: that rank then speaks for itself.
     """
     try:
         yield
     except MegatronRingError as error:
-        if environment.global_rank == 0 or (dist.is_initialized() and isinstance(error, DataError)):
+        if environment.global_rank == 0:
             print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_TO_SPEAK)

@@ -23,6 +23,7 @@ from megatron_ring.training.guards import Guard
 from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.training.ring_profile.watch import RingWatch
 from megatron_ring.training.schedule import learning_rate
+from megatron_ring.training.self_test.together import on_every_step
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
@@ -59,7 +60,7 @@ def train(
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
 
-    Returns the last checkpoint's folder.
+    Returns the last checkpoint's folder. Raises DataError on every rank for data that one of them cannot read.
     """
     training, saving, dataset = start.setup.config.training, start.setup.config.checkpoint, start.dataset
     validates = training.eval_interval > 0 and dataset.validation is not None
@@ -95,7 +96,8 @@ def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, 
     dataset = start.dataset
     loader = _loader(start, getattr(dataset, part), consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
-    batches = [loader.next_step() for _ in range(start.setup.config.training.eval_iters)]
+    global_batches = range(start.setup.config.training.eval_iters)
+    batches = on_every_step(start.reading, lambda: [loader.next_step() for _ in global_batches])
     total = engine.evaluate(batches, bytes_per_token)
     loss = total.loss_sum / max(1, total.tokens)
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
@@ -105,7 +107,7 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
     setup, first = start.setup, ahead.consumed_samples
     watch.begin()
     began = time.perf_counter()
-    batches = ahead.next_step()
+    batches = on_every_step(start.reading, ahead.next_step)
     loaded = time.perf_counter()
     rate = learning_rate(step, setup.config.training)
     result = engine.train_step(batches, rate, guard.highest_loss)

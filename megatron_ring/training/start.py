@@ -17,12 +17,16 @@ from megatron_ring.training.setup import Setup
 
 @dataclass(frozen=True)
 class Start:
-    """at: this process's place. stored: the checkpoint to go on from, None to start afresh."""
+    """at: this process's place. stored: the checkpoint to go on from, None to start afresh.
+
+    reading: over which all ranks learn of data that one of them cannot read; for nothing else.
+    """
 
     setup: Setup
     dataset: Dataset
     at: Coordinates
     stored: Stored | None
+    reading: Agreement
 
     @property
     def vocab_size(self) -> int:
@@ -46,6 +50,6 @@ class Start:
             setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
             dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
             check_data(config.data, agreement)
-            start = Start(setup, dataset, setup.grid.coordinates(rank), stored=None)
+            start = Start(setup, dataset, setup.grid.coordinates(rank), stored=None, reading=agreement)
             stored = checkpointing.find(setup, start.vocab_size, agreement)
-        return Start(setup, dataset, start.at, stored)
+        return replace(start, stored=stored, reading=Agreement.build())

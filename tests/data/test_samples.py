@@ -118,6 +118,7 @@ def test_only_the_documents_of_the_range_are_met(store_of):
 
 @pytest.mark.parametrize("foreign", [320, -1])
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(store_of, foreign):
-    stream = stream_of(store_of([[1, 2, foreign, 4, 5]], np.int32), seq_length=4, vocab_size=320)
-    with pytest.raises(DataError, match=rf"P has id {foreign}, .* has 320 ids, 0 to 319\. Set --tokenizer-model"):
+    stream = stream_of(store_of([[1, 2], [3, foreign, 5]], np.int32), seq_length=4, vocab_size=320)
+    where = r"in document 1 at byte 12 of .*P\.bin"
+    with pytest.raises(DataError, match=rf"P has id {foreign}, {where}, .* has 320 ids, 0 to 319\. .* --verify"):
         stream.sample(0)

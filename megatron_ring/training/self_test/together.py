@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
@@ -26,6 +27,25 @@ def on_every(agreement: Agreement, act: Callable[[], Got]) -> Got:
         whose = "" if len(struck) == len(found) else f"on {in_words(struck)}: "
         raise type(first)(whose + problem for problem in first.problems)
     return got
+
+
+def on_every_step(agreement: Agreement, act: Callable[[], Got]) -> Got:
+    """``on_every`` for what is done over and over: one all-reduce of a number, where nothing is wrong."""
+    got, fault = None, None
+    try:
+        got = act()
+    except MegatronRingError as error:
+        fault = error
+    struck = torch.tensor(int(fault is not None))
+    dist.all_reduce(struck, dist.ReduceOp.MAX, agreement.group)
+    if struck:
+        on_every(agreement, lambda: _raise(fault))
+    return got
+
+
+def _raise(fault: MegatronRingError | None) -> None:
+    if fault:
+        raise fault
 
 
 @contextlib.contextmanager
