@@ -12,7 +12,7 @@ STORE := data/python-library/tokens
 # Without a GPU, say so to DeepSpeed, which else asks around and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-.PHONY: train test test-all test-slurm test-docker check bench clean
+.PHONY: train test test-all test-slurm test-docker test-links check bench clean
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -22,7 +22,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -m "not slurm and not docker" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not docker and not links" $(ARGS)
 
 # A SLURM of two nodes on this machine, for which it needs root.
 test-slurm: $(BIN)/.installed-dev
@@ -33,6 +33,11 @@ test-slurm: $(BIN)/.installed-dev
 test-docker: $(BIN)/.installed-dev
 	tests/docker/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m docker tests/docker $(ARGS)
+
+# Two network namespaces with a slow link between them, for which it needs root.
+test-links: $(BIN)/.installed-dev
+	tests/links/install.sh
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m links tests/links $(ARGS)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check
