@@ -13,7 +13,7 @@ from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.watchdog import watched
-from megatron_ring.training import checkpointing, console, guards
+from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.engine import leave_processes, start_processes
 from megatron_ring.training.entry import arguments, spoken_once
@@ -29,7 +29,6 @@ from megatron_ring.training.stopping import Stopping
 
 
 def main(config: Config, environment: Environment, stopping: Stopping) -> None:
-    guards.check(config)
     speaks = environment.global_rank == 0
     if config.dry_run:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))

@@ -33,8 +33,9 @@ class Stored:
 
     def for_new_run(self) -> "Stored":
         """Its weights alone: a run from them begins at the first step, with the first sample and a new optimizer."""
-        state = replace(self.state, step=0, consumed_samples=0, optimizer_steps=0, loss_scale={})
-        return replace(self, state=state)
+        begun = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "loss_scale": {}}
+        unguarded = {"skipped_steps": 0, "roll_backs": 0, "recent_losses": []}
+        return replace(self, state=replace(self.state, **begun, **unguarded))
 
 
 def prepare(folder: Path, step: int) -> None:

@@ -11,38 +11,25 @@ from collections import deque
 from typing import Any
 
 from megatron_ring.checkpoint.state import RunState
-from megatron_ring.config import Config, GuardsConfig
-from megatron_ring.errors import ConfigError
+from megatron_ring.config import GuardsConfig
 from megatron_ring.training.engine import StepResult
 
 # So many good steps make a median that a single one of them does not move.
 _ENOUGH = 16
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError where there will be no checkpoint to go back to."""
-    if config.guards.on_bad_step == "roll-back" and not config.checkpoint.save_interval:
-        raise ConfigError(
-            f"on_bad_step roll-back needs checkpoints to go back to, and save_interval is 0, with save "
-            f"{config.checkpoint.save or 'empty'}. Set --save and --save-interval, or --on-bad-step skip."
-        )
-
-
 class Guard:
-    """The counts of a run that is at ``state``, none before its first step, whatever run its weights are from.
-
-    skipped_steps, roll_backs: in all; since_save: bad steps.
-    """
+    """The counts of a run that is at ``state``. skipped_steps, roll_backs: in all; since_save: bad steps."""
 
     def __init__(self, options: GuardsConfig, state: RunState):
         self.options = options
         self.since_save = 0
-        self.skipped_steps, self.roll_backs = (state.skipped_steps, state.roll_backs) if state.step else (0, 0)
+        self.skipped_steps, self.roll_backs = state.skipped_steps, state.roll_backs
         self.measure_as_at(state)
 
     def measure_as_at(self, state: RunState) -> None:
         """Go on from the losses that a checkpoint has kept."""
-        self._recent = deque(state.recent_losses if state.step else (), maxlen=self.options.loss_spike_window)
+        self._recent = deque(state.recent_losses, maxlen=self.options.loss_spike_window)
 
     @property
     def highest_loss(self) -> float:

@@ -128,6 +128,16 @@ def _offload_param(config: Config, grid: Grid) -> str | None:
     )
 
 
+def _roll_back(config: Config, grid: Grid) -> str | None:
+    saving = config.checkpoint
+    if config.guards.on_bad_step != "roll-back" or saving.save_interval:
+        return None
+    return (
+        f"on_bad_step roll-back needs checkpoints to go back to, and save_interval is 0, with save "
+        f"{saving.save or 'empty'}. Set --save and --save-interval, or --on-bad-step skip."
+    )
+
+
 RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _heads,
     _query_groups,
@@ -139,6 +149,7 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _stages_keep_gradients,
     _offload_optimizer,
     _offload_param,
+    _roll_back,
 )
 
 

@@ -122,6 +122,12 @@ REFUSED = {
         "zero_stage 0 in bf16 would count the gradient's norm wrongly (DeepSpeed's optimizer for it does) where 2 "
         "processes share a model: 2 tensor x 1 pipeline ranks. Set --zero-stage 1, or --dtype fp32.",
     ),
+    "a way back to no checkpoint": (
+        1,
+        {"guards": {"on_bad_step": "roll-back"}},
+        "on_bad_step roll-back needs checkpoints to go back to, and save_interval is 0, with save empty. "
+        "Set --save and --save-interval, or --on-bad-step skip.",
+    ),
     "fp16 on a CPU": (
         1,
         {"training": {"dtype": "fp16"}},
