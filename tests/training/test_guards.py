@@ -228,7 +228,7 @@ def test_a_checkpoint_keeps_the_measure_and_the_counts_where_there_is_a_factor()
     again = Guard(judge.options, replace(RunState(1, 1, 1, 1), **kept))
     assert again.kept() == kept
     assert guard([2.0] * 20).kept()["recent_losses"] == []
-    new_run = Stored(Path("step-00000001"), replace(RunState(1, 1, 1, 1), **kept)).for_new_run()
+    new_run = Stored(Path("step-00000001"), replace(RunState(1, 1, 1, 1), **kept), ()).for_new_run()
     assert Guard(judge.options, new_run.state).kept() == {"skipped_steps": 0, "roll_backs": 0, "recent_losses": []}
 
 
