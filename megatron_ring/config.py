@@ -216,7 +216,7 @@ class ParallelConfig:
     """U of N = R x U: processes within a ring member that trade heads for sequence. 1 is a pure ring."""
     stripe_size: int | Literal["auto"] = "auto"
     """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper. auto: as wide as the kernel likes."""
-    attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
+    attention_kernel: Literal["auto", "sdpa", "triton", "reference"] = "auto"
     """What computes a hop. auto takes the fastest that this device, dtype and head size allow, and says why."""
     tensor_model_parallel_size: int = 1
     """Processes T that split every layer."""

@@ -1,4 +1,11 @@
-"""One thread per process, and property tests that draw the same examples every time and are never timed."""
+"""One thread per process, property tests that draw the same examples every time and are never timed, no GPU for Triton.
+
+Triton decides when a kernel is defined whether it is interpreted, so the variable is set before anything is imported.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from hypothesis import settings

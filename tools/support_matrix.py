@@ -14,7 +14,8 @@ _OPENING = """# What each attention kernel does
 
 Written by `tools/support_matrix.py` from `megatron_ring/kernels/attention/support.py`, which the program asks before it
 starts: what a run wants and its kernel refuses ends it with exit code 5. *tested* has a parity test with a float64
-oracle behind it; *unproven* is written and has never run on such a device, and a run that relies on it says so.
+oracle behind it; *interpreted* has one in Triton's interpreter, is compiled in a test, and has never run on such a
+device; *unproven* is written and has never run there either. A run that relies on one of these two says so.
 """
 
 
@@ -42,7 +43,7 @@ def matrix() -> str:
 def _word(cell: Support, refusals: list[Refused]) -> str:
     """One word for a cell; a refusal gets the number of its note."""
     if isinstance(cell, Proof):
-        return {Proof.TESTED: "tested", Proof.UNPROVEN: "unproven"}[cell]
+        return {Proof.TESTED: "tested", Proof.INTERPRETED: "interpreted", Proof.UNPROVEN: "unproven"}[cell]
     if cell not in refusals:
         refusals.append(cell)
     return f"refused ({refusals.index(cell) + 1})"

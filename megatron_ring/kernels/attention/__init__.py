@@ -4,6 +4,7 @@ Every kernel has the two functions of ``HopKernel`` and sees tensors and a mask,
 ``choose`` settles ``--attention-kernel`` by the table of support.py and says why.
 """
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,15 @@ from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import reference, sdpa
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
-from megatron_ring.kernels.attention.support import UNPROVEN, Feature, Refused, of_tensors, support
+from megatron_ring.kernels.attention.support import (
+    INTERPRETED,
+    UNPROVEN,
+    Feature,
+    Refused,
+    not_installed,
+    of_tensors,
+    support,
+)
 
 
 class HopKernel(Protocol):
@@ -48,7 +57,10 @@ class HopKernel(Protocol):
 
 
 KERNELS: dict[str, HopKernel] = {"sdpa": sdpa, "reference": reference}
+if importlib.util.find_spec("triton"):
+    from megatron_ring.kernels.attention import triton
 
+    KERNELS["triton"] = triton
 
 # Fastest first, where it can serve.
 _PREFERENCE = ("sdpa", "reference")
@@ -86,6 +98,8 @@ def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
 
 def _refusals(kernel: str, device_type: str, wanted: list[Feature]) -> dict[Refused, list[Feature]]:
     """What of ``wanted`` the kernel refuses, by the reason for it."""
+    if kernel not in KERNELS:
+        return {not_installed(kernel): wanted}
     found: dict[Refused, list[Feature]] = {}
     for feature in wanted:
         cell = support(kernel, device_type, feature)
@@ -120,8 +134,9 @@ def _reasons(
             yield f"{name} cannot do {_named(features)}: {refused.reason}"
     if asked == "auto" and not passed_over:
         yield f"the fastest on {device_type} in {dtype}"
-    if unproven := [feature for feature in wanted if support(chosen, device_type, feature) is UNPROVEN]:
-        yield f"{UNPROVEN.value}: {_named(unproven)}"
+    for proof in (INTERPRETED, UNPROVEN):
+        if features := [feature for feature in wanted if support(chosen, device_type, feature) is proof]:
+            yield f"{proof.value}: {_named(features)}"
 
 
 def _named(features: list[Feature]) -> str:

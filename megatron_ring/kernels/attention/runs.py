@@ -8,7 +8,7 @@ what nobody sees lies in no tile. Nothing here knows where tokens live or who co
 
 import bisect
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,7 @@ class KeyRuns:
     lo: torch.Tensor
     hi: torch.Tensor
     _tiles: dict[Tiling, tuple[Tile, ...]] = field(default_factory=dict, init=False, repr=False)
+    _on_device: dict[tuple, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def visible_pairs(self) -> int:
@@ -60,6 +61,33 @@ class KeyRuns:
         if tiling not in self._tiles:
             self._tiles[tiling] = tuple(_Cover.of(self, tiling).tiles())
         return self._tiles[tiling]
+
+    def bounds(self, device: torch.device) -> torch.Tensor:
+        """lo and hi, (2, L) int32, on ``device``; put there once and kept."""
+        return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
+
+    def readers(self, block: int, keys: int, device: torch.device) -> torch.Tensor:
+        """(4, blocks of keys) int32, on ``device``: which queries see a block, put there once and kept.
+
+        Queries [0, 3) see any key of the block, those in [1, 2) all of them; both may be empty.
+        """
+
+        def found() -> torch.Tensor:
+            start = torch.arange(0, keys, block)
+            stop = (start + block).clamp(max=keys)
+            return torch.stack([
+                torch.searchsorted(self.hi, start, right=True),
+                torch.searchsorted(self.hi, stop),
+                torch.searchsorted(self.lo, start, right=True),
+                torch.searchsorted(self.lo, stop),
+            ])  # fmt: skip
+
+        return self._kept(("readers", block, keys, device), found)
+
+    def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if name not in self._on_device:
+            self._on_device[name] = compute().to(name[-1], torch.int32)
+        return self._on_device[name]
 
     def visible(self, tile: Tile) -> torch.Tensor:
         """Which keys of ``tile`` each of its queries sees: (queries, keys) bool."""

@@ -32,6 +32,7 @@ class Proof(enum.Enum):
     """How well a cell is known to work."""
 
     TESTED = "tested"
+    INTERPRETED = "tested in Triton's interpreter and compiled, and never run on such a device"
     UNPROVEN = "written and never run on such a device"
 
 
@@ -44,9 +45,11 @@ class Refused:
 
 
 Support = Proof | Refused
-TESTED, UNPROVEN = Proof
+TESTED, INTERPRETED, UNPROVEN = Proof
 
 _ON_CUDA = "torch's fused operators on cuda do not take it"
+_OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
+_OF_EIGHTS = "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
 _REFERENCE = "Set --attention-kernel reference, or auto"
 _NO_CAP = Refused(
     "the gradient through a capped score is in none of torch's operators",
@@ -58,29 +61,31 @@ _NO_DROPOUT = Refused(
 )
 
 # A column is a kernel on a device; "other" is any device that is not named beside the same kernel.
-COLUMNS = (("sdpa", "cpu"), ("reference", "cpu"), ("sdpa", "cuda"), ("reference", "other"))
-_ROWS: dict[Feature, tuple[Support, Support, Support, Support]] = {
-    Feature.DOCUMENTS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.WINDOW: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.GROUPED_HEADS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.SINKS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.SOFT_CAP: (_NO_CAP, _NO_CAP, _NO_CAP, _NO_CAP),
-    Feature.DROPOUT: (_NO_DROPOUT, _NO_DROPOUT, _NO_DROPOUT, _NO_DROPOUT),
+COLUMNS = (("sdpa", "cpu"), ("reference", "cpu"), ("sdpa", "cuda"), ("triton", "cuda"), ("reference", "other"))
+_ROWS: dict[Feature, tuple[Support, Support, Support, Support, Support]] = {
+    Feature.DOCUMENTS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.WINDOW: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.GROUPED_HEADS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.SINKS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.SOFT_CAP: (_NO_CAP,) * 5,
+    Feature.DROPOUT: (_NO_DROPOUT,) * 5,
     Feature.DETERMINISM: (
         TESTED,
         TESTED,
-        Refused("torch's operators on cuda add up dQ in any order", _REFERENCE),
+        Refused("torch's operators on cuda add up dQ in any order", "Set --attention-kernel triton or reference"),
+        INTERPRETED,
         UNPROVEN,
     ),
-    Feature.FLOAT64: (TESTED, TESTED, Refused(_ON_CUDA, _REFERENCE), UNPROVEN),
-    Feature.FLOAT32: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.BFLOAT16: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.FLOAT16: (TESTED, TESTED, UNPROVEN, UNPROVEN),
-    Feature.HEADS_OF_EIGHTS: (TESTED, TESTED, UNPROVEN, UNPROVEN),
+    Feature.FLOAT64: (TESTED, TESTED, Refused(_ON_CUDA, _REFERENCE), Refused(_OF_TWO_BYTES, _REFERENCE), UNPROVEN),
+    Feature.FLOAT32: (TESTED, TESTED, UNPROVEN, Refused(_OF_TWO_BYTES, _REFERENCE), UNPROVEN),
+    Feature.BFLOAT16: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.FLOAT16: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.HEADS_OF_EIGHTS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
     Feature.OTHER_HEADS: (
         TESTED,
         TESTED,
         Refused(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
+        Refused(_OF_EIGHTS, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
         UNPROVEN,
     ),
 }
@@ -100,6 +105,11 @@ def of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
     """What queries of this type and head size ask for."""
     of_eights = head_dim <= 256 and head_dim % 8 == 0
     return {_DTYPES[dtype], Feature.HEADS_OF_EIGHTS if of_eights else Feature.OTHER_HEADS}
+
+
+def not_installed(kernel: str) -> Refused:
+    """A kernel whose library is not here."""
+    return Refused(f"{kernel} is not installed", f"pip install {kernel}, or set --attention-kernel auto")
 
 
 def support(kernel: str, device_type: str, feature: Feature) -> Support:

@@ -24,7 +24,9 @@ SHORT = [
 # Longer than a kernel's tile of 128 queries and its blocks of 512 keys.
 LONG = [Layout("none", 1400, 1), Layout("striped", 1400, 2, stripe_size=7), Layout("zigzag", 1400, 2)]
 
-each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+# Triton's interpreter is slow: test_triton.py has a choice of these.
+FAST = {name: kernel for name, kernel in KERNELS.items() if name != "triton"}
+each_kernel = pytest.mark.parametrize("kernel", FAST.values(), ids=FAST)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_short_layout = pytest.mark.parametrize("layout", SHORT, ids=str)
 each_long_layout = pytest.mark.parametrize("layout", LONG, ids=str)

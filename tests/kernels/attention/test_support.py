@@ -7,9 +7,10 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
-from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, TESTED, UNPROVEN, Feature, Refused
+from megatron_ring.kernels.attention.support import COLUMNS, INTERPRETED, SUPPORT, TESTED, UNPROVEN, Feature, Refused
 from megatron_ring.model.attention import with_sink
 from tests import oracle, simulated_ring
+from tests.kernels.attention.one_at_a_time import OneAtATime
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
 
 LAYOUT = Layout("striped", 60, 3)
@@ -112,7 +113,8 @@ def ask(kernel: str, feature: Feature, device: str):
     head_dim = 257 if feature is Feature.OTHER_HEADS else 64
     of_tensors = feature in DTYPES or feature in (Feature.FLOAT32, Feature.HEADS_OF_EIGHTS, Feature.OTHER_HEADS)
     features = [] if of_tensors else [feature]
-    return choose(kernel, device, DTYPES.get(feature, torch.float32), head_dim, features)
+    usual = torch.bfloat16 if kernel == "triton" and feature is not Feature.FLOAT32 else torch.float32
+    return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features)
 
 
 def test_every_cell_is_filled():
@@ -128,6 +130,9 @@ def test_a_tested_cell_has_its_parity_test_and_a_refused_one_its_error(feature, 
         assert device == "cpu", "what this machine can test"
         assert ask(kernel, feature, device).reason == "asked for"
         PROOFS[feature](kernel)
+    elif cell is INTERPRETED:
+        assert device == "cuda"
+        assert feature.value in ask(kernel, feature, device).reason.partition(f"{INTERPRETED.value}: ")[2]
     elif cell is UNPROVEN:
         assert device != "cpu"
         unproven = ask(kernel, feature, "cuda").reason.partition("written and never run on such a device: ")[2]
@@ -139,6 +144,19 @@ def test_a_tested_cell_has_its_parity_test_and_a_refused_one_its_error(feature, 
             refused.value
         )
         assert "--" in cell.instead
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is INTERPRETED])
+def test_an_interpreted_cell_has_its_parity_test(feature, monkeypatch):
+    monkeypatch.setitem(KERNELS, "triton", OneAtATime(KERNELS["triton"]))
+    PROOFS[feature]("triton")
+
+
+def test_a_kernel_whose_library_is_missing_says_so(monkeypatch):
+    monkeypatch.delitem(KERNELS, "triton")
+    with pytest.raises(KernelUnavailable, match=r"triton is not installed\. pip install triton, or set --attention-k"):
+        choose("triton", "cuda", torch.bfloat16, 64)
 
 
 def test_auto_takes_torchs_fused_attention_and_says_why():

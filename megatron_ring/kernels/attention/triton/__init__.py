@@ -1,0 +1,58 @@
+"""One hop in Triton: the mask language as it is, a run of keys per query, whatever the layout, documents or windows.
+
+Tiles that nobody sees are skipped, tiles that all their queries see wholly go without a mask. State and gradients are
+float32, read and written in place. The block sizes are a small table (blocks.py), not a search.
+"""
+
+import torch
+import triton
+
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.state import RunningSoftmax, delta
+from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
+from megatron_ring.kernels.attention.triton.blocks import blocks_for
+from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forward_hop
+
+
+def forward(
+    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
+) -> None:
+    """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
+    q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
+    assert all(x.is_contiguous() for x in (state.out_BLHD, state.lse_BHL)), "a state that can be continued in place"
+    batch, queries, heads, head = q.shape
+    sizes = blocks_for("forward", head)
+    forward_hop[triton.cdiv(queries, sizes.block_q), heads, batch](
+        q, k, v, state.out_BLHD, state.lse_BHL, *runs.bounds(q.device),
+        queries, k.shape[1], heads, k.shape[2], scale * LOG2_E.value, **sizes.settings(head),
+    )  # fmt: skip
+
+
+def backward(
+    dout_BLHD: torch.Tensor,
+    q_BLHD: torch.Tensor,
+    k_BLGD: torch.Tensor,
+    v_BLGD: torch.Tensor,
+    out_BLHD: torch.Tensor,
+    lse_BHL: torch.Tensor,
+    runs: KeyRuns,
+    scale: float,
+    dq_BLHD: torch.Tensor,
+    dk_BLGD: torch.Tensor,
+    dv_BLGD: torch.Tensor,
+) -> None:
+    """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
+    dout, q, k, v, lse = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, lse_BHL))
+    assert all(x.is_contiguous() for x in (dq_BLHD, dk_BLGD, dv_BLGD)), "sums that can be added to in place"
+    inputs = dout, q, k, v, lse, delta(out_BLHD, dout).contiguous(), *runs.bounds(q.device)
+    batch, queries, heads, head = q.shape
+    keys, groups = k.shape[1:3]
+    shape = queries, keys, heads, groups, scale
+    sizes = blocks_for("queries", head)
+    backward_hop_queries[triton.cdiv(queries, sizes.block_q), heads, batch](
+        *inputs, dq_BLHD, *shape, **sizes.settings(head)
+    )
+    sizes = blocks_for("keys", head)
+    backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
+        *inputs, runs.readers(sizes.block_k, keys, q.device), dk_BLGD, dv_BLGD, *shape, **sizes.settings(head)
+    )
