@@ -99,6 +99,20 @@ def test_gradients_are_added_to_what_is_there():
         torch.testing.assert_close(from_one, from_zero + 1)
 
 
+def test_sums_may_be_some_heads_of_larger_ones():
+    q, k, v, dout = oracle.random_inputs(2, 20, 4, 2, torch.float32)
+    runs, state = key_runs(torch.arange(20), torch.arange(20)), RunningSoftmax.empty(q)
+    triton.forward(q, k, v, runs, 0.25, state)
+    at_once, in_halves = ([torch.zeros_like(x) for x in (q, k, v)] for _ in range(2))
+    triton.backward(dout, q, k, v, state.out_BLHD, state.lse_BHL, runs, 0.25, *at_once)
+    for heads, groups in (slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2)):
+        rows = [x[:, :, heads] for x in (dout, q)], [x[:, :, groups] for x in (k, v)]
+        sums = [x[:, :, part] for x, part in zip(in_halves, (heads, groups, groups))]
+        out, lse = state.out_BLHD[:, :, heads], state.lse_BHL[:, heads]
+        triton.backward(*rows[0], *rows[1], out, lse, runs, 0.25, *sums)
+    assert all(torch.equal(x, y) for x, y in zip(at_once, in_halves))
+
+
 @pytest.mark.parametrize(("head", "larger"), [(64, 64), (65, 128), (96, 128), (256, 256)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_head_sizes_between_take_the_tiles_of_the_next(kernel, head, larger):

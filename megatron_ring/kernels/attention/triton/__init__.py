@@ -43,16 +43,25 @@ def backward(
 ) -> None:
     """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
     dout, q, k, v, lse = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, lse_BHL))
-    assert all(x.is_contiguous() for x in (dq_BLHD, dk_BLGD, dv_BLGD)), "sums that can be added to in place"
     inputs = dout, q, k, v, lse, delta(out_BLHD, dout).contiguous(), *runs.bounds(q.device)
     batch, queries, heads, head = q.shape
     keys, groups = k.shape[1:3]
-    shape = queries, keys, heads, groups, scale
+    shape = queries, keys, heads, groups
     sizes = blocks_for("queries", head)
     backward_hop_queries[triton.cdiv(queries, sizes.block_q), heads, batch](
-        *inputs, dq_BLHD, *shape, **sizes.settings(head)
+        *inputs, dq_BLHD, *shape, _heads_of_a_token(dq_BLHD), scale, **sizes.settings(head)
     )
     sizes = blocks_for("keys", head)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, runs.readers(sizes.block_k, keys, q.device), dk_BLGD, dv_BLGD, *shape, **sizes.settings(head)
-    )
+        *inputs, runs.readers(sizes.block_k, keys, q.device), dk_BLGD, dv_BLGD,
+        *shape, _heads_of_a_token(dk_BLGD, dv_BLGD), scale, **sizes.settings(head),
+    )  # fmt: skip
+
+
+def _heads_of_a_token(*sums_BLHD: torch.Tensor) -> int:
+    """How many heads lie between two tokens in memory: sums may be some heads of contiguous ones."""
+    (batch, tokens, _, head), (of_sample, of_token, of_head, of_element) = sums_BLHD[0].shape, sums_BLHD[0].stride()
+    assert (of_head, of_element, of_token % head) == (head, 1, 0), "sums whose heads lie side by side"
+    assert batch == 1 or of_sample == tokens * of_token, "sums whose samples lie end to end"
+    assert all(x.stride() == sums_BLHD[0].stride() for x in sums_BLHD), "sums that lie alike"
+    return of_token // head

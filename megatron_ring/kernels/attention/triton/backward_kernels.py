@@ -15,10 +15,10 @@ from megatron_ring.kernels.attention.triton.tiles import add, keys_of, load, spa
 @triton.jit
 def backward_hop_queries(
     dout, q, k, v, lse, delta, lo, hi, dq,
-    queries, keys, heads, groups, scale,
+    queries, keys, heads, groups, heads_in_sums, scale,
     HEAD: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A program has one tile of queries of one head of one sample, as forward."""
+    """A program has one tile of queries of one head of one sample, as forward. heads_in_sums: of a token of dq."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
     head, sample = tl.program_id(1), tl.program_id(2)
     first, unmasked_from, unmasked_to, stop = keys_of(lo, hi, start, queries, BLOCK_Q, BLOCK_K)
@@ -44,7 +44,7 @@ def backward_hop_queries(
             dq_QD, q_QD, dout_QD, lse_Q, delta_Q, k, v, lo_Q, hi_Q, sample, keys, groups, group, unmasked_to, stop,
             scale, True, HEAD, PADDED, BLOCK_K, UPCAST,
         )  # fmt: skip
-        add(dq, sample, queries, heads, head, start, dq_QD * scale, BLOCK_Q, HEAD, PADDED)
+        add(dq, sample, queries, heads_in_sums, head, start, dq_QD * scale, BLOCK_Q, HEAD, PADDED)
 
 
 @triton.jit
@@ -70,11 +70,12 @@ def _walk_keys(
 @triton.jit
 def backward_hop_keys(
     dout, q, k, v, lse, delta, lo, hi, seen_by, dk, dv,
-    queries, keys, heads, groups, scale,
+    queries, keys, heads, groups, heads_in_sums, scale,
     HEAD: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program has one tile of keys of one key-value head of one sample, and walks the query heads that read it.
 
+    heads_in_sums: of a token of dk and dv.
     seen_by: (4, tiles of keys) int32: the queries [0, 3) that see any key of the tile, and [1, 2) that see all.
     """
     tile, tiles, group, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
@@ -103,8 +104,8 @@ def backward_hop_keys(
                 dk_KD, dv_KD, k_KD, v_KD, dout, q, lse, delta, lo, hi, columns, sample, queries, heads, head,
                 unmasked_to, stop, scale, True, HEAD, PADDED, BLOCK_Q, UPCAST,
             )  # fmt: skip
-        add(dk, sample, keys, groups, group, start, dk_KD * scale, BLOCK_K, HEAD, PADDED)
-        add(dv, sample, keys, groups, group, start, dv_KD, BLOCK_K, HEAD, PADDED)
+        add(dk, sample, keys, heads_in_sums, group, start, dk_KD * scale, BLOCK_K, HEAD, PADDED)
+        add(dv, sample, keys, heads_in_sums, group, start, dv_KD, BLOCK_K, HEAD, PADDED)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """What Triton's kernels of one hop share: tiles of tokens x one head, and which keys a tile of queries sees.
 
-Tensors are contiguous (batch, tokens, heads, head size). A head that is no power of two is padded in registers alone.
+Tensors are (batch, tokens, heads, head size), contiguous or some heads of one that is. A head size that is no power of
+two is padded in registers alone.
 """
 
 import triton
