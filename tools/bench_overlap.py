@@ -37,6 +37,7 @@ import tyro
 from slow_link import CARD, limited  # beside this file
 
 from megatron_ring.context_parallel import ring as ring_loop
+from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
 from megatron_ring.context_parallel.traffic import backward_bytes
@@ -45,7 +46,7 @@ from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, stripe_w
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, CAUSAL, FORWARD_PRODUCTS, Hop, operations
+from megatron_ring.plan.overlap import CAUSAL, Hop, operations
 from megatron_ring.plan.timeline import counted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

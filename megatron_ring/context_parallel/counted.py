@@ -13,7 +13,7 @@ from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # Matrix products of a visible pair: scores and output; backward the scores again, dP, dQ, dK and dV.
-_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
 def counted(kernel: HopKernel, place: Whereabouts) -> HopKernel:
@@ -27,11 +27,11 @@ class _Counted:
     place: Whereabouts
 
     def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, *rest) -> None:
-        self.place.multiplies(_FORWARD_PRODUCTS * _pairs(q_BLHD, runs))
+        self.place.multiplies(FORWARD_PRODUCTS * _pairs(q_BLHD, runs))
         self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, runs, *rest)
 
     def backward(self, dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest) -> None:
-        self.place.multiplies(_BACKWARD_PRODUCTS * _pairs(q_BLHD, runs))
+        self.place.multiplies(BACKWARD_PRODUCTS * _pairs(q_BLHD, runs))
         self.kernel.backward(dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, runs, *rest)
 
 

@@ -7,9 +7,6 @@ Zaharia and Abbeel 2023, section 3). Here for any type and any heads, and for ho
 
 from dataclasses import dataclass
 
-# Matrix products of a visible pair.
-FORWARD_PRODUCTS = 2  # the score, and its share of the output
-BACKWARD_PRODUCTS = 5  # the score again, and the gradients of the probability, q, k and v
 # Visible pairs of a hop over c squared: in the first, on own keys, and in every hop of a balanced layout; and in the
 # later hops of a contiguous ring, on its last rank.
 CAUSAL, FULL = 0.5, 1.0

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.traffic import backward_bytes
-from megatron_ring.plan.overlap import BACKWARD_PRODUCTS, CAUSAL, FORWARD_PRODUCTS, FULL, Hop, operations
+from megatron_ring.plan.overlap import CAUSAL, FULL, Hop, operations
 
 FLOPS, BANDWIDTH = 600e12, 50e9  # a second; of one GPU, and of one 400 Gb/s network card
 HEADS, SIZE = 32, 128

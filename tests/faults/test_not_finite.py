@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.poisoned import Poison
+from tests.faults.poisoned import Poison
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 
 pytestmark = pytest.mark.whole

@@ -16,7 +16,7 @@ import torch
 from megatron_ring.data.loader import Batch
 from megatron_ring.training.engine import Engine, StepResult
 
-PROGRAM = Path(__file__).parents[1] / "pretrain_gpt.py"
+PROGRAM = Path(__file__).parents[2] / "pretrain_gpt.py"
 
 
 def _nan_gradient(loss: torch.Tensor) -> torch.Tensor:
