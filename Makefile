@@ -12,7 +12,7 @@ STORE := data/python-library/tokens
 # Without a GPU, say so to DeepSpeed, which else asks around and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-.PHONY: train test test-all test-slurm test-docker test-links check bench clean
+.PHONY: train test test-all test-slurm test-docker test-links check bench bench-gpu clean
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -46,6 +46,10 @@ check: $(BIN)/.installed-dev
 
 bench: $(BIN)/.installed
 	$(BIN)/python tools/bench_attention.py --nproc 2 --seq-length 16384 $(ARGS)
+
+# Needs no more than torch and Triton, which lie ready where there is a GPU.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) tools/bench_gpu.py --json bench-gpu.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) data runs

@@ -10,7 +10,7 @@ gradients that travel are of that type, too.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import matplotlib
 
@@ -19,11 +19,10 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
+from megatron_ring.context_parallel.emulated import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.errors import speaking_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
-from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.training.precision import device_type
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,15 +33,6 @@ gradients are float32 from hop to hop, and rounded once at the end. *merged*: th
 in the inputs' type, as most published ones do.
 """.splitlines()
 _COLOURS = {"ours": "#55a868", "merged": "#c44e52"}
-
-
-class Attention(NamedTuple):
-    """An output and its gradients, each (batch, S, heads, head size)."""
-
-    out: torch.Tensor
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -100,31 +90,6 @@ def main(
     _draw(output.with_suffix(".svg"), ring_sizes, errors)
     output.write_text(_page(output.with_suffix(".svg").name, setting, ring_sizes, errors))
     print(f"wrote {output}")
-
-
-def attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: HopKernel) -> Attention:
-    """Of the whole sequence, by a ring of ``layout.ring_size``; ``inputs``: q, k, v and the gradient of the output.
-
-    All of it in their type, as a model has it.
-    """
-    q, k, v, dout = inputs
-    dtype = q.dtype
-    ranks, scale = range(layout.ring_size), q.shape[-1] ** -0.5
-    at = [layout.positions(rank) for rank in ranks]
-    q, dout, k, v = ([x[:, rows].contiguous() for rows in at] for x in (q, dout, k, v))
-    states = [RunningSoftmax.empty(x) for x in q]
-    hops = [(rank, (rank - hop) % layout.ring_size) for hop in ranks for rank in ranks]
-    for rank, source in hops:
-        runs = hop_runs(layout, rank, source)
-        kernel.forward(q[rank], k[source], v[source], runs, scale, states[rank])
-    dq, dk, dv = ([torch.zeros_like(x, dtype=states[0].out_BLHD.dtype) for x in shards] for shards in (q, k, v))
-    for rank, source in hops:
-        kernel.backward(
-            dout[rank], q[rank], k[source], v[source], states[rank].out_BLHD.to(q[rank].dtype), states[rank].lse_BHL,
-            hop_runs(layout, rank, source), scale, dq[rank], dk[source], dv[source],
-        )  # fmt: skip
-    home = torch.cat(at).argsort()
-    return Attention(*(torch.cat(parts, 1)[:, home].to(dtype) for parts in ([s.out_BLHD for s in states], dq, dk, dv)))
 
 
 def _laid_out(layout: str, seq_length: int, ring_size: int) -> Layout:

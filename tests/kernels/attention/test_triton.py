@@ -57,20 +57,24 @@ def test_tiles_of_the_size_that_gpus_get(first_visible):
     assert mistakes(Layout("striped", 1400, 2), triton, first_visible, 1, 1, torch.float32) == {}
 
 
+PACK = oracle.documents(2, 60, (13, 1, 46))
+MASKS = {
+    "causal": (Mask(), oracle.documents(2, 60, (60,))),
+    "a window": (Mask(window=11), oracle.documents(2, 60, (60,))),
+    "documents": (Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2), PACK),
+}
+
+
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("ring_size", "mask"),
-    [(4, Mask()), (3, Mask(window=11)), (2, Mask(document_starts=(0, 13, 14, 60, 73), samples=2))],
-)
+@pytest.mark.parametrize(("ring_size", "mask"), [(4, "causal"), (3, "a window"), (2, "documents")])
 def test_rings(ring_size, mask):
     """The state goes from hop to hop, the sums travel with their keys; grouped heads, and a gradient of lse."""
-    layout = Layout("striped", 60, ring_size)
-    inputs = oracle.random_inputs(2, 60, 4, 2, torch.bfloat16)
+    inputs, (given, document_BS) = oracle.random_inputs(2, 60, 4, 2, torch.bfloat16), MASKS[mask]
     dlse = oracle.random_dlse(inputs[0])
-    found = simulated_ring.run(layout, OneAtATime(triton), *inputs, mask=mask, dlse_BHS=dlse).results
-    lengths = (13, 1, 46) if mask.document_starts else (60,)
-    visible = oracle.visible(oracle.documents(2, 60, lengths), mask.window)
-    assert beyond_tolerance(found, oracle.attention(*inputs, visible, dlse), torch.bfloat16) == {}
+    layout = Layout("striped", 60, ring_size)
+    found = simulated_ring.run(layout, OneAtATime(triton), *inputs, mask=given, dlse_BHS=dlse).results
+    expected = oracle.attention(*inputs, oracle.visible(document_BS, given.window), dlse)
+    assert beyond_tolerance(found, expected, torch.bfloat16) == {}
 
 
 def test_queries_that_see_nothing_keep_what_they_had():
