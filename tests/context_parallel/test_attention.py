@@ -16,6 +16,7 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from tests import oracle
 from tests.distributed import run_ranks
+from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
 
@@ -153,14 +154,14 @@ def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
 
 @pytest.mark.parametrize("narrowed", [WHOLE, *NARROWED], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FAST_KERNELS)
 def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
     case = Case("striped", 1, kernel, dtype, GROUPS, *narrowed)
     assert beyond_tolerance(on_one_rank(case, Grid(), ALONE, 0), expected_of(case, case.shard), dtype) == {}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FAST_KERNELS)
 def test_the_log_sum_exp_may_be_all_that_is_read(kernel, dtype):
     q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS, dtype)
     dlse, inputs = oracle.random_dlse(q), [x.requires_grad_() for x in (q, k, v)]
@@ -171,7 +172,7 @@ def test_the_log_sum_exp_may_be_all_that_is_read(kernel, dtype):
     assert beyond_tolerance(found, expected, dtype) == {}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FAST_KERNELS)
 def test_views_are_as_good_as_contiguous_tensors(kernel):
     """Queries, keys and values cut from one projection, and a gradient that arrives transposed or expanded."""
     q, k, v, dout = oracle.random_inputs(BATCH, LENGTH, 4, 4)

@@ -16,6 +16,7 @@ from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import KERNELS
 from tests import oracle, simulated_ring
+from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
 TOKENS, HEADS = 130, 4
@@ -108,14 +109,14 @@ def cases(draw, name: str, narrowed: str, travels: str) -> Case:
         samples=draw(st.integers(1, 3)),
         groups=draw(st.sampled_from(GROUPS[travels])),
         dtype=draw(st.sampled_from(list(TOLERANCE))),
-        kernel=draw(st.sampled_from(list(KERNELS))),
+        kernel=draw(st.sampled_from(list(FAST_KERNELS))),
         unread=draw(st.sampled_from([0, 3, 1])),
         lse_read=draw(st.booleans()),
     )
 
 
 each_way = pytest.mark.parametrize("travels", GROUPS)
-each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS)
 
 
 @each_way

@@ -8,6 +8,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, reference
 from tests import oracle, simulated_ring
+from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
 # layout and stripe size, and shard lengths it can take: one token, odd ones, and around the kernels' tile of 128
@@ -20,7 +21,7 @@ LENGTHS = {
 }
 
 each_layout = pytest.mark.parametrize(("layout", "stripe"), LENGTHS)
-each_kernel = pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "triton"])
+each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 

@@ -7,10 +7,11 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import key_runs
-from megatron_ring.kernels.attention import KERNELS, HopKernel
+from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from tests import oracle
+from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
 SHORT = [
@@ -24,9 +25,7 @@ SHORT = [
 # Longer than a kernel's tile of 128 queries and its blocks of 512 keys.
 LONG = [Layout("none", 1400, 1), Layout("striped", 1400, 2, stripe_size=7), Layout("zigzag", 1400, 2)]
 
-# Triton's interpreter is slow: test_triton.py has a choice of these.
-FAST = {name: kernel for name, kernel in KERNELS.items() if name != "triton"}
-each_kernel = pytest.mark.parametrize("kernel", FAST.values(), ids=FAST)
+each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS.values(), ids=FAST_KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_short_layout = pytest.mark.parametrize("layout", SHORT, ids=str)
 each_long_layout = pytest.mark.parametrize("layout", LONG, ids=str)
