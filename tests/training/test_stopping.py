@@ -58,7 +58,7 @@ def metrics(file: Path) -> list[dict]:
 
 def figures(file: Path) -> list[dict]:
     """What does not depend on the clock, line by line."""
-    timed = {"tokens_per_second", "step_seconds", "data_seconds"}
+    timed = {"tokens_per_second", "step_seconds", "data_seconds", "slowest_rank", "slowest_over_mean"}
     return [{key: value for key, value in record.items() if key not in timed} for record in metrics(file)]
 
 
