@@ -63,7 +63,7 @@ class KeyRuns:
         return self._tiles[tiling]
 
     def bounds(self, device: torch.device) -> torch.Tensor:
-        """lo and hi, (2, L) int32, on ``device``; put there once and kept."""
+        """lo and hi, (2, L) int32, on ``device``; put there once, on the current stream, and kept."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
     def readers(self, block: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -86,7 +86,7 @@ class KeyRuns:
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name not in self._on_device:
-            self._on_device[name] = compute().to(name[-1], torch.int32)
+            self._on_device[name] = _put(compute().to(torch.int32), name[-1])
         return self._on_device[name]
 
     def visible(self, tile: Tile) -> torch.Tensor:
@@ -94,6 +94,15 @@ class KeyRuns:
         keys = torch.arange(tile.keys.start, tile.keys.stop)
         lo, hi = self.lo[tile.queries, None], self.hi[tile.queries, None]
         return (lo <= keys) & (keys < hi)
+
+
+def _put(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` on ``device``, by a copy that queues on the current stream and that the host does not wait for.
+
+    Out of pageable memory, or where nobody says otherwise, it would wait until all that was queued before is done too:
+    in the midst of a ring, with the next exchange yet to be posted. Torch reuses pinned memory behind the copy.
+    """
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
