@@ -3,6 +3,9 @@
 A ring has two communicators. What rank r sends goes through number r % 2, so that what a rank sends to its neighbour
 and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
 share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
+
+On CUDA each has a stream of its own, on which a message waits for what was posted before it and for nothing after
+(docs/decisions/0017-messages-have-streams-of-their-own.md).
 """
 
 from dataclasses import dataclass, field
@@ -102,14 +105,9 @@ class ProcessGroups:
         NCCL's own watchdog included. 0: there is none, and torch's limit is its default.
         """
         limit = timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG) if ring_timeout else None
-        links = [_own_group(grid.members("ring"), global_rank, limit) for _ in range(2)]
-        for link in links if grid.ring > 1 else ():
-            # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
-            # rank 0 has no transfer on the second link.
-            dist.barrier(group=link)
         return ProcessGroups(
             data_context=_own_group(grid.members("data", "ring", "ulysses"), global_rank),
-            ring_links=tuple(links) if grid.ring > 1 else None,
+            ring_links=_ring_links(grid, global_rank, limit),
             ulysses=_own_group(grid.members("ulysses"), global_rank),
             tensor=_own_group(grid.members("tensor"), global_rank),
             model=_own_group(grid.members("pipe", "tensor"), global_rank),
@@ -128,8 +126,40 @@ class ProcessGroups:
         return tensor
 
 
-def _own_group(groups: list[list[int]], global_rank: int, limit: timedelta | None = None) -> dist.ProcessGroup | None:
+def _ring_links(
+    grid: Grid, global_rank: int, limit: timedelta | None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+    if grid.ring == 1:
+        return None
+    links = tuple(_own_group(grid.members("ring"), global_rank, limit, _link_options(limit)) for _ in range(2))
+    for link in links:
+        # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
+        # rank 0 has no transfer on the second link.
+        dist.barrier(group=link)
+    return links
+
+
+def _link_options(limit: timedelta | None) -> "dist.ProcessGroupNCCL.Options | None":
+    """Of one link alone, since torch writes into them; None where NCCL is not what talks.
+
+    NCCL copies by kernels. On a stream of high priority they get the next free multiprocessors, before those blocks of
+    an attention kernel that have yet to start.
+    """
+    if "nccl" not in dist.get_backend_config():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if limit is not None:
+        options._timeout = limit  # torch goes by the group's, and warns where the two differ
+    return options
+
+
+def _own_group(
+    groups: list[list[int]],
+    global_rank: int,
+    limit: timedelta | None = None,
+    options: "dist.ProcessGroupNCCL.Options | None" = None,  # a class that torch built without NCCL lacks
+) -> dist.ProcessGroup | None:
     if len(groups[0]) == 1:
         return None
-    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit)
+    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit, pg_options=options)
     return own

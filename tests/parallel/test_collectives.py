@@ -1,3 +1,6 @@
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,3 +92,49 @@ def test_alone_a_process_sums_to_itself_and_has_no_ring():
     groups = ProcessGroups.build(Grid(), 0)
     assert groups == ProcessGroups()
     assert groups.sum(torch.tensor(5.0)) == 5.0
+
+
+class Options:
+    """A stand-in for those of NCCL, which torch built for CPUs lacks."""
+
+    def __init__(self, is_high_priority_stream: bool = False):
+        self.is_high_priority_stream = is_high_priority_stream
+        self._timeout = timedelta(minutes=10)
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[SimpleNamespace]:
+    """What torch was asked for when groups were built: ranks, timeout and options of each."""
+    asked = []
+
+    def build(ranks, timeout, pg_options):
+        asked.append(SimpleNamespace(ranks=ranks, timeout=timeout, options=pg_options))
+        return object(), []
+
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", build)
+    monkeypatch.setattr(dist, "barrier", lambda group: None)
+    return asked
+
+
+@pytest.mark.parametrize("backend", ["cuda:nccl", "cpu:gloo,cuda:nccl"])
+@pytest.mark.parametrize(("ring_timeout", "seconds"), [(0, 600), (30, 90)])
+def test_with_nccl_each_link_has_a_high_priority_stream_and_nothing_else_has(
+    ring_timeout, seconds, backend, built, monkeypatch
+):
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backend)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    ProcessGroups.build(Grid(data=2, ring=2), 0, ring_timeout)
+    everybody, first, second = built
+    assert [first.ranks, second.ranks] == [[[0, 1], [2, 3]]] * 2
+    assert first.options.is_high_priority_stream
+    assert second.options.is_high_priority_stream
+    assert first.options is not second.options, "torch notes a group's name and ranks in its options"
+    assert {first.options._timeout, second.options._timeout} == {timedelta(seconds=seconds)}
+    assert {first.timeout, second.timeout} == {timedelta(seconds=seconds) if ring_timeout else None}
+    assert everybody.options is None
+
+
+def test_without_nccl_a_link_has_no_options(built, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    ProcessGroups.build(Grid(ring=2), 0)
+    assert [each.options for each in built] == [None] * len(built)
