@@ -74,13 +74,14 @@ class RingRun(NamedTuple):
 
 
 def run(
-    layout: Layout, kernel: HopKernel, q_BSHD, k_BSGD, v_BSGD, dout_BSHD, mask: Mask = CAUSAL, dlse_BHS=None
+    layout: Layout, kernel: HopKernel, q_BSHD, k_BSGD, v_BSGD, dout_BSHD, mask: Mask = CAUSAL, dlse_BHS=None, **settings
 ) -> RingRun:
     """Attention of a batch of whole sequences, and its gradients, by a ring of ``layout.ring_size`` threads.
 
-    Where the mask has several samples, the batch's are laid end to end, as the model's are.
+    Where the mask has several samples, the batch's are laid end to end, as the model's are. ``settings``: of the Ring.
     """
     positions = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
+    scale = q_BSHD.shape[-1] ** -0.5
 
     def shards(x: torch.Tensor) -> list[torch.Tensor]:
         return [_laid_end_to_end(x[:, at], mask) for at in positions]
@@ -91,13 +92,13 @@ def run(
     def forward(ring: ring_loop.Ring):
         return ring_loop.forward(q[ring.ring_rank], kv[ring.ring_rank], ring)
 
-    forwards, forward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, mask, forward)
+    forwards, forward_exchanges = _on_every_rank(layout, kernel, scale, mask, forward, settings)
 
     def backward(ring: ring_loop.Ring):
         rank = ring.ring_rank
         return ring_loop.backward(dout[rank], dlse[rank], q[rank], kv[rank], *forwards[rank], ring)
 
-    backwards, backward_exchanges = _on_every_rank(layout, kernel, q_BSHD.shape[-1] ** -0.5, mask, backward)
+    backwards, backward_exchanges = _on_every_rank(layout, kernel, scale, mask, backward, settings)
     (outs, lses), (dqs, dkvs) = zip(*forwards), zip(*backwards)
     order, dks, dvs = torch.cat(positions).argsort(), *zip(*dkvs)
 
@@ -117,7 +118,7 @@ def _taken_apart(x: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def _on_every_rank(
-    layout: Layout, kernel: HopKernel, scale: float, mask: Mask, body: Callable[[ring_loop.Ring], tuple]
+    layout: Layout, kernel: HopKernel, scale: float, mask: Mask, body: Callable[[ring_loop.Ring], tuple], settings: dict
 ):
     """``body`` in a thread per rank: what each returned and what it sent. The first failure is raised here."""
     size = layout.ring_size
@@ -126,7 +127,7 @@ def _on_every_rank(
 
     def rank_body(rank: int):
         try:
-            return body(ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask))
+            return body(ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask, **settings))
         finally:
             if exchanges[rank]:
                 exchanges[rank].hang_up()

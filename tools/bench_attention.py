@@ -8,6 +8,10 @@ With --nproc N there are N real ranks (NCCL on CUDA, else gloo with one thread e
 and runs torch's causal attention. All take turns within each round, and medians over the rounds are reported, so that
 a drift of the machine meets all alike.
 
+Real ranks are held against the published ring, in which keys travel backward too. Where queries are fewer bytes our own
+sends those instead ("lighter"); the rank that idles forward is then the busy one backward, so a contiguous ring is less
+uneven, and striping gains less over it.
+
 With --documents or --window all of them see that mask: documents are of lognormal lengths, drawn alike everywhere. The
 single process then runs torch's causal attention document by document, and under a window, which torch's public
 function lacks, the kernel of the ring. With real ranks the striped ring without that mask takes turns with the rest
@@ -35,21 +39,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
+from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.errors import ConfigError, flag, speaking_errors
 from megatron_ring.kernels.attention import KERNELS, choose, stripe_widths
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
-from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
 
 LAYOUTS = ("ring", "striped", "zigzag")
-DENSE = "dense"
+DENSE, LIGHTER = "dense", "lighter"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -221,6 +227,7 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
         "single_seconds": times.seconds.get("single"),
         "dense_stripe_size": cases[DENSE].layout.stripe_size if DENSE in cases else None,
         "dense_seconds": times.seconds.get(DENSE),
+        "lighter_seconds": times.seconds.get(LIGHTER),
         "results": [vars(_result(name, cases, times, options.batch)) for name in LAYOUTS],
     }
 
@@ -280,7 +287,8 @@ def _report(findings: dict) -> None:
     print(f"{'layout':<10}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
     single = {"layout": "single", "seconds": findings["single_seconds"], "efficiency": 1.0}
     dense = {"layout": DENSE, "seconds": findings["dense_seconds"], "stripe_size": findings["dense_stripe_size"]}
-    beside = [row for row in (single, dense) if row["seconds"]]
+    lighter = {"layout": LIGHTER, "seconds": findings["lighter_seconds"], "stripe_size": 1}
+    beside = [row for row in (single, dense, lighter) if row["seconds"]]
     print("\n".join(_line(row) for row in (*beside, *findings["results"])))
 
 
@@ -339,7 +347,10 @@ def _rank(rank: int, options: Options, port: int, results) -> None:
 
 def _contenders(rank: int, options: Options) -> dict[str, Callable[[], None]]:
     groups = ProcessGroups.build(Grid(ring=options.nproc), rank)
-    contenders = {name: _ring_run(case, groups, options) for name, case in _cases(options).items()}
+    cases = _cases(options)
+    contenders = {name: _ring_run(case, groups, options) for name, case in cases.items()}
+    if options.nproc > 1 and _sends_queries(options):
+        contenders |= {"ring": _published_run(cases["ring"], groups, options), LIGHTER: contenders["ring"]}
     contenders["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
     return contenders
 
@@ -353,6 +364,29 @@ def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[
     def run() -> None:
         out, _ = attention(*inputs, case.mask.window, starts)
         torch.autograd.backward(out, dout, inputs=inputs)
+
+    return run
+
+
+def _sends_queries(options: Options) -> bool:
+    """Whether our ring sends queries backward with such heads."""
+    q, k, v, _ = _tensors(options, tokens=1)
+    return queries_are_lighter(q, torch.stack([k, v]))
+
+
+def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
+    """Ring Attention as Liu et al. 2023 have it (section 3): keys and values go around backward as they do forward."""
+    q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
+    exchange = RingExchange.over(groups.ring_links)
+    ring = ring_loop.Ring(
+        case.layout, exchange.ring_rank, KERNELS[_kernel(options)], options.head_dim**-0.5, exchange, case.mask,
+        sends_queries=lambda q, kv: False,
+    )  # fmt: skip
+
+    def run() -> None:
+        kv = torch.stack([k, v])
+        out, lse = ring_loop.forward(q, kv, ring)
+        ring_loop.backward(dout, None, q, kv, out, lse, ring)
 
     return run
 

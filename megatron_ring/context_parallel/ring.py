@@ -46,6 +46,8 @@ class Ring:
     exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
     mask: Mask = CAUSAL
     on_hop: Callable[[int, int], object] = lambda hop, hops: None  # told of each, for those who watch
+    # Given q and kv, whether backward sends the queries rather than the keys.
+    sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
 
     @functools.cached_property
     def hops(self) -> int:
@@ -122,7 +124,7 @@ def backward(
         delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
         dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
         out_BLHD = output_of(delta_BHL, dout_BLHD)
-    travels = _queries_travel if queries_are_lighter(q_BLHD, kv_2BLGD) else _keys_travel
+    travels = _queries_travel if ring.sends_queries(q_BLHD, kv_2BLGD) else _keys_travel
     return travels(_Rows(dout_BLHD, q_BLHD, out_BLHD, lse_BHL), kv_2BLGD, ring)
 
 

@@ -65,6 +65,19 @@ def test_as_many_bytes_are_sent_as_were_counted(ring_size, groups, dtype):
     assert sent.backward == [[in_a_hop[way] - sums, sums] * (ring_size - 1) + [sums]] * ring_size
 
 
+def test_what_travels_backward_can_be_told():
+    """The published ring sends keys, though its queries be lighter; the gradients are the same."""
+    inputs, layout = oracle.random_inputs(2, 12, 4, 4, torch.float64, 16), Layout("striped", 12, 2)
+    lighter = simulated_ring.run(layout, reference, *inputs)
+    published = simulated_ring.run(layout, reference, *inputs, sends_queries=lambda q, kv: False)
+    cost = backward_bytes(inputs[0][:, :6], torch.stack(inputs[1:3])[:, :, :6])
+    sums = inputs[1][:, :6].nbytes * 2
+    assert published.exchanges.backward == [[cost["keys"] - sums, sums, sums]] * 2
+    assert sum(lighter.exchanges.backward[0]) < sum(published.exchanges.backward[0])
+    for ours, theirs in zip(lighter.results, published.results):
+        torch.testing.assert_close(ours, theirs)
+
+
 BREAK_EVEN = {
     torch.float64: Fraction(4, 3),
     torch.float32: Fraction(4, 3),

@@ -60,6 +60,7 @@ def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, 
         "single_seconds",
         "dense_stripe_size",
         "dense_seconds",
+        "lighter_seconds",
         "results",
     }
     assert (document["setting"], document["emulated"]) == (setting, emulated)
@@ -67,7 +68,7 @@ def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, 
     assert document["visible_pairs"] == 48 * 49 / 2
     assert document["single"] == "torch's causal attention"
     assert document["single_seconds"] > 0
-    assert document["dense_seconds"] is None
+    assert document["dense_seconds"] is document["lighter_seconds"] is None
     assert [result["layout"] for result in document["results"]] == ["ring", "striped", "zigzag"]
     for result in document["results"]:
         assert set(result) == {
@@ -118,6 +119,17 @@ def test_the_cost_of_a_pair_is_its_time_over_that_in_the_dense_ring(window, told
         cost = result["seconds"] / document["visible_pairs"]
         assert result["cost_per_pair_over_dense"] == pytest.approx(cost / dense)
     assert "\ndense" in printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--documents", "7", "--batch", "2"]], ids=["causal", "documents"])
+def test_the_published_ring_sends_keys_where_ours_sends_queries(flags, told):
+    """With as many key-value heads as query heads; what is compared is the published one."""
+    document, printed = told("--nproc", "2", "--kv-heads", "2", *flags)
+    ring, striped, _ = document["results"]
+    assert document["lighter_seconds"] > 0
+    assert ring["seconds"] != document["lighter_seconds"]
+    assert striped["speedup_over_ring"] == ring["seconds"] / striped["seconds"]
+    assert "\nlighter" in printed
 
 
 @pytest.mark.parametrize(
