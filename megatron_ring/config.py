@@ -328,6 +328,9 @@ class TrainingConfig:
     """Largest global gradient norm. 0: no clipping."""
     seed: int = 1234
     """Everything random follows from it: initial weights and the order of samples."""
+    deterministic: bool = False
+    """The same bits from run to run, on the same devices and as many of them. Kernels and operators that add up in
+    another order each time are refused."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type. auto: bf16 where the device multiplies it natively, else fp32; never fp16 on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1

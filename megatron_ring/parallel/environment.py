@@ -55,6 +55,30 @@ class Environment:
         os.environ.setdefault("MASTER_PORT", str(_port(self.world_size)))
 
 
+# What makes a library add up in the same order every time; the first value is given where none is.
+_FIXED_ORDER = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_NVLS_ENABLE": ("0",),  # sums that NVLink's switches take, which differ from call to call (NVIDIA/nccl#1497)
+}
+
+
+def fix_order_of_sums() -> None:
+    """Have cuBLAS and NCCL repeat themselves. They read it as they start, so it must come before both.
+
+    Raises ConfigError where the environment says otherwise.
+    """
+    problems = [
+        f"deterministic needs {name} to be {' or '.join(legal)}, and the environment has {os.environ[name]}. "
+        f"Unset {name}, or leave --deterministic out."
+        for name, legal in _FIXED_ORDER.items()
+        if os.environ.get(name, legal[0]) not in legal
+    ]
+    if problems:
+        raise ConfigError(problems)
+    for name, (first, *_) in _FIXED_ORDER.items():
+        os.environ.setdefault(name, first)
+
+
 def first_host(node_list: str) -> str:
     """The first name of SLURM's short form of many.
 

@@ -4,10 +4,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from megatron_ring.config import Config, parse
 from megatron_ring.errors import MegatronRingError
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.training import determinism
 
 # A launcher kills all ranks once one has left, so those that keep silent give rank 0 the time to speak.
 _SECONDS_TO_SPEAK = 3
@@ -16,10 +18,14 @@ _SECONDS_TO_SPEAK = 3
 def arguments(environment: Environment) -> Config:
     """The config of this process's command line, without what launchers add to it.
 
-    A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises ConfigError.
+    A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises ConfigError. From here on
+    --deterministic holds: CUDA and NCCL read what it sets when they start.
     """
     given = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank=", "--local-rank="))]
-    return parse(given, console=environment.global_rank == 0)
+    config = parse(given, console=environment.global_rank == 0)
+    if config.training.deterministic:
+        determinism.begin(speaks=environment.global_rank == 0)
+    return config
 
 
 @contextlib.contextmanager
@@ -31,12 +37,21 @@ def spoken_once(environment: Environment) -> Iterator[None]:
     try:
         yield
     except MegatronRingError as error:
-        if environment.global_rank == 0:
-            print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(_SECONDS_TO_SPEAK)
-        sys.exit(error.exit_code)
+        _leave(error, environment, speaks=environment.global_rank == 0)
+    except RuntimeError as error:
+        refused = determinism.refusal(error)
+        if refused is None:
+            raise
+        _leave(refused, environment, speaks=True)  # a pipeline's other stages have other operators
     except SystemExit as leaving:
         if leaving.code and environment.global_rank:
             time.sleep(_SECONDS_TO_SPEAK)
         raise
+
+
+def _leave(error: MegatronRingError, environment: Environment, speaks: bool) -> NoReturn:
+    if environment.global_rank:
+        time.sleep(_SECONDS_TO_SPEAK)
+    if speaks:
+        print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)

@@ -88,5 +88,6 @@ def _features(config: Config) -> list[Feature]:
         Feature.SINKS: model.softmax_type != "vanilla",
         Feature.SOFT_CAP: model.attn_logit_softcapping != 0,
         Feature.DROPOUT: model.attention_dropout != 0,
+        Feature.DETERMINISM: config.training.deterministic,
     }
     return [feature for feature, wanted in asked.items() if wanted]
