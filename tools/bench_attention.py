@@ -19,7 +19,8 @@ function lacks, the kernel of the ring. With real ranks the striped ring without
 
 With --emulate-ranks N one process runs every rank's hops one after the other, and the critical path is what a ring of N
 such devices with free communication would take. Timed is the kernel, forward and backward, in every hop that sees
-something; not timed is making the mask of a hop and its tiles, which a model does once a batch for all its layers.
+something, on a CPU in CPU seconds; not timed is making the mask of a hop and its tiles, which a model does once a batch
+for all its layers.
 """
 
 import functools
@@ -430,12 +431,12 @@ def _together(run: Callable[[], None]) -> float:
     return slowest.item()
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
     _finish()
-    start = time.perf_counter()
+    start = clock()
     run()
     _finish()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _finish() -> None:
@@ -447,11 +448,16 @@ def _finish() -> None:
 # ---- emulated ranks ----
 
 
+def _alone(run: Callable[[], None]) -> float:
+    """Seconds of what waits for nobody: of a CPU those that it worked, whatever else the machine did meanwhile."""
+    return _seconds(run, time.perf_counter if torch.cuda.is_initialized() else time.process_time)
+
+
 def _emulate(options: Options, cases: dict[str, Case]) -> Times:
     """Critical paths by layout beside the single process divided by the number of ranks; and the hops' times."""
     torch.set_num_threads(1)
     single, hop = _single_run(options, threads=1), _hop(options, cases["ring"])
-    rounds = [(_seconds(single), _emulated_round(hop, cases)) for _ in range(options.rounds)]
+    rounds = [(_alone(single), _emulated_round(hop, cases)) for _ in range(options.rounds)]
     hops = {name: Timeline(torch.stack([work[name] for _, work in rounds]).median(dim=0).values) for name in cases}
     seconds = {name: timeline.critical_path for name, timeline in hops.items()}
     seconds["single"] = statistics.median(whole for whole, _ in rounds) / options.emulate_ranks
@@ -486,7 +492,7 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
     def seconds(runs: KeyRuns) -> float:
         thin = [x[:1, :, :1, :8] for x in (q, k, v)]
         kernel.forward(*thin, runs, scale, RunningSoftmax.empty(thin[0]))  # makes the tiles, at little cost
-        return _seconds(functools.partial(both_ways, runs))
+        return _alone(functools.partial(both_ways, runs))
 
     seconds(hop_runs(case.layout, 0, 0, case.mask))
     return seconds
