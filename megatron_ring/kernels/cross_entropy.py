@@ -4,7 +4,8 @@ As in Liger-Kernel (Hsu et al. 2024, its fused linear cross entropy) and Cut Cro
 loss is a sum over tokens, so a chunk's gradients are known as soon as its logits are, but for the factor that arrives
 backward: forward takes them at once, in the three products that the unchunked head takes too, and drops the logits;
 backward scales. Ours is plain torch, takes no mean, and takes a vocabulary that is split over tensor ranks, as
-Megatron-LM's cross entropy does (Shoeybi et al. 2019, section 3).
+Megatron-LM's cross entropy does (Shoeybi et al. 2019, section 3). What stands between the products of a chunk, the
+cross entropy of its logits, may be another library's (fused/) where the vocabulary is whole.
 
 Types. Products are of the input's type: they add up in float32 inside and round once, the logits included. Softmax,
 loss and the weight's sum over chunks are float32; given float64, all is float64. The gradients are taken before the
@@ -20,6 +21,7 @@ In this file ``N`` is all tokens, B x l, and ``c`` those of a chunk.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +40,21 @@ class VocabularyPart:
     max: Callable[[Tensor], Tensor]
 
 
-_WHOLE = VocabularyPart(0, sum=lambda x: x, max=lambda x: x)
+WHOLE = VocabularyPart(0, sum=lambda x: x, max=lambda x: x)
 """All rows are here, and there is nobody to meet."""
+
+
+class CrossEntropy(Protocol):
+    """The cross entropy of one chunk, outside of autograd."""
+
+    def __call__(
+        self, logits_cv: Tensor, target_c1: Tensor, part: VocabularyPart, ignore_index: int, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The chunk's sum in nats, float32 or float64, and its gradient in the logits, in their type.
+
+        The logits' own memory may become the gradient's. Targets that are ``ignore_index`` count for nothing; where
+        one is no row of any part the sum is not finite.
+        """
 
 
 def head_loss_sum(
@@ -49,32 +64,34 @@ def head_loss_sum(
     chunk_size: int = 0,
     part: VocabularyPart | None = None,
     ignore_index: int = -100,
+    cross_entropy: CrossEntropy | None = None,
 ) -> Tensor:
     """The sum of the cross entropies of the logits hidden @ weight.T, over the targets that are not ``ignore_index``.
 
     In nats, a scalar; 0 where no target counts, and not finite where one is no row of any part. Logits of
     ``chunk_size`` tokens at most exist at once, 0: of all. With ``part`` the sum is that over the whole vocabulary, the
     same on every part, and the gradient of ``hidden_BlE`` is this part's share of it: who calls adds up the parts'.
+    ``cross_entropy`` takes a chunk's logits, None: ours.
     One backward only: it scales in place, and torch refuses a second one through a retained graph.
     """
     if not torch.is_grad_enabled():
         # Inside a Function no_grad cannot be seen: what would need a gradient still says so.
         hidden_BlE, weight_vE = hidden_BlE.detach(), weight_vE.detach()
     hidden_NE, targets_N1 = hidden_BlE.flatten(0, -2), targets_Bl.reshape(-1, 1)
-    return _HeadLossSum.apply(hidden_NE, weight_vE, targets_N1, chunk_size, part or _WHOLE, ignore_index)
+    judge = _Judge(cross_entropy or softmax_cross_entropy, part or WHOLE, ignore_index)
+    return _HeadLossSum.apply(hidden_NE, weight_vE, targets_N1, chunk_size, judge)
 
 
 class _HeadLossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NE, weight_vE, targets_N1, chunk_size, part, ignore_index):
+    def forward(ctx, hidden_NE, weight_vE, targets_N1, chunk_size, judge):
         wants_dhidden, wants_dweight, *_ = ctx.needs_input_grad
         loss = hidden_NE.new_zeros((), dtype=_wide(hidden_NE))
         dhidden_NE = torch.empty_like(hidden_NE) if wants_dhidden else None
         dweight_vE = torch.zeros_like(weight_vE, dtype=_wide(weight_vE)) if wants_dweight else None
         for chunk in _chunks(len(hidden_NE), chunk_size):
-            targets = _Targets.of(targets_N1[chunk], len(weight_vE), part, ignore_index)
             dhidden_cE = dhidden_NE[chunk] if wants_dhidden else None
-            loss += _chunk_loss(hidden_NE[chunk], weight_vE, targets, part, dhidden_cE, dweight_vE)
+            loss += _chunk_loss(hidden_NE[chunk], weight_vE, targets_N1[chunk], judge, dhidden_cE, dweight_vE)
         ctx.save_for_backward(dhidden_NE, dweight_vE)
         ctx.chunk_size, ctx.weight_dtype = chunk_size, weight_vE.dtype
         return loss
@@ -91,7 +108,46 @@ class _HeadLossSum(torch.autograd.Function):
                 dhidden_NE[chunk].mul_(dloss.view(1))
         if dweight_vE is not None:
             dweight_vE = dweight_vE.mul_(dloss).to(ctx.weight_dtype)
-        return dhidden_NE, dweight_vE, None, None, None, None
+        return dhidden_NE, dweight_vE, None, None, None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """How the logits of a chunk are judged, alike for all chunks."""
+
+    cross_entropy: CrossEntropy
+    part: VocabularyPart
+    ignore_index: int
+
+
+def _chunk_loss(
+    hidden_cE: Tensor,
+    weight_vE: Tensor,
+    target_c1: Tensor,
+    judge: _Judge,
+    dhidden_cE: Tensor | None,
+    dweight_vE: Tensor | None,
+) -> Tensor:
+    """The chunk's sum. Its gradients are written to ``dhidden_cE`` and added to ``dweight_vE``, unless None."""
+    wants_gradient = dhidden_cE is not None or dweight_vE is not None
+    loss, dlogits_cv = judge.cross_entropy(
+        hidden_cE @ weight_vE.T, target_c1, judge.part, judge.ignore_index, wants_gradient
+    )
+    if dhidden_cE is not None:
+        torch.mm(dlogits_cv, weight_vE, out=dhidden_cE)
+    if dweight_vE is not None:
+        _add_product(dweight_vE, dlogits_cv.T, hidden_cE)
+    return loss
+
+
+def softmax_cross_entropy(
+    logits_cv: Tensor, target_c1: Tensor, part: VocabularyPart, ignore_index: int, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Ours, a CrossEntropy in plain torch over any part of a vocabulary."""
+    targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
+    dtype, logits_cv = logits_cv.dtype, logits_cv.to(_wide(logits_cv))
+    loss, total_c1 = _exponentiate(logits_cv, targets, part)
+    return loss, _gradient(logits_cv, total_c1, targets).to(dtype) if wants_gradient else None
 
 
 @dataclass(frozen=True)
@@ -110,27 +166,6 @@ class _Targets:
         counts_c1, row_c1 = target_c1 != ignore_index, target_c1 - part.start
         here_c1 = counts_c1 & (row_c1 >= 0) & (row_c1 < rows)
         return _Targets(counts_c1, here_c1, torch.where(here_c1, row_c1, 0)[:, :rows])
-
-
-def _chunk_loss(
-    hidden_cE: Tensor,
-    weight_vE: Tensor,
-    targets: _Targets,
-    part: VocabularyPart,
-    dhidden_cE: Tensor | None,
-    dweight_vE: Tensor | None,
-) -> Tensor:
-    """The chunk's sum. Its gradients are written to ``dhidden_cE`` and added to ``dweight_vE``, unless None."""
-    logits_cv = (hidden_cE @ weight_vE.T).to(_wide(hidden_cE))
-    loss, total_c1 = _exponentiate(logits_cv, targets, part)
-    if dhidden_cE is None and dweight_vE is None:
-        return loss
-    logits_cv = _gradient(logits_cv, total_c1, targets).to(hidden_cE.dtype)
-    if dhidden_cE is not None:
-        torch.mm(logits_cv, weight_vE, out=dhidden_cE)
-    if dweight_vE is not None:
-        _add_product(dweight_vE, logits_cv.T, hidden_cE)
-    return loss
 
 
 def _exponentiate(logits_cv: Tensor, targets: _Targets, part: VocabularyPart) -> tuple[Tensor, Tensor]:

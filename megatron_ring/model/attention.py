@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from megatron_ring.config import ModelConfig
-from megatron_ring.kernels.norm import norm
-from megatron_ring.kernels.rope import Rotation, rotate
+from megatron_ring.kernels.norm import NormFunction, norm
+from megatron_ring.kernels.rope import Rotation
+from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, for_own_heads, split_parameter
-from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, enter
+from megatron_ring.parallel.tensor_exchange import TensorParallel, enter
 
 
 class AttentionFunction(Protocol):
@@ -50,19 +51,20 @@ class SelfAttention(nn.Module):
     Transformers to 22 Billion Parameters, section 2), with weights of D that all heads, and so all tensor ranks, share.
     """
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, tensor: TensorParallel = ALONE):
+    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, execution: Execution = PLAIN):
         super().__init__()
         self.head_dim = config.head_dim
         self.attention = attention
         self.window = window
-        self.tensor = tensor
+        self.tensor = tensor = execution.tensor
+        self.rope = execution.operations.rope
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden, bias = config.hidden_size, config.add_bias_linear or config.add_qkv_bias
         queries, key_values = (n * config.head_dim for n in (config.num_attention_heads, config.key_value_heads))
         self.q_proj = ColumnParallelLinear(hidden, queries, bias, tensor)
         self.k_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
         self.v_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
-        self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
+        self.q_norm, self.k_norm = (_head_norm(config, execution.operations.norm) for _ in range(2))
         self.out_proj = RowParallelLinear(queries, hidden, config.add_bias_linear, tensor)
 
     def forward(
@@ -74,7 +76,7 @@ class SelfAttention(nn.Module):
         q_BlhD, k_BlgD = self.q_norm(q_BlhD), self.k_norm(k_BlgD)
         if rotation is not None:
             # Before the attention function: keys are turned once, at home, and travel turned.
-            q_BlhD, k_BlgD = rotate(q_BlhD, rotation), rotate(k_BlgD, rotation)
+            q_BlhD, k_BlgD = self.rope(q_BlhD, k_BlgD, rotation)
         out_BlhD, lse_Bhl = self.attention(q_BlhD, k_BlgD, v_BlgD, self.window, document_starts)
         if self.sink_H is not None:
             out_BlhD = with_sink(out_BlhD, lse_Bhl, self.sink_H)
@@ -84,11 +86,11 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-def _head_norm(config: ModelConfig) -> nn.Module:
+def _head_norm(config: ModelConfig, function: NormFunction) -> nn.Module:
     """What normalises a head, of the model's own kind; nothing without ``qk_layernorm``."""
     if not config.qk_layernorm:
         return nn.Identity()
-    return for_own_heads(norm(config.normalization, config.head_dim, config.norm_epsilon))
+    return for_own_heads(norm(config.normalization, config.head_dim, config.norm_epsilon, function))
 
 
 def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,21 @@
-"""How a model is computed, which changes none of its numbers: split over tensor ranks, in pieces, some of it twice."""
+"""How a model is computed, which changes its numbers by rounding at most: split over tensor ranks, in pieces, some of
+it twice, by which library."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ring.config import Config
+from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
 class Execution:
-    """tensor: the ranks that layers are split over. The rest is MemoryConfig's, by the same names."""
+    """tensor: the ranks that layers are split over. operations: who computes what. The rest is MemoryConfig's, by the
+    same names."""
 
     tensor: TensorParallel = ALONE
+    operations: Operations = TORCH
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_attention: bool = False
     mlp_chunks: int = 1
@@ -19,11 +23,12 @@ class Execution:
     offload_activations: bool = False
 
     @staticmethod
-    def of(config: Config, tensor: TensorParallel) -> "Execution":
-        """What ``config`` asks for, on these tensor ranks."""
+    def of(config: Config, tensor: TensorParallel, operations: Operations = TORCH) -> "Execution":
+        """What ``config`` asks for, on these tensor ranks, by ``operations``."""
         memory = config.memory
         return Execution(
             tensor=tensor,
+            operations=operations,
             recompute=memory.recompute,
             recompute_attention=memory.recompute_attention,
             mlp_chunks=memory.mlp_chunks,

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.cross_entropy import head_loss_sum
-from megatron_ring.kernels.norm import norm
+from megatron_ring.kernels.norm import Norm, norm
 from megatron_ring.kernels.rope import Rope, Rotation
 from megatron_ring.model.attention import AttentionFunction, SelfAttention
 from megatron_ring.model.execution import PLAIN, Execution
@@ -33,10 +33,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, execution: Execution = PLAIN):
         super().__init__()
         self.mlp_chunks = execution.mlp_chunks
-        self.attention_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon)
-        self.attention = SelfAttention(config, attention, window, execution.tensor)
-        self.mlp_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon)
-        self.mlp = mlp(config, execution.tensor)
+        self.attention_norm = _norm(config, execution)
+        self.attention = SelfAttention(config, attention, window, execution)
+        self.mlp_norm = _norm(config, execution)
+        self.mlp = mlp(config, execution)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
@@ -74,7 +74,7 @@ class Layers(nn.Module):
         self.position_embedding = nn.Embedding(seq_length, config.hidden_size) if has_table else None
         blocks = {str(n): Block(config, attention, config.window_of(n), execution) for n in layers}
         self.blocks = nn.ModuleDict(blocks)
-        self.final_norm = norm(config.normalization, config.hidden_size, config.norm_epsilon) if has_norm else None
+        self.final_norm = _norm(config, execution) if has_norm else None
         initialize(self, config, seed)
         sum_gradients_of_replicas(self, execution.tensor)
 
@@ -164,7 +164,15 @@ def loss_sum(
     """Head and cross entropy as one, over the tensor ranks' parts of the vocabulary: a float32 sum in nats."""
     hidden_BlE = enter(hidden_BmE, execution.tensor)
     part = vocabulary_part(weight_vE, execution.tensor)
-    return head_loss_sum(hidden_BlE, weight_vE, targets_Bl, execution.loss_chunk_size, part)
+    cross_entropy = execution.operations.cross_entropy
+    return head_loss_sum(
+        hidden_BlE, weight_vE, targets_Bl, execution.loss_chunk_size, part, cross_entropy=cross_entropy
+    )
+
+
+def _norm(config: ModelConfig, execution: Execution) -> Norm:
+    """One over the residual stream."""
+    return norm(config.normalization, config.hidden_size, config.norm_epsilon, execution.operations.norm)
 
 
 def rope(config: ModelConfig, seq_length: int) -> Rope:

@@ -4,17 +4,19 @@ import torch
 from torch import nn
 
 from megatron_ring.config import ModelConfig
-from megatron_ring.kernels.activation import gelu, swiglu
+from megatron_ring.kernels.activation import gelu
+from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
-from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, enter
+from megatron_ring.parallel.tensor_exchange import enter
 
 
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6), with Hugging Face Llama's names."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE):
+    def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
-        self.tensor = tensor
+        self.tensor = tensor = execution.tensor
+        self.swiglu = execution.operations.swiglu
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
         self.gate_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
@@ -23,15 +25,15 @@ class SwigluMLP(nn.Module):
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
         x_BlE = enter(x_BmE, self.tensor)
-        return self.down_proj(swiglu(self.gate_proj(x_BlE), self.up_proj(x_BlE)))
+        return self.down_proj(self.swiglu(self.gate_proj(x_BlE), self.up_proj(x_BlE)))
 
 
 class GeluMLP(nn.Module):
     """down(gelu(up(x))) (Radford et al. 2019, GPT-2)."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE):
+    def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
-        self.tensor = tensor
+        self.tensor = tensor = execution.tensor
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
         self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
@@ -44,6 +46,6 @@ class GeluMLP(nn.Module):
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}
 
 
-def mlp(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module:
+def mlp(config: ModelConfig, execution: Execution = PLAIN) -> nn.Module:
     """The feed-forward that ``config.activation`` names."""
-    return _MLPS[config.activation](config, tensor)
+    return _MLPS[config.activation](config, execution)
