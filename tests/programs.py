@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "pretrain_gpt.py"
 
@@ -36,18 +38,12 @@ def start_rank(
     program: Path = PROGRAM,
     stderr: int = subprocess.STDOUT,
     **variables: str,
-) -> subprocess.Popen:
+) -> Forked:
     """``program`` with small.yaml as one of two ranks that meet at ``port``, without a launcher.
 
     ``variables`` are more of its environment.
     """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [sys.executable, program, "--config", "small.yaml", *flags],
-        cwd=folder,
-        env=os.environ | world | variables,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
+    command = [str(program), "--config", "small.yaml", *flags]
+    return Forked(command, folder, os.environ | world | variables, stderr)
