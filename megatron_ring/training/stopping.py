@@ -14,9 +14,6 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-import torch
-import torch.distributed as dist
-
 from megatron_ring.parallel.agreement import Agreement
 
 EXIT_CODE = os.EX_TEMPFAIL
@@ -49,11 +46,10 @@ class Stopping:
 
     def agreed(self, step: int) -> bool:
         """Whether any rank has been told to stop, the same on all. All ask once a step; blocks until they have."""
-        told = torch.tensor(int(self._told.is_set()))
-        dist.all_reduce(told, dist.ReduceOp.MAX, self._agreement.group)
+        told = self._agreement.on_any(self._told.is_set())
         if told:
             self.stopped_after = step
-        return bool(told)
+        return told
 
     def close(self, saved: Path | None) -> None:
         """Say, if it has stopped, how it goes on. ``saved``: its last checkpoint."""

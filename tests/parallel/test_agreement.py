@@ -17,6 +17,7 @@ def agree(rank: int, world_size: int) -> list[int]:
         agreement.on_all(lambda: fail_on(1, rank, DataError("by 1")))
     with pytest.raises(CheckpointError, match="by 0"):
         agreement.on_rank_0(lambda: fail_on(0, rank, CheckpointError("by 0")))
+    assert [agreement.on_any(rank in them) for them in ((), (1,), range(world_size))] == [False, True, True]
     return agreement.on_all(lambda: rank * 10)
 
 

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
@@ -36,9 +35,7 @@ def on_every_step(agreement: Agreement, act: Callable[[], Got]) -> Got:
         got = act()
     except MegatronRingError as error:
         fault = error
-    struck = torch.tensor(int(fault is not None))
-    dist.all_reduce(struck, dist.ReduceOp.MAX, agreement.group)
-    if struck:
+    if agreement.on_any(fault is not None):
         on_every(agreement, lambda: _raise(fault))
     return got
 
