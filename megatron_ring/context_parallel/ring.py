@@ -145,7 +145,7 @@ def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch
         dkv_2BLGD, runs = _zeros(kv_2BLGD), ring.runs(ring.ring_rank, ring.keys_of(hop))
         _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
-            dkv_2BLGD += sums.wait()
+            dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
         sums = ring.pass_sums_on(dkv_2BLGD, hop, distance=1)
         if travelling:
             kv_2BLGD = travelling.wait()
@@ -166,7 +166,7 @@ def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[tor
         dq_BLHD, runs = _zeros(own.q_BLHD), ring.runs(ring.queries_of(hop), ring.ring_rank)
         _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
-            dq_BLHD += sums.wait()
+            dq_BLHD = sums.wait().add_(dq_BLHD)
         sums = ring.pass_sums_on(dq_BLHD, hop, distance=-1)
         if travelling:
             message = travelling.wait()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.room import Room
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
@@ -31,13 +32,15 @@ class RingTransfer:
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells
     place: Whereabouts
+    room: Room
 
     def wait(self) -> torch.Tensor:
-        """What was sent to this rank. On CUDA the current stream waits, not the host."""
+        """What was sent to this rank; what it sent may be written to now. On CUDA the stream waits, not the host."""
         for peer, work in self.works:
             with self.place.waiting_for(peer):
                 work.wait()
         self.place.received(self.sent_at, self.sender)
+        self.room.give_back(self.sent)
         return self.received
 
 
@@ -46,13 +49,14 @@ class RingExchange:
     """Passing a tensor on around a ring of at least two ranks.
 
     members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
-    place: where it is noted for whom this process waits.
+    place: where it is noted for whom this process waits. room: where messages arrive.
     """
 
     members: tuple[int, ...]
     links: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ring_rank: int
     place: Whereabouts = field(default_factory=Whereabouts)
+    room: Room = field(default_factory=Room)
 
     @staticmethod
     def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
@@ -62,7 +66,7 @@ class RingExchange:
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (contiguous) ``distance`` ranks on and receive its like from as far back; does not block."""
-        received = torch.empty_like(tensor)
+        received = self.room.take(tensor)
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
         posts = [
@@ -73,7 +77,7 @@ class RingExchange:
         for link in (0, 1):
             posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
             works += self._post(posted) if posted else []
-        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place)
+        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place, self.room)
 
     def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
         """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""

@@ -39,13 +39,24 @@ def pass_on(links: tuple, rank: int) -> dict:
     received = [transfer.wait() for transfer in reversed(transfers)][::-1]
     distances = [each for each in range(1 - len(members), len(members)) if each]
     farther = [exchange.start(torch.full((1000,), 10.0 * rank + distance), distance) for distance in distances]
-    return {
+    return go_around(exchange, rank) | {
         "from afar": {distance: transfer.wait().unique().tolist() for distance, transfer in zip(distances, farther)},
         "members": members,
         "received": [tensor.unique().tolist() for tensor in received],
         "sent": [tensor.unique().tolist() for tensor in sent],
         "shapes": {tuple(tensor.shape) for tensor in received},
     }
+
+
+def go_around(exchange: RingExchange, rank: int) -> dict:
+    """A tensor is passed on for six rounds, as keys are."""
+    own = tensor = torch.full((100,), float(rank))
+    values, arrived = [], []
+    for _ in range(6):
+        tensor = exchange.start(tensor).wait()
+        values.append(tensor.unique().tolist())
+        arrived.append(tensor)  # held, so that another has another id
+    return {"around": values, "places": len({id(tensor) for tensor in arrived}), "own": own.unique().tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,17 @@ def test_a_tensor_goes_any_way_on_and_back(grid, heard):
         for distance, received in found[grid]["from afar"].items():
             sender = ring[(ring.index(rank) - distance) % grid.ring]
             assert received == [10.0 * sender + distance]
+
+
+@each_ring
+def test_what_goes_around_arrives_in_two_places_in_turn(grid, heard):
+    """So much memory is enough for any number of hops; what a rank had of its own is not among it."""
+    for rank, found in enumerate(heard[grid.world_size]):
+        ring = next(members for members in grid.members("ring") if rank in members)
+        at = ring.index(rank)
+        assert found[grid]["around"] == [[float(ring[(at - hop) % grid.ring])] for hop in range(1, 7)]
+        assert found[grid]["places"] == 2
+        assert found[grid]["own"] == [float(rank)]
 
 
 @each_ring
