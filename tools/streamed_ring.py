@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from megatron_ring.parallel.room import Room
+
 Result = TypeVar("Result")
 
 
@@ -100,32 +102,36 @@ class StreamTransfer:
     arrived: Any
     streams: Streams
     meeting: Meeting
+    room: Room
 
     def wait(self) -> torch.Tensor:
         """What was sent to this rank. What is queued from now on may read it, and write to what this rank sent."""
         self.streams.hops.wait_event(self.arrived)
         self.streams.hops.wait_event(self.meeting.take(self.sent.read))
+        self.room.give_back(self.sent.tensor)
         return self.received
 
 
 @dataclass
 class StreamExchange:
-    """A rank's exchange (megatron_ring/context_parallel/ring.py). started: transfers, so far."""
+    """A rank's exchange (megatron_ring/context_parallel/ring.py). started: how many transfers so far."""
 
     ring_rank: int
     streams: Streams
     meeting: Meeting
     started: int = 0
+    room: Room = field(default_factory=Room)
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> StreamTransfer:
         """Post, and let the stream of messages copy what is posted to this rank."""
-        received, posted = torch.empty_like(tensor), self.streams.hops.record_event()
+        received, posted = self.room.take(tensor), self.streams.hops.record_event()
         number, receiver = self.started, (self.ring_rank + distance) % self.meeting.size
         self.started += 1
         sent = Posted(tensor, posted)
         self.meeting.post_to(receiver, number).put(sent)
         coming = self.meeting.take(self.meeting.post_to(self.ring_rank, number))
-        return StreamTransfer(sent, received, self._copied(coming, received, posted), self.streams, self.meeting)
+        arrived = self._copied(coming, received, posted)
+        return StreamTransfer(sent, received, arrived, self.streams, self.meeting, self.room)
 
     def _copied(self, coming: Posted, received: torch.Tensor, posted: Any) -> Any:
         """Copy when its sender has it and this rank has room for it; the moment at which that is done."""

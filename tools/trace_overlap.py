@@ -51,8 +51,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if asked.device == "cuda" else asked.device
     print(f"{device}, torch {torch.__version__}, {asked.ranks} ranks of {asked.tokens} tokens, {asked.layout}, "
           f"{asked.heads} heads of {asked.head_dim}, {asked.kv_heads} key-value heads, {asked.dtype}")  # fmt: skip
-    cases = [Case.of(asked, kernel, mask) for kernel in _kernels(asked) for mask in ("causal", "documents")]
-    found = [_told(case.examined(Path(asked.traces) if asked.traces else None)) for case in cases]
+    traces = Path(asked.traces) if asked.traces else None
+    cases = (Case.of(asked, kernel, mask) for kernel in _kernels(asked) for mask in ("causal", "documents"))
+    found = [_told(case.examined(traces)) for case in cases]
     if asked.json:
         about = {"device": device, "torch": torch.__version__, "asked": vars(asked), "found": found}
         Path(asked.json).write_text(json.dumps(about, indent=2) + "\n")
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(asked: argparse.Namespace) -> None:
     wrong = not_positive(asked, "tokens", "heads", "kv_heads", "head_dim", "mean_document")
+    if not wrong and asked.heads % asked.kv_heads:
+        wrong.append(f"heads {asked.heads} must be a multiple of kv_heads {asked.kv_heads}. Set --heads or --kv-heads.")
     if asked.ranks < 2:
         wrong.append(f"ranks {asked.ranks} must be at least 2: a ring of one sends nothing. Set --ranks.")
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -247,9 +250,8 @@ def _row(found: Overlap) -> dict[str, Any]:
 def _told(case: dict[str, Any]) -> dict[str, Any]:
     waits = case["host_waits"]
     said = "not asked, there is no device" if waits is None else "; ".join(waits) or "none"
-    print(
-        f"\n{case['kernel']}, {case['mask']}: {'right' if case['right'] else 'WRONG'}; host waits: {said}", flush=True
-    )
+    right = "right" if case["right"] else "WRONG"
+    print(f"\n{case['kernel']}, {case['mask']}: {right}; host waits: {said}", flush=True)
     for number, row in enumerate(case["overlap"]):
         if number == 0:
             print("".join(f"{name:>14}" for name in row))

@@ -28,6 +28,7 @@ def test_on_a_cpu_rings_are_run_and_compared_without_streams(tmp_path):
     ("flags", "message"),
     [
         (["--ranks", "1"], "ranks 1 must be at least 2: a ring of one sends nothing. Set --ranks."),
+        (["--kv-heads", "3"], "heads 4 must be a multiple of kv_heads 3. Set --heads or --kv-heads."),
         (["--tokens", "0"], "tokens 0 must be at least 1. Set --tokens."),
         (["--device", "cuda"], "torch sees no GPU. Set --device cpu to run without streams and traces."),
     ],
