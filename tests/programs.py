@@ -37,13 +37,14 @@ def start_rank(
     flags: Iterable[str],
     program: Path = PROGRAM,
     stderr: int = subprocess.STDOUT,
+    config: str = "small.yaml",
     **variables: str,
 ) -> Forked:
-    """``program`` with small.yaml as one of two ranks that meet at ``port``, without a launcher.
+    """``program`` as one of two ranks that meet at ``port``, without a launcher.
 
-    ``variables`` are more of its environment.
+    ``variables`` are more of its environment, or another ``WORLD_SIZE``.
     """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [str(program), "--config", "small.yaml", *flags]
+    command = [str(program), "--config", config, *flags]
     return Forked(command, folder, os.environ | world | variables, stderr)

@@ -1,6 +1,10 @@
-"""The program as people start it: by deepspeed, by torchrun, alone; its files, its messages, its exit codes."""
+"""The program as people start it, by deepspeed and alone: its files, its messages, its exit codes.
+
+What does not depend on who has started it is asked of forked processes (forked.py).
+"""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.config import load_yaml
-from tests.programs import free_port, working_folder
+from tests.forked import Forked
+from tests.programs import PROGRAM, free_port, start_rank, working_folder
 
-ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SMALL = """\
 model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
@@ -27,12 +31,32 @@ def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess:
 
 
 def alone(*flags: str | Path, folder: Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, ROOT / "pretrain_gpt.py", *flags, folder=folder)
+    return run(sys.executable, PROGRAM, *flags, folder=folder)
 
 
 def by_deepspeed(*flags: str | Path, ranks: int, folder: Path) -> subprocess.CompletedProcess:
     launcher = [BIN / "deepspeed", "--master_port", free_port(), "--num_gpus", str(ranks)]
-    return run(*launcher, ROOT / "pretrain_gpt.py", *flags, folder=folder)
+    return run(*launcher, PROGRAM, *flags, folder=folder)
+
+
+def forked(*flags: str, ranks: int, folder: Path, config: str = "small.yaml") -> str:
+    """What ranks say that start without a launcher and end well."""
+    port = free_port()
+    started = [
+        start_rank(rank, port, folder, flags, config=config, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        for rank in range(ranks)
+    ]
+    said = "".join(rank.communicate(timeout=200)[0] for rank in started)
+    assert [rank.returncode for rank in started] == [0] * ranks, said
+    return said
+
+
+def refused(*flags: str, folder: Path) -> tuple[int, str]:
+    """The exit code of one process, and what it says on stderr; on stdout there is no traceback either."""
+    process = Forked([str(PROGRAM), "--config", "small.yaml", *flags], folder, os.environ, subprocess.PIPE)
+    out, err = process.communicate(timeout=200)
+    assert "Traceback" not in out + err
+    return process.returncode, err
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +80,7 @@ def metrics(folder: Path, file: str = "out/metrics.jsonl") -> list[dict]:
 
 def test_two_ranks_train_and_say_what_was_chosen_and_where_everything_is(trained, folder):
     assert trained.returncode == 0, trained.said
+    assert "UserWarning" not in trained.said
     for said in (
         "grid             2 processes = 1 pipe x 1 data x 2 context (2 ring x 1 ulysses) x 1 tensor",
         "layout           striped, 64 tokens, 32 on each ring rank",
@@ -97,12 +122,9 @@ def test_the_resolved_config_lies_in_the_checkpoint_and_is_a_config(trained, fol
 
 def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
     first = metrics(folder)
-    resumed = by_deepspeed(
-        "--config", "saved/step-00000004/config.yaml", "--load", "saved", "--train-iters", "6",
-        "--lr-decay-style", "constant", ranks=2, folder=folder,
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.said
-    assert "resuming         saved/step-00000004, 4 steps done" in resumed.stdout
+    flags = ["--load", "saved", "--train-iters", "6", "--lr-decay-style", "constant"]
+    said = forked(*flags, ranks=2, folder=folder, config="saved/step-00000004/config.yaml")
+    assert "resuming         saved/step-00000004, 4 steps done" in said
     assert metrics(folder)[: len(first)] == first
     assert [record["step"] for record in metrics(folder) if "test_loss" in record] == [4, 6]
     assert [record["step"] for record in metrics(folder) if "loss" in record] == [1, 2, 3, 4, 5, 6]
@@ -110,7 +132,7 @@ def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
 
 def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
     flags = [
-        "--config", "small.yaml", "--context-parallel", "striped", "--data-path", "text/tokens", "--num-layers", "2",
+        "--context-parallel", "striped", "--data-path", "text/tokens", "--num-layers", "2",
         "--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2",
         "--global-batch-size", "2", "--recompute", "full", "--lr-decay-style", "constant", "--save", "axes",
         "--eval-interval", "0",
@@ -118,9 +140,7 @@ def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
     straight = [*flags, "--save-interval", "2", "--metrics-file", "axes/straight.jsonl"]
     resumed = [*flags, "--load", "axes", "--metrics-file", "axes/resumed.jsonl"]
     for run in (straight, resumed):
-        found = by_deepspeed(*run, ranks=4, folder=folder)
-        assert found.returncode == 0, found.said
-        assert "UserWarning" not in found.said
+        assert "UserWarning" not in forked(*run, ranks=4, folder=folder)
         shutil.rmtree(folder / "axes" / "step-00000004")
     expected, found = (
         [(record["step"], record["loss"], record["grad_norm"]) for record in metrics(folder, file) if "loss" in record]
@@ -162,12 +182,9 @@ def test_a_dry_run_prints_the_config_the_grid_and_the_layout(folder):
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_bad_input_gives_one_message_its_own_exit_code_and_no_traceback(folder, flags, code, message):
-    base = {"--config": "small.yaml", "--data-path": "text/tokens", "--context-parallel": "zigzag"}
-    wanted = base | {flags[0]: flags[1]}
-    found = alone(*(part for pair in wanted.items() for part in pair), folder=folder)
-    assert found.returncode == code, found.said
-    assert message in found.stderr
-    assert "Traceback" not in found.said
+    wanted = {"--data-path": "text/tokens", "--context-parallel": "zigzag"} | {flags[0]: flags[1]}
+    found, said = refused(*(part for pair in wanted.items() for part in pair), folder=folder)
+    assert (found, message in said) == (code, True), said
 
 
 def test_bad_input_under_a_launcher_is_said_once_and_its_code_is_passed_on(folder):
@@ -178,7 +195,6 @@ def test_bad_input_under_a_launcher_is_said_once_and_its_code_is_passed_on(folde
 
 
 def test_a_checkpoint_of_another_model_is_refused_size_by_size(trained, folder):
-    found = alone("--config", "small.yaml", "--data-path", "text/tokens", "--load", "saved", "--num-layers", "2",
-                  folder=folder)  # fmt: skip
-    assert found.returncode == 4, found.said
-    assert "num_layers 1 there, 2 here. Set --num-layers." in found.stderr
+    code, said = refused("--data-path", "text/tokens", "--load", "saved", "--num-layers", "2", folder=folder)
+    assert code == 4, said
+    assert "num_layers 1 there, 2 here. Set --num-layers." in said
