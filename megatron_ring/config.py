@@ -216,8 +216,9 @@ class ParallelConfig:
     """U of N = R x U: processes within a ring member that trade heads for sequence. 1 is a pure ring."""
     stripe_size: int | Literal["auto"] = "auto"
     """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper. auto: as wide as the kernel likes."""
-    attention_kernel: Literal["auto", "sdpa", "triton", "reference"] = "auto"
-    """What computes a hop. auto takes the fastest that this device, dtype and head size allow, and says why."""
+    attention_kernel: Literal["auto", "flash", "cudnn", "sdpa", "triton", "reference"] = "auto"
+    """What computes a hop: Dao's flash-attn, cuDNN, torch's fused attention, the kernel of this package, plain torch.
+    auto takes the fastest, as measured, that this device, dtype, head size and mask allow, and says why."""
     tensor_model_parallel_size: int = 1
     """Processes T that split every layer."""
     sequence_parallel: bool = False
@@ -333,6 +334,9 @@ class TrainingConfig:
     another order each time are refused."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type. auto: bf16 where the device multiplies it natively, else fp32; never fp16 on a CPU."""
+    fused_operations: Literal["auto", "torch", "liger", "flash-attn", "apex"] = "auto"
+    """The library that computes norms, RoPE, SwiGLU and the cross entropy, as far as it can, and torch the rest. auto:
+    torch, but on CUDA for each the first of liger, flash-attn, apex that is installed. docs/fused.md has the table."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO over data x context ranks: 1 splits optimizer state, 2 gradients too, 3 parameters too."""
     eval_interval: int = 100

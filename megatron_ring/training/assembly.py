@@ -15,7 +15,8 @@ from megatron_ring.training.setup import Setup
 def build_model(setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int) -> torch.nn.Module:
     """This process's part of the model; all processes build theirs at the same time."""
     config = setup.config
-    execution = Execution.of(config, TensorParallel.of(groups.tensor, config.parallel.sequence_parallel))
+    tensor = TensorParallel.of(groups.tensor, config.parallel.sequence_parallel)
+    execution = Execution.of(config, tensor, setup.operations.operations)
     parts = config.model, vocab_size, config.data.seq_length, attention, config.training.seed, execution
     if setup.grid.pipe == 1:
         return GPT(*parts)

@@ -87,6 +87,7 @@ def _chosen(setup: Setup) -> list[str]:
         f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
+        *(f"operations       {line}" for line in setup.operations.in_words()),
         *ring_profile.in_words(setup),
     ]
 

@@ -6,11 +6,15 @@ Nothing here talks to other processes, so ``--dry-run`` and every bad request en
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention import KernelChoice, choose
 from megatron_ring.kernels.attention.support import Feature
+from megatron_ring.kernels.fused import choice
+from megatron_ring.kernels.fused.support import Operation
 from megatron_ring.parallel import degrees
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.training import deepspeed_config, lengths, rules
@@ -21,7 +25,8 @@ from megatron_ring.training.precision import Precision, device_type, precision
 class Setup:
     """What is settled before the first process group.
 
-    micro_batches: forward-backward passes of one optimizer step on each data rank. deepspeed: its config.
+    operations: who computes what beside attention. micro_batches: forward-backward passes of one optimizer step on each
+    data rank. deepspeed: its config.
     """
 
     config: Config
@@ -30,6 +35,7 @@ class Setup:
     device: str
     precision: Precision
     kernel: KernelChoice
+    operations: choice.Choice
     global_batch_size: int
     micro_batches: int
     deepspeed: dict[str, Any]
@@ -41,7 +47,7 @@ class Setup:
 
     @staticmethod
     def of(config: Config, world_size: int) -> "Setup":
-        """Raises ConfigError with everything that is wrong, KernelUnavailable for a kernel asked for in vain.
+        """Raises ConfigError with everything that is wrong, KernelUnavailable for what was asked for by name in vain.
 
         Extras for DeepSpeed are compared with what is derived, so they are looked at when all else is right.
         """
@@ -65,6 +71,7 @@ class Setup:
             device=device,
             precision=chosen,
             kernel=kernel,
+            operations=_operations(config, grid, device, chosen.dtype),
             global_batch_size=global_batch_size,
             micro_batches=micro_batches,
             deepspeed=deepspeed_config.derive(config, grid, micro_batches, chosen.name),
@@ -91,3 +98,21 @@ def _features(config: Config) -> list[Feature]:
         Feature.DETERMINISM: config.training.deterministic,
     }
     return [feature for feature, wanted in asked.items() if wanted]
+
+
+def _operations(config: Config, grid: Grid, device: str, dtype: torch.dtype) -> choice.Choice:
+    """Who computes what the run has of the operations that libraries have fused."""
+    model, training = config.model, config.training
+    rope = model.position_embedding_type == "rope"
+    has = {
+        Operation.RMS_NORM: model.normalization == "RMSNorm",
+        Operation.LAYER_NORM: model.normalization == "LayerNorm",
+        Operation.ROPE: rope and model.head_dim <= 256,
+        Operation.WIDE_ROPE: rope and model.head_dim > 256,
+        Operation.SWIGLU: model.activation == "swiglu",
+        Operation.CROSS_ENTROPY: grid.tensor == 1,
+        Operation.SPLIT_CROSS_ENTROPY: grid.tensor > 1,
+        Operation.ADAMW: True,
+    }
+    wanted = [operation for operation, there in has.items() if there]
+    return choice.choose(training.fused_operations, device, dtype, wanted, training.deterministic)

@@ -1,7 +1,8 @@
 """The operations of a model that may be another library's: a function each, torch's by default.
 
 A library's module beside this one has functions of the same names and signatures. They give torch's numbers within the
-tolerances of the tests, change no tensor that is handed to them but a chunk's logits, and need no rank.
+tolerances of the tests and need no rank. Forward they write to nothing that they are given but a chunk's logits.
+Backward they may write to what is theirs alone by then: the gradient that comes, SwiGLU's gate and up.
 """
 
 from collections.abc import Callable
