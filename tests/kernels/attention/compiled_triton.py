@@ -1,7 +1,9 @@
-"""Compile Triton's kernels for GPUs that are not here, and print what each needs: one JSON object a line.
+"""Compile Triton's kernels for GPUs that are not here, and print what each is made of: one JSON object a line.
 
-In a process of its own: under TRITON_INTERPRET nothing is compiled. Registers and stack are what CUDA's own tool says
-of the machine code; stack that the source has none of is spilled registers.
+    PYTHONPATH=. TRITON_INTERPRET=0 python tests/kernels/attention/compiled_triton.py 80 90
+
+In a process of its own: under TRITON_INTERPRET nothing is compiled. What the machine code holds is read from what
+CUDA's own tools, which come with Triton, say of it.
 """
 
 import itertools
@@ -15,19 +17,20 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
 from megatron_ring.kernels.attention.triton.blocks import blocks_for
 from megatron_ring.kernels.attention.triton.forward_kernel import forward_hop
 
 KERNELS = {"forward": forward_hop, "queries": backward_hop_queries, "keys": backward_hop_keys}
+GENERATIONS = {80: "ampere", 90: "hopper"}
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"))
 
 
-def resources(kernel: str, head: int, architecture: int, dtype: str) -> dict[str, Any]:
-    """Registers of a thread, bytes of its stack and bytes of shared memory of a program."""
-    settings = blocks_for(kernel, head).settings(head)
+def compiled(kernel: str, head: int, architecture: int, dtype: str) -> CompiledKernel:
+    """As it is launched on such a GPU."""
+    settings = blocks_for(kernel, head, GENERATIONS[architecture]).settings(head)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
     names = KERNELS[kernel].arg_names
     signature = {name: "constexpr" if name in settings else type_of(name, dtype) for name in names}
@@ -39,32 +42,65 @@ def resources(kernel: str, head: int, architecture: int, dtype: str) -> dict[str
         {(names.index(name),): value for name, value in settings.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, stack = used(compiled.asm["cubin"])
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def made_of(kernel: CompiledKernel) -> dict[str, Any]:
+    """What a program needs and how it computes.
+
+    shared: bytes. stages: blocks under way. spills: moves between registers and stack within innermost loops.
+    warps_of_products: how many warps lie down and across the tile of each matrix product.
+    """
+    source, layouts = kernel.asm["ptx"], kernel.asm["ttgir"]
+    return {
+        "shared": kernel.metadata.shared,
+        "stages": kernel.metadata.num_stages,
+        "spills": spills(kernel.asm["cubin"]),
+        "wgmma": source.count("wgmma.mma_async"),
+        "mma": source.count("mma.sync"),
+        "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", source)),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", source)),
+        "warps_of_products": [
+            [int(down), int(across)]
+            for down, across in re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d+), (\d+)\]", layouts)
+        ],
+    }
 
 
 def type_of(name: str, dtype: str) -> str:
     if name in ("dout", "q", "k", "v"):
         return f"*{dtype}"
-    if name in ("out", "lse", "delta", "dq", "dk", "dv"):
+    if name in ("out", "lse", "log2_lse", "delta", "dq", "dk", "dv"):
         return "*fp32"
-    if name in ("lo", "hi", "seen_by"):
+    if name in ("lo", "hi", "seen_from", "seen_to"):
         return "*i32"
     return "fp32" if "scale" in name else "i32"
 
 
-def used(machine_code: bytes) -> tuple[int, int]:
+def spills(machine_code: bytes) -> int:
+    """Loads and stores of the stack within loops that hold no other loop."""
+    instructions = disassembled(machine_code)
+    jumps = [(int(found[1], 16), at) for at, text in instructions if (found := re.search(r"BRA.* 0x(\w+)", text))]
+    loops = [(start, stop) for start, stop in jumps if start < stop]
+    innermost = [loop for loop in loops if not any(loop[0] <= x < y < loop[1] for x, y in loops)]
+    assert innermost, "a kernel that walks has loops"
+    of_stack = [at for at, text in instructions if "LDL" in text or "STL" in text]
+    return sum(any(start <= at <= stop for start, stop in innermost) for at in of_stack)
+
+
+def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
+    """Every instruction's address and text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
-    return int(found[1]), int(found[2])
+        said = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", said)]
 
 
 if __name__ == "__main__":
     architectures = [int(number) for number in sys.argv[1:]]
     for architecture, kernel, head in itertools.product(architectures, KERNELS, (64, 96, 128, 256)):
+        sizes = blocks_for(kernel, head, GENERATIONS[architecture])
         case = {"kernel": kernel, "head": head, "architecture": architecture}
-        print(json.dumps(case | resources(kernel, head, architecture, "bf16")), flush=True)
+        case["rows"] = sizes.block_k if kernel == "keys" else sizes.block_q
+        print(json.dumps(case | made_of(compiled(kernel, head, architecture, "bf16"))), flush=True)

@@ -25,7 +25,7 @@ KERNELS = "forward", "queries", "keys"
 @pytest.fixture
 def small_tiles(monkeypatch):
     for kernel in KERNELS:
-        monkeypatch.setitem(blocks._TABLE, kernel, {256: SMALL})
+        monkeypatch.setitem(blocks.TABLE["ampere"], kernel, {256: SMALL})
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -120,4 +120,13 @@ def test_sums_may_be_some_heads_of_larger_ones():
 @pytest.mark.parametrize(("head", "larger"), [(64, 64), (65, 128), (96, 128), (256, 256)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_head_sizes_between_take_the_tiles_of_the_next(kernel, head, larger):
-    assert blocks.blocks_for(kernel, head) == blocks._TABLE[kernel][larger]
+    assert blocks.blocks_for(kernel, head, "hopper") == blocks.TABLE["hopper"][kernel][larger]
+
+
+@pytest.mark.parametrize(
+    ("capability", "generation"),
+    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 0), "hopper"), ((12, 0), "ampere")],
+)
+def test_a_gpu_has_the_tiles_that_its_shared_memory_holds(capability, generation, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert blocks.generation_of(torch.device("cuda")) == generation

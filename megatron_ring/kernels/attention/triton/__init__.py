@@ -10,7 +10,7 @@ import triton
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax, delta
 from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
-from megatron_ring.kernels.attention.triton.blocks import blocks_for
+from megatron_ring.kernels.attention.triton.blocks import blocks_for, generation_of
 from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forward_hop
 
 
@@ -21,7 +21,7 @@ def forward(
     q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
     assert all(x.is_contiguous() for x in (state.out_BLHD, state.lse_BHL)), "a state that can be continued in place"
     batch, queries, heads, head = q.shape
-    sizes = blocks_for("forward", head)
+    sizes = blocks_for("forward", head, generation_of(q.device))
     forward_hop[triton.cdiv(queries, sizes.block_q), heads, batch](
         q, k, v, state.out_BLHD, state.lse_BHL, *runs.bounds(q.device),
         queries, k.shape[1], heads, k.shape[2], scale * LOG2_E.value, **sizes.settings(head),
@@ -42,20 +42,26 @@ def backward(
     dv_BLGD: torch.Tensor,
 ) -> None:
     """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
-    dout, q, k, v, lse = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, lse_BHL))
-    inputs = dout, q, k, v, lse, delta(out_BLHD, dout).contiguous(), *runs.bounds(q.device)
+    dout, q, k, v = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD))
+    inputs = dout, q, k, v, _log2(lse_BHL), delta(out_BLHD, dout).contiguous()
     batch, queries, heads, head = q.shape
     keys, groups = k.shape[1:3]
-    shape = queries, keys, heads, groups
-    sizes = blocks_for("queries", head)
+    shape, generation = (queries, keys, heads, groups), generation_of(q.device)
+    sizes = blocks_for("queries", head, generation)
     backward_hop_queries[triton.cdiv(queries, sizes.block_q), heads, batch](
-        *inputs, dq_BLHD, *shape, _heads_of_a_token(dq_BLHD), scale, **sizes.settings(head)
-    )
-    sizes = blocks_for("keys", head)
+        *inputs, *runs.bounds(q.device), dq_BLHD,
+        *shape, _heads_of_a_token(dq_BLHD), scale, **sizes.settings(head),
+    )  # fmt: skip
+    sizes = blocks_for("keys", head, generation)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, runs.readers(sizes.block_k, keys, q.device), dk_BLGD, dv_BLGD,
+        *inputs, *runs.readers(1, keys, q.device)[::3], dk_BLGD, dv_BLGD,
         *shape, _heads_of_a_token(dk_BLGD, dv_BLGD), scale, **sizes.settings(head),
     )  # fmt: skip
+
+
+def _log2(lse_BHL: torch.Tensor) -> torch.Tensor:
+    """As a power of two. Queries that saw nothing get an infinite sum, beside which no key weighs anything."""
+    return torch.where(lse_BHL.isneginf(), torch.inf, lse_BHL * LOG2_E.value).contiguous()
 
 
 def _heads_of_a_token(*sums_BLHD: torch.Tensor) -> int:

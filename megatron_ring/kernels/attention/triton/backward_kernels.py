@@ -9,27 +9,29 @@ import triton
 import triton.language as tl
 
 from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E
-from megatron_ring.kernels.attention.triton.tiles import add, keys_of, load, span
+from megatron_ring.kernels.attention.triton.tiles import add, load, runs_of, visible, walk_of
 
 
 @triton.jit
 def backward_hop_queries(
-    dout, q, k, v, lse, delta, lo, hi, dq,
+    dout, q, k, v, log2_lse, delta, lo, hi, dq,
     queries, keys, heads, groups, heads_in_sums, scale,
     HEAD: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A program has one tile of queries of one head of one sample, as forward. heads_in_sums: of a token of dq."""
+    """A program has one tile of queries of one head of one sample, as forward.
+
+    log2_lse: (batch, heads, queries) float32: a power of two, and infinite where a query saw nothing.
+    heads_in_sums: of a token of dq.
+    """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
     head, sample = tl.program_id(1), tl.program_id(2)
-    first, unmasked_from, unmasked_to, stop = keys_of(lo, hi, start, queries, BLOCK_Q, BLOCK_K)
+    first, unmasked_from, unmasked_to, stop = walk_of(lo, hi, start, queries, BLOCK_Q, BLOCK_K)
     if first < stop:
         rows = start + tl.arange(0, BLOCK_Q)
-        there = rows < queries
-        lo_Q = tl.load(lo + rows, mask=there, other=0)
-        hi_Q = tl.load(hi + rows, mask=there, other=0)
+        lo_Q, hi_Q = runs_of(lo, hi, rows, queries)
         q_QD = load(q, sample, queries, heads, head, start, BLOCK_Q, False, HEAD, PADDED, UPCAST)
         dout_QD = load(dout, sample, queries, heads, head, start, BLOCK_Q, False, HEAD, PADDED, UPCAST)
-        lse_Q, delta_Q = _of_rows(lse, delta, sample, heads, head, queries, rows)
+        lse_Q, delta_Q = _of_rows(log2_lse, delta, sample, heads, head, queries, rows)
         group = head // (heads // groups)
         dq_QD = tl.zeros((BLOCK_Q, PADDED), tl.float32)
         dq_QD = _walk_keys(
@@ -56,11 +58,10 @@ def _walk_keys(
         columns = block + tl.arange(0, BLOCK_K)
         k_KD = load(k, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
         v_KD = load(v, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
-        score_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee") * (scale * LOG2_E)
-        p_QK = tl.exp2(score_QK - lse_Q[:, None])
+        score_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee")
+        p_QK = tl.exp2(tl.fma(score_QK, scale * LOG2_E, -lse_Q[:, None]))
         if MASKED:
-            visible_QK = (lo_Q[:, None] <= columns[None, :]) & (columns[None, :] < hi_Q[:, None])
-            p_QK = tl.where(visible_QK, p_QK, 0.0)
+            p_QK = tl.where(visible(lo_Q[:, None], hi_Q[:, None], columns[None, :]), p_QK, 0.0)
         dp_QK = tl.dot(dout_QD, tl.trans(v_KD), input_precision="ieee")
         ds_QK = p_QK * (dp_QK - delta_Q[:, None])
         dq_QD = tl.dot(ds_QK.to(k_KD.dtype), k_KD, dq_QD, input_precision="ieee")
@@ -69,23 +70,20 @@ def _walk_keys(
 
 @triton.jit
 def backward_hop_keys(
-    dout, q, k, v, lse, delta, lo, hi, seen_by, dk, dv,
+    dout, q, k, v, log2_lse, delta, seen_from, seen_to, dk, dv,
     queries, keys, heads, groups, heads_in_sums, scale,
     HEAD: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program has one tile of keys of one key-value head of one sample, and walks the query heads that read it.
 
+    seen_from, seen_to: (keys,) int32. The queries [from, to) see a key: lo and hi, transposed.
     heads_in_sums: of a token of dk and dv.
-    seen_by: (4, tiles of keys) int32: the queries [0, 3) that see any key of the tile, and [1, 2) that see all.
     """
-    tile, tiles, group, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
-    stop = tl.load(seen_by + 3 * tiles + tile)
-    first, unmasked_from, unmasked_to = span(
-        tl.load(seen_by + tile), tl.load(seen_by + tiles + tile), tl.load(seen_by + 2 * tiles + tile), stop, BLOCK_Q
-    )
+    start = tl.program_id(0) * BLOCK_K
+    group, sample = tl.program_id(1), tl.program_id(2)
+    first, unmasked_from, unmasked_to, stop = walk_of(seen_from, seen_to, start, keys, BLOCK_K, BLOCK_Q)
     if first < stop:
-        start = tile * BLOCK_K
-        columns = start + tl.arange(0, BLOCK_K)
+        from_K, to_K = runs_of(seen_from, seen_to, start + tl.arange(0, BLOCK_K), keys)
         k_KD = load(k, sample, keys, groups, group, start, BLOCK_K, False, HEAD, PADDED, UPCAST)
         v_KD = load(v, sample, keys, groups, group, start, BLOCK_K, False, HEAD, PADDED, UPCAST)
         dk_KD = tl.zeros((BLOCK_K, PADDED), tl.float32)
@@ -93,15 +91,15 @@ def backward_hop_keys(
         readers = heads // groups
         for head in range(group * readers, (group + 1) * readers):
             dk_KD, dv_KD = _walk_queries(
-                dk_KD, dv_KD, k_KD, v_KD, dout, q, lse, delta, lo, hi, columns, sample, queries, heads, head, first,
+                dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, from_K, to_K, sample, queries, heads, head, first,
                 unmasked_from, scale, True, HEAD, PADDED, BLOCK_Q, UPCAST,
             )  # fmt: skip
             dk_KD, dv_KD = _walk_queries(
-                dk_KD, dv_KD, k_KD, v_KD, dout, q, lse, delta, lo, hi, columns, sample, queries, heads, head,
+                dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, from_K, to_K, sample, queries, heads, head,
                 unmasked_from, unmasked_to, scale, False, HEAD, PADDED, BLOCK_Q, UPCAST,
             )  # fmt: skip
             dk_KD, dv_KD = _walk_queries(
-                dk_KD, dv_KD, k_KD, v_KD, dout, q, lse, delta, lo, hi, columns, sample, queries, heads, head,
+                dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, from_K, to_K, sample, queries, heads, head,
                 unmasked_to, stop, scale, True, HEAD, PADDED, BLOCK_Q, UPCAST,
             )  # fmt: skip
         add(dk, sample, keys, heads_in_sums, group, start, dk_KD * scale, BLOCK_K, HEAD, PADDED)
@@ -110,21 +108,18 @@ def backward_hop_keys(
 
 @triton.jit
 def _walk_queries(
-    dk_KD, dv_KD, k_KD, v_KD, dout, q, lse, delta, lo, hi, columns, sample, queries, heads, head, start, stop, scale,
+    dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, from_K, to_K, sample, queries, heads, head, start, stop, scale,
     MASKED: tl.constexpr, HEAD: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     for block in range(start, stop, BLOCK_Q):
         rows = block + tl.arange(0, BLOCK_Q)
         q_QD = load(q, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST)
         dout_QD = load(dout, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST)
-        lse_Q, delta_Q = _of_rows(lse, delta, sample, heads, head, queries, rows)
-        score_KQ = tl.dot(k_KD, tl.trans(q_QD), input_precision="ieee") * (scale * LOG2_E)
-        p_KQ = tl.exp2(score_KQ - lse_Q[None, :])
+        lse_Q, delta_Q = _of_rows(log2_lse, delta, sample, heads, head, queries, rows)
+        score_KQ = tl.dot(k_KD, tl.trans(q_QD), input_precision="ieee")
+        p_KQ = tl.exp2(tl.fma(score_KQ, scale * LOG2_E, -lse_Q[None, :]))
         if MASKED:
-            lo_Q = tl.load(lo + rows, mask=rows < queries, other=0)
-            hi_Q = tl.load(hi + rows, mask=rows < queries, other=0)
-            visible_KQ = (lo_Q[None, :] <= columns[:, None]) & (columns[:, None] < hi_Q[None, :])
-            p_KQ = tl.where(visible_KQ, p_KQ, 0.0)
+            p_KQ = tl.where(visible(from_K[:, None], to_K[:, None], rows[None, :]), p_KQ, 0.0)
         dv_KD = tl.dot(p_KQ.to(dout_QD.dtype), dout_QD, dv_KD, input_precision="ieee")
         dp_KQ = tl.dot(v_KD, tl.trans(dout_QD), input_precision="ieee")
         ds_KQ = p_KQ * (dp_KQ - delta_Q[None, :])
@@ -133,9 +128,8 @@ def _walk_queries(
 
 
 @triton.jit
-def _of_rows(lse, delta, sample, heads, head, queries, rows):
-    """The log-sum-exp, as a power of two, and delta. A row without keys weighs nothing, as if its sum were infinite."""
+def _of_rows(log2_lse, delta, sample, heads, head, queries, rows):
+    """The log-sum-exp and delta of these queries. A row that is no query weighs nothing: its sum is infinite."""
     at = (sample.to(tl.int64) * heads + head) * queries + rows
-    lse_Q = tl.load(lse + at, mask=rows < queries, other=float("-inf"))
-    lse_Q = tl.where(lse_Q == float("-inf"), float("inf"), lse_Q * LOG2_E)
-    return lse_Q, tl.load(delta + at, mask=rows < queries, other=0.0)
+    there = rows < queries
+    return tl.load(log2_lse + at, mask=there, other=float("inf")), tl.load(delta + at, mask=there, other=0.0)

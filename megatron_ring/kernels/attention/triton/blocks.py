@@ -1,10 +1,12 @@
-"""How many queries and keys a Triton program of each kernel takes at a time, by head size."""
+"""How many queries and keys a Triton program of each kernel takes at a time, by head size and generation of GPU."""
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 import triton
 
 Kernel = Literal["forward", "queries", "keys"]
+Generation = Literal["ampere", "hopper"]
 
 
 class Blocks(NamedTuple):
@@ -29,15 +31,29 @@ class Blocks(NamedTuple):
         }
 
 
-# Compiled for sm_80 and sm_90 these keep everything in registers (tests/kernels/attention/test_triton_compiled.py).
-# Which of those that do is the fastest has not been measured: there was no GPU.
-_TABLE: dict[Kernel, dict[int, Blocks]] = {
-    "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
-    "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
-    "keys": {64: Blocks(32, 128, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
+# Compiled for sm_80 and sm_90 no innermost loop of these spills a register (docs/decisions/0015, with what else was
+# asked of them). Which is the fastest has not been measured, for want of a GPU: tools/tune_blocks.py does.
+TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
+    "ampere": {
+        "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
+        "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(32, 32, 4, 1)},
+        "keys": {64: Blocks(32, 128, 8, 2), 128: Blocks(32, 128, 8, 2), 256: Blocks(64, 32, 8, 1)},
+    },
+    "hopper": {
+        "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
+        "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+        "keys": {64: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2), 256: Blocks(64, 32, 8, 1)},
+    },
 }
 
 
-def blocks_for(kernel: Kernel, head: int) -> Blocks:
+def generation_of(device: torch.device) -> Generation:
+    """Whose tiles a device gets: hopper's where a program may have 227 KiB of shared memory, else ampere's."""
+    if device.type == "cpu":  # the interpreter
+        return "ampere"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+def blocks_for(kernel: Kernel, head: int, generation: Generation) -> Blocks:
     """For heads of this size, at most 256; sizes between take the next one's."""
-    return next(sizes for largest, sizes in _TABLE[kernel].items() if head <= largest)
+    return next(sizes for largest, sizes in TABLE[generation][kernel].items() if head <= largest)

@@ -1,4 +1,4 @@
-"""What Triton's kernels of one hop share: tiles of tokens x one head, and which keys a tile of queries sees.
+"""What Triton's kernels of one hop share: tiles of tokens x one head, and how a tile walks along what it sees.
 
 Tensors are (batch, tokens, heads, head size), contiguous or some heads of one that is. A head size that is no power of
 two is padded in registers alone.
@@ -50,23 +50,31 @@ def add(base, sample, tokens, heads, head, start, tile, BLOCK: tl.constexpr, HEA
 
 
 @triton.jit
-def span(any_from, all_from, all_to, any_to, BLOCK: tl.constexpr):
-    """Where a walk in whole blocks over [any_from, any_to) must mask: (first, unmasked from, unmasked to).
+def walk_of(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """How the tile of BLOCK rows from ``start`` walks along what its rows see, in whole blocks of STEP.
 
-    Blocks within [all_from, all_to) need no mask. Where there is none, masking never ends.
+    Rows and runs are queries and their keys, or keys and the queries that see them: lo and hi never fall along either.
+    Gives (first, unmasked from, unmasked to, stop): blocks between the middle two are seen by all rows and need no
+    mask. Where there is none, masking never ends.
     """
-    first = any_from // BLOCK * BLOCK
-    unmasked_from = tl.maximum((all_from + BLOCK - 1) // BLOCK * BLOCK, first)
-    unmasked_to = all_to // BLOCK * BLOCK
+    last = tl.minimum(start + BLOCK, rows) - 1
+    any_from, all_from = tl.load(lo + start), tl.load(lo + last)
+    all_to, stop = tl.load(hi + start), tl.load(hi + last)
+    first = any_from // STEP * STEP
+    unmasked_from = tl.maximum((all_from + STEP - 1) // STEP * STEP, first)
+    unmasked_to = all_to // STEP * STEP
     nowhere = unmasked_from >= unmasked_to
-    return first, tl.where(nowhere, any_to, unmasked_from), tl.where(nowhere, any_to, unmasked_to)
+    return first, tl.where(nowhere, stop, unmasked_from), tl.where(nowhere, stop, unmasked_to), stop
 
 
 @triton.jit
-def keys_of(lo, hi, start, queries, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """For the tile of queries from ``start``: as ``span``, and the end of the last run."""
-    last = tl.minimum(start + BLOCK_Q, queries) - 1
-    any_from, all_from = tl.load(lo + start), tl.load(lo + last)
-    all_to, any_to = tl.load(hi + start), tl.load(hi + last)
-    first, unmasked_from, unmasked_to = span(any_from, all_from, all_to, any_to, BLOCK_K)
-    return first, unmasked_from, unmasked_to, any_to
+def runs_of(lo, hi, indices, rows):
+    """The runs [lo, hi) of these rows. A row beyond the last sees nothing."""
+    there = indices < rows
+    return tl.load(lo + indices, mask=there, other=0), tl.load(hi + indices, mask=there, other=0)
+
+
+@triton.jit
+def visible(lo, hi, columns):
+    """Whether a row's run [lo, hi) has a column; rows and columns along different dims."""
+    return (lo <= columns) & (columns < hi)
