@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from megatron_ring.context_parallel import invariant, ulysses
 from megatron_ring.context_parallel import ring as ring_loop
-from megatron_ring.context_parallel import ulysses
 from megatron_ring.context_parallel.counted import counted
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
@@ -23,16 +23,26 @@ from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.whereabouts import Direction, Whereabouts
 
+# In which order a ring adds up: as the hops bring it, or the same for rings of 1, 2, 4 and 8.
+REDUCTIONS = {"arrival": ring_loop, "invariant": invariant}
+
 
 class ContextParallelAttention:
     """Attention of local queries over the whole sequence, given the layout, a kernel by name and the groups.
 
-    ``place`` is where it notes what it does; it must know the layer when it is called.
+    ``place`` is where it notes what it does; it must know the layer when it is called. ``reduction``: of REDUCTIONS.
     Talks on the ring's two communicators and in the Ulysses group, and blocks; all of their ranks must call it equally
     often and alike.
     """
 
-    def __init__(self, layout: Layout, kernel: str, groups: ProcessGroups, place: Whereabouts | None = None):
+    def __init__(
+        self,
+        layout: Layout,
+        kernel: str,
+        groups: ProcessGroups,
+        place: Whereabouts | None = None,
+        reduction: str = "arrival",
+    ):
         ring_size = dist.get_world_size(groups.ring_links[0]) if groups.ring_links else 1
         assert layout.ring_size == ring_size, "a layout for another ring than the groups'"
         self.layout = layout
@@ -40,6 +50,7 @@ class ContextParallelAttention:
         self.links = " ".join(group.group_name for group in groups.ring_links or ())
         self.members = ulysses.Members.of(groups.ulysses)
         self.place = place or Whereabouts()
+        self.reduction = reduction
 
     def __call__(
         self,
@@ -67,7 +78,7 @@ class ContextParallelAttention:
         batch, length, *_ = q_BLHD.shape
         assert length == self.layout.shard_length, "queries of another length than the layout's shard"
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
-        settings += self.place.layer, self.place.numbers
+        settings += self.place.layer, self.place.numbers, self.reduction
         if document_starts is None:
             return ring_attention(q_BLHD, kv_2BLGD, None, 1, *settings)
         # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
@@ -89,15 +100,16 @@ def ring_attention(
     links: str,
     layer: int = 0,
     place: torch.Tensor | None = None,
+    reduction: str = "arrival",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ring.forward`` over the ring whose communicators are named in ``links`` (empty: a ring of one).
+    """``forward`` of ``REDUCTIONS[reduction]`` over the ring whose communicators ``links`` names; empty: a ring of one.
 
     With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a Whereabouts' numbers.
     """
     noted = Whereabouts(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.FORWARD):
-        return ring_loop.forward(q_BLHD, kv_2BLGD, ring)
+        return REDUCTIONS[reduction].forward(q_BLHD, kv_2BLGD, ring)
 
 
 @torch.library.custom_op("megatron_ring::ring_attention_backward", mutates_args=())
@@ -117,12 +129,14 @@ def ring_attention_backward(
     links: str,
     layer: int = 0,
     place: torch.Tensor | None = None,
+    reduction: str = "arrival",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ring.backward``, its gradients cast to the types of q and kv."""
+    """``backward`` of ``REDUCTIONS[reduction]``, its gradients cast to the types of q and kv."""
     noted = Whereabouts(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.BACKWARD):
-        dq_BLHD, dkv_2BLGD = ring_loop.backward(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
+        reduce = REDUCTIONS[reduction].backward
+        dq_BLHD, dkv_2BLGD = reduce(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
     return dq_BLHD.to(q_BLHD.dtype), dkv_2BLGD.to(kv_2BLGD.dtype)
 
 
