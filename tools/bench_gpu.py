@@ -8,6 +8,9 @@ What the minutes do not suffice for is left out, and said.
 
 Rates count the products of visible pairs alone, so that what a kernel computes and masks away lowers its rate. "of
 single" is a rate over that of the fastest kernel in one causal square of a rank's tokens, forward and backward.
+
+The last lines are those of kernels/attention/measured.py, by which --attention-kernel auto goes on this device: which
+kernel is the fastest on a rank of eight, striped, in each type, without and with documents.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import itertools
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,28 +31,32 @@ from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PR
 from megatron_ring.context_parallel.emulated import attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.errors import speaking_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, reference
+from megatron_ring.errors import KernelUnavailable, speaking_errors
+from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
+from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.state import RunningSoftmax
-from megatron_ring.kernels.attention.support import Feature, Refused, of_tensors, support
+from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.plan.overlap import operations
 from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import counted
 
 # Largest difference from float64 over its largest entry, or over 1: as in tests/tolerances.py.
-TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 2.5e-6, torch.float64: 1e-12}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STRIPES = 1, 128
 PACK_RANKS, MEAN_DOCUMENT = 8, 4096
+# Of a hop's scores, in float32: more the reference, which keeps them all, is not asked to compute.
+MOST_SCORES = 2**28
 
 
 def main() -> None:
     asked = _parser().parse_args()
     bench = Bench(asked, time.monotonic() + 60 * asked.minutes)
     print(f"{bench.device_name}, torch {torch.__version__}, commit {_commit()}, {asked.dtype}; "
-          f"kernels: {', '.join(bench.kernels) or 'none'}", flush=True)  # fmt: skip
-    parts = {"correctness": bench.correctness, "layouts": bench.layouts, "packs": bench.packs}
-    found = {name: bench.told(name, part()) for name, part in parts.items()}
+          f"kernels: {', '.join(bench.kernels) or 'none'}", *bench.refusals(), sep="\n  ", flush=True)  # fmt: skip
+    parts = bench.correctness, bench.orders, bench.layouts, bench.packs
+    found = {part.__name__: bench.told(part.__name__, part()) for part in parts}
+    print("\nfor kernels/attention/measured.py", *bench.lines(found["orders"]), sep="\n")
     if asked.json:
         about = {"device": bench.device_name, "torch": torch.__version__, "commit": _commit(), "asked": vars(asked)}
         Path(asked.json).write_text(json.dumps(about | found, indent=2) + "\n")
@@ -64,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--order-dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp16"], help="of the last lines")
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one that warms up")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no other measurement is begun")
     parser.add_argument("--device", default="cuda")
@@ -90,10 +99,21 @@ class Bench:
     @property
     def kernels(self) -> dict[str, HopKernel]:
         """Those that take such tensors here, without the one that all are compared with."""
-        wanted = of_tensors(self.dtype, self.asked.head_dim) | {Feature.GROUPED_HEADS, Feature.DOCUMENTS}
-        cells = {name: [support(name, self.asked.device, one) for one in wanted] for name in KERNELS}
-        able = [name for name, of_kernel in cells.items() if not any(isinstance(cell, Refused) for cell in of_kernel)]
-        return {name: KERNELS[name] for name in able if name != "reference"}
+        return {name: kernel for name, kernel in self._able(self.dtype).items() if kernel is not reference}
+
+    def _able(self, dtype: torch.dtype) -> dict[str, HopKernel]:
+        return {name: kernel for name, kernel in KERNELS.items() if not self._refusal(name, dtype)}
+
+    def _refusal(self, kernel: str, dtype: torch.dtype) -> str:
+        """Why a kernel does not take such tensors here, "" where it does."""
+        try:
+            choose(kernel, self.asked.device, dtype, self.asked.head_dim, [Feature.GROUPED_HEADS, Feature.DOCUMENTS])
+        except KernelUnavailable as refused:
+            return str(refused)
+        return ""
+
+    def refusals(self) -> Iterator[str]:
+        yield from filter(None, (self._refusal(name, self.dtype) for name in KERNELS))
 
     def correctness(self) -> Iterator[dict[str, Any]]:
         """Rings of four over layouts and masks, against the reference in float64."""
@@ -101,7 +121,7 @@ class Bench:
         masks = {"causal": CAUSAL, "window": Mask(window=100)}
         masks["documents"] = Mask(document_starts=random_starts(100, tokens))
         layouts = [Layout("ring", tokens, 4), Layout("striped", tokens, 4), Layout("striped", tokens, 4, 32)]
-        inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens)]
+        inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens, self.dtype)]
         for (said, mask), layout in itertools.product(masks.items(), [*layouts, Layout("zigzag", tokens, 4)]):
             exact = attention([x.double() for x in inputs], layout, reference, mask)
             for name, kernel in self.kernels.items():
@@ -116,7 +136,7 @@ class Bench:
         for tokens in self.asked.tokens:
             square = Layout("none", tokens, 1)
             singles = {name: self._rank(kernel, square, 0, CAUSAL) for name, kernel in self.kernels.items()}
-            fastest = max((self._rate(single) for single in singles.values()), default=0.0)
+            fastest = max((self._rate(single.pairs, single.seconds) for single in singles.values()), default=0.0)
             for size, (name, kernel) in itertools.product(self.asked.ring_sizes, self.kernels.items()):
                 for layout in self._layouts(tokens, size):
                     shown = {"tokens": tokens, "ranks": size, "layout": _named(layout), "kernel": name}
@@ -124,7 +144,7 @@ class Bench:
                         continue
                     busiest = size - 1 if layout.name == "ring" else size // 2
                     spent = singles[name] if size == 1 else self._rank(kernel, layout, busiest, CAUSAL)
-                    yield shown | self._figures(spent) | {"of_single": self._rate(spent) / fastest}
+                    yield shown | self._figures(spent) | {"of_single": self._rate(spent.pairs, spent.seconds) / fastest}
 
     def packs(self) -> Iterator[dict[str, Any]]:
         """Packed documents on eight ranks, over a contiguous ring that computes as if they were one."""
@@ -142,6 +162,32 @@ class Bench:
                 spent = self._rank(kernel, layout, busiest, seen)
                 before += [spent.seconds] * (seen is CAUSAL)
                 yield shown | self._figures(spent) | {"over_ring": min(before, default=float("nan")) / spent.seconds}
+
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Every kernel on one of eight striped ranks, a round of each after a round of the other."""
+        tokens = self.asked.tokens[0] * PACK_RANKS
+        layout = Layout("striped", tokens, PACK_RANKS)
+        masks = {MaskKind.CAUSAL: CAUSAL, MaskKind.NARROWED: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens))}
+        for named, (kind, mask) in itertools.product(self.asked.order_dtypes, masks.items()):
+            kernels = {name: kernel for name, kernel in self._able(DTYPES[named]).items() if self._fits(kernel)}
+            if self._is_over(shown := {"dtype": named, "mask": kind.name}):
+                continue
+            spent = {name: [] for name in kernels}
+            for _, (name, kernel) in itertools.product(range(self.asked.rounds), kernels.items()):
+                spent[name].append(self._rank(kernel, layout, PACK_RANKS // 2, mask, DTYPES[named]).seconds)
+            for name, rounds in spent.items():
+                yield shown | {"kernel": name, "ms": 1e3 * statistics.median(rounds)}
+
+    def _fits(self, kernel: HopKernel) -> bool:
+        return kernel is not reference or self.asked.heads * self.asked.tokens[0] ** 2 <= MOST_SCORES
+
+    def lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
+        """The rows of ``orders`` as the lines of measured.py; the reference is last where it was not asked."""
+        source = f"commit {_commit()}, torch {torch.__version__}: {' '.join(sys.argv)}"
+        for (dtype, mask), rows in itertools.groupby(orders, lambda row: (row["dtype"], row["mask"])):
+            order = [row["kernel"] for row in sorted(rows, key=lambda row: row["ms"])]
+            order += [] if "reference" in order else ["reference"]
+            yield f"    Measured({self.device_name!r}, {DTYPES[dtype]}, MaskKind.{mask}, {tuple(order)}, {source!r}),"
 
     def told(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """Print the rows as they come, and what there was no time for."""
@@ -169,16 +215,18 @@ class Bench:
         stripes = [Layout("striped", length, size, stripe) for stripe in STRIPES if tokens % (2 * stripe) == 0]
         return [Layout("ring", length, size), *stripes, Layout("zigzag", length, size)]
 
-    def _tensors(self, tokens: int) -> list[torch.Tensor]:
+    def _tensors(self, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """q, k, v and the gradient of the output of so many tokens."""
         generator = torch.Generator(self.asked.device).manual_seed(0)
         heads = self.asked.heads, self.asked.kv_heads, self.asked.kv_heads, self.asked.heads
         shapes = [(1, tokens, each, self.asked.head_dim) for each in heads]
-        return [torch.randn(shape, generator=generator, device=self.asked.device).to(self.dtype) for shape in shapes]
+        return [torch.randn(shape, generator=generator, device=self.asked.device).to(dtype) for shape in shapes]
 
-    def _rank(self, kernel: HopKernel, layout: Layout, rank: int, mask: Mask) -> "Spent":
+    def _rank(
+        self, kernel: HopKernel, layout: Layout, rank: int, mask: Mask, dtype: torch.dtype | None = None
+    ) -> "Spent":
         """One rank's hops. Every hop has the same tensors, and continues one softmax."""
-        q, k, v, dout = self._tensors(layout.shard_length)
+        q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
         scale, size = q.shape[-1] ** -0.5, layout.ring_size
         state = RunningSoftmax.empty(q)
         sums = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
@@ -210,15 +258,16 @@ class Bench:
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3
 
-    def _rate(self, spent: "Spent", products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS, seconds: float = 0) -> float:
-        return spent.pairs * operations(products, self.asked.heads, self.asked.head_dim) / (seconds or spent.seconds)
+    def _rate(self, pairs: float, seconds: float, products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS) -> float:
+        """Operations a second of so many products of so many visible pairs."""
+        return pairs * operations(products, self.asked.heads, self.asked.head_dim) / seconds
 
     def _figures(self, spent: "Spent") -> dict[str, float]:
         return {
             "forward_ms": 1e3 * spent.forward / spent.hops,
             "backward_ms": 1e3 * spent.backward / spent.hops,
-            "forward_tflops": self._rate(spent, FORWARD_PRODUCTS, spent.forward) / 1e12,
-            "backward_tflops": self._rate(spent, BACKWARD_PRODUCTS, spent.backward) / 1e12,
+            "forward_tflops": self._rate(spent.pairs, spent.forward, FORWARD_PRODUCTS) / 1e12,
+            "backward_tflops": self._rate(spent.pairs, spent.backward, BACKWARD_PRODUCTS) / 1e12,
         }
 
 

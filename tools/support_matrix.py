@@ -15,7 +15,8 @@ _OPENING = """# What each attention kernel does
 Written by `tools/support_matrix.py` from `megatron_ring/kernels/attention/support.py`, which the program asks before it
 starts: what a run wants and its kernel refuses ends it with exit code 5. *tested* has a parity test with a float64
 oracle behind it; *interpreted* has one in Triton's interpreter, is compiled in a test, and has never run on such a
-device; *unproven* is written and has never run there either. A run that relies on one of these two says so.
+device; *unproven* is written, held in tests to what its library asks and answers, and has never run there either. A
+run that relies on one of these two says so. A package, version or compute capability that a kernel lacks is named too.
 """
 
 

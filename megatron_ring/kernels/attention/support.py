@@ -51,39 +51,76 @@ _ON_CUDA = "torch's fused operators on cuda do not take it"
 _OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
 _OF_EIGHTS = "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
 _REFERENCE = "Set --attention-kernel reference, or auto"
+_REPEATING = "Set --attention-kernel flash, triton or reference"
 _NO_CAP = Refused(
     "the gradient through a capped score is in none of torch's operators",
     "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
 )
+_NO_CAP_AT_EDGES = Refused("flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead)
 _NO_DROPOUT = Refused(
     "each hop would have to draw the whole sequence's dropout again, by position",
     "Set --attention-dropout 0, and regularise by --weight-decay",
 )
 
+_TWO_BYTES_ONLY = Refused("it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto")
+_HEADS_OF_EIGHTS_ONLY = Refused(
+    "its head sizes end at 256, in steps of 8",
+    f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
+)
+
 # A column is a kernel on a device; "other" is any device that is not named beside the same kernel.
-COLUMNS = (("sdpa", "cpu"), ("reference", "cpu"), ("sdpa", "cuda"), ("triton", "cuda"), ("reference", "other"))
-_ROWS: dict[Feature, tuple[Support, Support, Support, Support, Support]] = {
-    Feature.DOCUMENTS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.WINDOW: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.GROUPED_HEADS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.SINKS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.SOFT_CAP: (_NO_CAP,) * 5,
-    Feature.DROPOUT: (_NO_DROPOUT,) * 5,
+COLUMNS = (
+    ("sdpa", "cpu"),
+    ("reference", "cpu"),
+    ("flash", "cuda"),
+    ("cudnn", "cuda"),
+    ("sdpa", "cuda"),
+    ("triton", "cuda"),
+    ("reference", "other"),
+)
+_EVERYWHERE = (TESTED, TESTED, UNPROVEN, UNPROVEN, UNPROVEN, INTERPRETED, UNPROVEN)
+_ROWS: dict[Feature, tuple[Support, ...]] = {
+    Feature.DOCUMENTS: _EVERYWHERE,
+    Feature.WINDOW: _EVERYWHERE,
+    Feature.GROUPED_HEADS: _EVERYWHERE,
+    Feature.SINKS: _EVERYWHERE,
+    Feature.SOFT_CAP: (_NO_CAP, _NO_CAP, _NO_CAP_AT_EDGES, _NO_CAP, _NO_CAP, _NO_CAP, _NO_CAP),
+    Feature.DROPOUT: (_NO_DROPOUT,) * 7,
     Feature.DETERMINISM: (
         TESTED,
         TESTED,
-        Refused("torch's operators on cuda add up dQ in any order", "Set --attention-kernel triton or reference"),
+        UNPROVEN,
+        Refused("cuDNN adds up gradients in any order", _REPEATING),
+        Refused("whether torch's operators on cuda repeat themselves when told to, nobody has seen", _REPEATING),
         INTERPRETED,
         UNPROVEN,
     ),
-    Feature.FLOAT64: (TESTED, TESTED, Refused(_ON_CUDA, _REFERENCE), Refused(_OF_TWO_BYTES, _REFERENCE), UNPROVEN),
-    Feature.FLOAT32: (TESTED, TESTED, UNPROVEN, Refused(_OF_TWO_BYTES, _REFERENCE), UNPROVEN),
-    Feature.BFLOAT16: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.FLOAT16: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
-    Feature.HEADS_OF_EIGHTS: (TESTED, TESTED, UNPROVEN, INTERPRETED, UNPROVEN),
+    Feature.FLOAT64: (
+        TESTED,
+        TESTED,
+        _TWO_BYTES_ONLY,
+        _TWO_BYTES_ONLY,
+        Refused(_ON_CUDA, _REFERENCE),
+        Refused(_OF_TWO_BYTES, _REFERENCE),
+        UNPROVEN,
+    ),
+    Feature.FLOAT32: (
+        TESTED,
+        TESTED,
+        _TWO_BYTES_ONLY,
+        _TWO_BYTES_ONLY,
+        UNPROVEN,
+        Refused(_OF_TWO_BYTES, _REFERENCE),
+        UNPROVEN,
+    ),
+    Feature.BFLOAT16: _EVERYWHERE,
+    Feature.FLOAT16: _EVERYWHERE,
+    Feature.HEADS_OF_EIGHTS: _EVERYWHERE,
     Feature.OTHER_HEADS: (
         TESTED,
         TESTED,
+        _HEADS_OF_EIGHTS_ONLY,
+        _HEADS_OF_EIGHTS_ONLY,
         Refused(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
         Refused(_OF_EIGHTS, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
         UNPROVEN,
@@ -105,11 +142,6 @@ def of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
     """What queries of this type and head size ask for."""
     of_eights = head_dim <= 256 and head_dim % 8 == 0
     return {_DTYPES[dtype], Feature.HEADS_OF_EIGHTS if of_eights else Feature.OTHER_HEADS}
-
-
-def not_installed(kernel: str) -> Refused:
-    """A kernel whose library is not here."""
-    return Refused(f"{kernel} is not installed", f"pip install {kernel}, or set --attention-kernel auto")
 
 
 def support(kernel: str, device_type: str, feature: Feature) -> Support:

@@ -7,6 +7,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
+from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.support import COLUMNS, INTERPRETED, SUPPORT, TESTED, UNPROVEN, Feature, Refused
 from megatron_ring.model.attention import with_sink
 from tests import oracle, simulated_ring
@@ -105,7 +106,11 @@ PROOFS = {
 CELLS = [(feature, *column) for feature in SUPPORT for column in SUPPORT[feature]]
 each_cell = pytest.mark.parametrize(("feature", "kernel", "device"), CELLS)
 # What a run of such a feature has besides it: a type and a head size that every kernel takes.
+USUAL = {"flash": torch.bfloat16, "cudnn": torch.bfloat16, "triton": torch.bfloat16}
 DTYPES = {Feature.FLOAT64: torch.float64, Feature.BFLOAT16: torch.bfloat16, Feature.FLOAT16: torch.float16}
+
+
+COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True, triton=True)
 
 
 def ask(kernel: str, feature: Feature, device: str):
@@ -113,8 +118,8 @@ def ask(kernel: str, feature: Feature, device: str):
     head_dim = 257 if feature is Feature.OTHER_HEADS else 64
     of_tensors = feature in DTYPES or feature in (Feature.FLOAT32, Feature.HEADS_OF_EIGHTS, Feature.OTHER_HEADS)
     features = [] if of_tensors else [feature]
-    usual = torch.bfloat16 if kernel == "triton" and feature is not Feature.FLOAT32 else torch.float32
-    return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features)
+    usual = torch.float32 if feature is Feature.FLOAT32 else USUAL.get(kernel, torch.float32)
+    return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features, COMPLETE)
 
 
 def test_every_cell_is_filled():
@@ -151,24 +156,6 @@ def test_a_tested_cell_has_its_parity_test_and_a_refused_one_its_error(feature, 
 def test_an_interpreted_cell_has_its_parity_test(feature, monkeypatch):
     monkeypatch.setitem(KERNELS, "triton", OneAtATime(KERNELS["triton"]))
     PROOFS[feature]("triton")
-
-
-def test_a_kernel_whose_library_is_missing_says_so(monkeypatch):
-    monkeypatch.delitem(KERNELS, "triton")
-    with pytest.raises(KernelUnavailable, match=r"triton is not installed\. pip install triton, or set --attention-k"):
-        choose("triton", "cuda", torch.bfloat16, 64)
-
-
-def test_auto_takes_torchs_fused_attention_and_says_why():
-    assert choose("auto", "cpu", torch.float32, 64, [Feature.WINDOW]) == ("sdpa", "the fastest on cpu in torch.float32")
-
-
-def test_auto_falls_back_and_says_why():
-    name, reason = choose("auto", "cuda", torch.float64, 64)
-    assert name == "reference"
-    assert reason.startswith(
-        "sdpa cannot do float64: torch's fused operators on cuda do not take it; written and never"
-    )
 
 
 def test_a_kernel_that_does_not_exist_on_a_device_says_where_it_does():

@@ -1,0 +1,53 @@
+"""What a vendor's kernel lacks on a machine: a package, a version, a compute capability."""
+
+from collections.abc import Callable
+
+from megatron_ring.kernels.attention.flash_version import flash_version
+from megatron_ring.kernels.attention.machine import Machine
+from megatron_ring.kernels.attention.support import Refused
+
+_OTHERWISE = "Set --attention-kernel sdpa, or auto"
+_NEWER_TORCH = f"Install a torch for CUDA with cuDNN 9.0 or later. {_OTHERWISE}"
+
+
+def missing(kernel: str, machine: Machine, head_dim: int, deterministic: bool) -> Refused | None:
+    """Why ``kernel`` cannot run on the GPU of ``machine``, None where it can."""
+    return _LOOKED_UP[kernel](machine, head_dim, deterministic) if kernel in _LOOKED_UP else None
+
+
+def _flash(machine: Machine, head_dim: int, deterministic: bool) -> Refused | None:
+    version = flash_version(machine, head_dim, deterministic)
+    return version if isinstance(version, Refused) else None
+
+
+def _cudnn(machine: Machine, head_dim: int, deterministic: bool) -> Refused | None:
+    """As torch's own conditions for it (sdp_utils.cpp, 2.13)."""
+    if machine.cudnn == 0:
+        return Refused("torch is built without cuDNN", _NEWER_TORCH)
+    if machine.cudnn < 90000:
+        return Refused(f"cuDNN {_said(machine.cudnn)} is older than 9.0", _NEWER_TORCH)
+    if too_low := machine.below((8, 0)):
+        return too_low
+    if head_dim > 128 and not (machine.capability == (9, 0) and machine.cudnn >= 91000):
+        only_there = "for larger ones it needs compute capability 9.0 and cuDNN 9.10"
+        return Refused(f"it takes head sizes up to 128, not {head_dim}; {only_there}", _OTHERWISE)
+    return None
+
+
+def _triton(machine: Machine, head_dim: int, deterministic: bool) -> Refused | None:
+    if machine.triton:
+        return None
+    return Refused("triton is not installed", "pip install triton, or set --attention-kernel auto")
+
+
+_LOOKED_UP: dict[str, Callable[[Machine, int, bool], Refused | None]] = {
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "triton": _triton,
+}
+
+
+def _said(cudnn: int) -> str:
+    """91002 is 9.10.2, and before 9.0 8907 is 8.9.7."""
+    major = 10000 if cudnn >= 90000 else 1000
+    return f"{cudnn // major}.{cudnn % major // 100}.{cudnn % 100}"

@@ -1,0 +1,155 @@
+"""Tiles that cover the runs of a hop: rectangles without a mask, triangles, and small remainders.
+
+The visible region is cut into rectangles that need no mask (FULL), triangles aligned at their top left (CAUSAL) and
+small remainders that a kernel must mask by the runs (MASKED); what nobody sees lies in no tile.
+"""
+
+import bisect
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+class TileKind(enum.Enum):
+    FULL = "every query sees every key"
+    CAUSAL = "query i sees the keys up to i; the tile is square"
+    MASKED = "each query sees its own run"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of queries x keys, in local indices of the two shards."""
+
+    queries: slice
+    keys: slice
+    kind: TileKind
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel likes its tiles.
+
+    rows: queries of the smallest tile. Wide visible regions are still handed over whole.
+    split_triangles: cut a causal triangle into rectangles and triangles of ``rows`` queries. It pays where the kernel
+        skips only coarse blocks of a triangle, as torch's CPU kernel does (64 to 256 queries x 512 keys).
+    part_documents: cut between documents however short, so that each has tiles of its own. It pays where many small
+        tiles go to the kernel in one call.
+    """
+
+    rows: int
+    split_triangles: bool
+    part_documents: bool = False
+
+
+def cover(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> Iterator[Tile]:
+    """The tiles of the runs ``[lo, hi)``, each visible pair in exactly one of them, in the order of their queries."""
+    return _Cover.of(lo, hi, tiling).tiles()
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """Halve the queries again and again; at each node hand over the keys that all its queries see.
+
+    ``done`` is the span of keys that an ancestor has handed over already: every query of a node sees it, so the spans
+    of a path from the root are nested and each pair is covered once.
+
+    climbs_until[i]: the first query behind i that does not see exactly one key more than the one before it.
+    borders: the queries that see no key which the one before them sees. Between documents there is nothing to cover,
+    so a node is cut there rather than in its middle, and each document has its own triangle.
+    """
+
+    lo: list[int]
+    hi: list[int]
+    climbs_until: list[int]
+    borders: list[int]
+    tiling: Tiling
+
+    @staticmethod
+    def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
+        stops = torch.cat([torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1, torch.tensor([len(lo)])])
+        climbs_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
+        borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
+        return _Cover(lo.tolist(), hi.tolist(), climbs_until.tolist(), borders.tolist(), tiling)
+
+    def tiles(self) -> Iterator[Tile]:
+        return self._node(0, len(self.lo), None)
+
+    def _node(self, start: int, stop: int, done: tuple[int, int] | None) -> Iterator[Tile]:
+        start, stop = self._without_blind(start, stop, done)
+        if start == stop:
+            return
+        small = self._is_small(start, stop)
+        if self._is_triangle(start, stop, done) and (small or not self.tiling.split_triangles):
+            key = done[1] if done else self.lo[start]
+            yield Tile(slice(start, stop), slice(key, self.hi[stop - 1]), TileKind.CAUSAL)
+            return
+        seen_by_all = self._seen_by_all(start, stop, done)
+        if seen_by_all and (done is None or seen_by_all != done):
+            yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in _outside(seen_by_all, done))
+            yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
+        elif small:
+            seen_by_any = (self.lo[start], self.hi[stop - 1])
+            yield from (Tile(slice(start, stop), keys, TileKind.MASKED) for keys in _outside(seen_by_any, done))
+        else:
+            middle = self._middle(start, stop)
+            yield from self._node(start, middle, done)
+            yield from self._node(middle, stop, done)
+
+    def _is_small(self, start: int, stop: int) -> bool:
+        return stop - start <= self.tiling.rows and not (self.tiling.part_documents and self._near(start, stop))
+
+    def _near(self, start: int, stop: int) -> list[int]:
+        """The borders within a node next to its middle."""
+        at = bisect.bisect_left(self.borders, (start + stop) // 2)
+        return [border for border in self.borders[max(0, at - 1) : at + 1] if start < border < stop]
+
+    def _middle(self, start: int, stop: int) -> int:
+        """Where to cut: the border nearest to the middle, else the middle in whole tiles from the start."""
+        half = (start + stop) // 2
+        if near := self._near(start, stop):
+            return min(near, key=lambda border: abs(border - half))
+        return start + -(-(stop - start) // (2 * self.tiling.rows)) * self.tiling.rows
+
+    def _without_blind(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
+        """The queries left when those at either end that see nothing outside ``done`` are dropped."""
+
+        def blind(query: int) -> bool:
+            lo, hi = self.lo[query], self.hi[query]
+            return hi <= lo or (done is not None and done[0] <= lo and hi <= done[1])
+
+        while start < stop and blind(start):
+            start += 1
+        while start < stop and blind(stop - 1):
+            stop -= 1
+        return start, stop
+
+    def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
+        """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
+        left, first = done or (self.lo[start], self.lo[start])
+        return self.lo[start] == left and self.hi[start] == first + 1 and self.climbs_until[start] >= stop
+
+    def _seen_by_all(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs move."""
+        rows = self.tiling.rows
+        left, right, origin = self.lo[stop - 1], self.hi[start], self.lo[start]
+        if left != self.lo[start]:
+            left, origin = -(-left // rows) * rows, 0
+        if right != self.hi[stop - 1]:
+            right = origin + (right - origin) // rows * rows
+        if left >= right:
+            return None
+        # A node rounds from where its own runs begin, and may so fall short of its ancestor.
+        return (min(left, done[0]), max(right, done[1])) if done else (left, right)
+
+
+def _outside(span: tuple[int, int], done: tuple[int, int] | None) -> Iterator[slice]:
+    """The parts of ``span`` before and behind ``done``."""
+    if done is None:
+        yield slice(*span)
+        return
+    if span[0] < done[0]:
+        yield slice(span[0], done[0])
+    if done[1] < span[1]:
+        yield slice(done[1], span[1])

@@ -1,0 +1,94 @@
+"""Torch's operators for CUDA, cuDNN's among them: parity by stand-ins behind their schemas, and shapes without data."""
+
+import pytest
+import torch
+
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import Mask, key_runs
+from megatron_ring.kernels.attention import cudnn, sdpa
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.state import RunningSoftmax
+from tests import oracle, simulated_ring
+from tests.kernels.attention.test_hops import LONG, SHORT, documents, mistakes, window
+from tests.kernels.attention.torch_stand_ins import torchs_operators_for_cuda
+from tests.tolerances import beyond_tolerance
+
+KERNELS = {"cudnn": cudnn.KERNEL, "sdpa": sdpa.ON_CUDA}
+MASKS = {
+    "causal": window(60, 60),
+    "a window": window(60, 7),
+    "documents": documents(60, 40, 2, 5, 1),
+    "windows within documents": torch.maximum(window(60, 6), documents(60, 4, 17)),
+}
+each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+each_mask = pytest.mark.parametrize("first_visible", MASKS.values(), ids=MASKS)
+each_layout = pytest.mark.parametrize("layout", SHORT, ids=str)
+
+
+@pytest.fixture
+def operators():
+    with torchs_operators_for_cuda():
+        yield
+
+
+@pytest.mark.usefixtures("operators")
+@each_kernel
+@each_mask
+@each_layout
+def test_hops(layout, first_visible, kernel):
+    assert mistakes(layout, kernel, first_visible, 4, 2, torch.float16) == {}
+
+
+@pytest.mark.usefixtures("operators")
+@each_mask
+def test_hops_in_float32(first_visible):
+    assert mistakes(SHORT[2], sdpa.ON_CUDA_IN_FLOAT32, first_visible, 4, 2, torch.float32) == {}
+
+
+@pytest.mark.usefixtures("operators")
+@each_kernel
+@pytest.mark.parametrize("layout", LONG, ids=str)
+def test_tiles_of_the_size_that_gpus_get(layout, kernel):
+    assert mistakes(layout, kernel, window(1400, 1400), 1, 1, torch.bfloat16) == {}
+
+
+@pytest.mark.usefixtures("operators")
+@each_kernel
+def test_queries_that_never_see_anything_have_no_gradient(kernel):
+    q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float16)
+    lo, hi = torch.tensor([[0, 2], [2, 2], [2, 4], [4, 4], [4, 5], [4, 5]]).T.contiguous()
+    runs, state = KeyRuns(lo, hi), RunningSoftmax.empty(q)
+    kernel.forward(q, k, v, runs, 0.25, state)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+    kernel.backward(dout, q, k, v, state.out_BLHD.half(), state.lse_BHL, runs, 0.25, *sums)
+    assert (state.lse_BHL[..., [1, 3]] == -torch.inf).all()
+    assert all(gradient.isfinite().all() for gradient in sums)
+    assert (sums[0][:, [1, 3]] == 0).all()
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=11)], ids=["causal", "a window"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_rings(mask, groups):
+    """Two samples, keys or queries on their way, and a gradient of lse."""
+    inputs = oracle.random_inputs(2, 60, 4, groups, torch.float16)
+    dlse = oracle.random_dlse(inputs[0])
+    found = simulated_ring.run(Layout("striped", 60, 3), cudnn.KERNEL, *inputs, mask=mask, dlse_BHS=dlse).results
+    visible = oracle.visible(oracle.documents(2, 60, (60,)), mask.window)
+    assert beyond_tolerance(found, oracle.attention(*inputs, visible, dlse), torch.float16) == {}
+
+
+@each_kernel
+@each_mask
+@each_layout
+def test_torch_itself_takes_every_call(layout, first_visible, kernel):
+    """On tensors without data: torch's own checks of names, types and shapes, for what it would give to a GPU."""
+    at, source = layout.positions(layout.ring_size - 1), layout.positions(0)
+    runs = key_runs(at, source, first_visible[at])
+    q, dout, k, v = (
+        torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta") for n in (4, 4, 2, 2)
+    )
+    state = RunningSoftmax.empty(q)
+    kernel.forward(q, k, v, runs, 0.25, state)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+    kernel.backward(dout, q, k, v, state.out_BLHD.bfloat16(), state.lse_BHL, runs, 0.25, *sums)
