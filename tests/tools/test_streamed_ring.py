@@ -1,11 +1,14 @@
 """The ring of streams on one device: its events order what ranks do to each other's memory, and nothing too much."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
 
+from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.ring import Transfer
@@ -13,7 +16,7 @@ from megatron_ring.kernels.attention import HopKernel, reference
 from tests.tools.happens_before import Device, Race, Stream
 from tools.streamed_ring import StreamExchange, Streams, on_every_rank
 
-TOKENS, HEADS, SIZE = 6, 2, 4
+TOKENS, HEADS, SIZE = 8, 2, 4
 
 
 @dataclass
@@ -39,20 +42,26 @@ class ReusingTransfer:
         return received
 
 
-def run(ranks: int, groups: int, device: Device | None = None, kernel: HopKernel = reference, forgets=None) -> list:
+def run(
+    ranks: int,
+    groups: int,
+    device: Device | None = None,
+    loop: ModuleType = ring_loop,
+    kernel: HopKernel = reference,
+    forgets: Callable[[Stream, Stream], bool] = lambda waiting, origin: False,
+) -> list[tuple[torch.Tensor, ...]]:
     """Forward and backward of every rank, on streams of ``device``, or on none; what each rank found."""
 
     def streams(rank: int) -> Streams:
         if device is None:
             return Streams.of_device("cpu")
-        own = (Stream(rank, kind, forgets or (lambda waiting, origin: False)) for kind in ("hops", "messages"))
-        return Streams(*own, device.on)
+        return Streams(*(Stream(rank, kind, forgets) for kind in ("hops", "messages")), device.on)
 
     def body(rank: int, exchange: StreamExchange) -> tuple:
         exchange = Reusing(exchange, device) if device else exchange
         ring = ring_loop.Ring(Layout("striped", ranks * TOKENS, ranks), rank, kernel, 0.5, exchange)
-        out, lse = ring_loop.forward(q[rank], kv[rank], ring)
-        return out, lse, *ring_loop.backward(q[rank], None, q[rank], kv[rank], out, lse, ring)
+        out, lse = loop.forward(q[rank], kv[rank], ring)
+        return out, lse, *loop.backward(q[rank], None, q[rank], kv[rank], out, lse, ring)
 
     generator = torch.Generator().manual_seed(0)
     q = [torch.randn(1, TOKENS, HEADS, SIZE, generator=generator) for _ in range(ranks)]
@@ -62,12 +71,17 @@ def run(ranks: int, groups: int, device: Device | None = None, kernel: HopKernel
 
 each_way = pytest.mark.parametrize("groups", [2, 1], ids=["queries travel", "keys travel"])
 each_size = pytest.mark.parametrize("ranks", [2, 3, 4])
+each_loop = pytest.mark.parametrize(
+    ("loop", "ranks"),
+    [(ring_loop, 2), (ring_loop, 3), (invariant, 2), (invariant, 4)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 
 
 @each_way
-@each_size
-def test_nothing_races_and_nothing_changes(ranks, groups):
-    of_streams, without = run(ranks, groups, Device()), run(ranks, groups)
+@each_loop
+def test_nothing_races_and_nothing_changes(loop, ranks, groups):
+    of_streams, without = run(ranks, groups, Device(), loop), run(ranks, groups, loop=loop)
     assert all(torch.equal(x, y) for pair in zip(of_streams, without) for x, y in zip(*pair))
 
 
@@ -81,14 +95,14 @@ WAITS = {
 
 
 @each_way
-@each_size
+@each_loop
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_a_wait_that_is_left_out_is_a_race(wait, ranks, groups):
+def test_a_wait_that_is_left_out_is_a_race(wait, loop, ranks, groups):
     def forgets(waiting: Stream, origin: Stream) -> bool:
         return (waiting.kind, origin.kind, waiting.ring_rank == origin.ring_rank) == wait
 
     with pytest.raises(Race):
-        run(ranks, groups, Device(), forgets=forgets)
+        run(ranks, groups, Device(), loop, forgets=forgets)
 
 
 def test_a_kernel_that_writes_to_keys_under_way_races():
@@ -98,7 +112,7 @@ def test_a_kernel_that_writes_to_keys_under_way_races():
             k_BLGD.mul_(1.0)
 
     with pytest.raises(Race):
-        run(2, 1, Device(), Scribbling)
+        run(2, 1, Device(), kernel=Scribbling)
 
 
 @each_size
@@ -116,7 +130,7 @@ def test_a_message_does_not_wait_for_the_hop_that_it_travels_under(ranks):
             hops[device.current.ring_rank].append(device.current.known[device.current])
             reference.forward(*arguments)
 
-    run(ranks, 1, device, Noted)
+    run(ranks, 1, device, kernel=Noted)
     for receiver in range(ranks):
         copies = [known for stream, known in device.copies if stream.ring_rank == receiver][: ranks - 1]
         sender = (receiver - 1) % ranks
