@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.fused import liger
 from megatron_ring.kernels.fused.choice import Choice
 from megatron_ring.kernels.fused.operations import TORCH, Operations
+from megatron_ring.model import gpt
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.offload import Offload
 from megatron_ring.model.pipeline import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.training.assembly import build_model
@@ -30,22 +33,23 @@ AGAIN = {
     "full": {"recompute": "full"},
     "attention too": {"recompute": "full", "recompute_attention": True},
     "offloaded": {"offload_activations": True},
+    "selective offloaded": {"recompute": "selective", "offload_activations": True},
 }
 
 
-def results(model: str, execution: Execution, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def results(name: str, execution: Execution, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """The loss sum of a sample, with targets that do not count, and the parameters' gradients; one layer, few tokens.
 
     Few, because the interpreter takes a millisecond or so for every token of every operation.
     """
-    config, chunked = replace(CONFIGS[model], num_layers=1), replace(execution, loss_chunk_size=4)
+    config, chunked = replace(CONFIGS[name], num_layers=1), replace(execution, loss_chunk_size=4)
     ring_of_one = ContextParallelAttention(Layout("none", TOKENS, 1), "reference", ProcessGroups())
-    gpt = GPT(config, VOCABULARY, TOKENS, ring_of_one, 1, chunked).to(dtype)
+    model = GPT(config, VOCABULARY, TOKENS, ring_of_one, 1, chunked).to(dtype)
     tokens = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     targets = torch.where(torch.arange(TOKENS) % 4 == 3, -100, tokens[:, 1:])
-    loss = gpt(tokens[:, :-1], torch.arange(TOKENS), None, targets)
+    loss = model(tokens[:, :-1], torch.arange(TOKENS), None, targets)
     loss.backward()
-    return [loss.detach(), *(parameter.grad for parameter in gpt.parameters())]
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
@@ -56,8 +60,9 @@ def test_a_model_by_liger_has_the_numbers_of_one_by_torch(model, interpreted):  
 
 
 @pytest.mark.parametrize("memory", AGAIN.values(), ids=AGAIN)
-def test_what_is_kept_or_computed_again_is_what_it_was(memory, interpreted):  # noqa: F811
+def test_what_is_kept_or_computed_again_is_what_it_was(memory, interpreted, monkeypatch):  # noqa: F811
     """Triton's kernels write unseen by what keeps results; Liger's RoPE would turn what was kept."""
+    monkeypatch.setattr(gpt, "Offload", partial(Offload, smallest=1))
     plain = Execution(operations=LIGER)
     found, expected = results("llama", replace(plain, **memory)), results("llama", plain)
     in_pieces = memory.get("mlp_chunks", 1) > 1

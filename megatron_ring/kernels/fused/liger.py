@@ -50,7 +50,7 @@ def cross_entropy(
     ignore_index: int,
     wants_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """In float32, in whose type it adds up losses: in the logits' own it would round them. It waits for the device."""
+    """In float32, for it adds up losses in the type of the logits. It waits for the device, to look at the targets."""
     assert part is WHOLE, "support.py refuses a split vocabulary"
     target_c, fault = within_rows(target_c1, logits_cv.shape[1], ignore_index)
     dtype, logits_cv = logits_cv.dtype, logits_cv.detach().float().requires_grad_(wants_gradient)

@@ -116,4 +116,6 @@ def refusal(operation: Operation, library: str, dtype: torch.dtype, deterministi
     offer = OFFERS[operation][library]
     if dtype not in offer.dtypes:
         return offer.reason
-    return offer.varies or None if deterministic else None
+    if deterministic and offer.varies:
+        return offer.varies
+    return None
