@@ -182,12 +182,12 @@ class Bench:
         return kernel is not reference or self.asked.heads * self.asked.tokens[0] ** 2 <= MOST_SCORES
 
     def lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
-        """The rows of ``orders`` as the lines of measured.py; the reference is last where it was not asked."""
-        source = f"commit {_commit()}, torch {torch.__version__}: {' '.join(sys.argv)}"
+        """The rows of ``orders`` as the lines of measured.py, and the command as a comment before them."""
+        yield f"    # {' '.join(sys.argv)}"
+        source = f"commit {_commit()}, torch {torch.__version__}"
         for (dtype, mask), rows in itertools.groupby(orders, lambda row: (row["dtype"], row["mask"])):
-            order = [row["kernel"] for row in sorted(rows, key=lambda row: row["ms"])]
-            order += [] if "reference" in order else ["reference"]
-            yield f"    Measured({self.device_name!r}, {DTYPES[dtype]}, MaskKind.{mask}, {tuple(order)}, {source!r}),"
+            spent = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
+            yield f'    Measured("{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}, {{{spent}}}, "{source}"),'
 
     def told(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """Print the rows as they come, and what there was no time for."""

@@ -47,7 +47,8 @@ def test_it_ends_with_the_lines_of_the_table_that_auto_goes_by(run):
     lines = said.partition("for kernels/attention/measured.py\n")[2]
     table = eval(f"[{lines}]", vars(measured))
     assert [(one.device, one.dtype, one.mask.name) for one in table] == [("cpu", DTYPES[d], mask) for d, mask in cases]
-    assert all(set(one.order) == {"sdpa", "reference"} and "tools/bench_gpu.py" in one.source for one in table)
+    assert all(one.milliseconds.keys() == {"sdpa", "reference"} and "commit" in one.source for one in table)
+    assert "tools/bench_gpu.py --device cpu" in lines
 
 
 def test_what_there_is_no_time_for_is_named_and_so_are_kernels_left_out(tmp_path):

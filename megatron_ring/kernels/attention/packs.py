@@ -5,6 +5,7 @@ with queries and keys of its own; striped documents are one such call a hop. Que
 without keys, keys between them one without queries, so that the cumulative lengths run through and nothing is copied.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Sequences of queries x keys that fill the rectangle ``queries`` x ``keys`` from its top left to bottom right.
+    """Sequences of queries x keys, from the top left to the bottom right of the rectangle ``queries`` x ``keys``.
 
     lengths: the numbers of queries and keys of each sequence, in order; either may be 0.
     """
@@ -24,7 +25,7 @@ class Pack:
     kind: TileKind
     lengths: tuple[tuple[int, int], ...]
 
-    @property
+    @functools.cached_property
     def longest(self) -> tuple[int, int]:
         """The most queries and the most keys of a sequence, those that see or are seen by nobody included."""
         return tuple(max(lengths) for lengths in zip(*self.lengths))

@@ -44,7 +44,7 @@ class Tiling:
 
 
 def cover(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> Iterator[Tile]:
-    """The tiles of the runs ``[lo, hi)``, each visible pair in exactly one of them, in the order of their queries."""
+    """The tiles of the runs ``[lo, hi)``, each visible pair in exactly one of them."""
     return _Cover.of(lo, hi, tiling).tiles()
 
 

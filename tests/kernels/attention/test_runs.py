@@ -67,7 +67,7 @@ stepped = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), cli
 # documents as a striped ring cuts them: ranks differ by a token at most, and may hold none of a document
 documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
 any_runs = st.one_of(stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12))))
-tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans())
+tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans(), part_documents=st.booleans())
 
 
 @given(any_runs, tilings)
