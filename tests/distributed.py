@@ -29,14 +29,19 @@ class RankFailed(Exception):
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     """``body(rank, world_size, *args)`` in each of ``world_size`` processes; what they returned, in rank order."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            start_processes(_rank, (world_size, Path(folder), body, args), world_size, start_method="forkserver")
+            fork_processes(_rank, (world_size, Path(folder), body, args), world_size)
         except ProcessException as error:
             first = Path(folder, "failure")
             raise RankFailed(first.read_text() if first.exists() else str(error)) from None
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def fork_processes(fn: Callable[..., None], args: tuple, nprocs: int) -> None:
+    """``torch.multiprocessing.spawn``, but that the processes are forked."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    start_processes(fn, args, nprocs, start_method="forkserver")
 
 
 def _rank(rank: int, world_size: int, folder: Path, body: Callable[..., Any], args: tuple) -> None:

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ring.errors import ConfigError
+from tests.distributed import fork_processes
 from tools import bench_attention
 
 ROOT = Path(__file__).parents[2]
@@ -21,19 +23,15 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def told(monkeypatch, tmp_path, capsys):
-    """What is written to the file, and what is printed; real ranks are started from a process of their own."""
+    """What is written to the file, and what is printed; real ranks are forked."""
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # or the tool would set it, for all tests behind this one
 
     def run(*arguments: str) -> tuple[dict, str]:
         asked = [*arguments, "--json", str(tmp_path / "bench.json")]
-        if "--nproc" in arguments:
-            done = bench(*asked)
-            assert done.returncode == 0, done.stderr
-            printed = done.stdout
-        else:
-            monkeypatch.setattr(sys, "argv", ["bench_attention.py", *SMALL, *asked])
-            bench_attention.main()
-            printed = capsys.readouterr().out
-        return json.loads((tmp_path / "bench.json").read_text()), printed
+        monkeypatch.setattr(sys, "argv", ["bench_attention.py", *SMALL, *asked])
+        bench_attention.main()
+        return json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
 
     return run
 
@@ -45,8 +43,10 @@ def told(monkeypatch, tmp_path, capsys):
         (["--emulate-ranks", "3"], "3 emulated ranks, communication not counted", True),
     ],
 )
-def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, told):
-    document, printed = told(*arguments)
+def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, tmp_path):
+    done = bench(*arguments, "--json", str(tmp_path / "bench.json"))
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "bench.json").read_text())
     assert set(document) == {
         "setting",
         "device",
@@ -85,7 +85,7 @@ def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, 
         assert result["seconds"] > 0
         assert (result["imbalance_timed"] is not None) == emulated
         assert result["cost_per_pair_over_dense"] is None
-        assert result["layout"] in printed
+        assert result["layout"] in done.stdout
 
 
 @pytest.mark.parametrize(
