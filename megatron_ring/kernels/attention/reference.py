@@ -53,7 +53,7 @@ def backward(
 def _scores(q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRuns, scale: float) -> torch.Tensor:
     k_BMHD = _per_query_head(k_BLGD, q_BLHD)
     everything = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
-    visible_LM = runs.visible(everything).to(q_BLHD.device)
+    visible_LM = runs.visible(everything, q_BLHD.device)
     scores_BHLM = torch.einsum("blhd,bmhd->bhlm", q_BLHD.to(k_BMHD.dtype), k_BMHD) * scale
     return scores_BHLM.masked_fill(~visible_LM, -torch.inf)
 
