@@ -32,6 +32,6 @@ def backward(
 
 
 def _operators():
-    import flash_attn_interface  # noqa: F401  it registers them
+    import flash_attn_3._C  # noqa: F401  it registers them
 
     return torch.ops.flash_attn_3

@@ -31,7 +31,7 @@ def flash_version(machine: Machine, head_dim: int, deterministic: bool) -> Flash
 
 def _why_not_3(machine: Machine, head_dim: int, deterministic: bool) -> str:
     if not machine.flash_3:
-        return "flash-attn 3 (flash_attn_interface) is not installed"
+        return "flash-attn 3 (the package flash_attn_3) is not installed"
     if machine.capability != (9, 0):
         return "flash-attn 3 is made for compute capability 9.0, not {}.{}".format(*machine.capability)
     if deterministic and head_dim > 192:

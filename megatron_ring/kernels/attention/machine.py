@@ -32,7 +32,7 @@ class Machine:
             capability=torch.cuda.get_device_capability() if gpu else (0, 0),
             cudnn=torch.backends.cudnn.version() or 0,
             flash_2=_version("flash-attn"),
-            flash_3=bool(importlib.util.find_spec("flash_attn_interface")),
+            flash_3=bool(importlib.util.find_spec("flash_attn_3")),
             triton=bool(importlib.util.find_spec("triton")),
         )
 

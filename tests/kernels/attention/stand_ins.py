@@ -4,10 +4,7 @@ Each has the names, the order and the defaults of the library's own parameters, 
 and it refuses what the library refuses. Where a library leaves memory as it was there is nan.
 """
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 
@@ -86,22 +83,3 @@ def _sequences(bounds_q, bounds_k, longest_q: int, longest_k: int) -> Iterator[t
     """Queries and keys of each sequence, as far as a grid of blocks over the longest reaches."""
     for (start, stop), (first, last) in zip(bounds_q.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()):
         yield slice(start, min(stop, start + longest_q)), slice(first, min(last, first + longest_k))
-
-
-def module(name: str, **members) -> ModuleType:
-    made = ModuleType(name)
-    vars(made).update(members)
-    return made
-
-
-@contextmanager
-def installed(**modules: ModuleType) -> Iterator[None]:
-    """``import`` finds these modules, by their names with dots for double underscores."""
-    named = {name.replace("__", "."): found for name, found in modules.items()}
-    before = {name: sys.modules.get(name) for name in named}
-    sys.modules.update(named)
-    try:
-        yield
-    finally:
-        for name, found in before.items():
-            sys.modules.pop(name) if found is None else sys.modules.update({name: found})

@@ -69,7 +69,7 @@ def test_where_nothing_was_measured_the_order_is_that_of_published_figures(machi
 def test_what_it_passed_over_it_names():
     reason = auto(BARE, dtype=torch.float32).reason
     assert "flash cannot do float32: it computes in elements of two bytes" in reason
-    assert "flash cannot run here: flash-attn 2 is not installed, and flash-attn 3 (flash_attn_inter" in reason
+    assert "flash cannot run here: flash-attn 2 is not installed, and flash-attn 3 (the package" in reason
     name, reason = auto(HOPPER, dtype=torch.float64)
     assert name == "reference"
     assert "sdpa cannot do float64: torch's fused operators on cuda do not take it" in reason
@@ -77,7 +77,7 @@ def test_what_it_passed_over_it_names():
 
 def test_the_version_of_flash_attn_is_said():
     assert "flash-attn 3 is installed and made for compute capability 9.0" in auto(HOPPER).reason
-    assert "flash-attn 2.8.3: flash-attn 3 (flash_attn_interface) is not installed" in auto(AMPERE).reason
+    assert "flash-attn 2.8.3: flash-attn 3 (the package flash_attn_3) is not installed" in auto(AMPERE).reason
 
 
 LACKS = [

@@ -1,6 +1,8 @@
 """flash-attn 2 and 3 by stand-ins with their parameters and conventions: parity, rows that see nothing, the version."""
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.tiles import TileKind
 from tests import oracle, simulated_ring
 from tests.kernels.attention import flash_stand_ins
-from tests.kernels.attention.stand_ins import installed, module
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, mistakes, window
 from tests.kernels.attention.torch_stand_ins import torchs_operators_for_cuda
 from tests.tolerances import beyond_tolerance
@@ -35,13 +36,12 @@ MASKS = {
 def library(request, monkeypatch):
     """One of the versions is here, and torch's operators for what is left."""
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: request.param))
-    second = module("flash_attn.flash_attn_interface", **vars(flash_stand_ins))
-    modules = {"flash_attn": module("flash_attn"), "flash_attn__flash_attn_interface": second}
-    third = {"flash_attn_interface": module("flash_attn_interface")}
+    modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": vars(flash_stand_ins)}
+    for name, members in ({"flash_attn_3": {}, "flash_attn_3._C": {}} if request.param.flash_3 else modules).items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
     with (
         torchs_operators_for_cuda(),
         torch.library._scoped_library("flash_attn_3", "FRAGMENT") as operators,
-        installed(**(third if request.param.flash_3 else modules)),
     ):
         flash_stand_ins.register_3(operators)
         yield request.param
@@ -136,11 +136,11 @@ def test_gradients_are_asked_for_in_a_fixed_order_where_torch_is(deterministic):
     ("machine", "head_dim", "deterministic", "expected"),
     [
         (HOPPER, 128, True, FlashVersion(3, "flash-attn 3 is installed and made for compute capability 9.0")),
-        (AMPERE, 128, True, "flash-attn 2.8.3.post2: flash-attn 3 (flash_attn_interface) is not installed"),
+        (AMPERE, 128, True, "flash-attn 2.8.3.post2: flash-attn 3 (the package flash_attn_3) is not installed"),
         (Machine("B200", (10, 0), 0, "2.7.0", True), 64, False, "made for compute capability 9.0, not 10.0"),
         (Machine("H100", (9, 0), 0, "2.7.0", True), 256, True, "repeats itself for head sizes up to 192, not 256"),
         (HOPPER, 256, True, "flash-attn 2 is not installed, and flash-attn 3 repeats itself for head sizes up to 192"),
-        (Machine("A100", (8, 0), 0, "2.6.3"), 64, False, "flash-attn 2.6.3 is older than 2.7, and flash-attn 3 (fl"),
+        (Machine("A100", (8, 0), 0, "2.6.3"), 64, False, "flash-attn 2.6.3 is older than 2.7, and flash-attn 3 (th"),
         (Machine("V100", (7, 0), 0, "2.8.3"), 64, False, "compute capability 8.0, and this one has 7.0"),
     ],
 )
