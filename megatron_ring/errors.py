@@ -37,7 +37,7 @@ class CheckpointError(MegatronRingError):
 
 
 class KernelUnavailable(MegatronRingError):
-    """An attention kernel was asked for by name and this device, build or dtype does not have it."""
+    """An attention kernel or a library was asked for by name, and this device, build or dtype does not have it."""
 
     exit_code = 5
 

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,10 @@ def another_option(rank: int, agreement: Agreement, folder: Path) -> None:
 
 def other_code(rank: int, agreement: Agreement, folder: Path) -> None:
     source, commit = ("abc", "9f3+") if rank == 1 else ("def", "9f3")
-    with put(facts, _source_hash=lambda: source), put(alike, commit=lambda: commit):
+    found = facts._version
+    lacks = {"deepspeed": "not installed"} if rank == 2 else {}
+    versions = put(facts, _version=lambda name: lacks.get(name) or found(name))
+    with put(facts, _source_hash=lambda: source), put(alike, commit=lambda: commit), versions:
         alike.check_options_and_code(CONFIG, agreement)
 
 
@@ -193,6 +197,8 @@ FAULTS = {
     other_code: [
         "source of megatron_ring is not the same on all ranks: def on ranks 0, 2-3 (HOST); abc on rank 1 (HOST). Give "
         "every host the same.",
+        "version of deepspeed is not the same on all ranks: DEEPSPEED on ranks 0-1, 3 (HOST); not installed on rank 2 "
+        "(HOST). Give every host the same.",
         "commit is not the same on all ranks: 9f3 on ranks 0, 2-3 (HOST); 9f3+ on rank 1 (HOST). Check out one.",
     ],
     other_data: [
@@ -248,6 +254,7 @@ def test_a_fault_is_named_alike_on_every_rank(fault, met):
     assert len({str(error) for error in errors}) == 1
     assert {error.exit_code for error in errors} == {3 if fault is no_data else 2}
     said = re.sub(r"process \d+", "process PID", str(errors[0]).replace(socket.gethostname(), "HOST"))
+    said = said.replace(version("deepspeed"), "DEEPSPEED")
     assert said.startswith("\n".join(FAULTS[fault]))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,6 +16,9 @@ from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokens import bin_path
 
 Facts = dict[str, str]
+
+# What computes where it is installed, by pip's names: a rank with others of them may compute otherwise.
+_LIBRARIES = ("deepspeed", "triton", "flash-attn", "flash-attn-3", "liger-kernel", "apex")
 
 
 def options(config: Config) -> Facts:
@@ -32,8 +35,14 @@ def code() -> Facts:
         "source of megatron_ring": _source_hash(),
         "version of megatron_ring": megatron_ring.__version__,
         "version of torch": torch.__version__,
-        "version of deepspeed": version("deepspeed"),
-    }
+    } | {f"version of {name}": _version(name) for name in _LIBRARIES}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _source_hash() -> str:
