@@ -10,14 +10,7 @@ from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import Order, order
 from megatron_ring.kernels.attention.missing import missing
-from megatron_ring.kernels.attention.support import (
-    INTERPRETED,
-    UNPROVEN,
-    Feature,
-    Refused,
-    of_tensors,
-    support,
-)
+from megatron_ring.kernels.attention.support import INTERPRETED, UNPROVEN, Feature, Refused, of_tensors, support
 
 # What of the features asked for a kernel refuses, by the reason for it; none are named where it cannot run at all.
 Refusals = dict[Refused, list[Feature]]
@@ -29,6 +22,8 @@ class KernelChoice(NamedTuple):
 
 
 class _Wanted(NamedTuple):
+    """What a kernel has to do, and where."""
+
     device_type: str
     head_dim: int
     features: list[Feature]
@@ -63,14 +58,14 @@ def choose(
 
 
 def _refusals(kernel: str, wanted: _Wanted) -> Refusals:
+    """What the table of support refuses, and what this machine lacks."""
     found: Refusals = {}
     for feature in wanted.features:
         cell = support(kernel, wanted.device_type, feature)
         if isinstance(cell, Refused):
             found.setdefault(cell, []).append(feature)
-    if wanted.device_type == "cuda" and (
-        lack := missing(kernel, wanted.machine, wanted.head_dim, wanted.deterministic)
-    ):
+    on_cuda = wanted.device_type == "cuda"
+    if on_cuda and (lack := missing(kernel, wanted.machine, wanted.head_dim, wanted.deterministic)):
         found[lack] = []
     return found
 

@@ -1,6 +1,6 @@
 """One hop through cuDNN's fused attention, with torch's memory-efficient kernel for what cuDNN does not take.
 
-That is masks, and tiles of a single key. Never run on a GPU.
+That is masks, and tiles of a single query or key. Never run on a GPU.
 """
 
 from megatron_ring.kernels.attention import torch_cudnn, torch_efficient
@@ -9,8 +9,8 @@ from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 
 def _operator(tile: Tile) -> Operator:
-    takes = tile.kind is not TileKind.MASKED and tile.keys.stop - tile.keys.start > 1
-    return torch_cudnn if takes else torch_efficient
+    several = all(span.stop - span.start > 1 for span in (tile.queries, tile.keys))
+    return torch_cudnn if several and tile.kind is not TileKind.MASKED else torch_efficient
 
 
 KERNEL = Tiled(Tiling(rows=1024, split_triangles=False), _operator)

@@ -21,7 +21,7 @@ def _flash(machine: Machine, head_dim: int, deterministic: bool) -> Refused | No
 
 
 def _cudnn(machine: Machine, head_dim: int, deterministic: bool) -> Refused | None:
-    """As torch's own conditions for it (sdp_utils.cpp, 2.13)."""
+    """By torch's own conditions for its use (can_use_cudnn_attention in sdp_utils.cpp)."""
     if machine.cudnn == 0:
         return Refused("torch is built without cuDNN", _NEWER_TORCH)
     if machine.cudnn < 90000:

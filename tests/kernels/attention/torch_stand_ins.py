@@ -37,7 +37,7 @@ def _cudnn(
 ):
     assert attn_bias is None
     assert compute_log_sumexp
-    assert k.shape[2] > 1, "cudnn SDPA does not support key/value sequence length 1."
+    assert min(q.shape[2], k.shape[2]) > 1, "it does not support sequences of length 1"
     out, lse = _forward(q, k, v, is_causal, scale)
     unused = torch.empty(0)
     return out, lse.unsqueeze(-1), unused, unused, q.shape[2], k.shape[2], torch.empty(()), torch.empty(()), unused
