@@ -1,6 +1,7 @@
 """One hop through cuDNN's fused attention, with torch's memory-efficient kernel for what cuDNN does not take.
 
-That is masks, and tiles of a single query or key. Never run on a GPU.
+That is masks, and tiles of a single query or key. A plan is made for every new shape, so documents, whose shapes differ
+from pack to pack, are not for it, and ``auto`` does not take it for them. Never run on a GPU.
 """
 
 from megatron_ring.kernels.attention import torch_cudnn, torch_efficient

@@ -1,8 +1,8 @@
 """A tile by cuDNN's fused attention, as torch carries it: rectangles and triangles in elements of two bytes.
 
-Its lse has a last dim of 1 (from torch 2.9 on). Some torch keep a plan for the shape and strides of q, k and v, and apply
-it whatever strides out, dout and lse have: these come contiguous always. Written from torch's source, held by the tests to
-the operators' schemas, and never run on a GPU.
+Its lse has a last dim of 1 (from torch 2.9 on). Some torch keep a plan by the strides of q, k and v alone and apply it
+whatever out, dout and lse have: these come contiguous always. Written from torch's source, held by the tests to the
+operators' schemas, and never run on a GPU.
 """
 
 import torch
