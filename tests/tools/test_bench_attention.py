@@ -25,7 +25,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 def told(monkeypatch, tmp_path, capsys):
     """What is written to the file, and what is printed; real ranks are forked."""
     monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # or the tool would set it, for all tests behind this one
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the tool sets, no other test must find
 
     def run(*arguments: str) -> tuple[dict, str]:
         asked = [*arguments, "--json", str(tmp_path / "bench.json")]
