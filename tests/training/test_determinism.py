@@ -88,9 +88,9 @@ def test_a_kernel_that_does_not_repeat_itself_is_passed_over_or_refused(asked, m
             Setup.of(deterministic, 2)
 
 
-def test_on_cuda_torch_s_operators_are_refused(monkeypatch):
+def test_on_cuda_cudnn_is_refused(monkeypatch):
     monkeypatch.setattr("megatron_ring.training.setup.device_type", lambda: "cuda")
-    asked = {"parallel": {"attention_kernel": "sdpa"}, "model": {"hidden_size": 256}}
+    asked = {"parallel": {"attention_kernel": "cudnn"}, "model": {"hidden_size": 256}}
     with pytest.raises(KernelUnavailable, match="cannot do the same bits every time"):
         Setup.of(tiny.config(**asked, training={"dtype": "bf16", "deterministic": True}), 2)
 

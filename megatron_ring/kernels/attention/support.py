@@ -51,7 +51,7 @@ _ON_CUDA = "torch's fused operators on cuda do not take it"
 _OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
 _OF_EIGHTS = "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
 _REFERENCE = "Set --attention-kernel reference, or auto"
-_REPEATING = "Set --attention-kernel flash, triton or reference"
+_REPEATING = "Set --attention-kernel flash, sdpa, triton or reference"
 _NO_CAP = Refused(
     "the gradient through a capped score is in none of torch's operators",
     "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
@@ -91,7 +91,7 @@ _ROWS: dict[Feature, tuple[Support, ...]] = {
         TESTED,
         UNPROVEN,
         Refused("cuDNN adds up gradients in any order", _REPEATING),
-        Refused("whether torch's operators on cuda repeat themselves when told to, nobody has seen", _REPEATING),
+        UNPROVEN,
         INTERPRETED,
         UNPROVEN,
     ),

@@ -56,7 +56,7 @@ def test_a_gpu_is_found_by_how_its_name_begins(monkeypatch):
         (BARE, [], "cudnn"),
         (BARE, [Feature.WINDOW], "sdpa"),
         (HOPPER, [Feature.DETERMINISM], "flash"),
-        (BARE, [Feature.DETERMINISM], "reference"),
+        (BARE, [Feature.DETERMINISM], "sdpa"),
         (Machine("Tesla V100", (7, 0), 91002), [], "sdpa"),
     ],
 )
