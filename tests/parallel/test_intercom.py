@@ -62,6 +62,7 @@ def test_a_stranger_is_told_nothing_and_ends_nothing(intercom, words):
         (socket.gethostname(), os.getpid(), "lives, but does not answer"),
         ("another", 1, "does not live: nobody answers where it listened"),
     ],
+    ids=["gone", "silent", "elsewhere"],
 )
 def test_what_became_of_one_that_refuses(intercom, node, pid, fate):
     with socket.socket() as taken:  # and not listening

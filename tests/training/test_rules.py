@@ -1,5 +1,6 @@
 """Every illegal combination is refused by its rule before anything starts; what is not refused makes a whole setup."""
 
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from megatron_ring.training import rules
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.stopping import Stopping
+from tests.forked import Forked
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,20 @@ REFUSED = {
         {"parallel": tensor(2), "model": {"ffn_hidden_size": 99}},
         "ffn_hidden_size 99 must be a multiple of tensor_model_parallel_size 2, whose ranks split it. Nearest: 98, "
         "100. Set --ffn-hidden-size or --tensor-model-parallel-size.",
+    ),
+    "blocks that no rank has": (
+        4,
+        {"parallel": {"context_parallel_reduction": "invariant", "context_parallel": "zigzag", "stripe_size": 1}},
+        "context_parallel_reduction invariant adds up over 8 blocks of a sample, each whole on a rank, but "
+        "context_parallel is zigzag with stripe_size 1 on 4 ring ranks. Legal: striped with 1 on 1, 2, 4, 8 ring "
+        "ranks. Set --context-parallel striped with --stripe-size 1, --context-parallel-size, or "
+        "--context-parallel-reduction arrival.",
+    ),
+    "blocks of other lengths": (
+        4,
+        {"parallel": {"context_parallel_reduction": "invariant", "stripe_size": 1}, "data": {"seq_length": 44}},
+        "seq_length 44 does not divide into the 8 blocks of context_parallel_reduction invariant. Nearest: 40, 48. "
+        "Set --seq-length, or --context-parallel-reduction arrival.",
     ),
     "nothing to share tokens with": (
         2,
@@ -212,6 +228,8 @@ LEGAL = {
     ),
     "fewer micro-batches than stages": (2, {"parallel": pipe(2)}),
     "an optimizer moved out of a pipeline": (2, {"parallel": pipe(2), "memory": {"offload_optimizer": "cpu"}}),
+    "blocks of the sample on eight ranks": (8, {"parallel": {"context_parallel_reduction": "invariant"}}),
+    "blocks of the sample on one rank": (1, {"parallel": {"context_parallel_reduction": "invariant"}}),
     "as many chunks as tokens": (4, {"memory": {"mlp_chunks": 12}}),
 }
 
@@ -326,8 +344,9 @@ def test_the_program_leaves_with_all_that_is_wrong_and_its_exit_code():
     command = (
         "pretrain_gpt.py --dry-run --world-size 4 --tensor-model-parallel-size 4 --num-query-groups 2 --mlp-chunks 2000"
     )
-    found = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT)
-    assert found.returncode == ConfigError.exit_code
-    assert "num_query_groups 2 must be a multiple of tensor_model_parallel_size 4" in found.stderr
-    assert "mlp_chunks 2000 is more than the 1024 tokens" in found.stderr
-    assert "Traceback" not in found.stderr
+    process = Forked(command.split(), ROOT, os.environ, subprocess.PIPE)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == ConfigError.exit_code
+    assert "num_query_groups 2 must be a multiple of tensor_model_parallel_size 4" in said
+    assert "mlp_chunks 2000 is more than the 1024 tokens" in said
+    assert "Traceback" not in said
