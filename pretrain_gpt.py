@@ -42,7 +42,8 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
     setup, place = start.setup, whereabouts(start.setup)
     groups = ProcessGroups.build(setup.grid, environment.global_rank, config.parallel.ring_timeout)
-    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place)
+    reduction = config.parallel.context_parallel_reduction
+    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place, reduction)
     if config.self_test == "start" and environment.world_size > 1:
         test_in_a_line(setup, groups, agreement)
     model = build_model(setup, groups, attention, start.vocab_size)

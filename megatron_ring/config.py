@@ -216,6 +216,9 @@ class ParallelConfig:
     """U of N = R x U: processes within a ring member that trade heads for sequence. 1 is a pure ring."""
     stripe_size: int | Literal["auto"] = "auto"
     """Neighbouring tokens in a stripe of the striped layout; 1 as in the paper. auto: as wide as the kernel likes."""
+    context_parallel_reduction: Literal["arrival", "invariant"] = "arrival"
+    """In which order a ring adds up. arrival: as its hops bring it; invariant: in one that the sample sets, so that
+    attention has the same bits on rings of 1, 2, 4 and 8 ranks; for striped single tokens, and slower."""
     attention_kernel: Literal["auto", "flash", "cudnn", "sdpa", "triton", "reference"] = "auto"
     """What computes a hop: Dao's flash-attn, cuDNN, torch's fused attention, the kernel of this package, plain torch.
     auto takes the fastest, as measured, that this device, dtype, head size and mask allow, and says why."""

@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_ring.config import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainingConfig, load_yaml
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.loader import Batch
 from megatron_ring.errors import ConfigError, speaking_errors
@@ -297,7 +298,8 @@ class _Trainer:
         groups = ProcessGroups.build(setup.grid, rank)
         self.setup, self.vocab_size = setup, vocab_size
         self.at = setup.grid.coordinates(rank)
-        self.attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups)
+        reduction = setup.config.parallel.context_parallel_reduction
+        self.attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, reduction=reduction)
         self.engine = start_engine(build_model(setup, groups, self.attention, vocab_size), setup, groups)
         self.shortest = _shortest(setup)
 
@@ -312,9 +314,13 @@ class _Trainer:
 
 
 def _shortest(setup: Setup) -> Layout:
-    """Two stripes, or chunks of two tokens, for every rank; whole for a pipeline, whose stages settle sizes once."""
+    """Two stripes, or chunks of two tokens, for every rank, and for every block of one that an invariant ring has.
+
+    Whole for a pipeline, whose stages settle sizes once.
+    """
     whole = setup.layout
-    few = 2 * whole.ring_size * whole.stripe_size * setup.grid.ulysses * setup.grid.tensor
+    blocks = BLOCKS if setup.config.parallel.context_parallel_reduction == "invariant" else 1
+    few = 2 * blocks * whole.ring_size * whole.stripe_size * setup.grid.ulysses * setup.grid.tensor
     if setup.grid.pipe > 1 or few > whole.seq_length:
         return whole
     return Layout(whole.name, few, whole.ring_size, whole.stripe_size)

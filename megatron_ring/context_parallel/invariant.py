@@ -20,9 +20,9 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_runs
-from megatron_ring.context_parallel.ring import Ring, _nowhere_zero
+from megatron_ring.context_parallel.ring import Ring, with_gradient_of_lse
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype, delta, output_of
+from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype
 
 BLOCKS = 8
 _ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
@@ -68,10 +68,7 @@ def backward(
     ring: Ring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ring.backward``, and with the same bits for every size of the ring."""
-    if dlse_BHL is not None:
-        delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
-        dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
-        out_BLHD = output_of(delta_BHL, dout_BLHD)
+    dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
     q, dout, out = (_blocks(x, 1, ring) for x in (q_BLHD, dout_BLHD, out_BLHD))
     lse, kv = _blocks(lse_BHL, 2, ring), _blocks(kv_2BLGD, 2, ring)
     dq, dkv, sums = _zeros(q), _zeros(kv), None

@@ -120,10 +120,7 @@ def backward(
     rank's work on its own keys is left for the last of these, behind which there would be none.
     ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
-    if dlse_BHL is not None:
-        delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
-        dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
-        out_BLHD = output_of(delta_BHL, dout_BLHD)
+    dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
     travels = _queries_travel if ring.sends_queries(q_BLHD, kv_2BLGD) else _keys_travel
     return travels(_Rows(dout_BLHD, q_BLHD, out_BLHD, lse_BHL), kv_2BLGD, ring)
 
@@ -203,6 +200,17 @@ def _add_gradients(
         dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out_BLhD, rows.lse_BHL[:, heads], runs, ring.scale,
         dq_BLHD[:, :, heads], dk_BLgD, dv_BLgD,
     )  # fmt: skip
+
+
+def with_gradient_of_lse(
+    dlse_BHL: torch.Tensor | None, dout_BLHD: torch.Tensor, out_BLHD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``dout`` and ``out`` from which a kernel that knows of no ``dlse`` finds the gradients of all three."""
+    if dlse_BHL is None:
+        return dout_BLHD, out_BLHD
+    delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
+    dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
+    return dout_BLHD, output_of(delta_BHL, dout_BLHD)
 
 
 def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
     gradients_of_inner = (2 if config.model.activation == "swiglu" else 1) * tensors.inner
     working = tensors.residual + max(
         (feed_forward - taken_over[1] + gradients_of_inner) / memory.mlp_chunks,
-        _backward_through_ring(grid, tensors, dtype) + tensors.residual - taken_over[1],
+        _backward_through_attention(config, grid, tensors, dtype) + tensors.residual - taken_over[1],
     )
     working += attention - taken_over[0]
     return LayerBytes(kept, working)
@@ -127,6 +127,19 @@ def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, 
         if memory.mlp_chunks == 1:
             feed_forward = (2 if config.model.activation == "swiglu" else 1) * x.inner + x.product
     return x.residual + attention + feed_forward, attention + x.shared, feed_forward
+
+
+def _backward_through_attention(config: Config, grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
+    by_blocks = config.parallel.context_parallel_reduction == "invariant"
+    return (_backward_by_blocks if by_blocks else _backward_through_ring)(grid, x, dtype)
+
+
+def _backward_by_blocks(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
+    """The same of context_parallel/invariant: the keys travel, and all is there in blocks, put together at the end."""
+    queries_sum, keys_sum = (_WIDE / dtype.itemsize * y for y in (x.queries, x.ring_keys))
+    blocks = 3 * x.queries + x.ring_keys + queries_sum + keys_sum
+    travelling = 2 * (x.ring_keys + keys_sum) if grid.ring > 1 else 0
+    return x.queries + blocks + max(travelling, queries_sum + keys_sum)
 
 
 def _backward_through_ring(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:

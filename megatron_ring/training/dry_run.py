@@ -74,7 +74,8 @@ def _in_ring(setup: Setup) -> list[str]:
     model, layout = setup.config.model, setup.layout
     q_BLhD, kv_2BLgD = ring_tensors(setup.config, setup.grid, layout, setup.precision.dtype)
     backward = backward_bytes(q_BLhD, kv_2BLgD)
-    travels = "queries" if queries_are_lighter(q_BLhD, kv_2BLgD) else "keys"
+    free = setup.config.parallel.context_parallel_reduction == "arrival"
+    travels = "queries" if free and queries_are_lighter(q_BLhD, kv_2BLgD) else "keys"
     other = "keys" if travels == "queries" else "queries"
     lines = [
         f"bytes of a hop   {kv_2BLgD.nbytes:,} forward (K and V), {backward[travels]:,} backward (the {travels} "

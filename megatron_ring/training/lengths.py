@@ -19,7 +19,8 @@ def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
     parallel, length = config.parallel, laid_out_length(config, grid)
     stripe_size = parallel.stripe_size
     if stripe_size == "auto":
-        widths = stripe_widths(kernel, device) if parallel.context_parallel == "striped" else ()
+        wide = parallel.context_parallel == "striped" and parallel.context_parallel_reduction == "arrival"
+        widths = stripe_widths(kernel, device) if wide else ()
         stripe_size = auto_stripe_size(length, grid.ring, widths, packed=config.data.reset_attention_mask)
     return Layout(parallel.context_parallel, length, grid.ring, stripe_size)
 

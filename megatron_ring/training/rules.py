@@ -7,6 +7,7 @@ numbers, what would be legal, and the flag. Rules assume nothing of one another,
 from collections.abc import Callable
 
 from megatron_ring.config import Config
+from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.errors import ConfigError, nearest_multiples
 from megatron_ring.parallel.degrees import divisors
 from megatron_ring.parallel.grid import Grid
@@ -138,6 +139,31 @@ def _roll_back(config: Config, grid: Grid) -> str | None:
     )
 
 
+def _blocks_of_ranks(config: Config, grid: Grid) -> str | None:
+    parallel = config.parallel
+    if parallel.context_parallel_reduction == "arrival" or grid.ring == 1:
+        return None
+    single_tokens = parallel.context_parallel == "striped" and parallel.stripe_size in ("auto", 1)
+    if single_tokens and BLOCKS % grid.ring == 0:
+        return None
+    return (
+        f"context_parallel_reduction invariant adds up over {BLOCKS} blocks of a sample, each whole on a rank, but "
+        f"context_parallel is {parallel.context_parallel} with stripe_size {parallel.stripe_size} on {grid.ring} ring "
+        f"ranks. Legal: striped with 1 on {divisors(BLOCKS)} ring ranks. Set --context-parallel striped with "
+        "--stripe-size 1, --context-parallel-size, or --context-parallel-reduction arrival."
+    )
+
+
+def _blocks_of_sample(config: Config, grid: Grid) -> str | None:
+    length = lengths.laid_out_length(config, grid)
+    if config.parallel.context_parallel_reduction == "arrival" or length % BLOCKS == 0:
+        return None
+    return (
+        f"seq_length {length} does not divide into the {BLOCKS} blocks of context_parallel_reduction invariant. "
+        f"Nearest: {nearest_multiples(length, BLOCKS)}. Set --seq-length, or --context-parallel-reduction arrival."
+    )
+
+
 RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _heads,
     _query_groups,
@@ -150,6 +176,8 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _offload_optimizer,
     _offload_param,
     _roll_back,
+    _blocks_of_ranks,
+    _blocks_of_sample,
 )
 
 

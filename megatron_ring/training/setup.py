@@ -95,7 +95,7 @@ def _features(config: Config) -> list[Feature]:
         Feature.SINKS: model.softmax_type != "vanilla",
         Feature.SOFT_CAP: model.attn_logit_softcapping != 0,
         Feature.DROPOUT: model.attention_dropout != 0,
-        Feature.DETERMINISM: config.training.deterministic,
+        Feature.DETERMINISM: config.training.deterministic or config.parallel.context_parallel_reduction == "invariant",
     }
     return [feature for feature, wanted in asked.items() if wanted]
 

@@ -136,3 +136,15 @@ def test_training_ends_on_every_rank_at_an_operator_that_does_not_repeat_itself(
         assert code == ConfigError.exit_code
         assert words.count("deterministic cannot be had: torch has no form of its operator put_") == 1
         assert "Traceback" not in words
+
+
+@pytest.mark.whole
+def test_the_order_of_sums_is_another_if_it_is_asked_for(folder):
+    flags = "--stripe-size", "1", "--context-parallel-reduction"
+    for order in ("arrival", "invariant"):
+        ended = run(folder, *flags, order, "--metrics-file", f"{order}/metrics.jsonl")
+        assert [code for code, _ in ended] == [0, 0], ended
+    by_hops, by_blocks = (metrics(folder / order / "metrics.jsonl") for order in ("arrival", "invariant"))
+    assert by_hops != by_blocks
+    for one, other in zip(by_hops, by_blocks, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)

@@ -115,3 +115,10 @@ def test_bytes_in_human_units(count, said):
 def test_nothing_is_started():
     plan(Setup.of(tiny.config(), 4))
     assert not torch.distributed.is_initialized()
+
+
+def test_the_keys_travel_where_sums_are_the_same_for_every_ring():
+    model, parallel = {"num_query_groups": 4}, {"stripe_size": 1}
+    assert "backward (the queries travel; " in told(4, model=model, parallel=parallel)
+    by_blocks = parallel | {"context_parallel_reduction": "invariant"}
+    assert "backward (the keys travel; " in told(4, model=model, parallel=by_blocks)

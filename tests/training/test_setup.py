@@ -104,3 +104,4 @@ def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it
     assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
     assert stripe(data={"seq_length": 16384, "reset_attention_mask": True}) == 128
     assert stripe(data={"seq_length": 2048}, parallel={"context_parallel": "zigzag"}) == 1
+    assert stripe(data={"seq_length": 2048}, parallel={"context_parallel_reduction": "invariant"}) == 1

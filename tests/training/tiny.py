@@ -84,7 +84,10 @@ class Run:
         self.config = config
         self.setup = Setup.of(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
-        attention = ContextParallelAttention(self.setup.layout, self.setup.kernel.name, self.groups)
+        reduction = config.parallel.context_parallel_reduction
+        attention = ContextParallelAttention(
+            self.setup.layout, self.setup.kernel.name, self.groups, reduction=reduction
+        )
         model = build_model(self.setup, self.groups, attention, VOCAB)
         self.engine = start_engine(model, self.setup, self.groups)
         self.agreement = Agreement.build()

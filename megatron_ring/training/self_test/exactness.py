@@ -4,12 +4,14 @@ The sample is short and drawn alike on every rank; layout, groups, kernel, type,
 run's own. Stripes are narrower where a short sample would not have enough of them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.agreement import Agreement
@@ -73,7 +75,8 @@ def errors(setup: Setup, groups: ProcessGroups, at: Coordinates) -> Errors:
     """Those of this rank's tokens, the largest over the windows that the model's layers have. Collective."""
     model, grid = setup.config.model, setup.grid
     layout = _short(setup.layout, grid.ulysses)
-    attend = ContextParallelAttention(layout, setup.kernel.name, groups)
+    reduction = setup.config.parallel.context_parallel_reduction
+    attend = ContextParallelAttention(layout, setup.kernel.name, groups, reduction=reduction)
     positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
     windows = {min(model.window_of(layer), layout.seq_length // 4) for layer in range(model.num_layers)}
     documents = [0, layout.seq_length // 3, layout.seq_length // 2] if setup.config.data.reset_attention_mask else [0]
@@ -92,7 +95,7 @@ def errors(setup: Setup, groups: ProcessGroups, at: Coordinates) -> Errors:
 def _short(layout: Layout, ulysses: int) -> Layout:
     """The layout of some 256 tokens, or of as many as give each process a stripe forth and one back."""
     stripe = max(1, min(layout.stripe_size, _TOKENS // (2 * layout.ring_size * ulysses)))
-    unit = 2 * layout.ring_size * ulysses * stripe
+    unit = math.lcm(2 * layout.ring_size * ulysses * stripe, BLOCKS)
     return Layout(layout.name, -(-_TOKENS // unit) * unit, layout.ring_size, stripe)
 
 
