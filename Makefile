@@ -5,12 +5,16 @@ PYTHON ?= python3
 # PyPI's build of torch is the CUDA one; where a CPU build of this version lies ready, pip takes that.
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Files of tests that run beside each other: most keep one core busy. With 0 all is one process, which --pdb needs.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 STORE := data/python-library/tokens
 # Without a GPU, say so to DeepSpeed, which else asks around and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
+
+SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: train test test-all test-slurm test-docker test-links check bench bench-gpu clean
 
@@ -19,10 +23,10 @@ train: $(BIN)/.installed $(STORE).json
 		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
 
 test: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -m "not slurm and not docker and not links" $(ARGS)
+	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slurm and not docker and not links" $(ARGS)
 
 # A SLURM of two nodes on this machine, for which it needs root.
 test-slurm: $(BIN)/.installed-dev
@@ -49,7 +53,8 @@ bench: $(BIN)/.installed
 
 # Needs no more than torch and Triton, which lie ready where there is a GPU.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) tools/bench_gpu.py --json bench-gpu.json $(ARGS)
+	PYTHONPATH=. $(PYTHON) tools/bench_gpu.py --minutes 6 --json bench-gpu.json $(ARGS)
+	PYTHONPATH=. timeout 90 $(PYTHON) tools/trace_overlap.py --json trace-overlap.json
 
 clean:
 	rm -rf $(VENV) data runs
