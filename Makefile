@@ -26,7 +26,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slurm and not docker and not links" $(ARGS)
+	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slurm and not docker and not links" --steps-of-pairs 20 $(ARGS)
 
 # A SLURM of two nodes on this machine, for which it needs root.
 test-slurm: $(BIN)/.installed-dev

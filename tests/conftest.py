@@ -14,3 +14,9 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--steps-of-pairs", type=int, default=8, help="that test_matrix.py trains where pairs of values meet"
+    )

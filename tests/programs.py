@@ -1,12 +1,12 @@
 """What tests of the whole program share: a folder to work in, ports, and ranks started without a launcher."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_ring.parallel import environment
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +25,8 @@ def working_folder(folder: Path, config: str) -> Path:
 
 
 def free_port() -> str:
-    """One that nobody has: a launcher's default is anybody's on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
+    """As flags and environments say it."""
+    return str(environment.free_port())
 
 
 def start_rank(

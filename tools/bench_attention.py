@@ -27,7 +27,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -51,6 +50,7 @@ from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.environment import free_port
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
@@ -316,9 +316,7 @@ def _measure(options: Options, cases: dict[str, Case]) -> Times:
 
 
 def _spawn(options: Options) -> dict[str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if options.documents or options.window:
         # Between many short operators a thread with nothing to do spins, and on a busy machine it is waited for.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

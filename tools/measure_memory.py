@@ -20,7 +20,6 @@ not depend on how fast the machine is, nor on who else works on it.
 import gc
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.loader import Batch
 from megatron_ring.errors import ConfigError, speaking_errors
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.training.memory_report import memory_of_stages
 from megatron_ring.training.setup import Setup
 
@@ -213,9 +212,7 @@ def _measure_all(nproc: int, options: Options) -> list[Measured]:
 
 def _spawn(nproc: int, options: Options, seq_length: int | None) -> list[Measured]:
     """Of one length, or of those that the search for the longest tries, in processes that are new."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Freed tensors go back to the system at once, or the next one's would not count as resident.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and end are no news

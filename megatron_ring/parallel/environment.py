@@ -5,8 +5,11 @@ the whole world. A batch script carries SLURM's names too, but only within a ste
 The ranks of a step meet on its first node, at a port of their own, unless MASTER_ADDR and MASTER_PORT say where.
 """
 
+import contextlib
 import os
+import random
 import re
+import socket
 from dataclasses import dataclass
 
 from megatron_ring.errors import ConfigError
@@ -89,14 +92,26 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
 
 
+# Below those that a system gives out by itself: no connection takes one of these before a process listens there.
+_PORTS = range(15000, 30000)
+
+
+def free_port() -> int:
+    """One of this machine's at which processes that this one starts can meet."""
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError(f"every port of {_PORTS.start} to {_PORTS.stop - 1} is in use")
+
+
 def _port(world_size: int) -> int:
-    """Of the step's own, below those that a system gives out by itself: jobs that share a node must not meet.
+    """Of the step's own: jobs that share a node must not meet.
 
     Alone a process meets nobody, and takes whichever is free.
     """
     if not _in_step():
         return 29500 if world_size > 1 else 0
-    return 15000 + (_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % 15000
+    return _PORTS[(_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % len(_PORTS)]
 
 
 def _ranks_of_node() -> list[int]:

@@ -1,9 +1,11 @@
 import os
+import socket
 
 import pytest
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.parallel.environment import Environment, first_host
+from megatron_ring.parallel import environment
+from megatron_ring.parallel.environment import Environment, first_host, free_port
 
 # What each launcher says to rank 5 of 8 on the second of two machines.
 LAUNCHERS = {
@@ -118,3 +120,16 @@ def test_a_task_of_srun_computes_with_the_cores_it_was_given(environ):
 def test_the_outermost_number_of_threads_counts(environ):
     environ.update({"OMP_NUM_THREADS": "4,2"})
     assert Environment.read().threads == 4
+
+
+def test_somebody_can_listen_at_a_free_port():
+    with socket.create_server(("127.0.0.1", free_port())):
+        pass
+
+
+def test_where_every_port_is_taken_that_is_said(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(environment, "_PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match=f"every port of {port} to {port} is in use"):
+            free_port()

@@ -2,8 +2,11 @@
 
 The rows are generated (covering.py) from the options (factors.py): a few in which each value occurs, and, marked whole,
 those in which each pair of values does; one test has rows of three values that must meet. Rows of equally many
-processes share these. The comparison is of losses, gradient norms, a validation and all parameters in fp32, to 1e-5
-(trained.py).
+processes share these.
+
+Where pairs meet, --steps-of-pairs are trained: 8, as many in the warm-up as behind it, or 20 by ``make test-all``. A
+wrong gradient shows in the first norm and a wrong update in the second loss. The comparison is of losses, gradient norms,
+a validation and all parameters in fp32, to 1e-5 (trained.py).
 """
 
 from pathlib import Path
@@ -16,9 +19,6 @@ from tests.training.covering import Assignment
 from tests.training.trained import Trained, faults
 
 STEPS = 20
-# As many in the warm-up as behind it. A wrong gradient shows in the first norm and a wrong update in the second loss; a
-# further step of eight processes takes two cores half a minute.
-STEPS_OF_PAIRS = 8
 SIZES_OF_EACH_VALUE = [2, 3, 4]
 SIZES_OF_EACH_PAIR = [1, 2, 4, 6, 8]
 
@@ -73,8 +73,8 @@ def one_process(corpora) -> OneProcess:
 
 
 @pytest.fixture(scope="module")
-def one_process_of_pairs(corpora) -> OneProcess:
-    return OneProcess(corpora, STEPS_OF_PAIRS)
+def one_process_of_pairs(corpora, pytestconfig) -> OneProcess:
+    return OneProcess(corpora, pytestconfig.getoption("steps_of_pairs"))
 
 
 def assert_all_like_one_process(rows: list[Assignment], world_size: int, one_process: OneProcess) -> None:
