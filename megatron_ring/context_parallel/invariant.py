@@ -22,7 +22,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.context_parallel.ring import Ring, with_gradient_of_lse
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype
+from megatron_ring.kernels.attention.state import RunningSoftmax, zero_sums
 
 BLOCKS = 8
 _ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
@@ -71,7 +71,7 @@ def backward(
     dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
     q, dout, out = (_blocks(x, 1, ring) for x in (q_BLHD, dout_BLHD, out_BLHD))
     lse, kv = _blocks(lse_BHL, 2, ring), _blocks(kv_2BLGD, 2, ring)
-    dq, dkv, sums = _zeros(q), _zeros(kv), None
+    dq, dkv, sums = zero_sums(q), zero_sums(kv), None
     for hop in _hops(ring):
         travelling = None if hop.last else ring.exchange.start(kv, hop.distance)
         dkv = sums.wait() if sums else dkv
@@ -115,7 +115,3 @@ def _blocks(x: torch.Tensor, tokens_dim: int, ring: Ring) -> torch.Tensor:
 def _joined(blocks: list[torch.Tensor] | torch.Tensor, tokens_dim: int) -> torch.Tensor:
     """What ``_blocks`` has taken apart, contiguous."""
     return torch.stack(tuple(blocks), tokens_dim + 1).flatten(tokens_dim, tokens_dim + 1)
-
-
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))

@@ -18,7 +18,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import packed, queries_are_lighter, unpacked
 from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype, delta, output_of
+from megatron_ring.kernels.attention.state import RunningSoftmax, delta, output_of, zero_sums
 
 
 class Transfer(Protocol):
@@ -136,10 +136,10 @@ class _Rows(NamedTuple):
 
 def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(own_2BLGD, ring)
-    dq_BLHD, kv_2BLGD, sums = _zeros(own.q_BLHD), own_2BLGD, None
+    dq_BLHD, kv_2BLGD, sums = zero_sums(own.q_BLHD), own_2BLGD, None
     for hop in ring.turns():
         travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD, runs = _zeros(kv_2BLGD), ring.runs(ring.ring_rank, ring.keys_of(hop))
+        dkv_2BLGD, runs = zero_sums(kv_2BLGD), ring.runs(ring.ring_rank, ring.keys_of(hop))
         _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
@@ -148,19 +148,19 @@ def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch
             kv_2BLGD = travelling.wait()
     if not sums:
         return dq_BLHD, dkv_2BLGD
-    dkv_2BLGD = _zeros(own_2BLGD)
+    dkv_2BLGD = zero_sums(own_2BLGD)
     _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, dkv_2BLGD)
     return dq_BLHD, dkv_2BLGD.add_(sums.wait())
 
 
 def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(kv_2BLGD, ring)
-    dkv_2BLGD, rows, sums = _zeros(kv_2BLGD), own, None
+    dkv_2BLGD, rows, sums = zero_sums(kv_2BLGD), own, None
     load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta(own.out_BLHD, own.dout_BLHD))
     message = packed(load) if ring.hops > 1 else None
     for hop in ring.turns():
         travelling = ring.pass_on(message, hop, distance=-1)
-        dq_BLHD, runs = _zeros(own.q_BLHD), ring.runs(ring.queries_of(hop), ring.ring_rank)
+        dq_BLHD, runs = zero_sums(own.q_BLHD), ring.runs(ring.queries_of(hop), ring.ring_rank)
         _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dq_BLHD = sums.wait().add_(dq_BLHD)
@@ -171,7 +171,7 @@ def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[tor
             rows = _Rows(dout_BLHD, q_BLHD, output_of(delta_BHL, dout_BLHD), lse_BHL)
     if not sums:
         return dq_BLHD, dkv_2BLGD
-    dq_BLHD = _zeros(own.q_BLHD)
+    dq_BLHD = zero_sums(own.q_BLHD)
     _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
     return dq_BLHD.add_(sums.wait()), dkv_2BLGD
 
@@ -220,7 +220,3 @@ def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Ten
     next_to_zero_BLHD = torch.zeros_like(dout_BLHD)
     next_to_zero_BLHD[..., 0] = delta_BHL.transpose(1, 2) * speck
     return torch.where((dout_BLHD == 0).all(-1, keepdim=True), next_to_zero_BLHD, dout_BLHD)
-
-
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format)

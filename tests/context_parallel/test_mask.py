@@ -5,7 +5,8 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_runs, key_runs
-from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind, Tiling
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 from tests import oracle
 
 LAYOUTS = [

@@ -168,7 +168,7 @@ def test_copies_to_cuda_are_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(Pinned, "to", lambda x, device, non_blocking: copied.append((device.type, non_blocking)))
     runs = KeyRuns(torch.zeros(8, dtype=torch.int64), torch.arange(1, 9))
     runs.bounds(torch.device("cuda"))
-    runs.readers(4, 8, torch.device("cuda"))
+    runs.readers(8, torch.device("cuda"))
     assert copied == [("cuda", True)] * 2
 
 

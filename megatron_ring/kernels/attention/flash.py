@@ -28,10 +28,10 @@ def forward(
     q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
 ) -> None:
     """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
-    batch = len(q_BLHD)
+    batch, library = len(q_BLHD), _library(q_BLHD)
     for pack in runs.packs(_TILING):
         q, k, v = q_BLHD[:, pack.queries], k_BLGD[:, pack.keys], v_BLGD[:, pack.keys]
-        out, lse = _library(q).forward(*map(_end_to_end, (q, k, v)), *_sequences(runs, pack, q), scale)
+        out, lse = library.forward(*map(_end_to_end, (q, k, v)), *_sequences(runs, pack, q), scale)
         lse_BHL = lse.unflatten(1, (batch, -1)).transpose(0, 1)
         # Version 2 answers +inf for a row that sees nothing, and would so win every merge.
         state.merge(pack.queries, out.unflatten(0, (batch, -1)), lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf))
@@ -53,13 +53,12 @@ def backward(
 ) -> None:
     """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
     inputs, sums = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD), (dq_BLHD, dk_BLGD, dv_BLGD)
+    library, deterministic = _library(q_BLHD), torch.are_deterministic_algorithms_enabled()
     for pack in runs.packs(_TILING):
         rows, keys = pack.queries, pack.keys
         tensors = [_end_to_end(x[:, part]) for x, part in zip(inputs, (rows, rows, keys, keys, rows))]
         lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1).contiguous()
-        gradients = _library(q_BLHD).backward(
-            *tensors, lse_HT, *_sequences(runs, pack, q_BLHD), scale, torch.are_deterministic_algorithms_enabled()
-        )
+        gradients = library.backward(*tensors, lse_HT, *_sequences(runs, pack, q_BLHD), scale, deterministic)
         for whole, part, gradient in zip(sums, (rows, keys, keys), gradients):
             whole[:, part] += gradient.unflatten(0, (len(q_BLHD), -1))
     _LEFT.backward(*inputs, lse_BHL, runs, scale, *sums)

@@ -6,8 +6,9 @@ It materialises queries x keys, so it is for tests and small sizes. Softmax atte
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind
+from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 
 def forward(

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_ring.kernels.attention.packs import Pack, packed
-from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling, cover
-
-__all__ = ["KeyRuns", "Tile", "TileKind", "Tiling"]
+from megatron_ring.kernels.attention.tiles import Tile, Tiling, cover
 
 _CPU = torch.device("cpu")
 
@@ -52,23 +50,17 @@ class KeyRuns:
         """lo and hi, (2, L) int32, on ``device``; put there once, on the current stream, and kept."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
-    def readers(self, block: int, keys: int, device: torch.device) -> torch.Tensor:
-        """(4, blocks of keys) int32, on ``device``: which queries see a block, put there once and kept.
+    def readers(self, keys: int, device: torch.device) -> torch.Tensor:
+        """The runs read the other way, (2, keys) int32, on ``device``: by which queries, from and to, a key is seen.
 
-        Queries [0, 3) see any key of the block, those in [1, 2) all of them; both may be empty.
+        Put there once, on the current stream, and kept.
         """
 
         def found() -> torch.Tensor:
-            start = torch.arange(0, keys, block)
-            stop = (start + block).clamp(max=keys)
-            return torch.stack([
-                torch.searchsorted(self.hi, start, right=True),
-                torch.searchsorted(self.hi, stop),
-                torch.searchsorted(self.lo, start, right=True),
-                torch.searchsorted(self.lo, stop),
-            ])  # fmt: skip
+            key = torch.arange(keys)
+            return torch.stack([torch.searchsorted(bound, key, right=True) for bound in (self.hi, self.lo)])
 
-        return self._kept(("readers", block, keys, device), found)
+        return self._kept(("readers", keys, device), found)
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name not in self._on_device:

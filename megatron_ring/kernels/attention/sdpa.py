@@ -7,8 +7,6 @@ one.
 import torch
 
 from megatron_ring.kernels.attention import torch_cpu, torch_efficient, torch_flash
-from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.tiled import Tiled
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 
@@ -19,29 +17,14 @@ ON_CUDA = Tiled(_WHOLE, lambda tile: torch_efficient if tile.kind is TileKind.MA
 ON_CUDA_IN_FLOAT32 = Tiled(_WHOLE, lambda tile: torch_efficient)
 
 
-def forward(
-    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
-) -> None:
-    """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
-    _kernel(q_BLHD).forward(q_BLHD, k_BLGD, v_BLGD, runs, scale, state)
+def forward(q_BLHD: torch.Tensor, *rest) -> None:
+    """As in ``HopKernel``."""
+    _kernel(q_BLHD).forward(q_BLHD, *rest)
 
 
-def backward(
-    dout_BLHD: torch.Tensor,
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
-    out_BLHD: torch.Tensor,
-    lse_BHL: torch.Tensor,
-    runs: KeyRuns,
-    scale: float,
-    dq_BLHD: torch.Tensor,
-    dk_BLGD: torch.Tensor,
-    dv_BLGD: torch.Tensor,
-) -> None:
-    """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
-    inputs = dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL
-    _kernel(q_BLHD).backward(*inputs, runs, scale, dq_BLHD, dk_BLGD, dv_BLGD)
+def backward(dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, *rest) -> None:
+    """As in ``HopKernel``."""
+    _kernel(q_BLHD).backward(dout_BLHD, q_BLHD, *rest)
 
 
 def _kernel(q: torch.Tensor) -> Tiled:

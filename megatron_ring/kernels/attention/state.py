@@ -44,6 +44,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def zero_sums(like: torch.Tensor) -> torch.Tensor:
+    """Contiguous zeros, in which to add up gradients of ``like`` over blocks."""
+    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format)
+
+
 def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """delta_BHL, all that the gradient of attention needs of its output: the product with dout, summed over a head.
 

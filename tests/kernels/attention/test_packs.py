@@ -6,7 +6,8 @@ import torch
 from hypothesis import example, given
 
 from megatron_ring.kernels.attention.packs import Pack
-from megatron_ring.kernels.attention.runs import KeyRuns, TileKind, Tiling
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 from tests.kernels.attention.test_runs import any_runs, causal, covered, packed, runs_of, tilings
 
 

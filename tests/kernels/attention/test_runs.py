@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_runs
-from megatron_ring.kernels.attention.runs import KeyRuns, Tile, TileKind, Tiling
+from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 
 def runs_of(lo: list[int], hi: list[int]) -> KeyRuns:

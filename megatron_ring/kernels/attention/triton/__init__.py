@@ -54,7 +54,7 @@ def backward(
     )  # fmt: skip
     sizes = blocks_for("keys", head, generation)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, *runs.readers(1, keys, q.device)[::3], dk_BLGD, dv_BLGD,
+        *inputs, *runs.readers(keys, q.device), dk_BLGD, dv_BLGD,
         *shape, _heads_of_a_token(dk_BLGD, dv_BLGD), scale, **sizes.settings(head),
     )  # fmt: skip
 
