@@ -45,7 +45,7 @@ from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.errors import ConfigError, flag, speaking_errors
-from megatron_ring.kernels.attention import KERNELS, choose, stripe_widths
+from megatron_ring.kernels.attention import KERNELS, arranged, choose, stacked, stripe_widths
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
@@ -383,9 +383,10 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
     )  # fmt: skip
 
     def run() -> None:
-        kv = torch.stack([k, v])
-        out, lse = ring_loop.forward(q, kv, ring)
-        ring_loop.backward(dout, None, q, kv, out, lse, ring)
+        kernel = _kernel(options)
+        own_q, kv = arranged(kernel, q), stacked(kernel, [k, v])
+        out, lse = ring_loop.forward(own_q, kv, ring)
+        ring_loop.backward(arranged(kernel, dout), None, own_q, kv, out, lse, ring)
 
     return run
 
@@ -478,7 +479,8 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
     Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
     which every query sees itself.
     """
-    q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
+    tensors = _tensors(options, case.layout.shard_length, case.mask.samples)
+    q, k, v, dout = (arranged(_kernel(options), x) for x in tensors)
     kernel, scale = KERNELS[_kernel(options)], options.head_dim**-0.5
     state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]

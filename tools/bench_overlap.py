@@ -42,7 +42,7 @@ from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
 from megatron_ring.context_parallel.traffic import backward_bytes
 from megatron_ring.errors import ConfigError, not_positive, speaking_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, stripe_widths
+from megatron_ring.kernels.attention import KERNELS, HopKernel, arranged, choose, stripe_widths
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
@@ -206,8 +206,8 @@ class Shard:
     def of(options: Options, tokens: int) -> "Shard":
         heads, groups, size = options.heads, options.kv_heads, options.head_dim
         shapes = (1, tokens, heads, size), (2, 1, tokens, groups, size), (1, tokens, heads, size)
-        tensors = [torch.randn(shape).to(DTYPES[options.dtype]) for shape in shapes]
         kernel = choose(options.attention_kernel, "cpu", DTYPES[options.dtype], size).name
+        tensors = [arranged(kernel, torch.randn(shape).to(DTYPES[options.dtype])) for shape in shapes]
         return Shard(*tensors, _layout(options.layout, tokens, kernel), KERNELS[kernel])
 
     def run(self, kernel: HopKernel, exchange: Exchange) -> Seconds:

@@ -9,6 +9,8 @@ by the names torch.distributed gives them, the kernel by its own, and where the 
 the numbers themselves. The operators write there, which their schemas do not say: no operator reads it.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -18,7 +20,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import counted
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.kernels.attention import KERNELS
+from megatron_ring.kernels.attention import KERNELS, arranged, stacked
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.whereabouts import Direction, Whereabouts
@@ -67,7 +69,7 @@ class ContextParallelAttention:
         ``document_starts``: (documents,) int64 on the CPU, increasing, where documents begin when the batch's samples
         are laid end to end.
         """
-        kv_2BlGD = torch.stack([k_BlGD, v_BlGD])
+        kv_2BlGD = stacked(self.kernel, [k_BlGD, v_BlGD])
         q_BLhD, kv_2BLgD = ulysses.gather_tokens(q_BlHD, kv_2BlGD, self.members)
         out_BLhD, lse_BhL = self._of_shards(q_BLhD, kv_2BLgD, window, document_starts)
         return ulysses.gather_heads(out_BLhD, lse_BhL, self.members)
@@ -79,11 +81,12 @@ class ContextParallelAttention:
         assert length == self.layout.shard_length, "queries of another length than the layout's shard"
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
         settings += self.place.layer, self.place.numbers, self.reduction
+        arrange = functools.partial(arranged, self.kernel)
         if document_starts is None:
-            return ring_attention(q_BLHD, kv_2BLGD, None, 1, *settings)
+            return ring_attention(arrange(q_BLHD), arrange(kv_2BLGD), None, 1, *settings)
         # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
         q_1NHD, kv_21NGD = q_BLHD.flatten(0, 1).unsqueeze(0), kv_2BLGD.flatten(1, 2).unsqueeze(1)
-        out_1NHD, lse_1HN = ring_attention(q_1NHD, kv_21NGD, document_starts, batch, *settings)
+        out_1NHD, lse_1HN = ring_attention(arrange(q_1NHD), arrange(kv_21NGD), document_starts, batch, *settings)
         return out_1NHD.view_as(q_BLHD), lse_1HN.view(-1, batch, length).transpose(0, 1)
 
 
@@ -135,7 +138,7 @@ def ring_attention_backward(
     noted = Whereabouts(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.BACKWARD):
-        reduce = REDUCTIONS[reduction].backward
+        reduce, dout_BLHD = REDUCTIONS[reduction].backward, arranged(kernel, dout_BLHD)
         dq_BLHD, dkv_2BLGD = reduce(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
     return dq_BLHD.to(q_BLHD.dtype), dkv_2BLGD.to(kv_2BLGD.dtype)
 
@@ -149,7 +152,7 @@ def _(q_BLHD, kv_2BLGD, *settings):
 
 @ring_attention_backward.register_fake
 def _(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, *rest):
-    return torch.empty_like(q_BLHD, memory_format=torch.contiguous_format), torch.empty_like(kv_2BLGD)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BLHD, kv_2BLGD))
 
 
 def _keep_for_backward(ctx, inputs, output):

@@ -15,10 +15,11 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.context_parallel.traffic import packed, queries_are_lighter, unpacked
+from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax, delta, output_of, zero_sums
+from megatron_ring.parallel.messages import packed, unpacked
 
 
 class Transfer(Protocol):
@@ -91,7 +92,7 @@ class Ring:
 def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of this rank's queries over the whole sequence: causal, and narrower where the mask is.
 
-    ``kv_2BLGD`` holds K and V, contiguous, so that they travel as one message. Returns the output in q's type and
+    ``kv_2BLGD`` holds K and V, dense, so that they travel as one message. Returns the output in q's type and
     the log-sum-exp (batch, heads, L) in float32 (float64 for float64). One exchange less than there are hops.
     """
     state = RunningSoftmax.empty(q_BLHD)

@@ -1,11 +1,9 @@
-"""What a ring sends: which of keys and queries is fewer bytes backward, and tensors of several types as one message.
+"""What a ring sends: which of keys and queries is fewer bytes backward.
 
 Backward, a rank may send on the keys it has or the queries it has. Keys carry V, dK and dV; queries carry dO, lse,
 delta and dQ, for every query head instead of every key-value head. With equal heads the queries are less, and with
 enough query heads to a key-value head the keys are.
 """
-
-from collections.abc import Sequence
 
 import torch
 
@@ -27,14 +25,3 @@ def queries_are_lighter(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> bool:
     bfloat16 below 3/2, both but for lse and delta."""
     cost = backward_bytes(q_BLHD, kv_2BLGD)
     return cost["queries"] < cost["keys"]
-
-
-def packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The tensors' bytes, one after another: (bytes,) uint8. Those of rows of whole heads go first, for alignment."""
-    return torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
-
-
-def unpacked(message: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of a message as the tensors that ``packed`` was given, shaped and typed as those of ``like`` are."""
-    parts = message.split([x.numel() * x.itemsize for x in like])
-    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, like)]

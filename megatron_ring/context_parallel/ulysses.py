@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megatron_ring.context_parallel.traffic import unpacked
+from megatron_ring.parallel.messages import packed, unpacked
 
 # The dimensions of (..., tokens, heads, head size).
 _TOKENS, _HEADS = -3, -2
@@ -79,9 +79,7 @@ def trade(tensors: list[torch.Tensor], split: int, join: int, members: int, grou
 
 def _all_to_all(pieces: list[torch.Tensor], group: str) -> torch.Tensor:
     """The first pieces to the first member, and so on, as bytes; what all sent here, alike."""
-    message = torch.empty(sum(x.nbytes for x in pieces), dtype=torch.uint8, device=pieces[0].device)
-    for place, piece in zip(unpacked(message, pieces), pieces):
-        place.copy_(piece)
+    message = packed(pieces)
     received = torch.empty_like(message)
     dist.all_to_all_single(received, message, group=_resolve_process_group(group))
     return received

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.messages import in_memory
 from megatron_ring.parallel.room import Room
 from megatron_ring.parallel.whereabouts import Whereabouts
 
@@ -65,13 +66,13 @@ class RingExchange:
         return RingExchange(members, links, dist.get_rank(links[0]), place or Whereabouts())
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
-        """Send ``tensor`` (contiguous) ``distance`` ranks on and receive its like from as far back; does not block."""
+        """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
         received = self.room.take(tensor)
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
         posts = [
-            (self.ring_rank % 2, dist.isend, tensor, self.members[receiver]),
-            (sender % 2, dist.irecv, received, self.members[sender]),
+            (self.ring_rank % 2, dist.isend, in_memory(tensor), self.members[receiver]),
+            (sender % 2, dist.irecv, in_memory(received), self.members[sender]),
         ]
         works, sent_at = [], self.place.sends(tensor.nbytes, self.members[receiver])
         for link in (0, 1):

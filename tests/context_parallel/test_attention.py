@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.kernels.attention import KERNELS, arranged, reference, stacked
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
@@ -197,8 +197,8 @@ def test_torch_accepts_the_operator(document_starts, samples):
     """Schema, autograd, fake tensors and tracing, forward and backward."""
     q, k, v, _ = oracle.random_inputs(1, LENGTH, HEADS, GROUPS, torch.float32)
     packing, layout = (document_starts, samples, 4), ("striped", 1, "sdpa", "")
-    kv = torch.stack([k, v])
-    torch.library.opcheck(ring_attention, (q.requires_grad_(), kv.requires_grad_(), *packing, *layout))
+    for inputs in ((q, torch.stack([k, v])), (arranged("sdpa", q), stacked("sdpa", [k, v]))):
+        torch.library.opcheck(ring_attention, (*(x.requires_grad_() for x in inputs), *packing, *layout))
 
 
 class Counting:

@@ -11,10 +11,11 @@ import torch
 
 from megatron_ring.kernels.attention import cudnn, flash, reference, sdpa
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
+from megatron_ring.kernels.attention.preferences import arranged, stacked, stripe_widths
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 
-__all__ = ["KERNELS", "HopKernel", "KernelChoice", "choose", "stripe_widths"]
+__all__ = ["KERNELS", "HopKernel", "KernelChoice", "arranged", "choose", "stacked", "stripe_widths"]
 
 
 class HopKernel(Protocol):
@@ -53,11 +54,3 @@ if importlib.util.find_spec("triton"):
     from megatron_ring.kernels.attention import triton
 
     KERNELS["triton"] = triton
-
-# Whole tiles of the mask, which leave rectangles on every hop but the first; measured, docs/log.md.
-_STRIPE_WIDTHS = {("sdpa", "cpu"): (256, 128)}
-
-
-def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
-    """The widths of stripe that a kernel is faster with than with single tokens, the best first."""
-    return _STRIPE_WIDTHS.get((kernel, device_type), ())
