@@ -178,7 +178,8 @@ def stripe_size(options: Options, mask: Mask) -> int:
     if options.stripe_size != "auto":
         return options.stripe_size
     widths = stripe_widths(_kernel(options), _device_type(options))
-    return auto_stripe_size(options.seq_length, _ring_size(options), widths, packed=bool(mask.document_starts))
+    packed = bool(mask.document_starts)
+    return auto_stripe_size(options.seq_length, _ring_size(options), widths, packed, mask.window)
 
 
 def _ring_size(options: Options) -> int:

@@ -144,15 +144,18 @@ _ROUNDS_OF_A_PACK = 64
 _LONGEST_ROUND_OF_A_PACK = 4096
 
 
-def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool) -> int:
+def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0) -> int:
     """What --stripe-size auto stands for: the first of a kernel's favourite ``widths`` that deals out evenly, else 1.
 
-    Evenly is as often forth as back; where documents are ``packed``, also in many short rounds, and the narrowest is
-    taken first.
+    Evenly is as often forth as back. Where documents are ``packed`` it is also in many short rounds, and the narrowest
+    is taken. A ``window`` should span two rounds; where no width is that narrow, the narrowest is the least uneven.
     """
-    for width in reversed(widths) if packed else widths:
-        rounds, rest = divmod(seq_length, ring_size * width)
-        spread = rounds >= _ROUNDS_OF_A_PACK and ring_size * width <= _LONGEST_ROUND_OF_A_PACK
-        if rest == 0 and rounds % 2 == 0 and (spread or not packed):
-            return width
-    return 1
+    even = [width for width in widths if seq_length % (2 * ring_size * width) == 0]
+    if packed:
+        rounds = {width: seq_length // (ring_size * width) for width in even}
+        fits = [w for w in even if rounds[w] >= _ROUNDS_OF_A_PACK and ring_size * w <= _LONGEST_ROUND_OF_A_PACK]
+        return min(fits, default=1)
+    if window:
+        fits = [width for width in even if 2 * ring_size * width <= window]
+        return next(iter(fits), min(even, default=1))
+    return next(iter(even), 1)

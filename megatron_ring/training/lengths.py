@@ -21,7 +21,8 @@ def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
     if stripe_size == "auto":
         wide = parallel.context_parallel == "striped" and parallel.context_parallel_reduction == "arrival"
         widths = stripe_widths(kernel, device) if wide else ()
-        stripe_size = auto_stripe_size(length, grid.ring, widths, packed=config.data.reset_attention_mask)
+        packed, window = config.data.reset_attention_mask, config.model.window_size
+        stripe_size = auto_stripe_size(length, grid.ring, widths, packed, window)
     return Layout(parallel.context_parallel, length, grid.ring, stripe_size)
 
 

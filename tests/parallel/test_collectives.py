@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
@@ -158,5 +159,6 @@ def test_with_nccl_each_link_has_a_high_priority_stream_and_nothing_else_has(
 
 def test_without_nccl_a_link_has_no_options(built, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    monkeypatch.setattr(collectives, "meet", lambda group: None)
     ProcessGroups.build(Grid(ring=2), 0)
     assert [each.options for each in built] == [None] * len(built)

@@ -96,12 +96,16 @@ def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it
     def stripe(**sections) -> int:
         return Setup.of(tiny.config(**sections), 2).layout.stripe_size
 
-    assert stripe(data={"seq_length": 2048}) == 256
+    assert stripe(data={"seq_length": 32768}) == 2048
+    assert stripe(data={"seq_length": 2048}) == 512
     assert stripe(data={"seq_length": 512}) == 128
     assert stripe(data={"seq_length": 500}) == 1
     assert stripe(data={"seq_length": 2048}, parallel={"stripe_size": 4}) == 4
     assert stripe(data={"seq_length": 2048}, parallel={"attention_kernel": "reference"}) == 1
     assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
     assert stripe(data={"seq_length": 16384, "reset_attention_mask": True}) == 128
+    assert stripe(data={"seq_length": 8192}, model={"window_size": 2048}) == 512, "two rounds in a window"
+    assert stripe(data={"seq_length": 8192}, model={"window_size": 100}) == 128, "no width is narrow enough"
+    assert stripe(data={"seq_length": 500}, model={"window_size": 100}) == 1
     assert stripe(data={"seq_length": 2048}, parallel={"context_parallel": "zigzag"}) == 1
     assert stripe(data={"seq_length": 2048}, parallel={"context_parallel_reduction": "invariant"}) == 1

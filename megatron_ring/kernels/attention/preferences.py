@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 
 # Whole tiles of the mask, which leave rectangles on every hop but the first.
-_STRIPE_WIDTHS = {("sdpa", "cpu"): (256, 128)}
+_STRIPE_WIDTHS = {("sdpa", "cpu"): (2048, 1024, 512, 256, 128)}
 
 # Torch's CPU kernel reads a head's rows from end to end, in a model's order of memory with the other heads' between.
 _HEADS_FIRST = {("sdpa", "cpu")}
 
 
 def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
-    """The widths of stripe that a kernel is faster with than with single tokens, the best first."""
+    """The widths of stripe that a kernel is faster with than with single tokens, the widest and best first."""
     return _STRIPE_WIDTHS.get((kernel, device_type), ())
 
 

@@ -86,8 +86,9 @@ class _Cover:
             yield Tile(slice(start, stop), slice(key, self.hi[stop - 1]), TileKind.CAUSAL)
             return
         seen_by_all = self._seen_by_all(start, stop, done)
-        if seen_by_all and (done is None or seen_by_all != done):
-            yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in _outside(seen_by_all, done))
+        new = list(_outside(seen_by_all, done)) if seen_by_all else []
+        if new and (small or self._is_broad(start, stop, new)):
+            yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in new)
             yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
         elif small:
             seen_by_any = (self.lo[start], self.hi[stop - 1])
@@ -99,6 +100,14 @@ class _Cover:
 
     def _is_small(self, start: int, stop: int) -> bool:
         return stop - start <= self.tiling.rows and not (self.tiling.part_documents and self._near(start, stop))
+
+    @staticmethod
+    def _is_broad(start: int, stop: int, new: list[slice]) -> bool:
+        """Whether there are keys enough for a tile of all of a node's queries.
+
+        Each tile adds to the sums of its queries and of its keys: for as many pairs, the closer to a square the less.
+        """
+        return 2 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
     def _near(self, start: int, stop: int) -> list[int]:
         """The borders within a node next to its middle."""
