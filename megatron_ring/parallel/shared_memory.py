@@ -64,8 +64,12 @@ def _can_read(network: str | None, ticket: list[int] | None, number: int) -> boo
     like = torch.tensor([number])
     try:
         return torch.equal(SharedRoom.of_this_process().arrived(torch.tensor(ticket), like), like)
-    except (OSError, ValueError):  # another machine's process, another user's, or a file too short
+    except (MemoryGone, ValueError):  # of another machine's process, or another user's; or a file that is too short
         return False
+
+
+class MemoryGone(RuntimeError):
+    """A message's memory cannot be opened: who sent it has ended. Of the class by which gloo says such things."""
 
 
 class SharedRoom:
@@ -139,7 +143,10 @@ class _OwnSegment:
 
 
 def _opened(pid: int, descriptor: int) -> mmap.mmap:
-    opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+    try:
+        opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+    except OSError as error:
+        raise MemoryGone(f"cannot read what process {pid} sent: {error}") from error
     try:
         return mmap.mmap(opened, 0)
     finally:

@@ -60,7 +60,7 @@ def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
 
 def output_of(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """An output with this delta, for kernels that ask for the output and take only delta from it: along dout."""
-    square_BLH1 = dout_BLHD.to(delta_BHL.dtype).square().sum(-1, keepdim=True)
+    square_BLH1 = torch.linalg.vector_norm(dout_BLHD, dim=-1, keepdim=True, dtype=delta_BHL.dtype).square()
     stretch_BLH1 = delta_BHL.transpose(1, 2).unsqueeze(-1) / square_BLH1
     # Where dout is 0, so is its delta.
     return (dout_BLHD * stretch_BLH1.masked_fill(square_BLH1 == 0, 0.0)).to(dout_BLHD.dtype)
