@@ -387,7 +387,7 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
         kernel = _kernel(options)
         own_q, kv = arranged(kernel, q), stacked(kernel, [k, v])
         out, lse = ring_loop.forward(own_q, kv, ring)
-        ring_loop.backward(arranged(kernel, dout), None, own_q, kv, out, lse, ring)
+        ring_loop.backward(dout, None, own_q, kv, out, lse, ring)
 
     return run
 
@@ -480,8 +480,8 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
     Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
     which every query sees itself.
     """
-    tensors = _tensors(options, case.layout.shard_length, case.mask.samples)
-    q, k, v, dout = (arranged(_kernel(options), x) for x in tensors)
+    *qkv, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
+    q, k, v = (arranged(_kernel(options), x) for x in qkv)
     kernel, scale = KERNELS[_kernel(options)], options.head_dim**-0.5
     state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]

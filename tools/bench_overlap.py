@@ -207,8 +207,10 @@ class Shard:
         heads, groups, size = options.heads, options.kv_heads, options.head_dim
         shapes = (1, tokens, heads, size), (2, 1, tokens, groups, size), (1, tokens, heads, size)
         kernel = choose(options.attention_kernel, "cpu", DTYPES[options.dtype], size).name
-        tensors = [arranged(kernel, torch.randn(shape).to(DTYPES[options.dtype])) for shape in shapes]
-        return Shard(*tensors, _layout(options.layout, tokens, kernel), KERNELS[kernel])
+        q, kv, dout = (torch.randn(shape).to(DTYPES[options.dtype]) for shape in shapes)
+        return Shard(
+            arranged(kernel, q), arranged(kernel, kv), dout, _layout(options.layout, tokens, kernel), KERNELS[kernel]
+        )
 
     def run(self, kernel: HopKernel, exchange: Exchange) -> Seconds:
         """Forward and backward from a common start."""

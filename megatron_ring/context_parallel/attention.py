@@ -138,7 +138,7 @@ def ring_attention_backward(
     noted = Whereabouts(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.BACKWARD):
-        reduce, dout_BLHD = REDUCTIONS[reduction].backward, arranged(kernel, dout_BLHD)
+        reduce = REDUCTIONS[reduction].backward
         dq_BLHD, dkv_2BLGD = reduce(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
     return dq_BLHD.to(q_BLHD.dtype), dkv_2BLGD.to(kv_2BLGD.dtype)
 
