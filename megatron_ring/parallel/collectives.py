@@ -4,6 +4,7 @@ A ring has two communicators. What rank r sends goes through number r % 2, so th
 and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
 share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
 
+Within a machine, where gloo talks, what goes through them are tickets for messages in shared memory (shared_memory.py).
 On CUDA each has a stream of its own, on which a message waits for what was posted before it and for nothing after
 (docs/decisions/0017-messages-have-streams-of-their-own.md).
 """
@@ -30,9 +31,7 @@ class RingTransfer:
 
     works: list[tuple[int, dist.Work]]  # each with the global rank at its other end
     sent: torch.Tensor
-    posted: (
-        torch.Tensor
-    )  # what went over the link for it, held until the transfer is over: gloo reads in the background
+    posted: torch.Tensor  # on the link for it. Held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from megatron_ring.parallel.messages import unpacked
 
 # Before a message stands whether somebody has it; the rest of this is for alignment.
 _HEADER = 64
+_TITLE = "megatron_ring messages"  # of the files, by which /proc shows them
 
 _shared_by: dict[str, bool] = {}  # groups by their names
 
@@ -30,11 +32,11 @@ _shared_by: dict[str, bool] = {}  # groups by their names
 def meet(group: dist.ProcessGroup) -> None:
     """Find out whether all of ``group`` can read each other's memory. Collective; blocks until all have called it.
 
-    Who is in another network namespace counts as another machine, as containers and simulated clusters do.
+    Who is in another network namespace counts as another machine, as a container does, or a machine that is simulated.
     """
     number = torch.tensor([secrets.randbits(62)])
     said, agreed = ([None] * group.size() for _ in range(2))
-    dist.all_gather_object(said, (_network(), _ticket_for(number), number.item()), group=group)
+    dist.all_gather_object(said, (_machine(), _ticket_for(number), number.item()), group=group)
     dist.all_gather_object(agreed, all(_can_read(*each) for each in said), group=group)
     _shared_by[group.group_name] = all(agreed)
 
@@ -44,9 +46,11 @@ def is_shared_by(group: dist.ProcessGroup) -> bool:
     return _shared_by.get(group.group_name, False)
 
 
-def _network() -> str | None:
+def _machine() -> tuple[str, ...] | None:
+    """What tells this machine, its numbers of processes and its network from all others; None where nothing does."""
     try:
-        return os.readlink("/proc/self/ns/net")
+        namespaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
     except OSError:
         return None
 
@@ -58,18 +62,18 @@ def _ticket_for(number: torch.Tensor) -> list[int] | None:
         return None
 
 
-def _can_read(network: str | None, ticket: list[int] | None, number: int) -> bool:
-    if network is None or network != _network() or ticket is None:
+def _can_read(machine: tuple[str, ...] | None, ticket: list[int] | None, number: int) -> bool:
+    if machine is None or machine != _machine() or ticket is None:
         return False
     like = torch.tensor([number])
     try:
         return torch.equal(SharedRoom.of_this_process().arrived(torch.tensor(ticket), like), like)
-    except (MemoryGone, ValueError):  # of another machine's process, or another user's; or a file that is too short
+    except MemoryGone:  # another user's, perhaps
         return False
 
 
 class MemoryGone(RuntimeError):
-    """A message's memory cannot be opened: who sent it has ended. Of the class by which gloo says such things."""
+    """A message's memory cannot be opened: who sent it has ended. Of the class of what gloo raises then."""
 
 
 class SharedRoom:
@@ -125,7 +129,7 @@ class _OwnSegment:
 
     def __init__(self, size: int):
         self.size = size
-        descriptor = os.memfd_create("megatron_ring messages")
+        descriptor = os.memfd_create(_TITLE)
         os.ftruncate(descriptor, _HEADER + size)
         self._memory = mmap.mmap(descriptor, 0)
         self.ticket = (os.getpid(), descriptor, secrets.randbits(62))  # the last: its name, unlike any other's
@@ -143,8 +147,11 @@ class _OwnSegment:
 
 
 def _opened(pid: int, descriptor: int) -> mmap.mmap:
+    path = f"/proc/{pid}/fd/{descriptor}"
     try:
-        opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+        if not os.readlink(path).startswith(f"/memfd:{_TITLE}"):  # whatever it is, it must not be written to
+            raise FileNotFoundError(f"{path} is no longer memory for messages")
+        opened = os.open(path, os.O_RDWR)
     except OSError as error:
         raise MemoryGone(f"cannot read what process {pid} sent: {error}") from error
     try:

@@ -94,13 +94,27 @@ def test_of_a_process_that_has_ended_nothing_can_be_read(receiver):
         receiver.arrived(torch.tensor([child, 3, 1]), torch.ones(1))
 
 
+def test_another_file_of_a_process_is_left_alone(receiver, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678" * 100)
+    with path.open("r+b") as file, pytest.raises(MemoryGone, match="no longer memory for messages"):
+        receiver.arrived(torch.tensor([os.getpid(), file.fileno(), 1]), torch.ones(1))
+    assert path.read_bytes() == b"12345678" * 100
+
+
+def test_a_machine_is_told_from_others():
+    boot, pids, network = shared_memory._machine()
+    assert len(boot.strip()) == 36
+    assert (pids[:5], network[:5]) == ("pid:[", "net:[")
+
+
 def hindered(rank: int, world_size: int) -> dict:
     """By what one rank of the ring alone has: whether they share memory, and what is received."""
-    unhindered = shared_memory._network, os.memfd_create
+    unhindered = shared_memory._machine, os.memfd_create
     hindrances = {
         "nothing": {},
-        "a network of its own": {"_network": lambda: "net:[1]"},
-        "no network to be told from others": {"_network": lambda: None},
+        "a machine of its own": {"_machine": lambda: ("another", "pid:[1]", "net:[1]")},
+        "nothing to be told from others by": {"_machine": lambda: None},
         "no memory to share": {"memfd_create": refused},
         "processes that others cannot see": {"getpid": lambda: 2**22},
     }
@@ -111,7 +125,7 @@ def hindered(rank: int, world_size: int) -> dict:
                 patch.setattr(shared_memory if hasattr(shared_memory, name) else os, name, value)
             SharedRoom.of_this_process.cache_clear()
             found[hindrance] = met(rank, world_size)
-    assert (shared_memory._network, os.memfd_create) == unhindered
+    assert (shared_memory._machine, os.memfd_create) == unhindered
     return found
 
 
