@@ -4,7 +4,6 @@ A ring has two communicators. What rank r sends goes through number r % 2, so th
 and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
 share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
 
-Within a machine, where gloo talks, what goes through them are tickets for messages in shared memory (shared_memory.py).
 On CUDA each has a stream of its own, on which a message waits for what was posted before it and for nothing after
 (docs/decisions/0017-messages-have-streams-of-their-own.md).
 """
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.messages import in_memory
 from megatron_ring.parallel.room import Room
-from megatron_ring.parallel.shared_memory import SharedRoom, is_shared_by, meet
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
@@ -30,13 +28,12 @@ class RingTransfer:
     """A tensor on its way around the ring, and its like on the way here."""
 
     works: list[tuple[int, dist.Work]]  # each with the global rank at its other end
-    sent: torch.Tensor
-    posted: torch.Tensor  # on the link for it. Held until the transfer is over: gloo reads it in the background
+    sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells
     place: Whereabouts
-    room: Room | SharedRoom
+    room: Room
 
     def wait(self) -> torch.Tensor:
         """What was sent to this rank; what it sent may be written to now. On CUDA the stream waits, not the host."""
@@ -45,7 +42,7 @@ class RingTransfer:
                 work.wait()
         self.place.received(self.sent_at, self.sender)
         self.room.give_back(self.sent)
-        return self.room.arrived(self.received, like=self.sent)
+        return self.received
 
 
 @dataclass(frozen=True)
@@ -53,42 +50,41 @@ class RingExchange:
     """Passing a tensor on around a ring of at least two ranks.
 
     members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
-    place: where it is noted for whom this process waits. room: where messages arrive, of the same kind on every member.
+    place: where it is noted for whom this process waits. room: where messages arrive.
     """
 
     members: tuple[int, ...]
     links: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ring_rank: int
     place: Whereabouts = field(default_factory=Whereabouts)
-    room: Room | SharedRoom = field(default_factory=Room)
+    room: Room = field(default_factory=Room)
 
     @staticmethod
     def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
         """This process's, in the ring whose ``links`` these are."""
         members = tuple(dist.get_process_group_ranks(links[0]))
-        room = SharedRoom.of_this_process() if is_shared_by(links[0]) else Room()
-        return RingExchange(members, links, dist.get_rank(links[0]), place or Whereabouts(), room)
+        return RingExchange(members, links, dist.get_rank(links[0]), place or Whereabouts())
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
-        posted, received = self.room.posted(tensor), self.room.take(tensor)
+        received = self.room.take(tensor)
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
         posts = [
-            (self.ring_rank % 2, dist.isend, in_memory(posted), self.members[receiver]),
+            (self.ring_rank % 2, dist.isend, in_memory(tensor), self.members[receiver]),
             (sender % 2, dist.irecv, in_memory(received), self.members[sender]),
         ]
         works, sent_at = [], self.place.sends(tensor.nbytes, self.members[receiver])
         for link in (0, 1):
-            batch = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
-            works += self._post(batch) if batch else []
-        return RingTransfer(works, tensor, posted, received, self.members[sender], sent_at, self.place, self.room)
+            posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
+            works += self._post(posted) if posted else []
+        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place, self.room)
 
-    def _post(self, batch: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
+    def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
         """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""
-        with self.place.waiting_for(batch[0].peer):
-            works = dist.batch_isend_irecv(batch)
-        return [(op.peer, work) for op, work in zip(batch, works)]  # NCCL has one work for the whole batch
+        with self.place.waiting_for(posted[0].peer):
+            works = dist.batch_isend_irecv(posted)
+        return [(op.peer, work) for op, work in zip(posted, works)]  # NCCL has one work for the whole batch
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,6 @@ def _ring_links(
         # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
         # rank 0 has no transfer on the second link.
         dist.barrier(group=link)
-    if "nccl" not in dist.get_backend_config():  # which has ways of its own within a machine
-        meet(links[0])
     return links
 
 

@@ -18,20 +18,12 @@ class Room:
         self._free: list[torch.Tensor] = []
         self._taken: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
-    def posted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What goes over a link for ``tensor``: itself."""
-        return tensor
-
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Where such a thing arrives: a tensor like this one, dense as it is, whatever is in it."""
+        """A tensor like this one, dense as it is, whatever is in it."""
         fits = [(x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype) for x in self._free]
         tensor = self._free.pop(fits.index(True)) if any(fits) else torch.empty_like(like)
         self._taken[id(tensor)] = tensor
         return tensor
-
-    def arrived(self, received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The tensor for which ``received`` came over the link: itself."""
-        return received
 
     def give_back(self, tensor: torch.Tensor) -> None:
         """What was taken here and is needed no more; of what is from elsewhere nothing is kept."""
