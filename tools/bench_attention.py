@@ -377,14 +377,13 @@ def _sends_queries(options: Options) -> bool:
 def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
     """Ring Attention as Liu et al. 2023 have it (section 3): keys and values go around backward as they do forward."""
     q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
-    exchange = RingExchange.over(groups.ring_links)
+    exchange, kernel = RingExchange.over(groups.ring_links), _kernel(options)
     ring = ring_loop.Ring(
-        case.layout, exchange.ring_rank, KERNELS[_kernel(options)], options.head_dim**-0.5, exchange, case.mask,
+        case.layout, exchange.ring_rank, KERNELS[kernel], options.head_dim**-0.5, exchange, case.mask,
         sends_queries=lambda q, kv: False,
     )  # fmt: skip
 
     def run() -> None:
-        kernel = _kernel(options)
         own_q, kv = arranged(kernel, q), stacked(kernel, [k, v])
         out, lse = ring_loop.forward(own_q, kv, ring)
         ring_loop.backward(dout, None, own_q, kv, out, lse, ring)
@@ -480,9 +479,9 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
     Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
     which every query sees itself.
     """
+    name, scale = _kernel(options), options.head_dim**-0.5
     *qkv, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
-    q, k, v = (arranged(_kernel(options), x) for x in qkv)
-    kernel, scale = KERNELS[_kernel(options)], options.head_dim**-0.5
+    kernel, (q, k, v) = KERNELS[name], (arranged(name, x) for x in qkv)
     state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
 

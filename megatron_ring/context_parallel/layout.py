@@ -145,17 +145,14 @@ _LONGEST_ROUND_OF_A_PACK = 4096
 
 
 def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0) -> int:
-    """What --stripe-size auto stands for: the first of a kernel's favourite ``widths`` that deals out evenly, else 1.
+    """What --stripe-size auto stands for: the widest of a kernel's favourite ``widths`` that deals out evenly, else 1.
 
     Evenly is as often forth as back. Where documents are ``packed`` it is also in many short rounds, and the narrowest
     is taken. A ``window`` should span two rounds; where no width is that narrow, the narrowest is the least uneven.
     """
     even = [width for width in widths if seq_length % (2 * ring_size * width) == 0]
     if packed:
-        rounds = {width: seq_length // (ring_size * width) for width in even}
-        fits = [w for w in even if rounds[w] >= _ROUNDS_OF_A_PACK and ring_size * w <= _LONGEST_ROUND_OF_A_PACK]
-        return min(fits, default=1)
-    if window:
-        fits = [width for width in even if 2 * ring_size * width <= window]
-        return next(iter(fits), min(even, default=1))
-    return next(iter(even), 1)
+        longest_round = min(seq_length // _ROUNDS_OF_A_PACK, _LONGEST_ROUND_OF_A_PACK)
+        return min((width for width in even if ring_size * width <= longest_round), default=1)
+    fits = [width for width in even if not window or 2 * ring_size * width <= window]
+    return max(fits, default=min(even, default=1))
