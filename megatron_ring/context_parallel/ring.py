@@ -83,8 +83,11 @@ class Ring:
         return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
 
     def pass_sums_on(self, sums: torch.Tensor, hop: int, distance: int) -> Transfer | None:
-        """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut."""
-        if self.hops == 1:
+        """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut.
+
+        Not those of the first hop, in which what travels has not left its rank.
+        """
+        if hop == 0:
             return None
         return self.exchange.start(sums, distance if hop < self.hops - 1 else -distance * (self.hops - 1))
 
@@ -116,9 +119,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients (dq, dkv) of ``forward``, in the accumulation type: float32, or float64 for float64.
 
-    What is fewer bytes goes around: K and V, or Q with what belongs to it; its gradients follow one hop behind, each
-    rank adding its share when its own is computed, and are home after as many exchanges as there are hops. Half of a
-    rank's work on its own keys is left for the last of these, behind which there would be none.
+    What is fewer bytes goes around: K and V, or Q with what belongs to it. Its gradients follow one hop behind, from
+    the first rank that adds to them until they are home; those of the first hop stay there. Each rank adds its share
+    when its own is computed. Half of the work on its own keys is left until the sums go home, behind which there would
+    be none.
     ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
     dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
@@ -137,31 +141,28 @@ class _Rows(NamedTuple):
 
 def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(own_2BLGD, ring)
-    dq_BLHD, kv_2BLGD, sums = zero_sums(own.q_BLHD), own_2BLGD, None
+    dq_BLHD, own_sums, kv_2BLGD, sums = zero_sums(own.q_BLHD), zero_sums(own_2BLGD), own_2BLGD, None
     for hop in ring.turns():
         travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD, runs = zero_sums(kv_2BLGD), ring.runs(ring.ring_rank, ring.keys_of(hop))
+        dkv_2BLGD, runs = zero_sums(kv_2BLGD) if hop else own_sums, ring.runs(ring.ring_rank, ring.keys_of(hop))
         _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
         sums = ring.pass_sums_on(dkv_2BLGD, hop, distance=1)
         if travelling:
             kv_2BLGD = travelling.wait()
-    if not sums:
-        return dq_BLHD, dkv_2BLGD
-    dkv_2BLGD = zero_sums(own_2BLGD)
-    _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, dkv_2BLGD)
-    return dq_BLHD, dkv_2BLGD.add_(sums.wait())
+    _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, own_sums)
+    return dq_BLHD, own_sums.add_(sums.wait()) if sums else own_sums
 
 
 def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(kv_2BLGD, ring)
-    dkv_2BLGD, rows, sums = zero_sums(kv_2BLGD), own, None
+    dkv_2BLGD, own_sums, rows, sums = zero_sums(kv_2BLGD), zero_sums(own.q_BLHD), own, None
     load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta(own.out_BLHD, own.dout_BLHD))
     message = packed(load) if ring.hops > 1 else None
     for hop in ring.turns():
         travelling = ring.pass_on(message, hop, distance=-1)
-        dq_BLHD, runs = zero_sums(own.q_BLHD), ring.runs(ring.queries_of(hop), ring.ring_rank)
+        dq_BLHD, runs = zero_sums(own.q_BLHD) if hop else own_sums, ring.runs(ring.queries_of(hop), ring.ring_rank)
         _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dq_BLHD = sums.wait().add_(dq_BLHD)
@@ -170,11 +171,8 @@ def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[tor
             message = travelling.wait()
             q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, load)
             rows = _Rows(dout_BLHD, q_BLHD, output_of(delta_BHL, dout_BLHD), lse_BHL)
-    if not sums:
-        return dq_BLHD, dkv_2BLGD
-    dq_BLHD = zero_sums(own.q_BLHD)
-    _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
-    return dq_BLHD.add_(sums.wait()), dkv_2BLGD
+    _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, own_sums, dkv_2BLGD)
+    return own_sums.add_(sums.wait()) if sums else own_sums, dkv_2BLGD
 
 
 def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:

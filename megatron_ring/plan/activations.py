@@ -146,10 +146,12 @@ def _backward_through_ring(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float
     """The gradient of the output, float32 sums of those of Q, K and V, and what is on its way (context_parallel/ring).
 
     On its way are one message that leaves and one that comes, and so for the sums that follow: of the keys, or of the
-    queries with their outputs' gradients, lse and delta, whichever are fewer bytes.
+    queries with their outputs' gradients, lse and delta, whichever are fewer bytes. A rank's own sums wait at home for
+    these, beside those of the hop at hand.
     """
     queries_sum, keys_sum = (_WIDE / dtype.itemsize * y for y in (x.queries, x.ring_keys))
     cast = 0 if dtype == torch.float32 else x.queries + x.ring_keys
-    of_keys, of_queries = x.ring_keys + keys_sum, 2 * x.queries + 2 * x.lse + queries_sum
-    travelling = 2 * min(of_keys, of_queries) if grid.ring > 1 else 0
+    of_keys, of_queries = (x.ring_keys, keys_sum), (2 * x.queries + 2 * x.lse, queries_sum)
+    message, sums = min(of_keys, of_queries, key=sum)
+    travelling = 2 * (message + sums) + (sums if grid.ring > 2 else 0) if grid.ring > 1 else 0
     return x.queries + queries_sum + keys_sum + max(cast, travelling)

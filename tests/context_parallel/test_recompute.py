@@ -82,7 +82,7 @@ each_packing = pytest.mark.parametrize("packing", DOCUMENTS)
 def test_keys_travel_once_forward_whatever_is_computed_again(world_size, packing, name, ranks):
     ring, layers = GRIDS[world_size].ring, MODEL.num_layers
     once = layers * (ring - 1)
-    of_backward = layers * (2 * ring - 1)  # keys on, ring - 1 times, and their gradients behind them, once more
+    of_backward = 2 * once  # keys on, and their gradients behind them
     again = once if EXECUTIONS[name].recompute_attention else 0
     for found in ranks[world_size]:
         assert found[packing, name].forward == once

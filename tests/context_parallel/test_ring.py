@@ -79,10 +79,9 @@ def exchanged(layout: Layout, mask: Mask, groups: int) -> tuple[list[int], list[
 @each_way
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 8])
 def test_what_travels_goes_around_once_and_its_sums_come_home(ring_size, groups):
-    """R - 1 exchanges forward; R - 1 backward, and R of the gradients of what travels; alone, none at all."""
-    around, home = ring_size - 1, ring_size if ring_size > 1 else 0
-    layout = Layout("zigzag", 2 * ring_size, ring_size)
-    assert exchanged(layout, CAUSAL, groups) == ([around] * ring_size, [around + home] * ring_size)
+    """R - 1 exchanges forward; R - 1 backward, and as many of the gradients of what travels."""
+    around, layout = ring_size - 1, Layout("zigzag", 2 * ring_size, ring_size)
+    assert exchanged(layout, CAUSAL, groups) == ([around] * ring_size, [2 * around] * ring_size)
 
 
 # of four ranks with six tokens each, window and documents, and how often keys meet queries
@@ -101,16 +100,16 @@ HOPS_OF_A_CONTIGUOUS_RING = [
 @each_way
 @pytest.mark.parametrize(("mask", "hops"), HOPS_OF_A_CONTIGUOUS_RING, ids=str)
 def test_a_contiguous_ring_is_cut_where_nobody_looks_further(mask, hops, groups):
-    """One exchange less than hops forward; backward as many again, and one a hop that brings the sums home."""
-    around, home = hops - 1, hops if hops > 1 else 0
-    assert exchanged(Layout("ring", 24, 4), mask, groups) == ([around] * 4, [around + home] * 4)
+    """One exchange less than hops forward; backward as many again, and as many of sums, the last of them home."""
+    around = hops - 1
+    assert exchanged(Layout("ring", 24, 4), mask, groups) == ([around] * 4, [2 * around] * 4)
 
 
 @each_way
 @pytest.mark.parametrize("mask", [Mask(2), Mask(0, tuple(range(24)))], ids=["a window", "documents"])
 @pytest.mark.parametrize(("name", "stripe"), [("striped", 1), ("striped", 3), ("zigzag", 1)])
 def test_the_other_layouts_go_all_the_way_around(name, stripe, mask, groups):
-    assert exchanged(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [7] * 4)
+    assert exchanged(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [6] * 4)
 
 
 @each_dtype
@@ -186,9 +185,10 @@ HALF, ALL = "compute 2 heads", "compute 4 heads"
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
 def test_backward_computes_while_anything_travels_home_included(groups):
-    """Of the work on own keys half comes first, beside the first message, and half last, beside the last sums."""
+    """Of the work on own keys half comes first, beside the first message, and half last, beside the last sums. The sums
+    of the first hop have nowhere to go: they are a rank's own."""
     diary, layout = Diary(), Layout("striped", 12, 3)
     q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
     ring_loop.backward(q, None, q, kv, q, lse, ring_loop.Ring(layout, 0, diary, 1.0, diary))
-    hops = ["start 0", HALF, "start 1", "wait 0"], ["start 2", ALL, "wait 1", "start 3", "wait 2"]
-    assert diary.events == [*hops[0], *hops[1], ALL, "wait 3", "start 4", HALF, "wait 4"]
+    hops = ["start 0", HALF, "wait 0"], ["start 1", ALL, "start 2", "wait 1"], [ALL, "wait 2", "start 3"]
+    assert diary.events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]

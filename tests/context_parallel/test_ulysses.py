@@ -173,7 +173,7 @@ def test_one_message_each_way_and_no_hop_more(grid, dtype, mode, counted):
         (forward, forward_hops), (backward, backward_hops) = found[grid, dtype, mode]
         assert (forward, backward) == trades
         assert forward_hops == grid.ring - 1
-        assert backward_hops == (2 * grid.ring - 1 if grid.ring > 1 else 0)
+        assert backward_hops == 2 * (grid.ring - 1)
 
 
 @each_grid

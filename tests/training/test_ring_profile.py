@@ -158,10 +158,10 @@ def test_a_ring_sends_in_each_hop_what_is_planned(size, case, found):
     hops = layout.hops(Mask(window).reach(layout.seq_length))
     q_BLHD, kv_2BLGD = ring_tensors(config(groups), Grid(ring=size), layout, torch.float32)
     lighter = min(backward_bytes(q_BLHD, kv_2BLGD).values())
-    home = (q_BLHD if queries_are_lighter(q_BLHD, kv_2BLGD) else kv_2BLGD).nbytes
+    sums = (q_BLHD if queries_are_lighter(q_BLHD, kv_2BLGD) else kv_2BLGD).nbytes
     rest = [0] * (size - hops)
     forward = [kv_2BLGD.nbytes] * (hops - 1) + [0]
-    backward = [lighter] * (hops - 1) + [home if hops > 1 else 0]
+    backward = [lighter - sums, *[lighter] * (hops - 2), sums] if hops > 1 else [0]
     for of_rank in found[size]:
         logged, _ = of_rank[case]
         assert logged.bytes_2R.tolist() == [forward + rest, backward + rest]
@@ -267,12 +267,12 @@ def test_the_trace_has_every_hop_of_every_rank_and_arrows_between_transfers(size
     kinds = Counter((event["pid"], event["cat"]) for event in slices)
     for rank in range(size):
         assert [kinds[rank, kind] for kind in ("step", "pass", "hop")] == [1, 2, 2 * size]
-        assert kinds[rank, "exchange"] == (size - 1) + (2 * size - 1)
+        assert kinds[rank, "exchange"] == 3 * (size - 1)
     hops = [event["args"] for event in slices if event["cat"] == "hop" and event["args"]["hop"] == 2]
     assert {hop["direction"] for hop in hops} == {"forward", "backward"}
     starts, ends = (sorted(event["id"] for event in events if event["ph"] == phase) for phase in "sf")
     assert starts == ends
-    assert len(set(starts)) == len(starts) == size * (3 * size - 2)
+    assert len(set(starts)) == len(starts) == size * 3 * (size - 1)
     assert set(trace["otherData"]["clock_error_microseconds_by_rank"]) == {str(rank) for rank in range(size)}
 
 
