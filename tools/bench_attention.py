@@ -27,6 +27,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -336,8 +337,8 @@ def _rank(rank: int, options: Options, port: int, results) -> None:
     contenders = _contenders(rank, options)
     seconds = {name: [] for name in contenders}
     for turn in range(options.rounds + 1):
-        # Another one begins each round: a run inherits caches and heat from the one before it.
-        for name in itertools.islice(itertools.cycle(contenders), turn, turn + len(contenders)):
+        # Each round in another order: a run inherits caches, heap and heat from the one before it.
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
             seconds[name].append(_together(contenders[name]))
     if rank == 0:
         results.put({name: statistics.median(times[1:]) for name, times in seconds.items()})

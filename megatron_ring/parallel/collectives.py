@@ -4,6 +4,7 @@ A ring has two communicators. What rank r sends goes through number r % 2, so th
 and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
 share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
 
+Within a machine, where gloo talks, what goes through them are tickets for messages (same_machine.py).
 On CUDA each has a stream of its own, on which a message waits for what was posted before it and for nothing after
 (docs/decisions/0017-messages-have-streams-of-their-own.md).
 """
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.messages import in_memory
 from megatron_ring.parallel.room import Room
+from megatron_ring.parallel.same_machine import Fetched, Fetcher, fetcher_within, meet, offer
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
@@ -27,7 +29,7 @@ _SECONDS_FOR_THE_WATCHDOG = 60
 class RingTransfer:
     """A tensor on its way around the ring, and its like on the way here."""
 
-    works: list[tuple[int, dist.Work]]  # each with the global rank at its other end
+    works: list[tuple[int, dist.Work | Fetched]]  # each with the global rank at its other end
     sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
     received: torch.Tensor
     sender: int  # of what is received, a global rank
@@ -50,7 +52,8 @@ class RingExchange:
     """Passing a tensor on around a ring of at least two ranks.
 
     members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
-    place: where it is noted for whom this process waits. room: where messages arrive.
+    place: where it is noted for whom this process waits. room: where messages arrive. fetcher: what reads them in the
+    memory of other members; all members have one, or none has.
     """
 
     members: tuple[int, ...]
@@ -58,27 +61,48 @@ class RingExchange:
     ring_rank: int
     place: Whereabouts = field(default_factory=Whereabouts)
     room: Room = field(default_factory=Room)
+    fetcher: Fetcher | None = None
 
     @staticmethod
     def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
         """This process's, in the ring whose ``links`` these are."""
         members = tuple(dist.get_process_group_ranks(links[0]))
-        return RingExchange(members, links, dist.get_rank(links[0]), place or Whereabouts())
+        rank, fetcher = dist.get_rank(links[0]), fetcher_within(links[0])
+        return RingExchange(members, links, rank, place or Whereabouts(), fetcher=fetcher)
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
-        received = self.room.take(tensor)
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
+        received, sent_at = self.room.take(tensor), self.place.sends(tensor.nbytes, self.members[receiver])
+        within_the_machine = self.fetcher is not None and tensor.device.type == "cpu"
+        way = self._by_ticket if within_the_machine else self._over_the_network
+        works = way(tensor, receiver, received, sender)
+        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place, self.room)
+
+    def _by_ticket(
+        self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
+    ) -> list[tuple[int, dist.Work | Fetched]]:
+        own_link, link_of_sender = (self.links[rank % 2] for rank in (self.ring_rank, sender))
+        receiver, sender = self.members[receiver], self.members[sender]
+        with self.place.waiting_for(receiver):  # as in _post
+            offered = offer(tensor, receiver, own_link)
+        with self.place.waiting_for(sender):
+            fetched = self.fetcher.fetch(received, sender, link_of_sender)
+        return [(sender, fetched), *((receiver, work) for work in offered)]
+
+    def _over_the_network(
+        self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
+    ) -> list[tuple[int, dist.Work]]:
         posts = [
             (self.ring_rank % 2, dist.isend, in_memory(tensor), self.members[receiver]),
             (sender % 2, dist.irecv, in_memory(received), self.members[sender]),
         ]
-        works, sent_at = [], self.place.sends(tensor.nbytes, self.members[receiver])
+        works = []
         for link in (0, 1):
             posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
             works += self._post(posted) if posted else []
-        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place, self.room)
+        return works
 
     def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
         """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""
@@ -141,6 +165,8 @@ def _ring_links(
         # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
         # rank 0 has no transfer on the second link.
         dist.barrier(group=link)
+    if "nccl" not in dist.get_backend_config():  # which has ways of its own within a machine
+        meet(links[0])
     return links
 
 

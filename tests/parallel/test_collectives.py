@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
@@ -13,6 +15,7 @@ from tests.distributed import run_ranks
 GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2), Grid(data=4)]}
 
 each_grid = pytest.mark.parametrize("grid", [grid for grids in GRIDS.values() for grid in grids], ids=str)
+each_way = pytest.mark.parametrize("way", ["network", "tickets"])
 each_ring = pytest.mark.parametrize(
     "grid", [grid for grids in GRIDS.values() for grid in grids if grid.ring > 1], ids=str
 )
@@ -27,13 +30,18 @@ def talk(rank: int, world_size: int) -> dict[Grid, dict]:
         returned = groups.sum(summed)
         heard[grid] = {"sum": returned.tolist(), "in place": returned is summed}
         if groups.ring_links:
-            heard[grid] |= pass_on(groups.ring_links, rank)
+            heard[grid] |= {way: pass_on(exchange, rank) for way, exchange in exchanges(groups.ring_links).items()}
     return heard
 
 
-def pass_on(links: tuple, rank: int) -> dict:
-    members = tuple(dist.get_process_group_ranks(links[0]))
-    exchange = RingExchange(members, links, dist.get_rank(links[0]))
+def exchanges(links: tuple) -> dict[str, RingExchange]:
+    """As they are between machines, and within one."""
+    within = RingExchange.over(links)
+    return {"network": replace(within, fetcher=None), "tickets": within}
+
+
+def pass_on(exchange: RingExchange, rank: int) -> dict:
+    members = exchange.members
     sent = [torch.full((1000, 3), 10.0 * rank + number) for number in range(3)]
     transfers = [exchange.start(tensor) for tensor in sent]
     received = [transfer.wait() for transfer in reversed(transfers)][::-1]
@@ -42,6 +50,7 @@ def pass_on(links: tuple, rank: int) -> dict:
     return go_around(exchange, rank) | {
         "from afar": {distance: transfer.wait().unique().tolist() for distance, transfer in zip(distances, farther)},
         "members": members,
+        "by tickets": exchange.fetcher is not None,
         "received": [tensor.unique().tolist() for tensor in received],
         "sent": [tensor.unique().tolist() for tensor in sent],
         "shapes": {tuple(tensor.shape) for tensor in received},
@@ -72,42 +81,55 @@ def test_sums_are_over_data_and_context(grid, heard):
     assert all(rank[grid]["in place"] for rank in heard[grid.world_size])
 
 
+@each_way
 @each_ring
-def test_a_tensor_goes_to_the_next_rank_of_its_ring(grid, heard):
+def test_a_tensor_goes_to_the_next_rank_of_its_ring(grid, way, heard):
     for rank, found in enumerate(heard[grid.world_size]):
         ring = next(members for members in grid.members("ring") if rank in members)
         previous = ring[ring.index(rank) - 1]
-        assert found[grid]["members"] == tuple(ring)
-        assert found[grid]["received"] == [[10.0 * previous + number] for number in range(3)]
+        assert found[grid][way]["members"] == tuple(ring)
+        assert found[grid][way]["received"] == [[10.0 * previous + number] for number in range(3)]
 
 
+@each_way
 @each_ring
-def test_a_tensor_goes_any_way_on_and_back(grid, heard):
+def test_a_tensor_goes_any_way_on_and_back(grid, way, heard):
     """All distances around the ring in flight together, as when a ring that is cut sends its sums home."""
     for rank, found in enumerate(heard[grid.world_size]):
         ring = next(members for members in grid.members("ring") if rank in members)
-        assert set(found[grid]["from afar"]) == {*range(1 - grid.ring, 0), *range(1, grid.ring)}
-        for distance, received in found[grid]["from afar"].items():
+        assert set(found[grid][way]["from afar"]) == {*range(1 - grid.ring, 0), *range(1, grid.ring)}
+        for distance, received in found[grid][way]["from afar"].items():
             sender = ring[(ring.index(rank) - distance) % grid.ring]
             assert received == [10.0 * sender + distance]
 
 
+@each_way
 @each_ring
-def test_what_goes_around_arrives_in_two_places_in_turn(grid, heard):
+def test_what_goes_around_arrives_in_two_places_in_turn(grid, way, heard):
     """So much memory is enough for any number of hops; what a rank had of its own is not among it."""
     for rank, found in enumerate(heard[grid.world_size]):
         ring = next(members for members in grid.members("ring") if rank in members)
         at = ring.index(rank)
-        assert found[grid]["around"] == [[float(ring[(at - hop) % grid.ring])] for hop in range(1, 7)]
-        assert found[grid]["places"] == 2
-        assert found[grid]["own"] == [float(rank)]
+        assert found[grid][way]["around"] == [[float(ring[(at - hop) % grid.ring])] for hop in range(1, 7)]
+        assert found[grid][way]["places"] == 2
+        assert found[grid][way]["own"] == [float(rank)]
+
+
+@each_way
+@each_ring
+def test_what_is_sent_stays_as_it_was(grid, way, heard):
+    for rank, found in enumerate(heard[grid.world_size]):
+        assert found[grid][way]["sent"] == [[10.0 * rank + number] for number in range(3)]
+        assert found[grid][way]["shapes"] == {(1000, 3)}
 
 
 @each_ring
-def test_what_is_sent_stays_as_it_was(grid, heard):
-    for rank, found in enumerate(heard[grid.world_size]):
-        assert found[grid]["sent"] == [[10.0 * rank + number] for number in range(3)]
-        assert found[grid]["shapes"] == {(1000, 3)}
+def test_within_a_machine_tickets_travel(grid, heard):
+    for found in heard[grid.world_size]:
+        assert {way: found[grid][way]["by tickets"] for way in ("network", "tickets")} == {
+            "network": False,
+            "tickets": True,
+        }
 
 
 def test_alone_a_process_sums_to_itself_and_has_no_ring():
@@ -158,5 +180,6 @@ def test_with_nccl_each_link_has_a_high_priority_stream_and_nothing_else_has(
 
 def test_without_nccl_a_link_has_no_options(built, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    monkeypatch.setattr(collectives, "meet", lambda group: None)
     ProcessGroups.build(Grid(ring=2), 0)
     assert [each.options for each in built] == [None] * len(built)
