@@ -30,7 +30,7 @@ class RingTransfer:
     """A tensor on its way around the ring, and its like on the way here."""
 
     works: list[tuple[int, dist.Work | Fetched]]  # each with the global rank at its other end
-    sent: torch.Tensor  # held until the transfer is over: gloo reads it in the background
+    sent: torch.Tensor  # held until the transfer is over: gloo, or who receives it, reads it in the background
     received: torch.Tensor
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells
