@@ -381,7 +381,7 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
     exchange, kernel = RingExchange.over(groups.ring_links), _kernel(options)
     ring = ring_loop.Ring(
         case.layout, exchange.ring_rank, KERNELS[kernel], options.head_dim**-0.5, exchange, case.mask,
-        sends_queries=lambda q, kv: False,
+        sends_queries=lambda q, kv: False, in_halves=exchange.is_slow,
     )  # fmt: skip
 
     def run() -> None:

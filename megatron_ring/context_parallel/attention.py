@@ -195,6 +195,7 @@ def _ring(
         exchange=exchange,
         mask=Mask(window, starts, samples),
         on_hop=place.begin_hop,
+        in_halves=exchange is None or exchange.is_slow,
     )
 
 

@@ -49,6 +49,8 @@ class Ring:
     on_hop: Callable[[int, int], object] = lambda hop, hops: None  # told of each, for those who watch
     # Given q and kv, whether backward sends the queries rather than the keys.
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
+    # Whether backward keeps half of the work on own keys for the last message, which costs calls (docs/decisions/0013).
+    in_halves: bool = True
 
     @functools.cached_property
     def hops(self) -> int:
@@ -121,8 +123,8 @@ def backward(
 
     What is fewer bytes goes around: K and V, or Q with what belongs to it. Its gradients follow one hop behind, from
     the first rank that adds to them until they are home; those of the first hop stay there. Each rank adds its share
-    when its own is computed. Half of the work on its own keys is left until the sums go home, behind which there would
-    be none.
+    when its own is computed. ``in_halves``, half of the work on its own keys is left until the sums go home, behind
+    which there would be none.
     ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
     dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
@@ -178,10 +180,11 @@ def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[tor
 def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
     """Of the key-value heads all, and those for which a rank's queries meet its own keys first, and last.
 
-    Half and half, so that there is work both while the first message travels and while the last sums go home.
+    Half and half, so that there is work both while the first message travels and while the last sums go home; or all
+    first.
     """
     groups = kv_2BLGD.shape[3]
-    border = -(-groups // 2) if ring.hops > 1 else groups
+    border = -(-groups // 2) if ring.in_halves and ring.hops > 1 else groups
     return slice(0, groups), slice(0, border), slice(border, groups)
 
 

@@ -70,6 +70,11 @@ class RingExchange:
         rank, fetcher = dist.get_rank(links[0]), fetcher_within(links[0])
         return RingExchange(members, links, rank, place or Whereabouts(), fetcher=fetcher)
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a message takes so much longer than to copy it in memory that it pays to compute meanwhile."""
+        return self.fetcher is None
+
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
         """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
         size = len(self.members)

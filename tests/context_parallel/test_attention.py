@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megatron_ring.context_parallel import attention
 from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import KERNELS, arranged, reference, stacked
 from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.whereabouts import Whereabouts
 from tests import oracle
 from tests.distributed import run_ranks
 from tests.fast_kernels import FAST_KERNELS
@@ -254,3 +257,21 @@ def test_queries_of_another_length_than_the_shard_are_our_own_fault():
     q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS)
     with pytest.raises(AssertionError, match="queries of another length than the layout's shard"):
         ContextParallelAttention(Layout("none", LENGTH + 1, 1), "reference", ALONE)(q, k, v)
+
+
+def own_keys_in_halves(rank: int, world_size: int) -> dict[str, bool]:
+    links = ProcessGroups.build(Grid(ring=world_size), rank).ring_links
+    names = " ".join(link.group_name for link in links)
+
+    def in_halves() -> bool:
+        q_BLHD, place = torch.ones(1, 4, 2, 8), Whereabouts()
+        return attention._ring(q_BLHD, None, 1, 0, "striped", 1, "reference", names, place).in_halves
+
+    found = {"within the machine": in_halves()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "fetcher_within", lambda group: None)
+        return found | {"over a network": in_halves()}
+
+
+def test_own_keys_are_met_in_halves_where_messages_are_slow():
+    assert run_ranks(2, own_keys_in_halves) == [{"within the machine": False, "over a network": True}] * 2

@@ -192,3 +192,12 @@ def test_backward_computes_while_anything_travels_home_included(groups):
     ring_loop.backward(q, None, q, kv, q, lse, ring_loop.Ring(layout, 0, diary, 1.0, diary))
     hops = ["start 0", HALF, "wait 0"], ["start 1", ALL, "start 2", "wait 1"], [ALL, "wait 2", "start 3"]
     assert diary.events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]
+
+
+@pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
+def test_where_messages_are_quick_the_own_keys_are_met_at_once(groups):
+    diary, layout = Diary(), Layout("striped", 8, 2)
+    q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
+    ring = ring_loop.Ring(layout, 0, diary, 1.0, diary, in_halves=False)
+    ring_loop.backward(q, None, q, kv, q, lse, ring)
+    assert diary.events == ["start 0", ALL, "wait 0", ALL, "start 1", "wait 1"]
