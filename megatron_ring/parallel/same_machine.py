@@ -36,7 +36,7 @@ class MemoryUnreadable(RuntimeError):
 def offer(message: torch.Tensor, receiver: int, link: dist.ProcessGroup) -> tuple[dist.Work, dist.Work]:
     """Let a global rank read a dense tensor, which must stay as it is until both of these are over; does not block."""
     ticket = dist.isend(ticket_for(message), receiver, link, tag=_TICKET)
-    return ticket, dist.irecv(torch.empty(1), receiver, link, tag=_RECEIPT)
+    return ticket, dist.irecv(torch.empty(1, dtype=torch.uint8), receiver, link, tag=_RECEIPT)
 
 
 class Fetched(Future):
@@ -82,7 +82,7 @@ def _carry_out(order: _Order) -> None:
     try:
         order.ticket_came.wait()
         read(order.ticket, order.into)
-        dist.isend(torch.ones(1), order.sender, order.link, tag=_RECEIPT).wait()
+        dist.isend(torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT).wait()
     except Exception as error:  # for whoever waits, as torch's Work has it
         order.fetched.set_exception(error)
     else:

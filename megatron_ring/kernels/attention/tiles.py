@@ -140,12 +140,15 @@ class _Cover:
         return self.lo[start] == left and self.hi[start] == first + 1 and self.climbs_until[start] >= stop
 
     def _seen_by_all(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int] | None:
-        """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs move."""
+        """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs climb.
+
+        Not where they climb by stairs, at which an edge is as good as any: what rounding leaves would be a tile more.
+        """
         rows = self.tiling.rows
         left, right, origin = self.lo[stop - 1], self.hi[start], self.lo[start]
         if left != self.lo[start]:
             left, origin = -(-left // rows) * rows, 0
-        if right != self.hi[stop - 1]:
+        if right != self.hi[stop - 1] and self.climbs_until[start] > start + 1:
             right = origin + (right - origin) // rows * rows
         if left >= right:
             return None
