@@ -75,18 +75,24 @@ class Fetcher:
 
     def _work(self) -> None:
         while True:
-            _carry_out(self._orders.get())  # by no name here, which would keep its tensors until the next one comes
+            order = self._orders.get()
+            fetched, error = order.fetched, _carry_out(order)
+            del order  # with the tensors, of which nothing must be kept behind the transfer
+            if error:
+                fetched.set_exception(error)  # for whoever waits, as torch's Work has it
+            else:
+                fetched.set_result(None)
 
 
-def _carry_out(order: _Order) -> None:
+def _carry_out(order: _Order) -> Exception | None:
+    """What went wrong."""
     try:
         order.ticket_came.wait()
         read(order.ticket, order.into)
         dist.isend(torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT).wait()
-    except Exception as error:  # for whoever waits, as torch's Work has it
-        order.fetched.set_exception(error)
-    else:
-        order.fetched.set_result(None)
+    except Exception as error:
+        return error
+    return None
 
 
 # ---- whose memory can be read ----
