@@ -36,11 +36,13 @@ class Tiling:
         skips only coarse blocks of a triangle, as torch's CPU kernel does (64 to 256 queries x 512 keys).
     part_documents: cut between documents however short, so that each has tiles of its own. It pays where many small
         tiles go to the kernel in one call.
+    tall: queries from which the kernel is faster, to be had where a cut in the middle would leave fewer.
     """
 
     rows: int
     split_triangles: bool
     part_documents: bool = False
+    tall: int = 0
 
 
 def cover(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> Iterator[Tile]:
@@ -107,7 +109,7 @@ class _Cover:
 
         Each tile adds to the sums of its queries and of its keys: for as many pairs, the closer to a square the less.
         """
-        return 2 * sum(keys.stop - keys.start for keys in new) >= stop - start
+        return 4 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
     def _near(self, start: int, stop: int) -> list[int]:
         """The borders within a node next to its middle."""
@@ -115,11 +117,17 @@ class _Cover:
         return [border for border in self.borders[max(0, at - 1) : at + 1] if start < border < stop]
 
     def _middle(self, start: int, stop: int) -> int:
-        """Where to cut: the border nearest to the middle, else the middle in whole tiles from the start."""
-        half = (start + stop) // 2
+        """Where to cut: the border nearest to the middle, else the middle in whole tiles from the start.
+
+        Or before it, where that makes the later queries ``tall``, of which a rectangle with the keys before them comes.
+        """
+        half, rows = (start + stop) // 2, self.tiling.rows
         if near := self._near(start, stop):
             return min(near, key=lambda border: abs(border - half))
-        return start + -(-(stop - start) // (2 * self.tiling.rows)) * self.tiling.rows
+        early = half - start
+        if 4 * self.tiling.tall <= 3 * (stop - start):  # else the rectangle would be narrow
+            early = min(early, stop - start - self.tiling.tall)
+        return start + max(early // rows, 1) * rows
 
     def _without_blind(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
         """The queries left when those at either end that see nothing outside ``done`` are dropped."""

@@ -68,7 +68,13 @@ stepped = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), cli
 # documents as a striped ring cuts them: ranks differ by a token at most, and may hold none of a document
 documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
 any_runs = st.one_of(stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12))))
-tilings = st.builds(Tiling, rows=st.integers(1, 9), split_triangles=st.booleans(), part_documents=st.booleans())
+tilings = st.builds(
+    Tiling,
+    rows=st.integers(1, 9),
+    split_triangles=st.booleans(),
+    part_documents=st.booleans(),
+    tall=st.one_of(st.just(0), st.integers(1, 30)),
+)
 
 
 @given(any_runs, tilings)
@@ -123,6 +129,15 @@ def test_a_triangle_needs_no_mask(length, strict):
     whole, split = (causal(length, strict).tiles(Tiling(128, split)) for split in (False, True))
     assert [tile.kind for tile in whole] == [TileKind.CAUSAL] * (length > strict)
     assert TileKind.MASKED not in {tile.kind for tile in split}
+
+
+@pytest.mark.parametrize(
+    ("length", "queries"), [(1000, 616), (1024, 768), (1100, 844), (1535, 767 + 128), (4096, 2048)]
+)
+def test_a_triangle_is_cut_so_that_its_rectangle_is_tall(length, queries):
+    """In the middle, or before it where three quarters of the queries are tall."""
+    tiles = causal(length).tiles(Tiling(128, split_triangles=True, tall=768))
+    assert max(tile.queries.stop - tile.queries.start for tile in tiles if tile.kind is TileKind.FULL) == queries
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 500])
