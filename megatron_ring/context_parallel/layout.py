@@ -140,19 +140,24 @@ def _length_problems(name: str, seq_length: int, ring_size: int, stripe_size: in
 
 
 # Packed documents spread evenly over wide stripes only by their number: what that takes, measured in docs/log.md.
-_ROUNDS_OF_A_PACK = 64
-_LONGEST_ROUND_OF_A_PACK = 4096
+_ROUNDS_OF_A_PACK = 32
+_ROUND_OF_A_PACK = 2048
 
 
 def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0) -> int:
     """What --stripe-size auto stands for: the widest of a kernel's favourite ``widths`` that deals out evenly, else 1.
 
-    Evenly is as often forth as back. Where documents are ``packed`` it is also in many short rounds, and the narrowest
-    is taken. A ``window`` should span two rounds; where no width is that narrow, the narrowest is the least uneven.
+    Evenly is as often forth as back. Where documents are ``packed`` it is also in many rounds, and short ones unless no
+    width is that narrow. A ``window`` should span two rounds; where no width is that narrow, the narrowest is the least
+    uneven.
     """
     even = [width for width in widths if seq_length % (2 * ring_size * width) == 0]
     if packed:
-        longest_round = min(seq_length // _ROUNDS_OF_A_PACK, _LONGEST_ROUND_OF_A_PACK)
-        return min((width for width in even if ring_size * width <= longest_round), default=1)
-    fits = [width for width in even if not window or 2 * ring_size * width <= window]
-    return max(fits, default=min(even, default=1))
+        many = [width for width in even if ring_size * width * _ROUNDS_OF_A_PACK <= seq_length]
+        return _widest(many, at_most=_ROUND_OF_A_PACK // ring_size)
+    return _widest(even, at_most=window // (2 * ring_size) if window else seq_length)
+
+
+def _widest(widths: Sequence[int], at_most: int) -> int:
+    """The widest up to ``at_most``, else the narrowest of all, else single tokens."""
+    return max((width for width in widths if width <= at_most), default=min(widths, default=1))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.context_parallel.layout import NAMES, Layout
+from megatron_ring.context_parallel.layout import NAMES, Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.errors import ConfigError
 
@@ -112,6 +112,23 @@ def test_single_tokens_leave_a_diagonal_between_hops(ring_size, length):
     layout, ranks = Layout("striped", ring_size * length, ring_size), range(ring_size)
     for rank, source in itertools.product(ranks, ranks):
         assert 2 * hop_runs(layout, rank, source).visible_pairs == length * (length + (1 if source <= rank else -1))
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "ring_size", "width"),
+    [
+        (4096, 2, 1),
+        (8192, 2, 128),
+        (16384, 2, 256),
+        (1 << 17, 2, 1024),
+        (16384, 4, 128),
+        (1 << 18, 8, 256),
+        (1 << 20, 64, 128),
+    ],
+)
+def test_packs_are_dealt_in_many_short_rounds(seq_length, ring_size, width):
+    """In 32 or more, of 2,048 tokens where a width is so narrow, else in longer ones rather than in single tokens."""
+    assert auto_stripe_size(seq_length, ring_size, (2048, 1024, 512, 256, 128), packed=True) == width
 
 
 # of four ranks with six tokens each: how far back a query looks, and how often keys must be passed on and met

@@ -103,7 +103,8 @@ def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it
     assert stripe(data={"seq_length": 2048}, parallel={"stripe_size": 4}) == 4
     assert stripe(data={"seq_length": 2048}, parallel={"attention_kernel": "reference"}) == 1
     assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
-    assert stripe(data={"seq_length": 16384, "reset_attention_mask": True}) == 128
+    assert stripe(data={"seq_length": 8192, "reset_attention_mask": True}) == 128, "32 rounds"
+    assert stripe(data={"seq_length": 131072, "reset_attention_mask": True}) == 1024, "a round of 2,048 tokens"
     assert stripe(data={"seq_length": 8192}, model={"window_size": 2048}) == 512, "two rounds in a window"
     assert stripe(data={"seq_length": 8192}, model={"window_size": 100}) == 128, "no width is narrow enough"
     assert stripe(data={"seq_length": 500}, model={"window_size": 100}) == 1
