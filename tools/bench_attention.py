@@ -51,7 +51,7 @@ from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
-from megatron_ring.parallel.environment import free_port
+from megatron_ring.parallel.environment import free_port, keep_freed_memory
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
@@ -332,6 +332,8 @@ def _rank(rank: int, options: Options, port: int, results) -> None:
     on_cuda = _device_type(options) == "cuda"
     if on_cuda:
         torch.cuda.set_device(rank)
+    else:
+        keep_freed_memory()  # as a training run has it
     dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=options.nproc)
     torch.set_num_threads(1)
     contenders = _contenders(rank, options)
@@ -364,7 +366,7 @@ def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[
 
     def run() -> None:
         out, _ = attention(*inputs, case.mask.window, starts)
-        torch.autograd.backward(out, dout, inputs=inputs)
+        torch.autograd.grad(out, inputs, dout)
 
     return run
 
@@ -417,7 +419,7 @@ def _torch_run(mask: Mask, options: Options) -> Callable[[], None]:
     def run() -> None:
         documents = zip(*(x.split(lengths, dim=2) for x in inputs))
         outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in documents]
-        torch.autograd.backward(outs, dout.split(lengths, dim=2), inputs=inputs)
+        torch.autograd.grad(outs, inputs, dout.split(lengths, dim=2))
 
     return run
 

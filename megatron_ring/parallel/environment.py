@@ -6,6 +6,7 @@ The ranks of a step meet on its first node, at a port of their own, unless MASTE
 """
 
 import contextlib
+import ctypes
 import os
 import random
 import re
@@ -80,6 +81,22 @@ def fix_order_of_sums() -> None:
         raise ConfigError(problems)
     for name, (first, *_) in _FIXED_ORDER.items():
         os.environ.setdefault(name, first)
+
+
+# By their numbers in glibc's malloc.h, and what the environment may say of them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is allocated next, where the environment does not say how it should be.
+
+    By itself it gives tensors of 32 MB and more back at once, and takes each anew, page by page (docs/decisions/0021).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt and not any(name in os.environ for name in _MALLOC_SETTINGS):
+        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)  # an int's greatest
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def first_host(node_list: str) -> str:

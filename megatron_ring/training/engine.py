@@ -21,7 +21,7 @@ from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.environment import Environment, keep_freed_memory
 from megatron_ring.parallel.tensor import whole_shape
 from megatron_ring.training.decision import Decision
 from megatron_ring.training.fragments import Fragment, fragments, update_compute_weights
@@ -40,6 +40,7 @@ def start_processes(environment: Environment, device: str) -> None:
         torch.cuda.set_device(environment.local_rank)
     else:
         torch.set_num_threads(environment.threads)
+        keep_freed_memory()
     # DeepSpeed still calls collectives by the names that torch is about to drop.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for 20 s here. Training never calls it.

@@ -1,5 +1,8 @@
 import os
+import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -120,6 +123,29 @@ def test_a_task_of_srun_computes_with_the_cores_it_was_given(environ):
 def test_the_outermost_number_of_threads_counts(environ):
     environ.update({"OMP_NUM_THREADS": "4,2"})
     assert Environment.read().threads == 4
+
+
+# What a process of its own has to take from the system while it takes and frees 64 MB again and again.
+FAULTS = """
+import resource, torch
+from megatron_ring.parallel.environment import keep_freed_memory
+keep_freed_memory()
+torch.set_num_threads(1)
+def faults():
+    torch.zeros(1 << 26, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+[faults() for _ in range(16)]  # glibc caches seven crumbs of aligned memory before it joins them
+print(-faults() + [faults() for _ in range(8)][-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries keep what they like")
+@pytest.mark.parametrize(("said", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_how_it_should_be(said, kept):
+    environ = {name: value for name, value in os.environ.items() if name not in environment._MALLOC_SETTINGS}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=environ | said, capture_output=True, text=True, check=True)
+    pages = 8 * (1 << 26) // resource.getpagesize()
+    assert (int(run.stdout) < pages / 1000) == kept  # huge pages are 512 of them
 
 
 def test_somebody_can_listen_at_a_free_port():
