@@ -108,6 +108,7 @@ class _Cover:
         """Whether there are keys enough for a tile of all of a node's queries.
 
         Each tile adds to the sums of its queries and of its keys: for as many pairs, the closer to a square the less.
+        But halves are tiles more; where they begin to pay is measured in docs/log.md.
         """
         return 4 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
