@@ -1,0 +1,234 @@
+"""Bounded, validated reading of metadata that comes from outside this process.
+
+A manifest, an index, a config or a state file may have been written by another program, damaged,
+or made to do harm. Every such file is read here: only regular files, only up to a stated size, only
+inside the folder that the user named, and only documents of the declared types, ranges and depth.
+
+All functions raise ``UntrustedInputError`` with a short reason. The caller knows which file it was,
+what the user can do about it and which error of errors.py it is, and adds that.
+"""
+
+import functools
+import os
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+MIB = 1 << 20
+METADATA_BYTES = 64 * MIB
+"""The default size limit of a metadata file."""
+
+CONFIG_BYTES = MIB
+"""The size limit of a YAML config: PyYAML takes seconds for one megabyte."""
+
+LARGEST_INTEGER = 2**63 - 1
+"""The largest magnitude of a whole number in YAML: what torch and NumPy hold."""
+
+_YAML_DEPTH = 50
+_YAML_NODES = 100_000
+_SHOWN_PROBLEMS = 3
+_SHOWN_CHARACTERS = 80
+
+Schema = TypeVar("Schema")
+
+
+class UntrustedInputError(ValueError):
+    """Content that is not what it should be; the message is the reason, without the file's name."""
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor, which the caller closes.
+
+    Never blocks: a named pipe, a device, a socket or a folder is refused. Raises OSError where the
+    file is missing or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise UntrustedInputError("it is not a regular file")
+
+
+def read_bytes(path: Path, limit: int = METADATA_BYTES) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes. Raises OSError as open does."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # The file may grow between the two calls, so the read is bounded too.
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:
+        raise UntrustedInputError(f"it has {max(size, len(content))} bytes, {limit} at most are read")
+    return content
+
+
+def parse_json(content: bytes, schema: type[Schema]) -> Schema:
+    """Parse JSON and validate it strictly against a dataclass, a pydantic model or a typing form.
+
+    Types are not converted, but JSON arrays become tuples and sets where the schema has those.
+    Nesting deeper than 200 and numbers of more than 4,300 digits are refused by the parser.
+    """
+    try:
+        return _adapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise UntrustedInputError(_described(error)) from error
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object of which only some keys matter; the caller validates those that it uses.
+
+    Infinity and NaN are accepted, since other programs write them.
+    """
+    try:
+        document = from_json(content)
+    except ValueError as error:
+        raise UntrustedInputError(f"it is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise UntrustedInputError("it is not a JSON object of keys and values")
+    return document
+
+
+def validate(document: Any, schema: type[Schema]) -> Schema:
+    """Validate an already parsed value strictly; types are not converted.
+
+    For plain types and their containers. A dataclass is read by ``parse_json``: in strict mode
+    pydantic takes one from JSON only.
+    """
+    try:
+        return _adapter(schema).validate_python(document, strict=True)
+    except ValidationError as error:
+        raise UntrustedInputError(_described(error)) from error
+
+
+def parse_yaml(content: bytes) -> Any:
+    """Parse one YAML document of plain values (UTF-8, with or without a byte-order mark).
+
+    Refuses deep nesting, aliases that expand to more than 100,000 nodes or to themselves, whole
+    numbers beyond 64 bits, and every tag that would construct a Python object.
+    """
+    try:
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node_count(node)
+        document = loader.construct_document(node)
+    except RecursionError as error:
+        raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels") from error
+    except yaml.YAMLError as error:
+        raise UntrustedInputError(f"it is not YAML: {error}") from error
+    except UntrustedInputError:
+        raise
+    except ValueError as error:  # not UTF-8, an impossible date, too many digits
+        raise UntrustedInputError(f"it has a value that cannot be read: {error}") from error
+    _check_integers(document)
+    return document
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name`` for a relative name that stays inside ``folder``.
+
+    Refuses absolute names, "..", empty names and NUL. The file need not exist. Links are checked
+    separately, by ``check_link``, because the name alone is what an index or a manifest gives.
+    """
+    parts = Path(name).parts
+    if not parts or "\0" in name or Path(name).is_absolute() or ".." in parts:
+        raise UntrustedInputError(f"{_shortened(name)} is not the name of a file inside the folder")
+    return folder / name
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Refuse a path inside ``folder`` whose symbolic links lead out of it.
+
+    Hugging Face's cache is one tree for each model, ``models--OWNER--NAME``, in which snapshots
+    link to blobs: a link may lead anywhere inside that tree.
+    """
+    root = folder.resolve()
+    cache = [parent for parent in root.parents if parent.name == "snapshots"]
+    allowed = cache[0].parent if cache and cache[0].parent.name.startswith("models--") else root
+    target = path.resolve()
+    if not target.is_relative_to(allowed):
+        raise UntrustedInputError(
+            f"{path.name} is a link to {target}, outside of the folder. Copy the file into the folder"
+        )
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def _described(error: ValidationError) -> str:
+    """State the first problems, each with where it is and what was found, in bounded length."""
+    problems = []
+    for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]:
+        where = ".".join(str(part) for part in problem["loc"])
+        found = _shortened(problem["input"])
+        problems.append(f"{_shortened(where)}: {problem['msg']} (found {found})")
+    more = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shortened(value: Any) -> str:
+    """Return a bounded ``repr``: only the first characters of text, and only the type of the rest."""
+    if isinstance(value, str | bytes):
+        value = value[:_SHOWN_CHARACTERS]
+    elif not isinstance(value, bool | float | None) and not _is_small_integer(value):
+        return f"of type {type(value).__name__}"
+    return repr(value)
+
+
+def _is_small_integer(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 10**_SHOWN_CHARACTERS
+
+
+def _check_node_count(root: yaml.Node) -> None:
+    """Refuse a YAML node graph that is too deep, too large with its aliases expanded, or cyclic.
+
+    Sizes are computed once a node, children first, without recursion, so the cost is linear in
+    the text however large its expansion is.
+    """
+    sizes: dict[int, int] = {}
+    depths: dict[int, int] = {}
+    open_nodes: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        children = _children(node)
+        if id(node) not in open_nodes and id(node) not in sizes:
+            open_nodes.add(id(node))
+            for child in children:
+                if id(child) in open_nodes:
+                    raise UntrustedInputError("an alias contains itself")
+            stack += [child for child in children if id(child) not in sizes]
+            continue
+        stack.pop()
+        if id(node) in sizes:
+            continue
+        open_nodes.discard(id(node))
+        sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+        depths[id(node)] = 1 + max((depths[id(child)] for child in children), default=0)
+        if depths[id(node)] > _YAML_DEPTH:
+            raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels")
+        if sizes[id(node)] > _YAML_NODES:
+            raise UntrustedInputError(f"its aliases expand to more than {_YAML_NODES} values")
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [side for pair in node.value for side in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_integers(document: Any) -> None:
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            stack += value
+        elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise UntrustedInputError(f"it has a whole number of {value.bit_length()} bits, 63 at most are read")
