@@ -1,5 +1,6 @@
 """Rings of one to eight ranks give the same bits, and the right ones, where sums are over the sample's own blocks."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -92,8 +93,37 @@ def test_one_process_has_them_too_whatever_its_layout(name, by_blocks):
     assert differing(of_ring(case, 1, name), of_ring(case, 8)) == []
 
 
-def test_the_order_of_arrival_gives_each_size_bits_of_its_own():
-    assert differing(of_ring(CASES[0], 1), of_ring(CASES[0], 8)) != []
+class CountingKernel:
+    """A kernel that counts its calls by direction and by the numbers of queries and keys."""
+
+    def __init__(self):
+        self.calls: Counter[tuple[str, int, int]] = Counter()
+
+    def forward(self, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object) -> None:
+        self.calls["forward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
+        reference.forward(q_BLHD, k_BLGD, *rest)
+
+    def backward(self, dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object) -> None:
+        self.calls["backward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
+        reference.backward(dout_BLHD, q_BLHD, k_BLGD, *rest)
+
+
+def calls_of_ring(size: int) -> Counter[tuple[str, int, int]]:
+    kernel = CountingKernel()
+    *inputs, _ = Case("reference", torch.float32).inputs()
+    simulated_ring.run(Layout("striped", 56, size), kernel, *inputs)
+    return kernel.calls
+
+
+def test_every_size_makes_the_same_calls_between_the_same_blocks(by_blocks):
+    """The reason for equal bits, which holds on every processor."""
+    calls = {size: calls_of_ring(size) for size in SIZES}
+    assert {(queries, keys) for _, queries, keys in calls[1]} == {(7, 7)}
+    assert all(calls[size] == calls[1] for size in SIZES)
+
+
+def test_in_order_of_arrival_the_calls_depend_on_the_size():
+    assert {size for _, size, _ in calls_of_ring(1)}.isdisjoint({size for _, size, _ in calls_of_ring(8)})
 
 
 @pytest.mark.parametrize("size", SIZES)
