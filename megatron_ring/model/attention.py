@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.attention = attention
         self.window = window
-        self.tensor = tensor = execution.tensor
+        self.execution, tensor = execution, execution.tensor
         self.rope = execution.operations.rope
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden, bias = config.hidden_size, config.add_bias_linear or config.add_qkv_bias
@@ -71,8 +71,10 @@ class SelfAttention(nn.Module):
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, m, E). ``rotation`` is None for a model whose positions come from a table."""
-        x_BlE = enter(x_BmE, self.tensor)
-        q_BlhD, k_BlgD, v_BlgD = (self._heads(proj(x_BlE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        kept = self.execution.kept_for_attention(x_BmE)
+        x_BlE = enter(x_BmE, self.execution.tensor)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q_BlhD, k_BlgD, v_BlgD = (self._heads(proj(x_BlE, kept)) for proj in projections)
         q_BlhD, k_BlgD = self.q_norm(q_BlhD), self.k_norm(k_BlgD)
         if rotation is not None:
             # Before the attention function: keys are turned once, at home, and travel turned.

@@ -15,7 +15,7 @@ class SwigluMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
-        self.tensor = tensor = execution.tensor
+        self.execution, tensor = execution, execution.tensor
         self.swiglu = execution.operations.swiglu
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
         self.gate_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
@@ -24,8 +24,9 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        x_BlE = enter(x_BmE, self.tensor)
-        return self.down_proj(self.swiglu(self.gate_proj(x_BlE), self.up_proj(x_BlE)))
+        kept = self.execution.kept_for_feed_forward(x_BmE)
+        x_BlE = enter(x_BmE, self.execution.tensor)
+        return self.down_proj(self.swiglu(self.gate_proj(x_BlE, kept), self.up_proj(x_BlE, kept)))
 
 
 class GeluMLP(nn.Module):
@@ -33,14 +34,15 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
-        self.tensor = tensor = execution.tensor
+        self.execution, tensor = execution, execution.tensor
         hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
         self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        return self.down_proj(gelu(self.up_proj(enter(x_BmE, self.tensor))))
+        kept = self.execution.kept_for_feed_forward(x_BmE)
+        return self.down_proj(gelu(self.up_proj(enter(x_BmE, self.execution.tensor), kept)))
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}

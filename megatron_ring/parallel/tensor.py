@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_ring.kernels.cross_entropy import VocabularyPart
-from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, leave, reduced, summed
+from megatron_ring.parallel.tensor_exchange import ALONE, ShardKept, TensorParallel, leave, reduced, summed
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,14 @@ class ColumnParallelLinear(nn.Module):
         self.weight = split_parameter((outputs, inputs), 0, tensor)
         self.bias = split_parameter((outputs,), 0, tensor) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Takes what ``enter`` gives, so that several such layers share one exchange."""
-        return functional.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, kept: ShardKept | None = None) -> torch.Tensor:
+        """Apply the layer to what ``enter`` gives, so that several layers share one exchange.
+
+        ``kept``: what backward keeps of ``x``; None: ``x`` itself.
+        """
+        if kept is None:
+            return functional.linear(x, self.weight, self.bias)
+        return kept.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

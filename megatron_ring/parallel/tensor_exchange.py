@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,73 @@ def enter(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
         return x
     ways = (_gathered, _summed_and_scattered) if tensor.sequence_parallel else (_as_it_is, summed)
     return _Exchange.apply(x, tensor, *ways)
+
+
+class ShardKept:
+    """The input of column-parallel layers under sequence parallelism, of which backward keeps a shard.
+
+    Korthikanti et al. 2022, section 4.2.2: the all-gather's result is not stored for backward. Each
+    rank stores its own (B, l/T, E), and the first of the layers whose weight gradient is computed
+    gathers the whole (B, l, E) again, once for all layers that share it.
+    """
+
+    def __init__(self, shard_BmE: torch.Tensor, tensor: TensorParallel):
+        self.shard_BmE = shard_BmE.detach()
+        self.gather = _GatherForBackward(tensor)
+
+    def linear(self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` as ``enter`` gathered it from the shard."""
+        self.gather.layers += 1
+        return _LinearOfGathered.apply(x_BlE, self.shard_BmE, weight, bias, self.gather)
+
+
+class _GatherForBackward:
+    """Gathers a shard once for ``layers`` layers; holds the result until the last of them used it.
+
+    It holds no tensor between forward and backward: the shard is among the saved tensors of
+    autograd, where activation offloading can move it.
+    """
+
+    def __init__(self, tensor: TensorParallel):
+        self.tensor = tensor
+        self.layers = 0
+        self._unserved = 0
+        self._whole_BlE: torch.Tensor | None = None
+
+    def whole(self, shard_BmE: torch.Tensor) -> torch.Tensor:
+        """Return the gathered (B, l, E). The first call blocks in an all-gather of the tensor group."""
+        if self._whole_BlE is None:
+            self._whole_BlE, self._unserved = _gathered(shard_BmE, self.tensor), self.layers
+        whole_BlE, self._unserved = self._whole_BlE, self._unserved - 1
+        if self._unserved == 0:
+            self._whole_BlE = None
+        return whole_BlE
+
+
+class _LinearOfGathered(torch.autograd.Function):
+    """A linear layer that saves the shard its input was gathered from instead of the input.
+
+    The weight is saved as the parameter itself: under ZeRO 3 it is gathered in place for backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BlE, shard_BmE, weight, bias, gather):
+        ctx.gather = gather
+        ctx.save_for_backward(shard_BmE, weight)
+        return functional.linear(x_BlE, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy_Blo):
+        shard_BmE, weight = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx_BlE = dy_Blo.matmul(weight) if needs_x else None
+        dweight = dbias = None
+        if needs_weight:
+            x_BlE = ctx.gather.whole(shard_BmE)
+            dweight = dy_Blo.flatten(0, -2).t().matmul(x_BlE.flatten(0, -2))
+        if needs_bias:
+            dbias = dy_Blo.flatten(0, -2).sum(0)
+        return dx_BlE, None, dweight, dbias, None
 
 
 def leave(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:

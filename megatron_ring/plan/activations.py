@@ -30,15 +30,19 @@ class LayerBytes:
 class _Tensors:
     """Bytes of a token's tensors in a layer. ring_keys: K and V after Ulysses' repetition. inner: one of width F/T.
 
-    norm: what a norm keeps of its input, which may be the input itself: shared, else 0. normed: its output, gathered
-    from the tensor ranks. head_norms: what those of query and key heads keep, if there are any. product: a matrix
-    product's of the stream's width.
+    norm: what a norm keeps of its input, which may be the input itself: shared, else 0. gathered: the
+    norm's output, of all tensor ranks. attention_input, feed_forward_input: what the column-parallel
+    layers keep of it: a rank's own shard under sequence_parallel, unless backward computes the region
+    again (tensor_exchange.ShardKept). head_norms: what those of query and key heads keep, if there are
+    any. product: a matrix product's of the stream's width.
     """
 
     residual: float
     norm: float
     shared: float
-    normed: float
+    gathered: float
+    attention_input: float
+    feed_forward_input: float
     head_norms: float
     product: float
     queries: float
@@ -68,12 +72,26 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
         kept, *taken_over = _kept_for_recomputation(config, tensors)
     # Where backward needs most: between the feed-forward's matrices, or in attention, the feed-forward being done.
     gradients_of_inner = (2 if config.model.activation == "swiglu" else 1) * tensors.inner
+    gathered_again = tensors.gathered if tensors.feed_forward_input < tensors.gathered else 0
     working = tensors.residual + max(
-        (feed_forward - taken_over[1] + gradients_of_inner) / memory.mlp_chunks,
+        (feed_forward - taken_over[1] + gradients_of_inner + gathered_again) / memory.mlp_chunks,
         _backward_through_attention(config, grid, tensors, dtype) + tensors.residual - taken_over[1],
     )
     working += attention - taken_over[0]
     return LayerBytes(kept, working)
+
+
+def inputs_gathered_again(config: Config) -> int:
+    """How many gathered inputs of a layer backward gathers once more (model/execution.py)."""
+    return _keeps_shard_of_attention_input(config) + _keeps_shard_of_feed_forward_input(config)
+
+
+def _keeps_shard_of_attention_input(config: Config) -> bool:
+    return config.parallel.sequence_parallel and config.memory.recompute == "none"
+
+
+def _keeps_shard_of_feed_forward_input(config: Config) -> bool:
+    return _keeps_shard_of_attention_input(config) and config.memory.mlp_chunks == 1
 
 
 def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Tensors:
@@ -81,6 +99,7 @@ def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Te
     size, hidden = dtype.itemsize, model.hidden_size
     split = ranks if config.parallel.sequence_parallel else 1
     heads, groups = share(model.num_attention_heads, ranks), share(model.key_value_heads, ranks)
+    gathered = size * hidden
     # RMSNorm on a CPU is several operators, which keep x and x / rms in float32; LayerNorm and CUDA's keep x.
     wide = model.normalization == "RMSNorm" and device == "cpu"
 
@@ -91,7 +110,9 @@ def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Te
         residual=size * hidden / split,
         norm=norm(hidden) / split,
         shared=0 if wide and size < _WIDE else size * hidden / split,
-        normed=size * hidden,
+        gathered=gathered,
+        attention_input=gathered / (split if _keeps_shard_of_attention_input(config) else 1),
+        feed_forward_input=gathered / (split if _keeps_shard_of_feed_forward_input(config) else 1),
         head_norms=model.qk_layernorm * (heads + groups) * norm(model.head_dim),
         product=size * hidden,
         queries=size * heads * model.head_dim,
@@ -104,14 +125,14 @@ def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Te
 
 def _saved_by_attention(config: Config, grid: Grid, x: _Tensors) -> float:
     """Norm, its output, norms of heads, Q, K and V as the ring takes them, the ring's output and log-sum-exp."""
-    saved = x.norm + x.normed + x.head_norms + x.queries + x.ring_keys + x.queries + x.lse
+    saved = x.norm + x.attention_input + x.head_norms + x.queries + x.ring_keys + x.queries + x.lse
     saved += x.queries if grid.ulysses > 1 else 0  # the output with its heads together again
     return saved + (x.queries + x.lse if config.model.softmax_type != "vanilla" else 0)
 
 
 def _saved_by_feed_forward(config: Config, x: _Tensors) -> float:
     """Norm, its output, and of width F: gate, silu(gate), up and their product; or the product and its gelu."""
-    return x.norm + x.normed + (4 if config.model.activation == "swiglu" else 2) * x.inner
+    return x.norm + x.feed_forward_input + (4 if config.model.activation == "swiglu" else 2) * x.inner
 
 
 def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, float]:

@@ -32,13 +32,16 @@ def ulysses_bytes(q_BLhD: torch.Tensor, kv_2BLgD: torch.Tensor, degree: int) -> 
     return before * (degree - 1) // degree, behind * (degree - 1) // degree
 
 
-def tensor_bytes(stream_bytes: int, ranks: int) -> int:
-    """Sent by a process for a layer's forward, and as much again for its backward.
+def tensor_bytes(stream_bytes: int, ranks: int, gathers_again: int) -> tuple[int, int]:
+    """Bytes that a process sends to its tensor group in a layer's forward and in its backward.
 
-    Two sums of the stream over the tensor ranks, each a reduce-scatter and an all-gather, which sequence_parallel does
-    at two places (Korthikanti et al. 2022, section 4.2.2). ``stream_bytes``: of (B, l, E).
+    Each direction has two sums of the stream over the ranks, each a reduce-scatter and an
+    all-gather, which sequence_parallel does at two places (Korthikanti et al. 2022, section 4.2.2).
+    ``stream_bytes``: of (B, l, E). ``gathers_again``: how many inputs backward gathers once more
+    because only a shard of them was kept.
     """
-    return 2 * 2 * stream_bytes * (ranks - 1) // ranks
+    shared = stream_bytes * (ranks - 1) // ranks
+    return 4 * shared, (4 + gathers_again) * shared
 
 
 def stage_bytes(stream_bytes: int, tokens: int, grid: Grid, sequence_parallel: bool) -> tuple[int, int]:

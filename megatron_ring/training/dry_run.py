@@ -7,6 +7,7 @@ number of ids is asked for.
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
+from megatron_ring.plan.activations import inputs_gathered_again
 from megatron_ring.plan.memory import bubble
 from megatron_ring.plan.messages import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
 from megatron_ring.plan.timeline import counted
@@ -108,8 +109,11 @@ def _in_tensor(setup: Setup) -> list[str]:
     if ranks == 1:
         return []
     how = "all-gathers and reduce-scatters" if setup.config.parallel.sequence_parallel else "all-reduces"
-    sent = tensor_bytes(_stream_bytes(setup), ranks)
-    return [f"bytes of tensor  {sent:,} a layer's forward, and as many backward ({how} of the residual stream)"]
+    forward, backward = tensor_bytes(_stream_bytes(setup), ranks, inputs_gathered_again(setup.config))
+    return [
+        f"bytes of tensor  {forward:,} in a layer's forward, {backward:,} in its backward without "
+        f"recomputation ({how} of the residual stream)"
+    ]
 
 
 def _in_pipeline(setup: Setup) -> list[str]:

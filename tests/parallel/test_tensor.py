@@ -1,5 +1,8 @@
 """Layers split over tensor ranks are the whole layers: outputs and gradients in float64, parts laid together."""
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,3 +77,64 @@ def test_an_uneven_vocabulary_is_split_in_runs_and_covers_itself():
 def test_fewer_rows_than_ranks_leave_the_last_ones_empty():
     assert [len(TensorParallel(None, rank, 4).part(3)) for rank in range(4)] == [1, 1, 1, 0]
     assert [len(TensorParallel(None, rank, 4).part(5)) for rank in range(4)] == [2, 2, 1, 0]
+
+
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+class Counted:
+    """Counts the collectives of a region by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: Counter[str] = Counter()
+        for name in COLLECTIVES:
+            monkeypatch.setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, collective: Callable) -> Callable:
+        def count(*args: object, **kwargs: object) -> object:
+            self.calls[name] += 1
+            return collective(*args, **kwargs)
+
+        return count
+
+    def taken(self) -> dict[str, int]:
+        calls, self.calls = dict(self.calls), Counter()
+        return calls
+
+
+def kept_by_a_layer(rank: int, world_size: int) -> tuple[dict[str, int], list[dict]]:
+    """How many whole (B, l, E) a layer saves, by model, and its collectives forward and backward."""
+    gathered_kept, collectives = {}, []
+    for name, model_config in CONFIGS.items():
+        execution = Execution(TensorParallel.of(dist.group.WORLD, sequence_parallel=True))
+        model = GPT(model_config, VOCABULARY, LENGTH, plain_attention, 1, execution)
+        rotation, block = model.rotation(torch.arange(LENGTH)), model.blocks["0"]
+        present = [*block.parameters(), *(vars(rotation).values() if rotation else ())]
+        excluded = {x.untyped_storage().data_ptr() for x in present}
+        saved = {}
+
+        def pack(x: torch.Tensor, saved: dict = saved, excluded: set = excluded) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in excluded:
+                saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+            return x
+
+        x_BmE = torch.randn(1, LENGTH // world_size, model_config.hidden_size, requires_grad=True)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            counted = Counted(monkeypatch)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                y = block(x_BmE, rotation, None)
+            forward = counted.taken()
+            y.sum().backward()
+            collectives.append([forward, counted.taken()])
+        gathered = LENGTH * model_config.hidden_size * x_BmE.itemsize
+        gathered_kept[name] = sum(size == gathered for size, _ in saved.values())
+    return gathered_kept, collectives
+
+
+def test_a_layer_keeps_no_gathered_input_and_gathers_each_once_more_in_backward():
+    """Forward: two inputs gathered, two outputs scattered; backward the reverse, and the inputs."""
+    for gathered_kept, collectives in run_ranks(2, kept_by_a_layer):
+        assert gathered_kept == dict.fromkeys(CONFIGS, 0)
+        for forward, backward in collectives:
+            assert forward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}
+            assert backward == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 2}

@@ -14,7 +14,7 @@ from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.tensor_exchange import ALONE
-from megatron_ring.plan.activations import layer_bytes, papers_bytes_per_token
+from megatron_ring.plan.activations import inputs_gathered_again, layer_bytes, papers_bytes_per_token
 from megatron_ring.plan.memory import ERROR, Workload, bubble, micro_batches_in_flight, stage_memory
 from megatron_ring.plan.zero import Zero
 from tools.measure_memory import LiveBytes
@@ -117,6 +117,25 @@ def test_sequence_parallel_splits_what_norms_keep_and_the_input():
     split = layer_bytes(config(memory=memory, sequence_parallel=True), Grid(tensor=4), torch.bfloat16, "cuda")
     assert (whole.kept, split.kept) == (2 * 64, 2 * 64 / 4)
     assert split.working < whole.working
+
+
+@pytest.mark.parametrize(
+    ("mode", "split_bytes", "gathers"),
+    [
+        # Of two norms each what it keeps, 2 x 64 + 8, and the layers' input, 2 x 64.
+        ("none", 2 * (136 + 128), 2),
+        # Attention's alone, and the feed-forward's input before its norm.
+        ("pieces", 136 + 128 + 128, 1),
+        # The block's input: everything else is computed again, its gathered inputs too.
+        ("attention too", 128, 0),
+    ],
+)
+def test_sequence_parallel_keeps_a_shard_of_inputs_unless_they_are_computed_again(mode, split_bytes, gathers):
+    without, with_it = (config(memory=MODES[mode], sequence_parallel=enabled) for enabled in (False, True))
+    whole, shards = (layer_bytes(each, Grid(tensor=4), torch.bfloat16, "cuda").kept for each in (without, with_it))
+    assert whole - shards == split_bytes * 3 / 4
+    assert inputs_gathered_again(with_it) == gathers
+    assert inputs_gathered_again(without) == 0
 
 
 def test_ulysses_keeps_the_output_twice_and_repeated_keys():

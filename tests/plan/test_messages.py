@@ -31,8 +31,12 @@ def test_members_keep_their_own_share():
 
 
 def test_two_sums_over_tensor_ranks_are_two_scatters_and_two_gathers():
-    assert tensor_bytes(1000, 2) == 4 * 500
-    assert tensor_bytes(1000, 4) == 4 * 750
+    assert tensor_bytes(1000, 2, gathers_again=0) == (4 * 500, 4 * 500)
+    assert tensor_bytes(1000, 4, gathers_again=0) == (4 * 750, 4 * 750)
+
+
+def test_an_input_that_is_gathered_again_costs_one_more_gather_in_backward():
+    assert tensor_bytes(1000, 4, gathers_again=2) == (4 * 750, 6 * 750)
 
 
 def test_a_stage_hands_on_the_stream_and_its_positions():

@@ -85,7 +85,7 @@ def test_bytes_of_every_exchange_are_told():
     q, kv = tokens * 2 * 8 * 4, tokens * 2 * 2 * 8 * 4  # 2 of 4 query heads; 1 of 2 key-value heads, twice for Ulysses
     assert f"bytes of a hop   {kv:,} forward (K and V)" in said
     assert f"bytes of Ulysses {(q + kv) // 2:,} before attention" in said
-    assert f"bytes of tensor  {2 * stream:,} a layer's forward" in said
+    assert f"bytes of tensor  {2 * stream:,} in a layer's forward, {2 * stream:,} in its backward" in said
     assert (
         f"bytes of a stage {stream + 16 * tokens:,} forward to the next one for a micro-batch, {stream:,} back" in said
     )

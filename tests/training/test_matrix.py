@@ -103,7 +103,7 @@ def test_the_norms_of_heads_over_tensor_ranks(one_process):
     """What each rank's heads ask of them is summed, whoever sees which tokens: three values, and pairs are two."""
     rows = [
         factors.plain_but_for(tensor=2, qk_layernorm=True, sequence_parallel=sequence_parallel, zero=zero)
-        for sequence_parallel, zero in ((False, 0), (False, 3), (True, 1))
+        for sequence_parallel, zero in ((False, 0), (False, 3), (True, 3))
     ]
     assert_all_like_one_process(rows, 2, one_process)
 
