@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_ring.context_parallel import emulated
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, speaking_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.kernels.attention.support import Feature
@@ -150,7 +150,7 @@ class Case:
         if not self.on_gpu:
             return found | {"host_waits": None, "overlap": []}
         acts = {"forward": lambda: self._forward(shards), "backward": lambda: self._backward(shards, forwards)}
-        hop_runs.cache_clear()  # so that every hop has runs to copy to the device
+        self.mask.runs.clear()  # so that every hop has runs to copy to the device
         waits = [line for act in acts.values() if (line := _where_the_host_waits(act))]
         rows = [row for direction, act in acts.items() for row in self._overlap(direction, act, traces)]
         return found | {"host_waits": waits, "overlap": rows}

@@ -19,7 +19,7 @@ from megatron_ring.context_parallel import invariant, ulysses
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import counted
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.context_parallel.mask import mask_of_documents, mask_of_window
 from megatron_ring.kernels.attention import KERNELS, arranged, stacked
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
@@ -186,14 +186,15 @@ def _ring(
 ) -> ring_loop.Ring:
     exchange = _exchange(links, place) if links else None
     ring_size = len(exchange.members) if exchange else 1
-    starts = () if document_starts is None else tuple(document_starts.tolist())
+    packed = document_starts is not None
+    mask = mask_of_documents(document_starts, window, samples) if packed else mask_of_window(window)
     return ring_loop.Ring(
         layout=Layout(layout, q_BLHD.shape[1] // samples * ring_size, ring_size, stripe_size),
         ring_rank=exchange.ring_rank if exchange else 0,
         kernel=counted(KERNELS[kernel], place),
         scale=q_BLHD.shape[-1] ** -0.5,
         exchange=exchange,
-        mask=Mask(window, starts, samples),
+        mask=mask,
         on_hop=place.begin_hop,
         in_halves=exchange is None or exchange.is_slow,
     )

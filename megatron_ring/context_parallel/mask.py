@@ -7,9 +7,10 @@ source behind us gives j <= i, a source ahead of us j < i (Brandon et al. 2023, 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention.runs import KeyRuns
@@ -22,11 +23,13 @@ class Mask:
     window: a token sees itself and the ``window`` - 1 before it; 0 is no window.
     document_starts: where documents begin, increasing from 0; () is one document a sample.
     samples: how many samples are laid end to end. A batch of packs is one longer pack: each sample begins a document.
+    runs: what ``hop_runs`` has computed under this mask, kept for as long as the mask is.
     """
 
     window: int = 0
     document_starts: tuple[int, ...] = ()
     samples: int = 1
+    runs: dict[tuple[Layout, int, int], KeyRuns] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         assert self.samples == 1 or self.document_starts, "samples end to end, and nothing that keeps them apart"
@@ -67,12 +70,45 @@ def key_runs(
     return KeyRuns(torch.searchsorted(key_positions, first_visible), hi)
 
 
-# The layers of a model ask for the same runs, forward and backward, so those of the batches in flight are kept.
-@functools.lru_cache(maxsize=1024)
 def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRuns:
-    """What the queries of ``ring_rank`` see of the keys of ``source`` under ``layout`` and ``mask``."""
-    queries, keys = (_end_to_end(layout.positions(rank), layout, mask) for rank in (ring_rank, source))
-    return key_runs(queries, keys, mask.first_visible(queries))
+    """What the queries of ``ring_rank`` see of the keys of ``source`` under ``layout`` and ``mask``.
+
+    Computed once and kept in ``mask``, since every layer needs the same runs, forward and backward.
+    """
+    key = layout, ring_rank, source
+    if key not in mask.runs:
+        if len(mask.runs) >= _MOST_RUNS:
+            mask.runs.pop(next(iter(mask.runs)))
+        queries, keys = (_end_to_end(layout.positions(rank), layout, mask) for rank in (ring_rank, source))
+        mask.runs[key] = key_runs(queries, keys, mask.first_visible(queries))
+    return mask.runs[key]
+
+
+@functools.lru_cache(maxsize=64)
+def mask_of_window(window: int) -> Mask:
+    """The mask of samples that are one document each."""
+    return Mask(window)
+
+
+def mask_of_documents(document_starts: torch.Tensor, window: int, samples: int) -> Mask:
+    """The mask of a batch of packs; the same object for every call of one batch.
+
+    The mask, with the runs in it, lives as long as the tensor ``document_starts``, that is as long
+    as its batch is in flight. Runs of earlier batches are of no use, and at a million tokens they
+    are 16 MB a batch. A buffer that was refilled for another batch is told by its content.
+    """
+    content, masks = _MASKS_OF_BATCHES.get(document_starts, (None, {}))
+    if content is None or not torch.equal(content, document_starts):
+        masks = {}
+        _MASKS_OF_BATCHES[document_starts] = document_starts.clone(), masks
+    if (window, samples) not in masks:
+        masks[window, samples] = Mask(window, tuple(document_starts.tolist()), samples)
+    return masks[window, samples]
+
+
+# A mask without documents serves a whole run, and tools use it with many layouts.
+_MOST_RUNS = 1024
+_MASKS_OF_BATCHES = WeakTensorKeyDictionary()
 
 
 def _end_to_end(positions_L: torch.Tensor, layout: Layout, mask: Mask) -> torch.Tensor:

@@ -1,12 +1,22 @@
 import itertools
+import weakref
 
 import pytest
 import torch
 
+from megatron_ring.context_parallel import mask as mask_module
+from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, hop_runs, key_runs
+from megatron_ring.context_parallel.mask import (
+    Mask,
+    hop_runs,
+    key_runs,
+    mask_of_documents,
+    mask_of_window,
+)
 from megatron_ring.kernels.attention.runs import KeyRuns
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
+from megatron_ring.parallel.collectives import ProcessGroups
 from tests import oracle
 
 LAYOUTS = [
@@ -167,5 +177,48 @@ def test_a_stripe_of_one_tile_needs_no_mask_but_at_home():
             assert (kinds == {TileKind.FULL}) == (rank != source)
 
 
-def test_a_hop_has_the_same_runs_at_every_step():
-    assert hop_runs(Layout("striped", 16, 4), 2, 1) is hop_runs(Layout("striped", 16, 4), 2, 1)
+def test_runs_are_computed_once_for_every_layer_of_a_batch():
+    layout, starts = Layout("striped", 16, 4), torch.tensor([0, 5, 9])
+    first, again = (hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2))
+    assert first is again
+    other_window = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
+    assert other_window is not first
+    assert hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) is first
+    assert hop_runs(layout, 2, 1, mask_of_window(4)) is hop_runs(layout, 2, 1, mask_of_window(4))
+
+
+def test_a_buffer_that_is_refilled_with_other_documents_has_another_mask():
+    starts = torch.tensor([0, 5, 9])
+    before = mask_of_documents(starts, 0, 1)
+    starts.numpy()[:] = [0, 2, 11]  # as a receive writes: torch counts no change
+    assert mask_of_documents(starts, 0, 1).document_starts == (0, 2, 11)
+    assert before.document_starts == (0, 5, 9)
+
+
+def test_runs_are_freed_with_their_batch():
+    layout, freed = Layout("striped", 16, 4), []
+    for batch in range(3):
+        starts = torch.tensor([0, 5 + batch])
+        runs = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
+        weakref.finalize(runs, freed.append, batch)
+        del runs
+    assert freed == [0, 1]
+
+
+def test_a_mask_without_documents_keeps_a_bounded_number_of_runs():
+    mask = Mask()
+    for length in range(1, 1100):
+        hop_runs(Layout("none", length, 1), 0, 0, mask)
+    assert len(mask.runs) == 1024
+
+
+def test_all_layers_of_a_batch_share_one_mask_forward_and_backward(monkeypatch):
+    made = []
+    monkeypatch.setattr(mask_module, "Mask", lambda *given: made.append(given) or Mask(*given))
+    attend = ContextParallelAttention(Layout("none", 12, 1), "reference", ProcessGroups())
+    starts, x = torch.tensor([0, 5]), torch.randn(1, 12, 2, 8, requires_grad=True)
+    out = x
+    for _ in range(3):
+        out, _ = attend(out, out, out, 0, starts)
+    out.sum().backward()
+    assert made == [(0, (0, 5), 1)]

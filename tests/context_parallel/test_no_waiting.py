@@ -17,7 +17,7 @@ from triton.runtime.interpreter import GridExecutor
 from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, HopKernel, flash
 from megatron_ring.kernels.attention.runs import KeyRuns
 
@@ -64,7 +64,7 @@ def hops(kernel: HopKernel, layout: Layout, mask: Mask, groups: int, loop: Modul
     q = torch.empty(1, SHARD, HEADS, 64, dtype=torch.bfloat16, device="meta")
     kv, dlse = q.new_empty(2, 1, SHARD, groups, 64), q.new_empty(1, HEADS, SHARD, dtype=torch.float32)
     ring = ring_loop.Ring(layout, 1, kernel, 0.125, Kept(), mask)
-    hop_runs.cache_clear()  # what was kept of other runs is not copied again
+    mask.runs.clear()  # what was kept of other runs is not copied again
     with NoWaiting():
         out, lse = loop.forward(q, kv, ring)
         loop.backward(q, dlse, q, kv, out, lse, ring)
