@@ -61,6 +61,8 @@ def run_import(options: Import) -> None:
     print(f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}")
     if done.dropouts:
         print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
+    for note in done.notes:
+        print(note)
     for tokenizer in {"tokenizer.json", "tokenizer.model"}.intersection(done.carried):
         print(f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}")
     print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")

@@ -51,23 +51,23 @@ REFUSED = [
     ("llama", {"rope_scaling": "yarn"}, "a value is of a type that its key never has"),
     ("qwen3", {"layer_types": 4}, "a value is of a type that its key never has"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, and must be None"),
-    ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "code of the model's own is not run"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and must be 1"),
     ("llama", rope(rope_type="default", partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
     ("llama", rope(type="dynamic"), "rope_type is 'dynamic', which has no counterpart here"),
     ("llama", rope(rope_type="longrope", long_factor=[1]), "rope_type is 'longrope'"),
-    ("llama", rope(rope_type="linear", beta_fast=32), "RoPE of kind linear has no beta_fast"),
     ("llama", rope(rope_type="linear", factor=0.5), "RoPE's factor is 0.5, and must be a number of at least 1"),
     ("llama", rope(rope_type="llama3", factor=float("nan")), "RoPE's factor is nan, and must be a number of at least"),
     ("llama", rope(rope_type="yarn", original_max_position_embeddings=8.5), "original_max_position_embeddings is 8.5"),
     ("llama", rope(rope_type="yarn", beta_fast=16), "RoPE's beta_fast is 16, and must be 32"),
     ("llama", rope(rope_type="yarn", truncate=False), "RoPE's truncate is False, and must be True"),
+    ("llama", rope(rope_type="yarn", truncate=None), "RoPE's truncate is None, and must be True"),
     ("llama", rope(rope_type="yarn", attention_factor=1.0), "RoPE's attention_factor is 1.0, and must be 1.138"),
     ("llama", rope(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5), "mscale and mscale_all_dim"),
     ("llama", rope(rope_type="llama3", high_freq_factor=8.0), "RoPE's high_freq_factor is 8.0, and must be 4"),
     ("mistral", {"sliding_window": 5.0}, "sliding_window is 5.0, and must be a whole number above 0"),
     ("qwen2", WINDOW | {"sliding_window": 0}, "sliding_window is 0, and must be a whole number above 0"),
-    ("mistral", {"layer_types": ["sliding_attention"] * 4}, "transformers' Mistral has one window for all layers"),
+    ("mistral", {"layer_types": ["full_attention"] * 4}, "transformers' Mistral has one window for all layers"),
+    ("mistral", {"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "must be full_attention for each"),
     ("qwen2", WINDOW | {"max_window_layers": 2}, "the layers with a sliding window, 2, 3 of 4, cannot be said here"),
     ("qwen2", {"layer_types": ["full_attention"] * 3}, "must be full_attention or sliding_attention for each of"),
     ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "must be full_attention or sliding_attention for each of"),
@@ -78,7 +78,9 @@ REFUSED = [
     ("gpt2", {"scale_attn_weights": False}, "scores are scaled by 1 / sqrt(D)"),
     ("gpt2", {"add_cross_attention": True}, "there is no encoder"),
     ("gpt2", {"n_head": 5}, "n_embd 32 does not divide into n_head 5"),
-    ("bloom", {}, "is of model_type 'bloom'. Known: llama, mistral, qwen2, qwen3, gpt2"),
+    ("bloom", {}, "Known: llama, mistral, qwen2, qwen3, gpt2"),
+    ("bloom", {}, "Nearest: gpt2"),
+    ("bloom", {}, "ALiBi"),
 ]
 
 
@@ -106,6 +108,12 @@ def refusal(source: Path, out: Path) -> str:
 @pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
 def test_a_model_that_we_cannot_express(family, changes, reason, tmp_path):
     assert reason in refusal(described(tmp_path / "theirs", family, **changes), tmp_path / "ours")
+
+
+def test_an_adapter_is_not_the_model_that_it_belongs_to(tmp_path):
+    folder = described(tmp_path / "theirs", "llama")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json" in refusal(folder, tmp_path / "ours")
 
 
 JSON = st.recursive(
@@ -192,6 +200,44 @@ def test_pickled_weights_are_not_read(theirs, tmp_path):
 def test_no_weights(theirs, tmp_path):
     (theirs / "model.safetensors").unlink()
     assert "has neither model.safetensors nor model.safetensors.index.json. Load it" in refusal(theirs, tmp_path / "o")
+
+
+def indexed(folder: Path, *left_out: str, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Put a file with an index beside model.safetensors, of the same tensors but for what is left out or changed."""
+    tensors = {name: x for name, x in load_file(folder / "model.safetensors").items() if name not in left_out} | changes
+    save_file(tensors, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+@pytest.mark.parametrize("difference", ["a value", "the sign of a zero", "a type", "a shape", "one more", "one less"])
+def test_a_single_file_beside_an_index_with_other_weights(difference, theirs, tmp_path):
+    """transformers would take the single file; whichever is meant, it is not taken without a word."""
+    norm = load_file(theirs / "model.safetensors")["model.norm.weight"]
+    if difference == "the sign of a zero":
+        norm[0] = 0.0
+        rewrite(theirs, **{"model.norm.weight": norm})
+    other = {
+        "a value": norm + 1,
+        "the sign of a zero": torch.where(norm == 0, -norm, norm),
+        "a type": norm.bfloat16(),
+        "a shape": norm[:-1],
+        "one more": norm,
+        "one less": norm,
+    }[difference]
+    if difference == "one less":
+        indexed(theirs, "model.norm.weight")
+    else:
+        indexed(theirs, **{"model.norm.bias" if difference == "one more" else "model.norm.weight": other.clone()})
+    told = refusal(theirs, tmp_path / "ours")
+    assert "model.safetensors.index.json" in told
+    assert "model.norm." in told
+
+
+def test_a_single_file_beside_an_index_with_the_same_weights(theirs, tmp_path):
+    indexed(theirs)
+    assert import_folder(theirs, tmp_path / "ours", Stretch()).path.is_dir()
 
 
 @pytest.mark.parametrize("kept", [0, 4, 60, 5000, -1])

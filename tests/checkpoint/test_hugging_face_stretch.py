@@ -94,6 +94,11 @@ def test_a_config_may_name_the_old_length_beside_its_stretch(models, tmp_path):
             {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "yarn"}},
             ("linear", 2.0, 0),
         ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 32, "attn_factor": 0.9}}, ("yarn", 2.0, 32)),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, ORIGINAL: 32, "finetuned": True}}, ("yarn", 2.0, 32)),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 16, "truncate": False}}, ("linear", 2.0, 0)),
+        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, ("none", 1.0, 0)),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ("linear", 2.0, 0)),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", ORIGINAL: None}}, ("none", 1.0, 0)),
     ],
 )

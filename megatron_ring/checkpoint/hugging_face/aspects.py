@@ -63,6 +63,18 @@ def key(name: str, field: str, default: int | float) -> Aspect:
     return Aspect(read, lambda model: {name: getattr(model, field)})
 
 
+def key_value_heads(default: int) -> Aspect:
+    """The number of key-value heads: ``default`` where it is absent, and as many as query heads where it is null."""
+    name, field = "num_key_value_heads", "num_query_groups"
+    aspect = key(name, field, default)
+
+    def read(config: Told, problems: list[str]) -> Told:
+        null = name in config and config[name] is None
+        return {field: 0} if null else aspect.read(config, problems)
+
+    return Aspect(read, aspect.write)
+
+
 def only(name: str, *values: Any, because: str) -> Aspect:
     """A key that our models have no choice for: the first of ``values`` is written, and is the default; no field."""
 

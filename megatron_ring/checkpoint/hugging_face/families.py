@@ -7,6 +7,7 @@ from megatron_ring.checkpoint.hugging_face.aspects import (
     Aspect,
     always,
     key,
+    key_value_heads,
     linear_biases,
     only,
     size,
@@ -31,10 +32,7 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
-_UNKNOWN = (
-    only("quantization_config", None, because="quantised weights have no counterpart here"),
-    only("auto_map", None, because="code of the model's own is not run"),
-)
+_UNKNOWN = (only("quantization_config", None, because="quantised weights have no counterpart here"),)
 
 _LIKE_LLAMA = (
     size("hidden_size", "hidden_size"),
@@ -92,7 +90,7 @@ FAMILIES = {
         "LlamaForCausalLM",
         (
             *_LIKE_LLAMA,
-            key("num_key_value_heads", "num_query_groups", 0),
+            key_value_heads(0),
             key("head_dim", "kv_channels", 0),
             whole_heads("hidden_size", "num_attention_heads"),
             linear_biases(),
@@ -103,9 +101,8 @@ FAMILIES = {
         "MistralForCausalLM",
         (
             *_LIKE_LLAMA,
-            key("num_key_value_heads", "num_query_groups", 8),
+            key_value_heads(8),
             key("head_dim", "kv_channels", 0),
-            only("layer_types", None, because="transformers' Mistral has one window for all layers"),
             layer_windows.MISTRAL,
         ),
         _LLAMA_MODULES,
@@ -114,7 +111,7 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         (
             *_LIKE_LLAMA,
-            key("num_key_value_heads", "num_query_groups", 32),
+            key_value_heads(32),
             key("head_dim", "kv_channels", 0),
             always(add_qkv_bias=True),
             layer_windows.QWEN,
@@ -125,7 +122,7 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         (
             *_LIKE_LLAMA,
-            key("num_key_value_heads", "num_query_groups", 32),
+            key_value_heads(32),
             key("head_dim", "kv_channels", 128),
             always(qk_layernorm=True),
             only(

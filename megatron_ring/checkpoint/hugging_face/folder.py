@@ -1,5 +1,6 @@
 """A folder as transformers' save_pretrained leaves it: config.json, safetensors files and their index, a tokenizer."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_ring.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 BESIDE = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -45,16 +47,16 @@ class Folder:
         """Read everything but the tensors. Raises CheckpointError where it is not whole."""
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder. Give one that transformers' save_pretrained has written.")
+        if (path / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{path} holds an adapter ({ADAPTER}), whose weights are added to those of another model. Merge them "
+                "with peft's merge_and_unload, and write the model again with save_pretrained."
+            )
         return Folder(path, read_json(path / CONFIG), _headers(path))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, mapped into memory. The file is opened for it alone: what is mapped counts until it is closed."""
-        path = self.path / self.headers[name].file
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return _tensor(self.path, self.headers[name].file, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,7 +82,10 @@ def copy_beside(source: Path, target: Path) -> list[str]:
 
 def _headers(path: Path) -> dict[str, Header]:
     if (path / INDEX).is_file():
-        return _indexed(path)
+        indexed = _indexed(path)
+        if (path / WEIGHTS).is_file():
+            _check_same_weights(path, indexed, dict(_headers_of(path, WEIGHTS)))
+        return indexed
     if (path / WEIGHTS).is_file():
         return dict(_headers_of(path, WEIGHTS))
     pickled = [found.name for found in path.glob("pytorch_model*.bin")]
@@ -100,6 +105,38 @@ def _indexed(path: Path) -> dict[str, Header]:
         differing = ", ".join(sorted({name for name, _ in found.keys() ^ index.items()})[:3])
         raise CheckpointError(f"{path / INDEX} and the files that it names do not have the same tensors: {differing}.")
     return {name: header for (name, _), header in found.items()}
+
+
+def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str, Header]) -> None:
+    """Refuse a folder whose single file and whose index are two models: readers differ in which they take.
+
+    Compares bytes, one tensor at a time. Raises CheckpointError with the first tensors that differ.
+    """
+    names = sorted(indexed.keys() | single.keys())
+    differing = (name for name in names if not _is_same(path, name, indexed.get(name), single.get(name)))
+    if first := list(itertools.islice(differing, 3)):
+        raise CheckpointError(
+            f"{path} has both {WEIGHTS} and {INDEX}, and they do not hold the same weights ({', '.join(first)}): "
+            f"transformers would take {WEIGHTS}. Move one of them out of the folder: {WEIGHTS}, or {INDEX} with the "
+            "files that it names."
+        )
+
+
+def _is_same(path: Path, name: str, indexed: Header | None, single: Header | None) -> bool:
+    if indexed is None or single is None or (indexed.shape, indexed.dtype) != (single.shape, single.dtype):
+        return False
+    if indexed.file == single.file:
+        return True
+    one, other = (_tensor(path, header.file, name).flatten() for header in (indexed, single))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _tensor(path: Path, file: str, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path / file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / file} cannot be read: {error}") from error
 
 
 def _headers_of(path: Path, file: str) -> Iterator[tuple[str, Header]]:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_ring.checkpoint import names, store
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
+from megatron_ring.checkpoint.hugging_face import unsupported
 from megatron_ring.checkpoint.hugging_face.aspects import missing_sizes
 from megatron_ring.checkpoint.hugging_face.express import read_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
@@ -16,6 +17,7 @@ from megatron_ring.checkpoint.hugging_face.folder import Folder
 from megatron_ring.checkpoint.hugging_face.matching import matched
 from megatron_ring.checkpoint.hugging_face.modules import Tensor
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
+from megatron_ring.checkpoint.hugging_face.rope_parameters import config_of_rope, unread_parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
@@ -26,12 +28,16 @@ from megatron_ring.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Imported:
-    """path: the checkpoint. carried: what is in it besides the model. dropouts: what training leaves out."""
+    """path: the checkpoint. carried: what is in it besides the model. dropouts: what training leaves out.
+
+    notes: sentences on what config.json has and an import passes over, as transformers does.
+    """
 
     path: Path
     family: str
     carried: list[str]
     dropouts: list[str]
+    notes: list[str]
 
 
 def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
@@ -54,7 +60,7 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
         written_at=now(),
     )
     path, carried = _write(folder, out, state, config, shapes, found)
-    return Imported(path, name, carried, _dropouts(folder.config))
+    return Imported(path, name, carried, _dropouts(folder.config), _notes(folder.config, family))
 
 
 def _check_empty(out: Path) -> None:
@@ -68,7 +74,8 @@ def _family(folder: Folder) -> tuple[str, Family]:
     name = folder.config.get("model_type")
     if name not in FAMILIES:
         raise CheckpointError(
-            f"{folder.path / hugging_face.CONFIG} is of model_type {name!r}. Known: {', '.join(FAMILIES)}."
+            f"{folder.path / hugging_face.CONFIG} is of model_type {name!r}, which is not read. "
+            f"{unsupported.described(folder.config)}"
         )
     return name, FAMILIES[name]
 
@@ -112,6 +119,20 @@ def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str
     """Our parameters, from one of their tensors after the other: memory holds what its caller holds."""
     for name, tensor in found.items():
         yield from tensor.taken_apart(folder.read(name))
+
+
+def _notes(config: dict, family: Family) -> list[str]:
+    """One sentence on each thing in config.json that changes nothing, though its name may make one expect it."""
+    found = [
+        f"RoPE's {name} {config_of_rope(config)[name]} is not used: transformers does not read it either."
+        for name in unread_parameters(config)
+    ]
+    if config.get("auto_map"):
+        found.append(
+            "auto_map names code of the model's own, which is not run: the model is read as transformers' own "
+            f"{family.architecture}, as transformers does without trust_remote_code."
+        )
+    return found
 
 
 def _dropouts(config: dict) -> list[str]:

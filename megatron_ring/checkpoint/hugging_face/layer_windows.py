@@ -16,8 +16,21 @@ def _window(config: Told, problems: list[str]) -> int:
     return window
 
 
+def _read_mistral(config: Told, problems: list[str]) -> Told:
+    """One window for all layers: transformers does not read layer_types, other readers do, so it may only agree."""
+    window = _window(config, problems)
+    types = config.get("layer_types")
+    expected = _SLIDING if window else _FULL
+    if types is not None and types != [expected] * told_or(config, "num_hidden_layers", 0):
+        problems.append(
+            f"layer_types is {types}, and must be {expected} for each of num_hidden_layers, or null: transformers' "
+            f"Mistral has one window for all layers, sliding_window {window or None}."
+        )
+    return {"window_size": window}
+
+
 MISTRAL = Aspect(
-    lambda config, problems: {"window_size": _window(config, problems)},
+    _read_mistral,
     lambda model: {"sliding_window": model.window_size or None},
 )
 

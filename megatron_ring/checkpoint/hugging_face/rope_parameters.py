@@ -26,22 +26,31 @@ _CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "bet
 
 
 def _read(config: Told, problems: list[str]) -> Told:
-    rope = _rope(config)
+    rope = config_of_rope(config)
     base = float(told_or(rope, "rope_theta", told_or(config, "rope_theta", _DEFAULT_BASE)))
     kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
     problems += _partial(config, rope)
     if kind not in _STRETCHES:
         known = ", ".join(_STRETCHES)
         return _problem(problems, f"RoPE's rope_type is {kind!r}, which has no counterpart here. Known: {known}.")
-    given = {name for name, value in rope.items() if value is not None}
-    if unknown := sorted(given - _STRETCHES[kind] - _OF_ANY_KIND):
-        return _problem(problems, f"RoPE of kind {kind} has no {', '.join(unknown)}.")
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
     return {"rotary_base": base, **stretch}
 
 
-def _rope(config: Told) -> Told:
+def config_of_rope(config: Told) -> Told:
+    """The keys and values of the rope_scaling or rope_parameters that count; empty where neither does."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def unread_parameters(config: Told) -> list[str]:
+    """Names of RoPE parameters that its kind does not use.
+
+    transformers passes over them too: DeepSeek's attn_factor, for example, or Yarn-Llama's finetuned.
+    """
+    rope = config_of_rope(config)
+    kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
+    known = _STRETCHES.get(kind, set()) | _OF_ANY_KIND
+    return sorted(name for name, value in rope.items() if value is not None and name not in known)
 
 
 def _partial(config: Told, rope: Told) -> list[str]:
@@ -63,7 +72,7 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
         return _problem(problems, f"RoPE's factor is {factor!r}, and must be a number of at least 1.")
     if type(original) is not int or original < 1:
         return _problem(problems, f"original_max_position_embeddings is {original!r}, and must be a whole number.")
-    problems += _differing_constants(rope, factor)
+    problems += _differing_constants({name: rope[name] for name in _STRETCHES[kind] & rope.keys()}, factor)
     if factor == 1:
         return {}  # of every kind the same as none
     # Only these kinds have frequencies that depend on it.
@@ -73,7 +82,7 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
 
 def original_length(config: Told) -> int:
     """The tokens that the model was trained on before its RoPE was stretched, as far as its config.json tells."""
-    inside = told_or(_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
+    inside = told_or(config_of_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
     return told_or(config, "original_max_position_embeddings", inside)
 
 
@@ -85,6 +94,9 @@ def _differing_constants(rope: Told, factor: float) -> list[str]:
         for name, value in expected.items()
         if rope.get(name) is not None and not math.isclose(rope[name], value, rel_tol=1e-6)
     ]
+    # Of these keys only this one has a null that is not the default: transformers takes it for false.
+    if "truncate" in rope and rope["truncate"] is None:
+        found.append("RoPE's truncate is None, and must be True or left out: kernels/rope.py has no other.")
     if rope.get("mscale") and rope.get("mscale_all_dim") and rope.get("attention_factor") is None:
         found.append("RoPE's mscale and mscale_all_dim, which change YaRN's temperature, have no counterpart here.")
     return found

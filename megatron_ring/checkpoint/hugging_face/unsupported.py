@@ -1,0 +1,251 @@
+"""Why a family of transformers' models is not read: its features that have no counterpart, and the nearest family.
+
+``_KNOWN`` lists published families by model_type, from the model code of transformers 5. What else a config.json asks
+for, and all of it for a model_type that is not listed, is read from its keys.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.rope_parameters import config_of_rope
+
+EXPERTS = "mixture of experts"
+LATENT = "multi-head latent attention"
+PARALLEL = "attention and feed-forward in parallel on one residual"
+PARTIAL = "RoPE on part of a head"
+INTERLEAVED = "RoPE on neighbouring elements (i, i + 1), not on halves"
+ALIBI = "ALiBi position biases"
+SOFT_CAP = "soft-capping by tanh"
+RECURRENT = "recurrent or linear-attention layers"
+ENCODER = "an encoder"
+INPUTS = "images, audio or video as input"
+FUSED = "fused projection tensors"
+NO_ROPE = "layers without position embedding"
+MULTIPLIERS = "multipliers on embedding, residual, scores or logits"
+POST_NORM = "norms after attention and feed-forward"
+WIDE_QK_NORM = "query and key norms over all heads together"
+GEMMA_NORM = "RMSNorm that multiplies by 1 + weight"
+GEGLU = "gated feed-forward with GELU (GeGLU)"
+EMBEDDING_SCALE = "embedding multiplied by sqrt(hidden_size)"
+RELU = "a feed-forward with ReLU"
+SQUARED_RELU = "a feed-forward with squared ReLU"
+EXACT_GELU = "GELU by erf, not by tanh"
+MULTI_QUERY = "multi-query attention with learned positions"
+LOCAL_BASE = "another RoPE base in layers with a window"
+CLIP = "clipped queries, keys and values"
+OUTPUT_GATE = "a gate on attention's output"
+CHUNKED = "attention in chunks"
+LONGROPE = "RoPE stretched by longrope"
+OUTPUT_BIAS = "a bias in attention's output projection and none in the feed-forward"
+EMBEDDING_NORM = "a norm after the embedding"
+PLAIN_NORM = "norms without weights"
+QUANTISED = "quantised weights"
+
+_GEMMA = (GEMMA_NORM, GEGLU, EMBEDDING_SCALE)
+_DEEPSEEK = (LATENT, EXPERTS)
+
+
+class _Family(NamedTuple):
+    """nearest: the supported family that shares most of the arithmetic. missing: what has no counterpart here."""
+
+    nearest: str
+    missing: tuple[str, ...]
+
+
+_KNOWN = {
+    "apertus": _Family("qwen3", ("the xIELU activation",)),
+    "arcee": _Family("llama", (SQUARED_RELU,)),
+    "arctic": _Family("mistral", (EXPERTS,)),
+    "baichuan": _Family("llama", (FUSED, "ALiBi position biases in the 13B model")),
+    "bamba": _Family("llama", (RECURRENT,)),
+    "bert": _Family("gpt2", (ENCODER,)),
+    "bitnet": _Family("llama", (QUANTISED, SQUARED_RELU, "norms inside attention and feed-forward")),
+    "bloom": _Family("gpt2", (ALIBI, EMBEDDING_NORM, FUSED)),
+    "chatglm": _Family("llama", (PARTIAL, INTERLEAVED, FUSED)),
+    "codegen": _Family("gpt2", (PARALLEL, PARTIAL, INTERLEAVED, FUSED)),
+    "cohere": _Family("llama", (PARALLEL, INTERLEAVED, MULTIPLIERS)),
+    "cohere2": _Family("llama", (PARALLEL, INTERLEAVED, NO_ROPE, MULTIPLIERS)),
+    "dbrx": _Family("llama", (EXPERTS, CLIP, FUSED)),
+    "deepseek": _Family("llama", (EXPERTS,)),
+    "deepseek_v2": _Family("llama", _DEEPSEEK),
+    "deepseek_v3": _Family("llama", _DEEPSEEK),
+    "deepseek_v32": _Family("llama", (*_DEEPSEEK, "sparse attention by an indexer")),
+    "ernie4_5": _Family("llama", (INTERLEAVED,)),
+    "ernie4_5_moe": _Family("llama", (EXPERTS, INTERLEAVED)),
+    "exaone": _Family("llama", ("tensors of other names",)),
+    "exaone4": _Family("qwen3", (POST_NORM, NO_ROPE)),
+    "falcon": _Family("gpt2", (PARALLEL, FUSED, "linear layers without biases beside LayerNorm with them")),
+    "falcon_h1": _Family("llama", (RECURRENT, MULTIPLIERS)),
+    "falcon_mamba": _Family("llama", (RECURRENT,)),
+    "gemma": _Family("llama", _GEMMA),
+    "gemma2": _Family("llama", (*_GEMMA, SOFT_CAP, POST_NORM, MULTIPLIERS)),
+    "gemma3": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, MULTIPLIERS, INPUTS)),
+    "gemma3_text": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, MULTIPLIERS)),
+    "gemma3n": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, "embeddings of every layer", INPUTS)),
+    "gemma3n_text": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, "embeddings of every layer")),
+    "glm": _Family("llama", (PARTIAL, INTERLEAVED, FUSED)),
+    "glm4": _Family("llama", (PARTIAL, INTERLEAVED, FUSED, POST_NORM)),
+    "glm4_moe": _Family("qwen3", (EXPERTS, PARTIAL)),
+    "gpt_bigcode": _Family("gpt2", (MULTI_QUERY, FUSED)),
+    "gpt_neo": _Family("gpt2", ("scores that are not scaled by 1 / sqrt(D)",)),
+    "gpt_neox": _Family("gpt2", (PARALLEL, PARTIAL, EXACT_GELU, FUSED)),
+    "gpt_oss": _Family("mistral", (EXPERTS, OUTPUT_BIAS, "clamped SwiGLU")),
+    "gptj": _Family("gpt2", (PARALLEL, PARTIAL, INTERLEAVED)),
+    "granite": _Family("llama", (MULTIPLIERS,)),
+    "granitemoe": _Family("llama", (EXPERTS, MULTIPLIERS)),
+    "granitemoehybrid": _Family("llama", (EXPERTS, MULTIPLIERS, RECURRENT)),
+    "helium": _Family("llama", (INTERLEAVED,)),
+    "hunyuan_v1_dense": _Family("qwen3", ("query and key norms after RoPE",)),
+    "hunyuan_v1_moe": _Family("qwen3", (EXPERTS, "query and key norms after RoPE")),
+    "internlm2": _Family("llama", (FUSED,)),
+    "internlm3": _Family("llama", ("tensors and options of its own code",)),
+    "jamba": _Family("llama", (EXPERTS, RECURRENT)),
+    "kimi_k2": _Family("llama", _DEEPSEEK),
+    "lfm2": _Family("llama", ("convolution layers",)),
+    "llama4": _Family("llama", (EXPERTS, NO_ROPE, CHUNKED, INTERLEAVED, INPUTS)),
+    "llama4_text": _Family("llama", (EXPERTS, NO_ROPE, CHUNKED, INTERLEAVED)),
+    "llava": _Family("llama", (INPUTS,)),
+    "mamba": _Family("llama", (RECURRENT,)),
+    "mamba2": _Family("llama", (RECURRENT,)),
+    "minicpm": _Family("llama", (MULTIPLIERS,)),
+    "minicpm3": _Family("llama", (LATENT, MULTIPLIERS)),
+    "minimax": _Family("mistral", (EXPERTS, RECURRENT)),
+    "ministral": _Family("mistral", ("layer_types that mix windows and full attention",)),
+    "ministral3": _Family("mistral", ("scores that grow with the position",)),
+    "mistral3": _Family("mistral", (INPUTS,)),
+    "mixtral": _Family("mistral", (EXPERTS,)),
+    "mllama": _Family("llama", (INPUTS,)),
+    "mpt": _Family("gpt2", (ALIBI, FUSED, EXACT_GELU)),
+    "nemotron": _Family("llama", (SQUARED_RELU, PARTIAL, "LayerNorm that multiplies by 1 + weight")),
+    "olmo": _Family("llama", (PLAIN_NORM,)),
+    "olmo2": _Family("llama", (POST_NORM, WIDE_QK_NORM)),
+    "olmo3": _Family("mistral", (POST_NORM, WIDE_QK_NORM)),
+    "olmoe": _Family("llama", (EXPERTS, WIDE_QK_NORM)),
+    "opt": _Family("gpt2", (RELU, "learned positions that start at row 2")),
+    "persimmon": _Family("llama", (PARTIAL, SQUARED_RELU, FUSED)),
+    "phi": _Family("gpt2", (PARALLEL, PARTIAL)),
+    "phi3": _Family("llama", (FUSED,)),
+    "phimoe": _Family("mistral", (EXPERTS, LONGROPE)),
+    "qwen": _Family("qwen2", (FUSED,)),
+    "qwen2_5_vl": _Family("qwen2", (INPUTS,)),
+    "qwen2_moe": _Family("qwen2", (EXPERTS,)),
+    "qwen2_vl": _Family("qwen2", (INPUTS,)),
+    "qwen3_moe": _Family("qwen3", (EXPERTS,)),
+    "qwen3_next": _Family("qwen3", (EXPERTS, RECURRENT, OUTPUT_GATE, PARTIAL)),
+    "qwen3_vl": _Family("qwen3", (INPUTS,)),
+    "qwen3_vl_moe": _Family("qwen3", (EXPERTS, INPUTS)),
+    "recurrent_gemma": _Family("llama", (RECURRENT, *_GEMMA)),
+    "rwkv": _Family("llama", (RECURRENT,)),
+    "seed_oss": _Family("qwen2", ("a config of its own for biases, without a table of keys here",)),
+    "smollm3": _Family("llama", (NO_ROPE,)),
+    "stablelm": _Family("llama", (PARTIAL, "SwiGLU beside LayerNorm, without a table of keys here")),
+    "starcoder2": _Family("mistral", ("LayerNorm and biases beside RoPE, without a table of keys here",)),
+    "t5": _Family("gpt2", (ENCODER,)),
+    "zamba2": _Family("llama", (RECURRENT,)),
+}
+
+
+def reasons(config: Told) -> tuple[str, list[str]]:
+    """The nearest supported family of a model that is of none, and what it has that has no counterpart here.
+
+    The list is empty where neither the table nor the keys of ``config`` name anything.
+    """
+    known = _KNOWN.get(str(config.get("model_type")))
+    found = [feature for feature, is_there in _SIGNS.items() if _holds(is_there, config)]
+    if known is None:
+        return _nearest(config), found
+    # What a family computes with "gelu" is in the table: old configs of Gemma, for one, mean the tanh form by it.
+    found = [feature for feature in found if feature != EXACT_GELU]
+    return known.nearest, list(dict.fromkeys([*known.missing, *found]))
+
+
+def described(config: Told) -> str:
+    """One sentence or two for an error: the missing features, the nearest family, and all that there are."""
+    nearest, missing = reasons(config)
+    supported = f"Known: {', '.join(FAMILIES)}."
+    if not missing:
+        return f"{supported} Nearest by its keys: {nearest}; none of them asks for anything that {nearest} has not."
+    return f"Missing here: {'; '.join(missing)}. Nearest: {nearest}. {supported}"
+
+
+def _holds(sign: Callable[[Told], object], config: Told) -> bool:
+    """Values may be of any type; those of a type that a sign does not take are none."""
+    try:
+        return bool(sign(config))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
+
+
+def _any(*keys: str) -> Callable[[Told], object]:
+    """Whether one of ``keys`` is set to something other than null, false, 0 or nothing."""
+    return lambda config: any(config.get(key) for key in keys)
+
+
+def _other_than(value: float, *keys: str) -> Callable[[Told], object]:
+    return lambda config: any(config.get(key) not in (None, value) for key in keys)
+
+
+def _rope_kind(config: Told) -> object:
+    rope = config_of_rope(config)
+    return rope.get("rope_type", rope.get("type"))
+
+
+def _activations(config: Told) -> Iterable[object]:
+    return [config.get(key) for key in ("hidden_act", "hidden_activation", "activation_function") if config.get(key)]
+
+
+def _rotary_part(config: Told) -> object:
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    width = config.get("head_dim") or (config.get("hidden_size") or config.get("n_embd")) // heads
+    return config.get("rotary_dim") and config["rotary_dim"] < width
+
+
+_RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm"}
+_SIGNS: dict[str, Callable[[Told], object]] = {
+    EXPERTS: _any("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"),
+    LATENT: _any("kv_lora_rank", "q_lora_rank"),
+    SOFT_CAP: _any("attn_logit_softcapping", "final_logit_softcapping"),
+    PARALLEL: _any("use_parallel_residual", "parallel_attn", "parallel_block"),
+    PARTIAL: lambda config: (
+        _other_than(1, "rotary_pct", "partial_rotary_factor", "rope_pct")(config | config_of_rope(config))
+        or _holds(_rotary_part, config)
+    ),
+    ALIBI: lambda config: (
+        config.get("alibi") or config.get("position_embedding_type") == "alibi" or config["attn_config"]["alibi"]
+    ),
+    RECURRENT: lambda config: (
+        _any("mamba_d_state", "ssm_state_size", "state_size", "linear_num_key_heads", "lru_width")(config)
+        or _RECURRENT_LAYERS & set(config.get("layer_types") or config.get("layers_block_type") or [])
+    ),
+    CHUNKED: lambda config: "chunked_attention" in (config.get("layer_types") or []),
+    NO_ROPE: _any("no_rope_layers", "no_rope_layer_interval"),
+    ENCODER: _any("is_encoder_decoder", "add_cross_attention"),
+    INPUTS: _any("vision_config", "audio_config", "speech_config"),
+    MULTIPLIERS: _any(
+        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
+        "scale_emb", "scale_depth", "query_pre_attn_scalar",
+    ),
+    CLIP: _any("clip_qkv"),
+    RELU: lambda config: "relu" in _activations(config),
+    SQUARED_RELU: lambda config: "relu2" in _activations(config),
+    EXACT_GELU: lambda config: "gelu" in _activations(config),
+    QUANTISED: _any("quantization_config"),
+    LONGROPE: lambda config: _rope_kind(config) in ("longrope", "su"),
+    "RoPE stretched by dynamic": lambda config: _rope_kind(config) == "dynamic",
+    "RoPE of several positions (mrope)": lambda config: (
+        _rope_kind(config) == "mrope" or config_of_rope(config).get("mrope_section")
+    ),
+}  # fmt: skip
+
+
+def _nearest(config: Told) -> str:
+    """By what tells the supported families apart: GPT-2's names or norm, norms of heads, biases, windows."""
+    if "n_embd" in config or _any("layer_norm_epsilon", "layer_norm_eps")(config):
+        return "gpt2"
+    if _any("use_qk_norm", "qk_norm", "qk_layernorm")(config):
+        return "qwen3"
+    if _any("qkv_bias", "use_qkv_bias", "attention_qkv_bias")(config):
+        return "qwen2"
+    return "mistral" if _any("sliding_window")(config) else "llama"
