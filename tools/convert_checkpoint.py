@@ -18,6 +18,7 @@ import tyro
 from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.special_tokens import SpecialTokens
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.summary import Summary
@@ -87,9 +88,17 @@ def run_export(options: Export) -> None:
     print(
         f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {_named(done.dtypes)}, {len(done.files)} files"
     )
+    print(f"family {done.family}: {done.reason}")
     print(f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens")
+    print(_ends(done.special))
     without = "none, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
     print(f"tokenizer and generation_config.json: {', '.join(done.carried) or without}")
+
+
+def _ends(special: SpecialTokens) -> str:
+    if not special.source:
+        return "eos_token_id is not known, so generation ends at its length alone. Set --tokenizer to have it there"
+    return f"eos_token_id {special.ids['eos_token_id']}, from {special.source}"
 
 
 def main(arguments: list[str] | None = None) -> None:

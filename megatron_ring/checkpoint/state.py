@@ -22,7 +22,8 @@ class RunState:
     step: optimizer steps done. consumed_samples: samples read, over all ranks. vocab_size, seq_length: sizes of the
     model that the config alone does not give. optimizer_steps: those that Adam's moments have seen; 0 without moments.
     loss_scale: of fp16, what its scaler counts. skipped_steps, roll_backs: how often either followed a bad step;
-    recent_losses: of the last good steps, oldest first, as far as a spike is measured by them. processes, commit,
+    recent_losses: of the last good steps, oldest first, as far as a spike is measured by them. end_of_document: the id
+    that ends documents in the data trained on, None in an import and in older checkpoints. processes, commit,
     written_at (UTC): who wrote it and when; told, but no resuming run depends on them.
     """
 
@@ -35,6 +36,7 @@ class RunState:
     skipped_steps: int = 0
     roll_backs: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    end_of_document: int | None = None
     processes: str = ""
     commit: str = ""
     written_at: str = ""

@@ -36,10 +36,10 @@ class Start:
     @property
     def state(self) -> RunState:
         """Where the run is before its first step. Samples may be of another length than those counted before."""
-        seq_length = self.setup.config.data.seq_length
+        seq_length, end = self.setup.config.data.seq_length, self.dataset.tokenizer.end_of_document
         if self.stored:
-            return replace(self.stored.state, seq_length=seq_length)
-        return RunState(0, 0, self.vocab_size, seq_length)
+            return replace(self.stored.state, seq_length=seq_length, end_of_document=end)
+        return RunState(0, 0, self.vocab_size, seq_length, end_of_document=end)
 
     @staticmethod
     def together(config: Config, environment: Environment, agreement: Agreement) -> "Start":

@@ -13,8 +13,11 @@ from megatron_ring.config import Config, ModelConfig
 VOCABULARY, LENGTH = 48, 32
 
 
-def write(folder: Path, model: ModelConfig, value: float = 0.5, left_out: str = "", narrow: str = "-") -> Path:
-    """A checkpoint whose weights are all ``value``, in bfloat16 where ``narrow`` is in the name."""
+def write(folder: Path, model: ModelConfig, value: float = 0.5, left_out: str = "", narrow: str = "-", **state) -> Path:
+    """A checkpoint whose weights are all ``value``, in bfloat16 where ``narrow`` is in the name.
+
+    ``state``: what its RunState has besides the sizes.
+    """
     shapes = {name: shape for name, shape in parameters(model, VOCABULARY, LENGTH).items() if name != left_out}
     store.prepare(folder, 3)
     dtypes = {name: torch.bfloat16 if narrow in name else torch.float32 for name in shapes}
@@ -23,4 +26,4 @@ def write(folder: Path, model: ModelConfig, value: float = 0.5, left_out: str = 
     sealed = store.seal(folder, 3, store.written(folder, 3))
     config = Config(model=model)
     config = replace(config, data=replace(config.data, seq_length=LENGTH))
-    return store.commit(folder, RunState(3, 12, VOCABULARY, LENGTH), config, sealed)
+    return store.commit(folder, RunState(3, 12, VOCABULARY, LENGTH, **state), config, sealed)

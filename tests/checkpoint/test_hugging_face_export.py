@@ -73,10 +73,26 @@ def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
         assert f"as {family}: softmax_type is learnable" in told
 
 
-def test_a_model_that_two_families_can_express_asks_for_one(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        (ModelConfig(), "llama"),
+        (LLAMA, "llama"),
+        (replace(LLAMA, add_bias_linear=True), "llama"),
+        (replace(LLAMA, window_size=8), "mistral"),
+        (QWEN2, "qwen2"),
+        (replace(LLAMA, qk_layernorm=True), "qwen3"),
+        (GPT2, "gpt2"),
+    ],
+)
+def test_without_a_family_the_first_that_describes_the_model_exactly(model, family, tmp_path):
+    write(tmp_path / "ours", model)
+    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form()).family == family
+
+
+def test_every_family_that_is_able_is_named(tmp_path):
     write(tmp_path / "ours", LLAMA)
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", Form())
-    assert told == "the model is a llama and a mistral alike. Set --family to one of them."
+    assert "llama, mistral" in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form()).reason
 
 
 def test_values_that_the_type_does_not_have(tmp_path):

@@ -16,6 +16,7 @@ from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, copy_beside, read_json
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
+from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
 from megatron_ring.checkpoint.hugging_face.weights import STORED, Weights
 from megatron_ring.checkpoint.locate import Located
 from megatron_ring.checkpoint.summary import Summary
@@ -27,7 +28,8 @@ class Form:
     """How a model is written, whichever it is."""
 
     family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
-    """Whose words describe the model. Empty: those of the only family that has words for all of it."""
+    """Whose words describe the model. Empty: the family that it was imported from, else the first that has words for
+    all of it."""
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = STORED
     """Type of the weights. stored: what the checkpoint has, which after training is fp32."""
     max_shard_size: str = "5GB"
@@ -38,10 +40,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was read and what was written. longest: tokens of a sequence by config.json. carried: the files besides."""
+    """What was read and what was written. longest: tokens of a sequence by config.json. carried: the files besides.
+
+    reason: why it is this family. special: the ids that begin and end a text.
+    """
 
     checkpoint: Located
     family: str
+    reason: str
+    special: SpecialTokens
     dtypes: set[torch.dtype]
     longest: int
     files: list[str]
@@ -60,17 +67,22 @@ def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
     stored = Summary.of(located.path)
     model, vocab_size, seq_length = stored.config.model, stored.state.vocab_size, stored.state.seq_length
     stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
-    family = choose_family(form.family, model, seq_length)
+    family, reason = choose_family(form.family, model, seq_length, imported_from=_imported_from(located.path))
+    special = SpecialTokens.find(beside, stored.state.end_of_document)
+    if form.tokenizer:
+        special.check_rows(vocab_size)
     weights = Weights.of(stored.tensors, FAMILIES[family].modules, form.dtype)
     entries = weights.entries()
     dtypes = {entry.dtype for entry in entries}
-    config = _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize), beside)
+    config = _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize)) | special.ids
     config |= write_model(FAMILIES[family], model, seq_length)
     with _whole_or_not(out) as partial:
         files = write_shards(partial, entries, limit, weights.read)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         carried = copy_beside(beside, partial) if beside else []
-    return Exported(located, family, dtypes, config[FAMILIES[family].length], [CONFIG, *files], carried)
+        made = [GENERATION] if special.write_generation_config(partial) and GENERATION not in carried else []
+    longest = config[FAMILIES[family].length]
+    return Exported(located, family, reason, special, dtypes, longest, [CONFIG, *files, *made], carried)
 
 
 def _check_empty(out: Path) -> None:
@@ -87,17 +99,17 @@ def _beside(checkpoint: Path, asked: Path | None) -> Path | None:
     return asked
 
 
-def _config(family: str, vocab_size: int, dtype: torch.dtype, source: Path | None) -> Told:
+def _imported_from(checkpoint: Path) -> str:
+    """The model_type of the config.json that an imported checkpoint carries; empty where there is none."""
+    path = checkpoint / CARRIED / CONFIG
+    return str(read_json(path).get("model_type")) if path.is_file() else ""
+
+
+def _config(family: str, vocab_size: int, dtype: torch.dtype) -> Told:
     """What config.json has besides the model: transformers before 5 reads torch_dtype, later ones dtype."""
     word = str(dtype).removeprefix("torch.")
     named = {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": vocab_size}
-    return named | {"dtype": word, "torch_dtype": word, "use_cache": True} | _special_tokens(source)
-
-
-def _special_tokens(source: Path | None) -> Told:
-    """As the config.json beside the tokenizer has them; null, not a family's own ids, where there is none."""
-    told = read_json(source / CONFIG) if source and (source / CONFIG).is_file() else {}
-    return {key: told.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return named | {"dtype": word, "torch_dtype": word, "use_cache": True}
 
 
 @contextlib.contextmanager

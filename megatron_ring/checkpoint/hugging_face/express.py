@@ -45,16 +45,24 @@ def inexpressible(family: Family, model: ModelConfig, seq_length: int) -> list[s
     ]
 
 
-def choose_family(name: str, model: ModelConfig, seq_length: int) -> str:
-    """``name``, or without one the only family that can express ``model``. Raises CheckpointError with the reasons."""
+def choose_family(name: str, model: ModelConfig, seq_length: int, imported_from: str = "") -> tuple[str, str]:
+    """The family to write ``model`` as, and why: ``name``, else ``imported_from``, else the first that is able.
+
+    Able is a family whose words describe the model exactly, so that it computes the same in each of them. Raises
+    CheckpointError with the reasons where the one asked for, or without one every one, is not.
+    """
     reasons = {each: inexpressible(FAMILIES[each], model, seq_length) for each in ([name] if name else FAMILIES)}
     able = [each for each, problems in reasons.items() if not problems]
-    if len(able) > 1:
-        raise CheckpointError(f"the model is a {' and a '.join(able)} alike. Set --family to one of them.")
     if not able:
         listed = [f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems]
         raise CheckpointError(["the model cannot be said exactly in Hugging Face's words:", *listed])
-    return able[0]
+    if name:
+        return name, "as --family asks"
+    if imported_from in able:
+        return imported_from, "from which it was imported"
+    if len(able) == 1:
+        return able[0], "the only family that describes it exactly"
+    return able[0], f"the first of those that describe it exactly: {', '.join(able)}; --family takes another"
 
 
 def resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
