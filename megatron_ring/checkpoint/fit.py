@@ -1,11 +1,11 @@
 """Whether a checkpoint is of the run that would resume from it: the same model, over whatever processes."""
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from megatron_ring.checkpoint.store import CONFIG, Stored
-from megatron_ring.config import Config, load_yaml
+from megatron_ring.config import Config, ModelConfig, load_yaml
 from megatron_ring.errors import CheckpointError, flag
 
 # What makes a model compute otherwise with the same tensors.
@@ -22,9 +22,10 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
     """
     ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
     now = config.model
+    then = load_yaml(stored.path / CONFIG).model
     differing = [
-        f"{name} {then} there, {here} here. Set {flag(name)}."
-        for name, then, here in _differences(load_yaml(stored.path / CONFIG).model, now)
+        f"{name} {there} there, {here} here. Set {flag(name)}."
+        for name, there, here in _model_differences(then, stored.state.seq_length, now, config.data.seq_length)
         if name not in ignored
     ]
     if stored.state.vocab_size != vocab_size:
@@ -45,6 +46,45 @@ def other_data(stored: Stored, config: Config) -> list[str]:
     then = load_yaml(stored.path / CONFIG)
     found = [*_differences(then.data, config.data), ("seed", then.training.seed, config.training.seed)]
     return [f"{name} {there} there, {here} here" for name, there, here in found if there != here]
+
+
+def _model_differences(
+    then: ModelConfig, then_length: int, now: ModelConfig, now_length: int
+) -> Iterator[tuple[str, Any, Any]]:
+    """``_differences`` of what two models are: a default and the same value spelled out are one model.
+
+    The lengths are seq_length, from which the default of rope_original_length follows.
+    """
+    same = set()
+    if _windows(then) == _windows(now):
+        same |= {"window_size", "window_attn_skip_freq"}
+    if then.position_embedding_type == now.position_embedding_type == "learned_absolute":
+        same |= {"rotary_base"}
+    if then.rope_scaling != now.rope_scaling:
+        same |= {"rope_original_length"}  # what its default is follows from that
+    for name, there, here in _differences(_resolved(then, then_length), _resolved(now, now_length)):
+        # A default that follows from other sizes: those are the difference. This one follows from seq_length too.
+        derived = getattr(then, name) == getattr(now, name) and name != "rope_original_length"
+        if name not in same and not derived:
+            yield name, there, here
+
+
+def _windows(model: ModelConfig) -> list[int]:
+    return [model.window_of(layer) for layer in range(model.num_layers)]
+
+
+def _resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
+    """The same model with every size in the place of the 0 that stands for it."""
+    original = model.rope_original_length
+    if model.rope_scaling in ("yarn", "llama3"):
+        original = original or seq_length / model.rope_scaling_factor
+    return replace(
+        model,
+        num_query_groups=model.key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.feed_forward_size,
+        rope_original_length=original,
+    )
 
 
 def _differences(then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

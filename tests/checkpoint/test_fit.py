@@ -20,6 +20,64 @@ def test_another_model_is_refused_size_by_size(tmp_path):
     ]
 
 
+GROUPED = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 32}
+YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {"num_query_groups": 4}),
+        ({"num_query_groups": 4}, {}),
+        ({}, {"kv_channels": 64}),
+        ({}, {"ffn_hidden_size": 704}),
+        ({"activation": "gelu"}, {"activation": "gelu", "ffn_hidden_size": 1024}),
+        (GROUPED, GROUPED | {"ffn_hidden_size": 704}),
+        ({}, {"num_query_groups": 4, "kv_channels": 64, "ffn_hidden_size": 704, "padded_vocab_size": 61}),
+        ({"window_size": 8}, {"window_size": 8, "window_attn_skip_freq": 5}),  # 4 layers: none is the fifth
+        (YARN, YARN | {"rope_original_length": 12}),
+        (
+            {"position_embedding_type": "learned_absolute"},
+            {"position_embedding_type": "learned_absolute", "rotary_base": 5e5},
+        ),
+    ],
+)
+def test_a_default_spelled_out_is_no_other_model(then, now, tmp_path):
+    write(tmp_path, 5, Config(model=ModelConfig(**then)))
+    now = Config(model=ModelConfig(**now), data=DataConfig(seq_length=48))
+    fit.check_same_model(store.newest(tmp_path), now, vocab_size=61)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "differing"),
+    [
+        ({}, {"num_query_groups": 2}, ["num_query_groups"]),
+        ({}, {"kv_channels": 32}, ["kv_channels"]),
+        ({}, {"ffn_hidden_size": 1024}, ["ffn_hidden_size"]),
+        ({"activation": "gelu", "ffn_hidden_size": 704}, {}, ["activation"]),
+        ({"window_size": 8}, {"window_size": 8, "window_attn_skip_freq": 2}, ["window_attn_skip_freq"]),
+        (YARN, YARN | {"rope_original_length": 24}, ["rope_original_length"]),
+        ({}, {"rotary_base": 5e5}, ["rotary_base"]),
+        ({}, {"num_attention_heads": 8}, ["num_attention_heads"]),
+    ],
+)
+def test_what_a_size_follows_from_is_compared_as_the_size(then, now, differing, tmp_path):
+    write(tmp_path, 5, Config(model=ModelConfig(**then)))
+    now = Config(model=ModelConfig(**now), data=DataConfig(seq_length=48))
+    with pytest.raises(CheckpointError) as refused:
+        fit.check_same_model(store.newest(tmp_path), now, vocab_size=61)
+    assert [problem.split()[0] for problem in refused.value.problems[1:]] == differing
+
+
+def test_a_length_that_stretches_rope_otherwise_is_refused(tmp_path):
+    """The old length is seq_length over the factor where it is not given, so another seq_length is another RoPE."""
+    yarn = Config(model=ModelConfig(**YARN), data=DataConfig(seq_length=96))
+    write(tmp_path, 5, yarn)
+    with pytest.raises(CheckpointError, match="--rope-original-length"):
+        fit.check_same_model(store.newest(tmp_path), yarn, vocab_size=61)
+    fit.check_same_model(store.newest(tmp_path), yarn, vocab_size=61, tensors_alone=True)
+
+
 def test_a_learned_position_table_fixes_the_length(tmp_path):
     learned = Config(model=ModelConfig(position_embedding_type="learned_absolute"), data=DataConfig(seq_length=64))
     write(tmp_path, 5, learned)
