@@ -8,6 +8,7 @@ and of the device is checked by training/setup.py. Nothing is clamped or repaire
 import contextlib
 import difflib
 import math
+import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
+from megatron_ring import other_names
 from megatron_ring.errors import ConfigError, flag, nearest_multiples, not_positive
 
 
@@ -538,11 +540,18 @@ class Config:
 def parse(arguments: list[str], console: bool = True) -> Config:
     """Default < YAML < flag. Raises ConfigError for a bad file.
 
-    A bad flag ends the program with exit code 2, and says why and which flags are near it if ``console``.
+    A bad flag ends the program with exit code 2, and says why and which flags are near it if ``console``; of flags of
+    Megatron and of transformers what they are called here.
     """
     base = load_yaml(path) if (path := _config_path(arguments)) else Config()
     flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[Config])
-    return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console)
+    try:
+        return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console)
+    except SystemExit as leaving:
+        if leaving.code and console:
+            given = dict.fromkeys(argument for argument in arguments if argument.startswith("--"))
+            print(*filter(None, map(other_names.hint, given)), sep="\n", file=sys.stderr, flush=True)
+        raise
 
 
 def load_yaml(path: str | Path) -> Config:
@@ -605,6 +614,8 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
 
 
 def _nearest(key: str, known: list[str]) -> str:
+    if hint := other_names.hint(key):
+        return f" {hint}"
     everywhere = {name: known for name in known}
     for section in fields(Config):
         if section.default_factory is not None and is_dataclass(section.type):
