@@ -38,6 +38,53 @@ _ALONE_ONLY = tyro.constructors.PrimitiveConstructorSpec(
     choices=("start", "only", "none"),
 )
 
+
+def _shares(given: str | list[Any]) -> tuple[float, ...]:
+    """The shares of --split, in words of their own or with commas between them, as Megatron has them."""
+    words = given.split(",") if isinstance(given, str) else given
+    parts = [part for word in words for part in str(word).split(",") if part.strip()]
+    if len(parts) not in (2, 3):
+        raise ValueError("takes two or three shares: training, validation and test")
+    return tuple(map(float, parts))
+
+
+_SHARES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="SHARE SHARE [SHARE]",
+    instance_from_str=_shares,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [f"{share:g}" for share in value],
+)
+
+
+def _window(given: str | int | list[Any]) -> int:
+    """--window-size: keys, or Megatron's pair LEFT,RIGHT of tokens before and after each token; -1 is all before.
+
+    LEFT does not count the token itself: 1024,0 is a window of 1,025 keys.
+    """
+    words = given if isinstance(given, list) else [given]
+    numbers = [int(part) for word in words for part in str(word).strip("()").split(",") if part.strip()]
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) != 2 or numbers[0] < -1 or numbers[1] not in (-1, 0):
+        raise ValueError(
+            "takes the number of keys W that a token sees, itself among them, or LEFT,0 as Megatron has it, which is "
+            "W = LEFT + 1; -1,0 is no window. A token sees none after it, so RIGHT must be 0"
+        )
+    return numbers[0] + 1
+
+
+_WINDOW = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="INT|LEFT,0",
+    instance_from_str=_window,
+    is_instance=lambda value: isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+# Options that YAML too takes in other forms than their type.
+_FORMS = {"split": lambda given: list(_shares(given)), "window_size": _window}
+
 # ``int | str`` is the one, and the other as soon as a Literal is among them.
 _UNIONS = (UnionType, Union)
 
@@ -58,8 +105,9 @@ class ModelConfig:
     """Size D of a head, of queries, keys and values alike. 0: hidden_size / num_attention_heads."""
     qk_layernorm: bool = False
     """Normalise every query and key head over D before RoPE, with weights that the heads share, as in Qwen 3."""
-    window_size: int = 0
-    """Sliding window W: a token sees itself and the W - 1 before it. 0: everything before it."""
+    window_size: Annotated[int, _WINDOW] = 0
+    """Sliding window W: a token sees itself and the W - 1 before it. 0: everything before it. Megatron's pair LEFT,0
+    counts the tokens before it alone: 1024,0 is W = 1025, and -1,0 is 0."""
     window_attn_skip_freq: int = 0
     """N: one layer that attends fully after every N - 1 with the window. 0: every layer has the window."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
@@ -249,9 +297,10 @@ class DataConfig:
     0.7 A 0.3 B (in YAML the weights too are text). None given: the source text of Python's own library."""
     tokenizer_model: str = ""
     """The sentencepiece model or tokenizer.json the stores were written with. Empty: the one beside the first."""
-    split: tuple[float, float] | tuple[float, float, float] = (0.98, 0.02)
+    split: Annotated[tuple[float, float] | tuple[float, float, float], _SHARES] = (0.98, 0.02)
     """Shares of the documents, in the order of the store, of each store of a blend: for training, for validation and,
-    of three, for a test, which is evaluated as validation is, but once, after the last step, at any --eval-interval."""
+    of three, for a test, which is evaluated as validation is, but once, after the last step, at any --eval-interval.
+    Of any sum: 969,30,1 is 0.969 0.03 0.001. A share of 0 leaves its part out."""
     seq_length: int = 1024
     """Tokens S of a sample, before it is split over the context ranks."""
     packing: Literal["concatenate", "greedy", "best-fit"] = "concatenate"
@@ -265,12 +314,23 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         found = not_positive(self, "seq_length")
-        if min(self.split) < 0 or self.split[0] <= 0 or abs(sum(self.split) - 1) > 1e-6:
+        # So that nan is refused too.
+        if not (all(share >= 0 for share in self.split) and self.split[0] > 0 and sum(self.split) < math.inf):
             found.append(
-                f"split {self.split} must be two or three shares (training, validation, test), none below 0, that add "
-                "up to 1, the first above 0. Set --split."
+                f"split {self.split} must be two or three shares (training, validation, test) that are numbers, none "
+                "below 0, the first above 0. Set --split."
             )
         return found + self._blend_problems()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """split, divided by its sum unless that is 1."""
+        return self.split if self.split_adds_up_to_1 else tuple(share / sum(self.split) for share in self.split)
+
+    @property
+    def split_adds_up_to_1(self) -> bool:
+        """Whether split was given as shares of one whole; up to the rounding of decimal fractions."""
+        return abs(sum(self.split) - 1) <= 1e-6
 
     @property
     def blend(self) -> dict[str, Fraction]:
@@ -607,7 +667,7 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
             changed[key] = _filled(current, value, f"{where}: {key}", problems)
         else:
             try:
-                changed[key] = _typed(value, hints[key])
+                changed[key] = _typed(_FORMS[key](value) if key in _FORMS else value, hints[key])
             except (TypeError, ValueError):
                 problems.append(f"{where}: {key} is {value!r}, not {_described(hints[key])}.")
     return replace(section, **changed)

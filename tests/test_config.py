@@ -2,6 +2,7 @@ import ast
 import contextlib
 import inspect
 import io
+import math
 import re
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
@@ -83,6 +84,56 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
     config = parse(["--config", path, "--split", "0.9", "0.1", "--data-path", "other"])
     assert config.data == DataConfig(data_path=("other",), split=(0.9, 0.1))
     assert parse(["--config", path, "--split", "0.8", "0.1", "0.1"]).data.split == (0.8, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("words", ["969,30,1", "969 30 1", "969, 30, 1", "969,30 1", "=969,30,1", "969.0,30.0,1.0"])
+def test_shares_may_have_commas_between_them_and_any_sum(words):
+    """As Megatron's."""
+    flag = ["--split" + words] if words.startswith("=") else ["--split", *words.split()]
+    data = parse([*flag, "--seed", "7"]).data
+    assert data.split == (969.0, 30.0, 1.0)
+    assert data.shares == (0.969, 0.03, 0.001)
+    assert data.problems() == []
+
+
+@pytest.mark.parametrize("text", ["[969, 30, 1]", "969,30,1", "'969, 30, 1'", "[969, 30.0, '1']"])
+def test_shares_in_a_file_may_have_commas_between_them(text, yaml):
+    assert load_yaml(yaml(f"data:\n  split: {text}")).data.split == (969.0, 30.0, 1.0)
+
+
+def test_shares_that_add_up_to_1_stay_as_they_are():
+    assert DataConfig(split=(0.9, 0.0999995)).shares == (0.9, 0.0999995)
+    assert DataConfig(split=(1, 1)).shares == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("words", ["1", "1,2,3,4", "", "a,b", "1 2 3 4"])
+def test_shares_are_two_or_three_numbers(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--split", *words.split()])
+    assert left.value.code == 2
+    assert "split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "keys"),
+    [("8", 8), ("1024,0", 1025), ("(1024,0)", 1025), ("1024,-1", 1025), ("-1,0", 0), ("-1,-1", 0), ("0,0", 1)],
+)
+def test_a_window_may_be_megatrons_pair_which_leaves_out_the_token_itself(word, keys, yaml):
+    bare = word.strip("()")
+    for flags in (["--window-size", word], [f"--window-size={word}"], ["--window-size", *bare.split(",")]):
+        assert parse([*flags, "--seed", "7"]).model.window_size == keys
+    for text in (f"'{word}'", f"[{bare}]"):
+        assert load_yaml(yaml(f"model: {{window_size: {text}}}")).model.window_size == keys
+
+
+@pytest.mark.parametrize("words", ["1024,1", "-2,0", "1,2,3", "", "1.5", "1024,x"])
+def test_a_window_is_of_tokens_before(words, capsys, yaml):
+    with pytest.raises(SystemExit) as left:
+        parse(["--window-size", *words.split()])
+    assert left.value.code == 2
+    assert "window-size" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="window_size"):
+        load_yaml(yaml(f"model: {{window_size: '{words}'}}"))
 
 
 def test_the_self_test_without_a_word_is_all_that_is_done(yaml):
@@ -423,24 +474,29 @@ PROBLEMS = [
         "keep_every -1 must not be below 0. Set --keep-every.",
     ),
     (
-        DataConfig(split=(0.5, 0.4)),
-        "split (0.5, 0.4) must be two or three shares (training, validation, test), none below 0, that add "
-        "up to 1, the first above 0. Set --split.",
+        DataConfig(split=(math.nan, 1.0)),
+        "split (nan, 1.0) must be two or three shares (training, validation, test) that are numbers, none below 0, "
+        "the first above 0. Set --split.",
     ),
     (
         DataConfig(split=(0.0, 1.0)),
-        "split (0.0, 1.0) must be two or three shares (training, validation, test), none below 0, that add "
-        "up to 1, the first above 0. Set --split.",
+        "split (0.0, 1.0) must be two or three shares (training, validation, test) that are numbers, none below 0, "
+        "the first above 0. Set --split.",
     ),
     (
-        DataConfig(split=(0.8, 0.1, 0.2)),
-        "split (0.8, 0.1, 0.2) must be two or three shares (training, validation, test), none below 0, that add "
-        "up to 1, the first above 0. Set --split.",
+        DataConfig(split=(0.0, 0.0, 0.0)),
+        "split (0.0, 0.0, 0.0) must be two or three shares (training, validation, test) that are numbers, none below "
+        "0, the first above 0. Set --split.",
+    ),
+    (
+        DataConfig(split=(1.0, math.inf)),
+        "split (1.0, inf) must be two or three shares (training, validation, test) that are numbers, none below 0, "
+        "the first above 0. Set --split.",
     ),
     (
         DataConfig(split=(1.5, -0.5)),
-        "split (1.5, -0.5) must be two or three shares (training, validation, test), none below 0, that add "
-        "up to 1, the first above 0. Set --split.",
+        "split (1.5, -0.5) must be two or three shares (training, validation, test) that are numbers, none below 0, "
+        "the first above 0. Set --split.",
     ),
     (
         DataConfig(data_path=("0.7", "a", "b")),
@@ -502,6 +558,8 @@ LEGAL = [
     MemoryConfig(recompute="full", recompute_attention=True, loss_chunk_size=0),
     DataConfig(split=(1.0, 0.0)),
     DataConfig(split=(0.9, 0.0, 0.1)),
+    DataConfig(split=(969, 30, 1)),
+    DataConfig(split=(0.5, 0.4)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
     CheckpointConfig(save="runs", save_interval=5),
     CheckpointConfig(save="runs", keep_last=2, keep_every=100),

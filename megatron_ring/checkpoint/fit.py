@@ -44,7 +44,8 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
 def other_data(stored: Stored, config: Config) -> list[str]:
     """What has the run read other samples under the same numbers than the checkpoint's, in words."""
     then = load_yaml(stored.path / CONFIG)
-    found = [*_differences(then.data, config.data), ("seed", then.training.seed, config.training.seed)]
+    data = (replace(section, split=section.shares) for section in (then.data, config.data))
+    found = [*_differences(*data), ("seed", then.training.seed, config.training.seed)]
     return [f"{name} {there} there, {here} here" for name, there, here in found if there != here]
 
 

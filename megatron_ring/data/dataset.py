@@ -14,12 +14,12 @@ from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenize
 from megatron_ring.data.mixture import Blend
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
-from megatron_ring.data.samples import SampleStream, split_documents
+from megatron_ring.data.samples import PARTS, SampleStream, document_ranges, split_documents
 from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import DataError, flag
+from megatron_ring.errors import ConfigError, DataError, flag
 
 DEFAULT_FOLDER = Path("data")
 """Where the default corpus is prepared, under the working directory."""
@@ -63,10 +63,32 @@ def _parts(
     """The samples of one store for each share of the split, None for a share of 0."""
     kind = SampleStream if config.packing == "concatenate" else partial(WholeDocumentStream, fit=config.packing)
     try:
-        parts = split_documents(store.lengths, config.split, config.seq_length)
-    except DataError as error:
-        raise DataError(f"token store {store.prefix}: {problem}" for problem in error.problems) from error
+        _refuse_empty_parts(config, len(store.lengths))
+        parts = split_documents(store.lengths, config.shares, config.seq_length)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"token store {store.prefix}: {problem}" for problem in error.problems) from error
     return [kind(store, part, config.seq_length, seed, vocab_size) if part else None for part in parts]
+
+
+def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
+    """Refuse shares of another sum than 1 that leave a part without a document: they may be meant as counts.
+
+    Raises ConfigError. Of shares that add up to 1 it is the data that is too small, which split_documents finds.
+    """
+    if config.split_adds_up_to_1:
+        return
+    names = [
+        name
+        for name, share, part in zip(PARTS, config.shares, document_ranges(documents, config.shares))
+        if share > 0 and not part
+    ]
+    if names:
+        given = ", ".join(f"{share:g}" for share in config.split)
+        raise ConfigError(
+            f"split {given} adds up to {sum(config.split):g} and gives {' and '.join(names)} none of {documents} "
+            f"documents, of which one is a share of {1 / documents:.3g}. Set --split to shares that give each part a "
+            "document, or 0 to a part that is not wanted."
+        )
 
 
 def _blend(streams: Sequence[Stream | None], weights: Iterable[Fraction]) -> Stream | None:

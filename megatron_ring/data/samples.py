@@ -15,6 +15,9 @@ from megatron_ring.data.stream import Stream, Text, shuffled
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
+PARTS = ("training", "validation", "test")
+"""What the shares of --split are for."""
+
 
 def split_documents(lengths: np.ndarray, split: tuple[float, ...], seq_length: int) -> list[range]:
     """The documents for training, for validation and, of three shares, for the test: by number, in store order.
@@ -22,17 +25,22 @@ def split_documents(lengths: np.ndarray, split: tuple[float, ...], seq_length: i
     ``lengths`` is (documents,), in tokens. A share of 0 gives an empty range. Raises DataError for every other part
     that cannot fill one sample.
     """
-    upto = np.cumsum(split)
-    bounds = np.rint(upto / upto[-1] * len(lengths)).astype(int).tolist()
-    parts = [range(start, stop) for start, stop in pairwise([0, *bounds])]
+    parts = document_ranges(len(lengths), split)
     problems = [
         problem
-        for name, share, part in zip(("training", "validation", "test"), split, parts)
+        for name, share, part in zip(PARTS, split, parts)
         if share > 0 and (problem := _too_little(name, share, lengths, part, seq_length))
     ]
     if problems:
         raise DataError(problems)
     return parts
+
+
+def document_ranges(documents: int, split: tuple[float, ...]) -> list[range]:
+    """The documents of each share by number, each border rounded to the nearest document."""
+    upto = np.cumsum(split)
+    bounds = np.rint(upto / upto[-1] * documents).astype(int).tolist()
+    return [range(start, stop) for start, stop in pairwise([0, *bounds])]
 
 
 def _too_little(name: str, share: float, lengths: np.ndarray, part: range, seq_length: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_ring.checkpoint.fit import other_data
 from megatron_ring.checkpoint.store import Stored
-from megatron_ring.config import Config, to_yaml
+from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.plan.flops import peak_flops
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.training.dry_run import plan_lines
@@ -88,7 +88,28 @@ def _chosen(setup: Setup) -> list[str]:
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
         *(f"operations       {line}" for line in setup.operations.in_words()),
+        *_split_line(setup.config.data),
+        *_window_line(setup.config.model),
         *ring_profile.in_words(setup),
+    ]
+
+
+def _split_line(data: DataConfig) -> list[str]:
+    """What shares of another sum than 1 were taken for."""
+    if data.split_adds_up_to_1:
+        return []
+    given, taken = (", ".join(f"{share:.6g}" for share in shares) for shares in (data.split, data.shares))
+    return [f"split            {given} adds up to {sum(data.split):.6g}: shares of {taken}"]
+
+
+def _window_line(model: ModelConfig) -> list[str]:
+    """The window as it is counted here and in Megatron, whose pairs leave the token itself out."""
+    window = model.window_size
+    if not window:
+        return []
+    full = f", fully in every {model.window_attn_skip_freq}th layer" if model.window_attn_skip_freq else ""
+    return [
+        f"window           {window} keys: a token and the {window - 1} before it ({window - 1},0 in Megatron){full}"
     ]
 
 

@@ -104,6 +104,7 @@ def test_other_data_is_told(tmp_path):
     write(tmp_path, 5)
     found = store.newest(tmp_path)
     assert fit.other_data(found, Config()) == []
+    assert fit.other_data(found, Config(data=DataConfig(split=(98, 2)))) == []
     changed = Config(
         data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64), training=TrainingConfig(seed=1)
     )

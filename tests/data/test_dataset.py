@@ -7,7 +7,7 @@ import pytest
 from megatron_ring.config import DataConfig
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.manifest import Manifest, write_manifest
-from megatron_ring.errors import DataError
+from megatron_ring.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -84,6 +84,23 @@ def test_of_three_shares_the_last_is_the_test_s_in_every_store(store_of, config,
 @pytest.mark.parametrize("split", [(0.5, 0.5), (0.5, 0.5, 0.0)])
 def test_without_a_third_share_there_is_no_test(config, split):
     assert Dataset.open(replace(config, split=split), seed=1).test is None
+
+
+def test_shares_of_any_sum_are_those_over_it(config):
+    whole, parts = (Dataset.open(replace(config, split=split), seed=1) for split in ((0.5, 0.5), (7, 7)))
+    for name in ("training", "validation"):
+        of_one, of_other = getattr(whole, name), getattr(parts, name)
+        assert [of_one.sample(n).tolist() for n in range(3)] == [of_other.sample(n).tolist() for n in range(3)]
+
+
+@pytest.mark.parametrize(("split", "error"), [((969, 30, 1), ConfigError), ((0.969, 0.03, 0.001), DataError)])
+def test_a_part_without_a_document_is_refused(split, error, config):
+    """Shares of another sum than 1 may be meant as something else, so then it is the option that is wrong."""
+    with pytest.raises(error, match=r"^token store .*(split|Set --split)") as refused:
+        Dataset.open(replace(config, split=split), seed=1)
+    assert "validation" in str(refused.value)
+    assert "test" in str(refused.value)
+    assert ("adds up to 1000" in str(refused.value)) == (error is ConfigError)
 
 
 def test_a_test_share_that_fills_no_sample_is_refused(config):

@@ -5,6 +5,7 @@ import torch
 
 from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.plan.memory import ERROR
+from megatron_ring.training import console
 from megatron_ring.training.console import plan
 from megatron_ring.training.dry_run import plan_lines
 from megatron_ring.training.memory_report import ASSUMED_VOCAB_SIZE, human, memory_of_stages
@@ -122,3 +123,18 @@ def test_the_keys_travel_where_sums_are_the_same_for_every_ring():
     assert "backward (the queries travel; " in told(4, model=model, parallel=parallel)
     by_blocks = parallel | {"context_parallel_reduction": "invariant"}
     assert "backward (the keys travel; " in told(4, model=model, parallel=by_blocks)
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (
+            {"data": {"split": (969, 30, 1)}},
+            "split            969, 30, 1 adds up to 1000: shares of 0.969, 0.03, 0.001",
+        ),
+        ({"model": {"window_size": 9}}, "window           9 keys: a token and the 8 before it (8,0 in Megatron)"),
+    ],
+)
+def test_what_was_converted_is_told_once(sections, line):
+    assert console.plan(Setup.of(tiny.config(**sections), 1)).splitlines().count(line) == 1
+    assert f"\n{line[:17]}" not in console.plan(Setup.of(tiny.config(), 1))
