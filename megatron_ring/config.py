@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
-from megatron_ring import other_names
+from megatron_ring import other_names, untrusted
 from megatron_ring.errors import ConfigError, flag, nearest_multiples, not_positive
 
 
@@ -176,6 +176,8 @@ class ModelConfig:
         return 0 if attends_fully else self.window_size
 
     def problems(self) -> list[str]:
+        if found := _unusable(self):
+            return found
         found = not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
         found += _negative(
             self, "padded_vocab_size", "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std"
@@ -195,10 +197,9 @@ class ModelConfig:
                 "of their own, --kv-channels."
             ]
         if heads % groups:
-            legal = [str(n) for n in range(1, heads + 1) if heads % n == 0]
             return [
                 f"num_query_groups {groups} does not divide num_attention_heads {heads}. "
-                f"Legal: {', '.join(legal)}. Set --num-query-groups."
+                f"Legal: {', '.join(map(str, _divisors(heads)))}. Set --num-query-groups."
             ]
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             whence = "kv_channels" if self.kv_channels else f"hidden_size {hidden} / num_attention_heads {heads}"
@@ -360,8 +361,11 @@ class DataConfig:
 
 
 def _is_weight(word: str) -> bool:
+    """Whether it is a number above 0. Written with an exponent, it must be one that a float has."""
     try:
-        return Fraction(word) > 0
+        # Fraction computes 10**e, which takes hours and all memory for 1e999999999.
+        has_exponent = "e" in word.lower()
+        return len(word) <= 100 and (not has_exponent or 0 < float(word) < math.inf) and Fraction(word) > 0
     except (ValueError, ZeroDivisionError):
         return False
 
@@ -593,8 +597,16 @@ class Config:
 
     def problems(self) -> list[str]:
         """Everything that is wrong within the sections, each with rule, remedy and flag."""
-        sections = [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
-        return [problem for section in sections for problem in section.problems()]
+        if found := self.unusable_values():
+            return found
+        return [problem for section in self._sections() for problem in section.problems()]
+
+    def unusable_values(self) -> list[str]:
+        """Numbers and text that no option can have, whatever its rule is: see ``_unusable``."""
+        return [problem for section in self._sections() for problem in _unusable(section)]
+
+    def _sections(self) -> list[Any]:
+        return [getattr(self, f.name) for f in fields(self) if is_dataclass(getattr(self, f.name))]
 
 
 def parse(arguments: list[str], console: bool = True) -> Config:
@@ -614,19 +626,25 @@ def parse(arguments: list[str], console: bool = True) -> Config:
         raise
 
 
-def load_yaml(path: str | Path) -> Config:
-    """Read a config file of sections; raises ConfigError that names every unknown or mistyped key at once."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Set --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not YAML: {error}. Set --config.") from error
+def load_yaml(path: str | Path, remedy: str = "Set --config.") -> Config:
+    """Read a config file of sections. ``remedy`` is what a message says of a file that is not one.
+
+    Raises ConfigError that names every key that is unknown, of another type, or out of range.
+    """
+    with untrusted.errors_as(ConfigError, f"config {path}", remedy):
+        tree = untrusted.parse_yaml(untrusted.read_bytes(Path(path), untrusted.CONFIG_BYTES)) or {}
     problems: list[str] = []
     config = _filled(Config(), tree, str(path), problems)
+    problems += [f"{path}: {problem}" for problem in config.unusable_values()]
+    if len(problems) > _LISTED:
+        problems = [*problems[:_LISTED], f"{path}: and {len(problems) - _LISTED} more."]
     if problems:
         raise ConfigError(problems)
     return config
+
+
+_LISTED = 30
+_LONGEST_KEY = 100
 
 
 def to_yaml(config: Config) -> str:
@@ -657,19 +675,20 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
     if tree is None:
         return section  # a heading with nothing under it
     if not isinstance(tree, dict):
-        problems.append(f"{where}: expected keys and values, found {tree!r}.")
+        problems.append(f"{where}: expected keys and values, found {untrusted.shown(tree)}.")
         return section
     changed = {}
     for key, value in tree.items():
         if key not in known:
-            problems.append(f"{where}: unknown key {key!r}.{_nearest(str(key), known)}")
+            nearest = _nearest(str(key), known) if len(problems) < _LISTED else ""
+            problems.append(f"{where}: unknown key {untrusted.shown(key)}.{nearest}")
         elif is_dataclass(current := getattr(section, key)):
             changed[key] = _filled(current, value, f"{where}: {key}", problems)
         else:
             try:
                 changed[key] = _typed(_FORMS[key](value) if key in _FORMS else value, hints[key])
-            except (TypeError, ValueError):
-                problems.append(f"{where}: {key} is {value!r}, not {_described(hints[key])}.")
+            except (OverflowError, TypeError, ValueError):
+                problems.append(f"{where}: {key} is {untrusted.shown(value)}, not {_described(hints[key])}.")
     return replace(section, **changed)
 
 
@@ -680,7 +699,7 @@ def _nearest(key: str, known: list[str]) -> str:
     for section in fields(Config):
         if section.default_factory is not None and is_dataclass(section.type):
             everywhere |= {f.name: f"{section.name}.{f.name}" for f in fields(section.type)}
-    close = difflib.get_close_matches(key, everywhere, n=1)
+    close = difflib.get_close_matches(key[:_LONGEST_KEY], everywhere, n=1)
     if not close:
         return f" Known here: {', '.join(known)}."
     place = close[0] if close[0] in known else everywhere[close[0]]
@@ -703,12 +722,25 @@ def _typed(value: Any, hint: Any) -> Any:
     if origin in _UNIONS:
         return _typed_as_one_of(value, get_args(hint))
     if origin is dict:
-        return dict(value)
+        return _plain_values(value)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
         raise TypeError
     return value
+
+
+def _plain_values(value: Any) -> Any:
+    """``value`` with nothing in it but what JSON has, which is what DeepSpeed takes; or TypeError."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: inner if _is_plain(inner) else _plain_values(inner) for key, inner in value.items()}
+    raise TypeError
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(inner) or (isinstance(inner, dict) and _plain_values(inner)) for inner in value)
+    return value is None or isinstance(value, str | int | float)
 
 
 def _typed_as_one_of(value: Any, hints: tuple) -> Any:
@@ -727,6 +759,40 @@ def _described(hint: Any) -> str:
         inner = get_args(hint)
         return f"a list of {'' if Ellipsis in inner else f'{len(inner)} '}{inner[0].__name__}"
     return f"of type {getattr(hint, '__name__', hint)}"
+
+
+_LARGEST = {"seed": untrusted.LARGEST_INTEGER, "num_layers": 2**16}
+"""The largest magnitude of a whole number by option; 2**31 - 1 of the others."""
+
+
+def _unusable(section: Any) -> list[str]:
+    """Return what is wrong with values that arithmetic, formatting or the file system would fail on.
+
+    These are whole numbers beyond a limit, numbers that are not finite, and text with a NUL.
+    """
+    found = []
+    for name in (f.name for f in fields(section)):
+        value = getattr(section, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and abs(item) > (limit := _LARGEST.get(name, 2**31 - 1)):
+                found.append(
+                    f"{name} {untrusted.shown(item)} must be a whole number of at most {limit}. Set {flag(name)}."
+                )
+            elif isinstance(item, float) and not math.isfinite(item):
+                found.append(f"{name} {item} must be a finite number. Set {flag(name)}.")
+            elif isinstance(item, str) and not _is_utf8_without_nul(item):
+                found.append(f"{name} {untrusted.shown(item)} must be text without NUL. Set {flag(name)}.")
+    return found
+
+
+def _is_utf8_without_nul(text: str) -> bool:
+    # A file's name that is not UTF-8 has half surrogates in the place of its bytes, and a console cannot show them.
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _negative(section: Any, *names: str) -> list[str]:

@@ -5,18 +5,23 @@ or made to do harm. Every such file is read here: only regular files, only up to
 inside the folder that the user named, and only documents of the declared types, ranges and depth.
 
 All functions raise ``UntrustedInputError`` with a short reason. The caller knows which file it was,
-what the user can do about it and which error of errors.py it is, and adds that.
+what the user can do about it and which error of errors.py it is, and adds that with ``errors_as``.
 """
 
+import contextlib
 import functools
 import os
+import reprlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
+
+from megatron_ring.errors import MegatronRingError
 
 MIB = 1 << 20
 METADATA_BYTES = 64 * MIB
@@ -30,6 +35,8 @@ LARGEST_INTEGER = 2**63 - 1
 
 _YAML_DEPTH = 50
 _YAML_NODES = 100_000
+_SHORT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+_LONGEST_NUMBER = 400
 _SHOWN_PROBLEMS = 3
 _SHOWN_CHARACTERS = 80
 
@@ -40,17 +47,49 @@ class UntrustedInputError(ValueError):
     """Content that is not what it should be; the message is the reason, without the file's name."""
 
 
+@contextlib.contextmanager
+def errors_as(error: type[MegatronRingError], path: Path | str, remedy: str) -> Iterator[None]:
+    """Raise ``error`` with the file's name, the reason and the remedy for whatever fails inside.
+
+    That is UntrustedInputError and OSError. ``remedy`` is a sentence that says what to do, usually
+    with a flag.
+    """
+    try:
+        yield
+    except UntrustedInputError as reason:
+        raise error(f"{path} cannot be read: {reason}. {remedy}") from reason
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}. {remedy}") from reason
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes.
 
     Never blocks: a named pipe, a device, a socket or a folder is refused. Raises OSError where the
     file is missing or cannot be opened.
     """
+    if "\0" in str(path):
+        raise UntrustedInputError("its name has a NUL")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
     raise UntrustedInputError("it is not a regular file")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what ``open_regular`` refuses, before a library opens the file by its name."""
+    os.close(open_regular(path))
+
+
+def create(path: Path) -> BinaryIO:
+    """Create a file for writing, in the place of any file or link of that name.
+
+    What a link of that name leads to is never written. Raises OSError as open does.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "wb")
 
 
 def read_bytes(path: Path, limit: int = METADATA_BYTES) -> bytes:
@@ -118,13 +157,20 @@ def parse_yaml(content: bytes) -> Any:
     except RecursionError as error:
         raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels") from error
     except yaml.YAMLError as error:
-        raise UntrustedInputError(f"it is not YAML: {error}") from error
+        raise UntrustedInputError(f"it is not YAML: {_first_characters(error)}") from error
     except UntrustedInputError:
         raise
-    except ValueError as error:  # not UTF-8, an impossible date, too many digits
-        raise UntrustedInputError(f"it has a value that cannot be read: {error}") from error
+    # Not UTF-8, an impossible date, or a tag on text that is not of its form ("!!int x"): PyYAML's
+    # constructors raise whatever Python does.
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        raise UntrustedInputError(f"it has a value that cannot be read: {_first_characters(error)}") from error
     _check_integers(document)
     return document
+
+
+def shown(value: Any) -> str:
+    """Return ``repr(value)`` for a message, with the middle or the end left out where it is long."""
+    return _SHORT_REPR.repr(value)
 
 
 def path_inside(folder: Path, name: str) -> Path:
@@ -180,6 +226,23 @@ def _shortened(value: Any) -> str:
     return repr(value)
 
 
+def _first_characters(error: Exception) -> str:
+    return str(error)[: 4 * _SHOWN_CHARACTERS]
+
+
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _SHOWN_CHARACTERS
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if _is_small_integer(value) else f"a number of {value.bit_length()} bits"
+
+
+_SHORT_REPR = _ShortRepr()
+
+
 def _is_small_integer(value: Any) -> bool:
     return isinstance(value, int) and abs(value) < 10**_SHOWN_CHARACTERS
 
@@ -198,6 +261,7 @@ def _check_node_count(root: yaml.Node) -> None:
         node = stack[-1]
         children = _children(node)
         if id(node) not in open_nodes and id(node) not in sizes:
+            _check_length(node)
             open_nodes.add(id(node))
             for child in children:
                 if id(child) in open_nodes:
@@ -214,6 +278,13 @@ def _check_node_count(root: yaml.Node) -> None:
             raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels")
         if sizes[id(node)] > _YAML_NODES:
             raise UntrustedInputError(f"its aliases expand to more than {_YAML_NODES} values")
+
+
+def _check_length(node: yaml.Node) -> None:
+    """Refuse a number or a date that is long: PyYAML's time for one of base 60 is quadratic."""
+    is_number = isinstance(node, yaml.ScalarNode) and node.tag in _SHORT_TAGS
+    if is_number and len(node.value) > _LONGEST_NUMBER:
+        raise UntrustedInputError(f"it has a number of {len(node.value)} characters, which cannot be read")
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

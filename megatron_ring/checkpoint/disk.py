@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ring import untrusted
 from megatron_ring.errors import CheckpointError
 
 
@@ -39,8 +40,12 @@ def flush_names(folder: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file and flush its bytes; its name is the folder's to flush."""
-    path.write_bytes(content)
+    """Write a file and flush its bytes; its name is the folder's to flush.
+
+    Replaces a file or a link of that name; what a link leads to is never written.
+    """
+    with untrusted.create(path) as file:
+        file.write(content)
     flush(path)
 
 
@@ -51,7 +56,14 @@ def rename(path: Path, name: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Take a folder away, as far as that goes: what stays is under a hidden name and tried again by the next save."""
+    """Take a folder away, as far as that goes: what stays is under a hidden name and tried again by the next save.
+
+    Of a link to a folder only the link goes.
+    """
+    if folder.is_symlink():
+        with contextlib.suppress(OSError):
+            folder.unlink()
+        return
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from megatron_ring.checkpoint.store import CONFIG, Stored
-from megatron_ring.config import Config, ModelConfig, load_yaml
+from megatron_ring.checkpoint.store import Stored, read_config
+from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError, flag
 
 # What makes a model compute otherwise with the same tensors.
@@ -22,7 +22,7 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
     """
     ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
     now = config.model
-    then = load_yaml(stored.path / CONFIG).model
+    then = read_config(stored.path).model
     differing = [
         f"{name} {there} there, {here} here. Set {flag(name)}."
         for name, there, here in _model_differences(then, stored.state.seq_length, now, config.data.seq_length)
@@ -43,7 +43,7 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
 
 def other_data(stored: Stored, config: Config) -> list[str]:
     """What has the run read other samples under the same numbers than the checkpoint's, in words."""
-    then = load_yaml(stored.path / CONFIG)
+    then = read_config(stored.path)
     data = (replace(section, split=section.shares) for section in (then.data, config.data))
     found = [*_differences(*data), ("seed", then.training.seed, config.training.seed)]
     return [f"{name} {there} there, {here} here" for name, there, here in found if there != here]

@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from megatron_ring.untrusted import check_regular
+
 CLOSED_AFTER = 2**27
 """Bytes read of all maps; 128 MiB."""
 
@@ -23,8 +25,9 @@ class MappedFiles:
     read_bytes: int = 0
 
     def open(self, name: str) -> Any:
-        """What safetensors reads a file with."""
+        """What safetensors reads a file with. Raises UntrustedInputError where it is not a regular file."""
         if name not in self.opened:
+            check_regular(self.folder / name)
             self.opened[name] = safe_open(self.folder / name, framework="pt")
         return self.opened[name]
 

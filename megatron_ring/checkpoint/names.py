@@ -13,9 +13,11 @@ import re
 from pathlib import Path
 
 from megatron_ring.errors import CheckpointError
+from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
 PARTIAL, REMOVED, LATEST = ".partial-", ".removed-", "latest"
-_NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,})")
+_NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,15})")
+_LONGEST_NAME = 256
 
 
 def partial_name(step: int) -> str:
@@ -36,6 +38,11 @@ def removed_path(path: Path) -> Path:
 def step_of(path: Path) -> int:
     """The step that the name of a checkpoint tells."""
     return int(_NAME.fullmatch(path.name)[1])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, which tells its step."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -71,8 +78,8 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
 
 def _content(pointer: Path) -> str:
     try:
-        return pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
-    except OSError:
+        return read_bytes(pointer, limit=_LONGEST_NAME).decode(errors="replace").strip()
+    except (OSError, UntrustedInputError):
         return ""
 
 

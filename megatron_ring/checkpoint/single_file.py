@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_ring import untrusted
 from megatron_ring.checkpoint import boxes, disk, tensors
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.errors import CheckpointError
@@ -62,7 +63,7 @@ def write(file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor
     """Write what ``read`` gives for each of ``entries``, in the entry's type; returns the bytes of the file."""
     partial = file.with_name(f".partial-{file.name}")
     try:
-        with partial.open("wb") as stream:
+        with untrusted.create(partial) as stream:
             stream.write(header(entries, about))
             for entry in entries:
                 _stream(read(entry), entry, stream)

@@ -5,6 +5,9 @@
     SAVE/step-00000200/state.json   step, samples consumed; size and checksum of every file, itself included
     SAVE/step-00000200/...          the tensors (tensors.py), one file a process
 
+A checkpoint, or any file in it, may be a link to another disk, to which it was moved: the checksums of state.json hold
+wherever a file lies, so that nothing else is taken for it. Nothing is written through a link.
+
 A process may be killed and the power may fail between any two lines here: ``newest`` then finds the checkpoint that
 was the newest before, or the new one. What is in the tensors is not looked at; nothing here talks to other
 processes.
@@ -17,8 +20,9 @@ from pathlib import Path
 
 from megatron_ring.checkpoint import disk, names, retention
 from megatron_ring.checkpoint.state import FileRecord, RunState, decode, encode
-from megatron_ring.config import Config, to_yaml
-from megatron_ring.errors import CheckpointError
+from megatron_ring.config import Config, load_yaml, to_yaml
+from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
 STATE, CONFIG = "state.json", "config.yaml"
 
@@ -125,10 +129,20 @@ def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
     with _read_errors():
         if not (path / STATE).is_file():
             raise CheckpointError(f"its {STATE} is missing")
-        state, files = decode((path / STATE).read_bytes())
+        state, files = decode(read_bytes(path / STATE))
+        if names.is_checkpoint(path) and names.step_of(path) != state.step:
+            raise CheckpointError(f"its {STATE} is of step {state.step}, and its name of step {names.step_of(path)}")
         if foreign := sorted(set(_files(path)) - {*files, STATE}):
             raise CheckpointError(f"{foreign[0]} was not written with it and must be moved away")
         return state, files
+
+
+def read_config(path: Path) -> Config:
+    """Return the config of the checkpoint at ``path``. Raises CheckpointError."""
+    try:
+        return load_yaml(path / CONFIG, remedy="Give another checkpoint.")
+    except ConfigError as error:
+        raise CheckpointError([f"{path} has a {CONFIG} that no run writes:", *error.problems]) from error
 
 
 def check(path: Path, files: dict[str, FileRecord]) -> None:
@@ -145,6 +159,8 @@ def _read_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error.strerror})") from error
+    except UntrustedInputError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error
 
 
 def _files(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_ring.checkpoint.locate import described
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.statistics import statistics, type_name
 from megatron_ring.checkpoint.tensors import Shapes, Tensors
-from megatron_ring.config import Config, load_yaml
+from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError
 
 
@@ -27,11 +27,11 @@ class Summary:
 
     @staticmethod
     def of(path: Path) -> "Summary":
-        """Of the checkpoint at ``path``, whose bytes are not checked. Raises CheckpointError, ConfigError."""
+        """Of the checkpoint at ``path``, whose bytes are not checked. Raises CheckpointError."""
         state, files = described(path)
         sizes = {name: record.bytes for name, record in files.items()}
         sizes[store.STATE] = (path / store.STATE).stat().st_size
-        return Summary(path, state, load_yaml(path / store.CONFIG), sizes, Tensors.open(path))
+        return Summary(path, state, store.read_config(path), sizes, Tensors.open(path))
 
     @property
     def parameters(self) -> int:

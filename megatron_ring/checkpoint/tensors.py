@@ -21,9 +21,11 @@ from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.mapped_files import MappedFiles
 from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
+from megatron_ring.checkpoint.tensor_index import BYTES as INDEX_BYTES
 from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
 from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
 from megatron_ring.errors import CheckpointError
+from megatron_ring.untrusted import UntrustedInputError, errors_as, read_bytes
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Those that parameters have, under their names in safetensors."""
@@ -105,10 +107,12 @@ class Tensors:
     @staticmethod
     def open(path: Path) -> "Tensors":
         """Of the checkpoint at ``path``, which was found whole before. Raises CheckpointError for a foreign index."""
+        with errors_as(CheckpointError, path / INDEX, "Give another checkpoint."):
+            content = read_bytes(path / INDEX, INDEX_BYTES)
         try:
-            return Tensors(path, *decode((path / INDEX).read_bytes()), MappedFiles(path))
-        except OSError as error:
-            raise CheckpointError(f"{path / INDEX} cannot be read: {error.strerror}") from error
+            return Tensors(path, *decode(content), MappedFiles(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}. Give another checkpoint.") from error
 
     def check_shapes(self, expected: Shapes) -> None:
         """Raise CheckpointError, naming each, where parameters are missing or have other shapes than ``expected``."""
@@ -176,5 +180,5 @@ def _write_errors(path: Path) -> Iterator[None]:
 def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UntrustedInputError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

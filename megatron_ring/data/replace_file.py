@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+from megatron_ring import untrusted
+
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Write ``content`` under a temporary name beside ``path``, then rename it over ``path``."""
+    """Write ``content`` under a temporary name beside ``path``, then rename it over ``path``.
+
+    Nothing is written through a link of either name.
+    """
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
+    with untrusted.create(temporary) as file:
+        file.write(content)
     temporary.replace(path)
