@@ -23,6 +23,9 @@ def backward(
     bias_LM: torch.Tensor | None, scale: float,
 ):  # fmt: skip
     """As in ``Operator``."""
+    # In half precision the operator reads out as dense (batch, tokens, heads, head size), whatever
+    # its strides: seen on an H100 with torch 2.11. Some heads or tokens of a batch are not dense.
+    out_BLHD = out_BLHD.contiguous()
     repeated = (_repeated(x, q_BLHD) for x in (k_BMGD, v_BMGD))
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BLHD, q_BLHD, *repeated, out_BLHD))
     # What is padded, and what sees nothing in any hop, has no weight: exp(score - inf).

@@ -69,6 +69,7 @@ def _efficient_backward(
 ):
     assert lse.shape[-1] % 32 == 0, "whole warps"
     assert list(grad_input_mask) == [True, True, True, False]
+    assert out.transpose(1, 2).is_contiguous(), "in half precision strides are not read"
     inputs = dout, q, k, v, out, lse[..., : q.shape[2]]
     return *_backward(*inputs, is_causal, scale, _checked(attn_bias, q, k), (*TWO_BYTES, torch.float32)), None
 
