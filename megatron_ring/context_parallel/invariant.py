@@ -13,7 +13,7 @@ The price: backward, a rank adds to the sums that it was sent, and so waits for 
 also where the queries would be fewer bytes; a hop is several smaller calls, on copies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.context_parallel.ring import Ring, with_gradient_of_lse
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, zero_sums
+from megatron_ring.kernels.attention.state import KnownDelta, Output, RunningSoftmax, zero_sums
 
 BLOCKS = 8
 _ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
@@ -68,8 +68,9 @@ def backward(
     ring: Ring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ring.backward``, and with the same bits for every size of the ring."""
-    dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
-    q, dout, out = (_blocks(x, 1, ring) for x in (q_BLHD, dout_BLHD, out_BLHD))
+    dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
+    q, dout = (_blocks(x, 1, ring) for x in (q_BLHD, dout_BLHD))
+    out = _blocks_of_output(out, dout, ring)
     lse, kv = _blocks(lse_BHL, 2, ring), _blocks(kv_2BLGD, 2, ring)
     dq, dkv, sums = zero_sums(q), zero_sums(kv), None
     for hop in _hops(ring):
@@ -110,6 +111,13 @@ def _blocks(x: torch.Tensor, tokens_dim: int, ring: Ring) -> torch.Tensor:
     """
     to_a_rank = BLOCKS // ring.layout.ring_size
     return x.unflatten(tokens_dim, (-1, to_a_rank)).movedim(tokens_dim + 1, 0).contiguous()
+
+
+def _blocks_of_output(out: Output, dout_nBlHD: torch.Tensor, ring: Ring) -> Sequence[Output]:
+    """The n blocks of an output, or what stands in for each."""
+    if isinstance(out, KnownDelta):
+        return [KnownDelta(*block) for block in zip(_blocks(out.delta_BHL, 2, ring), dout_nBlHD)]
+    return _blocks(out, 1, ring)
 
 
 def _joined(blocks: list[torch.Tensor] | torch.Tensor, tokens_dim: int) -> torch.Tensor:

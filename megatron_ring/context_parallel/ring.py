@@ -18,7 +18,15 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, delta, output_of, zero_sums
+from megatron_ring.kernels.attention.state import (
+    KnownDelta,
+    Output,
+    RunningSoftmax,
+    delta,
+    delta_of,
+    heads_of,
+    zero_sums,
+)
 from megatron_ring.parallel.messages import packed, unpacked
 
 
@@ -127,9 +135,9 @@ def backward(
     which there would be none.
     ``dlse`` is None where no gradient reaches the log-sum-exp.
     """
-    dout_BLHD, out_BLHD = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
+    dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
     travels = _queries_travel if ring.sends_queries(q_BLHD, kv_2BLGD) else _keys_travel
-    return travels(_Rows(dout_BLHD, q_BLHD, out_BLHD, lse_BHL), kv_2BLGD, ring)
+    return travels(_Rows(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
 
 
 class _Rows(NamedTuple):
@@ -137,7 +145,7 @@ class _Rows(NamedTuple):
 
     dout_BLHD: torch.Tensor
     q_BLHD: torch.Tensor
-    out_BLHD: torch.Tensor
+    out: Output
     lse_BHL: torch.Tensor
 
 
@@ -160,7 +168,7 @@ def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch
 def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(kv_2BLGD, ring)
     dkv_2BLGD, own_sums, rows, sums = zero_sums(kv_2BLGD), zero_sums(own.q_BLHD), own, None
-    load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta(own.out_BLHD, own.dout_BLHD))
+    load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
     message = packed(load) if ring.hops > 1 else None
     for hop in ring.turns():
         travelling = ring.pass_on(message, hop, distance=-1)
@@ -172,7 +180,7 @@ def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[tor
         if travelling:
             message = travelling.wait()
             q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, load)
-            rows = _Rows(dout_BLHD, q_BLHD, output_of(delta_BHL, dout_BLHD), lse_BHL)
+            rows = _Rows(dout_BLHD, q_BLHD, KnownDelta(delta_BHL, dout_BLHD), lse_BHL)
     _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, own_sums, dkv_2BLGD)
     return own_sums.add_(sums.wait()) if sums else own_sums, dkv_2BLGD
 
@@ -196,29 +204,38 @@ def _add_gradients(
         return
     to_a_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
     heads = slice(groups.start * to_a_group, groups.stop * to_a_group)
-    dout_BLhD, q_BLhD, out_BLhD = (x[:, :, heads] for x in (rows.dout_BLHD, rows.q_BLHD, rows.out_BLHD))
+    dout_BLhD, q_BLhD = (x[:, :, heads] for x in (rows.dout_BLHD, rows.q_BLHD))
+    # A KnownDelta is not cut where all heads are wanted, so that its output is computed once.
+    out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else heads_of(rows.out, heads)
     (k_BLgD, v_BLgD), (dk_BLgD, dv_BLgD) = kv_2BLGD[:, :, :, groups], dkv_2BLGD[:, :, :, groups]
     ring.kernel.backward(
-        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out_BLhD, rows.lse_BHL[:, heads], runs, ring.scale,
+        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out, rows.lse_BHL[:, heads], runs, ring.scale,
         dq_BLHD[:, :, heads], dk_BLgD, dv_BLgD,
     )  # fmt: skip
 
 
 def with_gradient_of_lse(
     dlse_BHL: torch.Tensor | None, dout_BLHD: torch.Tensor, out_BLHD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Output]:
     """A ``dout`` and ``out`` from which a kernel that knows of no ``dlse`` finds the gradients of all three."""
     if dlse_BHL is None:
         return dout_BLHD, out_BLHD
     delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
     dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
-    return dout_BLHD, output_of(delta_BHL, dout_BLHD)
+    return dout_BLHD, KnownDelta(delta_BHL, dout_BLHD)
 
 
 def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
-    """dout, but next to 0 where it is 0 and delta is not: no output of a row whose lse alone is read has this delta."""
+    """dout, with two elements next to 0 in rows of zeros, and of what is as good as 0 beside delta.
+
+    No output of a row whose lse alone is read has this delta, and where dout is tiny, an output
+    that has it would overflow.
+    """
     # As small as leaves its output, about the inverse, finite; float16 is short of room.
     speck = max(torch.finfo(delta_BHL.dtype).eps, 16 / torch.finfo(dout_BLHD.dtype).max)
-    next_to_zero_BLHD = torch.zeros_like(dout_BLHD)
-    next_to_zero_BLHD[..., 0] = delta_BHL.transpose(1, 2) * speck
-    return torch.where((dout_BLHD == 0).all(-1, keepdim=True), next_to_zero_BLHD, dout_BLHD)
+    least_BLH1 = (delta_BHL * speck).transpose(1, 2).unsqueeze(-1)
+    too_small_BLH1 = dout_BLHD.abs().amax(-1, keepdim=True) < least_BLH1.abs()
+    filled_BLHD = dout_BLHD.clone(memory_format=torch.contiguous_format)
+    two_BLH2 = filled_BLHD[..., :2]
+    two_BLH2.copy_(torch.where(too_small_BLH1, least_BLH1.to(two_BLH2.dtype), two_BLH2))
+    return filled_BLHD

@@ -13,7 +13,7 @@ from megatron_ring.kernels.attention import cudnn, flash, reference, sdpa
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
 from megatron_ring.kernels.attention.preferences import arranged, stacked, stripe_widths
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax
 
 __all__ = ["KERNELS", "HopKernel", "KernelChoice", "arranged", "choose", "stacked", "stripe_widths"]
 
@@ -38,7 +38,7 @@ class HopKernel(Protocol):
         q_BLHD: torch.Tensor,
         k_BLGD: torch.Tensor,
         v_BLGD: torch.Tensor,
-        out_BLHD: torch.Tensor,
+        out: Output,
         lse_BHL: torch.Tensor,
         runs: KeyRuns,
         scale: float,
@@ -46,7 +46,11 @@ class HopKernel(Protocol):
         dk_BLGD: torch.Tensor,
         dv_BLGD: torch.Tensor,
     ) -> None:
-        """Add this block's share to the float32 gradients, from the final, merged ``out`` and ``lse``."""
+        """Add this block's share to the float32 gradients.
+
+        ``out`` and ``lse`` are the final, merged ones. ``out`` is out_BLHD, or a ``KnownDelta`` in
+        its place; ``state.delta_of`` and ``state.output_of`` read either.
+        """
 
 
 KERNELS: dict[str, HopKernel] = {"flash": flash, "cudnn": cudnn.KERNEL, "sdpa": sdpa, "reference": reference}

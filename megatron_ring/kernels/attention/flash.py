@@ -16,7 +16,7 @@ from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.packs import Pack
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiled import Tiled
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 
@@ -43,7 +43,7 @@ def backward(
     q_BLHD: torch.Tensor,
     k_BLGD: torch.Tensor,
     v_BLGD: torch.Tensor,
-    out_BLHD: torch.Tensor,
+    out: Output,
     lse_BHL: torch.Tensor,
     runs: KeyRuns,
     scale: float,
@@ -52,7 +52,7 @@ def backward(
     dv_BLGD: torch.Tensor,
 ) -> None:
     """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
-    inputs, sums = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD), (dq_BLHD, dk_BLGD, dv_BLGD)
+    inputs, sums = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, output_of(out)), (dq_BLHD, dk_BLGD, dv_BLGD)
     library, deterministic = _library(q_BLHD), torch.are_deterministic_algorithms_enabled()
     for pack in runs.packs(_TILING):
         rows, keys = pack.queries, pack.keys

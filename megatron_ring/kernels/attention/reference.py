@@ -7,7 +7,7 @@ It materialises queries x keys, so it is for tests and small sizes. Softmax atte
 import torch
 
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 
@@ -29,7 +29,7 @@ def backward(
     q_BLHD: torch.Tensor,
     k_BLGD: torch.Tensor,
     v_BLGD: torch.Tensor,
-    out_BLHD: torch.Tensor,
+    out: Output,
     lse_BHL: torch.Tensor,
     runs: KeyRuns,
     scale: float,
@@ -42,7 +42,7 @@ def backward(
         return
     k_BMHD, v_BMHD = _per_query_head(k_BLGD, q_BLHD), _per_query_head(v_BLGD, q_BLHD)
     q_BLHD, dout_BLHD = q_BLHD.to(dq_BLHD.dtype), dout_BLHD.to(dq_BLHD.dtype)
-    delta_BHL1 = (dout_BLHD * out_BLHD).sum(-1).transpose(1, 2).unsqueeze(-1)
+    delta_BHL1 = delta_of(out, dout_BLHD).unsqueeze(-1)
     p_BHLM = torch.exp(_scores(q_BLHD, k_BLGD, runs, scale) - lse_BHL.unsqueeze(-1))
     dp_BHLM = torch.einsum("blhd,bmhd->bhlm", dout_BLHD, v_BMHD)
     ds_BHLM = p_BHLM * (dp_BHLM - delta_BHL1) * scale

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 
@@ -65,7 +65,7 @@ class Tiled:
         q_BLHD: torch.Tensor,
         k_BLGD: torch.Tensor,
         v_BLGD: torch.Tensor,
-        out_BLHD: torch.Tensor,
+        out: Output,
         lse_BHL: torch.Tensor,
         runs: KeyRuns,
         scale: float,
@@ -77,7 +77,7 @@ class Tiled:
         for tile in runs.tiles(self.tiling):
             if (operator := self.takes(tile)) is None:
                 continue
-            rows, keys = tile.queries, tile.keys
+            rows, keys, out_BLHD = tile.queries, tile.keys, output_of(out)
             dq, dk, dv = operator.backward(
                 dout_BLHD[:, rows], q_BLHD[:, rows], k_BLGD[:, keys], v_BLGD[:, keys], out_BLHD[:, rows],
                 lse_BHL[:, :, rows], tile.kind is TileKind.CAUSAL, _bias(runs, tile, q_BLHD)[0], scale,

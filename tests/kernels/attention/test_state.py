@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from megatron_ring.kernels.attention.state import RunningSoftmax, accumulation_dtype, delta, output_of
+from megatron_ring.kernels.attention.state import (
+    KnownDelta,
+    RunningSoftmax,
+    accumulation_dtype,
+    delta,
+    delta_of,
+    heads_of,
+    output_of,
+    output_with,
+)
 
 B, L, H, D, BLOCKS, KEYS = 2, 5, 3, 4, 4, 6
 
@@ -88,24 +97,87 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return out, dout
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
-)
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_an_output_with_this_delta_has_it(rows, size, dtype, rounding):
-    """In the type of the gradient, whatever its size; and 0 where the gradient is."""
-    out, dout = rows[0].to(dtype), (size * rows[1]).to(dtype)
-    like = output_of(delta(out, dout), dout)
+# Two roundings to the type, one in float32: float16 has 11 digits, bfloat16 8.
+TWO_BYTES = {torch.bfloat16: 2**-16, torch.float16: 2**-20}
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, **TWO_BYTES}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("equal", [False, True])
+def test_an_output_with_this_delta_has_it(rows, equal, size, dtype):
+    """In the type of the gradient, whatever its size, also where all its elements are equal; and 0
+    where the gradient is."""
+    out, dout = rows[0].to(dtype), size * rows[1]
+    dout = (dout.sign() * size if equal else dout).to(dtype)
+    like = output_with(delta(out, dout), dout)
     assert like.dtype == dtype
     assert delta(like, dout).dtype == accumulation_dtype(dtype)
-    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=rounding, atol=0)
+    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=ROUNDING[dtype], atol=0)
     assert (like[:, ::3] == 0).all()
 
 
-def test_it_is_no_longer_than_the_output_it_stands_for(rows):
-    """So that no type overflows."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("head_size", [1, 2, 3, 48, 256, 300])
+def test_the_two_largest_elements_of_any_head_carry_delta(head_size, dtype):
+    """All others are 0, and a head of one element is rounded once."""
+    generator = torch.Generator().manual_seed(head_size)
+    out, dout = (torch.randn(1, 50, 2, head_size, generator=generator).to(dtype) for _ in range(2))
+    wanted = delta(out, dout)
+    like = output_with(wanted, dout)
+    assert like.count_nonzero(-1).max() <= 2
+    rounding = torch.finfo(dtype).eps if head_size == 1 else ROUNDING[dtype]
+    torch.testing.assert_close(delta(like, dout), wanted, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_where_the_gradient_has_one_element_the_output_is_what_it_was_there(dtype):
+    generator = torch.Generator().manual_seed(0)
+    out, at = torch.randn(1, 40, 2, 16, generator=generator).to(dtype), torch.arange(40) % 16
+    dout = torch.nn.functional.one_hot(at, 16).to(dtype)[None, :, None].expand_as(out) * 3
+    assert torch.equal(delta(output_with(delta(out, dout), dout), dout), delta(out, dout))
+
+
+def test_a_gradient_may_be_a_view(rows):
+    """Some heads of several, and one number for all elements, as the gradient of a sum is."""
+    out, dout = (x.float() for x in rows)
+    heads = dout[:, :, 1:]
+    assert torch.equal(
+        output_with(delta(out[:, :, 1:], heads), heads),
+        output_with(delta(out[:, :, 1:], heads), heads.contiguous()),
+    )
+    ones = torch.ones((), dtype=torch.float32).expand_as(out)
+    torch.testing.assert_close(delta(output_with(delta(out, ones), ones), ones), delta(out, ones))
+
+
+def test_it_does_not_overflow_in_float16():
+    """Where the sum over a head would: no element is much longer than the output it stands for."""
+    out = torch.full((1, 3, 2, 128), 3e3, dtype=torch.float16)
+    dout = torch.full_like(out, 0.5)
+    like = output_with(delta(out, dout), dout)
+    assert like.isfinite().all()
+    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=2**-20, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_a_delta_that_is_not_finite_is_not_hidden(rows, dtype):
+    dout = rows[1].to(dtype)
+    for wrong in (torch.inf, torch.nan):
+        like = output_with(torch.full((B, H, L), wrong, dtype=accumulation_dtype(dtype)), dout)
+        assert not delta(like, dout)[..., [1, 2, 4]].isfinite().any()
+
+
+def test_an_output_and_what_stands_in_for_one_are_read_alike(rows):
     out, dout = rows
-    assert (output_of(delta(out, dout), dout).norm(dim=-1) <= out.norm(dim=-1)).all()
+    known = KnownDelta(delta(out, dout), dout)
+    assert output_of(out) is out
+    assert output_of(known) is output_of(known)
+    torch.testing.assert_close(delta_of(known, dout), delta_of(out, dout))
+    torch.testing.assert_close(delta_of(output_of(known), dout), delta_of(out, dout))
+    some = slice(1, 3)
+    of_known, of_out = heads_of(known, some), heads_of(out, some)
+    dout = dout[:, :, some]
+    torch.testing.assert_close(delta_of(of_known, dout), delta_of(of_out, dout))
 
 
 def test_delta_is_in_the_type_of_the_sums(rows):

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from megatron_ring.kernels.attention.runs import KeyRuns
-from megatron_ring.kernels.attention.state import RunningSoftmax, delta
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
 from megatron_ring.kernels.attention.triton.blocks import blocks_for, generation_of
 from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forward_hop
@@ -33,7 +33,7 @@ def backward(
     q_BLHD: torch.Tensor,
     k_BLGD: torch.Tensor,
     v_BLGD: torch.Tensor,
-    out_BLHD: torch.Tensor,
+    out: Output,
     lse_BHL: torch.Tensor,
     runs: KeyRuns,
     scale: float,
@@ -43,7 +43,7 @@ def backward(
 ) -> None:
     """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
     dout, q, k, v = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD))
-    inputs = dout, q, k, v, _log2(lse_BHL), delta(out_BLHD, dout).contiguous()
+    inputs = dout, q, k, v, _log2(lse_BHL), delta_of(out, dout).contiguous()
     batch, queries, heads, head = q.shape
     keys, groups = k.shape[1:3]
     shape, generation = (queries, keys, heads, groups), generation_of(q.device)
