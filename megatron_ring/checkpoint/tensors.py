@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.mapped_files import MappedFiles
-from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
 from megatron_ring.checkpoint.tensor_index import BYTES as INDEX_BYTES
+from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
 from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
 from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
 from megatron_ring.errors import CheckpointError
