@@ -386,6 +386,9 @@ class TrainingConfig:
     """Steps of linear warm-up from 0."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """What follows the warm-up."""
+    lr_decay_iters: int = 0
+    """Steps, warm-up included, after which the learning rate has reached min_lr and stays there. Independent of
+    train_iters, so that a run that is continued with more steps keeps its schedule. 0: train_iters."""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only."""
     adam_beta1: float = 0.9
@@ -416,9 +419,15 @@ class TrainingConfig:
     deepspeed: tyro.conf.Suppress[tyro.conf.Fixed[dict[str, Any]]] = field(default_factory=dict)
     """YAML only: extra keys for DeepSpeed's own config. It may not repeat a key that is derived from these options."""
 
+    @property
+    def decay_horizon(self) -> int:
+        """The step at which cosine or linear decay reaches min_lr: lr_decay_iters, or by default train_iters."""
+        return self.lr_decay_iters or self.train_iters
+
     def problems(self) -> list[str]:
         found = not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps")
         found += _negative(self, "global_batch_size", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        found += _negative(self, "lr_decay_iters")
         found += _negative(self, "seed", "eval_interval")
         found += [
             f"{name} {beta} must be at least 0 and below 1. Set {flag(name)}."
@@ -427,10 +436,17 @@ class TrainingConfig:
         ]
         if self.min_lr > self.lr:
             found.append(f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr or --lr.")
-        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.train_iters:
+        if self.lr_decay_style == "constant" and self.lr_decay_iters > 0:
             found.append(
-                f"lr_warmup_iters {self.lr_warmup_iters} leaves nothing of train_iters {self.train_iters} to decay. "
-                f"Set --lr-warmup-iters to at most {self.train_iters - 1}, or --lr-decay-style constant."
+                f"lr_decay_iters {self.lr_decay_iters} has no effect while lr_decay_style is constant. "
+                "Set --lr-decay-iters 0, or --lr-decay-style cosine or linear."
+            )
+        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.decay_horizon:
+            name = "lr_decay_iters" if self.lr_decay_iters else "train_iters"
+            later = f", --lr-decay-iters to at least {self.lr_warmup_iters + 1}" * bool(self.lr_decay_iters)
+            found.append(
+                f"lr_warmup_iters {self.lr_warmup_iters} leaves nothing of {name} {self.decay_horizon} to decay. "
+                f"Set --lr-warmup-iters to at most {self.decay_horizon - 1}{later}, or --lr-decay-style constant."
             )
         return found
 

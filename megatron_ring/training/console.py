@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_ring.checkpoint.fit import other_data
-from megatron_ring.checkpoint.store import Stored
+from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.plan.flops import peak_flops
 from megatron_ring.plan.parameters import parameter_count
@@ -12,6 +12,7 @@ from megatron_ring.training.engine import Engine
 from megatron_ring.training.metrics import ConsoleReport
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.ring_profile import watch as ring_profile
+from megatron_ring.training.schedule import change_on_resume
 from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
 
@@ -35,7 +36,10 @@ def _beginning(stored: Stored, config: Config) -> list[str]:
     """What the run goes on from; data that is not the checkpoint's is no fault, but is never taken in silence."""
     if stored.state.step == 0:
         return [f"weights          {stored.path}, a new run"]
-    lines = [f"resuming         {stored.path}, {stored.state.step} steps done"]
+    step = stored.state.step
+    lines = [f"resuming         {stored.path}, {step} steps done"]
+    if changed := change_on_resume(step, read_config(stored.path).training, config.training):
+        lines.append(f"learning rate    {changed}")
     if differing := other_data(stored, config):
         goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
         lines.append(f"other data       {'; '.join(differing)}: {goes_on}, read before or not.")

@@ -3,6 +3,7 @@
 import math
 
 from megatron_ring.config import TrainingConfig
+from megatron_ring.errors import flag
 
 _DECAY = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -10,12 +11,49 @@ _DECAY = {
     "constant": lambda progress: 1.0,
 }
 
+_OPTIONS = ("lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_decay_iters", "train_iters")
+
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of optimizer step ``step``, counted from 1: lr at the end of the warm-up, min_lr at the end."""
+    """Return the rate of optimizer step ``step``, counted from 1: lr at the end of the warm-up, min_lr at the horizon.
+
+    After the horizon (config.decay_horizon) the rate stays at min_lr.
+    """
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
-    decay_iters = config.train_iters - config.lr_warmup_iters
+    decay_iters = config.decay_horizon - config.lr_warmup_iters
     progress = min(1.0, (step - config.lr_warmup_iters) / max(1, decay_iters))
     floor = config.lr if config.lr_decay_style == "constant" else config.min_lr
     return floor + (config.lr - floor) * _DECAY[config.lr_decay_style](progress)
+
+
+def change_on_resume(step: int, then: TrainingConfig, now: TrainingConfig) -> str | None:
+    """Describe how the rate changes after ``step`` because the schedule is no longer the checkpoint's.
+
+    ``then``: the options that the checkpoint was written with. Returns None where the next step has the rate that it
+    would have had under them.
+    """
+    if step >= now.train_iters:
+        return None
+    last, unchanged, following = (
+        learning_rate(step, then),
+        learning_rate(step + 1, then),
+        learning_rate(step + 1, now),
+    )
+    if math.isclose(unchanged, following, rel_tol=1e-9):
+        return None
+    differing = [name for name in _OPTIONS if getattr(then, name) != getattr(now, name)]
+    changes = ", ".join(f"{name} {getattr(then, name)} there, {getattr(now, name)} here" for name in differing)
+    return (
+        f"{last:.3e} at step {step}, {following:.3e} at step {step + 1}, where the checkpoint's schedule has "
+        f"{unchanged:.3e} ({changes}). {_remedy(differing, then, now)}"
+    )
+
+
+def _remedy(differing: list[str], then: TrainingConfig, now: TrainingConfig) -> str:
+    """State the flags that keep the checkpoint's schedule."""
+    horizons = ("train_iters", "lr_decay_iters")
+    flags = [f"{flag(name)} {getattr(then, name)}" for name in differing if name not in horizons]
+    if then.decay_horizon != now.decay_horizon and then.lr_decay_style != "constant":
+        flags.append(f"--lr-decay-iters {then.decay_horizon}")
+    return f"To keep that schedule set {' '.join(flags)}."

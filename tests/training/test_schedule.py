@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 
 from megatron_ring.config import TrainingConfig
-from megatron_ring.training.schedule import learning_rate
+from megatron_ring.training.schedule import change_on_resume, learning_rate
 
 
 def rates(style: str, **changes) -> list[float]:
     config = TrainingConfig(
-        train_iters=10, lr=1.0, min_lr=0.1, **{"lr_warmup_iters": 2, "lr_decay_style": style} | changes
+        **{"train_iters": 10, "lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 2, "lr_decay_style": style} | changes
     )
     return [learning_rate(step, config) for step in range(1, 11)]
 
@@ -33,3 +33,62 @@ def test_constant_stays_at_the_peak():
 
 def test_without_warm_up_the_decay_begins_at_once():
     assert rates("linear", lr_warmup_iters=0)[0] == pytest.approx(0.91)
+
+
+def test_a_horizon_of_its_own_fixes_the_decay_whatever_the_steps_of_the_run():
+    short = rates("cosine", lr_decay_iters=6)
+    assert short[5:] == pytest.approx([0.1] * 5)
+    assert rates("cosine", lr_decay_iters=6, train_iters=1000) == short
+    assert rates("cosine", lr_decay_iters=1000) == rates("cosine", train_iters=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({"lr_decay_iters": 20, "lr_warmup_iters": 20}, ["--lr-decay-iters", "at least 21"]),
+        ({"lr_decay_iters": 20, "lr_decay_style": "constant"}, ["--lr-decay-iters 0"]),
+        ({"lr_decay_iters": -1, "lr_warmup_iters": 0}, ["--lr-decay-iters"]),
+    ],
+)
+def test_a_horizon_within_the_warm_up_or_without_decay_is_refused(changes, flags):
+    [problem] = TrainingConfig(**changes).problems()[:1]
+    assert all(flag in problem for flag in flags)
+
+
+def schedule(**changes) -> TrainingConfig:
+    return TrainingConfig(**{"train_iters": 10, "lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 2} | changes)
+
+
+def test_a_longer_run_under_decay_states_both_rates_and_the_flag_that_keeps_the_schedule():
+    changed = change_on_resume(10, schedule(), schedule(train_iters=20))
+    assert "1.000e-01 at step 10, 5.500e-01 at step 11" in changed
+    assert "train_iters 10 there, 20 here" in changed
+    assert "--lr-decay-iters 10" in changed
+    kept = schedule(train_iters=20, lr_decay_iters=10)
+    assert change_on_resume(10, schedule(), kept) is None
+    assert learning_rate(11, kept) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("now", "flags"),
+    [
+        ({"lr": 0.5}, "set --lr 1.0."),
+        ({"lr_decay_style": "linear"}, "set --lr-decay-style cosine."),
+        ({"min_lr": 0.0, "train_iters": 11}, "set --min-lr 0.1 --lr-decay-iters 10."),
+    ],
+)
+def test_any_other_schedule_is_stated_with_the_flags_that_undo_it(now, flags):
+    assert flags in change_on_resume(4, schedule(), schedule(**now))
+
+
+@pytest.mark.parametrize(
+    "now",
+    [{}, {"lr_decay_iters": 10}, {"lr_decay_iters": 10, "train_iters": 30}, {"train_iters": 4}, {"weight_decay": 0.5}],
+)
+def test_the_same_rate_is_not_mentioned(now):
+    assert change_on_resume(4, schedule(), schedule(**now)) is None
+
+
+def test_a_constant_rate_is_continued_without_a_word():
+    constant = {"lr_decay_style": "constant"}
+    assert change_on_resume(10, schedule(**constant), schedule(**constant, train_iters=20)) is None
