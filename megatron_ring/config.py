@@ -488,6 +488,9 @@ class CheckpointConfig:
     """Take the weights alone from --load, for a new run: step 0, first sample, new optimizer; RoPE, windows and length
     may be others. Once --save holds a checkpoint, the run goes on from that, so that it may be started again as it was.
     """
+    allow_other_data: bool = False
+    """Resume although --data-path names other tokens than the checkpoint's run has read: a store that was prepared
+    anew, added or left out. The run goes on at the same sample number, which may be a text that was read before."""
     save_interval: int = 0
     """Steps between checkpoints; with --save there is always one after the last step. 0: only that one."""
     async_save: bool = False
@@ -503,6 +506,10 @@ class CheckpointConfig:
             found.append(f"save_interval {self.save_interval} has nowhere to write to. Set --save.")
         if self.finetune and not self.load:
             found.append("finetune has no weights to begin with while load is empty. Set --load.")
+        if self.allow_other_data and not self.load:
+            found.append(
+                "allow_other_data has no effect while load is empty. Set --load, or leave --allow-other-data out."
+            )
         if self.finetune and self.load and self.load == self.save:
             found.append(
                 f"finetune makes a new run of the weights in load {self.load}, and save is the same folder, whose "

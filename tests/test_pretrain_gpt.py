@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,28 @@ def test_a_run_goes_on_where_its_checkpoint_was(trained, folder):
     assert metrics(folder)[: len(first)] == first
     assert [record["step"] for record in metrics(folder) if "test_loss" in record] == [4, 6]
     assert [record["step"] for record in metrics(folder) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def copied_store(folder: Path, name: str, tokens: Callable[[bytes], bytes] = bytes) -> str:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"text/tokens{suffix}", folder / f"text/{name}{suffix}")
+    path = folder / f"text/{name}.bin"
+    path.write_bytes(tokens(path.read_bytes()))
+    return f"text/{name}"
+
+
+def test_a_run_is_resumed_on_the_same_data_anywhere_and_on_other_data_only_by_a_flag(trained, folder):
+    moved = copied_store(folder, "moved")
+    rewritten = copied_store(folder, "rewritten", lambda content: content[2048:] + content[:2048])
+    resumed = ["--load", "saved", "--train-iters", "5", "--lr-decay-style", "constant", "--eval-interval", "0"]
+    code, said = refused(*resumed, "--data-path", rewritten, folder=folder)
+    assert code == 4
+    assert f"token store {rewritten}: not read there" in said
+    assert "token store text/tokens: " in said
+    assert "--allow-other-data" in said
+    for flags in ([moved], [rewritten, "--allow-other-data"]):
+        code, said = refused(*resumed, "--data-path", *flags, folder=folder)
+        assert code == 0, said
 
 
 def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):

@@ -1,6 +1,6 @@
 """Whether a checkpoint is of the run that would resume from it: the same model, over whatever processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -39,6 +39,53 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
         )
     if differing:
         raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *differing])
+
+
+def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
+    """Raise CheckpointError, naming each token store, when the run would read other tokens than the checkpoint's run.
+
+    ``here``: the fingerprints (data/fingerprint.py) of the stores that the run reads. Neither the order nor the weights
+    of a blend matter, nor a store's path. A checkpoint from before fingerprints were kept passes.
+    """
+    there = list(stored.state.data)
+    if not there:
+        return
+    added = []
+    for store in here:
+        same = next((other for other in there if _same_tokens(other, store)), None)
+        if same is None:
+            added.append(store)
+        else:
+            there.remove(same)
+    names = dict.fromkeys(store.get("prefix", "") for store in [*there, *added])
+    if names:
+        raise CheckpointError(
+            [
+                f"{stored.path} was trained on other data than --data-path names, so sample "
+                f"{stored.state.consumed_samples:,}, where it goes on, is of another text. Restore the data, set "
+                "--data-path to it, or go on all the same with --allow-other-data:",
+                *(_changed_store(name, there, added) for name in names),
+            ]
+        )
+
+
+def _same_tokens(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    manifests = one.get("manifest_sha256"), other.get("manifest_sha256")
+    return (not all(manifests) or len(set(manifests)) == 1) and all(
+        one.get(key) == other.get(key) for key in ("documents", "tokens", "sampled_sha256")
+    )
+
+
+def _changed_store(name: str, there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
+    """State how the store ``name``, of one of the lists or of both, differs."""
+    before, now = _size(name, there), _size(name, here)
+    content = " of other content" if before == now else ""
+    return f"token store {name}: {before} there, {now}{content} here."
+
+
+def _size(name: str, stores: list[dict[str, Any]]) -> str:
+    found = next((store for store in stores if store.get("prefix") == name), None)
+    return f"{found.get('tokens')} tokens in {found.get('documents')} documents" if found else "not read"
 
 
 def other_data(stored: Stored, config: Config) -> list[str]:

@@ -34,7 +34,8 @@ class RunState:
     loss_scale: of fp16, what its scaler counts. skipped_steps, roll_backs: how often either followed a bad step;
     recent_losses: of the last good steps, oldest first, as far as a spike is measured by them. end_of_document: the id
     that ends documents in the data trained on, None in an import and in older checkpoints. processes, commit,
-    written_at (UTC): who wrote it and when; told, but no resuming run depends on them.
+    written_at (UTC): who wrote it and when; told, but no resuming run depends on them. data: the fingerprint of each
+    token store that the run has read (data/fingerprint.py); empty in checkpoints from before they were kept.
     """
 
     # Types and ranges hold for what is read from a file; see untrusted.parse_json.
@@ -53,6 +54,7 @@ class RunState:
     processes: str = ""
     commit: str = ""
     written_at: str = ""
+    data: list[dict[str, str | int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,17 @@ _LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """Streams of samples, None where the split has no such part, and what borders between documents mean."""
+    """Streams of samples, None where the split has no such part, and what borders between documents mean.
+
+    prefixes: of the token stores that they are read from.
+    """
 
     tokenizer: Tokenizer
     packing: Packing
     training: Stream
     validation: Stream | None
     test: Stream | None = None
+    prefixes: tuple[str, ...] = ()
 
     @staticmethod
     def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
@@ -54,7 +58,8 @@ class Dataset:
             check_tokenizer(store.prefix, tokenizer)
             _refuse_missing_ends(store, packing)
         of_stores = [_parts(store, config, seed, tokenizer.vocab_size) for store in stores]
-        return Dataset(tokenizer, packing, *(_blend(streams, weights.values()) for streams in zip(*of_stores)))
+        streams = [_blend(parts, weights.values()) for parts in zip(*of_stores)]
+        return Dataset(tokenizer, packing, *streams, prefixes=tuple(weights))
 
 
 def _parts(

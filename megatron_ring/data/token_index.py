@@ -69,6 +69,16 @@ def read_index(prefix: str | Path) -> tuple[np.dtype, np.ndarray]:
     return dtype, starts[documents]
 
 
+def read_counts(prefix: str | Path) -> tuple[np.dtype, int]:
+    """Return the token type and the number of documents, from the header of the index alone.
+
+    Raises DataError for a header that is damaged or of another format.
+    """
+    with idx_path(prefix).open("rb") as file:
+        dtype, _, bounds = _header(prefix, np.frombuffer(file.read(_HEADER.size), np.uint8))
+    return dtype, bounds - 1
+
+
 def damaged(prefix: str | Path, path: Path, found: str) -> DataError:
     """The error for a store one of whose files has ``found`` in it."""
     return DataError(f"token store {prefix}: {path} has {found}. Set --data-path, or {write_again(prefix)}.")

@@ -3,6 +3,7 @@
 Which files there are and when they count is ``checkpoint/store.py``'s; what is in them ``checkpoint/tensors.py``'s.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -12,17 +13,21 @@ from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
 from megatron_ring.config import CheckpointConfig, Config
+from megatron_ring.data.fingerprint import Fingerprint
 from megatron_ring.errors import CheckpointError
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.training.engine import Engine
 from megatron_ring.training.setup import Setup
 
 
-def find(setup: Setup, vocab_size: int, agreement: Agreement) -> store.Stored | None:
+def find(
+    setup: Setup, vocab_size: int, agreement: Agreement, fingerprints: Sequence[Fingerprint] = ()
+) -> store.Stored | None:
     """The checkpoint to go on from, by --load; None to start afresh. The ranks read a share of its files each.
 
     With --finetune it is a new run's, of step 0, unless --save has one already. Raises CheckpointError on every rank
-    when there is none to be had, or it is of another model.
+    when there is none to be had, or it is of another model, or of other data than ``fingerprints``, where there are
+    any, without --allow-other-data. A new run from its weights may read any data.
     """
     folders = setup.config.checkpoint
     if not folders.load:
@@ -34,6 +39,8 @@ def find(setup: Setup, vocab_size: int, agreement: Agreement) -> store.Stored | 
         raise CheckpointError(f"load {folders.load} holds no checkpoint to take weights from. Set --load.")
     if stored:
         agreement.on_rank_0(lambda: fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=anew))
+    if stored and fingerprints and not anew and not folders.allow_other_data:
+        agreement.on_rank_0(lambda: fit.check_same_data(stored, fingerprints))
     return stored.for_new_run() if anew else stored
 
 

@@ -6,6 +6,7 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.data.fingerprint import Fingerprint, fingerprint
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Coordinates
@@ -17,7 +18,8 @@ from megatron_ring.training.setup import Setup
 
 @dataclass(frozen=True)
 class Start:
-    """at: this process's place. stored: the checkpoint to go on from, None to start afresh.
+    """at: this process's place. stored: the checkpoint to go on from, None to start afresh. fingerprints: of the token
+    stores that the run reads, as rank 0 sees them.
 
     reading: over which all ranks learn of data that one of them cannot read; for nothing else.
     """
@@ -26,6 +28,7 @@ class Start:
     dataset: Dataset
     at: Coordinates
     stored: Stored | None
+    fingerprints: list[Fingerprint]
     reading: Agreement
 
     @property
@@ -38,8 +41,8 @@ class Start:
         """Where the run is before its first step. Samples may be of another length than those counted before."""
         seq_length, end = self.setup.config.data.seq_length, self.dataset.tokenizer.end_of_document
         if self.stored:
-            return replace(self.stored.state, seq_length=seq_length, end_of_document=end)
-        return RunState(0, 0, self.vocab_size, seq_length, end_of_document=end)
+            return replace(self.stored.state, seq_length=seq_length, end_of_document=end, data=self.fingerprints)
+        return RunState(0, 0, self.vocab_size, seq_length, end_of_document=end, data=self.fingerprints)
 
     @staticmethod
     def together(config: Config, environment: Environment, agreement: Agreement) -> "Start":
@@ -50,6 +53,7 @@ class Start:
             setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
             dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
             check_data(config.data, agreement)
-            start = Start(setup, dataset, setup.grid.coordinates(rank), stored=None, reading=agreement)
-            stored = checkpointing.find(setup, start.vocab_size, agreement)
+            fingerprints = agreement.on_rank_0(lambda: [fingerprint(store) for store in dataset.prefixes])
+            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, reading=agreement)
+            stored = checkpointing.find(setup, start.vocab_size, agreement, fingerprints)
         return replace(start, stored=stored, reading=Agreement.build())

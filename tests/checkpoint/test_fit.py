@@ -1,11 +1,17 @@
 """A checkpoint is resumed by the model that it is of, and by no other."""
 
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from megatron_ring.checkpoint import fit, store
+from megatron_ring.checkpoint.state import decode, encode
 from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.small import write
+from tests.checkpoint.small import state, write
 
 
 def test_another_model_is_refused_size_by_size(tmp_path):
@@ -113,3 +119,58 @@ def test_other_data_is_told(tmp_path):
         "seq_length 1024 there, 64 here",
         "seed 1234 there, 1 here",
     ]
+
+
+def store_of(prefix: str, tokens: int = 100, sampled: str = "s", manifest: str = "m") -> dict:
+    return {
+        "prefix": prefix, "documents": 5, "tokens": tokens, "sampled_sha256": sampled, "manifest_sha256": manifest
+    }  # fmt: skip
+
+
+def trained_on(*stores: dict, folder: Path) -> store.Stored:
+    return store.Stored(folder, replace(state(5), data=list(stores)), ())
+
+
+@pytest.mark.parametrize(
+    "here",
+    [
+        [store_of("a"), store_of("b", 200)],
+        [store_of("b", 200), store_of("a")],  # another order of the blend
+        [store_of("moved/x"), store_of("elsewhere/b", 200)],
+        [store_of("a", manifest=""), store_of("b", 200)],  # the manifest was deleted
+    ],
+)
+def test_the_same_tokens_in_any_order_and_place_are_the_same_data(here, tmp_path):
+    fit.check_same_data(trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here)
+
+
+@pytest.mark.parametrize(
+    ("here", "stated"),
+    [
+        ([store_of("a", 300), store_of("b", 200)], ["store a: 100 tokens", "300 tokens"]),
+        ([store_of("a", sampled="x"), store_of("b", 200)], ["store a: 100 tokens", "100 tokens", "other content"]),
+        ([store_of("a", manifest="x"), store_of("b", 200)], ["store a: 100 tokens", "other content"]),
+        ([store_of("a")], ["store b: 200 tokens", "not read here"]),
+        ([store_of("a"), store_of("b", 200), store_of("c", 7)], ["store c: not read there", "7 tokens"]),
+        ([store_of("a"), store_of("a2"), store_of("b", 200)], ["store a2: not read there"]),
+    ],
+)
+def test_other_data_is_refused_store_by_store_with_the_counts_and_the_flag(here, stated, tmp_path):
+    with pytest.raises(CheckpointError, match="--allow-other-data") as refused:
+        fit.check_same_data(trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here)
+    [problem] = refused.value.problems[1:]
+    assert all(part in problem for part in stated)
+
+
+def test_a_checkpoint_without_fingerprints_is_resumed_on_any_data(tmp_path):
+    fit.check_same_data(trained_on(folder=tmp_path), [store_of("a")])
+
+
+def test_fingerprints_are_kept_in_the_state_and_old_states_have_none():
+    kept = replace(state(5), data=[store_of("a")])
+    assert decode(encode(kept, {}))[0] == kept
+    body = json.loads(encode(kept, {}))
+    del body["data"], body["sha256"]
+    text = json.dumps(body, indent=2).removesuffix("\n}").encode()
+    old = text + b',\n  "sha256": "%s"\n}\n' % hashlib.sha256(text).hexdigest().encode()
+    assert decode(old)[0].data == []
