@@ -250,8 +250,8 @@ MISTAKES = {
     "model: {num_layer: 2}": "FILE: model: unknown key 'num_layer'. Did you mean num_layers?",
     "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
     "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
-    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, save_interval, "
-    "async_save, keep_last, keep_every.",
+    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, "
+    "allow_other_data, save_interval, async_save, keep_last, keep_every.",
     "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, guards, logging, "
     "config, dry_run, self_test.",
     "model: 3": "FILE: model: expected keys and values, found 3.",
