@@ -53,7 +53,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
         checkpointing.resume(engine, start.stored)
 
     report = console.report(start, engine) if speaks else Silence()
-    saver, watch = checkpointing.Saver(setup, agreement, start.stored), RingWatch(setup, place, engine)
+    saver, watch = checkpointing.Saver(setup, agreement, start.stored, start.lease), RingWatch(setup, place, engine)
     stopping.begin(Agreement.build())
     with watched(place, groups, config.parallel.ring_timeout, agreement):
         with leaving_together():
@@ -68,6 +68,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
 if __name__ == "__main__":
     environment = Environment.read()
-    with spoken_once(environment), Stopping(speaks=environment.global_rank == 0) as stopping:
+    speaks, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0
+    with spoken_once(environment), Stopping(speaks, speaks_for_node) as stopping:
         main(arguments(environment), environment, stopping)
     sys.exit(stopping.exit_code)

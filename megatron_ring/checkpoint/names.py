@@ -4,6 +4,7 @@
     SAVE/.partial-00000200       one that is being written, or was when its process was killed
     SAVE/.removed-step-00000100  one that is being deleted, or makes way for another of the same step
     SAVE/latest                  the name of the newest
+    SAVE/.lease-00000001         the run that writes here (lease.py)
 
 Nothing here looks into a checkpoint or changes anything.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
-PARTIAL, REMOVED, LATEST = ".partial-", ".removed-", "latest"
+PARTIAL, REMOVED, LATEST, LEASE = ".partial-", ".removed-", "latest", ".lease-"
 _NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,15})")
 _LONGEST_NAME = 256
 

@@ -59,6 +59,22 @@ class Environment:
         os.environ.setdefault("MASTER_PORT", str(_port(self.world_size)))
 
 
+def slurm_job() -> tuple[str, int]:
+    """Return the id of the SLURM job that this process is of, "" outside of one, and how often it was requeued."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0
+
+
+def launched_by_deepspeed() -> bool:
+    """Return whether DeepSpeed's launcher of a node has started this process: no other sets these names together."""
+    return {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+
+
+def launched_by_torchelastic() -> bool:
+    """Return whether torchrun, or another program with torch's elastic agent, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 # What makes a library add up in the same order every time; the first value is given where none is.
 _FIXED_ORDER = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 from megatron_ring.checkpoint import fit, names, store, tensors
+from megatron_ring.checkpoint.lease import Lease
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
@@ -55,8 +56,18 @@ class Saver:
     With --async-save a thread writes copies that were taken aside, and training goes on meanwhile.
     """
 
-    def __init__(self, setup: Setup, agreement: Agreement, begun_from: store.Stored | None = None):
-        """``begun_from``: the checkpoint that the run goes on from; until it has one of its own, the newest."""
+    def __init__(
+        self,
+        setup: Setup,
+        agreement: Agreement,
+        begun_from: store.Stored | None = None,
+        lease: Lease | None = None,
+    ):
+        """``begun_from``: the checkpoint that the run goes on from; until it has one of its own, the newest.
+
+        ``lease``: on the --save folder, which rank 0 checks before it writes there; no other rank has one.
+        """
+        self._lease = lease
         self._config, self.agreement, self._begun_from = setup.config, agreement, begun_from
         self._processes = ", ".join(f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items())
         self._thread: Thread | None = None
@@ -103,25 +114,38 @@ class Saver:
 
     def _write(self, pieces: list[Piece], shapes: Shapes, state: RunState) -> None:
         try:
-            self._saved = _saved(pieces, shapes, state, self._config, self.agreement)
+            self._saved = _saved(pieces, shapes, state, self._config, self.agreement, self._lease)
         except CheckpointError as error:
             self._fault = error
 
 
-def _saved(pieces: list[Piece], shapes: Shapes, state: RunState, config: Config, agreement: Agreement) -> Path:
-    """Write a checkpoint, all ranks together; returns its folder. One rank's failure is raised on all."""
+def _saved(
+    pieces: list[Piece], shapes: Shapes, state: RunState, config: Config, agreement: Agreement, lease: Lease | None
+) -> Path:
+    """Write a checkpoint, all ranks together; returns its folder. One rank's failure is raised on all.
+
+    Raises CheckpointError on all ranks, too, when another run has taken ``lease`` over: then nothing is published, and
+    nothing is deleted, since what lies there is the other's.
+    """
     folder, step = Path(config.checkpoint.save), state.step
     partial = folder / names.partial_name(step)
+    agreement.on_rank_0(lambda: _check(lease))
     agreement.on_rank_0(lambda: store.prepare(folder, step))
     try:
         parts = agreement.on_all(lambda: _part(partial, agreement.rank, pieces, step))
         agreement.on_rank_0(lambda: tensors.write_index(partial, shapes, tensors.KINDS, parts))
         sealed = _sealed(folder, step, agreement)
+        agreement.on_rank_0(lambda: _check(lease))
         made = replace(state, commit=commit(), written_at=now())
         return agreement.on_rank_0(lambda: store.commit(folder, made, config, sealed))
     except CheckpointError as error:
-        agreement.on_rank_0(lambda: store.discard(folder, step))
+        agreement.on_rank_0(lambda: None if lease and lease.lost else store.discard(folder, step))
         raise CheckpointError([*error.problems, agreement.on_rank_0(lambda: _what_stays(folder))]) from error
+
+
+def _check(lease: Lease | None) -> None:
+    if lease:
+        lease.check()
 
 
 def _part(partial: Path, rank: int, pieces: list[Piece], step: int) -> list[Written]:

@@ -107,7 +107,7 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
     setup, first = start.setup, ahead.consumed_samples
     watch.begin()
     began = time.perf_counter()
-    batches = on_every_step(start.reading, ahead.next_step)
+    batches = on_every_step(start.reading, lambda: _next_batches(start, ahead))
     loaded = time.perf_counter()
     rate = learning_rate(step, setup.config.training)
     result = engine.train_step(batches, rate, guard.highest_loss)
@@ -128,6 +128,13 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
         ring=watch.end(step, seconds, loaded - began),
     )
     return Taken(record, result, range(first, ahead.consumed_samples))
+
+
+def _next_batches(start: Start, ahead: Prefetcher) -> list[Batch]:
+    """Return this rank's batches of the next step; on rank 0, end a run whose --save another run has taken over."""
+    if start.lease:
+        start.lease.raise_if_lost()
+    return ahead.next_step()
 
 
 def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:

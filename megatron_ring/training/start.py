@@ -1,14 +1,17 @@
 """What all ranks find out together before anything is built: that they run the same, with what, and from where."""
 
+import atexit
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from megatron_ring.checkpoint.lease import Lease, Owner, take
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.fingerprint import Fingerprint, fingerprint
 from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.training import checkpointing
 from megatron_ring.training.self_test.alike import check_data, check_options_and_code
@@ -21,6 +24,7 @@ class Start:
     """at: this process's place. stored: the checkpoint to go on from, None to start afresh. fingerprints: of the token
     stores that the run reads, as rank 0 sees them.
 
+    lease: on the --save folder, held by global rank 0; None on other ranks, and without --save.
     reading: over which all ranks learn of data that one of them cannot read; for nothing else.
     """
 
@@ -29,6 +33,7 @@ class Start:
     at: Coordinates
     stored: Stored | None
     fingerprints: list[Fingerprint]
+    lease: Lease | None
     reading: Agreement
 
     @property
@@ -54,6 +59,26 @@ class Start:
             dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
             check_data(config.data, agreement)
             fingerprints = agreement.on_rank_0(lambda: [fingerprint(store) for store in dataset.prefixes])
-            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, reading=agreement)
+            lease = _lease(config, rank, agreement)
+            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, lease, reading=agreement)
             stored = checkpointing.find(setup, start.vocab_size, agreement, fingerprints)
         return replace(start, stored=stored, reading=Agreement.build())
+
+
+def _lease(config: Config, rank: int, agreement: Agreement) -> Lease | None:
+    """Take the lease on the --save folder for this run, on global rank 0, and release it when the process exits.
+
+    Blocks for up to a minute where a run on another host may still hold the folder. Raises CheckpointError on every
+    rank where another run holds it.
+    """
+    if not config.checkpoint.save:
+        return None
+    taken: list[Lease] = []
+    agreement.on_rank_0(lambda: taken.append(take(Path(config.checkpoint.save), Owner.here(*slurm_job()), _report)))
+    for lease in taken:
+        atexit.register(lease.release)
+    return taken[0] if rank == 0 else None
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)

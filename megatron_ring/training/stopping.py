@@ -2,10 +2,13 @@
 
 SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send. The exit code is
 EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank. torchrun hands on SIGTERM,
-waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of either and leaves its ranks running:
-signal one of them, or all of its process group.
+waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of either.
+
+A rank whose launcher has ended (parallel/launcher.py) stops in the same way: no signal of the user's would reach it any
+more, and nobody would wait for it. Other nodes may be alive, so that the checkpoint is worth writing.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,12 +18,17 @@ from threading import Event, Thread
 from types import TracebackType
 
 from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.launcher import Launchers
 
 EXIT_CODE = os.EX_TEMPFAIL
 SIGNALS = signal.SIGTERM, signal.SIGUSR1
 
 # All ranks are told within a moment of each other. One that left before the rest have heard would fail them.
 _SECONDS_TO_HEAR = 1
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+# As long as pretrain.sbatch gives the ranks that are left: for the step at hand and a checkpoint.
+_SECONDS_WITHOUT_LAUNCHER = 900.0
 
 
 class Stopping:
@@ -30,8 +38,10 @@ class Stopping:
     Before ``begin`` they end the process; a rank that alone is told so leaves the rest to its launcher.
     """
 
-    def __init__(self, speaks: bool):
+    def __init__(self, speaks: bool, speaks_for_node: bool = False):
+        """``speaks``: on global rank 0. ``speaks_for_node``: on local rank 0, which reports that its launcher ended."""
         self.stopped_after: int | None = None
+        self._speaks_for_node, self._over, self._why = speaks_for_node, Event(), "a signal asked"
         self._speaks, self._told, self._begun = speaks, Event(), Event()
 
     @property
@@ -55,12 +65,14 @@ class Stopping:
         """Say, if it has stopped, how it goes on. ``saved``: its last checkpoint."""
         if self.stopped_after is not None:
             kept = f"--load {saved.parent} goes on from there" if saved else "nothing is kept: --save is not set"
-            self._say(f"after step {self.stopped_after}, as a signal asked; {kept}")
+            self._say(f"after step {self.stopped_after}, as {self._why}; {kept}")
 
     def __enter__(self) -> "Stopping":
         hearing, self._ear = socket.socketpair()
         self._ear.setblocking(False)
         Thread(target=self._listen, args=(hearing,), name="stopping", daemon=True).start()
+        if launchers := Launchers.find():
+            Thread(target=self._follow, args=(launchers,), name="launcher", daemon=True).start()
         signal.set_wakeup_fd(self._ear.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # without a handler of Python's the wake-up is not written
@@ -75,6 +87,7 @@ class Stopping:
             signal.signal(number, signal.SIG_DFL if isinstance(error, Exception) else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._ear.close()
+        self._over.set()
 
     def _listen(self, hearing: socket.socket) -> None:
         with hearing:
@@ -84,11 +97,35 @@ class Stopping:
                     if not self._begun.wait(_SECONDS_TO_HEAR):
                         self._leave()
 
+    def _follow(self, launchers: Launchers) -> None:
+        """Stop the run when a launcher ends; leave where the ranks that are left do not come to the end of a step."""
+        while not (ended := launchers.ended()):
+            if self._over.wait(_SECONDS_BETWEEN_LOOKS):
+                return
+        if not self._told.is_set():
+            self._why = "its launcher has ended"
+        self._told.set()
+        if self._speaks_for_node:
+            of = f", pid {ended.pid}," if ended.pid else ""
+            _print(f"warning: the launcher of this rank{of} has ended. The run stops after this step.")
+        if not self._begun.wait(_SECONDS_TO_HEAR):
+            self._leave()
+        if not self._over.wait(_SECONDS_WITHOUT_LAUNCHER):
+            _print(f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, within a step")
+            os._exit(EXIT_CODE)
+
     def _leave(self) -> None:
-        self._say("before the first step, as a signal asked")
-        sys.stdout.flush()
+        self._say(f"before the first step, as {self._why}")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(EXIT_CODE)
 
     def _say(self, words: str) -> None:
         if self._speaks:
-            print(f"stopped          {words}", flush=True)
+            _print(f"stopped          {words}")
+
+
+def _print(line: str) -> None:
+    """Print where that is possible: a pipe to a launcher that has ended is closed."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)

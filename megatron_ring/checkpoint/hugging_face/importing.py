@@ -64,8 +64,9 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
 
 
 def _check_empty(out: Path) -> None:
-    """But for what a killed import has left, which the next one clears away."""
-    others = [path.name for path in out.iterdir() if not path.name.startswith(names.PARTIAL)] if out.is_dir() else []
+    """But for what a killed import has left, which the next one clears away, and for the lease of a run."""
+    ignored = (names.PARTIAL, names.LEASE)
+    others = [path.name for path in out.iterdir() if not path.name.startswith(ignored)] if out.is_dir() else []
     if others or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder.")
 

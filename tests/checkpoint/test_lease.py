@@ -1,0 +1,352 @@
+"""One run writes to a folder of checkpoints: a second one is refused, and what a dead one has left never blocks it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.checkpoint import lease, names, store
+from megatron_ring.checkpoint.hugging_face.importing import _check_empty
+from megatron_ring.checkpoint.lease import Lease, Owner, Record
+from megatron_ring.errors import CheckpointError
+from megatron_ring.parallel.proc_stat import ProcStat
+from tests.checkpoint.small import write
+
+ROOT = Path(__file__).parents[2]
+QUICK = {"looks": 3, "seconds": 0.01}
+AT_ONCE = {"looks": 1, "seconds": 1000}
+
+
+def here(**changes) -> Owner:
+    """This process as the owner of another run."""
+    return replace(Owner.here(), **changes)
+
+
+def elsewhere(**changes) -> Owner:
+    """A process that this one cannot see."""
+    return here(host="node7", boot_id="another", pid=123, **changes)
+
+
+def left_by(owner: Owner, folder: Path, number: int = 1) -> Lease:
+    """A lease that nothing renews."""
+    folder.mkdir(exist_ok=True)
+    found = Lease.create(folder, number, owner)
+    assert found
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(folder: Path, owner: Owner, **how) -> str:
+    with pytest.raises(CheckpointError) as found:
+        lease.take(folder, owner, **QUICK | how)
+    return str(found.value)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def owned_by(process: subprocess.Popen) -> Owner:
+    return here(pid=process.pid, process_start=ProcStat.read(process.pid).start)
+
+
+def test_a_second_run_is_refused_at_once_with_all_that_identifies_the_first(tmp_path):
+    first = lease.take(tmp_path / "saved", here(slurm_job="4711"), **QUICK)
+    said = refused(tmp_path / "saved", here(), **AT_ONCE)
+    for part in ("saved", f"host {Owner.here().host}", f"pid {os.getpid()}", "SLURM job 4711", "--save"):
+        assert part in said
+    assert first._record.owner.started_at in said
+    first.check()
+    first.release()
+
+
+def test_a_released_lease_is_taken_at_once_and_one_file_stays(tmp_path, capsys):
+    for number in (1, 2, 3):
+        held = lease.take(tmp_path, elsewhere(), **AT_ONCE)
+        assert files(tmp_path) == [f".lease-{number:08d}"]
+        held.release()
+        held.release()
+    assert capsys.readouterr().out == ""
+    lease.check_not_held(tmp_path, here(), **AT_ONCE)
+
+
+def test_a_run_elsewhere_that_renews_is_refused_whatever_its_clock_is(tmp_path):
+    left = left_by(elsewhere(started_at="2099-01-01 00:00:00"), tmp_path)
+    os.utime(tmp_path / ".lease-00000001", (0, 0))
+    said: list[str] = []
+
+    def renewing(text: str) -> None:
+        said.append(text)
+        left.renew()
+
+    assert "node7" in refused(tmp_path, here(), report=renewing, looks=1, seconds=0)
+    assert "Waiting up to" in said[0]
+    with pytest.raises(CheckpointError, match="node7"):
+        lease.check_not_held(tmp_path, here(), report=renewing, looks=1, seconds=0)
+
+
+@pytest.mark.parametrize("seconds_off", [-(10**6), 10**9])
+def test_a_run_elsewhere_that_does_not_renew_is_taken_over_after_so_many_looks(seconds_off, tmp_path, monkeypatch):
+    left = left_by(elsewhere(), tmp_path)
+    os.utime(tmp_path / ".lease-00000001", (time.time() + seconds_off,) * 2)
+    waits: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waits.append)
+    said: list[str] = []
+    held = lease.take(tmp_path, here(), report=said.append, looks=12, seconds=5.0)
+    assert waits == [5.0] * 12
+    assert "60 s" in said[0]
+    assert "taken over" in said[-1]
+    assert files(tmp_path) == [".lease-00000002"]
+    with pytest.raises(CheckpointError, match=f"pid {os.getpid()}"):
+        left.check()
+    held.check()
+    held.release()
+
+
+def test_a_change_after_many_looks_counts_too(tmp_path, monkeypatch):
+    left = left_by(elsewhere(), tmp_path)
+    looks = iter(range(100))
+    monkeypatch.setattr(lease.time, "sleep", lambda _: next(looks) == 10 and left.renew())
+    refused(tmp_path, here(), looks=12)
+
+
+def test_a_run_that_ends_while_another_waits_makes_way(tmp_path, monkeypatch):
+    left = left_by(elsewhere(), tmp_path)
+    monkeypatch.setattr(lease.time, "sleep", lambda _: left.release())
+    lease.take(tmp_path, here(), looks=12).release()
+
+
+@pytest.mark.parametrize("end", ["gone", "zombie", "reused"])
+def test_a_process_that_has_ended_on_this_host_is_no_reason_to_wait(end, tmp_path, sleeper, capsys):
+    owner = owned_by(sleeper)
+    left_by(replace(owner, process_start=owner.process_start - 1) if end == "reused" else owner, tmp_path)
+    if end != "reused":
+        sleeper.kill()
+        os.waitid(os.P_PID, sleeper.pid, os.WEXITED | (os.WNOWAIT if end == "zombie" else 0))
+    lease.take(tmp_path, here(), looks=1, seconds=1000).release()
+    assert "has ended" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unknown", [{"pid_namespace": "pid:[1]"}, {"boot_id": ""}, {"boot_id": "b"}])
+def test_a_pid_of_another_host_or_container_proves_nothing(unknown, tmp_path, monkeypatch):
+    left_by(here(pid=2**22 + 1, **unknown), tmp_path)
+    waits: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waits.append)
+    lease.take(tmp_path, here(), looks=2).release()
+    assert len(waits) == 2
+
+
+def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(tmp_path, sleeper, monkeypatch):
+    left = left_by(owned_by(sleeper), tmp_path)
+    refused(tmp_path, here(), looks=1)
+    sleeper.send_signal(signal.SIGSTOP)
+    while ProcStat.read(sleeper.pid).state != "T":
+        time.sleep(0.001)
+    waits: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waits.append)
+    held = lease.take(tmp_path, here(), looks=12)
+    assert len(waits) == 12
+    for act in (left.check, left.raise_if_lost):
+        with pytest.raises(CheckpointError, match="no longer holds"):
+            act()
+    held.release()
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "looks"),
+    [
+        (("7", 0), ("7", 1), 0),  # requeued
+        (("7", 1), ("7", 1), 2),  # two steps of one start may run side by side
+        (("7", 0), ("8", 1), 2),
+        (("", 0), ("", 1), 2),
+    ],
+)
+def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(then, now, looks, tmp_path, monkeypatch):
+    left_by(elsewhere(slurm_job=then[0], slurm_restarts=then[1]), tmp_path)
+    waits: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waits.append)
+    lease.take(tmp_path, here(slurm_job=now[0], slurm_restarts=now[1]), looks=2).release()
+    assert len(waits) == looks
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_many_takers_at_once_exactly_one_gets_it(stale, tmp_path):
+    takers = 8
+    for folder in (tmp_path / str(attempt) for attempt in range(20)):
+        if stale:
+            left_by(here(pid=2**22 + 1), folder)
+        together, outcomes = threading.Barrier(takers), []
+
+        def take(owner: Owner, folder: Path = folder, together=together, outcomes=outcomes) -> None:
+            together.wait()
+            try:
+                outcomes.append(lease.take(folder, owner, report=lambda _: None, looks=1, seconds=0.2))
+            except CheckpointError as error:
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=take, args=(here(),)) for _ in range(takers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [held] = [found for found in outcomes if isinstance(found, Lease)]
+        assert len(outcomes) == takers
+        assert lease.newest(folder).record.owner == held._record.owner
+        held.check()
+        held.release()
+
+
+def test_a_taker_whose_list_of_names_is_out_of_date_steps_back(tmp_path, monkeypatch):
+    held = lease.take(tmp_path, here(), **QUICK)
+    held.release()
+    held = lease.take(tmp_path, here(), **QUICK)
+    newest, outdated = lease.newest, iter([None])
+    monkeypatch.setattr(lease, "newest", lambda folder: next(outdated, newest(folder)))
+    refused(tmp_path, here())
+    monkeypatch.undo()
+    assert files(tmp_path) == [".lease-00000002"]
+    held.check()
+    held.release()
+
+
+def test_who_has_lost_it_neither_renews_nor_releases_that_of_the_other_even_when_that_has_ended(tmp_path):
+    left = left_by(elsewhere(), tmp_path)
+    held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
+    left.renew()
+    assert left.lost
+    left.release()
+    there = lease.newest(tmp_path).record
+    assert (there.owner, there.released) == (held._record.owner, False)
+    held.check()
+    held.release()
+
+    again = left_by(elsewhere(), tmp_path, number=3)
+    for _ in range(2):
+        lease.take(tmp_path, here(), report=lambda _: None, **QUICK).release()
+    with pytest.raises(CheckpointError, match="no longer holds"):
+        again.check()
+
+
+def test_a_file_that_was_deleted_by_hand_is_written_again(tmp_path):
+    held = lease.take(tmp_path / "saved", here(), **QUICK)
+    path = tmp_path / "saved" / ".lease-00000001"
+    path.unlink()
+    held.check()
+    assert lease.newest(tmp_path / "saved").record.owner == held._record.owner
+    path.unlink()
+    path.parent.rmdir()
+    held.check()
+    held.renew()
+    assert not held.lost
+    path.parent.mkdir()
+    held.renew()
+    refused(tmp_path / "saved", here())
+    held.release()
+
+
+def test_another_run_under_the_same_number_after_the_folder_was_deleted_is_noticed(tmp_path):
+    held = left_by(elsewhere(), tmp_path)
+    (tmp_path / ".lease-00000001").unlink()
+    left_by(here(), tmp_path)
+    with pytest.raises(CheckpointError, match="no longer holds"):
+        held.check()
+
+
+def test_a_disk_that_takes_no_renewal_is_reported_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    held = left_by(here(), tmp_path)
+
+    def fail(*_) -> int:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.os, "pwrite", fail)
+        held.renew()
+        held.renew()
+    assert capsys.readouterr().err.count("Read-only file system") == 1
+    held.check()
+    held.renew()
+    assert lease.newest(tmp_path).record.renewals == 1
+    held.release()
+
+
+def test_a_full_disk_at_the_start_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease.os, "pwrite", lambda *_: 10)
+    assert "No space left" in refused(tmp_path, here())
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "types", "huge", "pipe", "folder", "link"])
+def test_whatever_lies_under_its_name_is_taken_over_once_it_has_not_changed(kind, tmp_path):
+    path = tmp_path / ".lease-00000041"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        typed = Record(here()).encode().replace(b'"pid": ', b'"pid": "x", "pod": ')
+        path.write_bytes({"empty": b"", "text": b"hello", "types": typed, "huge": b"\0" * 2**20}[kind])
+    held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
+    assert held.number == 42
+    held.release()
+
+
+def test_a_file_under_which_no_folder_can_be_is_one_error(tmp_path):
+    (tmp_path / "saved").write_text("a file")
+    assert "--save" in refused(tmp_path / "saved", here())
+
+
+def test_nothing_else_in_the_folder_is_disturbed(tmp_path):
+    held = lease.take(tmp_path, here(), **QUICK)
+    assert names.candidates(tmp_path) == ([], [])
+    assert store.newest(tmp_path) is None
+    _check_empty(tmp_path)
+    path = write(tmp_path, 5)
+    assert store.newest(tmp_path).path == path
+    held.check()
+    held.release()
+    assert files(tmp_path) == [".lease-00000001", "latest", "step-00000005"]
+
+
+HOLDER = """\
+import sys, time
+from pathlib import Path
+from megatron_ring.checkpoint.lease import Owner, take
+held = take(Path(sys.argv[1]), Owner.here(), seconds=0.02)
+print("held", flush=True)
+while True:
+    time.sleep(0.02)
+    held.check()
+"""
+
+
+def test_processes_that_are_killed_and_suspended(tmp_path):
+    """A holder that is stopped loses the lease after its missed renewals, and ends when it goes on."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    refused(tmp_path, here(), looks=100, seconds=0.1)
+    first.send_signal(signal.SIGSTOP)
+    while ProcStat.read(first.pid).state != "T":
+        time.sleep(0.001)
+    second = lease.take(tmp_path, here(), report=lambda _: None, looks=5, seconds=0.05)
+    first.send_signal(signal.SIGCONT)
+    assert "no longer holds" in first.communicate(timeout=60)[1]
+    assert first.returncode == 1
+    second.check()
+    second.release()
