@@ -8,6 +8,7 @@ the user's own has started has no launcher here and outlives whatever started it
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_ring.parallel.environment import launched_by_deepspeed, launched_by_torchelastic
@@ -71,7 +72,7 @@ def _is_launcher(pid: int) -> bool:
         return True
     if not Path(words[0]).name.startswith("python"):
         return False
-    for word, following in zip(words[1:], words[2:]):
+    for word, following in pairwise(words[1:]):
         if word == "-m":
             return following in _MODULES
         if not word.startswith("-"):
