@@ -41,7 +41,8 @@ class Stopping:
     def __init__(self, speaks: bool, speaks_for_node: bool = False):
         """``speaks``: on global rank 0. ``speaks_for_node``: on local rank 0, which reports that its launcher ended."""
         self.stopped_after: int | None = None
-        self._speaks_for_node, self._over, self._why = speaks_for_node, Event(), "a signal asked"
+        self._speaks_for_node, self._over = speaks_for_node, Event()
+        self._launchers, self._signalled = Launchers.find(), False
         self._speaks, self._told, self._begun = speaks, Event(), Event()
 
     @property
@@ -71,8 +72,8 @@ class Stopping:
         hearing, self._ear = socket.socketpair()
         self._ear.setblocking(False)
         Thread(target=self._listen, args=(hearing,), name="stopping", daemon=True).start()
-        if launchers := Launchers.find():
-            Thread(target=self._follow, args=(launchers,), name="launcher", daemon=True).start()
+        if self._launchers:
+            Thread(target=self._follow, args=(self._launchers,), name="launcher", daemon=True).start()
         signal.set_wakeup_fd(self._ear.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # without a handler of Python's the wake-up is not written
@@ -93,6 +94,7 @@ class Stopping:
         with hearing:
             while numbers := hearing.recv(64):  # a byte for each signal; none once closed
                 if not self._told.is_set() and not set(SIGNALS).isdisjoint(numbers):
+                    self._signalled = True
                     self._told.set()
                     if not self._begun.wait(_SECONDS_TO_HEAR):
                         self._leave()
@@ -102,8 +104,6 @@ class Stopping:
         while not (ended := launchers.ended()):
             if self._over.wait(_SECONDS_BETWEEN_LOOKS):
                 return
-        if not self._told.is_set():
-            self._why = "its launcher has ended"
         self._told.set()
         if self._speaks_for_node:
             of = f", pid {ended.pid}," if ended.pid else ""
@@ -113,6 +113,12 @@ class Stopping:
         if not self._over.wait(_SECONDS_WITHOUT_LAUNCHER):
             _print(f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, within a step")
             os._exit(EXIT_CODE)
+
+    @property
+    def _why(self) -> str:
+        """Why the run stops, as far as this rank can see: another one may have been told first."""
+        launcher_ended = not self._signalled and self._launchers and self._launchers.ended()
+        return "its launcher has ended" if launcher_ended else "a signal asked"
 
     def _leave(self) -> None:
         self._say(f"before the first step, as {self._why}")
