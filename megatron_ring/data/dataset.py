@@ -12,6 +12,7 @@ import numpy as np
 from megatron_ring.config import DataConfig
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
 from megatron_ring.data.mixture import Blend
+from megatron_ring.data.open_files import OpenMaps
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import PARTS, SampleStream, document_ranges, split_documents
@@ -50,7 +51,8 @@ class Dataset:
         for documents without ends where ``config`` wants them told apart.
         """
         weights = config.blend or {str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)}
-        stores = [TokenStore(prefix) for prefix in weights]
+        maps = OpenMaps()
+        stores = [TokenStore(prefix, maps) for prefix in weights]
         _refuse_different_tokenizers(list(weights))
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(stores[0].prefix))
         packing = Packing.of(config, tokenizer.end_of_document)

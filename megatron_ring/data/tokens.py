@@ -4,7 +4,6 @@
 tokenizer a store was written with is in neither: see manifest.py.
 """
 
-import os
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
+from megatron_ring.data.open_files import FileState, OpenMaps, readable
 from megatron_ring.data.token_index import LONGEST_SEQUENCE, damaged, idx_path, index_bytes, read_index, write_again
 from megatron_ring.errors import DataError
 
@@ -88,18 +88,18 @@ class TokenStore:
     """A store opened for reading: where documents begin is kept in memory, the tokens are mapped.
 
     ``lengths`` is (documents,) int64, the tokens of each document. Raises DataError for a store that is missing,
-    empty, damaged, or of another format.
+    empty, damaged, or of another format. Stores that share ``maps`` have at most so many files open together.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, maps: OpenMaps | None = None):
         self.prefix = prefix
         _refuse_missing(prefix)
-        self.dtype, self._starts = read_index(prefix)
-        _refuse_other_size(prefix, int(self._starts[-1]), self.dtype)
+        with readable(idx_path(prefix)):
+            self.dtype, self._starts = read_index(prefix)
+        self._state = _checked_state(prefix, int(self._starts[-1]), self.dtype)
         self.lengths = np.diff(self._starts)
-        self._file = bin_path(prefix).open("rb")
-        # A plain array over the map: slices of np.memmap itself are several times slower to make.
-        self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
+        self._bin, self._maps = str(bin_path(prefix)), OpenMaps(1) if maps is None else maps
+        self._tokens()
 
     def __len__(self) -> int:
         """Documents."""
@@ -108,23 +108,24 @@ class TokenStore:
     def document(self, i: int) -> np.ndarray:
         """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type, to be read at once.
 
-        Raises DataError where the file has become shorter since it was opened.
+        Raises DataError where the file has become shorter since it was opened, or was written again.
         """
         assert 0 <= i < len(self)
-        self._refuse_cut()
-        return self._tokens[self._starts[i] : self._starts[i + 1]]
+        return self._tokens()[self._starts[i] : self._starts[i + 1]]
 
     def where(self, tokens: np.ndarray) -> str:
         """In words where the first of ``tokens``, part of what ``document`` has returned, lies."""
-        byte = tokens.ctypes.data - self._tokens.ctypes.data
+        byte = tokens.ctypes.data - tokens.base.ctypes.data
         document = np.searchsorted(self._starts, byte // self.dtype.itemsize, side="right") - 1
         return f"document {document} at byte {byte} of {bin_path(self.prefix)}"
 
-    def _refuse_cut(self) -> None:
-        """Whoever reads a map behind the end of its file is killed by SIGBUS, without a word."""
-        if (found := os.fstat(self._file.fileno()).st_size) < self._tokens.nbytes:
-            cut = f"{found} bytes, and had {self._tokens.nbytes} when it was opened: somebody has cut it"
-            raise damaged(self.prefix, bin_path(self.prefix), cut)
+    def _tokens(self) -> np.ndarray:
+        """All tokens, of which the file still has every byte: reading a map past the end of its file is a SIGBUS."""
+        mapped, tokens = self._maps.map(self._bin, self._state, self.dtype)
+        if (found := mapped.size()) < self._state.size:
+            cut = f"{found} bytes, and had {self._state.size} when it was opened: it was cut since"
+            raise damaged(self.prefix, Path(self._bin), cut)
+        return tokens
 
 
 def _refuse_missing(prefix: str | Path) -> None:
@@ -135,10 +136,14 @@ def _refuse_missing(prefix: str | Path) -> None:
         )
 
 
-def _refuse_other_size(prefix: str | Path, tokens: int, dtype: np.dtype) -> None:
-    found, told = bin_path(prefix).stat().st_size, tokens * dtype.itemsize
+def _checked_state(prefix: str | Path, tokens: int, dtype: np.dtype) -> FileState:
+    """The state of ``P.bin``, whose size must be that of so many tokens."""
+    with readable(bin_path(prefix)):
+        state = FileState.of(bin_path(prefix))
+    expected = tokens * dtype.itemsize
     if not tokens:
         raise damaged(prefix, idx_path(prefix), "no tokens")
-    if found != told:
-        tells = f"{idx_path(prefix)} tells of {told} ({tokens} tokens of {dtype.name})"
-        raise damaged(prefix, bin_path(prefix), f"{found} bytes, and {tells}")
+    if state.size != expected:
+        counted = f"{idx_path(prefix)} tells of {expected} ({tokens} tokens of {dtype.name})"
+        raise damaged(prefix, bin_path(prefix), f"{state.size} bytes, and {counted}")
+    return state
