@@ -8,15 +8,9 @@ from typing import Literal
 
 import tyro
 
-from megatron_ring.data.corpus import (
-    STANDARD_INPUT,
-    SUFFIXES,
-    Corpus,
-    Reading,
-    gather,
-    keep_standard_input,
-    python_library,
-)
+from megatron_ring.data.corpus import Corpus, gather, keep_pipes, python_library
+from megatron_ring.data.documents import MAX_DOCUMENT_BYTES, Reading
+from megatron_ring.data.formats import SUFFIXES
 from megatron_ring.data.histogram import drawn
 from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
@@ -26,6 +20,7 @@ from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_
 
 # Names beside a store that belong to its tokenizer.
 _TAKEN = ("tokenizer", "tokenizer_config")
+_STDIN_SUFFIXES = {"jsonl": ".jsonl", "txt": ".text"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,9 @@ class Options:
     output_prefix: Path
     """P: where to write, without a suffix. P.work keeps what is finished until all is."""
     input: tuple[str, ...] = ()
-    """Files, folders of them, globs, and - for standard input. A .jsonl has a document a line, a .parquet one a row,
-    any other file is one; .gz and .zst are decompressed."""
+    """Files, folders of them, globs, named pipes, and - for standard input. JSON lines (.jsonl, .ndjson, .jsonlines, or
+    .json and other names with such content) have a document a line, a .parquet one a row, any other text is one. .gz,
+    .bz2, .xz and .zst are decompressed, and the texts and JSON lines in .tar and .zip are read."""
     python_library: tyro.conf.FlagCreatePairsOff[bool] = False
     """Take the source text of Python's own standard library instead of --input."""
     stdin_format: Literal["jsonl", "txt"] = "jsonl"
@@ -48,11 +44,14 @@ class Options:
     eod_token: str = ""
     """The token that ends each document. Empty: the one that --tokenizer-model has for that."""
     suffixes: tuple[str, ...] = SUFFIXES
-    """Which files of a folder are text."""
+    """Which files of a folder and of an archive are read, whatever compresses them; the others are counted."""
     json_key: str = "text"
     """Where the text is in a line of .jsonl, or its column in .parquet."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a document that cannot be read; what is skipped is told and counted."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """The longest document: bytes of a line of JSON, a text or a cell. A process takes some 30 bytes of memory for each
+    byte of its longest document."""
     workers: int = os.cpu_count() or 1
     """Processes that tokenize; they change nothing in the files."""
 
@@ -69,7 +68,7 @@ class Options:
             found.append(f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name.")
         if self.vocab_size < 0:
             found.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
-        return found + not_positive(self, "workers")
+        return found + not_positive(self, "workers", "max_document_bytes")
 
 
 def run(options: Options) -> Prepared:
@@ -88,9 +87,9 @@ def run(options: Options) -> Prepared:
 
 
 def _gathered(options: Options) -> Corpus:
-    kept = work_folder(options.output_prefix) / f"standard-input.{options.stdin_format}"
-    inputs = [keep_standard_input(kept) if path == STANDARD_INPUT else path for path in options.input]
-    return gather(inputs, options.suffixes, Reading(options.json_key, options.on_error))
+    inputs = keep_pipes(options.input, work_folder(options.output_prefix), _STDIN_SUFFIXES[options.stdin_format])
+    reading = Reading(options.json_key, options.on_error, options.max_document_bytes)
+    return gather(inputs, options.suffixes, reading)
 
 
 def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
@@ -100,9 +99,11 @@ def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 
 
 def _summary(prefix: Path, manifest: Manifest) -> str:
+    left_out = [f"{count:,} {reason}" for reason, count in manifest.left_out.items()]
     return (
         f"{prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.bytes_per_token:.2f} bytes per token, {manifest.skipped:,} skipped. "
+        f"Left out: {', '.join(left_out) or 'nothing'}.\n"
         f"{tokenizer_path(prefix)}: {manifest.vocab_size:,} ids.\n{drawn(TokenStore(prefix).lengths)}"
     )
 

@@ -1,76 +1,204 @@
-"""Reading a file as it was before gzip (``.gz``) or zstd (``.zst``) made it smaller; the name says which.
+"""Reading compressed content: gzip, bzip2, xz and zstd, by the suffix or by the first bytes.
 
-zstd takes Python 3.14 or the package backports.zstd, the same code for older ones. (The package zstandard gives half of
-a truncated file for a whole one.)
+Content is decompressed while it is read, in bounded memory, and only up to a stated multiple of the
+compressed size. zstd takes Python 3.14 or the package backports.zstd, the same code for older ones;
+a frame with a long window (``zstd --long=31``) takes up to 2 GiB for each file that is being read.
 """
 
+import bz2
 import gzip
 import importlib
+import io
+import lzma
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+from megatron_ring.data.formats import HEAD_BYTES, split_name
 from megatron_ring.errors import DataError
 
+LARGEST_RATIO = 1000
+"""Text compresses 2 to 100 times; what expands further is taken for a decompression bomb."""
+
+ALWAYS_ALLOWED_BYTES = 1 << 30
+"""What any file may expand to, however small it is: a short text repeated is no attack."""
+
 _ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+_ZSTD_LONGEST_WINDOW_LOG = 31
+_READ_AT_ONCE = 1 << 16
+
+# Skippable zstd frames have magic numbers of their own, 0x184D2A50 to 0x184D2A5F.
+_MAGIC = {
+    b"\x1f\x8b\x08": ".gz",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    **{bytes([0x50 + n, 0x2A, 0x4D, 0x18]): ".zst" for n in range(16)},
+}
+_BZIP2_MAGIC = b"BZh", b"1AY&SY"
+
+
+class ExpansionLimit:
+    """Counts what the files of ``name``, of ``compressed_bytes``, have expanded to."""
+
+    def __init__(self, name: str, compressed_bytes: int):
+        self._name, self._compressed, self._expanded = name, compressed_bytes, 0
+        self._allowed = max(ALWAYS_ALLOWED_BYTES, LARGEST_RATIO * compressed_bytes)
+
+    def count(self, expanded: int) -> None:
+        """Add so many bytes. Raises DataError beyond the limit."""
+        self._expanded += expanded
+        if self._expanded > self._allowed:
+            raise DataError(
+                f"{self._name} expands to more than {self._allowed:,} bytes from {self._compressed:,}, as "
+                f"decompression bombs do: at most {LARGEST_RATIO:,} times its size is read, or "
+                f"{ALWAYS_ALLOWED_BYTES:,} bytes. Leave it out of --input, or decompress it yourself."
+            )
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """The content of ``file``, decompressed while it is read. Raises DataError when it cannot be, or is damaged."""
-    try:
-        with _OPENERS.get(file.suffix, _open_plain)(file) as content:
-            yield content
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(file, error) from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}. Set --input.") from error
-    except Exception as error:
-        # Named by its name, since the package that defines it is not always there.
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise _damaged(file, error) from error
+def opened(file: Path) -> Iterator[io.BufferedReader]:
+    """The content of ``file``, decompressed; ``peek()`` gives its first HEAD_BYTES.
+
+    Raises DataError when it cannot be read, is damaged, or expands beyond ExpansionLimit.
+    """
+    with readable(str(file)), file.open("rb", HEAD_BYTES) as raw:
+        size = file.stat().st_size
+        yield decompressed(raw, str(file), split_name(file.name)[1], size)
 
 
-def is_compressed(file: Path) -> bool:
-    """Whether the file's name says so."""
-    return file.suffix in _OPENERS
+def decompressed(raw: io.BufferedReader, name: str, suffix: str, compressed_bytes: int) -> io.BufferedReader:
+    """The content of ``raw``, whose name ends with ``suffix`` if it is that of a compression."""
+    if not (compression := suffix or compression_of(raw.peek())):
+        return raw
+    source = _DECOMPRESSORS[compression](raw, name)
+    limit = ExpansionLimit(name, compressed_bytes)
+    return io.BufferedReader(Limited(source, limit), HEAD_BYTES)
 
 
-def bare_suffix(file: Path) -> str:
-    """What the file holds by its name: ``.jsonl`` for ``a.jsonl`` and ``a.jsonl.gz``."""
-    return Path(file.stem).suffix if is_compressed(file) else file.suffix
+def compression_of(head: bytes) -> str:
+    """The suffix of the compression that content beginning with ``head`` has, "" for none."""
+    if head.startswith(_BZIP2_MAGIC[0]) and head[4:10] == _BZIP2_MAGIC[1]:
+        return ".bz2"
+    return next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def needed(package: str, file: Path) -> ModuleType:
-    """The optional module ``package``, which ``file`` cannot be read without. Raises DataError where it is missing."""
+def needed(package: str, name: str) -> ModuleType:
+    """The optional module ``package``, which ``name`` cannot be read without, or DataError."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise DataError(
-            f"{file} is read with {package}, which is not installed. Install it with pip install "
+            f"{name} is read with {package}, which is not installed. Install it with pip install "
             "'megatron_ring[data]', or leave the file out of --input."
         ) from error
 
 
-def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} is damaged: {error}. Fetch it again, or leave it out of --input.")
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Errors of reading ``name`` as DataError."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise damaged(name, error) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{name} cannot be read: {reason}. Set --input.") from error
 
 
-def _open_plain(file: Path) -> BinaryIO:
-    return file.open("rb")
+def damaged(name: str, reason: object) -> DataError:
+    """The error for a file whose content is not what its format says."""
+    return DataError(f"{name} is damaged: {reason}. Fetch it again, or leave it out of --input.")
 
 
-def _open_gzip(file: Path) -> BinaryIO:
-    return gzip.open(file, "rb")
+class Limited(io.RawIOBase):
+    """``source`` read through a limit on how much it expands to. Fills what it is given."""
+
+    def __init__(self, source: BinaryIO, limit: ExpansionLimit):
+        self._source, self._limit = source, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: memoryview) -> int:
+        filled = 0
+        while filled < len(into) and (found := self._source.read(len(into) - filled)):
+            into[filled : filled + len(found)] = found
+            filled += len(found)
+        self._limit.count(filled)
+        return filled
 
 
-def _open_zstd(file: Path) -> BinaryIO:
-    return needed(_ZSTD, file).open(file, "rb")
+class _Decompressor(Protocol):
+    """What bz2, lzma and zstd have in common."""
+
+    eof: bool
+    needs_input: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-_OPENERS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _open_gzip, ".zst": _open_zstd}
+class _Streams:
+    """Compressed streams one after another, as parallel compressors and cat write them.
+
+    Unlike the file classes of the standard library it refuses what follows a stream and is none,
+    where those end there as if it were the end of the file.
+    """
+
+    def __init__(self, raw: BinaryIO, name: str, new: Callable[[], _Decompressor], error: type):
+        self._raw, self._name, self._new, self._error = raw, name, new, error
+        self._stream = new()
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes, none at the end."""
+        while True:
+            data = b""
+            if self._stream.eof:
+                # Zeros may follow a stream: xz pads with them, and so do blocks of a tape.
+                data = self._stream.unused_data.lstrip(b"\0")
+                while not data:
+                    if not (found := self._raw.read(_READ_AT_ONCE)):
+                        return b""
+                    data = found.lstrip(b"\0")
+                self._stream = self._new()
+            elif self._stream.needs_input and not (data := self._raw.read(_READ_AT_ONCE)):
+                raise damaged(self._name, "it ends before its compressed stream does")
+            try:
+                found = self._stream.decompress(data, size)
+            except (self._error, EOFError, MemoryError) as error:
+                raise damaged(self._name, error) from error
+            if found:
+                return found
+
+
+def _gzip(raw: io.BufferedReader, name: str) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw)
+
+
+def _bzip2(raw: io.BufferedReader, name: str) -> _Streams:
+    return _Streams(raw, name, bz2.BZ2Decompressor, OSError)
+
+
+def _xz(raw: io.BufferedReader, name: str) -> _Streams:
+    return _Streams(raw, name, lzma.LZMADecompressor, lzma.LZMAError)
+
+
+def _zstd(raw: io.BufferedReader, name: str) -> _Streams:
+    zstd = needed(_ZSTD, name)
+    options = {zstd.DecompressionParameter.window_log_max: _ZSTD_LONGEST_WINDOW_LOG}
+    return _Streams(raw, name, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+
+
+_DECOMPRESSORS: dict[str, Callable[[io.BufferedReader, str], BinaryIO | _Streams]] = {
+    ".bz2": _bzip2,
+    ".gz": _gzip,
+    ".lzma": _xz,
+    ".xz": _xz,
+    ".zst": _zstd,
+    ".zstd": _zstd,
+}

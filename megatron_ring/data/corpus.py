@@ -8,18 +8,31 @@ import glob
 import itertools
 import os
 import shutil
+import stat
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
-from megatron_ring.data.compression import bare_suffix
-from megatron_ring.data.documents import Piece
+from megatron_ring.data.documents import (
+    AS_USUAL,
+    Piece,
+    Reading,
+    count,
+    is_plain_json_lines,
+    refuse_unreadable,
+)
+from megatron_ring.data.formats import (
+    SUFFIXES,
+    LeftOut,
+    pattern,
+    split_name,
+)
 from megatron_ring.errors import DataError
 
-SUFFIXES = (".jsonl", ".md", ".parquet", ".py", ".rst", ".txt")
 SHARD_BYTES = 4 << 20
 """The smallest shard, of a second's work; those of a large corpus are larger, so that they stay few thousands."""
 
@@ -28,35 +41,22 @@ _SHARDS = 1024
 
 STANDARD_INPUT = "-"
 
+_EMPTY_FILES = LeftOut("empty files")
+_NOT_FILES = LeftOut("pipes, sockets and devices in folders")
+_REACHED_TWICE = LeftOut("linked folders and files reached twice")
+
 _NOT_LIBRARY = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 
 Shard = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How shards are read: where the text of a record is, and what to do about one that is bad."""
-
-    json_key: str = "text"
-    on_error: Literal["stop", "skip"] = "stop"
-
-    def texts(self, shard: Shard, skipped: list[str]) -> Iterator[str]:
-        """Every document that is not empty, as Megatron does. What cannot be read is raised, or told to ``skipped``."""
-        for found in itertools.chain.from_iterable(piece.documents(self.json_key) for piece in shard):
-            if isinstance(found, DataError):
-                if self.on_error == "stop":
-                    raise found
-                skipped.append(str(found))
-            elif found:
-                yield found
-
-
-@dataclass(frozen=True)
 class Corpus:
-    """Files in the order they are read, and how."""
+    """Files in the order they are read, how, and what of the input is no file to be read, counted by its reason."""
 
     files: tuple[Path, ...]
-    reading: Reading = Reading()
+    reading: Reading = AS_USUAL
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def file_bytes(self) -> int:
@@ -73,12 +73,16 @@ class Corpus:
 
     def pieces(self) -> Iterator[Piece]:
         """The whole corpus in order. Raises DataError for a file that has gone."""
-        step_of_lines = self._shard_bytes()
+        part = self._shard_bytes()
         for file in self.files:
             size = _size(file)
-            # Lines can be found from anywhere in a file, unless it is compressed; nothing else can.
-            step = step_of_lines if file.suffix == ".jsonl" else max(size, 1)
-            yield from (Piece(file, start, min(start + step, size)) for start in range(0, size, step))
+            # Plain JSON lines can be read from anywhere in a file; nothing else can.
+            if size > part and is_plain_json_lines(file, self.reading.json_key):
+                yield from (
+                    Piece(file, start, min(start + part, size), part_of_lines=True) for start in range(0, size, part)
+                )
+            elif size:
+                yield Piece(file, 0, size)
 
     def _shard_bytes(self) -> int:
         return max(SHARD_BYTES, min(self.file_bytes // _SHARDS, _LARGEST_SHARD_BYTES))
@@ -87,33 +91,52 @@ class Corpus:
 def gather(
     inputs: Iterable[str | Path],
     suffixes: Iterable[str] = SUFFIXES,
-    reading: Reading = Reading(),
+    reading: Reading = AS_USUAL,
 ) -> Corpus:
     """The corpus of ``inputs`` in their order: files as they are, folders by what in them has one of ``suffixes``.
 
-    Folders and globs are searched to the bottom and sorted; compressed files count as what they hold. Raises
-    DataError for every input that is missing or has no text.
+    Folders are searched to the bottom, links to folders included, each folder once; globs are searched likewise, and
+    the folders that they find are read as those that are named. Compressed files count as what they hold. Raises
+    DataError for every input that is missing or holds nothing that can be read.
     """
-    files: list[Path] = []
-    problems: list[str] = []
+    reading = replace(reading, suffixes=tuple(suffix.lower() for suffix in suffixes))
+    search = _Search(reading)
     for path in map(str, inputs):
-        found = _files(path, tuple(suffixes))
-        files += found
-        if not found and os.path.isdir(path):
-            problems.append(f"input {path} has no file named {', '.join('*' + s for s in suffixes)}. Set --suffixes.")
-        elif not found:
-            problems.append(f"input {path} does not exist. Set --input.")
-    if problems:
-        raise DataError(problems)
-    return Corpus(tuple(files), reading)
+        search.add(path)
+    if search.problems:
+        raise DataError(search.problems)
+    return Corpus(tuple(search.files), reading, search.left_out)
 
 
-def keep_standard_input(file: Path) -> Path:
-    """Write standard input to ``file``, because a corpus is read twice and from several places, and return it."""
+def keep_pipes(inputs: Iterable[str], folder: Path, stdin_suffix: str) -> list[str | Path]:
+    """``inputs`` with a file in ``folder`` in the place of each pipe: ``-`` for standard input, and named pipes.
+
+    A corpus is read twice and from several places, and a pipe once. Blocks until the pipes are closed by their writers.
+    Raises DataError where standard input is named twice.
+    """
+    kept: list[str | Path] = list(inputs)
+    if kept.count(STANDARD_INPUT) > 1:
+        raise DataError("standard input (-) can be read once. Leave one - out of --input.")
+    for number, path in enumerate(kept):
+        if path == STANDARD_INPUT:
+            kept[number] = _keep(sys.stdin.buffer, folder / f"standard-input{stdin_suffix}")
+        elif _is_pipe(path):
+            # A pipe's name, such as /dev/fd/63, seldom has a suffix; then its content decides.
+            suffix = "".join(split_name(Path(path).name))
+            with open(path, "rb") as pipe:
+                kept[number] = _keep(pipe, folder / f"pipe-{number}{suffix}")
+    return kept
+
+
+def _keep(pipe: BinaryIO, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as kept:
-        shutil.copyfileobj(sys.stdin.buffer, kept)
+        shutil.copyfileobj(pipe, kept)
     return file
+
+
+def _is_pipe(path: str) -> bool:
+    return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def python_library() -> Corpus:
@@ -132,13 +155,113 @@ def _library_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that an input stands for; a name that exists is no glob, whatever is in it."""
-    if os.path.isdir(path):
-        return sorted(file for file in Path(path).rglob("*") if bare_suffix(file) in suffixes and file.is_file())
-    if os.path.exists(path):
-        return [Path(path)]
-    return [Path(file) for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+class _Search:
+    """The files of the inputs in order, what is left out, and what is wrong with them."""
+
+    def __init__(self, reading: Reading):
+        self.files: list[Path] = []
+        self.left_out: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self._reading = reading
+
+    def add(self, path: str) -> None:
+        """Take in one input. A name that exists is no glob, whatever is in it."""
+        if os.path.isdir(path):
+            self._add_folder(path)
+        elif os.path.exists(path):
+            self._add_file(path)
+        elif os.path.islink(path):
+            self.problems.append(_broken_link(path))
+        elif found := self._globbed(path):
+            for name in found:
+                self._add_folder(name) if os.path.isdir(name) else self._add_file(name)
+        else:
+            self.problems.append(f"input {path} does not exist. Set --input.")
+
+    def _globbed(self, path: str) -> list[str]:
+        found = sorted(glob.glob(path, recursive=True))
+        if "**" not in path:
+            return found
+        # ** finds every file by itself, and the same ones again through links to folders.
+        files, seen = [], set()
+        for name in found:
+            if os.path.isdir(name):
+                continue
+            if (real := os.path.realpath(name)) in seen:
+                count(self.left_out, _REACHED_TWICE)
+            else:
+                seen.add(real)
+                files.append(name)
+        return files
+
+    def _add_file(self, path: str) -> None:
+        if os.path.islink(path) and not os.path.exists(path):
+            self.problems.append(_broken_link(path))
+        elif not os.path.isfile(path):
+            self.problems.append(f"input {path} is neither a file nor a folder. Set --input.")
+        elif not os.path.getsize(path):
+            self._add_empty(Path(path))
+        else:
+            try:
+                refuse_unreadable(Path(path), self._reading)
+            except DataError as error:
+                self.problems += error.problems
+            self.files.append(Path(path))
+
+    def _add_folder(self, path: str) -> None:
+        problems = len(self.problems)
+        found = sorted(self._walk(Path(path)))
+        for file in found:
+            if file.stat().st_size:
+                self.files.append(file)
+            else:
+                self._add_empty(file)
+        if not found and len(self.problems) == problems:
+            names = ", ".join("*" + suffix for suffix in self._reading.suffixes)
+            self.problems.append(f"input {path} has no file named {names}. Set --suffixes.")
+
+    def _add_empty(self, file: Path) -> None:
+        suffix, compression = split_name(file.name)
+        if compression or suffix in (".parquet", ".tar", ".zip"):
+            self.problems.append(f"{file} is damaged: it is empty. Fetch it again, or leave it out of --input.")
+        else:
+            count(self.left_out, _EMPTY_FILES)
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        """The files below ``root`` to be read; links to folders come last, so that a folder has its own name."""
+        folders, links, seen = [root], [], set()
+        while folders or links:
+            folder = folders.pop() if folders else links.pop(0)
+            try:
+                state = folder.stat()
+                if (state.st_dev, state.st_ino) in seen:
+                    count(self.left_out, _REACHED_TWICE)
+                    continue
+                seen.add((state.st_dev, state.st_ino))
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as error:
+                self.problems.append(f"input {folder} cannot be read: {error.strerror}. Set --input.")
+                continue
+            for entry in entries:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    self.problems.append(_broken_link(entry.path))
+                elif entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(Path(entry.path))
+                else:
+                    yield from self._file_of(entry)
+
+    def _file_of(self, entry: os.DirEntry) -> Iterator[Path]:
+        suffix = split_name(entry.name)[0]
+        if suffix not in self._reading.suffixes:
+            count(self.left_out, LeftOut(pattern(suffix)))
+        elif not entry.is_file():
+            count(self.left_out, _NOT_FILES)
+        else:
+            yield Path(entry.path)
+
+
+def _broken_link(path: str) -> str:
+    return f"input {path} is a link to {os.readlink(path)}, which does not exist. Mend it, or remove it."
 
 
 def _size(file: Path) -> int:

@@ -5,29 +5,37 @@ ids themselves can tell that a tokenizer does not fit (samples.py).
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer
 from megatron_ring.errors import DataError
+from megatron_ring.untrusted import LARGEST_INTEGER, UntrustedInputError, parse_json, read_bytes
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+_AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The counts of a store, its end-of-document ids included, and the tokenizer that wrote it.
 
-    ``skipped`` are the documents left out because they could not be read. A store written before this was kept has no
-    ``end_of_document``.
+    ``skipped`` are the documents left out because they could not be read, ``left_out`` counts by reason what is no
+    document: files of other kinds, empty documents. A store written before these were kept is without them.
     """
 
     tokenizer_sha256: str
-    vocab_size: int
-    documents: int
-    tokens: int
-    bytes: int
-    skipped: int = 0
-    end_of_document: int | None = None
+    vocab_size: _Count
+    documents: _Count
+    tokens: _AtLeastOne
+    bytes: _Count
+    skipped: _Count = 0
+    end_of_document: _Count | None = None
+    left_out: dict[str, _Count] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:
@@ -54,15 +62,17 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """What ``P.json`` says, None where a store has none. Raises DataError when it is damaged."""
     path = manifest_path(prefix)
-    if not path.exists():
-        return None
     try:
-        return Manifest(**json.loads(path.read_bytes()))
-    except (TypeError, ValueError) as error:
+        return parse_json(read_bytes(path), Manifest)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Set --data-path.") from error
+    except UntrustedInputError as error:
         keys = ", ".join(field.name for field in fields(Manifest))
         raise DataError(
-            f"{path} is not one JSON object of {keys}. Delete it to read the store without it, or write the store "
-            f"again with tools/prepare_data.py --output-prefix {prefix}."
+            f"{path} is not one JSON object of {keys}: {error}. Delete it to read the store without it, or write the "
+            f"store again with tools/prepare_data.py --output-prefix {prefix}."
         ) from error
 
 

@@ -57,7 +57,7 @@ def prepare(
     tokenizer.save(tokenizer_file)
     work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix))
     records = _make(work, tokenizer, workers, progress)
-    manifest = _manifest(records, tokenizer)
+    manifest = _manifest(records, corpus, tokenizer)
     if not manifest.documents:
         raise DataError(f"nothing to write to {prefix}: every document is empty or was skipped. Set --input.")
     _join(work, prefix, token_dtype(tokenizer.vocab_size))
@@ -117,7 +117,10 @@ def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bo
     return [records[job.prefix] for job in work]
 
 
-def _manifest(records: list[ShardRecord], tokenizer: Tokenizer) -> Manifest:
+def _manifest(records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer) -> Manifest:
+    left_out = corpus.left_out.copy()
+    for record in records:
+        left_out.update(record.left_out)
     return Manifest(
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -126,6 +129,7 @@ def _manifest(records: list[ShardRecord], tokenizer: Tokenizer) -> Manifest:
         bytes=sum(record.bytes for record in records),
         skipped=sum(len(record.skipped) for record in records),
         end_of_document=tokenizer.end_of_document,
+        left_out=dict(sorted(left_out.items())),
     )
 
 

@@ -6,8 +6,9 @@ time of change of its files. So a run that was cut short finds what it finished,
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -38,18 +39,26 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The counts of a finished shard, what was passed over in it, and the size of its ``.bin``."""
+    """The counts of a finished shard, what was passed over in it, and the size of its ``.bin``.
+
+    ``left_out`` counts by reason what is no document to be read (formats.LeftOut).
+    """
 
     documents: int
     tokens: int
     bytes: int
     skipped: list[str]
     stored_bytes: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Path) -> list[ShardJob]:
     """A job for each shard of ``corpus``, to be kept in ``folder`` until all are joined."""
-    follows_from = (tokenizer.fingerprint, tokenizer.end_of_document, corpus.reading.json_key)
+    reading = corpus.reading
+    follows_from = (
+        *(tokenizer.fingerprint, tokenizer.end_of_document),
+        *(reading.json_key, reading.max_document_bytes, *reading.suffixes),
+    )
     return [
         ShardJob(shard, corpus.reading, tokenizer_file, folder / _name(shard, *follows_from))
         for shard in corpus.shards()
@@ -76,18 +85,27 @@ def make_in_process(job: ShardJob) -> ShardRecord:
 def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
     """Write the shard and then its record. Raises DataError as reading does."""
     skipped: list[str] = []
+    left_out: Counter[str] = Counter()
     documents = tokens = text_bytes = 0
     with TokenStoreWriter(job.prefix, token_dtype(tokenizer.vocab_size)) as writer:
-        for texts in batches(job.reading.texts(job.shard, skipped), _BATCH_CHARACTERS):
+        for texts in batches(job.reading.texts(job.shard, skipped, left_out), _BATCH_CHARACTERS):
             for text, ids in zip(texts, tokenizer.encode_documents(texts)):
                 writer.add_document(ids)
                 documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-    return keep_record(job.prefix, documents, tokens, text_bytes, skipped)
+    return keep_record(job.prefix, documents, tokens, text_bytes, skipped, left_out)
 
 
-def keep_record(prefix: Path, documents: int, tokens: int, text_bytes: int, skipped: list[str]) -> ShardRecord:
+def keep_record(
+    prefix: Path,
+    documents: int,
+    tokens: int,
+    text_bytes: int,
+    skipped: list[str],
+    left_out: Mapping[str, int],
+) -> ShardRecord:
     """Write the record of the store at ``prefix``, which is finished from then on."""
-    record = ShardRecord(documents, tokens, text_bytes, skipped, bin_path(prefix).stat().st_size)
+    stored_bytes = bin_path(prefix).stat().st_size
+    record = ShardRecord(documents, tokens, text_bytes, skipped, stored_bytes, dict(left_out))
     replace_file(_record_path(prefix), json.dumps(asdict(record)).encode())
     return record
 

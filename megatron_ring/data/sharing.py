@@ -5,6 +5,7 @@ then, and hands its documents to the others, so many at a time that a part is a 
 by one, as shards are: after an interruption the long shard is read again, and only parts that are missing are made.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ring.data.documents import Reading
 from megatron_ring.data.processes import in_order, pool_of
 from megatron_ring.data.shards import ShardJob, ShardRecord, batches, finished, keep_record, make_in_process, remove
 from megatron_ring.data.tokens import TokenStoreWriter
@@ -44,7 +46,7 @@ class _Texts:
 
     texts: list[str]
 
-    def documents(self, json_key: str) -> Iterator[str]:
+    def documents(self, reading: Reading) -> Iterator[str]:
         yield from self.texts
 
 
@@ -54,16 +56,17 @@ class _Part(ShardJob):
 
 
 def _made_in_parts(pool: Executor, processes: int, jobs: list[ShardJob], dtype: np.dtype) -> Iterator[Made]:
-    skipped: dict[Path, list[str]] = {job.prefix: [] for job in jobs}
-    parts = chain.from_iterable(_parts(job, skipped[job.prefix]) for job in jobs)
+    passed_over = {job.prefix: ([], Counter()) for job in jobs}
+    parts = chain.from_iterable(_parts(job, *passed_over[job.prefix]) for job in jobs)
     made = in_order(pool, _make_part, parts, _READ_AHEAD * processes)
     for job, made_of_job in groupby(made, key=lambda part_and_record: part_and_record[0].whole):
-        yield job, _joined(job, made_of_job, skipped[job.prefix], dtype)
+        yield job, _joined(job, made_of_job, *passed_over[job.prefix], dtype)
 
 
-def _parts(job: ShardJob, skipped: list[str]) -> Iterator[_Part]:
-    """The documents of ``job``, at least one part. What is passed over is told to ``skipped``."""
-    for number, texts in enumerate(batches(job.reading.texts(job.shard, skipped), _PART_CHARACTERS)):
+def _parts(job: ShardJob, skipped: list[str], left_out: Counter[str]) -> Iterator[_Part]:
+    """The documents of ``job``, at least one part. What is passed over goes into the last two arguments."""
+    found = job.reading.texts(job.shard, skipped, left_out)
+    for number, texts in enumerate(batches(found, _PART_CHARACTERS)):
         prefix = Path(f"{job.prefix}-{_PART_CHARACTERS}-{number}")
         yield _Part((_Texts(texts),), job.reading, job.tokenizer_file, prefix, job)
 
@@ -72,7 +75,9 @@ def _make_part(part: _Part) -> ShardRecord:
     return finished(part) or make_in_process(part)
 
 
-def _joined(job: ShardJob, made: Iterable[Made], skipped: list[str], dtype: np.dtype) -> ShardRecord:
+def _joined(
+    job: ShardJob, made: Iterable[Made], skipped: list[str], left_out: Counter[str], dtype: np.dtype
+) -> ShardRecord:
     """Write the shard from its parts, and then its record; the parts are not needed any more."""
     # By their prefixes: the texts of all of them would not fit into memory.
     records = {part.prefix: record for part, record in made}
@@ -80,7 +85,7 @@ def _joined(job: ShardJob, made: Iterable[Made], skipped: list[str], dtype: np.d
         for prefix in records:
             writer.add_store(prefix)
     counts = ([getattr(record, name) for record in records.values()] for name in ("documents", "tokens", "bytes"))
-    record = keep_record(job.prefix, *map(sum, counts), skipped)
+    record = keep_record(job.prefix, *map(sum, counts), skipped, left_out)
     for prefix in records:
         remove(prefix)
     return record

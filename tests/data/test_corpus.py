@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ring.data import corpus as module
-from megatron_ring.data.corpus import Corpus, Reading, gather, keep_standard_input, python_library
+from megatron_ring.data.corpus import Corpus, gather, keep_pipes, python_library
+from megatron_ring.data.documents import Reading
 from megatron_ring.errors import DataError
 
 
@@ -103,8 +104,8 @@ def test_a_glob_that_finds_nothing_is_named(tmp_path):
 
 def test_standard_input_is_kept_to_be_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b'{"text": "one"}\n')))
-    kept = keep_standard_input(tmp_path / "P.work" / "standard-input.jsonl")
-    assert texts(gather([kept])) == texts(gather([kept])) == ["one"]
+    kept = keep_pipes(["-"], tmp_path / "P.work", ".jsonl")
+    assert texts(gather(kept)) == texts(gather(kept)) == ["one"]
 
 
 def test_what_is_skipped_is_told_and_the_rest_is_read(tmp_path):

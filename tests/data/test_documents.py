@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ring.data.documents import Piece
+from megatron_ring.data.documents import Piece, Reading
 from megatron_ring.errors import DataError
 
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
@@ -18,7 +18,7 @@ zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14)
 
 def documents(file: Path, json_key: str = "text") -> list[str]:
     """Every document, as with --on-error stop."""
-    found = list(Piece(file, 0, file.stat().st_size).documents(json_key))
+    found = list(Piece(file, 0, file.stat().st_size).documents(Reading(json_key)))
     for document in found:
         if isinstance(document, DataError):
             raise document
@@ -53,7 +53,7 @@ def test_rows_of_parquet_are_documents(tmp_path):
 
 def test_a_row_without_text_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:2: no text under 'text'; found NoneType"):
+    with pytest.raises(DataError, match=r"a\.parquet:2: the text under 'text' is null"):
         documents(tmp_path / "a.parquet")
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_parquet_is_refused(tmp_path, keep):
     parquet.write_table(pyarrow.table({"text": ["one"] * 100}), tmp_path / "whole.parquet")
     content = (tmp_path / "whole.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(DataError, match=r"a\.parquet is damaged, or no parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is damaged: .*no parquet file"):
         documents(tmp_path / "a.parquet")
 
 
@@ -84,9 +84,10 @@ def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path):
 
 
 BAD_LINES = {
-    "not json": (b"{'text': 1}", "not a line of JSON: .*Every line of a .jsonl file is one object"),
+    "not json": (b"{'text': 1}", "not a line of JSON: .*Every line of JSON lines .* is one object"),
     "not an object": (b'["text"]', "no text under 'text'; found list. Set --json-key"),
     "another key": (b'{"content": "a", "id": 1}', "no text under 'text'; found 'content', 'id'. Set --json-key"),
+    "null": (b'{"text": null, "id": 1}', "the text under 'text' is null. .*--on-error skip"),
     "not a string": (b'{"text": 5}', "no text under 'text'; found 'text'"),
     "not UTF-8": (b'{"text": "\xfc"}', "byte 0xfc is not UTF-8"),
     "half a surrogate pair": (b'{"text": "a\\ud800"}', "half a surrogate pair at character 1"),

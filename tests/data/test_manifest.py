@@ -1,5 +1,7 @@
 """P.json: written, read, and what it catches."""
 
+import json
+
 import pytest
 
 from megatron_ring.data.manifest import Manifest, check_tokenizer, manifest_path, read_manifest, write_manifest
@@ -41,10 +43,25 @@ def test_a_manifest_of_before_ends_were_kept_is_read(tmp_path, tokenizer):
     check_tokenizer(tmp_path / "P", tokenizer)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"tokens": 5}', '{"tokens": '])
+GOOD = {"tokenizer_sha256": "0", "vocab_size": 9, "documents": 1, "tokens": 5, "bytes": 5}
+BAD_VALUES = [
+    json.dumps(GOOD | {key: value})
+    for key, value in (
+        ("documents", "1"),
+        ("tokens", 0),
+        ("vocab_size", -1),
+        ("bytes", 1.5),
+        ("skipped", [1]),
+        ("end_of_document", 2**70),
+        ("left_out", {"*.png": "3"}),
+    )
+]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tokens": 5}', '{"tokens": ', "[" * 100_000, *BAD_VALUES])
 def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
     manifest_path(tmp_path / "P").write_text(content)
     with pytest.raises(
-        DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document\. Delete it"
+        DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document.*Delete it"
     ):
         read_manifest(tmp_path / "P")

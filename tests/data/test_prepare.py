@@ -9,7 +9,8 @@ import pytest
 from megatron_ring.data import corpus as cutting
 from megatron_ring.data import prepare as module
 from megatron_ring.data import shards
-from megatron_ring.data.corpus import Reading, gather
+from megatron_ring.data.corpus import gather
+from megatron_ring.data.documents import Reading
 from megatron_ring.data.manifest import Manifest, read_manifest
 from megatron_ring.data.prepare import fit_tokenizer, prepare, prepare_python_library, work_folder
 from megatron_ring.data.tokenizer import Tokenizer

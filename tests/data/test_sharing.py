@@ -13,7 +13,8 @@ import pytest
 from megatron_ring.data import corpus as cutting
 from megatron_ring.data import prepare as preparing
 from megatron_ring.data import sharing
-from megatron_ring.data.corpus import Corpus, Reading, gather
+from megatron_ring.data.corpus import Corpus, gather
+from megatron_ring.data.documents import Reading
 from megatron_ring.data.prepare import Prepared, prepare, work_folder
 from megatron_ring.data.shards import jobs
 from megatron_ring.errors import DataError
