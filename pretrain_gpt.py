@@ -9,6 +9,7 @@ import sys
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.errors import speaking_errors
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
@@ -67,7 +68,8 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
 
 if __name__ == "__main__":
-    environment = Environment.read()
+    with speaking_errors():
+        environment = Environment.read()
     speaks, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0
     with spoken_once(environment), Stopping(speaks, speaks_for_node) as stopping:
         main(arguments(environment), environment, stopping)

@@ -3,4 +3,8 @@
 Start reading at ``context_parallel/ring.py`` (the ring loop) and ``pretrain_gpt.py`` (everything on one screen).
 """
 
+from megatron_ring.parallel.environment import remove_empty_variables
+
+remove_empty_variables()
+
 __version__ = "0.1.0"

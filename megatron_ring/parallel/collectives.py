@@ -23,6 +23,7 @@ from megatron_ring.parallel.whereabouts import Whereabouts
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
 _SECONDS_FOR_THE_WATCHDOG = 60
+_LONGEST_SUSPENSION = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,18 @@ class ProcessGroups:
         if self.data_context is not None:
             dist.all_reduce(tensor, group=self.data_context)
         return tensor
+
+
+def let_links_outlast_suspensions(links: tuple[dist.ProcessGroup, dist.ProcessGroup]) -> None:
+    """Leave the time limit of waits in the ring to the watchdog, which must run from now on.
+
+    gloo counts the time in which its process was suspended as time that it has waited, and the
+    watchdog does not. NCCL's limit stays: the host does not wait for the device, so that it is the
+    only one there.
+    """
+    if "nccl" not in dist.get_backend_config(links[0]):
+        for link in links:
+            dist.distributed_c10d._set_pg_timeout(_LONGEST_SUSPENSION, link)
 
 
 def _ring_links(

@@ -42,9 +42,11 @@ class Fault:
     signal: int = 0
     sleep: float = 0
 
-    def at(self, place: Place) -> None:
+    def at(self, place: Place, folder: Path) -> None:
+        """Act if this is the place; ``folder`` gets the file ``struck`` before."""
         if place[:4] != (self.step, self.layer, self.direction, self.hop):
             return
+        (folder / "struck").touch()
         if self.signal:
             os.kill(os.getpid(), self.signal)
         time.sleep(self.sleep)
@@ -62,15 +64,15 @@ class Ended:
 class Faulty:
     """The reference kernel, which looks where it is."""
 
-    def __init__(self, fault: Fault, place: Whereabouts):
-        self.fault, self.place = fault, place
+    def __init__(self, fault: Fault, place: Whereabouts, folder: Path):
+        self.fault, self.place, self.folder = fault, place, folder
 
     def forward(self, *inputs) -> None:
-        self.fault.at(self.place.read())
+        self.fault.at(self.place.read(), self.folder)
         reference.forward(*inputs)
 
     def backward(self, *inputs) -> None:
-        self.fault.at(self.place.read())
+        self.fault.at(self.place.read(), self.folder)
         reference.backward(*inputs)
 
 
@@ -86,6 +88,16 @@ class Ring:
         self.processes = [start(target=_rank, args=(rank, folder, fault, ring_timeout)) for rank in range(RANKS)]
         for process in self.processes:
             process.start()
+
+    def suspend(self, seconds: float) -> None:
+        """Once rank 1 is at its fault, suspend all ranks for ``seconds``."""
+        deadline = time.monotonic() + 100
+        while not (self.folder / "struck").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number, pause in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
+            for process in self.processes:
+                os.kill(process.pid, number)
+            time.sleep(pause)
 
     def ended(self, seconds: float = 150) -> list[Ended]:
         """By rank, as soon as those that can end have, or when ``seconds`` are over; then none is left."""
@@ -113,7 +125,8 @@ def _rank(rank: int, folder: Path, fault: Fault, ring_timeout: int) -> None:
     (folder / f"{rank}.losses").touch()
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), RANKS, rank)
     place, groups = Whereabouts(), ProcessGroups.build(Grid(ring=RANKS), rank, ring_timeout)
-    KERNELS["faulty"] = Faulty(fault if rank == 1 else Fault(), place)
+    own_fault = fault if rank == 1 else Fault(step=0)
+    KERNELS["faulty"] = Faulty(own_fault, place, folder)
     with watched(place, groups, ring_timeout, Agreement.build()):
         (folder / f"{rank}.losses").write_text(json.dumps(_train(rank, place, groups)))
         dist.barrier()

@@ -1,5 +1,6 @@
 import os
 import platform
+import re
 import resource
 import socket
 import subprocess
@@ -160,3 +161,81 @@ def test_where_every_port_is_taken_that_is_said(monkeypatch):
         monkeypatch.setattr(environment, "_PORTS", range(port, port + 1))
         with pytest.raises(OSError, match=f"every port of {port} to {port} is in use"):
             free_port()
+
+
+EMPTY = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+EMPTY += ["OMP_NUM_THREADS", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_GTIDS", "SLURM_CPUS_PER_TASK"]
+EMPTY += ["CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"]
+
+
+def test_empty_variables_count_as_unset(environ):
+    alone = Environment.read()
+    environ.update(dict.fromkeys(EMPTY, ""))
+    assert Environment.read() == alone
+    Environment.read().complete()
+    environment.fix_order_of_sums()
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")] == ["0", "0", "1", "0"]
+    assert environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert environment.socket_interfaces(["eth0", "lo"]) == []
+
+
+@pytest.mark.parametrize("name", sorted(set(LAUNCHERS["srun"]) - {"SLURM_STEP_NUM_TASKS"}))
+def test_an_empty_variable_of_slurm_is_no_traceback(name, environ):
+    environ.update(LAUNCHERS["srun"] | {name: ""})
+    Environment.read().complete()
+
+
+def test_empty_variables_of_libraries_are_removed_and_others_are_not(environ):
+    environ.update({"DS_ACCELERATOR": "", "DEEPSPEED_TIMEOUT": "", "OMP_NUM_THREADS": "", "RANK": ""})
+    kept = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "MASTER_PORT": "1234", "NO_COLOR": ""}
+    environ.update(kept)
+    environment.remove_empty_variables()
+    assert {name: value for name, value in environ.items() if not name.startswith("PYTEST")} == kept
+
+
+def test_the_package_removes_them_before_it_imports_a_library():
+    code = "import megatron_ring.training.engine, os; print(sorted(n for n, v in os.environ.items() if not v))"
+    empty = dict.fromkeys(["DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "TRITON_CACHE_DIR", "SLURM_STEP_ID"], "")
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | empty, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not set(empty) & set(re.findall(r"\w+", run.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "first"}, "RANK"),
+        ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+        ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT"),
+        (LAUNCHERS["srun"] | {"SLURM_GTIDS": "4-7"}, "SLURM_GTIDS"),
+    ],
+)
+def test_variables_that_are_no_numbers_or_out_of_range_are_refused_by_name(variables, named, environ):
+    environ.update(variables)
+    with pytest.raises(ConfigError, match=rf"^{named} is "):
+        Environment.read().complete()
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"GLOO_SOCKET_IFNAME": "eth1,nothing"}, ["eth1"]),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, ["eth0", "eth1"]),
+        ({"NCCL_SOCKET_IFNAME": "=eth,ib0"}, ["ib0"]),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo,eth1"}, ["eth0", "ib0"]),
+        ({"NCCL_SOCKET_IFNAME": "^=eth0"}, ["eth1", "ib0", "lo", "docker0"]),
+        ({"NCCL_SOCKET_IFNAME": "ib,eth0", "GLOO_SOCKET_IFNAME": "eth1"}, ["eth1", "eth0", "ib0"]),
+    ],
+)
+def test_the_interfaces_that_gloo_and_nccl_are_given(variables, named, environ):
+    environ.update(variables)
+    assert environment.socket_interfaces(["eth0", "eth1", "ib0", "lo", "docker0"]) == named
