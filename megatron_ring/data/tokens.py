@@ -57,21 +57,29 @@ class TokenStoreWriter:
             self._temporary_idx.unlink(missing_ok=True)
 
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append one document of token ids. Raises DataError where it is longer than the format can count."""
+        """Append one document of token ids.
+
+        Raises DataError where it is longer than the format can count, or has ids that the store's type cannot hold.
+        """
         if len(tokens) > LONGEST_SEQUENCE:
             raise DataError(
                 f"a document of {len(tokens)} tokens does not fit {idx_path(self._prefix)}, which counts a document's "
                 f"tokens up to {LONGEST_SEQUENCE}. Cut the document in two."
             )
         tokens, ids = np.asarray(tokens), np.iinfo(self._dtype)
-        assert not tokens.size or (tokens.min() >= ids.min and tokens.max() <= ids.max)
+        if tokens.size and (tokens.min() < ids.min or tokens.max() > ids.max):
+            raise DataError(
+                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self._dtype}, which holds {ids.min} to "
+                f"{ids.max}. Prepare the store with a tokenizer of at most {ids.max + 1} ids."
+            )
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self._lengths.append(len(tokens))
 
     def add_store(self, prefix: str | Path) -> None:
-        """Append every document of another store, of the same type."""
+        """Append every document of another store. Raises DataError where it is of another type."""
         dtype, starts = read_index(prefix)
-        assert dtype == self._dtype
+        if dtype != self._dtype:
+            raise DataError(f"token store {prefix} has tokens of {dtype}, and is to be added to one of {self._dtype}.")
         with bin_path(prefix).open("rb") as tokens:
             shutil.copyfileobj(tokens, self._tokens, _COPIED_AT_ONCE)
         self._lengths.frombytes(np.diff(starts).astype(np.int32).tobytes())

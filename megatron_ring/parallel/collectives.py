@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.messages import in_memory
 from megatron_ring.parallel.room import Room
-from megatron_ring.parallel.same_machine import Fetched, Fetcher, fetcher_within, meet, offer
+from megatron_ring.parallel.same_machine import Fetched, Fetcher, fetcher_within, meet, offer, wait
 from megatron_ring.parallel.whereabouts import Whereabouts
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
@@ -37,12 +37,13 @@ class RingTransfer:
     sent_at: int  # as place.sends tells
     place: Whereabouts
     room: Room
+    limit: timedelta | None  # of each wait, as RingExchange has it
 
     def wait(self) -> torch.Tensor:
         """What was sent to this rank; what it sent may be written to now. On CUDA the stream waits, not the host."""
         for peer, work in self.works:
             with self.place.waiting_for(peer):
-                work.wait()
+                wait(work, self.limit)
         self.place.received(self.sent_at, self.sender)
         self.room.give_back(self.sent)
         return self.received
@@ -54,7 +55,7 @@ class RingExchange:
 
     members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
     place: where it is noted for whom this process waits. room: where messages arrive. fetcher: what reads them in the
-    memory of other members; all members have one, or none has.
+    memory of other members; all members have one, or none has. limit: of a wait; None is torch's own.
     """
 
     members: tuple[int, ...]
@@ -63,13 +64,15 @@ class RingExchange:
     place: Whereabouts = field(default_factory=Whereabouts)
     room: Room = field(default_factory=Room)
     fetcher: Fetcher | None = None
+    limit: timedelta | None = None
 
     @staticmethod
     def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
         """This process's, in the ring whose ``links`` these are."""
         members = tuple(dist.get_process_group_ranks(links[0]))
         rank, fetcher = dist.get_rank(links[0]), fetcher_within(links[0])
-        return RingExchange(members, links, rank, place or Whereabouts(), fetcher=fetcher)
+        limit = _LONGEST_SUSPENSION if links[0].group_name in _unlimited else None
+        return RingExchange(members, links, rank, place or Whereabouts(), fetcher=fetcher, limit=limit)
 
     @property
     def is_slow(self) -> bool:
@@ -84,7 +87,8 @@ class RingExchange:
         within_the_machine = self.fetcher is not None and tensor.device.type == "cpu"
         way = self._by_ticket if within_the_machine else self._over_the_network
         works = way(tensor, receiver, received, sender)
-        return RingTransfer(works, tensor, received, self.members[sender], sent_at, self.place, self.room)
+        peer = self.members[sender]
+        return RingTransfer(works, tensor, received, peer, sent_at, self.place, self.room, self.limit)
 
     def _by_ticket(
         self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
@@ -94,7 +98,7 @@ class RingExchange:
         with self.place.waiting_for(receiver):  # as in _post
             offered = offer(tensor, receiver, own_link)
         with self.place.waiting_for(sender):
-            fetched = self.fetcher.fetch(received, sender, link_of_sender)
+            fetched = self.fetcher.fetch(received, sender, link_of_sender, self.limit)
         return [(sender, fetched), *((receiver, work) for work in offered)]
 
     def _over_the_network(
@@ -161,16 +165,18 @@ class ProcessGroups:
         return tensor
 
 
+_unlimited: set[str] = set()  # names of the links whose waits a watchdog limits
+
+
 def let_links_outlast_suspensions(links: tuple[dist.ProcessGroup, dist.ProcessGroup]) -> None:
-    """Leave the time limit of waits in the ring to the watchdog, which must run from now on.
+    """Leave the time limit of waits on these links to the watchdog, which must run from now on.
 
     gloo counts the time in which its process was suspended as time that it has waited, and the
     watchdog does not. NCCL's limit stays: the host does not wait for the device, so that it is the
     only one there.
     """
     if "nccl" not in dist.get_backend_config(links[0]):
-        for link in links:
-            dist.distributed_c10d._set_pg_timeout(_LONGEST_SUSPENSION, link)
+        _unlimited.update(link.group_name for link in links)
 
 
 def _ring_links(

@@ -72,13 +72,14 @@ class Intercom:
     """This process's connections to the others.
 
     place: returns where this process is. alarmed: called with the rank that another one suspects.
+    members, networks: by rank; ranks of one network are on one host.
     """
 
     def __init__(self, agreement: Agreement, place: Callable[[], Place], alarmed: Callable[[int], None]):
         """Collective: all processes create theirs at the same time. Blocks until all have."""
         self.key = agreement.on_rank_0(lambda: secrets.token_hex(16))
-        networks = agreement.on_all(network_identity)
-        listening = listen(on_one_host=len(set(networks)) == 1, backlog=_BACKLOG)
+        self.networks: list[str] = agreement.on_all(network_identity)
+        listening = listen(on_one_host=len(set(self.networks)) == 1, backlog=_BACKLOG)
         self._place, self._alarmed = place, alarmed
         address, port, *_ = listening.getsockname()
         self.own = Member(agreement.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port)

@@ -13,6 +13,7 @@ import queue
 import secrets
 import threading
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,15 @@ class _Order(NamedTuple):
     into: torch.Tensor
     sender: int
     link: dist.ProcessGroup
+    limit: timedelta | None
+
+
+def wait(work: dist.Work | Fetched, limit: timedelta | None) -> None:
+    """Until a transfer is over; ``limit`` in place of its group's, None: its group's."""
+    if limit is None or isinstance(work, Fetched):
+        work.wait()
+    else:
+        work.wait(limit)
 
 
 class Fetcher:
@@ -67,10 +77,16 @@ class Fetcher:
         self._orders = queue.SimpleQueue()
         threading.Thread(target=self._work, name="fetcher", daemon=True).start()
 
-    def fetch(self, into: torch.Tensor, sender: int, link: dist.ProcessGroup) -> Fetched:
-        """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``; does not block."""
+    def fetch(
+        self, into: torch.Tensor, sender: int, link: dist.ProcessGroup, limit: timedelta | None = None
+    ) -> Fetched:
+        """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``; does not block.
+
+        ``limit``: of the wait for it, in place of the link's.
+        """
         fetched, ticket = Fetched(), torch.empty(3, dtype=torch.int64)
-        self._orders.put(_Order(fetched, ticket, dist.irecv(ticket, sender, link, tag=_TICKET), into, sender, link))
+        ticket_came = dist.irecv(ticket, sender, link, tag=_TICKET)
+        self._orders.put(_Order(fetched, ticket, ticket_came, into, sender, link, limit))
         return fetched
 
     def _work(self) -> None:
@@ -87,9 +103,10 @@ class Fetcher:
 def _carry_out(order: _Order) -> Exception | None:
     """What went wrong."""
     try:
-        order.ticket_came.wait()
+        wait(order.ticket_came, order.limit)
         read(order.ticket, order.into)
-        dist.isend(torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT).wait()
+        receipt = dist.isend(torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT)
+        wait(receipt, order.limit)
     except Exception as error:
         return error
     return None
@@ -159,7 +176,10 @@ def ticket_for(message: torch.Tensor) -> torch.Tensor:
 def read(ticket: torch.Tensor, into: torch.Tensor) -> None:
     """Copy what the ticket is for into a tensor that is dense as the message is. Raises MemoryUnreadable."""
     pid, address, size = ticket.tolist()
-    assert size == into.nbytes, f"a message of {size} bytes, where {into.nbytes} are waited for"
+    if pid <= 0 or address < 0 or size != into.nbytes:
+        raise MemoryUnreadable(
+            f"process {pid} offers a message of {size} bytes at {address}, where {into.nbytes} are waited for"
+        )
     done = 0
     while done < size:
         here, there = (_Span(start + done, size - done) for start in (into.data_ptr(), address))

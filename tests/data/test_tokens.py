@@ -98,6 +98,17 @@ def test_a_document_too_long_for_the_format_is_refused(tmp_path):
         writer.add_document(endless)
 
 
+@pytest.mark.parametrize("ids", [[0, 65536], [-1]])
+def test_ids_that_the_type_cannot_hold_are_refused(ids, tmp_path):
+    with TokenStoreWriter(tmp_path / "P", np.uint16) as writer, pytest.raises(DataError, match="0 to 65535"):
+        writer.add_document(ids)
+
+
+def test_a_store_of_another_type_is_not_added(prefix, tmp_path):
+    with TokenStoreWriter(tmp_path / "P", np.int32) as writer, pytest.raises(DataError, match="uint16"):
+        writer.add_store(prefix)
+
+
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_missing_file_is_named(prefix, suffix):
     Path(f"{prefix}.{suffix}").unlink()

@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
@@ -6,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ring.parallel import collectives
-from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel import collectives, same_machine
+from megatron_ring.parallel.collectives import ProcessGroups, RingExchange, let_links_outlast_suspensions
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
 
@@ -183,3 +184,22 @@ def test_without_nccl_a_link_has_no_options(built, monkeypatch):
     monkeypatch.setattr(collectives, "meet", lambda group: None)
     ProcessGroups.build(Grid(ring=2), 0)
     assert [each.options for each in built] == [None] * len(built)
+
+
+def wait_longer_than_the_limit(rank: int, world_size: int, within_the_machine: bool) -> list[float]:
+    """What arrives in a ring whose links have a limit of a second, of which rank 1 is late for more."""
+    links = tuple(dist.new_group(timeout=timedelta(seconds=1)) for _ in range(2))
+    if within_the_machine:
+        same_machine.meet(links[0])
+    let_links_outlast_suspensions(links)
+    exchange = RingExchange.over(links)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(2.5)
+    return exchange.start(torch.tensor([float(rank)])).wait().tolist()
+
+
+@pytest.mark.parametrize("within_the_machine", [False, True])
+def test_the_watchdog_and_not_gloo_limits_waits_in_the_ring(within_the_machine):
+    """gloo counts suspensions as waiting."""
+    assert run_ranks(2, wait_longer_than_the_limit, within_the_machine) == [[1.0], [0.0]]

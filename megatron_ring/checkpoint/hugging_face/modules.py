@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.checkpoint.tensors import Shapes
+from megatron_ring.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def tensors(table: dict[str, Module], shapes: Shapes) -> dict[str, Tensor]:
             if ("{}" in theirs) == (layer is not None):
                 found |= _of_module(theirs.format(layer), [name.format(layer) for name in ours.ours], ours, shapes)
     left = shapes.keys() - {name for tensor in found.values() for name in tensor.parts}
-    assert not left, f"no place for {left}"
+    if left:
+        raise CheckpointError(f"the Hugging Face family has no tensors for {', '.join(sorted(left))}. Set --family.")
     return found
 
 

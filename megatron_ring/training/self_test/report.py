@@ -8,6 +8,7 @@ from megatron_ring.training.self_test.exactness import Errors, allowed, check_at
 from megatron_ring.training.self_test.hops import Link, measure_links, median, megabytes, message_bytes, slow
 from megatron_ring.training.self_test.neighbours import check_neighbours
 from megatron_ring.training.self_test.processes import Process, in_words
+from megatron_ring.training.self_test.reach import check_reach
 from megatron_ring.training.setup import Setup
 
 _LINKS_NAMED = 16
@@ -67,6 +68,8 @@ def self_test(setup: Setup, groups: ProcessGroups, agreement: Agreement) -> Repo
     """
     processes = agreement.on_all(lambda: Process.here(agreement.rank))
     check_neighbours(setup.grid, groups, processes, agreement, setup.device)
+    if groups.ring_links and setup.config.parallel.ring_timeout:
+        check_reach(agreement)
     errors = check_attention(setup, groups, processes, agreement)
     links = measure_links(setup, groups, processes, agreement)
     return Report(setup, processes, errors, sorted(links, key=lambda link: link.bytes_per_second))
