@@ -69,6 +69,16 @@ def test_the_images_agree_on_who_runs_and_where_they_write():
         assert block in cpu
 
 
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
+def test_no_folder_of_an_image_is_for_everybody_to_write_to(image):
+    text = image.read_text()
+    modes = re.findall(r"(?:--mode[= ]|--chmod=|chmod )(\S+)", text)
+    assert modes, "folders are made with a mode"
+    for mode in modes:
+        assert re.fullmatch(r"[0-7]+", mode), mode
+        assert not int(mode, 8) & 0o002, mode
+
+
 def test_every_requirement_of_the_images_has_a_pin_that_satisfies_it():
     wanted = list(map(Requirement, REQUIREMENTS["requirements"](ROOT / "pyproject.toml")))
     assert {"torch", "deepspeed", "wandb", "pyarrow"} <= {requirement.name for requirement in wanted}

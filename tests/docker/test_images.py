@@ -93,9 +93,14 @@ def start(builder: Builder, image: str, service: dict, volumes: Path, environmen
     return builder.start(image, command, service["environment"] | environment, folders)
 
 
-def test_any_user_may_run_the_cpu_image(builder, cpu):
+def test_any_user_of_its_group_may_run_the_cpu_image_and_write(builder, cpu):
     look = "import getpass, matplotlib, os; open('here', 'w'), open('/cache/there', 'w'); print(os.getuid())"
-    assert output(builder.start(cpu, ["python", "-c", look], user="4321:4321")).strip() == "4321"
+    assert output(builder.start(cpu, ["python", "-c", look], user="4321:1000")).strip() == "4321"
+
+
+def test_other_users_may_write_nowhere_in_the_image(builder, cpu):
+    look = "import os; print([place for place in ('.', 'data', 'runs', '/cache') if os.access(place, os.W_OK)])"
+    assert output(builder.start(cpu, ["python", "-c", look], user="4321:4321")).strip() == "[]"
 
 
 def test_nothing_of_this_machines_pip_stays_in_the_image(builder, cpu):
