@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_ring.checkpoint.fit import other_data
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
-from megatron_ring.plan.flops import peak_flops
+from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.training.dry_run import plan_lines
 from megatron_ring.training.engine import Engine
@@ -50,11 +50,11 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
     """Where rank 0's steps are told. Measures what this device could reach, where no data sheet says it."""
     setup, config = start.setup, start.setup.config
     peak, source = peak_flops(setup.device, setup.precision.dtype)
-    print(f"peak             {peak / 1e12:.3g} TFLOP/s a process, {source}")
+    print(f"peak             {f'{peak / 1e12:.4g} TFLOP/s a process, {source}' if peak else source}")
     return ConsoleReport(
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),
-        peak_flops=peak * setup.grid.world_size,
+        peak_flops=peak * setup.grid.world_size if peak else None,
         monitors=engine.write_events,
     )
 

@@ -15,7 +15,7 @@ from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
 from megatron_ring.parallel.whereabouts import Whereabouts
-from megatron_ring.plan.flops import training_flops
+from megatron_ring.plan.flops import full_attention_flops, training_flops
 from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.engine import Engine, StepResult
@@ -125,6 +125,7 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
         model_flops=_model_flops(engine, start, batches),
         skipped_steps=guard.skipped_steps,
         roll_backs=guard.roll_backs,
+        full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
     )
     return Taken(record, result, range(first, ahead.consumed_samples))
@@ -150,6 +151,13 @@ def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
     if not setup.config.data.reset_attention_mask:
         return own * setup.grid.data  # the same on every data rank
     return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
+
+
+def _full_attention_flops(start: Start) -> float:
+    """The step's operations on all ranks as published figures count them."""
+    config = start.setup.config
+    sequences = start.setup.global_batch_size
+    return float(full_attention_flops(config.model, start.vocab_size, config.data.seq_length, sequences))
 
 
 def _loader(start: Start, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:

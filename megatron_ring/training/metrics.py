@@ -3,7 +3,8 @@
 The keys of the metrics file are a public interface. A step writes
 ``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
 ``data_seconds``, the operations of all ranks, ``model_flops`` (plan/flops.py), and of all steps so far how many were
-bad and ``skipped_steps``, or led to ``roll_backs``; a validation writes
+bad and ``skipped_steps``, or led to ``roll_backs``; ``full_attention_flops`` is ``model_flops`` as published figures
+count it, attention by the full square of a sample; a validation writes
 ``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
 test_bits_per_byte``. ``tokens`` counts all those read so far. Losses are nats per token. What is not finite is null in
 the file, for JSON has no word for it, and what it is to the monitors. After a roll back the file goes on from the
@@ -51,6 +52,7 @@ class StepRecord:
     model_flops: float
     skipped_steps: int
     roll_backs: int
+    full_attention_flops: float = 0.0
     ring: RingReport = field(default_factory=RingReport)
 
     @property
@@ -115,9 +117,12 @@ class Silence:
 
 
 class ConsoleReport:
-    """Tells the console, the metrics file and the monitors. ``peak_flops``, of all processes, gives the utilisation."""
+    """Tells the console, the metrics file and the monitors. ``peak_flops``, of all processes, gives the utilisation.
 
-    def __init__(self, logging: LoggingConfig, steps: range, peak_flops: float, monitors: Monitors):
+    None: it is not known, and no utilisation is shown.
+    """
+
+    def __init__(self, logging: LoggingConfig, steps: range, peak_flops: float | None, monitors: Monitors):
         self.interval, self.monitors = logging.log_interval, monitors
         self.first_step, self.last_step = steps.start, steps.stop - 1
         self.peak_flops = peak_flops
@@ -176,7 +181,7 @@ class ConsoleReport:
                 f"loss             {self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps, "
                 f"{self.steps[-1].tokens:,} tokens so far"
             )
-            lines.append(f"speed            {rate:,.0f} tokens/s (median), {self._utilisation(self.steps):.0%} of peak")
+            lines.append(f"speed            {rate:,.0f} tokens/s (median){self._utilisation(self.steps, ', {}')}")
         if self.validations:
             first, last = (self.validations[i].bits_per_byte for i in (0, -1))
             lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
@@ -189,13 +194,19 @@ class ConsoleReport:
         left = round((self.last_step - record.step) * statistics.median(recent))
         return (
             f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  grad norm {record.grad_norm:.3f}  "
-            f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s "
-            f"({self._utilisation([record]):.0%} of peak)  ETA {left // 60}:{left % 60:02d}"
+            f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
+            f"{self._utilisation([record], ' ({})')}  ETA {left // 60}:{left % 60:02d}"
         )
 
-    def _utilisation(self, steps: list[StepRecord]) -> float:
-        """The median step's operations a second over what the processes could reach."""
-        return statistics.median(step.model_flops / step.step_seconds for step in steps) / self.peak_flops
+    def _utilisation(self, steps: list[StepRecord], form: str) -> str:
+        """The median step's operations a second over what the processes could reach, by both conventions."""
+        if not self.peak_flops:
+            return ""
+        own, usual = (
+            statistics.median(getattr(step, name) / step.step_seconds for step in steps) / self.peak_flops
+            for name in ("model_flops", "full_attention_flops")
+        )
+        return form.format(f"{own:.0%} of peak, MFU {usual:.0%}")
 
     def _write(self, record: dict) -> None:
         if self.metrics_file:

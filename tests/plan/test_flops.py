@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
-from megatron_ring.plan.flops import peak_flops, training_flops, visible_pairs
+from megatron_ring.plan.flops import full_attention_flops, training_flops, visible_pairs
 
 VOCAB, SEQ = 61, 32
 LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2)
@@ -67,12 +67,10 @@ def test_two_samples_cost_twice_as_much_and_documents_cost_less():
     assert training_flops(LLAMA, VOCAB, torch.tensor([SEQ, 5, SEQ - 5])) < whole
 
 
-def test_a_device_with_no_data_sheet_is_measured():
-    rate, source = peak_flops("cpu", torch.float32)
-    assert rate > 0
-    assert "measured" in source
-
-
-def test_a_device_with_a_data_sheet_is_looked_up(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert peak_flops("cuda", torch.bfloat16) == (989e12, "H100 data sheet")
+def test_the_usual_convention_counts_the_full_square_and_neither_window_nor_documents():
+    """6 for each weight of a product and token, and 12 L H D S a token: as in PaLM, appendix B."""
+    model = replace(LLAMA, window_size=8)
+    weights = training_flops(model, VOCAB, torch.tensor([1])) - 12 * 2 * 32  # of one token, that sees itself
+    expected = 3 * SEQ * (weights + 12 * model.num_layers * model.num_attention_heads * model.head_dim * SEQ)
+    assert full_attention_flops(model, VOCAB, SEQ, sequences=3) == expected
+    assert full_attention_flops(LLAMA, VOCAB, SEQ, 3) == expected

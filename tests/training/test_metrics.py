@@ -21,6 +21,7 @@ STEP = {
     "model_flops": 1e8,
     "skipped_steps": 0,
     "roll_backs": 0,
+    "full_attention_flops": 1.5e8,
 }
 VALIDATION, TEST = HeldOutRecord(1, "validation", 2.4, 1.2), HeldOutRecord(2, "test", 2.3, 1.1)
 
@@ -71,9 +72,16 @@ def test_monitors_receive_what_the_file_has(report, monitored):
 def test_the_console_line_says_where_the_run_is_and_how_fast(report, capsys):
     report.step(StepRecord(**STEP))
     assert (
-        "step      1/2  loss 2.5000  grad norm 1.000  lr 1.00e-03  960 tokens/s (10% of peak)"
+        "step      1/2  loss 2.5000  grad norm 1.000  lr 1.00e-03  960 tokens/s (10% of peak, MFU 15%)"
         in capsys.readouterr().out
     )
+
+
+def test_without_a_peak_there_is_no_utilisation(capsys):
+    report = ConsoleReport(LoggingConfig(), range(1, 3), peak_flops=None, monitors=lambda events: None)
+    report.step(StepRecord(**STEP))
+    assert "960 tokens/s  ETA" in capsys.readouterr().out
+    assert report.close().endswith("960 tokens/s (median)")
 
 
 def test_the_console_says_what_was_held_out(report, capsys):
@@ -92,7 +100,7 @@ def test_the_summary_says_what_was_gained_on_the_validation_text(report):
     report.held_out(TEST)
     summary = report.close()
     assert "3.0000 -> 1.5000 bits per byte (-50%)" in summary
-    assert "960 tokens/s (median), 10% of peak" in summary
+    assert "960 tokens/s (median), 10% of peak, MFU 15%" in summary
 
 
 def test_what_is_not_finite_is_null_in_the_file_and_itself_to_the_monitors(report, monitored, tmp_path, capsys):
