@@ -659,14 +659,12 @@ def load_yaml(path: str | Path, remedy: str = "Set --config.") -> Config:
     problems: list[str] = []
     config = _filled(Config(), tree, str(path), problems)
     problems += [f"{path}: {problem}" for problem in config.unusable_values()]
-    if len(problems) > _LISTED:
-        problems = [*problems[:_LISTED], f"{path}: and {len(problems) - _LISTED} more."]
     if problems:
         raise ConfigError(problems)
     return config
 
 
-_LISTED = 30
+_NEAREST_NAMED = 30
 _LONGEST_KEY = 100
 
 
@@ -703,7 +701,7 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
     changed = {}
     for key, value in tree.items():
         if key not in known:
-            nearest = _nearest(str(key), known) if len(problems) < _LISTED else ""
+            nearest = _nearest(str(key), known) if len(problems) < _NEAREST_NAMED else ""
             problems.append(f"{where}: unknown key {untrusted.shown(key)}.{nearest}")
         elif is_dataclass(current := getattr(section, key)):
             changed[key] = _filled(current, value, f"{where}: {key}", problems)

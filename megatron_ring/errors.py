@@ -7,6 +7,8 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 
+_SHOWN_PROBLEMS = 100
+
 
 class MegatronRingError(Exception):
     """A fault the user can mend. Entry points print it without a traceback and leave with ``exit_code``."""
@@ -15,6 +17,9 @@ class MegatronRingError(Exception):
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) > _SHOWN_PROBLEMS:
+            more = len(self.problems) - _SHOWN_PROBLEMS
+            self.problems = [*self.problems[:_SHOWN_PROBLEMS], f"and {more} problems more of this kind."]
         super().__init__("\n".join(self.problems))
 
 

@@ -27,8 +27,11 @@ MIB = 1 << 20
 METADATA_BYTES = 64 * MIB
 """The default size limit of a metadata file."""
 
-CONFIG_BYTES = MIB
-"""The size limit of a YAML config: PyYAML takes seconds for one megabyte."""
+CONFIG_BYTES = MIB // 4
+"""The size limit of a YAML config: PyYAML takes about two seconds for so much."""
+
+TOKENIZER_BYTES = 128 * MIB
+"""The size limit of a tokenizer's file; those of published models have up to 35 MB."""
 
 LARGEST_INTEGER = 2**63 - 1
 """The largest magnitude of a whole number in YAML: what torch and NumPy hold."""
@@ -188,14 +191,12 @@ def path_inside(folder: Path, name: str) -> Path:
 def check_link(folder: Path, path: Path) -> None:
     """Refuse a path inside ``folder`` whose symbolic links lead out of it.
 
-    Hugging Face's cache is one tree for each model, ``models--OWNER--NAME``, in which snapshots
-    link to blobs: a link may lead anywhere inside that tree.
+    Hugging Face's cache has for each model the folders ``snapshots`` and ``blobs``: a snapshot's
+    links may lead to the blobs beside it.
     """
-    root = folder.resolve()
-    cache = [parent for parent in root.parents if parent.name == "snapshots"]
-    allowed = cache[0].parent if cache and cache[0].parent.name.startswith("models--") else root
-    target = path.resolve()
-    if not target.is_relative_to(allowed):
+    root, target = folder.resolve(), path.resolve()
+    blobs = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
         raise UntrustedInputError(
             f"{path.name} is a link to {target}, outside of the folder. Copy the file into the folder"
         )

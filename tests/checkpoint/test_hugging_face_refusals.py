@@ -1,5 +1,6 @@
 """What a folder of transformers' may ask for and cannot have: refused with every reason, and nothing is written."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -16,9 +17,11 @@ from megatron_ring.checkpoint.hugging_face import importing
 from megatron_ring.checkpoint.hugging_face.express import inexpressible, read_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
-from megatron_ring.checkpoint.hugging_face.stretch import Stretch
-from megatron_ring.errors import CheckpointError
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
+from megatron_ring.config import ModelConfig
+from megatron_ring.errors import CheckpointError, ConfigError
 from tests.checkpoint.hugging_face_models import CASES, Case, build
+from tests.limited import limited
 
 LIKE_LLAMA = {
     "vocab_size": 48,
@@ -180,7 +183,7 @@ def test_a_folder_that_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"{", "is not JSON"), (b"[]", "holds no keys"), (b"\xff", "not JSON"), (b"[" * 10**5, "not JSON")],
+    [(b"{", "is not JSON"), (b"[]", "not a JSON object"), (b"\xff", "not JSON"), (b"[" * 10**5, "not JSON")],
 )
 def test_a_config_that_is_none(content, reason, theirs, tmp_path):
     (theirs / "config.json").write_bytes(content)
@@ -262,7 +265,7 @@ def test_an_index_of_other_tensors(sharded, tmp_path):
 
 def test_an_index_that_is_none(sharded, tmp_path):
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}')
-    assert "has no weight_map" in refusal(sharded, tmp_path / "ours")
+    assert "weight_map" in refusal(sharded, tmp_path / "ours")
 
 
 def test_a_file_of_the_index_that_is_missing(sharded, tmp_path):
@@ -292,3 +295,100 @@ def test_what_a_killed_import_left_is_cleared_away(theirs, tmp_path):
     shutil.copytree(tmp_path / "whole/step-00000000", tmp_path / "ours/.partial-00000000")
     import_folder(theirs, tmp_path / "ours", Stretch())
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["latest", "step-00000000"]
+
+
+# ---- what was made to do harm ----
+
+
+def weights_elsewhere(folder: Path) -> Path:
+    """Move the weights beside the folder, and return where they are."""
+    return (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{}", ".", "", "a\0b", "model.safetensors/../../x"])
+def test_an_index_that_names_no_file_of_the_folder(name, theirs, tmp_path):
+    names, elsewhere = load_file(theirs / "model.safetensors"), weights_elsewhere(theirs)
+    index = {"weight_map": dict.fromkeys(names, name.format(elsewhere))}
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not the name of a file inside the folder" in refusal(theirs, tmp_path / "ours")
+
+
+OF_A_FOLDER = ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "merges.txt"]
+
+
+@pytest.mark.parametrize("name", OF_A_FOLDER)
+def test_a_link_out_of_the_folder_is_neither_read_nor_copied(name, theirs, tmp_path):
+    secret = tmp_path / "secret"
+    if (theirs / name).exists():
+        (theirs / name).rename(secret)
+    else:
+        secret.write_text("{}")
+    (theirs / name).symlink_to(secret)
+    assert f"{name} is a link to {secret}" in refusal(theirs, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", OF_A_FOLDER)
+def test_a_pipe_is_refused_and_not_waited_for(name, theirs, tmp_path):
+    (theirs / name).unlink(missing_ok=True)
+    os.mkfifo(theirs / name)
+    assert f"{name} cannot be read: it is not a regular file" in limited(lambda: refusal(theirs, tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_sparse_file_of_terabytes(name, theirs, tmp_path):
+    with (theirs / name).open("wb") as file:
+        file.truncate(1 << 40)
+    assert str(1 << 40) in limited(lambda: refusal(theirs, tmp_path / "ours"))
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(theirs, tmp_path):
+    snapshot, blobs = tmp_path / "cache/snapshots/0123", tmp_path / "cache/blobs"
+    snapshot.mkdir(parents=True)
+    theirs.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    assert import_folder(snapshot, tmp_path / "ours", Stretch()).path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("qwen2", WINDOW | {"num_hidden_layers": 10**30}, "num_hidden_layers"),
+        ("qwen3", {"num_hidden_layers": 2**16}, "describes 65536 layers"),
+        ("qwen2", WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 5000}, "layer_types"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer"),
+        ("gpt2", {"n_layer": 2**16}, "describes 65536 layers"),
+        ("llama", {"max_position_embeddings": 10**30}, "max_position_embeddings"),
+        ("llama", {"vocab_size": 2**31}, "vocab_size"),
+        ("llama", {"head_dim": 10**30}, "kv_channels"),
+        ("llama", {"rope_theta": float("inf")}, "rotary_base"),
+        ("llama", {"rope_theta": -1.0}, "rotary_base"),
+        ("llama", {"rms_norm_eps": float("inf")}, "norm_epsilon"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ("llama", {"attention_bias": 1, "mlp_bias": 1}, "attention_bias"),
+        ("qwen2", {"use_sliding_window": [0]}, "use_sliding_window"),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("llama", {"model_type": {"llama": 1}}, "model_type"),
+        ("llama", {"auto_map": ["x" * 10**6] * 20}, "auto_map"),
+    ],
+)
+def test_values_that_would_take_all_time_or_memory(family, changes, key, tmp_path):
+    source = described(tmp_path / "theirs", family, **changes)
+    told = limited(lambda: refusal(source, tmp_path / "ours"))
+    assert key in told
+    assert len(told) < 2000
+
+
+@settings(max_examples=30)
+@given(value=JSON)
+def test_a_length_of_any_kind_is_no_other_error_when_rope_is_stretched(value):
+    config = LIKE_LLAMA | {"original_max_position_embeddings": value}
+    with contextlib.suppress(ConfigError):
+        stretched(ModelConfig(), config, 32, Stretch(rope_scaling="yarn", seq_length=64))
+
+
+@pytest.mark.parametrize("content", [b"[" * 10, b"[]", b"{", b'{"a":' * 5000])
+def test_settings_that_are_not_json_are_not_carried_along(content, theirs, tmp_path):
+    (theirs / "generation_config.json").write_bytes(content)
+    assert "generation_config.json cannot be read" in refusal(theirs, tmp_path / "ours")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ring.config import ModelConfig
+from megatron_ring.untrusted import shown
 
 Told = dict[str, Any]
 """What a config.json says, by its keys; or what a ModelConfig does, by its fields."""
@@ -31,12 +32,28 @@ def told_or(config: Told, key: str, default: Any) -> Any:
 
 def missing_sizes(config: Told, *keys: str) -> list[str]:
     """What to say of the keys that are no sizes."""
-    values = {key: config.get(key) for key in keys}
-    return [
-        f"{key} is {value!r}, and must be a whole number above 0."
-        for key, value in values.items()
-        if type(value) is not int or value < 1
-    ]
+    found = []
+    for key in keys:
+        value, limit = config.get(key), _LARGEST.get(key, 2**31 - 1)
+        if type(value) is not int or not 1 <= value <= limit:
+            found.append(f"{key} is {shown(value)}, and must be a whole number above 0, {limit} at most.")
+    return found
+
+
+_LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer"), 2**16)
+"""The limits of sizes that are counted up to, rather than multiplied."""
+
+
+def truth(config: Told, key: str, default: bool, problems: list[str]) -> bool:
+    """Return the value of ``key``, or ``default`` where it is absent or null.
+
+    Anything but true and false is added to ``problems``.
+    """
+    value = told_or(config, key, default)
+    if isinstance(value, bool):
+        return value
+    problems.append(f"{key} is {shown(value)}, and must be true or false.")
+    return default
 
 
 def size(key: str, field: str) -> Aspect:
@@ -57,7 +74,7 @@ def key(name: str, field: str, default: int | float) -> Aspect:
         value = told_or(config, name, default)
         if type(value) in (int, type(default)):
             return {field: type(default)(value)}
-        problems.append(f"{name} is {value!r}, and must be a{' whole' * isinstance(default, int)} number.")
+        problems.append(f"{name} is {shown(value)}, and must be a{' whole' * isinstance(default, int)} number.")
         return {}
 
     return Aspect(read, lambda model: {name: getattr(model, field)})
@@ -81,7 +98,7 @@ def only(name: str, *values: Any, because: str) -> Aspect:
     def read(config: Told, problems: list[str]) -> Told:
         if (value := told_or(config, name, values[0])) not in values:
             legal = " or ".join(repr(value) for value in values)
-            problems.append(f"{name} is {value!r}, and must be {legal}: {because}.")
+            problems.append(f"{name} is {shown(value)}, and must be {legal}: {because}.")
         return {}
 
     return Aspect(read, lambda model: {} if values[0] is None else {name: values[0]})
@@ -101,7 +118,7 @@ def tied(default: bool) -> Aspect:
     """Whether the head's matrix is the embedding."""
     untied = "untie_embeddings_and_output_weights"
     return Aspect(
-        lambda config, problems: {untied: not told_or(config, "tie_word_embeddings", default)},
+        lambda config, problems: {untied: not truth(config, "tie_word_embeddings", default, problems)},
         lambda model: {"tie_word_embeddings": not getattr(model, untied)},
     )
 
@@ -121,7 +138,7 @@ def linear_biases() -> Aspect:
     """Llama's two keys for what is one field here: biases in every linear layer, or in none."""
 
     def read(config: Told, problems: list[str]) -> Told:
-        attention, mlp = (bool(config.get(name)) for name in ("attention_bias", "mlp_bias"))
+        attention, mlp = (truth(config, name, False, problems) for name in ("attention_bias", "mlp_bias"))
         if attention != mlp:
             problems.append(
                 f"attention_bias is {attention} and mlp_bias {mlp}: biases are in all linear layers or none."

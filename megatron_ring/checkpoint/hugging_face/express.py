@@ -10,6 +10,7 @@ from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError
+from megatron_ring.untrusted import shown
 
 
 def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
@@ -22,7 +23,7 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
         model = ModelConfig(**fields)
         return model, problems or model.problems()
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return ModelConfig(), [*problems, f"a value is of a type that its key never has ({error!r})."]
+        return ModelConfig(), [*problems, f"a value is of a type that its key never has ({shown(error)})."]
 
 
 def write_model(family: Family, model: ModelConfig, seq_length: int) -> Told:

@@ -1,8 +1,8 @@
 """A folder as transformers' save_pretrained leaves it: config.json, safetensors files and their index, a tokenizer."""
 
+import contextlib
 import itertools
-import json
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ring.errors import CheckpointError
+from megatron_ring.untrusted import (
+    TOKENIZER_BYTES,
+    check_link,
+    check_regular,
+    create,
+    errors_as,
+    parse_json_object,
+    path_inside,
+    read_bytes,
+    validate,
+)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -20,6 +31,9 @@ BESIDE = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 """What belongs to a model besides its weights and its config, and is carried along as it is."""
+
+_SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"}
+_REMEDY = "Give another folder, or write this one again with transformers' save_pretrained."
 
 CARRIED = "hugging_face"
 """The folder in an imported checkpoint that has these, and config.json as it was."""
@@ -60,33 +74,42 @@ class Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of keys and values. Raises CheckpointError where ``path`` is not one."""
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no keys and values.")
-    return document
+    """Return an object of keys and values. Raises CheckpointError where ``path`` is not one."""
+    with errors_as(CheckpointError, path, _REMEDY):
+        check_link(path.parent, path)
+        return parse_json_object(read_bytes(path))
 
 
 def copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files and generation_config.json, as far as they are there; returns their names."""
-    names = [name for name in BESIDE if (source / name).is_file()]
+    """Copy the tokenizer's files and generation_config.json, as far as they are there; returns their names.
+
+    Raises CheckpointError for what is not a regular file in ``source`` or a link within it, for one that is too large,
+    and for settings that are not a JSON object.
+    """
+    names = [name for name in BESIDE if os.path.lexists(source / name)]
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        if name in _SETTINGS:
+            read_json(source / name)
+        copy(source, target, name)
     return names
 
 
+def copy(source: Path, target: Path, name: str) -> None:
+    """Copy the file ``name`` from one folder to another. Raises CheckpointError as ``copy_beside``."""
+    with errors_as(CheckpointError, source / name, _REMEDY):
+        check_link(source, source / name)
+        content = read_bytes(source / name, TOKENIZER_BYTES)
+    with create(target / name) as file:
+        file.write(content)
+
+
 def _headers(path: Path) -> dict[str, Header]:
-    if (path / INDEX).is_file():
+    if os.path.lexists(path / INDEX):
         indexed = _indexed(path)
-        if (path / WEIGHTS).is_file():
+        if os.path.lexists(path / WEIGHTS):
             _check_same_weights(path, indexed, dict(_headers_of(path, WEIGHTS)))
         return indexed
-    if (path / WEIGHTS).is_file():
+    if os.path.lexists(path / WEIGHTS):
         return dict(_headers_of(path, WEIGHTS))
     pickled = [found.name for found in path.glob("pytorch_model*.bin")]
     raise CheckpointError(
@@ -97,9 +120,11 @@ def _headers(path: Path) -> dict[str, Header]:
 
 
 def _indexed(path: Path) -> dict[str, Header]:
-    index = read_json(path / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise CheckpointError(f"{path / INDEX} has no weight_map of names to files.")
+    with errors_as(CheckpointError, path / INDEX, _REMEDY):
+        found = {"weight_map": read_json(path / INDEX).get("weight_map")}
+        index = validate(found, dict[str, dict[str, str]])["weight_map"]
+        for file in set(index.values()):
+            path_inside(path, file)
     found = {(name, file): header for file in sorted(set(index.values())) for name, header in _headers_of(path, file)}
     if found.keys() != index.items():
         differing = ", ".join(sorted({name for name, _ in found.keys() ^ index.items()})[:3])
@@ -132,18 +157,26 @@ def _is_same(path: Path, name: str, indexed: Header | None, single: Header | Non
 
 
 def _tensor(path: Path, file: str, name: str) -> torch.Tensor:
-    try:
-        with safe_open(path / file, framework="pt") as opened:
-            return opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / file} cannot be read: {error}") from error
+    with _opened(path, file) as opened:
+        return opened.get_tensor(name)
 
 
 def _headers_of(path: Path, file: str) -> Iterator[tuple[str, Header]]:
+    with _opened(path, file) as opened:
+        for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
+            tensor = opened.get_slice(name)
+            yield name, Header(file, tuple(tensor.get_shape()), tensor.get_dtype())
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, file: str) -> Iterator[Any]:
+    """Open a safetensors file of ``folder``. Raises CheckpointError where it cannot be read or is not in there."""
+    path = folder / file
+    with errors_as(CheckpointError, path, _REMEDY):
+        check_link(folder, path)
+        check_regular(path)
     try:
-        with safe_open(path / file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
-                tensor = opened.get_slice(name)
-                yield name, Header(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        with safe_open(path, framework="pt") as opened:
+            yield opened
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / file} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}. {_REMEDY}") from error

@@ -1,6 +1,5 @@
 """A checkpoint of ours from a folder of transformers': weights alone, in the types that they have, at step 0."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,9 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import Shapes, write_whole
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError
+from megatron_ring.untrusted import shown
+
+_NOTED = 20
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def _check_empty(out: Path) -> None:
 
 def _family(folder: Folder) -> tuple[str, Family]:
     name = folder.config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
-            f"{folder.path / hugging_face.CONFIG} is of model_type {name!r}, which is not read. "
+            f"{folder.path / hugging_face.CONFIG} is of model_type {shown(name)}, which is not read. "
             f"{unsupported.described(folder.config)}"
         )
     return name, FAMILIES[name]
@@ -87,6 +89,11 @@ def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, i
     if problems := missing_sizes(folder.config, "vocab_size", family.length) + problems:
         path = folder.path / hugging_face.CONFIG
         raise CheckpointError([f"{path} describes a model that cannot be said exactly here:", *problems])
+    if model.num_layers > len(folder.headers):
+        raise CheckpointError(
+            f"{folder.path / hugging_face.CONFIG} describes {model.num_layers} layers, and the folder has "
+            f"{len(folder.headers)} tensors, fewer than one for each."
+        )
     vocab_size, longest = folder.config["vocab_size"], folder.config[family.length]
     model, seq_length = stretched(model, folder.config, longest, stretch)
     # A tokenizer may have fewer ids than the model has rows.
@@ -112,7 +119,7 @@ def _write(
 
 def _carry(source: Path, target: Path) -> list[str]:
     target.mkdir()
-    shutil.copyfile(source / hugging_face.CONFIG, target / hugging_face.CONFIG)
+    hugging_face.copy(source, target, hugging_face.CONFIG)
     return hugging_face.copy_beside(source, target)
 
 
@@ -125,8 +132,8 @@ def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str
 def _notes(config: dict, family: Family) -> list[str]:
     """One sentence on each thing in config.json that changes nothing, though its name may make one expect it."""
     found = [
-        f"RoPE's {name} {config_of_rope(config)[name]} is not used: transformers does not read it either."
-        for name in unread_parameters(config)
+        f"RoPE's {shown(name)[1:-1]} {shown(config_of_rope(config)[name])} is not used: transformers does not read it either."
+        for name in unread_parameters(config)[:_NOTED]
     ]
     if config.get("auto_map"):
         found.append(
@@ -138,4 +145,4 @@ def _notes(config: dict, family: Family) -> list[str]:
 
 def _dropouts(config: dict) -> list[str]:
     names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
-    return [f"{name} {config[name]}" for name in names if config.get(name)]
+    return [f"{name} {shown(config[name])}" for name in names if config.get(name)]

@@ -1,10 +1,12 @@
 """Which layers have the sliding window: Mistral's all, Qwen's those that layer_types or max_window_layers name."""
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, missing_sizes, told_or
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, missing_sizes, told_or, truth
 from megatron_ring.config import ModelConfig
+from megatron_ring.untrusted import shown
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _DEFAULT_WINDOW, _QWENS_FIRST_LAYER = 4096, 28
+_NAMED = 64
 
 
 def _window(config: Told, problems: list[str]) -> int:
@@ -21,10 +23,12 @@ def _read_mistral(config: Told, problems: list[str]) -> Told:
     window = _window(config, problems)
     types = config.get("layer_types")
     expected = _SLIDING if window else _FULL
-    if types is not None and types != [expected] * told_or(config, "num_hidden_layers", 0):
+    layers = config.get("num_hidden_layers")
+    agrees = isinstance(types, list) and len(types) == layers and all(kind == expected for kind in types)
+    if types is not None and not agrees:
         problems.append(
-            f"layer_types is {types}, and must be {expected} for each of num_hidden_layers, or null: transformers' "
-            f"Mistral has one window for all layers, sliding_window {window or None}."
+            f"layer_types is {shown(types)}, and must be {expected} for each of num_hidden_layers, or null: transformers' "
+            f"Mistral has one window for all layers, sliding_window {shown(window or None)}."
         )
     return {"window_size": window}
 
@@ -36,10 +40,12 @@ MISTRAL = Aspect(
 
 
 def _read_qwen(config: Told, problems: list[str]) -> Told:
-    window = _window(config, problems) if config.get("use_sliding_window") else 0
+    window = _window(config, problems) if truth(config, "use_sliding_window", False, problems) else 0
     types = told_or(config, "layer_types", _types_from(config, window))
     if len(types) != config.get("num_hidden_layers") or not set(types) <= {_FULL, _SLIDING}:
-        problems.append(f"layer_types is {types}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers.")
+        problems.append(
+            f"layer_types is {shown(types)}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers."
+        )
     elif _SLIDING in types and not window:
         problems.append(f"layer_types has {_SLIDING}, but use_sliding_window and sliding_window name no window.")
     elif (fields := _fields([window if kind == _SLIDING else 0 for kind in types])) is None:
@@ -54,7 +60,9 @@ def _read_qwen(config: Told, problems: list[str]) -> Told:
 
 def _types_from(config: Told, window: int) -> list[str]:
     """What configs without layer_types mean: the window is on the layers from max_window_layers on."""
-    layers = range(told_or(config, "num_hidden_layers", 0))
+    if missing_sizes(config, "num_hidden_layers"):
+        return []
+    layers = range(config["num_hidden_layers"])
     first = told_or(config, "max_window_layers", _QWENS_FIRST_LAYER)
     return [_SLIDING if window and layer >= first else _FULL for layer in layers]
 
@@ -63,16 +71,15 @@ def _fields(windows: list[int]) -> Told | None:
     """window_size and window_attn_skip_freq that give each layer its window, None where there are none."""
     if not any(windows):
         return {}
-    for every in (0, *range(2, len(windows) + 1)):
-        fields = {"window_size": max(windows), "window_attn_skip_freq": every}
-        model = ModelConfig(**fields)
-        if [model.window_of(layer) for layer in range(len(windows))] == windows:
-            return fields
-    return None
+    # The first layer without a window is layer N - 1.
+    fields = {"window_size": max(windows), "window_attn_skip_freq": windows.index(0) + 1 if 0 in windows else 0}
+    model = ModelConfig(**fields)
+    return fields if [model.window_of(layer) for layer in range(len(windows))] == windows else None
 
 
 def _numbers(types: list[str]) -> str:
-    return ", ".join(str(layer) for layer, kind in enumerate(types) if kind == _SLIDING)
+    numbers = [str(layer) for layer, kind in enumerate(types) if kind == _SLIDING]
+    return ", ".join([*numbers[:_NAMED], "..."] if len(numbers) > _NAMED else numbers)
 
 
 def _write_qwen(model: ModelConfig) -> Told:

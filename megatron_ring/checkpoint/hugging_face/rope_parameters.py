@@ -8,6 +8,7 @@ import math
 
 from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, told_or
 from megatron_ring.config import ModelConfig
+from megatron_ring.untrusted import shown
 
 _DEFAULT_BASE = 10000.0
 _OF_ANY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -32,7 +33,7 @@ def _read(config: Told, problems: list[str]) -> Told:
     problems += _partial(config, rope)
     if kind not in _STRETCHES:
         known = ", ".join(_STRETCHES)
-        return _problem(problems, f"RoPE's rope_type is {kind!r}, which has no counterpart here. Known: {known}.")
+        return _problem(problems, f"RoPE's rope_type is {shown(kind)}, which has no counterpart here. Known: {known}.")
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
     return {"rotary_base": base, **stretch}
 
@@ -55,7 +56,9 @@ def unread_parameters(config: Told) -> list[str]:
 
 def _partial(config: Told, rope: Told) -> list[str]:
     share = told_or(rope, "partial_rotary_factor", told_or(config, "partial_rotary_factor", 1))
-    return [] if share == 1 else [f"partial_rotary_factor is {share}, and must be 1: RoPE turns whole heads here."]
+    if share == 1:
+        return []
+    return [f"partial_rotary_factor is {shown(share)}, and must be 1: RoPE turns whole heads here."]
 
 
 def _problem(problems: list[str], problem: str) -> Told:
@@ -69,9 +72,9 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
     if factor is None and kind == "yarn":
         factor = config["max_position_embeddings"] / original
     if not isinstance(factor, (int, float)) or not factor >= 1:
-        return _problem(problems, f"RoPE's factor is {factor!r}, and must be a number of at least 1.")
+        return _problem(problems, f"RoPE's factor is {shown(factor)}, and must be a number of at least 1.")
     if type(original) is not int or original < 1:
-        return _problem(problems, f"original_max_position_embeddings is {original!r}, and must be a whole number.")
+        return _problem(problems, f"original_max_position_embeddings is {shown(original)}, and must be a whole number.")
     problems += _differing_constants({name: rope[name] for name in _STRETCHES[kind] & rope.keys()}, factor)
     if factor == 1:
         return {}  # of every kind the same as none
@@ -90,7 +93,7 @@ def _differing_constants(rope: Told, factor: float) -> list[str]:
     magnitude = 0.1 * math.log(factor) + 1
     expected = _CONSTANTS | {"attention_factor": magnitude}
     found = [
-        f"RoPE's {name} is {rope[name]}, and must be {value}: kernels/rope.py has no other."
+        f"RoPE's {name} is {shown(rope[name])}, and must be {value}: kernels/rope.py has no other."
         for name, value in expected.items()
         if rope.get(name) is not None and not math.isclose(rope[name], value, rel_tol=1e-6)
     ]

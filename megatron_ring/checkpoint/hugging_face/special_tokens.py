@@ -11,7 +11,7 @@ import sentencepiece
 from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.folder import CONFIG, read_json
 from megatron_ring.errors import CheckpointError
-from megatron_ring.untrusted import UntrustedInputError, read_bytes
+from megatron_ring.untrusted import UntrustedInputError, read_bytes, shown
 
 GENERATION = "generation_config.json"
 _BEGIN, _END, _PAD = KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -79,8 +79,8 @@ def _sources(folder: Path | None, end_of_document: int | None) -> Iterator[tuple
 def _checked(key: str, value: Any, source: str) -> Any:
     ids = value if key == _END and isinstance(value, list) and value else [value]
     # A padding id of -1 is what the first Llamas have for none.
-    if not all(type(found) is int and found >= (-1 if key == _PAD else 0) for found in ids):
-        raise CheckpointError(f"{key} is {value!r} in {source}, and must be the id of a token.")
+    if not all(type(found) is int and (-1 if key == _PAD else 0) <= found < 2**31 for found in ids):
+        raise CheckpointError(f"{key} is {shown(value)} in {source}, and must be the id of a token.")
     return value
 
 
@@ -119,7 +119,8 @@ def _ids_of_json(document: Told) -> dict[Any, int]:
 def _sentencepiece(path: Path) -> tuple[Callable[[Any], int | None], Told]:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path) or b"\0")
-    except (OSError, RuntimeError, UntrustedInputError) as error:
+        pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is not UTF-8
+    except (OSError, RuntimeError, UnicodeDecodeError, UntrustedInputError) as error:
         raise CheckpointError(f"{path} cannot be read as a sentencepiece model: {error}. Set --tokenizer.") from error
 
     def id_of(token: Any) -> int | None:

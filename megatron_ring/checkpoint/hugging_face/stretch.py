@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.aspects import Told, missing_sizes
 from megatron_ring.checkpoint.hugging_face.rope_parameters import original_length
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError
@@ -31,6 +31,8 @@ def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) ->
     if asked.rope_scaling == "unchanged":
         return model, asked.seq_length or longest
     original = original_length(config)
+    if problems := missing_sizes({"original_max_position_embeddings": original}, "original_max_position_embeddings"):
+        raise ConfigError([f"rope_scaling {asked.rope_scaling} has no length to begin from. {problems[0]}"])
     factor = asked.rope_scaling_factor or asked.seq_length / original
     if factor <= 1:
         raise ConfigError(
