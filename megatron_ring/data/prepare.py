@@ -5,6 +5,7 @@ joined in order.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,9 @@ def _is_prepared(prefix: Path) -> bool:
 def _locked(folder: Path) -> Iterator[None]:
     """Alone in ``folder``; blocks until it is. The lock ends with its process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    # Without O_NOFOLLOW a link of this name would have another file opened for writing.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(folder / ".lock", flags, 0o666), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -86,6 +86,10 @@ def _loaded(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProces
     if not model:
         raise damaged
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # The library takes pieces that are not UTF-8, and then fails wherever one is shown.
+        pieces.id_to_piece(list(range(pieces.vocab_size())))
+        pieces.decode([pieces.unk_id()])
+        return pieces
+    except (IndexError, RuntimeError, UnicodeDecodeError) as error:
         raise damaged from error

@@ -17,6 +17,7 @@ from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
+from megatron_ring.untrusted import UntrustedInputError, parse_json, read_bytes
 
 # The tokenizer is not called for each short text.
 _BATCH_CHARACTERS = 1_000_000
@@ -68,11 +69,11 @@ def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Pat
 def finished(job: ShardJob) -> ShardRecord | None:
     """The record of a shard that was finished, None where it is still to be made, or a crash left half of it."""
     try:
-        record = ShardRecord(**json.loads(_record_path(job.prefix).read_bytes()))
+        record = parse_json(read_bytes(_record_path(job.prefix)), ShardRecord)
         # What was skipped then may have to stop us now; what had nothing to skip serves either way.
         wanted = not record.skipped or job.reading.on_error == "skip"
         whole = bin_path(job.prefix).stat().st_size == record.stored_bytes and idx_path(job.prefix).exists()
-    except (OSError, TypeError, ValueError):
+    except (OSError, UntrustedInputError):
         return None
     return record if whole and wanted else None
 

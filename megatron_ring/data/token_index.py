@@ -64,9 +64,12 @@ def read_index(prefix: str | Path) -> tuple[np.dtype, np.ndarray]:
     lengths, pointers, documents = (
         np.frombuffer(index, kind, count, offset) for (kind, count), offset in zip(parts, offsets)
     )
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    _refuse_disorder(prefix, lengths, pointers, starts * dtype.itemsize, documents)
-    return dtype, starts[documents]
+    try:
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        _refuse_disorder(prefix, lengths, pointers, starts * dtype.itemsize, documents)
+        return dtype, starts[documents]
+    except MemoryError as error:
+        raise damaged(prefix, path, f"{sequences} sequences, whose places do not fit into memory") from error
 
 
 def read_counts(prefix: str | Path) -> tuple[np.dtype, int]:

@@ -6,6 +6,7 @@ model (sentencepieces.py). Models of tokenizer_training.py and byte-level BPE gi
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,14 @@ from megatron_ring.data.hugging_face_tokens import HuggingFaceTokens
 from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.sentencepieces import SentencePieces
 from megatron_ring.errors import DataError
+from megatron_ring.untrusted import (
+    TOKENIZER_BYTES,
+    UntrustedInputError,
+    errors_as,
+    parse_json_object,
+    read_bytes,
+    shown,
+)
 
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 """The names a tokenizer has beside a store, Hugging Face's and sentencepiece's."""
@@ -46,10 +55,7 @@ class Tokenizer:
 
         Raises DataError when the file is missing or damaged.
         """
-        try:
-            return cls(Path(path).read_bytes(), path, end or _configured_end(_config_path(path)))
-        except OSError as error:
-            raise DataError(f"tokenizer {path} cannot be read: {error.strerror}. {_REMEDY}") from error
+        return cls(_content(Path(path)), path, end or _configured_end(_config_path(path)))
 
     def save(self, path: str | Path) -> None:
         """Write the file. Raises DataError when another tokenizer is in the folder: stores there depend on it."""
@@ -105,7 +111,7 @@ class Tokenizer:
             replace_file(config, (json.dumps({"eos_token": self._end}) + "\n").encode())
 
     def _is_at(self, path: Path) -> bool:
-        return path.read_bytes() == self.model and Tokenizer.load(path).end_of_document == self.end_of_document
+        return _content(path) == self.model and Tokenizer.load(path).end_of_document == self.end_of_document
 
 
 def _config_path(path: str | Path) -> Path:
@@ -114,10 +120,16 @@ def _config_path(path: str | Path) -> Path:
 
 def _configured_end(path: Path) -> str:
     """What Hugging Face's ``tokenizer_config.json`` names as ``eos_token``, empty where there is no such file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return ""
-    try:
-        named = json.loads(path.read_bytes()).get("eos_token") or ""
-        return named["content"] if isinstance(named, dict) else str(named)
-    except (AttributeError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is no tokenizer's configuration: {error}. Mend it, or delete it.") from error
+    with errors_as(DataError, path, "Mend it, or delete it."):
+        named = parse_json_object(read_bytes(path)).get("eos_token")
+        spelled = named.get("content") if isinstance(named, dict) else named or ""
+        if isinstance(spelled, str):
+            return spelled
+        raise UntrustedInputError(f"its eos_token is {shown(named)}, and must be text, or an object with a content")
+
+
+def _content(path: Path) -> bytes:
+    with errors_as(DataError, f"tokenizer {path}", _REMEDY):
+        return read_bytes(path, TOKENIZER_BYTES)

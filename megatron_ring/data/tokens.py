@@ -15,6 +15,7 @@ import numpy as np
 from megatron_ring.data.open_files import FileState, OpenMaps, readable
 from megatron_ring.data.token_index import LONGEST_SEQUENCE, damaged, idx_path, index_bytes, read_index, write_again
 from megatron_ring.errors import DataError
+from megatron_ring.untrusted import create
 
 _COPIED_AT_ONCE = 1 << 20
 
@@ -44,7 +45,7 @@ class TokenStoreWriter:
 
     def __enter__(self) -> "TokenStoreWriter":
         self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
-        self._tokens = self._temporary_bin.open("wb")
+        self._tokens = create(self._temporary_bin)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -85,7 +86,8 @@ class TokenStoreWriter:
         self._lengths.frombytes(np.diff(starts).astype(np.int32).tobytes())
 
     def _publish(self) -> None:
-        self._temporary_idx.write_bytes(index_bytes(self._lengths, self._dtype))
+        with create(self._temporary_idx) as index:
+            index.write(index_bytes(self._lengths, self._dtype))
         # An old index goes first and the new one comes last, so that no moment pairs an index with other tokens.
         idx_path(self._prefix).unlink(missing_ok=True)
         self._temporary_bin.replace(bin_path(self._prefix))

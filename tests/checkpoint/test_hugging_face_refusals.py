@@ -370,7 +370,7 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(theirs, tmp_path):
         ("qwen2", {"use_sliding_window": [0]}, "use_sliding_window"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
         ("llama", {"model_type": {"llama": 1}}, "model_type"),
-        ("llama", {"auto_map": ["x" * 10**6] * 20}, "auto_map"),
+        ("llama", {"quantization_config": ["x" * 10**6] * 20}, "quantization_config"),
     ],
 )
 def test_values_that_would_take_all_time_or_memory(family, changes, key, tmp_path):

@@ -113,7 +113,7 @@ def test_a_configuration_that_names_another_end_is_neither_followed_nor_overwrit
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(byte_level(["</s>"]))
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json is no tokenizer's configuration"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 
