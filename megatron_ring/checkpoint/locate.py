@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ring.checkpoint import names, store
+from megatron_ring.checkpoint import formats, names, store
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.errors import CheckpointError
 
@@ -27,8 +27,9 @@ def locate(given: Path) -> Located:
     """
     if (given / store.STATE).is_file():
         return Located(given, "")
-    found, problems = names.candidates(given)
+    found, problems = names.candidates(given) if given.is_dir() else ([], [])
     if not found:
+        formats.check_no_other(given)
         raise CheckpointError(
             f"{given} is no checkpoint, which has a {store.STATE}, and holds none, which are named step-NNNNNNNN. "
             "Give the folder of one, or the one that --save named."

@@ -3,12 +3,14 @@
     SAVE/step-00000200           a checkpoint, whole when it got this name
     SAVE/.partial-00000200       one that is being written, or was when its process was killed
     SAVE/.removed-step-00000100  one that is being deleted, or makes way for another of the same step
+    SAVE/kept-from-00000100      what a user had put into one that is deleted
     SAVE/latest                  the name of the newest
     SAVE/.lease-00000001         the run that writes here (lease.py)
 
 Nothing here looks into a checkpoint or changes anything.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -34,6 +36,13 @@ def final_path(folder: Path, step: int) -> Path:
 def removed_path(path: Path) -> Path:
     """The hidden name that the checkpoint at ``path`` has while it is deleted."""
     return path.with_name(f"{REMOVED}{path.name}")
+
+
+def kept_path(path: Path) -> Path:
+    """A free name for what is no part of the checkpoint that was at ``path`` but was in its folder."""
+    first = path.with_name(f"kept-from-{path.name.removeprefix(f'{REMOVED}step-')}")
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free))
 
 
 def step_of(path: Path) -> int:

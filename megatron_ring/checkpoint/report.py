@@ -33,6 +33,8 @@ def described(summary: Summary) -> Iterator[str]:
     changed = differing(summary.config, Config())
     yield from _listed("config, where it is not the default", {key: repr(value) for key, (value, _) in changed.items()})
     yield from _listed("files", _files(summary.files))
+    if summary.other_files:
+        yield f"in its folder, and no part of it: {', '.join(summary.other_files)}"
 
 
 def document(summary: Summary) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def document(summary: Summary) -> dict[str, Any]:
         "config": settings(summary.config),
         "not_default": list(differing(summary.config, Config())),
         "files": summary.files,
+        "other_files": summary.other_files,
     }
 
 

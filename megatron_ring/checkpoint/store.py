@@ -14,7 +14,7 @@ processes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,10 +67,18 @@ def seal(folder: Path, step: int, files: list[str]) -> dict[str, FileRecord]:
         return {name: FileRecord.of(partial / name) for name in files}
 
 
-def commit(folder: Path, state: RunState, config: Config, sealed: dict[str, FileRecord]) -> Path:
+def commit(
+    folder: Path,
+    state: RunState,
+    config: Config,
+    sealed: dict[str, FileRecord],
+    retire: bool = True,
+    note: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Make what was written under the partial name, all of it ``sealed``, the newest checkpoint; returns its folder.
 
-    Then removes those that --keep-last and --keep-every let go.
+    Then removes those that --keep-last and --keep-every let go, unless ``retire`` is false. ``note`` is given a line
+    for each of them that had files of other origin in it, which are kept.
     """
     partial, final = folder / names.partial_name(state.step), names.final_path(folder, state.step)
     with disk.write_errors(folder):
@@ -83,7 +91,8 @@ def commit(folder: Path, state: RunState, config: Config, sealed: dict[str, File
         pointer = folder / f".{names.LATEST}"
         disk.write(pointer, f"{final.name}\n".encode())
         disk.rename(pointer, folder / names.LATEST)
-        retention.remove_outdated(folder, state.step, config.checkpoint)
+        if retire:
+            retention.remove_outdated(folder, state.step, config.checkpoint, note)
     return final
 
 
@@ -125,16 +134,23 @@ def verify(path: Path) -> RunState:
 
 
 def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
-    """What the checkpoint at ``path`` says of itself, and of its files, which are not read. Raises CheckpointError."""
+    """What the checkpoint at ``path`` says of itself, and of its files, which are not read. Raises CheckpointError.
+
+    Files in its folder that it does not name are no part of it, and are not looked at.
+    """
     with _read_errors():
         if not (path / STATE).is_file():
             raise CheckpointError(f"its {STATE} is missing")
         state, files = decode(read_bytes(path / STATE))
         if names.is_checkpoint(path) and names.step_of(path) != state.step:
             raise CheckpointError(f"its {STATE} is of step {state.step}, and its name of step {names.step_of(path)}")
-        if foreign := sorted(set(_files(path)) - {*files, STATE}):
-            raise CheckpointError(f"{foreign[0]} was not written with it and must be moved away")
         return state, files
+
+
+def foreign_files(path: Path, files: Collection[str]) -> list[str]:
+    """The files in the folder of the checkpoint at ``path`` that are no part of it; ``files``: what it names."""
+    with _read_errors():
+        return sorted(set(_files(path)) - {*files, STATE})
 
 
 def read_config(path: Path) -> Config:

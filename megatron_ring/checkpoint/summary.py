@@ -17,21 +17,26 @@ from megatron_ring.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint without the values of its tensors. files: bytes of each."""
+    """A checkpoint without the values of its tensors.
+
+    files: bytes of each. other_files: what is in its folder and no part of it.
+    """
 
     path: Path
     state: RunState
     config: Config
     files: dict[str, int]
     tensors: Tensors
+    other_files: list[str]
 
     @staticmethod
     def of(path: Path) -> "Summary":
         """Of the checkpoint at ``path``, whose bytes are not checked. Raises CheckpointError."""
         state, files = described(path)
+        others = store.foreign_files(path, files)
         sizes = {name: record.bytes for name, record in files.items()}
         sizes[store.STATE] = (path / store.STATE).stat().st_size
-        return Summary(path, state, store.read_config(path), sizes, Tensors.open(path))
+        return Summary(path, state, store.read_config(path), sizes, Tensors.open(path), others)
 
     @property
     def parameters(self) -> int:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
+from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.mapped_files import MappedFiles
 from megatron_ring.checkpoint.tensor_index import BYTES as INDEX_BYTES
 from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
@@ -47,9 +48,14 @@ class Piece:
 
 
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
-    """Write a file of ``pieces``; returns what the index has to know of them. Raises CheckpointError."""
+    """Write a file of ``pieces``; returns what the index has to know of them.
+
+    Raises CheckpointError, and NotFinite before anything is written where a value of theirs is nan or infinite.
+    """
     pieces, path = list(pieces), folder / part_name(number)
     content = {_key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()}
+    for key, values in content.items():
+        check_finite(values, key)
     with _write_errors(path):
         save_file(content, path)
     return [(piece.name, piece.box) for piece in pieces]

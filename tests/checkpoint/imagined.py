@@ -1,8 +1,11 @@
 """Small checkpoints of tensors, as an imagined grid would have written them: 2 tensor ranks x ZeRO 3 on 3 ranks."""
 
+import contextlib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_ring.checkpoint import boxes, names, store, tensors
@@ -45,6 +48,14 @@ def _held(shape: tuple[int, ...], tensor_rank: int, zero_rank: int) -> list[boxe
 def _shares(length: int, ranks: int) -> list[range]:
     borders = [length * rank // ranks for rank in range(ranks + 1)]
     return [range(start, stop) for start, stop in pairwise(borders)]
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Have checkpoints written with values that are not finite, as earlier versions did."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "check_finite", lambda *_: None)
+        yield
 
 
 def write(

@@ -56,6 +56,16 @@ def test_it_is_a_checkpoint_of_weights_alone_where_the_newest_was(tmp_path):
     assert Summary.of(stored.path).config == config
 
 
+def test_no_mean_is_written_that_is_not_finite(tmp_path):
+    whole = imagined.weights()
+    whole["norm.weight"][2] = torch.nan
+    with imagined.unchecked():
+        checkpoints = [written(tmp_path / "a", 5, imagined.weights()), written(tmp_path / "b", 10, whole)]
+    with pytest.raises(CheckpointError, match=r"weight/norm.weight.* has 1 value that is nan"):
+        average(tmp_path / "out", checkpoints, [1.0, 3.0])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_other_models_are_refused_with_all_that_differs(tmp_path):
     base = imagined.weights()
     first = written(tmp_path, 5, base)

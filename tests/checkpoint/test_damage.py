@@ -70,11 +70,7 @@ def a_link_to_itself(file: Path, _: int, __: bytes) -> None:
     file.symlink_to(file)
 
 
-def added_beside(file: Path, at: int, content: bytes) -> None:
-    (file.parent / f"{at}.pt").write_bytes(content)
-
-
-DAMAGES = (truncated, flipped, foreign, appended, vanished, a_folder, a_pipe, a_link_to_itself, added_beside)
+DAMAGES = (truncated, flipped, foreign, appended, vanished, a_folder, a_pipe, a_link_to_itself)
 OF_STEP_10 = st.sampled_from([f"step-00000010/{name}" for name in OWN])
 ANYWHERE = st.sampled_from(["latest", *(f"step-{step:08d}/{name}" for step in STEPS for name in OWN)])
 POSITION, CONTENT = st.integers(0, 1 << 20), st.binary(max_size=300)
@@ -124,3 +120,14 @@ def test_foreign_files_beside_the_checkpoints_are_no_checkpoints(pristine, files
         if name not in (".", "..", "latest", "step-00000005", "step-00000010")
     ]
     assert newest_after(pristine, beside).state == state(10)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "zero/", "export/", ".git/"]), POSITION, CONTENT)))
+def test_files_that_a_checkpoint_does_not_name_are_no_part_of_it(pristine, files):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(shutil.copytree(pristine, Path(parent, "copy")))
+        for inner, at, content in files:
+            (folder / "step-00000010" / inner).mkdir(exist_ok=True)
+            (folder / "step-00000010" / inner / f"{at}.pt").write_bytes(content)
+        found = store.newest(folder)
+        assert (found.state, found.skipped) == (state(10), ())

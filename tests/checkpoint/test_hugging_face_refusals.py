@@ -170,6 +170,15 @@ def test_tensors_that_are_not_the_models(name, tensor, reason, theirs, tmp_path)
     assert reason in refusal(theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, theirs, tmp_path):
+    tensor = load_file(theirs / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    tensor[1, 2] = value
+    rewrite(theirs, **{"model.layers.0.mlp.up_proj.weight": tensor})
+    told = refusal(theirs, tmp_path / "ours")
+    assert "model.layers.0.mlp.up_proj.weight in model.safetensors has 1 value" in told
+
+
 def test_a_tied_head_may_be_written_twice_and_buffers_may_be_there(theirs, tmp_path):
     embedding = load_file(theirs / "model.safetensors")["model.embed_tokens.weight"]
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}

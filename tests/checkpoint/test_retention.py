@@ -1,13 +1,13 @@
 """Old checkpoints go once a newer one is whole and the latest, and a killed removal hides what it leaves."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_ring.checkpoint import retention, store
+from megatron_ring.checkpoint.state import FileRecord
 from megatron_ring.config import CheckpointConfig, Config
-from tests.checkpoint.small import write
+from tests.checkpoint.small import state, write
 
 
 def keeping(**options) -> Config:
@@ -49,7 +49,7 @@ def test_nothing_goes_before_the_new_one_is_whole_and_the_latest(tmp_path, monke
         write(tmp_path, step)
     seen = []
 
-    def look(folder: Path, newest: int, _: CheckpointConfig) -> None:
+    def look(folder: Path, newest: int, *_: object) -> None:
         seen.append((store.newest(folder).state.step, newest, steps(folder)))
 
     monkeypatch.setattr(retention, "remove_outdated", look)
@@ -61,8 +61,70 @@ def test_a_removal_that_ends_half_way_leaves_no_damaged_checkpoint(tmp_path, mon
     for step in (10, 20):
         write(tmp_path, step)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path, **_: [file.unlink() for file in path.glob("rank-*")])
+        patch.setattr(retention, "remove", lambda path: [file.unlink() for file in path.glob("rank-*")])
         write(tmp_path, 30, keeping(keep_last=1))
     assert steps(tmp_path) == [30]
     write(tmp_path, 40, keeping(keep_last=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030", "step-00000040"]
+
+
+def test_without_retiring_none_goes(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step)
+    write(tmp_path, 30, keeping(keep_last=1), retire=False)
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["", "state.json", "rank-0.pt"])
+def test_what_a_user_put_into_a_checkpoint_is_kept_when_that_goes(tmp_path, damage):
+    path = write(tmp_path, 10)
+    (path / "export").mkdir()
+    (path / "export" / "model.bin").write_text("exported")
+    (path / "notes.txt").write_text("the best so far")
+    (path / ".DS_Store").write_text("litter")
+    if damage:
+        (path / damage).write_text("x")
+    notes = []
+    write(tmp_path, 20, keeping(keep_last=1), note=notes.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-from-00000010", "latest", "step-00000020"]
+    kept = content(tmp_path / "kept-from-00000010")
+    assert (kept.pop("rank-0.pt", None) is None) or damage == "state.json", "where no record is left, nothing is lost"
+    assert kept == {"export/model.bin": "exported", "notes.txt": "the best so far"}
+    assert len(notes) == 1
+    assert f"{tmp_path}/kept-from-00000010" in notes[0]
+    write(tmp_path, 30, keeping(keep_last=1), note=notes.append)
+    assert len(notes) == 1
+    assert steps(tmp_path) == [30]
+
+
+def test_names_of_kept_folders_are_not_taken_twice(tmp_path):
+    for _ in range(2):
+        (write(tmp_path, 10) / "notes.txt").write_text("mine")
+        write(tmp_path, 20, keeping(keep_last=1))
+    assert sorted(path.name for path in tmp_path.glob("kept-*")) == ["kept-from-00000010", "kept-from-00000010-2"]
+
+
+def test_a_record_that_names_files_elsewhere_deletes_none_of_them(tmp_path):
+    """Only what is found in the folder of the checkpoint is deleted, whatever its state.json names."""
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    folder = tmp_path / "saved"
+    store.prepare(folder, 10)
+    sealed = {"link/outside": FileRecord(4, "0" * 64)}
+    path = store.commit(folder, state(10), Config(), sealed)
+    (path / "link").symlink_to(tmp_path)
+    write(folder, 20, keeping(keep_last=1))
+    assert outside.read_text() == "mine"
+    assert steps(folder) == [20]
+
+
+def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tmp_path):
+    moved = write(tmp_path / "saved", 10).rename(tmp_path / "archived")
+    (tmp_path / "saved" / "step-00000010").symlink_to(moved)
+    write(tmp_path / "saved", 20, keeping(keep_last=1))
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["latest", "step-00000020"]
+    assert store.verify(moved) == state(10)

@@ -68,9 +68,6 @@ DAMAGES = {
     "config.yaml has other bytes than the SIZE that were written": lambda path: flip(path / "config.yaml", 10),
     "its state.json is missing": lambda path: (path / "state.json").unlink(),
     "its state.json is damaged or of another version": lambda path: flip(path / "state.json", 20),
-    "layer_00-model_states.pt was not written with it and must be moved away": (
-        lambda path: (path / "layer_00-model_states.pt").touch()
-    ),
 }
 
 
@@ -88,6 +85,20 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, reason):
     found = store.newest(tmp_path)
     assert found.path == good
     assert found.skipped == (f"{tmp_path}/step-00000010 is passed over: {reason.replace('SIZE', str(size))}.",)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "notes.txt", ".nfs0000a1", "part-00007.safetensors", "export/config.json"]
+)
+def test_a_foreign_file_in_a_checkpoint_is_no_damage(tmp_path, name):
+    write(tmp_path, 5)
+    path = write(tmp_path, 10)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("not ours")
+    found = store.newest(tmp_path)
+    assert (found.path, found.skipped) == (path, ())
+    _, files = store.described(path)
+    assert store.foreign_files(path, files) == [name]
 
 
 def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):

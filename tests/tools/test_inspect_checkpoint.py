@@ -45,6 +45,16 @@ def test_the_checkpoint_that_latest_names_is_told(folder, capsys):
     assert table(shown)["embedding.weight"][:3] == ["7x4", "float32", f"{norm('embedding.weight'):.6g}"]
 
 
+def test_files_that_are_no_part_of_it_are_named(folder, capsys):
+    (folder / "step-00000010" / "notes.txt").write_text("the best so far")
+    assert main([str(folder), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{folder}/step-00000010: 9 files, " in shown
+    assert "no part of it: notes.txt\n" in shown
+    main([str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["other_files"] == ["notes.txt"]
+
+
 def norm(name: str, seed: int = 0) -> float:
     return torch.linalg.vector_norm(imagined.weights(seed)[name].double()).item()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint import names, store
+from megatron_ring.checkpoint import formats, names, store
+from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
 from megatron_ring.checkpoint.hugging_face import unsupported
 from megatron_ring.checkpoint.hugging_face.aspects import missing_sizes
@@ -66,9 +67,12 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
 
 
 def _check_empty(out: Path) -> None:
-    """But for what a killed import has left, which the next one clears away, and for the lease of a run."""
+    """Refuse a folder with content.
+
+    What a killed import has left, the lease of a run and files of operating systems do not count.
+    """
     ignored = (names.PARTIAL, names.LEASE)
-    others = [path.name for path in out.iterdir() if not path.name.startswith(ignored)] if out.is_dir() else []
+    others = [name for name in formats.content(out) if not name.startswith(ignored)] if out.is_dir() else []
     if others or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder.")
 
@@ -126,7 +130,9 @@ def _carry(source: Path, target: Path) -> list[str]:
 def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Our parameters, from one of their tensors after the other: memory holds what its caller holds."""
     for name, tensor in found.items():
-        yield from tensor.taken_apart(folder.read(name))
+        values = folder.read(name)
+        check_finite(values, f"{name} in {folder.headers[name].file}")
+        yield from tensor.taken_apart(values)
 
 
 def _notes(config: dict, family: Family) -> list[str]:

@@ -1,0 +1,103 @@
+"""What a folder is that holds no checkpoint of ours: a checkpoint of another program, something else, or nothing.
+
+Only names are looked at, of the folder itself and of what lies directly in it. No torch.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ring.checkpoint import names
+from megatron_ring.errors import CheckpointError
+
+LITTER = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-fA-F]+|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""Files that operating systems and network file systems leave in folders."""
+
+_IMPORT = "tools/convert_checkpoint.py import {folder} OUT, and --load OUT, make a run from it."
+_BY_HUGGING_FACE = (
+    "No tool here reads it. Write it as a Hugging Face folder with {tool}, and convert that with "
+    "tools/convert_checkpoint.py import."
+)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A kind of checkpoint. names: of which one is there; also: another pattern of which one must be there, if any."""
+
+    title: str
+    names: re.Pattern
+    also: re.Pattern | None
+    remedy: str
+
+
+_FORMATS = (
+    _Format(
+        "a Hugging Face folder",
+        re.compile(r"(model|pytorch_model|tf_model|flax_model).*\.(safetensors|bin|h5|msgpack|index\.json)"),
+        re.compile(r"config\.json"),
+        _IMPORT,
+    ),
+    _Format(
+        "a Hugging Face adapter",
+        re.compile(r"adapter_config\.json"),
+        None,
+        "An adapter is no model: merge it into its model with peft, save that with save_pretrained, and convert it "
+        "with tools/convert_checkpoint.py import.",
+    ),
+    _Format(
+        "a DeepSpeed checkpoint",
+        re.compile(r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt|zero_pp_rank_.*"),
+        None,
+        _BY_HUGGING_FACE.format(tool="DeepSpeed's zero_to_fp32.py and the model's save_pretrained"),
+    ),
+    _Format(
+        "a Megatron checkpoint",
+        re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|mp_rank_\d{2,3}(_\d{3})*|model_optim_rng\.pt"),
+        None,
+        _BY_HUGGING_FACE.format(tool="Megatron-LM's tools/checkpoint/convert.py or Megatron-Bridge"),
+    ),
+    _Format(
+        "a torch.distributed checkpoint, such as Megatron's torch_dist",
+        re.compile(r"\.metadata|.*\.distcp"),
+        None,
+        _BY_HUGGING_FACE.format(tool="the program that wrote it, or Megatron-Bridge for Megatron's"),
+    ),
+)
+_WEIGHTS = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|gguf|npz|msgpack|h5|nemo)", re.IGNORECASE)
+_OWN = re.compile(r"state\.json|tensors\.json|part-\d{5,}\.safetensors")
+
+
+def check_no_other(folder: Path) -> None:
+    """Raise CheckpointError where ``folder`` is a file, a checkpoint of another program, or a broken one of ours."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, and checkpoints are folders. Nearest: {folder.absolute().parent}.")
+    found = content(folder)
+    for known in _FORMATS:
+        of_it = [name for name in found if known.names.fullmatch(name)]
+        if of_it and (known.also is None or any(map(known.also.fullmatch, found))):
+            raise CheckpointError(
+                f"{folder} is {known.title} ({of_it[0]}). {known.remedy.replace('{folder}', str(folder))}"
+            )
+    if of_ours := [name for name in found if _OWN.fullmatch(name)]:
+        raise CheckpointError(f"{folder} is a checkpoint that is not whole: it has {of_ours[0]}, and no state.json.")
+    if weights := [name for name in found if _WEIGHTS.fullmatch(name)]:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint, which is a folder named step-NNNNNNNN, but has {weights[0]}. Weights of "
+            "other programs come by way of a Hugging Face folder: tools/convert_checkpoint.py import."
+        )
+
+
+def within(folder: Path) -> list[Path]:
+    """The folders directly in ``folder`` that hold checkpoints of ours."""
+    found = (folder / name for name in content(folder))
+    return [path for path in found if path.is_dir() and names.checkpoints(path)]
+
+
+def content(folder: Path) -> list[str]:
+    """The names in ``folder``, sorted, without litter; none where it does not exist. Raises CheckpointError."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if not LITTER.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder {folder}: {error.strerror}.") from error
