@@ -51,7 +51,8 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     place.follow(model)
     engine = start_engine(model, setup, groups)
     if start.stored:
-        checkpointing.resume(engine, start.stored)
+        with leaving_together():
+            checkpointing.resume(engine, start.stored, agreement)
 
     report = console.report(start, engine) if speaks else Silence()
     saver, watch = checkpointing.Saver(setup, agreement, start.stored, start.lease), RingWatch(setup, place, engine)

@@ -30,7 +30,10 @@ class Agreement:
         return dist.get_world_size(self.group)
 
     def on_all(self, act: Callable[[], Any]) -> list[Any]:
-        """What each gets when it acts, in rank order, on every rank; the first user's fault is raised on all."""
+        """What each gets when it acts, in rank order, on every rank; the first user's fault is raised on all.
+
+        The rank that the fault is from raises its own error, with its cause and traceback; the others raise a copy.
+        """
         outcome: Any
         try:
             outcome = act()
@@ -38,9 +41,9 @@ class Agreement:
             outcome = error
         outcomes = [None] * self.ranks
         dist.all_gather_object(outcomes, outcome, group=self.group)
-        for gathered in outcomes:
+        for rank, gathered in enumerate(outcomes):
             if isinstance(gathered, MegatronRingError):
-                raise gathered
+                raise outcome if rank == self.rank else gathered
         return outcomes
 
     def on_rank_0(self, act: Callable[[], Any]) -> Any:

@@ -58,5 +58,10 @@ class BadSteps:
             why = f"more than max_bad_steps {options.max_bad_steps} were bad since the last checkpoint, or the start"
         else:
             why = "--on-bad-step roll-back has no checkpoint to go back to yet"
-        goes_on = f"--load {newest.parent} goes on from {newest.name}" if newest else "There is no checkpoint"
+        if newest is None:
+            goes_on = "There is no checkpoint"
+        elif newest == self.saver.finish():  # this run's own, so the newest of its folder
+            goes_on = f"--load {newest.parent} goes on from {newest.name}"
+        else:
+            goes_on = f"--load {newest} goes on from there"
         return [f"{why}. No weight has moved in it and nothing of it is saved. {goes_on}."]

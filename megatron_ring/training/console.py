@@ -29,6 +29,8 @@ def opening(start: Start) -> str:
     ]
     if stored:
         lines += [*stored.skipped, *_beginning(stored, config)]
+    elif config.checkpoint.load:
+        lines.append(f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ that average the true token mean. Only this file and pipeline_engine.py import d
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megatron_ring.checkpoint.finite import NotFinite, not_finite
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.loader import Batch
@@ -153,20 +155,28 @@ class Engine:
         return {"optimizer_steps": max(steps, default=0), "loss_scale": loss_scale(self.engine.optimizer)}
 
     @torch.no_grad()
-    def load(self, tensors: Tensors, state: RunState) -> None:
-        """Take weights, and the optimizer's state if it has done steps, from a checkpoint that any grid has written.
+    def read(self, tensors: Tensors, state: RunState) -> None:
+        """Read weights, and the optimizer's state if it has done steps, from a checkpoint that any grid has written.
 
-        Raises CheckpointError on the ranks that find a parameter of theirs missing or shaped otherwise.
+        ``update_compute_weights`` must follow. Not collective. Raises CheckpointError on the ranks that find a
+        parameter of theirs missing or shaped otherwise, NotFinite on those that read a value that is nan or infinite.
         """
         tensors.check_shapes(self.shapes())
         kinds = tensors.kinds if state.optimizer_steps else [WEIGHT]
+        bad = Counter[str]()
         for fragment in self._fragments(self.named_parameters()):
-            fragment.fill(tensors, kinds)
+            bad.update({f"{kind}/{fragment.name}": n for kind, n in fragment.fill(tensors, kinds).items()})
+        if bad:
+            raise NotFinite(not_finite(name, count) for name, count in sorted(bad.items()))
         for moments in self.adam.state.values():
             for moment in moments.values() if not state.optimizer_steps else ():
                 moment.zero_()  # who goes back to weights alone has moments of its own
             moments["step"].fill_(state.optimizer_steps)
         set_loss_scale(self.engine.optimizer, state.loss_scale)
+
+    @torch.no_grad()
+    def update_compute_weights(self) -> None:
+        """Have the weights that compute follow those that ``read`` has changed. Collective."""
         update_compute_weights(self.engine.optimizer)
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:

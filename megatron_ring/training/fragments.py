@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
+from megatron_ring.checkpoint.finite import count_not_finite
 from megatron_ring.checkpoint.tensors import MOMENTS, WEIGHT, Piece, Tensors
 from megatron_ring.parallel.tensor import part_shape, split_of
 
@@ -56,11 +57,16 @@ class Fragment:
             return self._pieces(0, length)
         return self._pieces(length * rank // ranks, length * (rank + 1) // ranks)
 
-    def fill(self, tensors: Tensors, kinds: Iterable[str]) -> None:
-        """Read what belongs here from a checkpoint of any borders."""
+    def fill(self, tensors: Tensors, kinds: Iterable[str]) -> dict[str, int]:
+        """Read what belongs here from a checkpoint of any borders.
+
+        Returns how many of its values are nan or infinite, for each of ``kinds`` that has any.
+        """
         for piece in self._pieces(0, len(self.values[WEIGHT])):
             for kind in kinds:
                 tensors.read_into(piece.values[kind], piece.name, kind, piece.box)
+        counts = {kind: count_not_finite(self.values[kind]) for kind in kinds}
+        return {kind: count for kind, count in counts.items() if count}
 
     def _pieces(self, first: int, last: int) -> Iterator[Piece]:
         """Elements ``first`` to ``last`` of this fragment, as boxes of the whole parameter."""

@@ -19,7 +19,11 @@ _ENOUGH = 16
 
 
 class Guard:
-    """The counts of a run that is at ``state``. skipped_steps, roll_backs: in all; since_save: bad steps."""
+    """The counts of a run that is at ``state``. skipped_steps, roll_backs: in all.
+
+    since_save: bad steps since the last checkpoint that a good step preceded. good_since_save: whether there was a good
+    step since the last checkpoint, so that the weights are others than there.
+    """
 
     def __init__(self, options: GuardsConfig, state: RunState):
         self.options = options
@@ -30,6 +34,7 @@ class Guard:
     def measure_as_at(self, state: RunState) -> None:
         """Go on from the losses that a checkpoint has kept."""
         self._recent = deque(state.recent_losses, maxlen=self.options.loss_spike_window)
+        self.good_since_save = False
 
     @property
     def highest_loss(self) -> float:
@@ -46,6 +51,7 @@ class Guard:
     def count(self, result: StepResult) -> None:
         """Every step, once, before what follows it."""
         if not result.refused:
+            self.good_since_save = True
             return self._recent.append(result.loss)
         self.since_save += 1
         if not self.stops:
@@ -53,8 +59,12 @@ class Guard:
             self.roll_backs += self.options.on_bad_step == "roll-back"
 
     def saved(self) -> None:
-        """A checkpoint was taken: bad steps are counted from there."""
-        self.since_save = 0
+        """A checkpoint was taken. Bad steps are counted from there if a good step preceded it, and go on otherwise:
+        weights that no step can move are no new beginning.
+        """
+        if self.good_since_save:
+            self.since_save = 0
+        self.good_since_save = False
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint's state says of it, by its names there."""

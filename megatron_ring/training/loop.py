@@ -68,7 +68,7 @@ def train(
         report.held_out(held_out("validation", engine, start, step=0))
     guard = Guard(start.setup.config.guards, start.state)
     bad_steps = BadSteps(engine, guard, saver, report)
-    with Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
+    with saver, Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
         for step in place.steps(course := Course(start.state.step, training.train_iters)):
             taken = _step(engine, start, ahead, step, watch, guard)
             report.step(taken.record)
@@ -82,10 +82,14 @@ def train(
             if last and dataset.test is not None:
                 report.held_out(held_out("test", engine, start, step))
             stops = not last and stopping.agreed(step)
-            if saving.save and (last or stops or (saving.save_interval and step % saving.save_interval == 0)):
+            ends, due = last or stops, saving.save_interval and step % saving.save_interval == 0
+            if saving.save and (ends or (due and guard.good_since_save)):
                 done = replace(start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept())
-                saver.save(engine, done)
+                # Without a good step since the last one the weights are those of the last one: none goes for it.
+                saver.save(engine, done, retire=guard.good_since_save)
                 guard.saved()
+            elif saving.save and due:
+                report.say(f"no checkpoint after step {step}: every step since the last one was bad")
             if stops:
                 break
     return saver.finish()

@@ -247,6 +247,25 @@ def test_only_a_checkpoint_begins_the_count_of_bad_steps_anew(allowed):
     assert judge.skipped_steps == 3 * allowed, "one that ends the run is not skipped"
 
 
+def test_a_checkpoint_without_a_good_step_before_it_does_not_begin_the_count_anew():
+    judge = guard([], max_bad_steps=3)
+    for bad in range(4):
+        assert not judge.stops
+        judge.count(result(math.nan, refused=True))
+        judge.saved()
+        assert judge.since_save == bad + 1
+    assert judge.stops
+
+
+def test_the_weights_of_a_checkpoint_that_is_gone_back_to_are_not_new():
+    judge = guard([])
+    assert not judge.good_since_save
+    judge.count(result())
+    assert judge.good_since_save
+    judge.measure_as_at(RunState(1, 1, 1, 1))
+    assert not judge.good_since_save
+
+
 @pytest.mark.parametrize(
     ("bad", "fault"),
     [

@@ -1,19 +1,26 @@
 """N + N steps are 2N steps: bit for bit on the same grid, and as if nothing had happened on any other."""
 
 import contextlib
+import math
 import os
+import re
 import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_ring.checkpoint import store, tensors
+from megatron_ring.checkpoint import retention, store, tensors
 from megatron_ring.config import Config
-from megatron_ring.errors import CheckpointError
+from megatron_ring.errors import CheckpointError, DataError, Diverged
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.training import checkpointing
+from megatron_ring.training.setup import Setup
+from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
 
@@ -198,6 +205,112 @@ def test_what_goes_wrong_aside_is_said_on_all_ranks_by_the_next_call(tmp_path):
     run_ranks(2, fail_aside, tmp_path, tiny.write_store(tmp_path))
 
 
+ERRORS = {
+    "MemoryError": MemoryError("cannot allocate"),
+    "RuntimeError": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    "SystemExit": SystemExit(3),
+}
+ACTS = {"write_part": (tensors, 1), "seal": (store, 1), "write_index": (tensors, 0), "commit": (store, 0)}
+
+
+def fail_anyhow(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    """One rank meets an error in each act of a save, in the thread and without it; no rank is left waiting."""
+    runs = {
+        aside: tiny.Run(
+            tiny.config(checkpoint={"save": str(folder / str(aside)), "async_save": aside}), prefix, rank, world_size
+        )
+        for aside in (False, True)
+    }
+    for aside, run in runs.items():
+        run.steps(1)
+        first = run.save()
+        for (act, (module, failing)), (name, error) in zip(ACTS.items(), [*ERRORS.items(), *ERRORS.items()]):
+            run.steps(1)
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == failing:
+                    patch.setattr(module, act, lambda *_, error=error: _raise(error))
+                with pytest.raises(CheckpointError, match=f"of step {run.step} to .*: {name}: ") as failure:
+                    run.save()
+            assert "step-00000001 stays the newest" in str(failure.value)
+            causes = [failure.value.__cause__, failure.value.__cause__.__cause__ if failure.value.__cause__ else None]
+            assert rank != failing or error in causes
+            assert store.newest(folder / str(aside)).path == first
+            # The group of the main threads is in step.
+            assert run.agreement.on_all(lambda: rank) == [0, 1]
+        assert run.save().name == f"step-{run.step:08d}"
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_an_error_of_any_kind_in_one_rank_is_one_error_on_all(tmp_path):
+    run_ranks(2, fail_anyhow, tmp_path, tiny.write_store(tmp_path))
+
+
+def save_and_end(run: tiny.Run) -> None:
+    with run.saver:
+        run.saver.save(run.engine, run.state())
+        assert not Path(run.config.checkpoint.save, "step-00000001").exists()
+        raise DataError("no more data")
+
+
+def fail_while_saving(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    run = tiny.Run(
+        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}), prefix, rank, world_size
+    )
+    run.steps(1)
+    with slow_files(), pytest.raises(DataError, match="^no more data$"):
+        save_and_end(run)
+    assert store.newest(folder / "saved").state.step == 1, "what was on its way is finished"
+
+
+def test_a_save_on_its_way_is_finished_where_the_run_ends_with_an_error_of_all(tmp_path):
+    run_ranks(2, fail_while_saving, tmp_path, tiny.write_store(tmp_path))
+
+
+def spoil_weights(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]) -> None:
+    """Weights and moments that are not finite are neither saved nor loaded, on whichever rank they are."""
+    for name, sections in cases.items():
+        kind = sections["kind"]
+        saving = {"save": str(folder / name), "load": str(folder / name), "keep_last": 1}
+        config = tiny.config(training=sections["training"], checkpoint=saving)
+        run = tiny.Run(config, prefix, rank, world_size)
+        run.steps(1)
+        first = run.save()
+        run.steps(1)
+        if rank == 1:
+            run.engine.pieces()[0].values[kind].view(-1)[:2] = torch.tensor([math.nan, math.inf])
+        with pytest.raises(Diverged, match=f"{kind}/.* has 2 values that are nan or infinite") as ended:
+            run.save()
+        assert f"{first.name} stays the newest" in str(ended.value)
+        assert store.newest(folder / name).path == first
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensors, "check_finite", lambda *_: None)
+            patch.setattr(retention, "remove_outdated", lambda *_: None)
+            run.save()
+        with pytest.raises(CheckpointError, match=f"{kind}/.* nan or infinite") as refused:
+            run.resume(run.find())
+        assert f"such as {first}" in str(refused.value)
+        assert ("--finetune" in str(refused.value)) == (kind != "weight")
+        older = replace(config, checkpoint=replace(config.checkpoint, load=str(first)))
+        again = tiny.Run(older, prefix, rank, world_size)
+        again.resume(again.find())
+        assert again.step == 1
+
+
+NOT_FINITE = {
+    "fp32-0": DTYPES_AND_STAGES["fp32-0"] | {"kind": "weight"},
+    "fp32-3": DTYPES_AND_STAGES["fp32-3"] | {"kind": "exp_avg"},
+    "bf16-1": DTYPES_AND_STAGES["bf16-1"] | {"kind": "weight"},
+}
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
+    run_ranks(2, spoil_weights, tmp_path, tiny.write_store(tmp_path), NOT_FINITE)
+
+
 def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     saving = {"save": str(folder / "saved"), "load": str(folder / "saved")}
     run = tiny.Run(tiny.config(checkpoint=saving), prefix, rank, world_size)
@@ -261,3 +374,74 @@ def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     run_ranks(2, resume_as_if_nothing_had_happened, tmp_path, prefix)
+
+
+# ---- what --load names ----
+
+
+def found(rank: int, world_size: int, cases: list[dict], cwd: Path) -> list[str]:
+    """What comes of each pair of folders: the checkpoint that is taken, "afresh", or the error. Alike on all ranks."""
+    os.chdir(cwd)
+    agreement, told = Agreement.build(), []
+    for folders in cases:
+        setup = Setup.of(tiny.config(checkpoint=folders), world_size)
+        try:
+            stored = checkpointing.find(setup, tiny.VOCAB, agreement)
+            told.append(f"{stored.path} {stored.state.step}" if stored else "afresh")
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+LOADS = [
+    ({"load": "run"}, "run/step-00000010 10"),
+    ({"load": "run/step-00000005"}, "run/step-00000005 5"),
+    ({"load": "run/step-00000005/"}, "run/step-00000005 5"),
+    ({"load": "best"}, "best 5"),
+    ({"load": "run/step-00000005", "save": "other"}, "run/step-00000005 5"),
+    ({"load": "run/step-00000005", "save": "run"}, "run/step-00000005 5"),
+    ({"load": "run/step-00000005", "save": "other", "finetune": True}, "run/step-00000005 0"),
+    ({"load": "run/step-00000005", "save": "run", "finetune": True}, "Set --save to another folder"),
+    ({"load": "run/step-00000007"}, "run/step-00000007 is not whole: .*Beside it are .*step-00000005"),
+    ({"load": "run/latest"}, r"run/latest is a file.*\n?Set --load"),
+    ({"load": "run/step-00000005/state.json"}, "is a file"),
+    ({"load": "empty"}, "afresh"),
+    ({"load": "empty", "finetune": True, "save": "other"}, "holds no checkpoint to take weights from"),
+    ({"load": "litter"}, "afresh"),
+    ({"load": "killed"}, "afresh"),
+    ({"load": "nowhere"}, "nowhere does not exist"),
+    ({"load": "nowhere", "save": "nowhere"}, "afresh"),
+    ({"load": "logs"}, "logs holds no checkpoint, and is not empty: it has metrics.jsonl"),
+    ({"load": "logs", "save": "./logs"}, "afresh"),
+    ({"load": "hf"}, r"hf is a Hugging Face folder .*convert_checkpoint.py import hf OUT"),
+    ({"load": "hf", "save": "hf"}, "hf is a Hugging Face folder"),
+    ({"load": "megatron"}, "is a Megatron checkpoint"),
+    ({"load": "parent"}, "Set --load parent/inner"),
+    ({"load": "broken"}, "is a checkpoint that is not whole"),
+]
+
+
+def test_what_load_names_is_taken_or_refused_but_never_passed_over_in_silence(tmp_path):
+    model = tiny.config()
+    for step in (5, 7, 10):
+        small.write(tmp_path / "run", step, model)
+    (tmp_path / "run" / "step-00000007" / "rank-0.pt").unlink()
+    small.write(tmp_path / "parent" / "inner", 5, model)
+    (tmp_path / "best").symlink_to("run/step-00000005")
+    for file in (
+        "litter/.DS_Store",
+        "killed/.partial-00000005/part-00000.safetensors",
+        "logs/metrics.jsonl",
+        "hf/config.json",
+        "hf/model.safetensors",
+        "megatron/latest_checkpointed_iteration.txt",
+        "megatron/iter_0000001/mp_rank_00/model_optim_rng.pt",
+        "broken/tensors.json",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "empty").mkdir()
+    of_ranks = run_ranks(2, found, [folders for folders, _ in LOADS], tmp_path)
+    assert of_ranks[0] == of_ranks[1]
+    for (folders, expected), told in zip(LOADS, of_ranks[0], strict=True):
+        assert re.search(expected, told, re.S), f"{folders}: {told}"

@@ -119,7 +119,7 @@ class Run:
         return checkpointing.find(self.setup, VOCAB, self.agreement)
 
     def resume(self, stored: Stored) -> None:
-        checkpointing.resume(self.engine, stored)
+        checkpointing.resume(self.engine, stored, self.agreement)
         self.step = stored.state.step
         self._load_from(stored.state.consumed_samples)
 

@@ -24,7 +24,7 @@ def on_every(agreement: Agreement, act: Callable[[], Got]) -> Got:
     if first := next((fault for _, fault in found if fault), None):
         struck = [process for process, fault in found if fault]
         whose = "" if len(struck) == len(found) else f"on {in_words(struck)}: "
-        raise type(first)(whose + problem for problem in first.problems)
+        raise type(first)(whose + problem for problem in first.problems) from (fault or first)
     return got
 
 
