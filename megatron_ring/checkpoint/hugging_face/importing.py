@@ -138,7 +138,8 @@ def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str
 def _notes(config: dict, family: Family) -> list[str]:
     """One sentence on each thing in config.json that changes nothing, though its name may make one expect it."""
     found = [
-        f"RoPE's {shown(name)[1:-1]} {shown(config_of_rope(config)[name])} is not used: transformers does not read it either."
+        f"RoPE's {shown(name)[1:-1]} {shown(config_of_rope(config)[name])} is not used: "
+        "transformers does not read it either."
         for name in unread_parameters(config)[:_NOTED]
     ]
     if config.get("auto_map"):

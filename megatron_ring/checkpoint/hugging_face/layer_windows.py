@@ -27,8 +27,8 @@ def _read_mistral(config: Told, problems: list[str]) -> Told:
     agrees = isinstance(types, list) and len(types) == layers and all(kind == expected for kind in types)
     if types is not None and not agrees:
         problems.append(
-            f"layer_types is {shown(types)}, and must be {expected} for each of num_hidden_layers, or null: transformers' "
-            f"Mistral has one window for all layers, sliding_window {shown(window or None)}."
+            f"layer_types is {shown(types)}, and must be {expected} for each of num_hidden_layers, or null: "
+            f"transformers' Mistral has one window for all layers, sliding_window {shown(window or None)}."
         )
     return {"window_size": window}
 
