@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint import names, store, tensors
+from megatron_ring.checkpoint import lease, names, store, tensors
 from megatron_ring.checkpoint.compare import sorted_out
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
@@ -64,6 +64,7 @@ def _state(newest: RunState, checkpoints: list[Summary], weights: list[float]) -
 def _check_free(folder: Path) -> None:
     if found := names.checkpoints(folder):
         raise CheckpointError(f"{folder} holds checkpoints already, such as {found[0].name}. Give OUT another name.")
+    lease.check_not_held(folder)
 
 
 def _check_one_model(checkpoints: list[Summary]) -> None:

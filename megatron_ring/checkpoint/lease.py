@@ -181,10 +181,9 @@ def take(
             return lease
 
 
-def check_not_held(
-    folder: Path, owner: Owner, report: Report = print, looks: int = LOOKS, seconds: float = RENEWAL_SECONDS
-) -> None:
+def check_not_held(folder: Path, report: Report = print, looks: int = LOOKS, seconds: float = RENEWAL_SECONDS) -> None:
     """Raise CheckpointError where a run holds ``folder``, for tools that write to it once. Blocks as ``take`` does."""
+    owner = Owner.here()
     with disk.write_errors(folder):
         while folder.is_dir() and (found := newest(folder)):
             if _is_free(folder, found, owner, report, looks, seconds):
@@ -201,7 +200,7 @@ def _is_free(folder: Path, found: Found, owner: Owner, report: Report, looks: in
         if record and record.released:
             return True
         if record and record.owner.is_earlier_start_of(owner):
-            report(f"lease            {folder} is taken over from an earlier start of this job: {found}")
+            report(f"lease            {folder} was held by an earlier start of this job: {found}")
             return True
         state = record.owner.state_seen_from(owner) if record else None
         if state == "":
@@ -222,7 +221,7 @@ def _is_free(folder: Path, found: Found, owner: Owner, report: Report, looks: in
         if again.signature != found.signature and not (again.record and again.record.released):
             raise _in_use(folder, again)
         found = again
-    report(f"lease            {folder} is taken over, not renewed for {looks * seconds:.0f} s by {found}")
+    report(f"lease            {folder} was held by a run that did not renew it for {looks * seconds:.0f} s: {found}")
     return True
 
 

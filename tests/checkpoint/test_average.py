@@ -1,11 +1,12 @@
 """The mean of checkpoints is that of their whole tensors in float64, of one model, written whole or not at all."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_ring.checkpoint import store, tensors
+from megatron_ring.checkpoint import lease, store, tensors
 from megatron_ring.checkpoint.average import average
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import CheckpointConfig, Config, ModelConfig
@@ -101,3 +102,11 @@ def test_a_mean_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="the mean cannot be written to .*out: part-00000.*: No space left"):
         average(tmp_path / "out", checkpoints, [1.0] * 3)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_that_a_run_holds_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    held = lease.take(tmp_path / "out", lease.Owner.here())
+    with pytest.raises(CheckpointError, match=f"pid {os.getpid()}"):
+        average(tmp_path / "out", [], [])
+    held.release()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint import formats, names, store
+from megatron_ring.checkpoint import formats, lease, names, store
 from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
 from megatron_ring.checkpoint.hugging_face import unsupported
@@ -75,6 +75,7 @@ def _check_empty(out: Path) -> None:
     others = [name for name in formats.content(out) if not name.startswith(ignored)] if out.is_dir() else []
     if others or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder.")
+    lease.check_not_held(out)
 
 
 def _family(folder: Folder) -> tuple[str, Family]:
