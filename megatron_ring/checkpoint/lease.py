@@ -204,7 +204,7 @@ def _is_free(folder: Path, found: Found, owner: Owner, report: Report, looks: in
             return True
         state = record.owner.state_seen_from(owner) if record else None
         if state == "":
-            report(f"lease            {folder} is taken over from a process that has ended: {found}")
+            report(f"lease            {folder} was held by a process that has ended: {found}")
             return True
         # A stopped process (T) may never go on, and one that waits for a disk (D) may never return.
         if state and state in "RSI":

@@ -1,6 +1,7 @@
 """One run writes to a folder of checkpoints: a second one is refused, and what a dead one has left never blocks it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,12 +316,16 @@ def test_nothing_else_in_the_folder_is_disturbed(tmp_path):
     held = lease.take(tmp_path, here(), **QUICK)
     assert names.candidates(tmp_path) == ([], [])
     assert store.newest(tmp_path) is None
-    _check_empty(tmp_path)
+    with pytest.raises(CheckpointError, match="another run writes"):
+        _check_empty(tmp_path)
     path = write(tmp_path, 5)
     assert store.newest(tmp_path).path == path
     held.check()
     held.release()
     assert files(tmp_path) == [".lease-00000001", "latest", "step-00000005"]
+    shutil.rmtree(path)
+    (tmp_path / "latest").unlink()
+    _check_empty(tmp_path)
 
 
 HOLDER = """\
