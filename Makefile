@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # PyPI's build of torch is the CUDA one; where a CPU build of this version lies ready, pip takes that.
 TORCH ?= torch==2.13.0
+# All else comes in the versions of constraints.txt, or with CONSTRAINTS= in the newest.
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 # Files of tests that run beside each other: most keep one core busy. With 0 all is one process, which --pdb needs.
 WORKERS ?= 2
@@ -16,7 +18,13 @@ ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: train test test-all test-slurm test-docker test-links check bench bench-gpu clean
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
+# The versions that fit the torch that is installed, in a file for pip.
+USABLE := $(BIN)/.constraints
+FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
+write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $(USABLE))
+
+.PHONY: train test test-all test-slurm test-docker test-links check constraints constraints-check bench bench-gpu clean
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -48,6 +56,19 @@ check: $(BIN)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 
+# Write constraints.txt anew: the newest versions that fit each other, from an environment made for it.
+constraints:
+	rm -rf $(VENV)-newest
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/$(PIP_INSTALL) "$(TORCH)"
+	$(VENV)-newest/bin/$(PIP_INSTALL) --editable ".[dev]"
+	$(VENV)-newest/bin/python tools/constraints.py write
+	rm -rf $(VENV)-newest
+
+# Whether constraints.txt has a line for everything that is installed, and that version is.
+constraints-check: $(BIN)/.installed-dev
+	$(BIN)/python tools/constraints.py check
+
 bench: $(BIN)/.installed
 	$(BIN)/python tools/bench_attention.py --nproc 2 --seq-length 16384 $(ARGS)
 
@@ -68,13 +89,16 @@ $(BIN)/.venv:
 
 # torch first and alone: asked for by another package it would come in its newest and largest build.
 $(BIN)/.torch: | $(BIN)/.venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(write_usable)
+	$(BIN)/$(PIP_INSTALL) $(FIT) "$(TORCH)"
 	@touch $@
 
-$(BIN)/.installed: pyproject.toml | $(BIN)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/.torch
+	$(write_usable)
+	$(BIN)/$(PIP_INSTALL) $(FIT) --editable .
 	@touch $@
 
-$(BIN)/.installed-dev: pyproject.toml | $(BIN)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+$(BIN)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/.torch
+	$(write_usable)
+	$(BIN)/$(PIP_INSTALL) $(FIT) --editable ".[dev]"
 	@touch $@ $(BIN)/.installed

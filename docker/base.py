@@ -1,7 +1,7 @@
 """What pip may not change in an image that brings its own torch, as pip's constraints.
 
-python docker/base.py                           the packages of this environment that are compiled for its GPUs
-python docker/base.py docker/constraints.txt    these, and the lines of that file for what this environment has not
+python docker/base.py                    the packages of this environment that are compiled for its GPUs
+python docker/base.py constraints.txt    these, and the lines of that file for what this environment has not
 """
 
 import re

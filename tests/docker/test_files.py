@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docker/Dockerfile", ROOT / "docker/Dockerfile.cpu"
-PINS = dict(line.split("==") for line in (ROOT / "docker/constraints.txt").read_text().splitlines() if "==" in line)
+CONSTRAINTS = runpy.run_path(str(ROOT / "tools/constraints.py"))
+PINS = CONSTRAINTS["pins"]((ROOT / "constraints.txt").read_text())
 IGNORE = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
 COMPOSE = ROOT / "docker/compose.yaml"
 
@@ -84,7 +85,7 @@ def test_every_requirement_of_the_images_has_a_pin_that_satisfies_it():
     assert {"torch", "deepspeed", "wandb", "pyarrow"} <= {requirement.name for requirement in wanted}
     for requirement in wanted:
         if requirement.name != "torch":  # which the base or an argument has
-            assert PINS[requirement.name.lower()] in requirement.specifier
+            assert PINS[CONSTRAINTS["_spelled"](requirement.name)] in requirement.specifier
 
 
 def test_what_is_compiled_for_the_bases_gpus_is_kept_and_what_it_lacks_is_pinned():

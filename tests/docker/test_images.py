@@ -112,7 +112,7 @@ def test_nothing_of_this_machines_pip_stays_in_the_image(builder, cpu):
 def test_what_the_base_of_the_gpu_image_has_for_its_torch_stays(builder, cuda):
     names = "torch", "numpy", "PyYAML", "deepspeed"
     look = f"from importlib.metadata import version; print(*map(version, {names}))"
-    ours = dict(line.split("==") for line in (ROOT / "docker/constraints.txt").read_text().splitlines() if "==" in line)
+    ours = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     torch, *others = output(builder.start(cuda, ["python", "-c", look])).split()
     assert torch.startswith("2.13.0")
     assert others == ["2.3.5", "6.0.2", ours["deepspeed"]]
