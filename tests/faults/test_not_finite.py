@@ -100,3 +100,27 @@ def test_roll_back_takes_the_newest_checkpoint_and_the_samples_behind(folder, qu
     assert [step["tokens"] // 64 for step in steps] == [1, 2, 5, 6, 7, 8], "the samples of steps 3 and 4 are left out"
     assert losses(folder)[:2] == quiet[:2]
     assert losses(folder)[2] != quiet[2]
+
+
+BAD_FROM_3 = Poison("nan gradient", (3, 4, 5, 6))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "saved").glob("step-*"))
+
+
+def test_checkpoints_without_a_good_step_do_not_keep_a_run_alive(folder):
+    codes, said = run(folder, "--max-bad-steps", "3", "--keep-last", "1", poison=BAD_FROM_3)
+    assert codes == [6, 6]
+    assert said.count("Diverged") == 1
+    assert len(re.findall("no checkpoint after step 4", said)) == 1
+    assert checkpoints(folder) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--async-save",)])
+def test_the_last_checkpoint_of_bad_steps_alone_retires_none(folder, flags):
+    codes, _ = run(folder, "--keep-last", "1", *flags, poison=BAD_FROM_3)
+    assert codes == [0, 0]
+    assert checkpoints(folder) == ["step-00000002", "step-00000006"]
+    assert run(folder, "--train-iters", "8", "--keep-last", "1")[0] == [0, 0]
+    assert checkpoints(folder) == ["step-00000008"]
