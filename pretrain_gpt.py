@@ -20,6 +20,7 @@ from megatron_ring.training.engine import leave_processes, start_processes
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.metrics import Silence
+from megatron_ring.training.outputs import keep_console_from_ending_the_run
 from megatron_ring.training.precision import device_type
 from megatron_ring.training.ring_profile.watch import RingWatch, whereabouts
 from megatron_ring.training.self_test.run import test_alone, test_in_a_line
@@ -69,6 +70,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
 
 if __name__ == "__main__":
+    keep_console_from_ending_the_run()
     with speaking_errors():
         environment = Environment.read()
     speaks, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0

@@ -562,7 +562,9 @@ class LoggingConfig:
     log_interval: int = 10
     """Steps between lines on the console."""
     metrics_file: str = ""
-    """Write one JSON object a step to this file. Empty: none."""
+    """Write one JSON object a step to this file, and the loss as loss.png beside it. Empty: none.
+    A resumed run continues the file; lines of steps that it runs again go to FILE.superseded. A run
+    from step 0 moves an existing file to FILE.1, FILE.2, ... and never over another file."""
     tensorboard_dir: str = ""
     """Write TensorBoard events to this folder. Empty: none."""
     wandb_project: str = ""
@@ -588,6 +590,16 @@ class LoggingConfig:
             found.append(
                 f"straggler_threshold {self.straggler_threshold} must be above 1, the mean, or 0 for none. "
                 "Set --straggler-threshold."
+            )
+        if Path(self.metrics_file).name == "loss.png":
+            found.append(
+                f"metrics_file {self.metrics_file} is where the plot of the loss is drawn. "
+                "Set --metrics-file to another name, as metrics.jsonl."
+            )
+        if self.metrics_file and self.profile_ring_trace == self.metrics_file:
+            found.append(
+                f"profile_ring_trace {self.profile_ring_trace} is the metrics file too. "
+                "Set --profile-ring-trace or --metrics-file to another file."
             )
         if self.profile_ring_trace and not self.profile_ring:
             found.append(

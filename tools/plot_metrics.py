@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_ring.errors import speaking_errors
+from megatron_ring.errors import DataError, speaking_errors
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.ring_profile.timeline import draw_timeline
 
@@ -21,12 +21,14 @@ def main(metrics_file: Path, output: Path, trace: Path | None = None) -> None:
         output: The picture to write; its ending says which kind (png, svg, pdf).
         trace: What it wrote with --profile-ring-trace: drawn beside the output, as its name with "-hops" behind.
     """
-    draw_loss(metrics_file, output)
-    print(f"drew {output}")
-    if trace:
-        hops = output.with_stem(f"{output.stem}-hops")
-        draw_timeline(trace, hops)
-        print(f"drew {hops}")
+    try:
+        print(f"drew {draw_loss(metrics_file, output)}")
+        if trace:
+            hops = output.with_stem(f"{output.stem}-hops")
+            draw_timeline(trace, hops)
+            print(f"drew {hops}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"output {output} cannot be written: {error}. Set --output.") from error
 
 
 if __name__ == "__main__":

@@ -57,22 +57,24 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),
         peak_flops=peak * setup.grid.world_size if peak else None,
-        monitors=engine.write_events,
+        monitors=engine.monitors,
     )
 
 
 def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
-    """The summary, and where everything lies; draws the loss beside the metrics file."""
+    """The summary, and where everything is. Draws the loss beside the metrics file; a plot that
+    fails is a warning.
+    """
     lines = [report.close()]
     if saved:
         lines.append(f"checkpoint       {saved}")
     if config.logging.metrics_file:
         metrics = Path(config.logging.metrics_file)
         lines.append(f"metrics          {metrics}")
-        if report.steps:
+        if report.first and metrics.is_file():  # and not a device or a pipe, which may have no end
             picture = metrics.with_name("loss.png")
-            draw_loss(metrics, picture)
-            lines.append(f"loss plot        {picture}")
+            if report.best_effort(f"loss plot {picture}", draw_loss, metrics, picture):
+                lines.append(f"loss plot        {picture}")
     return "\n".join(line for line in lines if line)
 
 

@@ -15,6 +15,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.monitor.comet import CometMonitor
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
 
 from megatron_ring.checkpoint.finite import NotFinite, not_finite
 from megatron_ring.checkpoint.state import RunState
@@ -31,8 +36,18 @@ from megatron_ring.training.gradient_norm import clip, counts_here
 from megatron_ring.training.lookout import Lookout, Seen
 from megatron_ring.training.loss import counted_tokens, share_of_mean
 from megatron_ring.training.loss_scale import loss_scale, set_loss_scale
+from megatron_ring.training.metrics import Monitor
 from megatron_ring.training.model_parallel_unit import model_parallel_unit
+from megatron_ring.training.outputs import BestEffort
 from megatron_ring.training.setup import Setup
+
+# By their names in DeepSpeed's config.
+_MONITORS = {
+    "tensorboard": TensorBoardMonitor,
+    "wandb": WandbMonitor,
+    "csv_monitor": csvMonitor,
+    "comet": CometMonitor,
+}
 
 
 def start_processes(environment: Environment, device: str) -> None:
@@ -94,19 +109,22 @@ class Engine:
         self.device = torch.device(setup.device)
         self.lookout = Lookout(model, self.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
+        # DeepSpeed would fail with its monitors, and report samples where we report steps, which
+        # wandb drops.
+        derived = setup.deepspeed.items()
+        without_monitors = {key: value for key, value in derived if key not in _MONITORS}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
             # DeepSpeed takes the norm only where it clips, and we tell it in any case.
-            config=setup.deepspeed | {"gradient_clipping": training.clip_grad or math.inf},
+            config=without_monitors | {"gradient_clipping": training.clip_grad or math.inf},
             mpu=model_parallel_unit(setup.grid, groups),
         )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
         # moves no weight, but AdamW would count it as its first.
         self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
-        # DeepSpeed would tell of samples where write_events tells of steps, and wandb drops what lies behind its last.
-        self.engine.monitor.enabled = False
+        self.monitors = _monitors(setup.deepspeed)
         step = self.adam.step
         self.adam.step = lambda: None if self.decision.refused else step()
 
@@ -179,10 +197,6 @@ class Engine:
         """Have the weights that compute follow those that ``read`` has changed. Collective."""
         update_compute_weights(self.engine.optimizer)
 
-    def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """Hand (name, value, step) to DeepSpeed's monitors: wandb, tensorboard, csv, those that are on."""
-        self.engine.monitor.write_events(events)
-
     def within_optimizer_step(self, note: Callable[[], AbstractContextManager]) -> None:
         """From now on take DeepSpeed's step, with the norm, Adam and the gathering of weights, within ``note()``."""
         take_step = self.engine._take_model_step
@@ -243,6 +257,19 @@ class Engine:
         """In the place of DeepSpeed's own, which it calls without ZeRO in fp32."""
         parameters, max_norm = self.engine.module.parameters(), self.engine.gradient_clipping()
         self.engine._global_grad_norm = clip(parameters, max_norm, self.groups)
+
+
+def _monitors(config: dict[str, Any]) -> dict[str, Monitor]:
+    """Those of DeepSpeed's monitors that ``config`` enables, on global rank 0; one that does not
+    start is left out.
+    """
+    settings, best_effort = get_monitor_config(config), BestEffort()
+    started = {}
+    for name, kind in _MONITORS.items():
+        own = getattr(settings, name)
+        if own.enabled and dist.get_rank() == 0 and (monitor := best_effort(name, kind, own)):
+            started[name] = monitor.write_events
+    return started
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:

@@ -85,6 +85,7 @@ def train(
             ends, due = last or stops, saving.save_interval and step % saving.save_interval == 0
             if saving.save and (ends or (due and guard.good_since_save)):
                 done = replace(start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept())
+                report.flush()
                 # Without a good step since the last one the weights are those of the last one: none goes for it.
                 saver.save(engine, done, retire=guard.good_since_save)
                 guard.saved()

@@ -7,8 +7,8 @@ bad and ``skipped_steps``, or led to ``roll_backs``; ``full_attention_flops`` is
 count it, attention by the full square of a sample; a validation writes
 ``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
 test_bits_per_byte``. ``tokens`` counts all those read so far. Losses are nats per token. What is not finite is null in
-the file, for JSON has no word for it, and what it is to the monitors. After a roll back the file goes on from the
-checkpoint's step; monitors cannot take back what they were told. Only global rank 0 tells anything.
+the file, for JSON has no word for it, and what it is to the monitors. After a resume or a roll back the file continues
+at the checkpoint's step (metrics_file.py); monitors keep the steps that are repeated. Only global rank 0 reports.
 
 Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and ``slowest_over_mean``: who computed
 longest in its hops since the last one, waits left out, over the ranks' mean for such work. With --profile-ring a step
@@ -21,20 +21,32 @@ compute of the slowest rank over the mean of its ring, in the worst ring. ``miss
 in the profile's log; there should be none. Monitors have all but ``ring_hops``.
 """
 
-import json
 import math
 import statistics
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from megatron_ring.config import LoggingConfig
+from megatron_ring.training.metrics_file import MetricsFile
+from megatron_ring.training.outputs import BestEffort
 from megatron_ring.training.ring_profile.step import RingReport
 
-Monitors = Callable[[list[tuple[str, float, int]]], None]
+T = TypeVar("T")
+
+Events = list[tuple[str, float, int]]
+"""(name, value, step) each."""
+Monitor = Callable[[Events], None]
+
+# Steps whose speed the summary's medians are of: all of a shorter run, and as many at even
+# distances of a longer one.
+_KEPT_RATES = 4096
+# The summary shows the first and the last; a roll back takes the last ones away.
+_KEPT_VALIDATIONS = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class StepRecord:
         """As the metrics file has them."""
         return {name: value for name, value in vars(self).items() if name != "ring"} | self.ring.figures
 
-    def events(self) -> list[tuple[str, float, int]]:
+    def events(self) -> Events:
         """As the monitors have them, which take single numbers."""
         numbers = {name: value for name, value in self.figures.items() if isinstance(value, int | float)}
         return [(f"train/{name}", value, self.step) for name, value in numbers.items() if name != "step"]
@@ -80,14 +92,6 @@ class HeldOutRecord:
         return {f"{self.part}{separator}{name}": getattr(self, name) for name in ("loss", "bits_per_byte")}
 
 
-def keep_until(metrics_file: Path, step: int) -> None:
-    """Drop the lines behind ``step``: a run that goes on from there writes them again."""
-    if not metrics_file.is_file():
-        return
-    lines = [line for line in metrics_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-    metrics_file.write_text("".join(f"{line}\n" for line in lines))
-
-
 class Report(Protocol):
     """Whom the loop tells of its steps."""
 
@@ -96,6 +100,8 @@ class Report(Protocol):
     def held_out(self, record: HeldOutRecord) -> None: ...
 
     def say(self, words: str) -> None: ...
+
+    def flush(self) -> None: ...
 
     def back_to(self, step: int) -> None: ...
 
@@ -112,34 +118,70 @@ class Silence:
     def say(self, words: str) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def back_to(self, step: int) -> None:
         pass
 
 
-class ConsoleReport:
-    """Tells the console, the metrics file and the monitors. ``peak_flops``, of all processes, gives the utilisation.
+class Thinned(Generic[T]):
+    """Evenly spaced values of a series of any length, at most ``limit`` of them.
 
-    None: it is not known, and no utilisation is shown.
+    They are the first value and every ``stride``-th after it.
     """
 
-    def __init__(self, logging: LoggingConfig, steps: range, peak_flops: float | None, monitors: Monitors):
+    def __init__(self, limit: int):
+        self.limit, self.stride = limit, 1
+        self.values: list[T] = []
+        self._added = 0
+
+    def add(self, value: T) -> None:
+        if self._added % self.stride == 0:
+            if len(self.values) == self.limit:
+                del self.values[1::2]
+                self.stride *= 2
+            if self._added % self.stride == 0:
+                self.values.append(value)
+        self._added += 1
+
+
+class ConsoleReport:
+    """Reports to the console, the metrics file and the monitors.
+
+    None of them ends the run if it fails. Its size does not depend on the number of steps.
+    ``peak_flops``, of all processes, gives the utilisation; None: it is not known, and no
+    utilisation is shown. ``monitors``: what takes events, by the name that a warning has of it.
+    """
+
+    def __init__(
+        self,
+        logging: LoggingConfig,
+        steps: range,
+        peak_flops: float | None,
+        monitors: Mapping[str, Monitor],
+    ):
         self.interval, self.monitors = logging.log_interval, monitors
         self.first_step, self.last_step = steps.start, steps.stop - 1
         self.peak_flops = peak_flops
-        self.metrics_file = Path(logging.metrics_file) if logging.metrics_file else None
-        if self.metrics_file:
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.first_step == 1
-            keep_until(self.metrics_file, -1 if fresh else self.first_step - 1)
-        self.steps: list[StepRecord] = []
+        self.best_effort = BestEffort()
+        path = logging.metrics_file
+        self.metrics_file = MetricsFile(Path(path), self.say) if path else None
+        self._on_metrics_file(lambda file: file.begin(steps.start - 1))
+        self.first: StepRecord | None = None
+        self.last: StepRecord | None = None
         self.validations: list[HeldOutRecord] = []
+        self.rates: Thinned[tuple[float, float, float]] = Thinned(_KEPT_RATES)
+        self.step_seconds: deque[float] = deque(maxlen=min(self.interval, _KEPT_RATES))
         # disable=None: no bar where there is no terminal; the lines are printed either way.
         self.bar = tqdm(total=self.last_step, initial=steps.start - 1, unit="step", disable=None, dynamic_ncols=True)
 
     def step(self, record: StepRecord) -> None:
-        self.steps.append(record)
-        self._write(record.figures)
-        self.monitors(record.events())
+        self.first, self.last = self.first or record, record
+        self.rates.add(_rates(record))
+        self.step_seconds.append(record.step_seconds)
+        self._on_metrics_file(lambda file: file.write(record.figures))
+        self._monitor(record.events())
         self.bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s")
         self.bar.update()
         if record.step % self.interval == 0 or record.step in (self.first_step, self.last_step):
@@ -150,8 +192,9 @@ class ConsoleReport:
     def held_out(self, record: HeldOutRecord) -> None:
         if record.part == "validation":
             self.validations.append(record)
-        self._write({"step": record.step} | record.named("_"))
-        self.monitors([(name, value, record.step) for name, value in record.named("/").items()])
+            del self.validations[1:-_KEPT_VALIDATIONS]
+        self._on_metrics_file(lambda file: file.write({"step": record.step} | record.named("_")))
+        self._monitor([(name, value, record.step) for name, value in record.named("/").items()])
         tqdm.write(
             f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
         )
@@ -162,12 +205,16 @@ class ConsoleReport:
         """A line among those of the steps."""
         tqdm.write(words)
 
+    def flush(self) -> None:
+        """Put the metrics file on the disk: before a checkpoint, which must not be ahead of it."""
+        self._on_metrics_file(MetricsFile.flush)
+
     def back_to(self, step: int) -> None:
-        """Forget the steps behind ``step``, from which the run goes on with other samples."""
-        self.steps = [record for record in self.steps if record.step <= step]
+        """Forget the steps after ``step``, from which the run goes on with other samples."""
+        if self.first and self.first.step > step:
+            self.first = None
         self.validations = [record for record in self.validations if record.step <= step]
-        if self.metrics_file:
-            keep_until(self.metrics_file, step)
+        self._on_metrics_file(lambda file: file.back_to(step))
         self.bar.n = step
         self.bar.refresh()
 
@@ -175,48 +222,54 @@ class ConsoleReport:
         """Take the bar down and return the summary."""
         self.bar.close()
         lines = []
-        if self.steps:
-            rate = statistics.median(record.tokens_per_second for record in self.steps)
+        if self.first:
+            first, last = self.first, self.last
+            rate, own, usual = (statistics.median(rates) for rates in zip(*self.rates.values))
             lines.append(
-                f"loss             {self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps, "
-                f"{self.steps[-1].tokens:,} tokens so far"
+                f"loss             {first.loss:.4f} -> {last.loss:.4f} in "
+                f"{last.step - first.step + 1} steps, {last.tokens:,} tokens so far"
             )
-            lines.append(f"speed            {rate:,.0f} tokens/s (median){self._utilisation(self.steps, ', {}')}")
+            utilisation = self._utilisation(own, usual, ", {}")
+            lines.append(f"speed            {rate:,.0f} tokens/s (median){utilisation}")
         if self.validations:
             first, last = (self.validations[i].bits_per_byte for i in (0, -1))
             lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
-        if self.steps and (end := self.steps[-1]).skipped_steps + end.roll_backs:
+        if self.first and self.last.skipped_steps + self.last.roll_backs:
+            end = self.last
             lines.append(f"bad steps        {end.skipped_steps} skipped, {end.roll_backs} followed by a roll back")
+        for what, times in self.best_effort.failures.items():
+            lines.append(f"warning          {what} failed {times} times")
         return "\n".join(lines)
 
     def _line(self, record: StepRecord) -> str:
-        recent = [r.step_seconds for r in self.steps[-self.interval :]]
-        left = round((self.last_step - record.step) * statistics.median(recent))
+        left = round((self.last_step - record.step) * statistics.median(self.step_seconds))
         return (
             f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  grad norm {record.grad_norm:.3f}  "
             f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
-            f"{self._utilisation([record], ' ({})')}  ETA {left // 60}:{left % 60:02d}"
+            f"{self._utilisation(*_rates(record)[1:], ' ({})')}  ETA {left // 60}:{left % 60:02d}"
         )
 
-    def _utilisation(self, steps: list[StepRecord], form: str) -> str:
-        """The median step's operations a second over what the processes could reach, by both conventions."""
+    def _utilisation(self, own: float, usual: float, form: str) -> str:
+        """Operations a second over what the processes could reach, by both conventions."""
         if not self.peak_flops:
             return ""
-        own, usual = (
-            statistics.median(getattr(step, name) / step.step_seconds for step in steps) / self.peak_flops
-            for name in ("model_flops", "full_attention_flops")
-        )
+        own, usual = own / self.peak_flops, usual / self.peak_flops
         return form.format(f"{own:.0%} of peak, MFU {usual:.0%}")
 
-    def _write(self, record: dict) -> None:
+    def _on_metrics_file(self, act: Callable[[MetricsFile], None]) -> None:
         if self.metrics_file:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(_legal(record), allow_nan=False) + "\n")
+            self.best_effort(f"--metrics-file {self.metrics_file.path}", act, self.metrics_file)
+
+    def _monitor(self, events: Events) -> None:
+        for name, write in self.monitors.items():
+            self.best_effort(name, write, events)
 
 
-def _legal(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _legal(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_legal(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _rates(record: StepRecord) -> tuple[float, float, float]:
+    """Per second: tokens, operations, and operations as published figures count them."""
+    seconds = record.step_seconds
+    return (
+        record.tokens_per_second,
+        record.model_flops / seconds,
+        record.full_attention_flops / seconds,
+    )

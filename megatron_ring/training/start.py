@@ -13,7 +13,7 @@ from megatron_ring.data.fingerprint import Fingerprint, fingerprint
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
-from megatron_ring.training import checkpointing
+from megatron_ring.training import checkpointing, outputs
 from megatron_ring.training.self_test.alike import check_data, check_options_and_code
 from megatron_ring.training.self_test.together import leaving_together, on_every
 from megatron_ring.training.setup import Setup
@@ -56,6 +56,7 @@ class Start:
         with leaving_together():
             check_options_and_code(config, agreement)
             setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
+            agreement.on_rank_0(lambda: outputs.check(config.logging))
             dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
             check_data(config.data, agreement)
             fingerprints = agreement.on_rank_0(lambda: [fingerprint(store) for store in dataset.prefixes])

@@ -11,7 +11,7 @@ import pytest
 from megatron_ring.errors import DataError
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.ring_profile.timeline import draw_timeline
-from tools import draw_layouts
+from tools import draw_layouts, plot_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,3 +107,11 @@ def test_a_file_without_steps_is_refused(tmp_path):
         found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
         assert found.returncode == 3
         assert "Set --metrics-file" in found.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens_per_second": 1.0}\n')
+    (tmp_path / "folder.png").mkdir()
+    for output in ("folder.png", "loss.text", "metrics.jsonl/loss.png"):
+        with pytest.raises(DataError, match="Set --output"):
+            plot_metrics.main(tmp_path / "metrics.jsonl", tmp_path / output)

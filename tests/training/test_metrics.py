@@ -2,11 +2,13 @@
 
 import json
 import math
+import pickle
+import re
 
 import pytest
 
 from megatron_ring.config import LoggingConfig
-from megatron_ring.training.metrics import ConsoleReport, HeldOutRecord, StepRecord, keep_until
+from megatron_ring.training.metrics import ConsoleReport, HeldOutRecord, StepRecord, Thinned
 from megatron_ring.training.plot import draw_loss
 
 STEP = {
@@ -34,7 +36,7 @@ def monitored() -> list:
 @pytest.fixture
 def report(tmp_path, monitored) -> ConsoleReport:
     logging = LoggingConfig(metrics_file=str(tmp_path / "new" / "metrics.jsonl"))
-    return ConsoleReport(logging, range(1, 3), peak_flops=1e10, monitors=monitored.extend)
+    return ConsoleReport(logging, range(1, 3), peak_flops=1e10, monitors={"list": monitored.extend})
 
 
 def test_a_step_a_validation_and_the_test_are_one_json_object_each(report, tmp_path):
@@ -49,11 +51,13 @@ def test_a_step_a_validation_and_the_test_are_one_json_object_each(report, tmp_p
     ]
 
 
-def test_a_fresh_run_begins_a_fresh_file(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(json.dumps({"step": 0, "validation_loss": 9.0}) + "\n")
-    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors=lambda events: None)
-    assert file.read_text() == ""
+def test_a_fresh_run_begins_a_fresh_file_and_moves_the_earlier_one_aside(tmp_path, capsys):
+    file, earlier = tmp_path / "metrics.jsonl", json.dumps({"step": 0, "validation_loss": 9.0}) + "\n"
+    file.write_text(earlier)
+    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors={})
+    assert not file.exists()
+    assert (tmp_path / "metrics.jsonl.1").read_text() == earlier
+    assert capsys.readouterr().out.count("metrics.jsonl.1") == 1
 
 
 def test_monitors_receive_what_the_file_has(report, monitored):
@@ -112,8 +116,6 @@ def test_what_is_not_finite_is_null_in_the_file_and_itself_to_the_monitors(repor
     assert ("train/grad_norm", math.inf, 1) in monitored
     assert "the validation loss is not finite, though no bad step has moved a weight" in capsys.readouterr().out
     draw_loss(tmp_path / "new" / "metrics.jsonl", tmp_path / "loss.png")
-    keep_until(tmp_path / "new" / "metrics.jsonl", 0)
-    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
 
 
 def test_after_going_back_the_file_and_the_summary_have_every_step_once(report, tmp_path):
@@ -128,8 +130,73 @@ def test_after_going_back_the_file_and_the_summary_have_every_step_once(report, 
     assert "bad steps        0 skipped, 1 followed by a roll back" in summary
 
 
-def test_a_resumed_run_takes_up_the_file_where_the_checkpoint_was(tmp_path):
+def test_a_resumed_run_continues_the_file_where_the_checkpoint_was(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)))
-    keep_until(file, 2)
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    report = ConsoleReport(LoggingConfig(metrics_file=str(file)), range(3, 5), 1e10, monitors={})
+    report.step(StepRecord(**STEP | {"step": 3}))
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_monitor_or_a_file_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monitored, capsys):
+    def fail(events: list) -> None:
+        raise ConnectionError("no route")
+
+    file = tmp_path / "metrics.jsonl"
+    monitors = {"wandb": fail, "list": monitored.extend}
+    report = ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors)
+    file.mkdir()
+    for step in (1, 2):
+        report.step(StepRecord(**STEP | {"step": step}))
+        report.flush()
+    file.rmdir()
+    report.held_out(TEST)
+    out = capsys.readouterr().out
+    assert [out.count("wandb failed"), out.count(f"--metrics-file {file} failed"), out.count("step      2/2")] == [
+        1,
+        1,
+        1,
+    ]
+    assert {step for _, _, step in monitored} == {1, 2}
+    assert json.loads(file.read_text())["step"] == 2
+    summary = report.close()
+    assert "wandb failed 3 times" in summary
+    assert "failed 2 times" in summary
+
+
+def test_a_report_does_not_grow_with_the_steps(tmp_path):
+    """The summary of a long run is that of its first and last step, and of a sample of its speeds."""
+    report = ConsoleReport(LoggingConfig(log_interval=10**6), range(1, 12_001), 1e10, monitors={})
+    sizes = []
+    for step in range(1, 12_001):
+        report.step(StepRecord(**STEP | {"step": step, "loss": 10 - step / 4_000, "tokens_per_second": float(step)}))
+        if step % 10 == 1:
+            report.held_out(HeldOutRecord(step, "validation", 2.0, 4 - step / 4_000))
+        if step in (6_000, 9_000, 12_000):
+            sizes.append(len(pickle.dumps([report.first, report.last, report.validations, report.step_seconds])))
+            assert 2048 <= len(report.rates.values) <= 4096
+    assert max(sizes) < 1.01 * sizes[0]
+    summary = report.close()
+    assert "-> 7.0000 in 12000 steps" in summary
+    assert "-> 1.0023 bits per byte" in summary
+    (median,) = re.findall(r"([\d,]+) tokens/s \(median\)", summary)
+    assert abs(int(median.replace(",", "")) - 6_000) <= 10
+
+
+def test_a_thinned_series_is_even_and_of_bounded_size():
+    series = Thinned[int](8)
+    for value in range(8):
+        series.add(value)
+    assert series.values == [*range(8)]
+    for value in range(8, 100):
+        series.add(value)
+        assert len(series.values) <= 8
+    assert series.values == [*range(0, 100, 16)]
+    assert series.stride == 16
+
+
+def test_a_plot_of_many_steps_is_of_some_of_them(tmp_path):
+    lines = [json.dumps(STEP | {"step": step}) + "\n" for step in range(1, 4100)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4100, "lo')
+    draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
+    assert "one of 2 is drawn" in (tmp_path / "loss.svg").read_text()

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_ring.data.replace_file import replace_file
 from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.training.outputs import reason
 from megatron_ring.training.ring_profile.clocks import offset_to_rank_0
 from megatron_ring.training.ring_profile.trace import RankLog, StepLog, as_json
 
@@ -52,6 +53,6 @@ class Recorder:
             return []
         try:
             replace_file(self._file, as_json(of_all).encode())
-        except OSError as error:  # a run is worth more than its picture
-            return [f"ring trace       not written: {self._file}: {error.strerror}. Set --profile-ring-trace."]
+        except Exception as error:  # a run is worth more than its picture
+            return [f"ring trace       not written: {self._file}: {reason(error)}. Set --profile-ring-trace."]
         return [f"ring trace       {self._file}, {len(self._logs)} steps; https://ui.perfetto.dev opens it"]

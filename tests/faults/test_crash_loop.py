@@ -1,0 +1,184 @@
+"""A run that is killed again and again, at any moment, and started again each time, is the run that
+was never killed.
+
+Two ranks over gloo are killed together with SIGKILL: while they start, in a step, in a save, and at
+the moment when a resumed run cuts its metrics file. After every kill the metrics file must have
+each step up to the newest checkpoint once; at the end the file and all checkpoints must be those of
+an undisturbed run, clocks aside, and every line that was ever whole must still be somewhere.
+``--kills`` says how many kills there are.
+"""
+
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.checkpoint import names, store
+from tests.forked import Forked
+from tests.programs import free_port, start_rank, working_folder
+
+pytestmark = pytest.mark.whole
+
+STEPS = 12
+SMALL = f"""\
+model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 2}}
+parallel: {{context_parallel: striped}}
+data: {{data_path: [text/tokens], seq_length: 64, split: [0.7, 0.15, 0.15]}}
+training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 4, eval_iters: 1, dtype: fp32}}
+checkpoint: {{save: saved, load: saved, save_interval: 2}}
+logging: {{metrics_file: metrics.jsonl}}
+"""
+TIMED = {"tokens_per_second", "step_seconds", "data_seconds", "slowest_rank", "slowest_over_mean"}
+COMPARED_STATE = "step", "consumed_samples", "optimizer_steps", "skipped_steps"
+SECONDS_TO_END = 240
+
+
+class Run:
+    """Two ranks in ``folder``."""
+
+    def __init__(self, folder: Path, flags: list[str]):
+        port = free_port()
+        self.folder, self.began = folder, time.monotonic()
+        self.ranks: list[Forked] = [start_rank(rank, port, folder, flags) for rank in (0, 1)]
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Whether it came before the run ended."""
+        while any(rank.returncode is None for rank in self.ranks):
+            if condition():
+                return True
+            assert self.seconds < SECONDS_TO_END
+            time.sleep(0.0005)
+        return False
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.communicate(timeout=60)
+
+    def end(self) -> None:
+        said = [rank.communicate(timeout=SECONDS_TO_END)[0] for rank in self.ranks]
+        assert [rank.returncode for rank in self.ranks] == [0, 0], "".join(said)
+
+
+def whole_lines(file: Path) -> list[str]:
+    """Without what a kill has torn, which can be at the end only."""
+    if not file.exists():
+        return []
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    assert all(isinstance(json.loads(line), dict) for line in whole)
+    return whole
+
+
+def figures(lines: list[str], up_to: int = STEPS) -> list[dict]:
+    """The records of the lines up to a step, without what depends on the clock."""
+    records = [json.loads(line) for line in lines]
+    return [
+        {key: value for key, value in record.items() if key not in TIMED}
+        for record in records
+        if record["step"] <= up_to
+    ]
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the checkpoint that a run resumes from; 0 without one."""
+    newest = store.newest(folder / "saved") if (folder / "saved").exists() else None
+    return newest.state.step if newest else 0
+
+
+def content(checkpoint: Path) -> dict[str, object]:
+    """What equal checkpoints have in common: all tensors, bit for bit, and what does not depend on the clock."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    tensors = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
+    return tensors | {key: state[key] for key in COMPARED_STATE}
+
+
+class Moment:
+    """A moment in a run of ``folder`` that is about to start; ``kind`` is one of KINDS."""
+
+    def __init__(self, kind: str, draw: random.Random, folder: Path, seconds_to_start: float):
+        self.kind, self.share, self.seconds_to_start = kind, draw.random(), seconds_to_start
+        self.metrics, self.saved = folder / "metrics.jsonl", folder / "saved"
+        self.before = self._files()
+
+    def wait(self, run: Run) -> bool:
+        """Whether it came before the run ended."""
+        came = run.wait_until(lambda: self._has_come(run))
+        if came and self.kind in ("in a step", "in a save"):
+            time.sleep(self.share * 0.2)
+        return came
+
+    def _has_come(self, run: Run) -> bool:
+        if self.kind == "while it starts":
+            return run.seconds > self.share * self.seconds_to_start
+        if self.kind == "in a save":
+            return any(self.saved.glob(f"{names.PARTIAL}*"))
+        return self._files() != self.before
+
+    def _files(self) -> list[tuple[int, int]]:
+        """What a resume and a step change of the metrics file and of the superseded lines."""
+        files = self.metrics, self.metrics.with_name("metrics.jsonl.superseded")
+        found = [file.stat() for file in files if file.exists()]
+        return [(file.st_size, file.st_mtime_ns) for file in found]
+
+
+KINDS = "while it starts", "in a step", "in a save", "as it cuts its metrics"
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path, pytestconfig):
+    undisturbed = working_folder(tmp_path, SMALL)
+    straight = Run(undisturbed, [])
+    assert straight.wait_until((undisturbed / "metrics.jsonl").exists)
+    seconds_to_start = straight.seconds
+    straight.end()
+    expected = whole_lines(undisturbed / "metrics.jsonl")
+    steps = [record["step"] for record in figures(expected) if "loss" in record]
+    assert steps == [*range(1, STEPS + 1)]
+
+    draw, kills = random.Random(0), pytestconfig.getoption("kills")
+    done = dict.fromkeys(KINDS, 0)
+    while sum(done.values()) < kills:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        shutil.copy(undisturbed / "small.yaml", folder)
+        shutil.copytree(undisturbed / "text", folder / "text")
+        kill_until_it_ends(folder, expected, draw, done, kills, seconds_to_start)
+        assert figures(whole_lines(folder / "metrics.jsonl")) == figures(expected)
+        assert (folder / "metrics.jsonl").read_text().endswith("\n")
+        for checkpoint in names.checkpoints(undisturbed / "saved"):
+            assert content(folder / "saved" / checkpoint.name) == content(checkpoint)
+    print(f"killed {done}")
+
+
+def kill_until_it_ends(
+    folder: Path,
+    expected: list[str],
+    draw: random.Random,
+    done: dict[str, int],
+    kills: int,
+    seconds_to_start: float,
+) -> None:
+    """Start the run again until it comes to its end; ``done`` counts the kills of each kind, up to ``kills``."""
+    seen: set[str] = set()
+    while True:
+        kind = min(done, key=lambda kind: (done[kind], draw.random()))
+        moment = Moment(kind, draw, folder, seconds_to_start)
+        run = Run(folder, draw.choice([[], ["--async-save"]]))
+        if sum(done.values()) >= kills or not moment.wait(run):
+            run.end()
+            break
+        run.kill()
+        done[kind] += 1
+        lines, newest = whole_lines(folder / "metrics.jsonl"), newest_step(folder)
+        assert not newest or figures(lines, newest) == figures(expected, newest)
+        seen.update(lines)
+    kept = {line for file in folder.glob("metrics.jsonl*") for line in whole_lines(file)}
+    assert seen <= kept, "lines were lost"

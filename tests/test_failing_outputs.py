@@ -1,0 +1,114 @@
+"""A run whose outputs for people all fail ends well, with its checkpoint and whatever else can be written."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forked import Forked
+from tests.programs import PROGRAM, free_port, working_folder
+
+BIN = Path(sys.executable).parent
+STEPS = 4
+SMALL = f"""\
+model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2}}
+data: {{data_path: [text/tokens], seq_length: 64, split: [0.8, 0.2]}}
+training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 2, eval_iters: 1, dtype: fp32}}
+checkpoint: {{save: saved}}
+logging: {{metrics_file: metrics.jsonl, log_interval: 1}}
+"""
+MONITORS = "--wandb-project", "tiny", "--tensorboard-dir", "boards", "--csv-dir", "tables"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return working_folder(tmp_path_factory.mktemp("store"), SMALL)
+
+
+@pytest.fixture
+def folder(store, tmp_path) -> Path:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "text").symlink_to(store / "text")
+    return tmp_path
+
+
+def alone(folder: Path, *flags: str, **variables: str) -> tuple[int | None, str]:
+    """The exit code of a run of one process, and what it has printed."""
+    command = [str(PROGRAM), "--config", "small.yaml", *flags]
+    process = Forked(command, folder, os.environ | variables, subprocess.STDOUT)
+    said, _ = process.communicate(timeout=200)
+    return process.returncode, said
+
+
+def steps(folder: Path) -> list[int]:
+    text = (folder / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    return [record["step"] for record in records if "loss" in record]
+
+
+def test_monitors_and_a_plot_that_fail_are_a_warning_each(folder):
+    for monitor in ("boards", "tables"):  # where DeepSpeed makes folders of this name
+        (folder / monitor).mkdir()
+        (folder / monitor / "DeepSpeedJobName").touch()
+    (folder / "loss.png").mkdir()
+    home = {"HOME": str(folder), "WANDB_API_KEY": "", "WANDB_MODE": "", "NETRC": str(folder / "none")}
+    code, said = alone(folder, *MONITORS, **home)
+    assert code == 0, said
+    assert "Traceback" not in said
+    for failed in ("wandb", "tensorboard", "csv_monitor", "loss plot loss.png"):
+        assert said.count(f"warning          {failed} failed, the run continues") == 1, said
+    assert steps(folder) == [1, 2, 3, 4]
+    assert (folder / "saved" / "latest").read_text() == "step-00000004\n"
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_run(folder):
+    (folder / "metrics.jsonl").write_text("step,loss\n1,5.5\n")
+    (folder / "tables").touch()
+    code, said = alone(folder, "--csv-dir", "tables")
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert "Set --metrics-file" in said
+    assert "Set --csv-dir" in said
+    assert (folder / "metrics.jsonl").read_text() == "step,loss\n1,5.5\n"
+    assert not (folder / "saved").exists()
+
+
+def test_a_forgotten_load_keeps_the_lines_of_the_earlier_run(folder):
+    earlier = '{"step": 1, "loss": 5.0}\n'
+    (folder / "metrics.jsonl").write_text(earlier)
+    code, said = alone(folder, "--train-iters", "2", "--save", "other")
+    assert code == 0, said
+    assert said.count("metrics.jsonl.1") == 1
+    assert (folder / "metrics.jsonl.1").read_text() == earlier
+    assert steps(folder) == [1, 2]
+
+
+@pytest.mark.whole
+def test_the_reader_of_the_console_may_leave(folder):
+    """As ``deepspeed pretrain_gpt.py | head``: two ranks, whose lines and bar lead nowhere."""
+    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", free_port()]
+    command = shlex.join(map(str, [*launcher, PROGRAM, "--config", "small.yaml"]))
+    flags = "--context-parallel striped"
+    piped = ["bash", "-c", f"{command} {flags} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(piped, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert steps(folder) == [1, 2, 3, 4], ended
+    assert (folder / "saved" / "latest").read_text() == "step-00000004\n"
+    assert (folder / "loss.png").is_file(), "the run came to its end"
+
+
+@pytest.mark.whole
+def test_a_run_alone_without_a_reader_ends_with_0(folder):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, PROGRAM, "--config", "small.yaml"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=folder, env=environment, stdout=writer, stderr=writer, timeout=300)
+    os.close(writer)
+    assert ended.returncode == 0
+    assert steps(folder) == [1, 2, 3, 4]
+    assert (folder / "loss.png").is_file()
