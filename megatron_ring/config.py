@@ -281,7 +281,8 @@ class ParallelConfig:
     """Processes P that split the layers among them."""
     ring_timeout: int = 600
     """Seconds that a rank waits for a neighbour in the ring; then all say where they are and the job ends with exit
-    code 76. Take more than the longest that one lets others wait: to load, save, compile. 0: no limit."""
+    code 76. Take more than the longest that one lets others wait: to load, save, compile. Time in which the process is
+    suspended does not count. 0: no limit."""
     world_size: int = 0
     """Processes this config is meant for: what --dry-run plans with, and what a run is checked against. 0: any."""
 
