@@ -83,3 +83,10 @@ def test_what_cannot_be_is_refused(asked, said, launch):
     launcher = launch(*asked)
     assert launcher.communicate(timeout=60)[1] == f"ConfigError: {said}\n"
     assert launcher.returncode == 2
+
+
+def test_ranks_of_two_hosts_ask_each_other_at_the_address_of_the_link_alone(launch, tmp_path):
+    assert launch(sys.executable, str(Path(__file__).with_name("asking_over_link.py"))).wait(timeout=100) == 0
+    found = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    expected = {"on loopback": False, "answers": True, "after the cut": True}
+    assert found == [{"address": address} | expected for address in ("10.0.0.1", "10.0.0.2")]

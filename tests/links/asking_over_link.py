@@ -1,0 +1,47 @@
+"""A program for tests: two ranks on networks of their own ask each other, then the link between them is cut."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.intercom import Intercom, NoAnswer
+from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.training.self_test.reach import check_reach
+
+
+def _is_open(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), 2).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Write to a file of this rank's number: addresses, answers, and whether loopback is listened at."""
+    dist.init_process_group("gloo")
+    agreement = Agreement.build()
+    check_reach(agreement)
+    intercom = Intercom(agreement, Whereabouts().read, lambda rank: None)
+    other = 1 - agreement.rank
+    found = {"address": intercom.own.address, "on loopback": _is_open("127.0.0.1", intercom.own.port)}
+    found["answers"] = not isinstance(intercom.ask(other), NoAnswer)
+    dist.barrier()
+    subprocess.run(["ip", "link", "set", "ring0", "down"], check=True)
+    answer = intercom.ask(other)
+    found["after the cut"] = isinstance(answer, NoAnswer) and not answer.has_ended
+    Path(f"{agreement.rank}.new").write_text(json.dumps(found))
+    Path(f"{agreement.rank}.new").replace(str(agreement.rank))
+    while not Path(str(other)).exists():  # one that has ended is known to have
+        time.sleep(0.05)
+    os._exit(0)  # the groups cannot be left in order
+
+
+if __name__ == "__main__":
+    main()
