@@ -10,6 +10,7 @@ import gzip
 import importlib
 import io
 import lzma
+import os
 import sys
 import zipfile
 import zlib
@@ -67,7 +68,7 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
     Raises DataError when it cannot be read, is damaged, or expands beyond ExpansionLimit.
     """
     with readable(str(file)), file.open("rb", HEAD_BYTES) as raw:
-        size = file.stat().st_size
+        size = os.fstat(raw.fileno()).st_size
         yield decompressed(raw, str(file), split_name(file.name)[1], size)
 
 
@@ -84,7 +85,9 @@ def compression_of(head: bytes) -> str:
     """The suffix of the compression that content beginning with ``head`` has, "" for none."""
     if head.startswith(_BZIP2_MAGIC[0]) and head[4:10] == _BZIP2_MAGIC[1]:
         return ".bz2"
-    return next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
+    if not head.startswith(tuple(_MAGIC)):
+        return ""
+    return next(suffix for magic, suffix in _MAGIC.items() if head.startswith(magic))
 
 
 def needed(package: str, name: str) -> ModuleType:

@@ -4,7 +4,6 @@ A corpus is cut in shards of about equal bytes of its files, whatever number of 
 plain ``.jsonl`` on the border of a line, small files put together, any other file as a whole.
 """
 
-import glob
 import itertools
 import os
 import shutil
@@ -21,14 +20,11 @@ from megatron_ring.data.documents import (
     AS_USUAL,
     Piece,
     Reading,
-    count,
     is_plain_json_lines,
-    refuse_unreadable,
 )
+from megatron_ring.data.file_search import FileSearch
 from megatron_ring.data.formats import (
     SUFFIXES,
-    LeftOut,
-    pattern,
     split_name,
 )
 from megatron_ring.errors import DataError
@@ -40,10 +36,6 @@ _LARGEST_SHARD_BYTES = 256 << 20
 _SHARDS = 1024
 
 STANDARD_INPUT = "-"
-
-_EMPTY_FILES = LeftOut("empty files")
-_NOT_FILES = LeftOut("pipes, sockets and devices in folders")
-_REACHED_TWICE = LeftOut("linked folders and files reached twice")
 
 _NOT_LIBRARY = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 
@@ -100,7 +92,7 @@ def gather(
     DataError for every input that is missing or holds nothing that can be read.
     """
     reading = replace(reading, suffixes=tuple(suffix.lower() for suffix in suffixes))
-    search = _Search(reading)
+    search = FileSearch(reading)
     for path in map(str, inputs):
         search.add(path)
     if search.problems:
@@ -153,115 +145,6 @@ def _library_files(root: Path) -> Iterator[Path]:
         # Pruned here rather than filtered afterwards: site-packages can hold more files than all the rest.
         inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-class _Search:
-    """The files of the inputs in order, what is left out, and what is wrong with them."""
-
-    def __init__(self, reading: Reading):
-        self.files: list[Path] = []
-        self.left_out: Counter[str] = Counter()
-        self.problems: list[str] = []
-        self._reading = reading
-
-    def add(self, path: str) -> None:
-        """Take in one input. A name that exists is no glob, whatever is in it."""
-        if os.path.isdir(path):
-            self._add_folder(path)
-        elif os.path.exists(path):
-            self._add_file(path)
-        elif os.path.islink(path):
-            self.problems.append(_broken_link(path))
-        elif found := self._globbed(path):
-            for name in found:
-                self._add_folder(name) if os.path.isdir(name) else self._add_file(name)
-        else:
-            self.problems.append(f"input {path} does not exist. Set --input.")
-
-    def _globbed(self, path: str) -> list[str]:
-        found = sorted(glob.glob(path, recursive=True))
-        if "**" not in path:
-            return found
-        # ** finds every file by itself, and the same ones again through links to folders.
-        files, seen = [], set()
-        for name in found:
-            if os.path.isdir(name):
-                continue
-            if (real := os.path.realpath(name)) in seen:
-                count(self.left_out, _REACHED_TWICE)
-            else:
-                seen.add(real)
-                files.append(name)
-        return files
-
-    def _add_file(self, path: str) -> None:
-        if os.path.islink(path) and not os.path.exists(path):
-            self.problems.append(_broken_link(path))
-        elif not os.path.isfile(path):
-            self.problems.append(f"input {path} is neither a file nor a folder. Set --input.")
-        elif not os.path.getsize(path):
-            self._add_empty(Path(path))
-        else:
-            try:
-                refuse_unreadable(Path(path), self._reading)
-            except DataError as error:
-                self.problems += error.problems
-            self.files.append(Path(path))
-
-    def _add_folder(self, path: str) -> None:
-        problems = len(self.problems)
-        found = sorted(self._walk(Path(path)))
-        for file in found:
-            if file.stat().st_size:
-                self.files.append(file)
-            else:
-                self._add_empty(file)
-        if not found and len(self.problems) == problems:
-            names = ", ".join("*" + suffix for suffix in self._reading.suffixes)
-            self.problems.append(f"input {path} has no file named {names}. Set --suffixes.")
-
-    def _add_empty(self, file: Path) -> None:
-        suffix, compression = split_name(file.name)
-        if compression or suffix in (".parquet", ".tar", ".zip"):
-            self.problems.append(f"{file} is damaged: it is empty. Fetch it again, or leave it out of --input.")
-        else:
-            count(self.left_out, _EMPTY_FILES)
-
-    def _walk(self, root: Path) -> Iterator[Path]:
-        """The files below ``root`` to be read; links to folders come last, so that a folder has its own name."""
-        folders, links, seen = [root], [], set()
-        while folders or links:
-            folder = folders.pop() if folders else links.pop(0)
-            try:
-                state = folder.stat()
-                if (state.st_dev, state.st_ino) in seen:
-                    count(self.left_out, _REACHED_TWICE)
-                    continue
-                seen.add((state.st_dev, state.st_ino))
-                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-            except OSError as error:
-                self.problems.append(f"input {folder} cannot be read: {error.strerror}. Set --input.")
-                continue
-            for entry in entries:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    self.problems.append(_broken_link(entry.path))
-                elif entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(Path(entry.path))
-                else:
-                    yield from self._file_of(entry)
-
-    def _file_of(self, entry: os.DirEntry) -> Iterator[Path]:
-        suffix = split_name(entry.name)[0]
-        if suffix not in self._reading.suffixes:
-            count(self.left_out, LeftOut(pattern(suffix)))
-        elif not entry.is_file():
-            count(self.left_out, _NOT_FILES)
-        else:
-            yield Path(entry.path)
-
-
-def _broken_link(path: str) -> str:
-    return f"input {path} is a link to {os.readlink(path)}, which does not exist. Mend it, or remove it."
 
 
 def _size(file: Path) -> int:

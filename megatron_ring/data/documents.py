@@ -34,14 +34,15 @@ from megatron_ring.data.formats import (
 )
 from megatron_ring.errors import DataError
 
-MAX_DOCUMENT_BYTES = 256 << 20
+MAX_DOCUMENT_BYTES = 128 << 20
 """The default of ``--max-document-bytes``."""
 
 EMPTY = LeftOut("empty documents")
 NOT_JSON_LINES = LeftOut("*.json that are not JSON lines")
 
-_COUNTED_AT_ONCE = 1 << 20
-_ROWS_AT_ONCE = 64
+_READ_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 256
+_ROWS_BYTES = 2 << 30
 _PARQUET_BUFFER = 1 << 20
 _LARGEST_COUNTER = 1000
 _OTHER = "others"
@@ -213,7 +214,7 @@ def _content_documents(
 
 
 def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | DataError:
-    text = content.read(limit + 1)
+    text = _up_to(limit + 1, content)
     if len(text) > limit:
         return DataError(f"{name}: {_too_long('a text', limit)}")
     try:
@@ -221,6 +222,15 @@ def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | Data
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         return DataError(f"{name}:{line}: {_not_utf8(error)}")
+
+
+def _up_to(size: int, content: io.BufferedReader) -> bytes:
+    """So many bytes, or all there are. In steps: a single read would set aside the memory for ``size`` first."""
+    chunks = []
+    while size and (some := content.read(min(size, _READ_AT_ONCE))):
+        chunks.append(some)
+        size -= len(some)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _part_of_lines(piece: Piece, reading: Reading) -> Iterator[str | DataError]:
@@ -253,7 +263,7 @@ def _lines(file: io.BufferedReader, limit: int, stop: int | None = None) -> Iter
 def _skip_line(file: io.BufferedReader, stop: int | None) -> None:
     """Pass over the rest of a line, as far as ``stop``."""
     while stop is None or file.tell() < stop:
-        some = file.readline(_COUNTED_AT_ONCE)
+        some = file.readline(_READ_AT_ONCE)
         if not some or some.endswith(b"\n"):
             return
 
@@ -264,7 +274,7 @@ def _lines_before(piece: Piece) -> int:
         return 0
     with piece.file.open("rb") as file:
         newlines, left = 0, piece.start - 1
-        while left and (some := file.read(min(left, _COUNTED_AT_ONCE))):
+        while left and (some := file.read(min(left, _READ_AT_ONCE))):
             newlines, left = newlines + some.count(b"\n"), left - len(some)
     return newlines + 1
 
@@ -305,7 +315,7 @@ def _null(json_key: str) -> str:
 def _too_long(what: str, limit: int) -> str:
     return (
         f"{what} of more than {limit:,} bytes, the longest document that is read. Raise "
-        "--max-document-bytes (a process takes some 30 bytes of memory for each), cut the document, "
+        "--max-document-bytes (a process takes 30 to 150 bytes of memory for each), cut the document, "
         "or pass over it with --on-error skip."
     )
 
@@ -316,29 +326,32 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _parquet_rows(file: Path, reading: Reading) -> Iterator[str | DataError]:
-    """The column of the text; a row without text is named by its number. Needs pyarrow.
-
-    A column that is stored as a dictionary stays one, so that a long value that is repeated in
-    many rows is in memory once.
-    """
+    """The column of the text; a row without text is named by its number. Needs pyarrow."""
     key = reading.json_key
     parquet = needed("pyarrow.parquet", str(file))
     arrow = needed("pyarrow", str(file))
+    # Buffered, so that a page is in memory at a time and not a row group.
+    options = {"pre_buffer": False, "buffer_size": _PARQUET_BUFFER}
     try:
-        # Buffered, so that a page is in memory at a time and not a row group.
-        options = {"read_dictionary": [key], "pre_buffer": False, "buffer_size": _PARQUET_BUFFER}
-        with readable(str(file)):
-            _refuse_missing_column(file, parquet.read_schema(file), key)
         with readable(str(file)), parquet.ParquetFile(file, **options) as table:
-            batches = table.iter_batches(_ROWS_AT_ONCE, columns=[key])
-            rows = (row for batch in batches for row in batch.column(0))
-            for number, row in enumerate(rows, start=1):
+            _refuse_missing_column(file, table.schema_arrow, key)
+            for number, row in enumerate(_cells(table, key), start=1):
                 try:
                     yield _cell_text(row, arrow, reading)
                 except ValueError as error:
                     yield DataError(f"{file}:{number}: {error}")
     except arrow.ArrowException as error:
         raise damaged(str(file), f"{error} (or it is no parquet file)") from error
+
+
+def _cells(table: object, key: str) -> Iterator[object]:
+    """Every value of a column. Few rows at a time: a long value may be one of a dictionary that all rows repeat."""
+    column = table.schema_arrow.names.index(key)
+    for group in range(table.num_row_groups):
+        size = table.metadata.row_group(group).column(column).total_uncompressed_size
+        rows = min(max(_ROWS_BYTES // max(size, 1), 1), _ROWS_AT_ONCE)
+        for batch in table.iter_batches(rows, row_groups=[group], columns=[key]):
+            yield from batch.column(0)
 
 
 def _cell_text(row: object, arrow: object, reading: Reading) -> str:

@@ -5,9 +5,9 @@ that say nothing are decided by the content, and formats that are no text are re
 """
 
 import json
+import os
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import PurePosixPath
 
 SUFFIXES = (
     ".json",
@@ -112,12 +112,12 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("c4.00000.JSON.gz"), split_name("a.tgz"), split_name("a.txt")
     (('.json', '.gz'), ('.tar', '.gz'), ('.txt', ''))
     """
-    path = PurePosixPath(name.lower())
-    if path.suffix in _COMPRESSED_TAR:
-        return ".tar", _COMPRESSED_TAR[path.suffix]
-    if path.suffix in COMPRESSIONS:
-        return PurePosixPath(path.stem).suffix, path.suffix
-    return path.suffix, ""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in _COMPRESSED_TAR:
+        return ".tar", _COMPRESSED_TAR[suffix]
+    if suffix in COMPRESSIONS:
+        return os.path.splitext(stem)[1], suffix
+    return suffix, ""
 
 
 def pattern(suffix: str) -> str:
@@ -163,9 +163,8 @@ def kind_of(head: bytes, suffix: str, json_key: str) -> Kind:
 def _refuse_known(head: bytes, suffix: str) -> None:
     if suffix in _REFUSED_SUFFIXES:
         raise UnreadableFormat(_REFUSED_SUFFIXES[suffix])
-    for magic, name in _REFUSED_MAGIC.items():
-        if head.startswith(magic):
-            raise UnreadableFormat(name)
+    if head.startswith(tuple(_REFUSED_MAGIC)):
+        raise UnreadableFormat(next(name for magic, name in _REFUSED_MAGIC.items() if head.startswith(magic)))
 
 
 def _first_record(head: bytes) -> tuple[dict | None, bool]:

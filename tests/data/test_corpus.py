@@ -1,7 +1,13 @@
 """Where documents come from: order, globs, standard input, and shards that lose and repeat nothing."""
 
+import bz2
+import glob
+import gzip
 import io
 import json
+import os
+from collections import Counter
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +147,178 @@ def test_shards_of_any_size_have_every_line_once_and_name_the_right_one(tmp_path
     assert read == [line for line in lines if line]
     assert [problem.split(": ")[0] for problem in skipped] == [f"{file}:{min(bad, len(lines)) + 1}"]
     assert sum(piece.stop - piece.start for shard in shards for piece in shard) == corpus.file_bytes
+
+
+@pytest.mark.parametrize("longest", [20, 40])
+def test_a_line_longer_than_shards_is_named_once_and_the_others_are_read(tmp_path, monkeypatch, longest):
+    monkeypatch.setattr(module, "SHARD_BYTES", 25)
+    written = ["one", "x" * 200, "two", "y" * 100, "three"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in written))
+    corpus = gather([tmp_path], reading=Reading(on_error="skip", max_document_bytes=longest))
+    skipped: list[str] = []
+    shards = corpus.shards()
+    assert len(shards) > 10
+    assert [text for shard in shards for text in corpus.reading.texts(shard, skipped)] == ["one", "two", "three"]
+    assert [problem.split(": ")[0] for problem in skipped] == [f"{tmp_path}/a.jsonl:{line}" for line in (2, 4)]
+
+
+RECORDS = b'{"text": "one", "id": 1}\n{"text": "two", "id": 2}\n'
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.jsonlines", "a.JSONL", "a.Json", "a.jsonl"])
+@pytest.mark.parametrize("compress", [None, gzip.compress])
+def test_json_lines_of_any_name_are_found_in_a_folder(tmp_path, name, compress):
+    file = tmp_path / (name if compress is None else f"{name}.gz")
+    file.write_bytes(RECORDS if compress is None else compress(RECORDS))
+    assert texts(gather([tmp_path])) == texts(gather([file])) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["part-00000", "a.txt", "a.dat"])
+def test_json_lines_that_are_named_something_else_are_known_by_their_content(tmp_path, name):
+    (tmp_path / name).write_bytes(RECORDS)
+    assert texts(gather([tmp_path / name])) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "part-00000", "a.NDJSON"])
+def test_large_json_lines_of_any_name_are_cut_into_shards(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "SHARD_BYTES", 10)
+    (tmp_path / name).write_bytes(RECORDS)
+    assert len(gather([tmp_path / name]).shards()) == 5
+    assert texts(gather([tmp_path / name])) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content", [b'[{"text": "one"}]', b'{\n "text": "one"\n}'])
+def test_json_of_one_value_is_refused_by_name_and_counted_in_a_folder(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json is one JSON value .*jq -c"):
+        gather([tmp_path / "a.json"])
+    left_out = Counter()
+    corpus = gather([tmp_path])
+    assert list(corpus.reading.texts(*corpus.shards(), [], left_out)) == []
+    assert left_out == {"*.json that are not JSON lines": 1}
+
+
+@pytest.mark.parametrize("name", ["a.7z", "a.rar", "a.npy", "a.pdf", "a.docx", "a.jsonl.lz4", "a.txt.br"])
+def test_files_that_are_no_text_are_refused_at_once_and_counted_in_a_folder(tmp_path, name):
+    (tmp_path / name).write_bytes({".npy": b"\x93NUMPY\1", ".pdf": b"%PDF-1.4"}.get(name[1:], b"\0\1\2"))
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(DataError, match=rf"{name} is .*--input"):
+        gather([tmp_path / name, tmp_path / "b.txt"])
+    corpus = gather([tmp_path])
+    assert texts(corpus) == ["b"]
+    assert corpus.left_out == {f"*.{name.split('.')[-1]}": 1}
+
+
+def test_what_is_left_out_of_a_folder_is_counted_by_its_kind(tmp_path):
+    for name in ("a.png", "b.PNG", "c.png.gz", "README", "d.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty.txt").write_text("")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    corpus = gather([tmp_path])
+    assert [file.name for file in corpus.files] == ["d.txt"]
+    assert corpus.left_out == {
+        "*.png": 3,
+        "files without a suffix": 1,
+        "empty files": 1,
+        "pipes, sockets and devices in folders": 1,
+    }
+
+
+def test_empty_documents_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n')
+    left_out = Counter()
+    corpus = gather([tmp_path])
+    assert list(corpus.reading.texts(*corpus.shards(), [], left_out)) == ["a"]
+    assert left_out == {"empty documents": 2}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.zip", "a.tar", "a.parquet"])
+def test_an_empty_file_that_cannot_be_whole_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"{name} is damaged: it is empty"):
+            gather([path])
+
+
+def test_linked_folders_are_read_once_under_their_own_name_if_they_have_one(tmp_path):
+    for name in ("in/b/b.txt", "out/c.txt", "out/deep/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/a").symlink_to("b")  # the same folder, under an earlier name
+    (tmp_path / "in/z").symlink_to(tmp_path / "out")
+    (tmp_path / "in/y").symlink_to(tmp_path / "out/deep")
+    (tmp_path / "in/b/up").symlink_to("..")  # a circle
+    (tmp_path / "in/f.txt").symlink_to(tmp_path / "out/c.txt")  # a file of its own name, as before
+    corpus = gather([tmp_path / "in"])
+    assert [str(file.relative_to(tmp_path / "in")) for file in corpus.files] == [
+        "b/b.txt",
+        "f.txt",
+        "y/d.txt",
+        "z/c.txt",
+    ]
+    assert corpus.left_out == {"linked folders and files reached twice": 3}
+    # A glob finds the folders by their names, in the order of those.
+    assert sorted(set(texts(gather([tmp_path / "in" / "**" / "*.txt"])))) == [
+        "in/b/b.txt",
+        "out/c.txt",
+        "out/deep/d.txt",
+    ]
+
+
+def test_a_circle_of_links_does_not_make_a_glob_read_twice(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    for number in range(3):
+        (tmp_path / "a" / f"again{number}").symlink_to(".")
+    assert texts(gather([tmp_path / "**" / "*.txt"])) == ["one"]
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*", "**/*.txt", "*/**/*.txt", "a/**", "**/b/*", "**/.h/*", "[ab]/**/c*"])
+def test_a_glob_to_the_bottom_finds_what_pythons_does(tmp_path, monkeypatch, pattern):
+    for name in ("a/b/c.txt", "a/c.txt", "c.txt", ".h/c.txt", "a/.c.txt", "b/b/b/c.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [file for file in sorted(glob.glob(str(tmp_path / pattern), recursive=True)) if os.path.isfile(file)]
+    assert [str(file) for file in gather([tmp_path / pattern]).files] == found
+    monkeypatch.chdir(tmp_path)
+    assert [str(file) for file in gather([pattern]).files] == [os.path.relpath(file) for file in found]
+
+
+def test_folders_that_a_glob_finds_are_read(tmp_path):
+    for name in ("part1/a.txt", "part2/deep/b.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(gather([tmp_path / "*"])) == ["c.txt", "part1/a.txt", "part2/deep/b.txt"]
+
+
+@pytest.mark.parametrize("target", ["gone", "broken.jsonl"])
+def test_a_broken_link_is_refused(tmp_path, target):
+    (tmp_path / "broken.jsonl").symlink_to(target)
+    (tmp_path / "a.txt").write_text("a")
+    for path in (tmp_path, tmp_path / "broken.jsonl", tmp_path / "*"):
+        with pytest.raises(DataError, match=rf"broken\.jsonl is a link to {target}, which does not exist"):
+            gather([path])
+
+
+def test_a_device_is_refused():
+    with pytest.raises(DataError, match="/dev/null is neither a file nor a folder"):
+        gather(["/dev/null"])
+
+
+@pytest.mark.parametrize("content", [RECORDS, gzip.compress(RECORDS), bz2.compress(RECORDS)])
+def test_named_pipes_are_kept_beside_files_and_their_content_decides(tmp_path, content):
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("pipe", "other.jsonl"):
+        os.mkfifo(tmp_path / name)
+        Thread(target=(tmp_path / name).write_bytes, args=(content,), daemon=True).start()
+    inputs = [str(tmp_path / name) for name in ("pipe", "a.txt", "other.jsonl")]
+    kept = keep_pipes(inputs, tmp_path / "P.work", ".jsonl")
+    assert texts(gather(kept)) == ["one", "two", "a", "one", "two"]
+
+
+def test_standard_input_cannot_be_read_twice(tmp_path):
+    with pytest.raises(DataError, match=r"standard input \(-\) can be read once"):
+        keep_pipes(["-", "a", "-"], tmp_path, ".jsonl")
 
 
 def test_small_files_share_a_shard_and_large_ones_do_not(tmp_path, monkeypatch):

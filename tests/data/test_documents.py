@@ -1,15 +1,21 @@
 """The documents of a file: exact, whatever it is compressed with, and named by line where they cannot be read."""
 
+import bz2
 import gzip
 import importlib
+import io
+import lzma
 import sys
+import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megatron_ring.data import compression
 from megatron_ring.data.documents import Piece, Reading
 from megatron_ring.errors import DataError
 
@@ -25,11 +31,19 @@ def documents(file: Path, json_key: str = "text") -> list[str]:
     return found
 
 
-COMPRESSED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstd.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".lzma": partial(lzma.compress, format=lzma.FORMAT_ALONE),
+}
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSED.items())
-def test_a_compressed_file_is_what_it_holds(tmp_path, suffix, compress):
+@pytest.mark.parametrize("spelled", [str.lower, str.upper])
+def test_a_compressed_file_is_what_it_holds(tmp_path, suffix, compress, spelled):
+    suffix = spelled(suffix)
     (tmp_path / f"a.txt{suffix}").write_bytes(compress("grün\n".encode()))
     (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n'))
     assert documents(tmp_path / f"a.txt{suffix}") == ["grün\n"]
@@ -42,6 +56,94 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, compress, damage
     (tmp_path / f"a.jsonl{suffix}").write_bytes(damage(compress(b'{"text": "one"}\n' * 1000)))
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} is damaged: .*Fetch it again, or leave it out of --input"):
         documents(tmp_path / f"a.jsonl{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_content_says_how_a_file_is_compressed_where_its_name_does_not(tmp_path, suffix):
+    (tmp_path / "a.jsonl").write_bytes(COMPRESSED[suffix](b'{"text": "one"}\n'))
+    assert documents(tmp_path / "a.jsonl") == ["one"]
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".bz2", ".xz"])
+def test_what_follows_a_compressed_stream_is_read_or_refused_and_not_left_out(tmp_path, suffix):
+    whole = COMPRESSED[suffix](b'{"text": "one"}\n')
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(whole + bytes(512) + whole + bytes(4))
+    assert documents(tmp_path / f"a.jsonl{suffix}") == ["one", "one"]
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(whole + b"x" + whole)
+    with pytest.raises(DataError, match=rf"b\.jsonl\{suffix} is damaged"):
+        documents(tmp_path / f"b.jsonl{suffix}")
+
+
+def test_a_zstd_frame_with_the_longest_window_is_read(tmp_path):
+    parameter = zstd.CompressionParameter
+    options = {parameter.window_log: 31, parameter.enable_long_distance_matching: 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    skippable = bytes.fromhex("502a4d18 02000000 0000")
+    content = compressor.compress(b'{"text": "one"}\n') + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + content)
+    assert documents(tmp_path / "a.jsonl.zst") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(suffix, COMPRESSED[suffix]) for suffix in (".gz", ".zst", ".bz2", ".xz")]
+)
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, suffix, compress):
+    monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
+    monkeypatch.setattr(compression, "LARGEST_RATIO", 10)
+    for number, content in enumerate((b"x" * (1 << 20), b'{"text": "one"}\n' * (1 << 16))):
+        (tmp_path / f"{number}.jsonl{suffix}").write_bytes(compress(content))
+        with pytest.raises(DataError, match=rf"{number}\.jsonl\{suffix} expands to more than 65,536 bytes"):
+            documents(tmp_path / f"{number}.jsonl{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_document_that_is_too_long_takes_no_memory_and_the_next_is_read(tmp_path, suffix, name):
+    content = b"x" * (12 << 20) + b'\n{"text": "two"}\n'
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(COMPRESSED[suffix](content) if suffix else content)
+    tracemalloc.start()
+    found = list(Piece(file, 0, file.stat().st_size).documents(Reading(max_document_bytes=1 << 16)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(found[0], DataError)
+    assert "--max-document-bytes" in str(found[0])
+    assert "65,536" in str(found[0])
+    assert found[1:] == (["two"] if name == "a.jsonl" else [])
+    assert peak < 6 << 20
+
+
+def test_the_longest_document_is_counted_with_its_line_end(tmp_path):
+    line = b'{"text": "one"}\n'
+    (tmp_path / "a.jsonl").write_bytes(2 * line)
+    (tmp_path / "b.txt").write_bytes(b"one")
+    piece = Piece(tmp_path / "a.jsonl", 0, 2 * len(line))
+    assert list(piece.documents(Reading(max_document_bytes=len(line) - 1))) == ["one", "one"]
+    refused = list(piece.documents(Reading(max_document_bytes=len(line) - 2)))
+    assert [str(error).split(": ")[0][-9:] for error in refused] == ["a.jsonl:1", "a.jsonl:2"]
+    assert list(Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=3))) == ["one"]
+    assert isinstance(*Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=2)), DataError)
+
+
+def test_cells_of_parquet_that_are_no_text_are_named_each(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array(["one", None, "x" * 9, "", "two"]), "n": range(5)})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    piece = Piece(tmp_path / "a.parquet", 0, 1)
+    found = list(piece.documents(Reading(max_document_bytes=8)))
+    assert [found[0], *found[3:]] == ["one", "", "two"]
+    assert "a.parquet:2: the text under 'text' is null" in str(found[1])
+    assert "a.parquet:3: a cell of more than 8 bytes" in str(found[2])
+    assert "a.parquet:1: no text under 'n'; found int64" in str(next(piece.documents(Reading("n"))))
+
+
+def test_a_parquet_file_is_known_by_its_content(tmp_path):
+    written = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["one"]}), written)
+    (tmp_path / "a").write_bytes(written.getvalue())
+    assert documents(tmp_path / "a") == ["one"]
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(written.getvalue()))
+    with pytest.raises(DataError, match=r"a\.parquet\.gz is compressed twice"):
+        documents(tmp_path / "a.parquet.gz")
 
 
 def test_rows_of_parquet_are_documents(tmp_path):
