@@ -39,6 +39,8 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     if config.self_test == "only":
         return test_alone(config, environment, agreement)
     start = Start.together(config, environment, agreement)
+    if start.lease:
+        stopping.before_leaving(start.lease.release)
     if speaks:
         print(console.opening(start))
 

@@ -44,12 +44,28 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
 def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
     """Raise CheckpointError, naming each token store, when the run would read other tokens than the checkpoint's run.
 
+    ``here``: see changed_stores.
+    """
+    if changed := changed_stores(stored, here):
+        raise CheckpointError(
+            [
+                f"{stored.path} was trained on other data than --data-path names, so sample "
+                f"{stored.state.consumed_samples:,}, where it goes on, is of another text. Restore the data, set "
+                "--data-path to it, or go on all the same with --allow-other-data:",
+                *changed,
+            ]
+        )
+
+
+def changed_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
+    """State each token store that only one of the checkpoint's run and this run reads, with its counts.
+
     ``here``: the fingerprints (data/fingerprint.py) of the stores that the run reads. Neither the order nor the weights
-    of a blend matter, nor a store's path. A checkpoint from before fingerprints were kept passes.
+    of a blend matter, nor a store's path. Nothing is known of a checkpoint from before fingerprints were kept.
     """
     there = list(stored.state.data)
     if not there:
-        return
+        return []
     added = []
     for store in here:
         same = next((other for other in there if _same_tokens(other, store)), None)
@@ -58,15 +74,7 @@ def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
         else:
             there.remove(same)
     names = dict.fromkeys(store.get("prefix", "") for store in [*there, *added])
-    if names:
-        raise CheckpointError(
-            [
-                f"{stored.path} was trained on other data than --data-path names, so sample "
-                f"{stored.state.consumed_samples:,}, where it goes on, is of another text. Restore the data, set "
-                "--data-path to it, or go on all the same with --allow-other-data:",
-                *(_changed_store(name, there, added) for name in names),
-            ]
-        )
+    return [_changed_store(name, there, added) for name in names]
 
 
 def _same_tokens(one: dict[str, Any], other: dict[str, Any]) -> bool:

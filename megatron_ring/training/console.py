@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from megatron_ring.checkpoint.fit import other_data
+from megatron_ring.checkpoint.fit import changed_stores, other_data
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
+from megatron_ring.data.fingerprint import Fingerprint
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.training.dry_run import plan_lines
@@ -28,13 +29,13 @@ def opening(start: Start) -> str:
         *(f"data             {line}" for line in dataset.training.in_words()),
     ]
     if stored:
-        lines += [*stored.skipped, *_beginning(stored, config)]
+        lines += [*stored.skipped, *_beginning(stored, config, start.fingerprints)]
     elif config.checkpoint.load:
         lines.append(f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random")
     return "\n".join(lines)
 
 
-def _beginning(stored: Stored, config: Config) -> list[str]:
+def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
     """What the run goes on from; data that is not the checkpoint's is no fault, but is never taken in silence."""
     if stored.state.step == 0:
         return [f"weights          {stored.path}, a new run"]
@@ -42,9 +43,10 @@ def _beginning(stored: Stored, config: Config) -> list[str]:
     lines = [f"resuming         {stored.path}, {step} steps done"]
     if changed := change_on_resume(step, read_config(stored.path).training, config.training):
         lines.append(f"learning rate    {changed}")
-    if differing := other_data(stored, config):
+    if differing := [*other_data(stored, config), *changed_stores(stored, fingerprints)]:
         goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
-        lines.append(f"other data       {'; '.join(differing)}: {goes_on}, read before or not.")
+        stated = "; ".join(problem.removesuffix(".") for problem in differing)
+        lines.append(f"other data       {stated}: {goes_on}, read before or not.")
     return lines
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -43,12 +44,17 @@ class Stopping:
         self.stopped_after: int | None = None
         self._speaks_for_node, self._over = speaks_for_node, Event()
         self._launchers, self._signalled = Launchers.find(), False
+        self._before_leaving: list[Callable[[], None]] = []
         self._speaks, self._told, self._begun = speaks, Event(), Event()
 
     @property
     def exit_code(self) -> int:
         """What to leave with when nothing failed."""
         return 0 if self.stopped_after is None else EXIT_CODE
+
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        """Have ``act`` done before this process is left from a thread, which runs no exit handlers."""
+        self._before_leaving.append(act)
 
     def begin(self, agreement: Agreement) -> None:
         """From now on ``agreed`` answers the signals, over ``agreement``, which must be its alone."""
@@ -122,6 +128,8 @@ class Stopping:
 
     def _leave(self) -> None:
         self._say(f"before the first step, as {self._why}")
+        for act in self._before_leaving:
+            act()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(EXIT_CODE)
