@@ -36,6 +36,7 @@ from megatron_ring.parallel.intercom import SECONDS_TO_ANSWER, Intercom, Member,
 from megatron_ring.parallel.whereabouts import NOBODY, Place, Whereabouts
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_QUESTIONS = 0.3
 # A launcher kills all ranks once one has left, and one that has left cannot be asked.
 _SECONDS_TO_SPEAK = 5.0
 # What a wait or a question may take longer than it should before the process counts as suspended.
@@ -138,16 +139,24 @@ class Watchdog:
         place = self.read()
         if place.waits_for != NOBODY:
             self._suspect = place.waits_for
-        elif self._answers and self._has_died(self.intercom.ask(self.following)):
-            self._suspect = self.following
+        elif self._answers:
+            self._ask_while_it_ends()
         if self._suspect is not None:
             self._wake.set()
         if self._wake.wait(_SECONDS_TO_SPEAK):
             self._thread.join()
 
-    @staticmethod
-    def _has_died(answer: Place | NoAnswer) -> bool:
-        return isinstance(answer, NoAnswer) and answer.has_ended
+    def _ask_while_it_ends(self) -> None:
+        """Suspect the next of the ring if it has ended, or does so soon: its connections close before it is gone."""
+        deadline = time.monotonic() + _SECONDS_TO_SPEAK
+        while time.monotonic() < deadline and not self._wake.is_set():
+            answer = self.intercom.ask(self.following)
+            if isinstance(answer, Place):
+                return
+            if answer.has_ended:
+                self._suspect = self.following
+                return
+            self._wake.wait(_SECONDS_BETWEEN_QUESTIONS)
 
     def _alarmed(self, suspect: int) -> None:
         self._told, self._suspect = True, suspect

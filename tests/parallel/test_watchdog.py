@@ -245,3 +245,16 @@ def test_an_error_of_torch_after_a_long_suspension_starts_the_job_again(suspende
         fail(Watchdog(Whereabouts(), 0, 600, Alone()))
     assert codes == [RingStalled.exit_code] * ends
     assert ("RingStalled" in capsys.readouterr().err) == ends
+
+
+@pytest.mark.parametrize(
+    ("answers", "suspected"),
+    [((SILENT, SILENT, DEAD), True), ((SILENT, LIVES), False), ((SILENT,), False)],
+    ids=["ends", "lives", "silent"],
+)
+def test_after_an_error_of_torch_a_neighbour_that_is_ending_is_suspected(answers, suspected, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "_SECONDS_TO_SPEAK", 0.5)
+    monkeypatch.setattr(watchdog_module, "_SECONDS_BETWEEN_QUESTIONS", 0.01)
+    with looking(*answers) as watchdog:
+        watchdog._ask_while_it_ends()
+        assert (watchdog._suspect is not None) == suspected
