@@ -17,10 +17,10 @@ class MegatronRingError(Exception):
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            more = len(self.problems) - _SHOWN_PROBLEMS
-            self.problems = [*self.problems[:_SHOWN_PROBLEMS], f"and {more} problems more of this kind."]
-        super().__init__("\n".join(self.problems))
+        shown = self.problems[:_SHOWN_PROBLEMS]
+        if more := len(self.problems) - len(shown):
+            shown = [*shown, f"and {more} problems more of this kind."]
+        super().__init__("\n".join(shown))
 
 
 class ConfigError(MegatronRingError):

@@ -53,3 +53,9 @@ def test_one_problem_needs_no_list():
 )
 def test_the_nearest_multiples_are_positive(value, multiple, nearest):
     assert nearest_multiples(value, multiple) == nearest
+
+
+def test_a_message_is_bounded_and_every_problem_is_kept():
+    error = ConfigError(f"problem {n}." for n in range(1000))
+    assert len(error.problems) == 1000
+    assert str(error).splitlines()[-2:] == ["problem 99.", "and 900 problems more of this kind."]

@@ -1,6 +1,7 @@
 """state.json guards itself: no other bytes are taken for it."""
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -41,3 +42,55 @@ def test_fields_of_another_version_are_refused():
     resealed = body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
     with pytest.raises(CheckpointError, match=DAMAGED):
         decode(resealed)
+
+
+def sealed(**changes) -> bytes:
+    """state.json with other values and the checksum that it must have."""
+    document = json.loads(CONTENT) | changes
+    del document["sha256"]
+    body = json.dumps(document, indent=2).removesuffix("\n}").encode()
+    return body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
+
+
+def test_what_was_sealed_so_is_read():
+    assert decode(sealed()) == (state(5), FILES)
+    counted = {"cur_scale": 65536.0, "cur_iter": 7, "last_overflow_iter": -1}
+    read, _ = decode(sealed(loss_scale=counted, recent_losses=[2, 1.5]))
+    assert (read.loss_scale, read.recent_losses) == (counted, [2.0, 1.5])
+    assert type(read.loss_scale["cur_iter"]) is int
+
+
+RECORD = {"bytes": 1, "sha256": "a" * 64}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("step", value) for value in ("nine", -7, 10**30, float("nan"), None, True, [1])),
+        *(("consumed_samples", value) for value in (-3, 2**63, 1.5)),
+        *(("vocab_size", value) for value in ("x", 0, 2**31)),
+        *(("seq_length", value) for value in ({"a": 1}, 0)),
+        *(("loss_scale", value) for value in ([1], {"a": "x"}, {"a": float("inf")})),
+        *(("recent_losses", value) for value in ("x", [float("nan")], [None])),
+        *(("processes", value) for value in (None, 1)),
+        *(("files", value) for value in ([1, 2], None, {"a": 1}, {"a": {"bytes": 1}})),
+        *(("files", {"a": RECORD | change}) for change in ({"bytes": "x"}, {"bytes": -1}, {"sha256": 1}, {"more": 1})),
+        *(("files", {name: RECORD}) for name in ("../x", "/etc/passwd", "a/../../x", "a\0b", "", ".")),
+        ("other", 1),
+    ],
+)
+def test_another_value_under_a_right_checksum_is_refused(key, value):
+    with pytest.raises(CheckpointError, match=DAMAGED) as refused:
+        decode(sealed(**{key: value}))
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("body", [b"hello", b'{"a":' * 5000, b'{"step":' + b"9" * 5000, b"[]", b"{"])
+def test_what_is_no_state_under_a_right_checksum_is_refused(body):
+    with pytest.raises(CheckpointError, match=DAMAGED):
+        decode(body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode())
+
+
+def test_a_state_that_could_not_be_read_back_is_not_written():
+    with pytest.raises(CheckpointError, match="consumed_samples"):
+        encode(replace(state(5), consumed_samples=-1), FILES)

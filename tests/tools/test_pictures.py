@@ -115,3 +115,36 @@ def test_a_picture_that_cannot_be_written_is_one_message(tmp_path):
     for output in ("folder.png", "loss.text", "metrics.jsonl/loss.png"):
         with pytest.raises(DataError, match="Set --output"):
             plot_metrics.main(tmp_path / "metrics.jsonl", tmp_path / output)
+
+
+SLICE = {"ph": "X", "cat": "hop", "pid": 0, "ts": 1.0, "dur": 2, "args": {"direction": "forward"}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"traceEvents": 5}',
+        b'{"traceEvents": [5]}',
+        b'{"traceEvents":' * 5000,
+        *(
+            json.dumps({"traceEvents": [SLICE | changes]}).encode()
+            for changes in (
+                {"cat": ["hop"]},
+                {"pid": "0"},
+                {"pid": 10**30},
+                {"ts": None},
+                {"dur": float("inf")},
+                {"args": []},
+                {"args": {"direction": ["forward"]}},
+            )
+        ),
+        json.dumps({"traceEvents": [SLICE | {"pid": rank} for rank in range(2000)]}).encode(),
+    ],
+)
+def test_a_trace_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "trace.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"trace\.json.*Set --trace"):
+        draw_timeline(tmp_path / "trace.json", tmp_path / "hops.png")
+    assert not (tmp_path / "hops.png").exists()

@@ -1,15 +1,21 @@
 """The hop timeline: a trace as a picture, one row a rank, what it computed in its rings and what it waited for."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from pydantic import Field
 
 from megatron_ring.errors import DataError
+from megatron_ring.untrusted import MIB, errors_as, parse_json_object, read_bytes, validate
+
+_TRACE_BYTES = 1024 * MIB
+_MOST_RANKS = 1024
+_RANK = Annotated[int, Field(ge=0, lt=2**31)]
+_TIMES = list[Annotated[float, Field(allow_inf_nan=False)]]
 
 # What is drawn, in this order, so that waits lie over the hops that they are part of.
 _COLOURS = {
@@ -28,6 +34,8 @@ def draw_timeline(trace: Path, picture: Path) -> None:
     if not slices:
         raise DataError(f"{trace} holds no hop of a ring. Set --trace.")
     ranks = sorted({slice["pid"] for slice in slices})
+    if len(ranks) > _MOST_RANKS:
+        raise DataError(f"{trace} has {len(ranks)} ranks, and a picture has room for {_MOST_RANKS}. Set --trace.")
     figure, rows = plt.subplots(figsize=(12, 1.5 + 0.5 * len(ranks)), layout="tight")
     for drawn, colour in _COLOURS.items():
         of_kind = [slice for slice in slices if _drawn_as(slice) == drawn]
@@ -44,11 +52,22 @@ def draw_timeline(trace: Path, picture: Path) -> None:
 
 
 def _slices(trace: Path) -> list[dict[str, Any]]:
-    try:
-        events = json.loads(trace.read_text())["traceEvents"]
-        return [event for event in events if event["ph"] == "X"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{trace} is no trace of --profile-ring-trace: {error}. Set --trace.") from error
+    with errors_as(DataError, f"{trace}, as a trace of --profile-ring-trace,", "Set --trace."):
+        events = parse_json_object(read_bytes(trace, _TRACE_BYTES)).get("traceEvents")
+        slices = [event for event in validate(events, list[dict[str, Any]]) if event.get("ph") == "X"]
+        for slice in slices:
+            _check(slice)
+        return slices
+
+
+def _check(slice: dict[str, Any]) -> None:
+    """Refuse a slice without what is drawn of it."""
+    validate(slice.get("cat"), str)
+    validate([slice.get("ts"), slice.get("dur")], _TIMES)
+    validate(slice.get("pid"), _RANK)
+    if slice["cat"] == "hop":
+        validate(slice.get("args"), dict[str, Any])
+        validate(slice["args"].get("direction"), Literal["forward", "backward"])
 
 
 def _drawn_as(slice: dict[str, Any]) -> str:
