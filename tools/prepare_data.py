@@ -43,6 +43,10 @@ class Options:
     """Ids of the tokenizer to train. 0: 4096."""
     eod_token: str = ""
     """The token that ends each document. Empty: the one that --tokenizer-model has for that."""
+    prepend_bos: Literal["auto", "on", "off"] = "auto"
+    """Whether documents begin with the tokenizer's begin-of-sentence token, as Llama's and Mistral's do. auto: if the
+    tokenizer itself puts one before a text (the post-processor of a tokenizer.json, add_bos_token in
+    tokenizer_config.json, or a sentencepiece model that has one)."""
     suffixes: tuple[str, ...] = SUFFIXES
     """Which files of a folder and of an archive are read, whatever compresses them; the others are counted."""
     json_key: str = "text"
@@ -77,7 +81,15 @@ def run(options: Options) -> Prepared:
         raise ConfigError(problems)
     try:
         corpus = python_library() if options.python_library else _gathered(options)
-        return prepare(corpus, options.output_prefix, _tokenizer(options, corpus), options.workers, progress=True)
+        tokenizer = _tokenizer(options, corpus)
+        return prepare(
+            corpus,
+            options.output_prefix,
+            tokenizer,
+            options.workers,
+            progress=True,
+            prepend_bos=options.prepend_bos,
+        )
     except OSError as error:
         # What cannot be read is a DataError already.
         raise DataError(
@@ -99,11 +111,14 @@ def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 
 
 def _summary(prefix: Path, manifest: Manifest) -> str:
+    begin = (
+        f"Documents begin with ids {list(manifest.begin_of_document)} (BOS).\n" if manifest.begin_of_document else ""
+    )
     left_out = [f"{count:,} {reason}" for reason, count in manifest.left_out.items()]
     return (
         f"{prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.bytes_per_token:.2f} bytes per token, {manifest.skipped:,} skipped. "
-        f"Left out: {', '.join(left_out) or 'nothing'}.\n"
+        f"Left out: {', '.join(left_out) or 'nothing'}.\n{begin}"
         f"{tokenizer_path(prefix)}: {manifest.vocab_size:,} ids.\n{drawn(TokenStore(prefix).lengths)}"
     )
 

@@ -108,6 +108,14 @@ def _refuse_different_tokenizers(prefixes: list[str]) -> None:
     known = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix))]
     for prefix, manifest in known[1:]:
         first, other = known[0][1].tokenizer_sha256[:12], manifest.tokenizer_sha256[:12]
+        begins = known[0][1].begin_of_document, manifest.begin_of_document
+        if first == other and begins[0] != begins[1]:
+            raise DataError(
+                f"token stores {known[0][0]} and {prefix} cannot be blended: documents begin with ids "
+                f"{list(begins[0])} in the first and {list(begins[1])} in the other. Write one again with "
+                f"tools/prepare_data.py --output-prefix {prefix} and --prepend-bos on or off, or leave one out of "
+                "--data-path."
+            )
         if first != other:
             raise DataError(
                 f"token stores {known[0][0]} and {prefix} cannot be blended: they were written with two tokenizers "

@@ -7,9 +7,9 @@ about ``<|endoftext|>`` would end in its middle.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from megatron_ring.data.sentencepieces import SPACE
@@ -17,6 +17,12 @@ from megatron_ring.errors import DataError
 
 # What published models end a text with, in the order they are looked for.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]")
+
+# What they begin one with.
+BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[BOS]", "<|startoftext|>")
+
+LARGEST_ID = (1 << 22) - 1
+"""The largest token id that is read: a model has a row of its embedding for each id up to it."""
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -34,10 +40,26 @@ class HuggingFaceTokens:
         self._byte_level = any(part["type"] == "ByteLevel" for part in _decoders(json.loads(model)))
         # Ids may have holes.
         self.vocab_size: int = max(self._ids.values(), default=-1) + 1
+        if self.vocab_size - 1 > LARGEST_ID:
+            raise DataError(
+                f"tokenizer {name} has id {self.vocab_size - 1} among its {len(self._ids)} tokens, and ids go up to "
+                f"{LARGEST_ID} (2^22 - 1), since a model has a row for each. Set --tokenizer-model to another one, or "
+                "number its tokens anew."
+            )
 
     def default_end(self) -> int | None:
         """The id of the first of ``ENDS`` that the vocabulary has, None where it has none."""
         return next((self._ids[end] for end in ENDS if end in self._ids), None)
+
+    def default_begin(self) -> int | None:
+        """The id of the first of ``BEGINS`` that the vocabulary has, None where it has none."""
+        return next((self._ids[begin] for begin in BEGINS if begin in self._ids), None)
+
+    def own_begin(self) -> tuple[int, ...]:
+        """The ids that the file's post-processor puts before a text, as transformers does; none where it has none."""
+        alone, framed = (self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True))
+        starts = (n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone)
+        return tuple(framed[: next(starts, 0)])
 
     def id_of(self, token: str) -> int | None:
         """The id of ``token``, None where the vocabulary has no such token."""
@@ -53,19 +75,20 @@ class HuggingFaceTokens:
         """The text of ``tokens``; special tokens have none."""
         return self._tokens.decode([int(token) for token in tokens], skip_special_tokens=True)
 
-    def token_bytes(self, token: int) -> int:
-        """UTF-8 bytes that ``token`` stands for; 0 for special tokens and for ids that are none."""
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for: (V,) int64; 0 for special tokens and for ids that are none."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for spelled, token in self._ids.items():
+            counts[token] = self._bytes_of(token, spelled)
+        return counts
+
+    def _bytes_of(self, token: int, spelled: str) -> int:
         if token in self._added:
             return 0 if self._added[token].special else len(self._added[token].content.encode())
-        spelled = self._spellings.get(token, "")
         # GPT-2's alphabet has a character for each byte; Llama's spells bytes as <0x0A>.
         if self._byte_level:
             return len(spelled)
         return 1 if _BYTE.fullmatch(spelled) else len(spelled.replace(SPACE, " ").encode())
-
-    @cached_property
-    def _spellings(self) -> dict[int, str]:
-        return {token: spelled for spelled, token in self._ids.items()}
 
 
 def _loaded(model: bytes, name: str | Path) -> tokenizers.Tokenizer:

@@ -25,7 +25,8 @@ class Manifest:
     """The counts of a store, its end-of-document ids included, and the tokenizer that wrote it.
 
     ``skipped`` are the documents left out because they could not be read, ``left_out`` counts by reason what is no
-    document: files of other kinds, empty documents. A store written before these were kept is without them.
+    document: files of other kinds, empty documents. ``begin_of_document`` are the ids before the text of every
+    document (BOS). A store written before these were kept is without them, and without BOS.
     """
 
     tokenizer_sha256: str
@@ -35,6 +36,7 @@ class Manifest:
     bytes: _Count
     skipped: _Count = 0
     end_of_document: _Count | None = None
+    begin_of_document: tuple[_Count, ...] = ()
     left_out: dict[str, _Count] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -46,19 +47,27 @@ def fit_tokenizer(corpus: Corpus, vocab_size: int, progress: bool = False) -> To
 
 
 def prepare(
-    corpus: Corpus, prefix: str | Path, tokenizer: Tokenizer, workers: int = 1, progress: bool = False
+    corpus: Corpus,
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    workers: int = 1,
+    progress: bool = False,
+    prepend_bos: Literal["auto", "on", "off"] = "auto",
 ) -> Prepared:
     """Write every document of ``corpus``, each ended by the end-of-document id, and return what was done.
+
+    ``prepend_bos`` is what begins them: see Tokenizer.begin_of_document.
 
     The number of ``workers``, processes that tokenize, changes nothing in the files. Cut short at any moment, it
     leaves no store that could be taken for a whole one, and what is finished in ``work_folder(prefix)``; called again
     it goes on from there. Raises DataError for text that cannot be read and for another tokenizer in the folder.
     """
     tokenizer_file = Path(prefix).with_name(tokenizer.file_name)
+    begin = tokenizer.begin_of_document(prepend_bos)
     tokenizer.save(tokenizer_file)
-    work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix))
+    work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix), begin)
     records = _make(work, tokenizer, workers, progress)
-    manifest = _manifest(records, corpus, tokenizer)
+    manifest = _manifest(records, corpus, tokenizer, begin)
     if not manifest.documents:
         raise DataError(f"nothing to write to {prefix}: every document is empty or was skipped. Set --input.")
     _join(work, prefix, token_dtype(tokenizer.vocab_size))
@@ -120,7 +129,7 @@ def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bo
     return [records[job.prefix] for job in work]
 
 
-def _manifest(records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer) -> Manifest:
+def _manifest(records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer, begin: tuple[int, ...]) -> Manifest:
     left_out = corpus.left_out.copy()
     for record in records:
         left_out.update(record.left_out)
@@ -132,6 +141,7 @@ def _manifest(records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer) 
         bytes=sum(record.bytes for record in records),
         skipped=sum(len(record.skipped) for record in records),
         end_of_document=tokenizer.end_of_document,
+        begin_of_document=begin,
         left_out=dict(sorted(left_out.items())),
     )
 

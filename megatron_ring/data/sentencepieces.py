@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from megatron_ring.errors import DataError
@@ -35,6 +36,15 @@ class SentencePieces:
         """The id of the model's end-of-sentence piece, None where it has none."""
         return self._pieces.eos_id() if self._pieces.eos_id() >= 0 else None
 
+    def default_begin(self) -> int | None:
+        """The id of the model's begin-of-sentence piece, None where it has none."""
+        return self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+
+    def own_begin(self) -> tuple[int, ...]:
+        """A model says no more than that it has such a piece; Llama's, Mistral's and Gemma's put it before a text."""
+        begin = self.default_begin()
+        return () if begin is None else (begin,)
+
     def id_of(self, token: str) -> int | None:
         """The id of ``token``, None where the model has no such piece."""
         found = self._pieces.piece_to_id(token)
@@ -50,8 +60,11 @@ class SentencePieces:
         """The text of ``tokens``; control ids have none."""
         return self._pieces.decode([int(token) for token in tokens])
 
-    def token_bytes(self, token: int) -> int:
-        """UTF-8 bytes that ``token`` stands for."""
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for: (V,) int64; 0 for control ids."""
+        return np.array([self._bytes_of(token) for token in range(self.vocab_size)], dtype=np.int64)
+
+    def _bytes_of(self, token: int) -> int:
         if self._pieces.is_control(token) or self._pieces.is_unknown(token):
             return 0
         return 1 if self._pieces.is_byte(token) else len(self._pieces.id_to_piece(token).replace(SPACE, " ").encode())

@@ -25,12 +25,16 @@ _BATCH_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a process needs to know to make one shard; ``prefix`` is where its store goes, without a suffix."""
+    """What a process needs to know to make one shard.
+
+    ``prefix`` is where its store goes, without a suffix, ``begin`` the ids before every document.
+    """
 
     shard: Shard
     reading: Reading
     tokenizer_file: Path
     prefix: Path
+    begin: tuple[int, ...]
 
     @property
     def file_bytes(self) -> int:
@@ -53,15 +57,21 @@ class ShardRecord:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_file: Path, folder: Path) -> list[ShardJob]:
+def jobs(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    tokenizer_file: Path,
+    folder: Path,
+    begin: tuple[int, ...] = (),
+) -> list[ShardJob]:
     """A job for each shard of ``corpus``, to be kept in ``folder`` until all are joined."""
     reading = corpus.reading
     follows_from = (
-        *(tokenizer.fingerprint, tokenizer.end_of_document),
+        *(tokenizer.fingerprint, tokenizer.end_of_document, *begin),
         *(reading.json_key, reading.max_document_bytes, *reading.suffixes),
     )
     return [
-        ShardJob(shard, corpus.reading, tokenizer_file, folder / _name(shard, *follows_from))
+        ShardJob(shard, corpus.reading, tokenizer_file, folder / _name(shard, *follows_from), begin)
         for shard in corpus.shards()
     ]
 
@@ -90,7 +100,7 @@ def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
     documents = tokens = text_bytes = 0
     with TokenStoreWriter(job.prefix, token_dtype(tokenizer.vocab_size)) as writer:
         for texts in batches(job.reading.texts(job.shard, skipped, left_out), _BATCH_CHARACTERS):
-            for text, ids in zip(texts, tokenizer.encode_documents(texts)):
+            for text, ids in zip(texts, tokenizer.encode_documents(texts, job.begin)):
                 writer.add_document(ids)
                 documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
     return keep_record(job.prefix, documents, tokens, text_bytes, skipped, left_out)

@@ -68,7 +68,7 @@ def _parts(job: ShardJob, skipped: list[str], left_out: Counter[str]) -> Iterato
     found = job.reading.texts(job.shard, skipped, left_out)
     for number, texts in enumerate(batches(found, _PART_CHARACTERS)):
         prefix = Path(f"{job.prefix}-{_PART_CHARACTERS}-{number}")
-        yield _Part((_Texts(texts),), job.reading, job.tokenizer_file, prefix, job)
+        yield _Part((_Texts(texts),), job.reading, job.tokenizer_file, prefix, job.begin, job)
 
 
 def _make_part(part: _Part) -> ShardRecord:

@@ -34,8 +34,12 @@ def _miscounted(store: TokenStore, manifest: Manifest | None) -> Iterator[str]:
 def _bad_documents(store: TokenStore, manifest: Manifest | None, tokenizer: Tokenizer) -> Iterator[str]:
     """The first few documents with ids that the tokenizer has not, or that do not end as ours do."""
     ours = manifest is not None and manifest.end_of_document is not None
+    begin = manifest.begin_of_document if manifest else ()
     documents = map(store.document, range(len(store)))
-    faults = (_foreign(tokens, tokenizer) or (_unended(tokens, tokenizer) if ours else "") for tokens in documents)
+    faults = (
+        _foreign(tokens, tokenizer) or (_unended(tokens, tokenizer) if ours else "") or _unbegun(tokens, begin)
+        for tokens in documents
+    )
     for number, fault in islice(((number, fault) for number, fault in enumerate(faults) if fault), _NAMED):
         yield f"document {number} {fault}. Set --tokenizer-model, or write it again with tools/prepare_data.py."
 
@@ -44,6 +48,11 @@ def _foreign(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     if tokens.size and (tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size):
         return f"has ids from {tokens.min()} to {tokens.max()}, and the tokenizer has 0 to {tokenizer.vocab_size - 1}"
     return ""
+
+
+def _unbegun(tokens: np.ndarray, begin: tuple[int, ...]) -> str:
+    found = tokens[: len(begin)].tolist()
+    return f"begins with ids {found}, and its manifest has {list(begin)}" if found != list(begin) else ""
 
 
 def _unended(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
