@@ -484,7 +484,8 @@ class CheckpointConfig:
     save: str = ""
     """Folder to write checkpoints to. Empty: none are written."""
     load: str = ""
-    """Folder to resume from; the newest whole checkpoint in it is taken, and an empty folder starts afresh."""
+    """Folder to resume from: the newest whole checkpoint in it is taken, or the folder of one checkpoint, which is then
+    the one. A run starts from random weights if the folder is empty, or is --save and has no checkpoint yet."""
     finetune: bool = False
     """Take the weights alone from --load, for a new run: step 0, first sample, new optimizer; RoPE, windows and length
     may be others. Once --save holds a checkpoint, the run goes on from that, so that it may be started again as it was.
@@ -535,8 +536,8 @@ class GuardsConfig:
     skip: the next step, so that a bad text or a passing fault costs no more than one; roll-back: the newest checkpoint
     is loaded, and the samples since are left out; stop: the run ends with exit code 6."""
     max_bad_steps: int = 10
-    """More than so many bad steps since the last checkpoint was written, or since the start, end the run with exit
-    code 6: what goes on is no passing fault."""
+    """More than so many bad steps since the start, or since the last checkpoint that a good step preceded, end the run
+    with exit code 6: what goes on is no passing fault."""
     loss_spike_factor: float = 0.0
     """A loss above this many times the median of the last good steps' is a spike, from the 17th good step on; 1.5 to 2
     lets noise pass. Where losses rise for good, max_bad_steps ends the run. 0: no loss is a spike."""

@@ -1,8 +1,8 @@
 """What follows a bad step, on all ranks alike: the next one, or the newest checkpoint and then the next, or the end.
 
 No weight has moved then (decision.py). Who goes back goes on with the samples behind the bad step, so that no data is
-met twice. Going back does not begin the count of bad steps anew, only a checkpoint does: between two of them there are
-at most --max-bad-steps, so that no run turns in a circle.
+met twice. Going back does not begin the count of bad steps anew, only a checkpoint that a good step preceded does:
+between two of them there are at most --max-bad-steps, so that no run turns in a circle.
 """
 
 import math
