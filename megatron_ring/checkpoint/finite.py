@@ -1,4 +1,4 @@
-"""Whether tensors are finite: a checkpoint with a nan or an infinity in it is neither written nor loaded."""
+"""Finite tensors: a checkpoint with nan or infinity in it is neither written nor loaded."""
 
 import torch
 
@@ -10,7 +10,7 @@ class NotFinite(CheckpointError):
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise NotFinite, with ``name`` and how many, where ``values`` has elements that are nan or infinite."""
+    """Raise NotFinite, with ``name`` and a count, where ``values`` has nan or infinity."""
     if count := count_not_finite(values):
         raise NotFinite(not_finite(name, count))
 
@@ -18,8 +18,8 @@ def check_finite(values: torch.Tensor, name: str) -> None:
 def count_not_finite(values: torch.Tensor) -> int:
     """How many elements are nan or infinite. Blocks until the device of ``values`` has counted.
 
-    A sum is finite only if every addend is, and takes one pass without a copy. A sum of finite elements may overflow,
-    so elements are looked at one by one where it is not finite.
+    A sum is finite only if every addend is, and takes one pass without a copy. A sum of finite
+    elements may overflow, so elements are looked at one by one where it is not finite.
     """
     wide = torch.float32 if values.dtype.itemsize < 4 else values.dtype
     if values.sum(dtype=wide).isfinite():

@@ -1,4 +1,4 @@
-"""What a folder is that holds no checkpoint of ours: a checkpoint of another program, something else, or nothing.
+"""What a folder without a checkpoint of ours is: another program's checkpoint, or something else.
 
 Only names are looked at, of the folder itself and of what lies directly in it. No torch.
 """
@@ -22,7 +22,7 @@ _BY_HUGGING_FACE = (
 
 @dataclass(frozen=True)
 class _Format:
-    """A kind of checkpoint. names: of which one is there; also: another pattern of which one must be there, if any."""
+    """A kind of checkpoint: the folder has one of ``names`` and, if given, one of ``also``."""
 
     title: str
     names: re.Pattern
@@ -68,7 +68,7 @@ _OWN = re.compile(r"state\.json|tensors\.json|part-\d{5,}\.safetensors")
 
 
 def check_no_other(folder: Path) -> None:
-    """Raise CheckpointError where ``folder`` is a file, a checkpoint of another program, or a broken one of ours."""
+    """Raise CheckpointError where ``folder`` is a file, a foreign checkpoint or a broken one."""
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, and checkpoints are folders. Nearest: {folder.absolute().parent}.")
     found = content(folder)
@@ -94,7 +94,10 @@ def within(folder: Path) -> list[Path]:
 
 
 def content(folder: Path) -> list[str]:
-    """The names in ``folder``, sorted, without litter; none where it does not exist. Raises CheckpointError."""
+    """The names in ``folder``, sorted, without litter; none where it does not exist.
+
+    Raises CheckpointError where it cannot be read.
+    """
     try:
         return sorted(path.name for path in folder.iterdir() if not LITTER.fullmatch(path.name))
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def removed_path(path: Path) -> Path:
 
 
 def kept_path(path: Path) -> Path:
-    """A free name for what is no part of the checkpoint that was at ``path`` but was in its folder."""
+    """A free name for what was in the folder of the checkpoint at ``path`` and no part of it."""
     first = path.with_name(f"kept-from-{path.name.removeprefix(f'{REMOVED}step-')}")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free))

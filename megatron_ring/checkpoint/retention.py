@@ -1,7 +1,9 @@
-"""Which checkpoints are kept, and how the others go: none before a newer one is whole and ``latest`` names it.
+"""Which checkpoints are kept, and how the others go: none before a newer one is whole and
+``latest`` names it.
 
-A checkpoint that goes gets a hidden name first, so that one killed half deleted is never looked at. Only files of the
-checkpoint are deleted: what else is found in its folder, a note or an export, is kept in a folder of another name.
+A checkpoint that goes gets a hidden name first, so that one killed half deleted is never looked at.
+Only files of the checkpoint are deleted: what else is found in its folder, a note or an export, is
+kept in a folder of another name.
 """
 
 import contextlib
@@ -36,10 +38,11 @@ def outdated(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
 def remove_outdated(
     folder: Path, newest: int, config: CheckpointConfig, note: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Delete what --keep-last and --keep-every let go, now that the checkpoint of step ``newest`` is whole.
+    """Delete what --keep-last and --keep-every let go, now that the checkpoint of step ``newest``
+    is whole.
 
-    Steps beyond it are of an earlier run that wrote to the same folder: they neither count nor go. ``note`` is given a
-    line for each that had files of other origin in it.
+    Steps beyond it are of an earlier run that wrote to the same folder: they neither count nor go.
+    ``note`` is given a line for each that had files of other origin in it.
     """
     steps = [step for path in names.checkpoints(folder) if (step := names.step_of(path)) <= newest]
     for step in outdated(steps, config.keep_last, config.keep_every):
@@ -65,10 +68,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> Path | None:
-    """Delete a checkpoint that has been put aside, as far as that goes; what stays is tried again by the next save.
+    """Delete a checkpoint that has been put aside; what cannot be deleted is left to the next save.
 
-    Where its folder has files that are no part of it, that folder gets a visible name, which is returned. Of a link to
-    a checkpoint the link alone goes.
+    Where its folder has files that are no part of it, that folder gets a visible name, which is
+    returned. Of a link to a checkpoint the link alone goes.
     """
     if path.is_symlink():
         with contextlib.suppress(OSError):
@@ -101,7 +104,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _own(folder: Path) -> set[str]:
-    """The names in ``folder`` that are part of the checkpoint there, or litter of an operating system."""
+    """The names in ``folder`` that are part of the checkpoint there, or litter."""
     try:
         _, recorded = decode(read_bytes(folder / STATE))
     except (OSError, CheckpointError, UntrustedInputError):

@@ -75,10 +75,11 @@ def commit(
     retire: bool = True,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Make what was written under the partial name, all of it ``sealed``, the newest checkpoint; returns its folder.
+    """Make what was written under the partial name, all of it ``sealed``, the newest checkpoint;
+    returns its folder.
 
-    Then removes those that --keep-last and --keep-every let go, unless ``retire`` is false. ``note`` is given a line
-    for each of them that had files of other origin in it, which are kept.
+    Then removes those that --keep-last and --keep-every let go, unless ``retire`` is false.
+    ``note`` is given a line for each of them that had files of other origin in it, which are kept.
     """
     partial, final = folder / names.partial_name(state.step), names.final_path(folder, state.step)
     with disk.write_errors(folder):
@@ -134,8 +135,9 @@ def verify(path: Path) -> RunState:
 
 
 def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
-    """What the checkpoint at ``path`` says of itself, and of its files, which are not read. Raises CheckpointError.
+    """The state of the checkpoint at ``path`` and the records of its files, which are not read.
 
+    Raises CheckpointError where its state is missing or damaged.
     Files in its folder that it does not name are no part of it, and are not looked at.
     """
     with _read_errors():
@@ -148,7 +150,7 @@ def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
 
 
 def foreign_files(path: Path, files: Collection[str]) -> list[str]:
-    """The files in the folder of the checkpoint at ``path`` that are no part of it; ``files``: what it names."""
+    """The files in the checkpoint's folder that are not among ``files``, those that it names."""
     with _read_errors():
         return sorted(set(_files(path)) - {*files, STATE})
 

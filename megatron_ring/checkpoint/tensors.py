@@ -50,7 +50,8 @@ class Piece:
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
     """Write a file of ``pieces``; returns what the index has to know of them.
 
-    Raises CheckpointError, and NotFinite before anything is written where a value of theirs is nan or infinite.
+    Raises CheckpointError, and NotFinite before anything is written where a value of theirs is nan
+    or infinite.
     """
     pieces, path = list(pieces), folder / part_name(number)
     content = {_key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()}

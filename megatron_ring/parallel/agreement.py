@@ -30,9 +30,11 @@ class Agreement:
         return dist.get_world_size(self.group)
 
     def on_all(self, act: Callable[[], Any]) -> list[Any]:
-        """What each gets when it acts, in rank order, on every rank; the first user's fault is raised on all.
+        """What each gets when it acts, in rank order, on every rank; the first user's fault is
+        raised on all.
 
-        The rank that the fault is from raises its own error, with its cause and traceback; the others raise a copy.
+        The rank that the fault is from raises its own error, with its cause and traceback; the
+        others raise a copy.
         """
         outcome: Any
         try:

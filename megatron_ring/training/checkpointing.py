@@ -33,12 +33,14 @@ Got = TypeVar("Got")
 def find(
     setup: Setup, vocab_size: int, agreement: Agreement, fingerprints: Sequence[Fingerprint] = ()
 ) -> store.Stored | None:
-    """The checkpoint to go on from, by --load; None to start afresh. The ranks read a share of its files each.
+    """The checkpoint to go on from, by --load; None to start afresh. The ranks read a share of its
+    files each.
 
-    --load names a checkpoint, which is then the one, or a folder of them, of which the newest whole one is taken. With
-    --finetune it is a new run's, of step 0, unless --save has one already; such a run may read any data. Raises
-    CheckpointError on every rank when there is none to be had, or it is of another model or another program, or of
-    other data than ``fingerprints``, where there are any, without --allow-other-data.
+    --load names a checkpoint, which is then the one, or a folder of them, of which the newest whole
+    one is taken. With --finetune it is a new run's, of step 0, unless --save has one already; such
+    a run may read any data. Raises CheckpointError on every rank when there is none to be had, or
+    it is of another model or another program, or of other data than ``fingerprints``, where there
+    are any, without --allow-other-data.
     """
     folders = setup.config.checkpoint
     if not folders.load:
@@ -58,10 +60,11 @@ def find(
 
 
 def resume(engine: Engine, stored: store.Stored, agreement: Agreement) -> None:
-    """Give ``engine`` the weights and the optimizer's state that a checkpoint of any grid has. Collective; blocks.
+    """Give ``engine`` the weights and the optimizer's state that a checkpoint of any grid has.
+    Collective; blocks.
 
-    Raises CheckpointError on every rank where one of them cannot read its part, or finds a value in it that is nan or
-    infinite.
+    Raises CheckpointError on every rank where one of them cannot read its part, or finds a value in
+    it that is nan or infinite.
     """
     read = _any_error(f"{stored.path} cannot be loaded", lambda: engine.read(Tensors.open(stored.path), stored.state))
     try:
@@ -76,9 +79,10 @@ def resume(engine: Engine, stored: store.Stored, agreement: Agreement) -> None:
 class Saver:
     """Writes the checkpoints of a run, one after another. Every method is collective.
 
-    With --async-save a thread writes copies that were taken aside, and training goes on meanwhile. What the ranks'
-    threads agree on goes over a process group of their own, so that it never meets what the main threads agree on.
-    Within ``with``, a save that is on its way when all ranks end with an error of the user's is finished first.
+    With --async-save a thread writes copies that were taken aside, and training goes on meanwhile.
+    What the ranks' threads agree on goes over a process group of their own, so that it never meets
+    what the main threads agree on. Within ``with``, a save that is on its way when all ranks end
+    with an error of the user's is finished first.
     """
 
     def __init__(
@@ -88,9 +92,11 @@ class Saver:
         begun_from: store.Stored | None = None,
         lease: Lease | None = None,
     ):
-        """``begun_from``: the checkpoint that the run goes on from; until it has one of its own, the newest.
+        """``begun_from``: the checkpoint that the run goes on from; until it has one of its own,
+        the newest.
 
-        ``lease``: on the --save folder, which rank 0 checks before it writes there; no other rank has one.
+        ``lease``: on the --save folder, which rank 0 checks before it writes there; no other rank
+        has one.
         """
         self._lease = lease
         self._config, self.agreement, self._begun_from = setup.config, agreement, begun_from
@@ -111,11 +117,13 @@ class Saver:
                 raise type(error)([*error.problems, *fault.problems]) from error
 
     def save(self, engine: Engine, state: RunState, retire: bool = True) -> None:
-        """Write a checkpoint under --save, once the one before it is whole. Blocks until it is, or is taken aside.
+        """Write a checkpoint under --save, once the one before it is whole. Blocks until it is, or
+        is taken aside.
 
-        With ``retire`` false no older checkpoint is deleted for it, and none of the same step replaced: then it is not
-        written. Raises CheckpointError on every rank when any rank could not write this one or, taken aside, the one
-        before, whatever the error was; Diverged where its tensors are not finite. Older ones stay as they are.
+        With ``retire`` false no older checkpoint is deleted for it, and none of the same step
+        replaced: then it is not written. Raises CheckpointError on every rank when any rank could
+        not write this one or, taken aside, the one before, whatever the error was; Diverged where
+        its tensors are not finite. Older ones stay as they are.
         """
         self.finish()
         final = names.final_path(Path(self._config.checkpoint.save), state.step)
@@ -162,14 +170,16 @@ class Saver:
         except MegatronRingError as error:
             self._fault = error
         except BaseException as error:
-            # From a collective, not from an act: the connection to another rank is lost, which all threads learn of.
+            # From a collective, not from an act: the connection to another rank is lost, which all
+            # threads learn of.
             self._fault = CheckpointError(f"{save.failed}: {type(error).__name__}: {error}")
             self._fault.__cause__ = error
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One checkpoint that all ranks write together, over ``agreement``. Every error in an act is an error of all.
+    """One checkpoint that all ranks write together, over ``agreement``. Every error in an act is an
+    error of all.
 
     lease: on the folder, on rank 0. Once another run has taken it over, nothing is published or
     deleted there, since what the folder holds is that run's.
@@ -189,7 +199,9 @@ class _Save:
         return f"cannot write the checkpoint of step {self.state.step} to {self.folder}"
 
     def write(self, pieces: list[Piece]) -> Path:
-        """Write ``pieces`` and what other ranks have; returns the checkpoint's folder. Raises as Saver.save does."""
+        """Write ``pieces`` and what other ranks have; returns the checkpoint's folder. Raises as
+        Saver.save does.
+        """
         folder, step = self.folder, self.state.step
         partial = folder / names.partial_name(step)
         self._on_rank_0(self._check_lease)
@@ -197,8 +209,8 @@ class _Save:
         try:
             parts = self._on_all(lambda: self._part(partial, pieces))
             self._on_rank_0(lambda: tensors.write_index(partial, self.shapes, tensors.KINDS, parts))
-            # Rank 0 names the files, because a shared disk may show a new file to another machine late, but never
-            # under its name.
+            # Rank 0 names the files, because a shared disk may show a new file to another machine
+            # late, but never under its name.
             files = self._on_rank_0(lambda: store.written(folder, step))
             share = slice(self.agreement.rank, None, self.agreement.ranks)
             sealed = self._on_all(lambda: store.seal(folder, step, files[share]))
@@ -250,7 +262,10 @@ class _Save:
 def _newest(folder: str, agreement: Agreement) -> store.Stored | None:
     """``store.newest``, the reading shared out; what is there is what rank 0 sees."""
     candidates, skipped = agreement.on_rank_0(lambda: names.candidates(Path(folder)))
-    return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, agreement))
+    try:
+        return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, agreement))
+    except _NotRead as error:
+        raise CheckpointError(error.problems) from error
 
 
 def _exactly(checkpoint: str, agreement: Agreement) -> store.Stored:
@@ -258,6 +273,8 @@ def _exactly(checkpoint: str, agreement: Agreement) -> store.Stored:
     path = Path(checkpoint)
     try:
         return store.Stored(path, _verify(path, agreement), ())
+    except _NotRead as error:
+        raise CheckpointError(error.problems) from error
     except CheckpointError as fault:
         others = agreement.on_rank_0(lambda: [one.name for one in names.checkpoints(path.absolute().parent)])
         beside = [name for name in others if name != path.absolute().name]
@@ -266,10 +283,12 @@ def _exactly(checkpoint: str, agreement: Agreement) -> store.Stored:
 
 
 def _names_one(config: CheckpointConfig) -> bool:
-    """Whether --load names a checkpoint itself; else it is a folder of checkpoints, or one where a run may start.
+    """Whether --load names a checkpoint itself; else it is a folder of checkpoints, or one where a
+    run may start.
 
-    A run starts afresh only in an empty folder, or in its own --save folder, which may have files of another kind,
-    such as logs. Raises CheckpointError for everything else, so that no run starts from random weights by mistake.
+    A run starts afresh only in an empty folder, or in its own --save folder, which may have files
+    of another kind, such as logs. Raises CheckpointError for everything else, so that no run starts
+    from random weights by mistake.
     """
     load = Path(config.load)
     own = config.save and load.resolve() == Path(config.save).resolve()
@@ -307,19 +326,31 @@ def _check_own_run(load: Path, config: CheckpointConfig) -> None:
 
 
 def _verify(path: Path, agreement: Agreement) -> RunState:
-    """``store.verify``, the files shared out, the largest first."""
-    failed = "it cannot be read"
-    state, files = agreement.on_rank_0(_any_error(failed, lambda: store.described(path)))
+    """``store.verify``, the files shared out, the largest first.
+
+    Raises CheckpointError where the checkpoint is damaged, and _NotRead where that is not known.
+    """
+    failed = f"{path} cannot be read"
+    state, files = agreement.on_rank_0(_any_error(failed, lambda: store.described(path), _NotRead))
     ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
     share = {name: files[name] for name in ordered[agreement.rank :: agreement.ranks]}
-    agreement.on_all(_any_error(failed, lambda: store.check(path, share)))
+    agreement.on_all(_any_error(failed, lambda: store.check(path, share), _NotRead))
     return state
 
 
-def _any_error(failed: str, act: Callable[[], Got]) -> Callable[[], Got]:
-    """``act``, whose every error is the user's, so that all ranks can agree on it; ``failed``: what it could not do.
+class _NotRead(MegatronRingError):
+    """A checkpoint could not be read for a reason that is not in the checkpoint, such as memory."""
 
-    An error that is no fault of memory or disk is a bug, so this rank prints its traceback.
+    exit_code = CheckpointError.exit_code
+
+
+def _any_error(
+    failed: str, act: Callable[[], Got], kind: type[MegatronRingError] = CheckpointError
+) -> Callable[[], Got]:
+    """Return ``act`` with every error turned into one of ``kind``, which all ranks can agree on.
+
+    The message begins with ``failed`` and has the type and the message of the error, its cause. An
+    error other than of memory or disk is a bug, so this rank prints its traceback.
     """
 
     def checked() -> Got:
@@ -330,7 +361,7 @@ def _any_error(failed: str, act: Callable[[], Got]) -> Callable[[], Got]:
         except BaseException as error:
             if not isinstance(error, OSError | MemoryError):
                 traceback.print_exc()
-            raise CheckpointError(f"{failed}: {type(error).__name__}: {error}") from error
+            raise kind(f"{failed}: {type(error).__name__}: {error}") from error
 
     return checked
 
@@ -347,7 +378,7 @@ def _first(problems: list[str], most: int = 5) -> list[str]:
 
 
 def _advice(path: Path, problems: list[str]) -> str:
-    """What to do about a checkpoint whose tensors are not finite; ``problems``: which ones, with their kind."""
+    """What to do about a checkpoint of which the tensors named in ``problems`` are not finite."""
     found = names.checkpoints(path.parent) if names.is_checkpoint(path) else []
     older = [one for one in found if names.step_of(one) < names.step_of(path)]
     where = f"an older checkpoint, such as {older[0]}" if older else "another checkpoint"

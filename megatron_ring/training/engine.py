@@ -174,10 +174,12 @@ class Engine:
 
     @torch.no_grad()
     def read(self, tensors: Tensors, state: RunState) -> None:
-        """Read weights, and the optimizer's state if it has done steps, from a checkpoint that any grid has written.
+        """Read weights, and the optimizer's state if it has done steps, from a checkpoint that any
+        grid has written.
 
-        ``update_compute_weights`` must follow. Not collective. Raises CheckpointError on the ranks that find a
-        parameter of theirs missing or shaped otherwise, NotFinite on those that read a value that is nan or infinite.
+        ``update_compute_weights`` must follow. Not collective. Raises CheckpointError on the ranks
+        that find a parameter of theirs missing or shaped otherwise, NotFinite on those that read a
+        value that is nan or infinite.
         """
         tensors.check_shapes(self.shapes())
         kinds = tensors.kinds if state.optimizer_steps else [WEIGHT]

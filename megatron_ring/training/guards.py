@@ -21,8 +21,9 @@ _ENOUGH = 16
 class Guard:
     """The counts of a run that is at ``state``. skipped_steps, roll_backs: in all.
 
-    since_save: bad steps since the last checkpoint that a good step preceded. good_since_save: whether there was a good
-    step since the last checkpoint, so that the weights are others than there.
+    since_save: bad steps since the last checkpoint that a good step preceded. good_since_save:
+    whether there was a good step since the last checkpoint, so that the weights are others than
+    there.
     """
 
     def __init__(self, options: GuardsConfig, state: RunState):
@@ -59,8 +60,8 @@ class Guard:
             self.roll_backs += self.options.on_bad_step == "roll-back"
 
     def saved(self) -> None:
-        """A checkpoint was taken. Bad steps are counted from there if a good step preceded it, and go on otherwise:
-        weights that no step can move are no new beginning.
+        """A checkpoint was taken. Bad steps are counted from there if a good step preceded it, and
+        go on otherwise: weights that no step can move are no new beginning.
         """
         if self.good_since_save:
             self.since_save = 0

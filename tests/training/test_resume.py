@@ -376,6 +376,25 @@ def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_
     run_ranks(2, resume_as_if_nothing_had_happened, tmp_path, prefix)
 
 
+def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
+    """A rank that has no memory to check its files does not make the newest checkpoint a damaged one."""
+    agreement = Agreement.build()
+    for load in (folder, folder / "step-00000010"):
+        setup = Setup.of(tiny.config(checkpoint={"load": str(load)}), world_size)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(store, "check", lambda *_: _raise(MemoryError("cannot allocate")))
+            with pytest.raises(CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"):
+                checkpointing.find(setup, tiny.VOCAB, agreement)
+        assert checkpointing.find(setup, tiny.VOCAB, agreement).state.step == 10
+
+
+def test_a_checkpoint_that_cannot_be_read_for_want_of_memory_is_not_passed_over(tmp_path):
+    for step in (5, 10):
+        small.write(tmp_path, step, tiny.config())
+    run_ranks(2, short_of_memory, tmp_path)
+
+
 # ---- what --load names ----
 
 
