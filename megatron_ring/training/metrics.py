@@ -7,8 +7,9 @@ bad and ``skipped_steps``, or led to ``roll_backs``; ``full_attention_flops`` is
 count it, attention by the full square of a sample; a validation writes
 ``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
 test_bits_per_byte``. ``tokens`` counts all those read so far. Losses are nats per token. What is not finite is null in
-the file, for JSON has no word for it, and what it is to the monitors. After a resume or a roll back the file continues
-at the checkpoint's step (metrics_file.py); monitors keep the steps that are repeated. Only global rank 0 reports.
+the file, for JSON has no word for it, and what it is to the monitors. After a resume or a roll back
+the file continues at the checkpoint's step (metrics_file.py); monitors keep the steps that are
+repeated. Only global rank 0 reports.
 
 Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and ``slowest_over_mean``: who computed
 longest in its hops since the last one, waits left out, over the ranks' mean for such work. With --profile-ring a step

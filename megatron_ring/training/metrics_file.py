@@ -3,7 +3,7 @@ and restarts.
 
     metrics.jsonl             the lines of the run, in the order of its steps
     metrics.jsonl.superseded  lines that a resume or a roll back took out: the steps are run again
-    metrics.jsonl.1, .2, ...  files of earlier runs, moved to the first free name by a run from step 0
+    metrics.jsonl.1, .2, ...  files of earlier runs, moved to a free name by a run from step 0
 
 A resumed run cuts the file after its checkpoint's step. It truncates instead of rewriting: the
 lines to drop are the last ones, so there is no moment at which a kill could lose another line, and

@@ -96,7 +96,7 @@ def newest_step(folder: Path) -> int:
 
 
 def content(checkpoint: Path) -> dict[str, object]:
-    """What equal checkpoints have in common: all tensors, bit for bit, and what does not depend on the clock."""
+    """What equal checkpoints have in common: all tensors, and the state without clocks."""
     state = json.loads((checkpoint / "state.json").read_text())
     tensors = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
     return tensors | {key: state[key] for key in COMPARED_STATE}
@@ -166,7 +166,7 @@ def kill_until_it_ends(
     kills: int,
     seconds_to_start: float,
 ) -> None:
-    """Start the run again until it comes to its end; ``done`` counts the kills of each kind, up to ``kills``."""
+    """Start the run again until it comes to its end; ``done`` counts the kills of each kind."""
     seen: set[str] = set()
     while True:
         kind = min(done, key=lambda kind: (done[kind], draw.random()))

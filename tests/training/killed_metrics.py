@@ -31,7 +31,7 @@ def write(file: MetricsFile, steps: range, attempt: str) -> None:
 
 
 def fresh(path: Path) -> None:
-    """A run that finds the file of an earlier one, trains to step 4 and then goes back to step 2."""
+    """A run that finds the file of an earlier one, trains to step 4 and goes back to step 2."""
     file = MetricsFile(path, ignore)
     file.begin(0)
     write(file, range(1, 5), "first")
@@ -87,7 +87,10 @@ def everything(path: Path) -> list[str]:
     return [line for file in sorted(path.parent.iterdir()) for line in whole(file)]
 
 
-def kill_everywhere(parent: Path, before: Callable[[Path], None], act: Callable[[Path], None], after: int) -> int:
+Act = Callable[[Path], None]
+
+
+def kill_everywhere(parent: Path, before: Act, act: Act, after: int) -> int:
     """Cut ``act`` short at each operation, then run again from step ``after``; returns how many
     operations it has.
     """
@@ -101,7 +104,8 @@ def kill_everywhere(parent: Path, before: Callable[[Path], None], act: Callable[
             file = MetricsFile(path, ignore)
             file.begin(after)
             write(file, range(after + 1, 9), "last")
-            assert [line["step"] for line in lines(path)] == [*range(1, 9)], f"{path} after operation {count}"
+            steps = [line["step"] for line in lines(path)]
+            assert steps == [*range(1, 9)], f"{path} after operation {count}"
             lost = set(was) - set(everything(path))
             assert not lost, f"lost {lost} after operation {count}"
             if ended:
@@ -114,12 +118,12 @@ def earlier(path: Path) -> None:
 
 
 def interrupted(path: Path) -> None:
-    path.write_text("".join(f'{{"step": {step}, "attempt": "before"}}\n' for step in (1, 2, 3, 4)) + '{"step": 5, "at')
+    whole = [f'{{"step": {step}, "attempt": "before"}}\n' for step in (1, 2, 3, 4)]
+    path.write_text("".join(whole) + '{"step": 5, "at')
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     assert "torch" not in sys.modules
-    print(
-        kill_everywhere(folder / "fresh", earlier, fresh, 0) + kill_everywhere(folder / "on", interrupted, resumed, 2)
-    )
+    operations = kill_everywhere(folder / "fresh", earlier, fresh, 0)
+    print(operations + kill_everywhere(folder / "resumed", interrupted, resumed, 2))

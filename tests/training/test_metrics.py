@@ -52,7 +52,8 @@ def test_a_step_a_validation_and_the_test_are_one_json_object_each(report, tmp_p
 
 
 def test_a_fresh_run_begins_a_fresh_file_and_moves_the_earlier_one_aside(tmp_path, capsys):
-    file, earlier = tmp_path / "metrics.jsonl", json.dumps({"step": 0, "validation_loss": 9.0}) + "\n"
+    file = tmp_path / "metrics.jsonl"
+    earlier = json.dumps({"step": 0, "validation_loss": 9.0}) + "\n"
     file.write_text(earlier)
     ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors={})
     assert not file.exists()
@@ -82,7 +83,7 @@ def test_the_console_line_says_where_the_run_is_and_how_fast(report, capsys):
 
 
 def test_without_a_peak_there_is_no_utilisation(capsys):
-    report = ConsoleReport(LoggingConfig(), range(1, 3), peak_flops=None, monitors=lambda events: None)
+    report = ConsoleReport(LoggingConfig(), range(1, 3), peak_flops=None, monitors={})
     report.step(StepRecord(**STEP))
     assert "960 tokens/s  ETA" in capsys.readouterr().out
     assert report.close().endswith("960 tokens/s (median)")
@@ -138,7 +139,7 @@ def test_a_resumed_run_continues_the_file_where_the_checkpoint_was(tmp_path):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_monitor_or_a_file_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monitored, capsys):
+def test_an_output_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monitored, capsys):
     def fail(events: list) -> None:
         raise ConnectionError("no route")
 
@@ -152,11 +153,8 @@ def test_a_monitor_or_a_file_that_fails_is_one_warning_and_the_others_go_on(tmp_
     file.rmdir()
     report.held_out(TEST)
     out = capsys.readouterr().out
-    assert [out.count("wandb failed"), out.count(f"--metrics-file {file} failed"), out.count("step      2/2")] == [
-        1,
-        1,
-        1,
-    ]
+    once = "wandb failed", f"--metrics-file {file} failed", "step      2/2"
+    assert [out.count(words) for words in once] == [1, 1, 1]
     assert {step for _, _, step in monitored} == {1, 2}
     assert json.loads(file.read_text())["step"] == 2
     summary = report.close()
@@ -165,15 +163,17 @@ def test_a_monitor_or_a_file_that_fails_is_one_warning_and_the_others_go_on(tmp_
 
 
 def test_a_report_does_not_grow_with_the_steps(tmp_path):
-    """The summary of a long run is that of its first and last step, and of a sample of its speeds."""
+    """The summary is that of the first and last step, and of a sample of the speeds."""
     report = ConsoleReport(LoggingConfig(log_interval=10**6), range(1, 12_001), 1e10, monitors={})
     sizes = []
     for step in range(1, 12_001):
-        report.step(StepRecord(**STEP | {"step": step, "loss": 10 - step / 4_000, "tokens_per_second": float(step)}))
+        figures = {"step": step, "loss": 10 - step / 4_000, "tokens_per_second": float(step)}
+        report.step(StepRecord(**STEP | figures))
         if step % 10 == 1:
             report.held_out(HeldOutRecord(step, "validation", 2.0, 4 - step / 4_000))
         if step in (6_000, 9_000, 12_000):
-            sizes.append(len(pickle.dumps([report.first, report.last, report.validations, report.step_seconds])))
+            kept = report.first, report.last, report.validations, report.step_seconds
+            sizes.append(len(pickle.dumps(kept)))
             assert 2048 <= len(report.rates.values) <= 4096
     assert max(sizes) < 1.01 * sizes[0]
     summary = report.close()

@@ -76,7 +76,10 @@ def test_a_kill_between_copying_and_cutting_does_not_repeat_superseded_lines(pat
     assert steps(path) == [1]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "loss": 5.', "{", '{"step": 3}', "\0" * 40, "\0\n\0\n"])
+TORN = ['{"step": 3, "loss": 5.', "{", '{"step": 3}', "\0" * 40, "\0\n\0\n"]
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_a_torn_tail_is_dropped(torn, path, file, notes):
     path.write_text(lines(1, 2) + torn)
     file.begin(2)
@@ -126,7 +129,9 @@ def test_a_fresh_run_moves_the_lines_of_earlier_ones_aside(path, file, notes):
         file.write({"step": 0})
     assert [steps(path.with_name(f"metrics.jsonl.{n}")) for n in (1, 2)] == [[7], [8]]
     assert steps(path) == [0]
-    assert ["metrics.jsonl.1" in notes[0], "metrics.jsonl.2" in notes[1], len(notes)] == [True, True, 2]
+    first, second = notes
+    assert "metrics.jsonl.1" in first
+    assert "metrics.jsonl.2" in second
 
 
 def test_an_aside_name_that_is_taken_is_not_overwritten(path, file):
@@ -243,7 +248,7 @@ def test_a_device_and_a_pipe_are_only_written_to(tmp_path):
     assert problem(pipe) is None
     file = MetricsFile(pipe, pytest.fail)
     file.begin(0)
-    with pytest.raises(OSError, match="No such device"):  # and does not block until there is a reader
+    with pytest.raises(OSError, match="No such device"):  # it does not wait for a reader
         file.write({"step": 1})
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     file.write({"step": 2})
@@ -252,21 +257,22 @@ def test_a_device_and_a_pipe_are_only_written_to(tmp_path):
 
 
 def test_records_are_read_past_lines_that_are_none(path):
-    path.write_text(
-        lines(1) + '{"step": 2, "lo{"step": 3}\n[1]\n{"loss": 1}\n{"step": true}\n' + "[" * 9999 + "\n" + lines(4)
-    )
+    none = '{"step": 2, "lo{"step": 3}', "[1]", '{"loss": 1}', '{"step": true}', "[" * 9999
+    path.write_text(lines(1) + "".join(f"{each}\n" for each in none) + lines(4))
     assert [record["step"] for record in records(path)] == [1, 4]
 
 
-@pytest.mark.parametrize(
-    "content", ["", '{"step": 1}\n', '{"step":1}\n', '{"loss": 2, "step": 1}\r\n', '{"step": 0, "va']
-)
+METRICS = ["", '{"step": 1}\n', '{"step":1}\n', '{"loss": 2, "step": 1}\r\n', '{"step": 0, "va']
+OTHER = ["step,loss\n1,5.5\n", "\x89PNG\n", "[1]\n", '{"loss": 1}\n', "{\n", "[" * 9999]
+
+
+@pytest.mark.parametrize("content", METRICS)
 def test_what_may_be_a_metrics_file(content, path):
     path.write_text(content)
     assert problem(path) is None
 
 
-@pytest.mark.parametrize("content", ["step,loss\n1,5.5\n", "\x89PNG\n", "[1]\n", '{"loss": 1}\n', "{\n", "[" * 9999])
+@pytest.mark.parametrize("content", OTHER)
 def test_what_is_no_metrics_file(content, path):
     path.write_text(content)
     assert "other content" in problem(path)

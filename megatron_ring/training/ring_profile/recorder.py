@@ -54,5 +54,6 @@ class Recorder:
         try:
             replace_file(self._file, as_json(of_all).encode())
         except Exception as error:  # a run is worth more than its picture
-            return [f"ring trace       not written: {self._file}: {reason(error)}. Set --profile-ring-trace."]
+            why = f"{self._file}: {reason(error)}"
+            return [f"ring trace       not written: {why}. Set --profile-ring-trace."]
         return [f"ring trace       {self._file}, {len(self._logs)} steps; https://ui.perfetto.dev opens it"]
