@@ -4,15 +4,16 @@ For measuring and drawing what a ring of any size computes on one device. Result
 order in which a hop's gradients are added up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.ring import with_gradient_of_lse
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.state import KnownDelta, RunningSoftmax, delta_of, zero_sums
 
 
 class Attention(NamedTuple):
@@ -24,24 +25,50 @@ class Attention(NamedTuple):
     dv: torch.Tensor
 
 
-def attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: HopKernel, mask: Mask = CAUSAL) -> Attention:
-    """Of one whole sequence by a ring of ``layout.ring_size``. ``inputs``: q, k, v and the gradient of the output.
+def attention(
+    inputs: Sequence[torch.Tensor],
+    layout: Layout,
+    kernel: HopKernel,
+    mask: Mask = CAUSAL,
+    queries_travel: bool = False,
+    then: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Attention:
+    """Attention of one whole sequence by a ring of ``layout.ring_size``, in the type of the inputs.
 
-    All of it in their type, as a model has it.
+    inputs: q, k, v and the gradient of the output.
+    queries_travel: backward, visiting queries bring delta instead of their output.
+    then: what follows, as a function of out_BSHD and lse_BHS; the output and its gradient are those
+        of its result. It gives the log-sum-exp a gradient, as attention sinks do.
     """
-    q, k, v, dout = inputs
-    ranks, scale, dtype = range(layout.ring_size), q.shape[-1] ** -0.5, q.dtype
-    at = [layout.positions(rank).to(q.device) for rank in ranks]
-    q, dout, k, v = ([x[:, rows].contiguous() for rows in at] for x in (q, dout, k, v))
+    ranks, scale, dtype = range(layout.ring_size), inputs[0].shape[-1] ** -0.5, inputs[0].dtype
+    at = [layout.positions(rank).to(inputs[0].device) for rank in ranks]
+    home = torch.cat(at).argsort()
+    q, k, v = ([x[:, rows].contiguous() for rows in at] for x in inputs[:3])
     states = [RunningSoftmax.empty(x) for x in q]
     hops = [(rank, (rank - hop) % layout.ring_size) for hop in ranks for rank in ranks]
+    runs = {hop: hop_runs(layout, *hop, mask) for hop in hops}
     for rank, source in hops:
-        kernel.forward(q[rank], k[source], v[source], hop_runs(layout, rank, source, mask), scale, states[rank])
-    dq, dk, dv = ([torch.zeros_like(x, dtype=states[0].out_BLHD.dtype) for x in shards] for shards in (q, k, v))
+        kernel.forward(q[rank], k[source], v[source], runs[rank, source], scale, states[rank])
+    out = torch.cat([state.out_BLHD for state in states], 1)[:, home].to(dtype)
+    lse = torch.cat([state.lse_BHL for state in states], 2)[:, :, home]
+    dout, dlse = inputs[3], None
+    if then:
+        out.requires_grad_(), lse.requires_grad_()
+        result = then(out, lse)
+        dout, dlse = torch.autograd.grad(result, (out, lse), dout)
+        out, result = out.detach(), result.detach()
+    own = []
+    for rows in at:
+        of_rows = None if dlse is None else dlse[:, :, rows].contiguous()
+        own.append(with_gradient_of_lse(of_rows, dout[:, rows].contiguous(), out[:, rows]))
+    dq, dk, dv = ([zero_sums(x) for x in shards] for shards in (q, k, v))
     for rank, source in hops:
+        dout_BLHD, of_rank = own[rank]
+        if queries_travel and rank != source:
+            of_rank = KnownDelta(delta_of(of_rank, dout_BLHD), dout_BLHD)
         kernel.backward(
-            dout[rank], q[rank], k[source], v[source], states[rank].out_BLHD.to(dtype), states[rank].lse_BHL,
-            hop_runs(layout, rank, source, mask), scale, dq[rank], dk[source], dv[source],
+            dout_BLHD, q[rank], k[source], v[source], of_rank, states[rank].lse_BHL,
+            runs[rank, source], scale, dq[rank], dk[source], dv[source],
         )  # fmt: skip
-    home = torch.cat(at).argsort()
-    return Attention(*(torch.cat(parts, 1)[:, home].to(dtype) for parts in ([s.out_BLHD for s in states], dq, dk, dv)))
+    gradients = (torch.cat(shards, 1)[:, home].to(dtype) for shards in (dq, dk, dv))
+    return Attention(result if then else out, *gradients)
