@@ -3,6 +3,7 @@
 import json
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -94,6 +95,22 @@ def test_the_number_of_processes_changes_nothing(tokenizer, tmp_path, made):
     assert made == []  # here, since two other processes made them
     assert one.manifest.documents == 50
     assert [message.split(": ")[0] for message in one.skipped] == [f"{tmp_path}/a.jsonl:21"]
+    assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_what_is_left_out_of_archives_is_counted_whatever_the_processes(tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.zip", "b.zip"):
+        with ZipFile(tmp_path / "in" / name, "w") as archive:
+            for number in range(20):
+                archive.writestr(f"{number}.txt", f"{number} {TEXT}")
+                archive.writestr(f"{number}.png", "picture")
+    corpus = gather([tmp_path / "in"])
+    found = [prepare(corpus, tmp_path / str(n) / "P", tokenizer, workers=n).manifest for n in (1, 2)]
+    assert found[0] == found[1]
+    assert found[0].documents == 40
+    assert found[0].left_out == {"*.png in archives": 40}
     assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
 
 

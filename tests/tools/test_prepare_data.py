@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_ring.data.manifest import read_manifest
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import ConfigError, DataError
@@ -57,6 +59,46 @@ def test_what_is_skipped_is_told_by_line_and_counted(text, tmp_path, capsys):
     assert "1 skipped" in told.out
 
 
+def test_what_is_left_out_is_counted_in_the_summary_and_in_the_manifest(text, tmp_path, capsys):
+    for name, content in (("c.png", "x"), ("d.json", "[1]"), ("e.jsonl", '{"text": ""}\n'), ("f.txt", "")):
+        (text / name).write_text(content)
+    assert main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    assert read_manifest(tmp_path / "P").left_out == {
+        "*.json that are not JSON lines": 1,
+        "*.png": 1,
+        "empty documents": 1,
+        "empty files": 1,
+    }
+    assert "1 *.png" in capsys.readouterr().out
+
+
+def test_a_document_beyond_the_limit_stops_or_is_skipped(text, tmp_path, capsys):
+    (text / "c.jsonl").write_text(json.dumps({"text": "x" * 500}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]
+    arguments += ["--max-document-bytes", "400"]
+    assert main(arguments) == DataError.exit_code
+    assert "c.jsonl:1" in capsys.readouterr().err
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    assert (read_manifest(tmp_path / "P").documents, read_manifest(tmp_path / "P").skipped) == (3, 1)
+    # What was skipped under one limit is read under another.
+    tokenizer = ["--tokenizer-model", str(tmp_path / "tokenizer.model")]
+    assert main([*arguments[:4], *tokenizer, "--max-document-bytes", "600"]) == 0
+    assert read_manifest(tmp_path / "P").documents == 4
+
+
+def test_pipes_and_standard_input_are_read_beside_files(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode())))
+    read, write = os.pipe()
+    os.write(write, json.dumps({"text": TEXT}).encode())
+    os.close(write)
+    arguments = ["--input", f"/dev/fd/{read}", str(text), "-", "--stdin-format", "txt", "--vocab-size", "320"]
+    assert main([*arguments, "--output-prefix", str(tmp_path / "P")]) == 0
+    os.close(read)
+    manifest = read_manifest(tmp_path / "P")
+    assert (manifest.documents, manifest.bytes) == (4, 4 * len(TEXT))
+    assert not list(tmp_path.glob("P.work*"))
+
+
 def test_the_summary_has_the_histogram_of_lengths(text, tmp_path, capsys):
     assert main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
     assert "tokens, from   documents\n" in capsys.readouterr().out
@@ -82,6 +124,7 @@ def test_a_place_that_cannot_be_written_is_named(text, tmp_path, capsys):
         (["--input", "a", "--vocab-size", "9", "--tokenizer-model", "m"], "Drop --vocab-size or --tokenizer-model."),
         (["--input", "a", "--vocab-size", "-9"], "vocab_size -9 must be above 0. Set --vocab-size."),
         (["--input", "a", "--eod-token", "</s>"], "has its own end of documents. Drop --eod-token."),
+        (["--input", "a", "--max-document-bytes", "0"], "must be at least 1. Set --max-document-bytes."),
         (["--input", "a", "--workers", "0"], "workers 0 must be at least 1. Set --workers."),
     ],
 )
