@@ -50,7 +50,7 @@ class RunState:
     skipped_steps: _Count = 0
     roll_backs: _Count = 0
     recent_losses: list[float] = field(default_factory=list)
-    end_of_document: int | None = None
+    end_of_document: _Count | None = None
     processes: str = ""
     commit: str = ""
     written_at: str = ""
