@@ -24,13 +24,13 @@ from tests.programs import free_port, start_rank, working_folder
 
 pytestmark = pytest.mark.whole
 
-STEPS = 12
+STEPS, SAVE_INTERVAL = 24, 4
 SMALL = f"""\
 model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 2}}
 parallel: {{context_parallel: striped}}
 data: {{data_path: [text/tokens], seq_length: 64, split: [0.7, 0.15, 0.15]}}
 training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 4, eval_iters: 1, dtype: fp32}}
-checkpoint: {{save: saved, load: saved, save_interval: 2}}
+checkpoint: {{save: saved, load: saved, save_interval: {SAVE_INTERVAL}}}
 logging: {{metrics_file: metrics.jsonl}}
 """
 TIMED = {"tokens_per_second", "step_seconds", "data_seconds", "slowest_rank", "slowest_over_mean"}
@@ -102,27 +102,34 @@ def content(checkpoint: Path) -> dict[str, object]:
     return tensors | {key: state[key] for key in COMPARED_STATE}
 
 
+def last_step(file: Path) -> int:
+    lines = whole_lines(file)
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 class Moment:
     """A moment in a run of ``folder`` that is about to start; ``kind`` is one of KINDS."""
 
     def __init__(self, kind: str, draw: random.Random, folder: Path, seconds_to_start: float):
         self.kind, self.share, self.seconds_to_start = kind, draw.random(), seconds_to_start
-        self.metrics, self.saved = folder / "metrics.jsonl", folder / "saved"
+        self.metrics, newest = folder / "metrics.jsonl", newest_step(folder)
+        self.step = newest + (SAVE_INTERVAL if kind == "in a save" else draw.randint(1, 6))
         self.before = self._files()
 
     def wait(self, run: Run) -> bool:
         """Whether it came before the run ended."""
         came = run.wait_until(lambda: self._has_come(run))
         if came and self.kind in ("in a step", "in a save"):
-            time.sleep(self.share * 0.2)
+            time.sleep(self.share * 0.05)
         return came
 
     def _has_come(self, run: Run) -> bool:
         if self.kind == "while it starts":
             return run.seconds > self.share * self.seconds_to_start
-        if self.kind == "in a save":
-            return any(self.saved.glob(f"{names.PARTIAL}*"))
-        return self._files() != self.before
+        files = self._files()
+        if files == self.before:  # an earlier run's lines are still there
+            return False
+        return self.kind == "as it cuts its metrics" or last_step(self.metrics) == self.step
 
     def _files(self) -> list[tuple[int, int]]:
         """What a resume and a step change of the metrics file and of the superseded lines."""
@@ -180,5 +187,10 @@ def kill_until_it_ends(
         lines, newest = whole_lines(folder / "metrics.jsonl"), newest_step(folder)
         assert not newest or figures(lines, newest) == figures(expected, newest)
         seen.update(lines)
+        torn = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text()[-1:] not in "\n"
+        superseded = len(whole_lines(folder / "metrics.jsonl.superseded"))
+        print(
+            f"killed {kind}: checkpoint {newest}, {len(lines)} lines, {superseded} superseded, torn {torn}", flush=True
+        )
     kept = {line for file in folder.glob("metrics.jsonl*") for line in whole_lines(file)}
     assert seen <= kept, "lines were lost"
