@@ -129,7 +129,7 @@ class Moment:
         files = self._files()
         if files == self.before:  # an earlier run's lines are still there
             return False
-        return self.kind == "as it cuts its metrics" or last_step(self.metrics) == self.step
+        return self.kind == "as it cuts its metrics" or last_step(self.metrics) >= self.step
 
     def _files(self) -> list[tuple[int, int]]:
         """What a resume and a step change of the metrics file and of the superseded lines."""
