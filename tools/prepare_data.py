@@ -30,9 +30,10 @@ class Options:
     output_prefix: Path
     """P: where to write, without a suffix. P.work keeps what is finished until all is."""
     input: tuple[str, ...] = ()
-    """Files, folders of them, globs, named pipes, and - for standard input. JSON lines (.jsonl, .ndjson, .jsonlines, or
-    .json and other names with such content) have a document a line, a .parquet one a row, any other text is one. .gz,
-    .bz2, .xz and .zst are decompressed, and the texts and JSON lines in .tar and .zip are read."""
+    """Files, folders of them, globs, named pipes, and - for standard input. JSON lines (.jsonl,
+    .ndjson, .jsonlines, or .json and other names with such content) have a document a line, a
+    .parquet one a row, any other text is one. .gz, .bz2, .xz and .zst are decompressed, and the
+    texts and JSON lines in .tar and .zip are read."""
     python_library: tyro.conf.FlagCreatePairsOff[bool] = False
     """Take the source text of Python's own standard library instead of --input."""
     stdin_format: Literal["jsonl", "txt"] = "jsonl"
@@ -44,18 +45,20 @@ class Options:
     eod_token: str = ""
     """The token that ends each document. Empty: the one that --tokenizer-model has for that."""
     prepend_bos: Literal["auto", "on", "off"] = "auto"
-    """Whether documents begin with the tokenizer's begin-of-sentence token, as Llama's and Mistral's do. auto: if the
-    tokenizer itself puts one before a text (the post-processor of a tokenizer.json, add_bos_token in
-    tokenizer_config.json, or a sentencepiece model that has one)."""
+    """Whether documents begin with the tokenizer's begin-of-sentence token, as Llama's and
+    Mistral's do. auto: if the tokenizer itself puts one before a text (the post-processor of a
+    tokenizer.json, add_bos_token in tokenizer_config.json, or a sentencepiece model that has
+    one)."""
     suffixes: tuple[str, ...] = SUFFIXES
-    """Which files of a folder and of an archive are read, whatever compresses them; the others are counted."""
+    """Which files of a folder and of an archive are read, whatever compresses them; the others are
+    counted."""
     json_key: str = "text"
     """Where the text is in a line of .jsonl, or its column in .parquet."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a document that cannot be read; what is skipped is told and counted."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
-    """The longest document, in bytes of its line, text or cell. For each of them a process takes 30 bytes of memory
-    with a sentencepiece model and 150 with a tokenizer.json."""
+    """The longest document, in bytes of its line, text or cell. For each of them a process takes 30
+    bytes of memory with a sentencepiece model and 150 with a tokenizer.json."""
     workers: int = os.cpu_count() or 1
     """Processes that tokenize; they change nothing in the files."""
 

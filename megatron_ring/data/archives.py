@@ -136,7 +136,8 @@ def _size(info: tarfile.TarInfo, extended: dict[str, bytes], name: str) -> int:
 
 
 def _pax_records(records: bytes, name: str) -> dict[str, bytes]:
-    """The records ``LENGTH KEY=VALUE\\n`` of a pax header, where LENGTH counts all of the record."""
+    """The records ``LENGTH KEY=VALUE\\n`` of a pax header, where LENGTH counts all of the
+    record."""
     found, start = {}, 0
     while start < len(records.rstrip(b"\0")):
         digits = records[start : start + 20].partition(b" ")[0]

@@ -44,7 +44,8 @@ Shard = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in the order they are read, how, and what of the input is no file to be read, counted by its reason."""
+    """Files in the order they are read, how, and what of the input is no file to be read, counted
+    by its reason."""
 
     files: tuple[Path, ...]
     reading: Reading = AS_USUAL
@@ -87,9 +88,10 @@ def gather(
 ) -> Corpus:
     """The corpus of ``inputs`` in their order: files as they are, folders by what in them has one of ``suffixes``.
 
-    Folders are searched to the bottom, links to folders included, each folder once; globs are searched likewise, and
-    the folders that they find are read as those that are named. Compressed files count as what they hold. Raises
-    DataError for every input that is missing or holds nothing that can be read.
+    Folders are searched to the bottom, links to folders included, each folder once; globs are
+    searched likewise, and the folders that they find are read as those that are named. Compressed
+    files count as what they hold. Raises DataError for every input that is missing or holds nothing
+    that can be read.
     """
     reading = replace(reading, suffixes=tuple(suffix.lower() for suffix in suffixes))
     search = FileSearch(reading)
@@ -101,10 +103,11 @@ def gather(
 
 
 def keep_pipes(inputs: Iterable[str], folder: Path, stdin_suffix: str) -> list[str | Path]:
-    """``inputs`` with a file in ``folder`` in the place of each pipe: ``-`` for standard input, and named pipes.
+    """``inputs`` with a file in ``folder`` in the place of each pipe: ``-`` for standard input, and
+    named pipes.
 
-    A corpus is read twice and from several places, and a pipe once. Blocks until the pipes are closed by their writers.
-    Raises DataError where standard input is named twice.
+    A corpus is read twice and from several places, and a pipe once. Blocks until the pipes are
+    closed by their writers. Raises DataError where standard input is named twice.
     """
     kept: list[str | Path] = list(inputs)
     if kept.count(STANDARD_INPUT) > 1:

@@ -225,7 +225,8 @@ def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | Data
 
 
 def _up_to(size: int, content: io.BufferedReader) -> bytes:
-    """So many bytes, or all there are. In steps: a single read would set aside the memory for ``size`` first."""
+    """So many bytes, or all there are. In steps: a single read would set aside the memory for
+    ``size`` first."""
     chunks = []
     while size and (some := content.read(min(size, _READ_AT_ONCE))):
         chunks.append(some)
@@ -280,7 +281,8 @@ def _lines_before(piece: Piece) -> int:
 
 
 def _record(line: bytes | None, reading: Reading) -> Iterator[str]:
-    """The text of one line, none where it is blank. Raises ValueError: what is wrong, the remedy."""
+    """The text of one line, none where it is blank. Raises ValueError: what is wrong, the
+    remedy."""
     if line is None:
         raise ValueError(_too_long("a line", reading.max_document_bytes))
     if line.strip():
@@ -345,7 +347,8 @@ def _parquet_rows(file: Path, reading: Reading) -> Iterator[str | DataError]:
 
 
 def _cells(table: object, key: str) -> Iterator[object]:
-    """Every value of a column. Few rows at a time: a long value may be one of a dictionary that all rows repeat."""
+    """Every value of a column. Few rows at a time: a long value may be one of a dictionary that all
+    rows repeat."""
     column = table.schema_arrow.names.index(key)
     for group in range(table.num_row_groups):
         size = table.metadata.row_group(group).column(column).total_uncompressed_size

@@ -1,6 +1,7 @@
 """The files that inputs stand for: files, folders to the bottom, and globs, in one order.
 
-Links to folders are followed, each folder once. What is no file to be read is counted by its reason.
+Links to folders are followed, each folder once. What is no file to be read is counted by its
+reason.
 """
 
 import fnmatch

@@ -121,7 +121,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def pattern(suffix: str) -> str:
-    """What files of ``suffix`` that are left out are counted by. The number of patterns is bounded."""
+    """What files of ``suffix`` that are left out are counted by. The number of patterns is
+    bounded."""
     if not suffix:
         return "files without a suffix"
     plain = len(suffix) <= _LONGEST_SUFFIX and suffix[1:].isascii() and suffix[1:].isalnum()

@@ -56,7 +56,8 @@ class HuggingFaceTokens:
         return next((self._ids[begin] for begin in BEGINS if begin in self._ids), None)
 
     def own_begin(self) -> tuple[int, ...]:
-        """The ids that the file's post-processor puts before a text, as transformers does; none where it has none."""
+        """The ids that the file's post-processor puts before a text, as transformers does; none
+        where it has none."""
         alone, framed = (self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True))
         starts = (n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone)
         return tuple(framed[: next(starts, 0)])
@@ -76,7 +77,8 @@ class HuggingFaceTokens:
         return self._tokens.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for: (V,) int64; 0 for special tokens and for ids that are none."""
+        """UTF-8 bytes that each id stands for: (V,) int64; 0 for special tokens and for ids that
+        are none."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for spelled, token in self._ids.items():
             counts[token] = self._bytes_of(token, spelled)

@@ -24,9 +24,10 @@ _AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
 class Manifest:
     """The counts of a store, its end-of-document ids included, and the tokenizer that wrote it.
 
-    ``skipped`` are the documents left out because they could not be read, ``left_out`` counts by reason what is no
-    document: files of other kinds, empty documents. ``begin_of_document`` are the ids before the text of every
-    document (BOS). A store written before these were kept is without them, and without BOS.
+    ``skipped`` are the documents left out because they could not be read, ``left_out`` counts by
+    reason what is no document: files of other kinds, empty documents. ``begin_of_document`` are the
+    ids before the text of every document (BOS). A store written before these were kept is without
+    them, and without BOS.
     """
 
     tokenizer_sha256: str

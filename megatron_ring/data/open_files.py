@@ -1,7 +1,9 @@
-"""Memory maps of many files under the limit on open files: a map that has not been read for a while is closed.
+"""Memory maps of many files under the limit on open files: a map that has not been read for a while
+is closed.
 
-A map holds one descriptor, Python's own copy of the one it was made from. A blend may have more stores than a process
-may have files open (often 1,024), so those that were read least recently are closed and opened again when needed.
+A map holds one descriptor, Python's own copy of the one it was made from. A blend may have more
+stores than a process may have files open (often 1,024), so those that were read least recently are
+closed and opened again when needed.
 """
 
 import errno
@@ -38,13 +40,15 @@ class FileState:
 
 
 class OpenMaps:
-    """Read-only maps by their path, of which at most ``limit`` are kept open. Safe to use from several threads.
+    """Read-only maps by their path, of which at most ``limit`` are kept open. Safe to use from
+    several threads.
 
     A map that is closed here lives on until the last array over it is gone.
     """
 
     def __init__(self, limit: int | None = None):
-        """``limit``: maps kept open; without it a quarter of the open files that this process may have."""
+        """``limit``: maps kept open; without it a quarter of the open files that this process may
+        have."""
         self._limit = limit or max(1, open_files_limit() // _SHARE_OF_LIMIT)
         self._maps: OrderedDict[str, tuple[mmap.mmap, np.ndarray]] = OrderedDict()
         self._lock = Lock()
@@ -54,7 +58,8 @@ class OpenMaps:
         return len(self._maps)
 
     def map(self, file: str, state: FileState, dtype: np.dtype) -> tuple[mmap.mmap, np.ndarray]:
-        """The map of ``file``, which was of ``state`` when it was opened first, and its content in ``dtype``.
+        """The map of ``file``, which was of ``state`` when it was opened first, and its content in
+        ``dtype``.
 
         Raises DataError where it cannot be opened, or has to be opened again and has changed since.
         """

@@ -41,7 +41,8 @@ class SentencePieces:
         return self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
 
     def own_begin(self) -> tuple[int, ...]:
-        """A model says no more than that it has such a piece; Llama's, Mistral's and Gemma's put it before a text."""
+        """A model says no more than that it has such a piece; Llama's, Mistral's and Gemma's put it
+        before a text."""
         begin = self.default_begin()
         return () if begin is None else (begin,)
 

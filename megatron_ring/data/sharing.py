@@ -64,7 +64,8 @@ def _made_in_parts(pool: Executor, processes: int, jobs: list[ShardJob], dtype: 
 
 
 def _parts(job: ShardJob, skipped: list[str], left_out: Counter[str]) -> Iterator[_Part]:
-    """The documents of ``job``, at least one part. What is passed over goes into the last two arguments."""
+    """The documents of ``job``, at least one part. What is passed over goes into the last two
+    arguments."""
     found = job.reading.texts(job.shard, skipped, left_out)
     for number, texts in enumerate(batches(found, _PART_CHARACTERS)):
         prefix = Path(f"{job.prefix}-{_PART_CHARACTERS}-{number}")

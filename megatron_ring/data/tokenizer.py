@@ -37,9 +37,10 @@ _REMEDY = "Set --tokenizer-model, or train one with tools/prepare_data.py --voca
 class Tokenizer:
     """Text to token ids and back. ``model`` is the content of a tokenizer's file, ``name`` is for messages.
 
-    Documents end with ``end``, a token by its spelling; without it with the one that the model has for that.
-    ``begin`` is the token that may be put before them, and ``adds_begin`` whether the tokenizer's configuration asks
-    for that, None where it does not say. Raises DataError when ``model`` is no tokenizer, or has no such token.
+    Documents end with ``end``, a token by its spelling; without it with the one that the model has
+    for that. ``begin`` is the token that may be put before them, and ``adds_begin`` whether the
+    tokenizer's configuration asks for that, None where it does not say. Raises DataError when
+    ``model`` is no tokenizer, or has no such token.
     """
 
     def __init__(self, model: bytes, name: str | Path, end: str = "", begin: str = "", adds_begin: bool | None = None):
@@ -83,9 +84,10 @@ class Tokenizer:
     def begin_of_document(self, prepend: Literal["auto", "on", "off"]) -> tuple[int, ...]:
         """The ids to put before each document, at most a few and none for ``off``.
 
-        ``auto``: what the tokenizer itself puts before a text (a tokenizer.json by its post-processor, a sentencepiece
-        model that has a begin-of-sentence piece, or add_bos_token in tokenizer_config.json); ``on``: at least one.
-        Raises DataError where there is no such token, or where it is the one that ends documents.
+        ``auto``: what the tokenizer itself puts before a text (a tokenizer.json by its
+        post-processor, a sentencepiece model that has a begin-of-sentence piece, or add_bos_token
+        in tokenizer_config.json); ``on``: at least one. Raises DataError where there is no such
+        token, or where it is the one that ends documents.
         """
         found = () if prepend == "off" else self._own_begin
         if prepend == "on" and not found:
@@ -98,12 +100,14 @@ class Tokenizer:
         return found
 
     def encode_documents(self, texts: Sequence[str], begin: tuple[int, ...] = ()) -> list[np.ndarray]:
-        """The ids of each text, ``begin`` before them and the end-of-document id after them, int32."""
+        """The ids of each text, ``begin`` before them and the end-of-document id after them,
+        int32."""
         end = self.end_of_document
         return [np.array([*begin, *ids, end], dtype=np.int32) for ids in self._tokens.encode(texts)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of ``tokens``; the ids around a document have none. Bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``tokens``; the ids around a document have none. Bytes that are not UTF-8
+        become U+FFFD."""
         silent = {self.end_of_document, *self._own_begin}
         return self._tokens.decode(token for token in tokens if token not in silent)
 
@@ -163,7 +167,8 @@ def _config_path(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _Config:
-    """What of Hugging Face's ``tokenizer_config.json`` is used; empty or None for what it does not say."""
+    """What of Hugging Face's ``tokenizer_config.json`` is used; empty or None for what it does not
+    say."""
 
     eos_token: str = ""
     bos_token: str = ""

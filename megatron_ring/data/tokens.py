@@ -60,7 +60,8 @@ class TokenStoreWriter:
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document of token ids.
 
-        Raises DataError where it is longer than the format can count, or has ids that the store's type cannot hold.
+        Raises DataError where it is longer than the format can count, or has ids that the store's
+        type cannot hold.
         """
         if len(tokens) > LONGEST_SEQUENCE:
             raise DataError(
@@ -98,7 +99,8 @@ class TokenStore:
     """A store opened for reading: where documents begin is kept in memory, the tokens are mapped.
 
     ``lengths`` is (documents,) int64, the tokens of each document. Raises DataError for a store that is missing,
-    empty, damaged, or of another format. Stores that share ``maps`` have at most so many files open together.
+    empty, damaged, or of another format. Stores that share ``maps`` have at most so many files open
+    together.
     """
 
     def __init__(self, prefix: str | Path, maps: OpenMaps | None = None):
@@ -118,7 +120,8 @@ class TokenStore:
     def document(self, i: int) -> np.ndarray:
         """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type, to be read at once.
 
-        Raises DataError where the file has become shorter since it was opened, or was written again.
+        Raises DataError where the file has become shorter since it was opened, or was written
+        again.
         """
         assert 0 <= i < len(self)
         return self._tokens()[self._starts[i] : self._starts[i + 1]]
@@ -130,7 +133,8 @@ class TokenStore:
         return f"document {document} at byte {byte} of {bin_path(self.prefix)}"
 
     def _tokens(self) -> np.ndarray:
-        """All tokens, of which the file still has every byte: reading a map past the end of its file is a SIGBUS."""
+        """All tokens, of which the file still has every byte: reading a map past the end of its
+        file is a SIGBUS."""
         mapped, tokens = self._maps.map(self._bin, self._state, self.dtype)
         if (found := mapped.size()) < self._state.size:
             cut = f"{found} bytes, and had {self._state.size} when it was opened: it was cut since"
