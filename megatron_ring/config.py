@@ -796,7 +796,7 @@ def _described(hint: Any) -> str:
     return f"of type {getattr(hint, '__name__', hint)}"
 
 
-_LARGEST = {"seed": untrusted.LARGEST_INTEGER, "num_layers": 2**16}
+_LARGEST = {"seed": untrusted.LARGEST_INTEGER, "num_layers": 2**16, "world_size": 2**17}
 """The largest magnitude of a whole number by option; 2**31 - 1 of the others."""
 
 

@@ -3,6 +3,7 @@ import contextlib
 import inspect
 import io
 import math
+import os
 import re
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
@@ -24,6 +25,7 @@ from megatron_ring.config import (
     to_yaml,
 )
 from megatron_ring.errors import ConfigError
+from tests.limited import limited
 
 SECTIONS = [field.type for field in fields(Config) if is_dataclass(field.type)]
 
@@ -621,3 +623,102 @@ def test_a_model_has_a_row_for_every_token_id():
     assert ModelConfig(padded_vocab_size=64).vocabulary_size(61) == 64
     with pytest.raises(ConfigError, match="padded_vocab_size 60 has no row for the last of the tokenizer's 61 ids"):
         ModelConfig(padded_vocab_size=60).vocabulary_size(61)
+
+
+# ---- values that no option can have ----
+
+ODD_VALUES = [
+    "null", "true", "[]", "[1]", "{}", "{a: 1}", "''", "x", '"a\\0b"', '"\\ud800"', "-1", "0", "1", "2147483648",
+    "9223372036854775807", "-9223372036854775808", "99999999999999999999", "1.0e308", "1e-320", ".inf", "-.inf", ".nan",
+    "2001-01-01", "2001-01-01 00:00:00 +23:59", "!!binary aGk=", "!!set {a}", "[.nan, .nan]", "['1e999999999', a]",
+    "[1e999999999, a, 1, b]", "[1, [2, [3]]]", "'1e999999999'", "65537",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(field.name, f.name) for field in fields(Config) if is_dataclass(field.type) for f in fields(field.type)],
+)
+def test_any_value_of_any_option_is_taken_or_is_an_error_of_bounded_length(section, name, yaml):
+    for value in ODD_VALUES:
+        told = []
+        try:
+            told = load_yaml(yaml(f"{section}: {{{name}: {value}}}")).problems()
+        except ConfigError as error:
+            told = error.problems
+        assert all(len(problem) < 2000 for problem in told), value
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model: {num_layers: 65537}", "num_layers"),
+        ("parallel: {world_size: 131073}", "world_size"),
+        ("model: {hidden_size: 2147483648}", "hidden_size"),
+        ("model: {hidden_size: -2147483648}", "hidden_size"),
+        ("model: {rotary_base: .inf}", "rotary_base"),
+        ("training: {lr: 1.0e400}", "lr"),
+        ("training: {clip_grad: .inf}", "clip_grad"),
+        ("data: {split: [.nan, .nan]}", "split"),
+        ('data: {tokenizer_model: "a\\0b"}', "tokenizer_model"),
+        ('checkpoint: {save: "\\ud800"}', "save"),
+        ("training: {deepspeed: {a: [2001-01-01]}}", "deepspeed"),
+        ("training: {deepspeed: {1: 2}}", "deepspeed"),
+        ("training: {deepspeed: [[a, 1]]}", "deepspeed"),
+    ],
+)
+def test_a_value_that_arithmetic_or_the_file_system_would_fail_on(text, named, complaint):
+    assert named in complaint(text)
+
+
+def test_a_seed_may_have_all_bits_that_torch_takes(yaml):
+    assert load_yaml(yaml(f"training: {{seed: {2**63 - 1}}}")).problems() == []
+
+
+@pytest.mark.parametrize("flags", [["--num-layers", "9" * 4000], ["--rotary-base", "nan"], ["--lr", "1e999"]])
+def test_flags_are_held_to_the_same_limits(flags):
+    [problem] = parse(flags).problems()
+    assert flags[0] in problem
+    assert len(problem) < 200
+
+
+def test_a_number_that_python_does_not_read_is_a_bad_flag(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--num-layers", "9" * 5000])
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("weight", ["1e999999999", "1e-999999999", "nan", "inf", "-1", "0", "1" * 101, "1/0", ""])
+def test_a_weight_of_a_blend_that_cannot_be_computed_with(weight):
+    found = limited(lambda: DataConfig(data_path=(weight, "a", "1", "b")).problems())
+    assert len(found) == 1
+    assert "before a" in found[0]
+
+
+def test_the_legal_groups_of_very_many_heads_are_found_at_once():
+    heads = 2**31 - 2
+    [problem] = limited(
+        lambda: ModelConfig(hidden_size=heads, num_attention_heads=heads, num_query_groups=4).problems()
+    )
+    assert " 1, 2, 3, 6, 7, 9," in problem
+
+
+def test_odd_files_are_refused_within_limits(yaml):
+    aliases = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    aliases += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    for text in (
+        "model: " + "[" * 1000,
+        "model: {num_layers: " + "9" * 5000 + "}",
+        "\n".join([*aliases, "model: *a8"]),
+        "x" * (1 << 20),
+        "model: &m [*m]",
+    ):
+        path = yaml(text)
+        with pytest.raises(ConfigError, match="Set --config"):
+            limited(lambda path=path: load_yaml(path))
+
+
+def test_a_file_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="regular"):
+        limited(lambda: load_yaml(tmp_path / "pipe.yaml"))
