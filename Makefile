@@ -24,7 +24,8 @@ USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
 write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $(USABLE))
 
-.PHONY: train test test-all test-slurm test-docker test-links check constraints constraints-check bench bench-gpu clean
+.PHONY: train test test-all test-slurm test-docker test-links check bench bench-gpu clean
+.PHONY: constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
@@ -56,7 +57,7 @@ check: $(BIN)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 
-# Write constraints.txt anew: the newest versions that fit each other, from an environment made for it.
+# Write constraints.txt anew, with the newest versions that fit each other.
 constraints:
 	rm -rf $(VENV)-newest
 	$(PYTHON) -m venv $(VENV)-newest

@@ -1,8 +1,8 @@
 """The exact versions that `make` and the images install: constraints.txt. Needs nothing but Python.
 
-python tools/constraints.py usable    its lines that fit the torch of this environment, for pip's --constraint
-python tools/constraints.py check     exit code 1 if this environment has other versions, or packages without one
-python tools/constraints.py write     write it anew from this environment, as `make constraints` does
+python tools/constraints.py usable    its lines that fit the torch of this environment, for pip
+python tools/constraints.py check     exit code 1 if this environment has other versions or packages
+python tools/constraints.py write     write it anew from this environment (make constraints)
 
 torch has no line: the Makefile and the images name its version, and CUDA users may ask for another.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 
 FILE = Path(__file__).parents[1] / "constraints.txt"
 HEAD = """\
-# The exact versions of all that `make` and the images install beside torch; all tests pass with them. Written by
-# `make constraints`, which CI does first where REFRESH_CONSTRAINTS=1 is set (.ci/run): do not edit.
+# The exact versions of all that `make` and the images install beside torch, as tests ran with them.
+# Written by `make constraints`, and in CI where REFRESH_CONSTRAINTS=1 is set (.ci/run): do not edit.
 """
 # Not from an index, or installed before this file is read, or part of a torch built for CUDA.
 WITHOUT_LINE = re.compile(r"megatron-ring|pip|torch|(nvidia|cuda)-.*")
-_OF_TORCH = "triton"  # builds of torch for CUDA need the version that they name, builds for CPUs need none
+_OF_TORCH = "triton"  # builds of torch for CUDA name the version that they need, others need none
 
 
 def installed() -> dict[str, str]:
@@ -35,7 +35,7 @@ def pins(text: str) -> dict[str, str]:
 
 
 def usable(pinned: dict[str, str], needs_of_torch: list[str]) -> dict[str, str]:
-    """The pins beside a torch that needs these, as its metadata writes them; it names its own Triton, or none is."""
+    """The pins that fit a torch with these requirements; without any, there is no torch yet."""
     own = not needs_of_torch or any(re.match(rf"{_OF_TORCH}\b", need) for need in needs_of_torch)
     return {name: version for name, version in pinned.items() if not (own and name == _OF_TORCH)}
 

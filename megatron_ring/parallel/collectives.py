@@ -55,7 +55,8 @@ class RingExchange:
 
     members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
     place: where it is noted for whom this process waits. room: where messages arrive. fetcher: what reads them in the
-    memory of other members; all members have one, or none has. limit: of a wait; None is torch's own.
+    memory of other members; all members have one, or none has.
+    limit: of a wait; None is torch's own.
     """
 
     members: tuple[int, ...]

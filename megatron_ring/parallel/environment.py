@@ -69,7 +69,7 @@ class Environment:
 
     @staticmethod
     def read() -> "Environment":
-        """The launcher's variables. Raises ConfigError for those that are not numbers or out of range."""
+        """The launcher's variables. Raises ConfigError for those that are no numbers or out of range."""
         world_size = _integer("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
         # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         local_size = _integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=len(_ranks_of_node()) or world_size)
@@ -100,8 +100,8 @@ class Environment:
     def complete(self) -> None:
         """Give torch's rendezvous what the launcher left out, so that a bare ``python`` is a world of one.
 
-        Raises ConfigError where srun dealt out the ranks so that rings would leave the nodes at every hop, and where
-        MASTER_PORT is no port.
+        Raises ConfigError where srun dealt out the ranks so that rings would leave the nodes at
+        every hop, and where MASTER_PORT is no port.
         """
         _check_neighbours(_ranks_of_node())
         _set_default("RANK", str(self.global_rank))

@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
 
 class NoAnswer(NamedTuple):
-    """Why a process did not answer. has_ended: it is known to have ended, and is not only silent."""
+    """Why a process did not answer. has_ended: it is known to have ended, not only silent."""
 
     reason: str
     has_ended: bool = False
@@ -230,7 +230,7 @@ _STATUS = {
 
 
 def _no_answer(member: Member, error: Exception, own_pids: str) -> NoAnswer:
-    """What is known of a process that did not answer. own_pids: this process's set of process ids."""
+    """What is known of a process that did not answer. own_pids: this process's set of pids."""
     if member.pids == own_pids:
         try:
             status = psutil.Process(member.pid).status()

@@ -80,9 +80,9 @@ class Fetcher:
     def fetch(
         self, into: torch.Tensor, sender: int, link: dist.ProcessGroup, limit: timedelta | None = None
     ) -> Fetched:
-        """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``; does not block.
+        """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``.
 
-        ``limit``: of the wait for it, in place of the link's.
+        Does not block. ``limit``: of the wait for it, in place of the link's.
         """
         fetched, ticket = Fetched(), torch.empty(3, dtype=torch.int64)
         ticket_came = dist.irecv(ticket, sender, link, tag=_TICKET)

@@ -4,13 +4,14 @@ A thread looks once a second how long this process has waited for a neighbour in
 as soon as a neighbour is lost, it tells all other processes. Each of them says in one line where it is, whom it waits
 for and at whom the chain of waits ends, and leaves with the exit code of RingStalled. Only a wait in the ring counts.
 
-A process that has been outside of the ring for long, computing, saving, or in an all-reduce, asks whether the next of
-its ring still lives. Evidence of its death is that its process is gone, or that its host, which was reachable, refuses
-the connection. Silence, or a network without a route, is none until it has lasted for half of ``--ring-timeout``. While
-the neighbour answers, a stall cannot be distinguished from work, and is left to torch's own limit.
+A process that has been outside of the ring for long, computing, saving, or in an all-reduce, asks
+whether the next of its ring still lives. Evidence of its death is that its process is gone, or that
+its host, which was reachable, refuses the connection. Silence, or a network without a route, is
+none until it has lasted for half of ``--ring-timeout``. While the neighbour answers, a stall cannot
+be distinguished from work, and is left to torch's own limit.
 
-Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) is not time that it has
-waited. The thread notices by its own clock: a second that took longer than a second.
+Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) is not
+time that it has waited. The thread notices by its own clock: a second that took longer.
 
 On CUDA, where this has not run, the device waits for a transfer and not the host. What a rank says is then which hop it
 has handed to the device, and NCCL's own limit, which ProcessGroups derives from the same option, ends the wait.
@@ -41,14 +42,14 @@ _SECONDS_BETWEEN_QUESTIONS = 0.3
 _SECONDS_TO_SPEAK = 5.0
 # What a wait or a question may take longer than it should before the process counts as suspended.
 _SECONDS_OF_DELAY = 0.5
-# A suspension that may have used up torch's limits on collectives, of which the shortest is ten minutes.
+# A suspension that may have used up torch's limits on collectives, the shortest of ten minutes.
 _SECONDS_OF_A_LONG_SUSPENSION = 300.0
 _SECONDS_AFTER_A_SUSPENSION = 60.0  # within which its consequences are expected
-_SUSPENSIONS = 64  # kept; a wait is not longer than the time limit, so that older ones do not matter
+_SUSPENSIONS = 64  # kept; a wait is limited, so that older ones do not matter
 
 
 class Suspensions:
-    """When this process did not run, as noticed by a thread that knows how long its waits should take.
+    """When this process did not run, noticed by a thread that knows how long its waits should take.
 
     One thread calls ``took``; any may call the rest.
     """
@@ -66,7 +67,10 @@ class Suspensions:
             self.took(began, time.monotonic(), seconds)
 
     def took(self, began: float, ended: float, expected: float) -> None:
-        """Note what took from ``began`` to ``ended`` on the monotonic clock, and should take ``expected`` seconds."""
+        """Note what took from ``began`` to ``ended`` on the monotonic clock.
+
+        It should take ``expected`` seconds.
+        """
         if ended - began > expected + _SECONDS_OF_DELAY:
             self._gaps.append((began + expected, ended))
 
@@ -76,7 +80,7 @@ class Suspensions:
         return sum(max(0.0, ended - max(began, start)) for began, ended in tuple(self._gaps))
 
     def longest(self, seconds: float) -> float:
-        """How long the longest suspension was that ended within the last ``seconds``; 0 if there was none."""
+        """How long the longest suspension that ended within the last ``seconds`` was, or 0."""
         start = time.monotonic() - seconds
         return max((ended - began for began, ended in tuple(self._gaps) if ended >= start), default=0.0)
 
@@ -147,7 +151,10 @@ class Watchdog:
             self._thread.join()
 
     def _ask_while_it_ends(self) -> None:
-        """Suspect the next of the ring if it has ended, or does so soon: its connections close before it is gone."""
+        """Suspect the next of the ring if it has ended, or ends soon.
+
+        Connections of a process are closed before it is gone.
+        """
         deadline = time.monotonic() + _SECONDS_TO_SPEAK
         while time.monotonic() < deadline and not self._wake.is_set():
             answer = self.intercom.ask(self.following)
@@ -179,10 +186,10 @@ class Watchdog:
             return self._wake.wait(_SECONDS_BETWEEN_LOOKS)
 
     def _look_at_following(self, place: Place) -> None:
-        """Suspect the next of the ring if there is evidence that it has died, or if it has been silent for long.
+        """Suspect the next of the ring if it has died, or has been silent for long.
 
-        A process that finds another one dead asks it again a second later: at the end of a run it may have left just
-        before this one does.
+        A process that finds another one dead asks it again a second later: at the end of a run it
+        may have left just before this one does.
         """
         with self.suspensions.noticed(SECONDS_TO_ANSWER):
             answer = self.intercom.ask(self.following)
@@ -201,7 +208,7 @@ class Watchdog:
             self._suspect = self.following
 
     def _end_after_suspension(self, seconds: float, error: RuntimeError) -> None:
-        """Leave to be started again: torch's limits on collectives count the time of a suspension."""
+        """Leave to be started again: torch's limits count the time of a suspension."""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fault = RingStalled(
             f"{self.intercom.own} was suspended for {seconds:.0f} s, which torch counts as time that a collective has "

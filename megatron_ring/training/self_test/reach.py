@@ -1,4 +1,7 @@
-"""Can ranks connect to each other where the watchdog asks them? One rank of each host tries each other host."""
+"""Whether ranks can connect to each other where the watchdog asks them.
+
+One rank of each host tries each other host.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ _NAMED_AT_MOST = 8
 
 
 def check_reach(agreement: Agreement) -> None:
-    """Raises ConfigError on every rank, naming the pairs, where a rank cannot connect to another host's.
+    """Raises ConfigError on every rank, naming the pairs, where a rank cannot connect to another.
 
     Collective, over ``agreement``; blocks until all have tried.
     """
@@ -40,9 +43,10 @@ def check_reach(agreement: Agreement) -> None:
 
 
 def to_ask(rank: int, networks: Sequence[str]) -> list[int]:
-    """The ranks that ``rank`` tries to reach. networks: of each rank; ranks of equal ones are on one host.
+    """The ranks that ``rank`` tries to reach. networks: by rank; ranks of equal ones share a host.
 
-    Together the ranks of a host try one rank of every host, their own included, so that a rank has few to try.
+    Together the ranks of a host try one rank of every host, their own included, so that a rank has
+    few to try.
     """
     hosts: dict[str, list[int]] = {}
     for other, network in enumerate(networks):
