@@ -113,6 +113,7 @@ def test_checkpoints_without_a_good_step_do_not_keep_a_run_alive(folder):
     codes, said = run(folder, "--max-bad-steps", "3", "--keep-last", "1", poison=BAD_FROM_3)
     assert codes == [6, 6]
     assert said.count("Diverged") == 1
+    assert said.count("starting afresh") == 1
     assert len(re.findall("no checkpoint after step 4", said)) == 1
     assert checkpoints(folder) == ["step-00000002"]
 
