@@ -239,6 +239,22 @@ TRAINER = {
 """Options of transformers' Trainer and of scripts around it."""
 
 
+PREPROCESS = {
+    "json-keys": "set --json-key, which is one",
+    "append-eod": "leave it out: every document ends with --eod-token, or the tokenizer's own",
+    "tokenizer-type": MEGATRON["tokenizer-type"],
+    "vocab-file": MEGATRON["vocab-file"],
+    "merge-file": MEGATRON["merge-file"],
+    "dataset-impl": "leave it out: stores are in Megatron's mmap format",
+    "split-sentences": "no equivalent: a document is one text",
+    "keep-newlines": "leave it out: texts are kept as they are",
+    "partitions": "leave it out: --workers share the text out",
+    "chunk-size": "leave it out: --workers share the text out",
+    "log-interval": "leave it out: a bar shows how far it is",
+}
+"""Flags of Megatron's tools/preprocess_data.py, as tools/prepare_data.py has them."""
+
+
 def hint(name: str) -> str:
     """Return one sentence on what an option of Megatron or transformers is here, "" for others.
 

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_ring.config import Config, load_yaml, parse
 from megatron_ring.errors import ConfigError
-from megatron_ring.other_names import MEGATRON, MEGATRON_PREFIXES, TRAINER, hint
+from megatron_ring.other_names import MEGATRON, MEGATRON_PREFIXES, PREPROCESS, TRAINER, hint
+from tools import prepare_data
 
 OPTIONS = {
     option.name.replace("_", "-"): get_type_hints(section.type)[option.name]
@@ -65,6 +66,17 @@ def test_several_are_hinted_at_once_and_one_rank_speaks(capsys):
     with pytest.raises(SystemExit):
         parse(["--swiglu"], console=False)
     assert "Megatron" not in capsys.readouterr().err
+
+
+def test_the_tool_that_prepares_data_answers_for_megatrons(capsys):
+    with pytest.raises(SystemExit) as left:
+        prepare_data.main(["--input", "x", "--output-prefix", "p", "--append-eod", "--json-keys", "text"])
+    assert left.value.code == 2
+    hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Megatron's")]
+    assert sorted(hints) == [f"Megatron's --{name}: {PREPROCESS[name]}." for name in ("append-eod", "json-keys")]
+    options = {option.name.replace("_", "-") for option in fields(prepare_data.Options)}
+    assert not options & PREPROCESS.keys()
+    assert set(re.findall(r"--([a-z0-9-]+)", " ".join(PREPROCESS.values()))) <= options
 
 
 def test_other_unknown_flags_have_no_hint(capsys):

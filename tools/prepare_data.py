@@ -17,6 +17,7 @@ from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokeniz
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_positive
+from megatron_ring.other_names import PREPROCESS
 
 # Names beside a store that belong to its tokenizer.
 _TAKEN = ("tokenizer", "tokenizer_config")
@@ -128,7 +129,15 @@ def _summary(prefix: Path, manifest: Manifest) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or that of the error whose message was printed."""
-    options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = tyro.cli(Options, args=given, description=Options.__doc__)
+    except SystemExit as leaving:
+        flags = dict.fromkeys(word.partition("=")[0] for word in given if word.startswith("--"))
+        for flag in flags if leaving.code else ():
+            if text := PREPROCESS.get(flag.removeprefix("--").replace("_", "-")):
+                print(f"Megatron's {flag}: {text}.", file=sys.stderr)
+        raise
     try:
         prepared = run(options)
     except MegatronRingError as error:
