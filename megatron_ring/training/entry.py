@@ -1,6 +1,8 @@
 """How a training program begins and ends: its arguments, one clear message when they are wrong, its exit code."""
 
+import codecs
 import contextlib
+import locale
 import sys
 import time
 from collections.abc import Iterator
@@ -15,12 +17,24 @@ from megatron_ring.training import determinism
 _SECONDS_TO_SPEAK = 3
 
 
+def read_files_as_utf8() -> None:
+    """Have text files that are opened without an encoding read as UTF-8, whatever the locale is.
+
+    Libraries open UTF-8 files of their own in that way: torch._inductor does, which DeepSpeed
+    imports, and fails in an ASCII locale.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+
+
 def arguments(environment: Environment) -> Config:
     """The config of this process's command line, without what launchers add to it.
 
     A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises ConfigError. From here on
     --deterministic holds: CUDA and NCCL read what it sets when they start.
     """
+    read_files_as_utf8()
     given = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank=", "--local-rank="))]
     config = parse(given, console=environment.global_rank == 0)
     if config.training.deterministic:
