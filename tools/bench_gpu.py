@@ -33,6 +33,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.errors import KernelUnavailable, speaking_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
+from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
@@ -40,8 +41,6 @@ from megatron_ring.plan.overlap import operations
 from megatron_ring.plan.packs import random_starts
 from megatron_ring.plan.timeline import counted
 
-# Largest difference from float64 over its largest entry, or over 1: as in tests/tolerances.py.
-TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 2.5e-6, torch.float64: 1e-12}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STRIPES = 1, 128
 PACK_RANKS, MEAN_DOCUMENT = 8, 4096
@@ -127,10 +126,10 @@ class Bench:
             exact = attention([x.double() for x in inputs], layout, reference, mask)
             for name, kernel in self.kernels.items():
                 errors = attention(inputs, layout, kernel, mask)
-                errors = [float((x - y).abs().max() / y.abs().max().clamp(min=1)) for x, y in zip(errors, exact)]
+                errors = [error(x, y) for x, y in zip(errors, exact)]
                 shown = {"kernel": name, "layout": _named(layout), "mask": said}
                 worst = dict(zip(("out", "dq", "dk", "dv"), errors))
-                yield shown | worst | {"right": all(error <= TOLERANCE[self.dtype] for error in errors)}
+                yield shown | worst | {"right": all(x <= TOLERANCE[self.dtype] for x in errors)}
 
     def layouts(self) -> Iterator[dict[str, Any]]:
         """Every layout on rings of every size, each rank with as many tokens."""

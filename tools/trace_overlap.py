@@ -36,11 +36,10 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, speaking_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
+from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.plan.packs import random_starts
 
-# Largest difference over the largest entry, or over 1: as in tests/tolerances.py.
-TOLERANCE = {torch.float32: 2.5e-6, torch.bfloat16: 4e-2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
@@ -189,7 +188,7 @@ class Case:
         def of_rank(rank: int) -> bool:
             (out, _), (dq, (dk, dv)) = forwards[rank], backwards[rank]
             pairs = zip((out, dq, dk, dv), (self._rows(x, rank) for x in expected))
-            return all(_error(x, y) <= TOLERANCE[self.inputs[0].dtype] for x, y in pairs)
+            return all(error(x, y) <= TOLERANCE[self.inputs[0].dtype] for x, y in pairs)
 
         return all(of_rank(rank) for rank in range(self.layout.ring_size))
 
@@ -234,10 +233,6 @@ def _where_the_host_waits(act: Callable[[], object]) -> str:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     return ""
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1))
 
 
 def _row(found: Overlap) -> dict[str, Any]:

@@ -135,6 +135,32 @@ def test_the_error_does_not_grow_with_the_ring(kernel, dtype):
     assert typical_error(8) < 1.5 * typical_error(1)
 
 
+def error_of_dq(kernel: str, ring_size: int, travels: str, inputs, dlse=None) -> float:
+    """Relative to the norm of dq."""
+    layout = Layout("striped" if ring_size > 1 else "none", inputs[0].shape[1], ring_size)
+    settings = {"dlse_BHS": dlse, "sends_queries": lambda q, kv: travels == "queries"}
+    found = simulated_ring.run(layout, KERNELS[kernel], *inputs, **settings).results.dq
+    expected = oracle.attention(*inputs, dlse_BHS=dlse).dq
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lse_read", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize("travels", ["queries", "keys"])
+def test_equal_gradients_of_positive_inputs_do_not_add_up_errors(travels, lse_read, dtype, kernel):
+    """There an error of delta is the same for all keys, and they do not cancel it out.
+
+    Compared with one process that computes in float32 from an output that is rounded once.
+    """
+    inputs = oracle.random_inputs(1, 192, heads=2, groups=2, head_size=64)
+    inputs = [*(x.abs().to(dtype) for x in inputs[:3]), torch.ones_like(inputs[3], dtype=dtype)]
+    dlse = 0.1 * oracle.random_dlse(inputs[0]) if lse_read else None
+    alone = error_of_dq("reference", 1, travels, inputs)
+    for ring_size in (1, 4):
+        assert error_of_dq(kernel, ring_size, travels, inputs, dlse) <= 2.5 * alone
+
+
 @each_kernel
 def test_the_output_is_in_the_type_of_the_queries_and_the_sums_in_float32(kernel):
     inputs = oracle.random_inputs(1, 4, heads=2, groups=1, dtype=torch.bfloat16)

@@ -14,6 +14,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
+from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Coordinates
@@ -22,15 +23,13 @@ from megatron_ring.training.self_test.plain import Attended, plain_attention
 from megatron_ring.training.self_test.processes import Process, in_words
 from megatron_ring.training.setup import Setup
 
-# Largest difference over the largest entry; the worst that 1,800 rings of all kinds showed is a third to a half of
-# these. Up to four of their query heads read one key-value head.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2.5e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+# The tolerances are for up to four query heads that read one key-value head.
 _READERS = 4
 _TOKENS = 256
 
 
 class Errors(NamedTuple):
-    """How far each is from what one process would get: largest difference over the largest entry, or over 1."""
+    """How far each is from what one process would get, as ``accuracy.error`` measures it."""
 
     out: float
     dq: float
@@ -62,11 +61,11 @@ def allowed(setup: Setup) -> Errors:
 
 def _problems(of_ranks: Errors, setup: Setup, processes: list[Process]) -> Iterator[str]:
     for name, found, limit in zip(Errors._fields, of_ranks, allowed(setup)):
-        wrong = [process for process, error in zip(processes, found) if not error <= limit]  # nan is not
+        wrong = [process for process, off in zip(processes, found) if not off <= limit]  # nan is not
         if wrong:
             yield (
                 f"ring attention is not local attention: {name} is wrong on {in_words(wrong)}, by "
-                f"{max(found[process.global_rank] for process in wrong):.1e} of its largest entry where "
+                f"{max(found[process.global_rank] for process in wrong):.1e} where "
                 f"{setup.precision.name} allows {limit:.1e} (kernel {setup.kernel.name})."
             )
 
@@ -88,7 +87,7 @@ def errors(setup: Setup, groups: ProcessGroups, at: Coordinates) -> Errors:
         out_BlHD, _ = attend(*local[:3], window, starts)
         ours = Attended(out_BlHD, *torch.autograd.grad(out_BlHD, local[:3], local[3]))
         expected = plain_attention(*tensors, window, documents)
-        found.append([_error(a, b[:, positions]) for a, b in zip(ours, expected)])
+        found.append([error(a, b[:, positions]) for a, b in zip(ours, expected)])
     return Errors(*(max(values) for values in zip(*found)))
 
 
@@ -106,7 +105,3 @@ def _random_inputs(setup: Setup, tokens: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(1, tokens, each, model.head_dim) for each in (heads, groups, groups, heads)]
     return [torch.randn(s, generator=generator).to(setup.device, setup.precision.dtype) for s in shapes]
-
-
-def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

@@ -41,7 +41,7 @@ class Report:
         lines = [
             f"processes        alike, and each where the grid has it: {in_words(self.processes)}",
             f"attention        {self._equation()} by {self.setup.kernel.name} in {self.setup.precision.name}: off by "
-            f"(allowed) {errors} of the largest entry",
+            f"(allowed) {errors}",
         ]
         if self.links:
             lines.append(f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:")
