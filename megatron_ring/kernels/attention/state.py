@@ -99,55 +99,62 @@ def heads_of(out: Output, heads: slice) -> Output:
 def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """An output in the type of dout that has this delta; contiguous.
 
-    Rounding all of its elements is not good enough: where those of dout are equal, they are rounded
-    alike, and the errors add up over the head. So the output is 0 but for two elements. Where dout
-    is largest it is delta / dout, and where dout is second largest it makes up for the rounding of
-    the first, which leaves 2^-17 of delta in bfloat16. In a row with a single element that is not 0
-    in dout, delta is rounded once, and a row of zeros gets zeros.
+    In types of two bytes, rounding all of its elements is not good enough: where those of dout are
+    equal, they are rounded alike, and the errors add up over the head. So the output is 0 but for
+    two elements. Where dout is largest it is delta / dout, and where dout is second largest it
+    makes up for the rounding of the first, which leaves 2^-17 of delta in bfloat16. In a row with a
+    single element that is not 0 in dout, delta is rounded once, and a row of zeros gets zeros.
 
     An element may be as large as all elements of the original output together. This could overflow
     in float16, so there all other elements carry their part of delta.
     """
+    rest_BLH1, size = delta_BHL.transpose(1, 2).unsqueeze(-1), dout_BLHD.shape[-1]
+    if dout_BLHD.itemsize > 2 or size == 1:
+        return _along(dout_BLHD.contiguous(), rest_BLH1)
     dout_BLHD = dout_BLHD.contiguous()
     first, second = _two_largest(dout_BLHD)
-    out_BLHD, rest_BLH1 = torch.zeros_like(dout_BLHD), delta_BHL.transpose(1, 2).unsqueeze(-1)
     if dout_BLHD.dtype == torch.float16:
-        out_BLHD = _along(dout_BLHD, rest_BLH1).scatter_(-1, torch.cat([first, second], -1), 0.0)
+        out_BLHD = _along(dout_BLHD, rest_BLH1)
+        out_BLHD.view(-1).index_fill_(0, first, 0.0).index_fill_(0, second, 0.0)
         rest_BLH1 = rest_BLH1 - delta(out_BLHD, dout_BLHD).transpose(1, 2).unsqueeze(-1)
-    at_first_BLH1, rest_BLH1 = _share(rest_BLH1, dout_BLHD.gather(-1, first))
-    at_second_BLH1, _ = _share(rest_BLH1, dout_BLHD.gather(-1, second))
-    # In this order, because in heads of a single element both are the same.
-    return out_BLHD.scatter_(-1, second, at_second_BLH1).scatter_(-1, first, at_first_BLH1)
+    else:
+        out_BLHD = torch.zeros_like(dout_BLHD)
+    rest, out, dout = rest_BLH1.flatten(), out_BLHD.view(-1), dout_BLHD.view(-1)
+    for at in (first, second):
+        element, rest = _share(rest, dout.index_select(0, at))
+        out.index_copy_(0, at, element)
+    return out_BLHD
 
 
 def _along(dout_BLHD: torch.Tensor, delta_BLH1: torch.Tensor) -> torch.Tensor:
     """The multiple of dout with this delta, the shortest of all outputs with it, rounded."""
     norm_BLH1 = torch.linalg.vector_norm(dout_BLHD, dim=-1, keepdim=True, dtype=delta_BLH1.dtype)
-    factor_BLH1 = (delta_BLH1 / norm_BLH1.square()).masked_fill_(norm_BLH1 == 0, 0.0)
+    factor_BLH1 = (delta_BLH1 / norm_BLH1 / norm_BLH1).masked_fill_(norm_BLH1 == 0, 0.0)
     return (dout_BLHD * factor_BLH1).to(dout_BLHD.dtype)
 
 
-def _share(delta_BLH1: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One element of an output, in the type of dout, and what its rounding leaves of delta."""
-    wide_BLH1 = dout.to(delta_BLH1.dtype)
-    exact_BLH1 = (delta_BLH1 / wide_BLH1).masked_fill_(wide_BLH1 == 0, 0.0)
-    rounded_BLH1 = exact_BLH1.to(dout.dtype)
-    return rounded_BLH1, delta_BLH1 - rounded_BLH1 * wide_BLH1
+def _share(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output's element of each row, in the type of dout, and what its rounding leaves of delta."""
+    wide = dout.to(delta.dtype)
+    element = (delta / wide).masked_fill_(wide == 0, 0.0).to(dout.dtype)
+    return element, delta - element * wide
 
 
 def _two_largest(x_BLHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The int64 indices in the last dim of two elements of each row, the largest by leading bits.
+    """Where two elements of each row are, the largest by their leading bits; x is of two bytes.
 
-    On a CPU torch.topk takes longer than the rest of ``output_with``. The bits of a number without
-    its sign are ordered as its magnitude is. The lowest of the leading 15 bits are replaced by the
-    index, so that one maximum finds both; elements whose other bits agree (within a factor of 4 in
-    bfloat16 with heads of 256) count as equally large.
+    Returns int64 indices into the flattened, contiguous ``x``, one of each row. On a CPU torch.topk
+    takes ten times as long. The bits of a number without its sign are ordered as its magnitude is.
+    The lowest bits are replaced by the index in the row, so that one maximum finds both; elements
+    whose other bits agree (within a factor of 4 in bfloat16 with heads of 256) count as equally
+    large.
     """
-    size, halves = x_BLHD.shape[-1], x_BLHD.itemsize // 2
+    size = x_BLHD.shape[-1]
     index_bits = (1 << (size - 1).bit_length()) - 1
-    leading_BLHD = x_BLHD.view(torch.int16)[..., halves - 1 :: halves]  # little-endian
-    key_BLHD = leading_BLHD & (torch.iinfo(torch.int16).max & ~index_bits)
-    key_BLHD |= torch.arange(size, dtype=torch.int16, device=x_BLHD.device)
-    first_BLH1 = (key_BLHD.amax(-1, keepdim=True) & index_bits).long()
-    key_BLHD.scatter_(-1, first_BLH1, 0)
-    return first_BLH1, (key_BLHD.amax(-1, keepdim=True) & index_bits).long()
+    key = x_BLHD.view(torch.int16) & (torch.iinfo(torch.int16).max & ~index_bits)
+    key |= torch.arange(size, dtype=torch.int16, device=x_BLHD.device)
+    key = key.view(-1, size)
+    starts = torch.arange(0, x_BLHD.numel(), size, device=x_BLHD.device)
+    first = starts + (key.amax(-1) & index_bits)
+    key.view(-1).index_fill_(0, first, 0)
+    return first, starts + (key.amax(-1) & index_bits)

@@ -117,10 +117,10 @@ def test_an_output_with_this_delta_has_it(rows, equal, size, dtype):
     assert (like[:, ::3] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("head_size", [1, 2, 3, 48, 256, 300])
-def test_the_two_largest_elements_of_any_head_carry_delta(head_size, dtype):
+def test_the_two_largest_elements_of_any_head_carry_delta(head_size):
     """All others are 0, and a head of one element is rounded once."""
+    dtype = torch.bfloat16
     generator = torch.Generator().manual_seed(head_size)
     out, dout = (torch.randn(1, 50, 2, head_size, generator=generator).to(dtype) for _ in range(2))
     wanted = delta(out, dout)
@@ -130,7 +130,7 @@ def test_the_two_largest_elements_of_any_head_carry_delta(head_size, dtype):
     torch.testing.assert_close(delta(like, dout), wanted, rtol=rounding, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtype", TWO_BYTES, ids=str)
 def test_where_the_gradient_has_one_element_the_output_is_what_it_was_there(dtype):
     generator = torch.Generator().manual_seed(0)
     out, at = torch.randn(1, 40, 2, 16, generator=generator).to(dtype), torch.arange(40) % 16
