@@ -187,10 +187,8 @@ def kill_until_it_ends(
         lines, newest = whole_lines(folder / "metrics.jsonl"), newest_step(folder)
         assert not newest or figures(lines, newest) == figures(expected, newest)
         seen.update(lines)
-        torn = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text()[-1:] not in "\n"
         superseded = len(whole_lines(folder / "metrics.jsonl.superseded"))
-        print(
-            f"killed {kind}: checkpoint {newest}, {len(lines)} lines, {superseded} superseded, torn {torn}", flush=True
-        )
+        found = f"checkpoint {newest}, {len(lines)} lines, {superseded} superseded"
+        print(f"killed {kind}: {found}", flush=True)
     kept = {line for file in folder.glob("metrics.jsonl*") for line in whole_lines(file)}
     assert seen <= kept, "lines were lost"

@@ -96,7 +96,10 @@ def test_what_fails_is_reported_once_and_counted(capsys):
     assert "/proc/none/x" in out[1]
 
 
-def program(folder: Path, body: str, unbuffered: str = "", **streams: int) -> subprocess.CompletedProcess:
+Ended = subprocess.CompletedProcess
+
+
+def program(folder: Path, body: str, unbuffered: str = "", **streams: int) -> Ended:
     """Ends with 0, and having run to its end, only if no write raised."""
     code = PREAMBLE + body + "\nopen('done', 'w').close()\n"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
