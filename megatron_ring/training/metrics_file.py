@@ -16,6 +16,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,18 @@ class MetricsFile:
 
     def __init__(self, path: Path, report: Callable[[str], None]):
         self.path, self._report = path, report
-        self._to_do: Callable[[], None] | None = None
+        self._to_do: list[Callable[[], None]] = []
 
     def begin(self, steps_done: int) -> None:
         """Prepare the file for the step after ``steps_done``; at 0, an earlier run's file is moved
         out of the way.
         """
-        self._to_do = (lambda: self._cut_after(steps_done)) if steps_done else self._move_aside
+        self._to_do.append(partial(self._cut_after, steps_done) if steps_done else self._move_aside)
         self._catch_up()
 
     def back_to(self, step: int) -> None:
         """Take the lines after ``step`` out, into the file of superseded lines."""
-        self._to_do = lambda: self._cut_after(step)
+        self._to_do.append(partial(self._cut_after, step))
         self._catch_up()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -71,10 +72,10 @@ class MetricsFile:
             disk.flush(self.path.parent)
 
     def _catch_up(self) -> None:
-        if self._to_do:
+        while self._to_do:  # in this order: a run that goes back has an earlier one's file to move
             disk.make_folder(self.path.parent)
-            self._to_do()
-            self._to_do = None
+            self._to_do[0]()
+            del self._to_do[0]
 
     def _move_aside(self) -> None:
         if not self.path.is_file() or self.path.stat().st_size == 0:
@@ -88,8 +89,7 @@ class MetricsFile:
         disk.flush(aside.parent)
         self._report(
             f"metrics          {self.path} had the lines of an earlier run, which are in {aside} "
-            "now: this run begins "
-            "at step 1 (--load continues an earlier one)"
+            "now: this run begins at step 1 (--load continues an earlier one)"
         )
 
     def _cut_after(self, step: int) -> None:

@@ -233,6 +233,19 @@ def test_what_could_not_be_prepared_is_tried_again_before_the_next_line(path, fi
     assert superseded(path).read_text() == lines(2, 3), "once"
 
 
+def test_what_could_not_be_moved_is_moved_before_a_roll_back(path, file, monkeypatch):
+    path.write_text(lines(1, 2, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _refuse)
+        for act in (lambda: file.begin(0), lambda: file.back_to(2)):
+            with pytest.raises(PermissionError):
+                act()
+    file.write({"step": 3})
+    assert steps(path) == [3]
+    assert steps(path.with_name("metrics.jsonl.1")) == [1, 2, 3]
+    assert not superseded(path).exists()
+
+
 def _refuse(*_) -> None:
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
