@@ -305,7 +305,11 @@ def test_a_device_is_refused():
         gather(["/dev/null"])
 
 
-@pytest.mark.parametrize("content", [RECORDS, gzip.compress(RECORDS), bz2.compress(RECORDS)])
+@pytest.mark.parametrize(
+    "content",
+    [RECORDS, gzip.compress(RECORDS), bz2.compress(RECORDS)],
+    ids=["plain", "gzip", "bzip2"],
+)
 def test_named_pipes_are_kept_beside_files_and_their_content_decides(tmp_path, content):
     (tmp_path / "a.txt").write_text("a")
     for name in ("pipe", "other.jsonl"):

@@ -71,6 +71,7 @@ def test_the_processes_up_to_the_outermost_launcher_are_watched(chain, watched, 
         ({"TORCHELASTIC_RUN_ID": "x"}, os.getpid()),  # an elastic agent in a program of the user's own
         ({"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"}, 0),  # gone before we looked
     ],
+    ids=["nothing", "srun", "elastic agent", "deepspeed"],
 )
 def test_what_started_it_shows_in_the_environment_where_no_launcher_is_there(variables, found):
     code = """if 1:
