@@ -16,6 +16,7 @@ from typing import Literal
 
 from megatron_ring.data.archives import Member, tar_members, zip_members
 from megatron_ring.data.compression import (
+    ExpansionLimit,
     damaged,
     decompressed,
     needed,
@@ -42,7 +43,7 @@ NOT_JSON_LINES = LeftOut("*.json that are not JSON lines")
 
 _READ_AT_ONCE = 1 << 20
 _ROWS_AT_ONCE = 256
-_ROWS_BYTES = 2 << 30
+_ROWS_BYTES = 1 << 30
 _PARQUET_BUFFER = 1 << 20
 _LARGEST_COUNTER = 1000
 _OTHER = "others"
@@ -337,9 +338,10 @@ def _parquet_rows(file: Path, reading: Reading) -> Iterator[str | DataError]:
     try:
         with readable(str(file)), parquet.ParquetFile(file, **options) as table:
             _refuse_missing_column(file, table.schema_arrow, key)
+            limit = ExpansionLimit(str(file), file.stat().st_size)
             for number, row in enumerate(_cells(table, key), start=1):
                 try:
-                    yield _cell_text(row, arrow, reading)
+                    yield _cell_text(row, arrow, reading, limit)
                 except ValueError as error:
                     yield DataError(f"{file}:{number}: {error}")
     except arrow.ArrowException as error:
@@ -357,13 +359,14 @@ def _cells(table: object, key: str) -> Iterator[object]:
             yield from batch.column(0)
 
 
-def _cell_text(row: object, arrow: object, reading: Reading) -> str:
+def _cell_text(row: object, arrow: object, reading: Reading, limit: ExpansionLimit) -> str:
     if isinstance(row, arrow.DictionaryScalar):
         row = row.value
     if row is None or not row.is_valid:
         raise ValueError(_null(reading.json_key))
     if not (arrow.types.is_string(row.type) or arrow.types.is_large_string(row.type)):
         raise ValueError(f"no text under {reading.json_key!r}; found {row.type}. Set --json-key.")
+    limit.count(row.as_buffer().size)
     if row.as_buffer().size > reading.max_document_bytes:
         raise ValueError(_too_long("a cell", reading.max_document_bytes))
     try:

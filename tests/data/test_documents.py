@@ -136,6 +136,14 @@ def test_cells_of_parquet_that_are_no_text_are_named_each(tmp_path):
     assert "a.parquet:1: no text under 'n'; found int64" in str(next(piece.documents(Reading("n"))))
 
 
+def test_a_parquet_file_of_one_long_value_in_many_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * 10_000])
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet expands to more than"):
+        documents(tmp_path / "a.parquet")
+
+
 def test_a_parquet_file_is_known_by_its_content(tmp_path):
     written = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["one"]}), written)
