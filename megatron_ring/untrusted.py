@@ -151,7 +151,7 @@ def parse_yaml(content: bytes) -> Any:
     numbers beyond 64 bits, and every tag that would construct a Python object.
     """
     try:
-        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        loader = _Loader(content.decode("utf-8-sig"))
         node = loader.get_single_node()
         if node is None:
             return None
@@ -246,6 +246,15 @@ _SHORT_REPR = _ShortRepr()
 
 def _is_small_integer(value: Any) -> bool:
     return isinstance(value, int) and abs(value) < 10**_SHOWN_CHARACTERS
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at the first level that is too deep: PyYAML's time for each token grows with the depth."""
+
+    def increase_flow_level(self) -> None:
+        super().increase_flow_level()
+        if self.flow_level > _YAML_DEPTH:
+            raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels")
 
 
 def _check_node_count(root: yaml.Node) -> None:
