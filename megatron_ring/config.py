@@ -343,6 +343,9 @@ class DataConfig:
 
     def _blend_problems(self) -> list[str]:
         count, prefixes = len(self.data_path), self.data_path[1::2]
+        nameless = [word for word in (prefixes or self.data_path) if not Path(word).name]
+        if nameless:
+            return [f"data_path has {nameless[0]!r}, which names no store: it is the P of P.bin. Set --data-path."]
         if count < 2:
             return []
         if count % 2:

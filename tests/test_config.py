@@ -722,3 +722,9 @@ def test_a_file_that_is_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match="regular"):
         limited(lambda: load_yaml(tmp_path / "pipe.yaml"))
+
+
+@pytest.mark.parametrize("words", [("",), (".",), ("/",), ("1", "", "2", "b")])
+def test_a_store_without_a_name_is_refused(words):
+    [problem] = DataConfig(data_path=words).problems()
+    assert "--data-path" in problem
