@@ -8,6 +8,7 @@ an undisturbed run, clocks aside, and every line that was ever whole must still 
 ``--kills`` says how many kills there are.
 """
 
+import contextlib
 import json
 import random
 import shutil
@@ -72,9 +73,11 @@ class Run:
 
 def whole_lines(file: Path) -> list[str]:
     """Without what a kill has torn, which can be at the end only."""
-    if not file.exists():
+    try:
+        text = file.read_text()
+    except FileNotFoundError:  # or it has just been moved aside
         return []
-    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     assert all(isinstance(json.loads(line), dict) for line in whole)
     return whole
 
@@ -113,14 +116,14 @@ class Moment:
     def __init__(self, kind: str, draw: random.Random, folder: Path, seconds_to_start: float):
         self.kind, self.share, self.seconds_to_start = kind, draw.random(), seconds_to_start
         self.metrics, newest = folder / "metrics.jsonl", newest_step(folder)
-        self.step = newest + (SAVE_INTERVAL if kind == "in a save" else draw.randint(1, 6))
+        self.step = newest + (SAVE_INTERVAL if kind == "in a save" else draw.randint(2, 10))
         self.before = self._files()
 
     def wait(self, run: Run) -> bool:
         """Whether it came before the run ended."""
         came = run.wait_until(lambda: self._has_come(run))
         if came and self.kind in ("in a step", "in a save"):
-            time.sleep(self.share * 0.05)
+            time.sleep(self.share * 0.3)
         return came
 
     def _has_come(self, run: Run) -> bool:
@@ -134,8 +137,11 @@ class Moment:
     def _files(self) -> list[tuple[int, int]]:
         """What a resume and a step change of the metrics file and of the superseded lines."""
         files = self.metrics, self.metrics.with_name("metrics.jsonl.superseded")
-        found = [file.stat() for file in files if file.exists()]
-        return [(file.st_size, file.st_mtime_ns) for file in found]
+        found = []
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file.stat().st_size, file.stat().st_mtime_ns))
+        return found
 
 
 KINDS = "while it starts", "in a step", "in a save", "as it cuts its metrics"
