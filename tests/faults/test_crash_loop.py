@@ -115,8 +115,9 @@ class Moment:
 
     def __init__(self, kind: str, draw: random.Random, folder: Path, seconds_to_start: float):
         self.kind, self.share, self.seconds_to_start = kind, draw.random(), seconds_to_start
-        self.metrics, newest = folder / "metrics.jsonl", newest_step(folder)
-        self.step = newest + (SAVE_INTERVAL if kind == "in a save" else draw.randint(2, 10))
+        self.metrics = folder / "metrics.jsonl"
+        after = max(newest_step(folder), SAVE_INTERVAL)  # with a checkpoint to resume from
+        self.step = after + (SAVE_INTERVAL if kind == "in a save" else draw.randint(2, 6))
         self.before = self._files()
 
     def wait(self, run: Run) -> bool:
