@@ -11,15 +11,18 @@ import mmap
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 
 from megatron_ring.errors import DataError
+
+Result = TypeVar("Result")
 
 # The rest is for the libraries: sockets, pipes, devices, checkpoints.
 _SHARE_OF_LIMIT = 4
@@ -65,7 +68,7 @@ class OpenMaps:
         """
         with self._lock:
             if (found := self._maps.get(file)) is None:
-                mapped = self._opened(file)
+                mapped = self._read(file, lambda: _mapped(file))
                 _refuse_changed(file, state)
                 found = self._maps[file] = mapped, np.frombuffer(mapped, dtype)
                 while len(self._maps) > self._limit:
@@ -73,16 +76,24 @@ class OpenMaps:
             self._maps.move_to_end(file)
             return found
 
-    def _opened(self, file: str) -> mmap.mmap:
+    def read(self, file: str | Path, read: Callable[[], Result]) -> Result:
+        """Return ``read()``, which opens ``file``; at the limit on open files all maps are closed first.
+
+        Raises DataError with the remedy where that does not help, or the file cannot be read.
+        """
+        with self._lock:
+            return self._read(file, read)
+
+    def _read(self, file: str | Path, read: Callable[[], Result]) -> Result:
         try:
-            return _mapped(file)
+            return read()
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise _unreadable(file, error) from error
         # Something else took more files than expected: close what can be opened again.
         self._maps.clear()
         with readable(file):
-            return _mapped(file)
+            return read()
 
 
 def open_files_limit() -> int:

@@ -106,11 +106,11 @@ class TokenStore:
     def __init__(self, prefix: str | Path, maps: OpenMaps | None = None):
         self.prefix = prefix
         _refuse_missing(prefix)
-        with readable(idx_path(prefix)):
-            self.dtype, self._starts = read_index(prefix)
+        self._maps = OpenMaps(1) if maps is None else maps
+        self.dtype, self._starts = self._maps.read(idx_path(prefix), lambda: read_index(prefix))
         self._state = _checked_state(prefix, int(self._starts[-1]), self.dtype)
         self.lengths = np.diff(self._starts)
-        self._bin, self._maps = str(bin_path(prefix)), OpenMaps(1) if maps is None else maps
+        self._bin = str(bin_path(prefix))
         self._tokens()
 
     def __len__(self) -> int:

@@ -88,10 +88,12 @@ def test_a_store_that_was_cut_while_its_map_was_closed_is_refused(tmp_path):
         second.document(0), first.document(0)
 
 
-@pytest.mark.usefixtures("few_open_files")
-def test_more_stores_than_open_files(tmp_path):
-    maps = OpenMaps()
-    stores = [TokenStore(written(tmp_path, number), maps) for number in range(30)]
+def test_more_stores_than_open_files(tmp_path, request):
+    """Maps are closed when the limit is met, whether by a map or by the index of another store."""
+    prefixes = [written(tmp_path, number) for number in range(30)]
+    request.getfixturevalue("few_open_files")
+    maps = OpenMaps(limit=30)
+    stores = [TokenStore(prefix, maps) for prefix in prefixes]
     assert [int(store.document(0)[0]) for store in stores] == list(range(30))
 
 

@@ -25,8 +25,8 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     difference over the norm of ``expected``: it finds what is a little wrong everywhere. Both are
     for inputs and gradients of the output of about 1.
     """
-    expected = expected.double()
-    difference = actual.double() - expected
+    expected = expected.detach().double()
+    difference = actual.detach().double() - expected
     largest = difference.abs().max() / expected.abs().max().clamp(min=1)
     norm = expected.norm().clamp(min=_SMALLEST_RMS * expected.numel() ** 0.5)
     return float(torch.maximum(largest, _NORM_WEIGHT * difference.norm() / norm))
