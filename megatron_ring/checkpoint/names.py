@@ -4,6 +4,7 @@
     SAVE/.partial-00000200       one that is being written, or was when its process was killed
     SAVE/.removed-step-00000100  one that is being deleted, or makes way for another of the same step
     SAVE/kept-from-00000100      what a user had put into one that is deleted
+    SAVE/earlier-1               the checkpoints of a run that another one from step 0 has superseded
     SAVE/latest                  the name of the newest
     SAVE/.lease-00000001         the run that writes here (lease.py)
 
@@ -43,6 +44,12 @@ def kept_path(path: Path) -> Path:
     first = path.with_name(f"kept-from-{path.name.removeprefix(f'{REMOVED}step-')}")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free))
+
+
+def earlier_path(folder: Path) -> Path:
+    """A free name for the checkpoints of an earlier run in ``folder``."""
+    names = (folder / f"earlier-{number}" for number in itertools.count(1))
+    return next(free for free in names if not os.path.lexists(free))
 
 
 def step_of(path: Path) -> int:

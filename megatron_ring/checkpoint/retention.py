@@ -114,3 +114,28 @@ def _own(folder: Path) -> set[str]:
         for name in _files(folder)
         if name in recorded or name == STATE or _OWN.fullmatch(name) or LITTER.fullmatch(os.path.basename(name))
     }
+
+
+def set_aside_earlier(folder: Path) -> Path | None:
+    """Move all checkpoints in ``folder`` and ``latest`` into a new sub-folder, and return it.
+
+    None where there is none. For the first save of a run from step 0, which would otherwise
+    overwrite those of an earlier run step by step. The oldest is moved first and ``latest`` last:
+    where a kill comes between, ``--load`` still finds the newest. Raises OSError.
+    """
+    found = [path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)]
+    if not found:
+        return None
+    aside = names.earlier_path(folder)
+    aside.mkdir()
+    pointer = folder / names.LATEST
+    for path in [*reversed(found), *([pointer] if os.path.lexists(pointer) else [])]:
+        if path.is_symlink():
+            # A relative link would lead elsewhere from the sub-folder.
+            (aside / path.name).symlink_to(path.resolve())
+            path.unlink()
+        else:
+            path.rename(aside / path.name)
+    disk.flush(aside)
+    disk.flush(folder)
+    return aside

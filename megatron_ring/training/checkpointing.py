@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from megatron_ring.checkpoint import fit, formats, names, store, tensors
+from megatron_ring.checkpoint import disk, fit, formats, names, retention, store, tensors
 from megatron_ring.checkpoint.finite import NotFinite
 from megatron_ring.checkpoint.lease import Lease
 from megatron_ring.checkpoint.provenance import commit, now
@@ -126,6 +126,8 @@ class Saver:
         its tensors are not finite. Older ones stay as they are.
         """
         self.finish()
+        if self._begun_from is None and self._saved is None:
+            self.agreement.on_rank_0(_any_error("cannot set checkpoints aside", self._set_earlier_aside))
         final = names.final_path(Path(self._config.checkpoint.save), state.step)
         if not retire and self.agreement.on_rank_0(final.exists):
             return
@@ -139,6 +141,15 @@ class Saver:
             self._thread.start()
         else:
             self._saved = save.write(engine.pieces())
+
+    def _set_earlier_aside(self) -> None:
+        """Keep the checkpoints of an earlier run: this one started from step 0 in the same folder."""
+        folder = Path(self._config.checkpoint.save)
+        if self._lease:
+            self._lease.check()
+        with disk.write_errors(folder):
+            if folder.is_dir() and (aside := retention.set_aside_earlier(folder)):
+                tqdm.write(f"checkpoints      those of an earlier run in {folder} are in {aside} now")
 
     def finish(self) -> Path | None:
         """Block until the last checkpoint is whole; its folder, if there is one. Raises what ``save`` would."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_ring.checkpoint import names
 from megatron_ring.checkpoint.fit import changed_stores, other_data
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
@@ -30,9 +31,19 @@ def opening(start: Start) -> str:
     ]
     if stored:
         lines += [*stored.skipped, *_beginning(stored, config, start.fingerprints)]
+    elif earlier := _earlier_checkpoints(config):
+        lines.append(
+            f"starting afresh  {earlier[0]} is of an earlier run. The first save of this one moves the "
+            f"{len(earlier)} checkpoints there into a sub-folder; --load {config.checkpoint.save} continues that run"
+        )
     elif config.checkpoint.load:
         lines.append(f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random")
     return "\n".join(lines)
+
+
+def _earlier_checkpoints(config: Config) -> list[Path]:
+    """The checkpoints in the --save folder of a run that starts from step 0, newest first."""
+    return names.checkpoints(Path(config.checkpoint.save)) if config.checkpoint.save else []
 
 
 def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
@@ -41,9 +52,18 @@ def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) 
         return [f"weights          {stored.path}, a new run"]
     step = stored.state.step
     lines = [f"resuming         {stored.path}, {step} steps done"]
+    if step >= config.training.train_iters:
+        lines.append(
+            f"nothing to do    --train-iters is {config.training.train_iters}: set it above {step} to train on"
+        )
     if changed := change_on_resume(step, read_config(stored.path).training, config.training):
         lines.append(f"learning rate    {changed}")
-    if differing := [*other_data(stored, config), *changed_stores(stored, fingerprints)]:
+    other_stores = changed_stores(stored, fingerprints)
+    differing = other_data(stored, config)
+    if len(fingerprints) == 1 and stored.state.data and not other_stores:
+        # The same store under another path.
+        differing = [difference for difference in differing if not difference.startswith("data_path ")]
+    if differing := [*differing, *other_stores]:
         goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
         stated = "; ".join(problem.removesuffix(".") for problem in differing)
         lines.append(f"other data       {stated}: {goes_on}, read before or not.")

@@ -1,8 +1,9 @@
 """Stopping in order: a rank hears a signal, all end after the same step, with a checkpoint, to be started again.
 
-SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send. The exit code is
+SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send, SIGINT Ctrl-C; a
+second Ctrl-C leaves at once, without a checkpoint. The exit code is
 EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank. torchrun hands on SIGTERM,
-waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of either.
+waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of each of them.
 
 A rank whose launcher has ended (parallel/launcher.py) stops in the same way: no signal of the user's would reach it any
 more, and nobody would wait for it. Other nodes may be alive, so that the checkpoint is worth writing.
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
@@ -22,7 +24,10 @@ from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.launcher import Launchers
 
 EXIT_CODE = os.EX_TEMPFAIL
-SIGNALS = signal.SIGTERM, signal.SIGUSR1
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+_EXIT_CODE_OF_INTERRUPT = 128 + signal.SIGINT
+# A terminal sends Ctrl-C to ranks and launchers, and torchrun then sends it to the ranks again.
+_SECONDS_OF_ONE_INTERRUPT = 2
 
 # All ranks are told within a moment of each other. One that left before the rest have heard would fail them.
 _SECONDS_TO_HEAR = 1
@@ -91,14 +96,20 @@ class Stopping:
         if isinstance(error, Exception) and self._told.is_set() and not self._begun.is_set():
             self._leave()  # it was about to; those who were a moment quicker have failed it
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if isinstance(error, Exception) else signal.SIG_IGN)
+            failed = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, failed if isinstance(error, Exception) else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._ear.close()
         self._over.set()
 
     def _listen(self, hearing: socket.socket) -> None:
         with hearing:
+            interrupted = None
             while numbers := hearing.recv(64):  # a byte for each signal; none once closed
+                if signal.SIGINT in numbers:
+                    interrupted = interrupted or time.monotonic()
+                    if time.monotonic() - interrupted > _SECONDS_OF_ONE_INTERRUPT:
+                        self._leave_at_once()
                 if not self._told.is_set() and not set(SIGNALS).isdisjoint(numbers):
                     self._signalled = True
                     self._told.set()
@@ -125,6 +136,13 @@ class Stopping:
         """Why the run stops, as far as this rank can see: another one may have been told first."""
         launcher_ended = not self._signalled and self._launchers and self._launchers.ended()
         return "its launcher has ended" if launcher_ended else "a signal asked"
+
+    def _leave_at_once(self) -> None:
+        """Leave at the second Ctrl-C; checkpoints that were saved before stay."""
+        _print("stopped          at once, within a step: a second Ctrl-C. Steps since the last checkpoint are lost")
+        for act in self._before_leaving:
+            act()
+        os._exit(_EXIT_CODE_OF_INTERRUPT)
 
     def _leave(self) -> None:
         self._say(f"before the first step, as {self._why}")

@@ -128,3 +128,38 @@ def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tmp_path):
     write(tmp_path / "saved", 20, keeping(keep_last=1))
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["latest", "step-00000020"]
     assert store.verify(moved) == state(10)
+
+
+def test_a_run_from_step_0_keeps_the_checkpoints_of_an_earlier_run(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    save = tmp_path / "save"
+    for step in (10, 20):
+        write(save, step)
+    write(elsewhere, 5)
+    (save / "step-00000005").symlink_to("../elsewhere/step-00000005")
+    aside = retention.set_aside_earlier(save)
+    assert aside == save / "earlier-1"
+    assert steps(aside) == [5, 10, 20]
+    assert steps(save) == []
+    assert store.newest(aside).state.step == 20
+    assert store.verify(aside / "step-00000005").step == 5
+    assert retention.set_aside_earlier(save) is None
+    write(save, 10)
+    assert retention.set_aside_earlier(save) == save / "earlier-2"
+
+
+@pytest.mark.parametrize("renames", range(3))
+def test_a_kill_between_two_moves_leaves_the_newest_in_place(tmp_path, monkeypatch, renames):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    moves = []
+
+    def rename(path: Path, target: Path) -> None:
+        if len(moves) == renames:
+            raise KeyboardInterrupt
+        moves.append(path.replace(target))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        retention.set_aside_earlier(tmp_path)
+    assert store.newest(tmp_path).state.step == 30

@@ -87,7 +87,7 @@ def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_starte
 def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
     ranks = start(folder, "--metrics-file", "lost.jsonl", "--pipeline-model-parallel-size", "2", "--num-layers", "2")
     until(lambda: metrics(folder / "lost.jsonl"))
-    ranks[1].send_signal(signal.SIGUSR1)
+    ranks[1].send_signal(signal.SIGINT)
     codes, said = ended(ranks)
     assert codes == {75}, said
     assert said.count("nothing is kept: --save is not set") == 1
@@ -102,6 +102,28 @@ def test_told_while_it_waits_for_others_it_leaves_at_once(folder):
     codes, said = ended(ranks)
     assert codes == {75}, said
     assert said.count("stopped          before the first step, as a signal asked") == 1
+
+
+INTERRUPTED_TWICE = """\
+import os, signal, time
+from megatron_ring.training import stopping
+stopping._SECONDS_OF_ONE_INTERRUPT = 0.2
+with stopping.Stopping(speaks=True) as stop:
+    stop._begun.set()  # as within a step
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # as torchrun passes on what the terminal sent already
+    time.sleep(0.5)
+    print("still at work", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    left = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE], cwd=ROOT, capture_output=True, text=True)
+    assert left.returncode == 130, left.stderr
+    assert left.stdout.splitlines()[0] == "still at work"
+    assert "Traceback" not in left.stderr
 
 
 LEFT_BEHIND = """\
