@@ -39,6 +39,8 @@ LARGEST_INTEGER = 2**63 - 1
 _YAML_DEPTH = 50
 _YAML_NODES = 100_000
 _SHORT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+_TEXT_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:value"}
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _LONGEST_NUMBER = 400
 _SHOWN_PROBLEMS = 3
 _SHOWN_CHARACTERS = 80
@@ -148,7 +150,8 @@ def parse_yaml(content: bytes) -> Any:
     """Parse one YAML document of plain values (UTF-8, with or without a byte-order mark).
 
     Refuses deep nesting, aliases that expand to more than 100,000 nodes or to themselves, whole
-    numbers beyond 64 bits, and every tag that would construct a Python object.
+    numbers beyond 64 bits, a key that is twice in one mapping, and every tag that would construct a
+    Python object.
     """
     try:
         loader = _Loader(content.decode("utf-8-sig"))
@@ -156,6 +159,7 @@ def parse_yaml(content: bytes) -> Any:
         if node is None:
             return None
         _check_node_count(node)
+        _check_repeated_keys(loader, node)
         document = loader.construct_document(node)
     except RecursionError as error:
         raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels") from error
@@ -288,6 +292,32 @@ def _check_node_count(root: yaml.Node) -> None:
             raise UntrustedInputError(f"it nests deeper than {_YAML_DEPTH} levels")
         if sizes[id(node)] > _YAML_NODES:
             raise UntrustedInputError(f"its aliases expand to more than {_YAML_NODES} values")
+
+
+def _check_repeated_keys(loader: yaml.SafeLoader, root: yaml.Node) -> None:
+    """Refuse a mapping with two equal scalar keys, of which PyYAML would use the last alone.
+
+    Keys are compared as Python does after construction: 1 and 0x1 are equal. A key that a mapping
+    has itself may replace a merged one ("<<").
+    """
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        stack += _children(node)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
+                continue
+            name = key.value if key.tag in _TEXT_TAGS else loader.construct_object(key)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise UntrustedInputError(
+                    f"the key {shown(name)} is twice in one mapping, in lines {lines[name]} and {line}"
+                )
+            lines[name] = line
 
 
 def _check_length(node: yaml.Node) -> None:

@@ -102,6 +102,11 @@ def test_yaml_of_plain_values_is_read_with_a_byte_order_mark_and_aliases():
     assert parse_yaml(b"") is None
 
 
+def test_a_key_may_replace_a_merged_one_and_be_in_several_mappings():
+    text = b"x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: {a: {a: 4}}"
+    assert parse_yaml(text) == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, "z": {"a": {"a": 4}}}
+
+
 def _alias_bomb() -> bytes:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     for level in range(1, 9):
@@ -129,6 +134,9 @@ def _alias_bomb() -> bytes:
         (b"f: !!python/object/apply:os.getcwd []", "not YAML"),
         (b"a: \xff", "cannot be read"),
         (b"a: 1\n---\nb: 2", "not YAML"),
+        (b"t: {lr: 1}\nm: 2\nt: {iters: 3}", "'t' is twice in one mapping, in lines 1 and 3"),
+        (b'- x:\n    "a": 1\n    a: 2', "'a' is twice in one mapping, in lines 2 and 3"),
+        (b"1: a\n0x1: b", "1 is twice in one mapping, in lines 1 and 2"),
     ],
 )
 def test_odd_yaml_is_refused(content, reason):
