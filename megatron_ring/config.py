@@ -41,6 +41,8 @@ _ALONE_ONLY = tyro.constructors.PrimitiveConstructorSpec(
 
 def _shares(given: str | list[Any]) -> tuple[float, ...]:
     """The shares of --split, in words of their own or with commas between them, as Megatron has them."""
+    if not isinstance(given, str | list):
+        raise ValueError("takes numbers in a list, or text with commas between them")
     words = given.split(",") if isinstance(given, str) else given
     parts = [part for word in words for part in str(word).split(",") if part.strip()]
     if len(parts) not in (2, 3):

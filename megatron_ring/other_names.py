@@ -15,7 +15,6 @@ _NO_FP8 = "no equivalent: compute types are those of --dtype (fp32, bf16, fp16)"
 _NO_INTERLEAVING = "no equivalent: a stage of --pipeline-model-parallel-size is one run of layers"
 _LOSS_SCALE = "leave it out: with --dtype fp16 DeepSpeed scales the loss dynamically"
 _ONE_CORPUS = "no equivalent: --split cuts validation and test from the stores of --data-path"
-_SAMPLES = "set --train-iters: samples / --global-batch-size"
 _ALWAYS = "leave it out: it is always so"
 _LOGGED = "leave it out: --metrics-file and --tensorboard-dir have every figure"
 
@@ -79,8 +78,8 @@ MEGATRON = {
     # batch, optimizer and schedule
     "batch-size": "set --micro-batch-size",
     "rampup-batch-size": "no equivalent: --global-batch-size is the same in every step",
-    "train-samples": _SAMPLES,
-    "lr-decay-samples": _SAMPLES,
+    "train-samples": "set --train-iters: samples / --global-batch-size",
+    "lr-decay-samples": "set --lr-decay-iters: samples / --global-batch-size",
     "lr-warmup-samples": "set --lr-warmup-iters: samples / --global-batch-size",
     "lr-warmup-fraction": "set --lr-warmup-iters: the fraction of the steps that the schedule has",
     "lr-warmup-init": "no equivalent: the warm-up of --lr-warmup-iters begins at 0",

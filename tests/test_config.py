@@ -270,6 +270,10 @@ MISTAKES = {
     "training: {zero_stage: [1]}": "FILE: training: zero_stage is [1], not one of 0, 1, 2, 3.",
     "training: {deepspeed: 3}": "FILE: training: deepspeed is 3, not of type dict.",
     "data: {split: [1]}": "FILE: data: split is [1], not a list of 2 float or a list of 3 float.",
+    "data: {split: {0.9: a, 0.1: b}}": (
+        "FILE: data: split is {0.1: 'b', 0.9: 'a'}, not a list of 2 float or a list of 3 float."
+    ),
+    "data: {split: 0.9}": "FILE: data: split is 0.9, not a list of 2 float or a list of 3 float.",
     "data: {data_path: [3]}": "FILE: data: data_path is [3], not a list of str.",
     "checkpoint: {save: 3}": "FILE: checkpoint: save is 3, not of type str.",
 }
@@ -290,7 +294,12 @@ def test_all_mistakes_in_a_file_are_said_at_once(complaint):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("a: [b", "while parsing"), (b"\xff\xfe\x00", "'utf-8' codec can't decode")]
+    ("text", "reason"),
+    [
+        ("a: [b", "while parsing"),
+        (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
+        ("training: {lr: 0.1}\ntraining: {train_iters: 50}", "'training' is twice in one mapping, in lines 1 and 2"),
+    ],
 )
 def test_a_file_that_is_not_yaml(text, reason, complaint):
     assert complaint(text).startswith("config FILE cannot be read: ")

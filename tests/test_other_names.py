@@ -44,6 +44,8 @@ def test_every_hint_names_flags_and_values_that_exist(name):
         (["--swiglu"], "Megatron's --swiglu: set --activation swiglu"),
         (["--num-layers", "2", "--bf16", "--lr", "1"], "Megatron's --bf16: set --dtype bf16"),
         (["--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-model"),
+        (["--lr-decay-samples", "100"], "set --lr-decay-iters"),
+        (["--use-mcore-models"], "Megatron's --use-mcore-models: leave it out"),
         (["--cp-comm-type", "a2a"], "--ulysses-degree"),
         (["--use_flash_attn"], "--attention-kernel flash"),
         (["--rotary-percent=0.5"], "Megatron's --rotary-percent: no equivalent"),
