@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ring.checkpoint.hugging_face.aspects import Told
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import shown
 
@@ -21,7 +21,7 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
         for aspect in family.aspects:
             fields |= aspect.read(config, problems)
         model = ModelConfig(**fields)
-        return model, problems or model.problems()
+        return model, problems or Config(model=model).problems()
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         return ModelConfig(), [*problems, f"a value is of a type that its key never has ({shown(error)})."]
 

@@ -23,7 +23,7 @@ from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import Shapes, write_whole
 from megatron_ring.config import Config
-from megatron_ring.errors import CheckpointError
+from megatron_ring.errors import CheckpointError, ConfigError
 from megatron_ring.untrusted import shown
 
 _NOTED = 20
@@ -46,8 +46,9 @@ class Imported:
 def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
     """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load.
 
-    Raises CheckpointError, and ConfigError for a stretch that cannot be.
+    Raises CheckpointError, and ConfigError for a stretch that cannot be, or a config that --load would refuse.
     """
+    _check_not_ours(source)
     _check_empty(out)
     folder = Folder.open(source)
     name, family = _family(folder)
@@ -62,8 +63,20 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
         commit=commit(),
         written_at=now(),
     )
+    dropouts, notes = _dropouts(folder.config), _notes(folder.config, family)
     path, carried = _write(folder, out, state, config, shapes, found)
-    return Imported(path, name, carried, _dropouts(folder.config), _notes(folder.config, family))
+    return Imported(path, name, carried, dropouts, notes)
+
+
+def _check_not_ours(source: Path) -> None:
+    """Refuse a checkpoint of this project, or a folder of them, in the place of one of transformers'."""
+    if not source.is_dir() or (source / hugging_face.CONFIG).exists():
+        return
+    if (source / store.STATE).is_file() or names.checkpoints(source):
+        raise CheckpointError(
+            f"{source} is already a checkpoint of this project, or a folder of them: there is nothing to import. "
+            f"Train it with pretrain_gpt.py --load {source}."
+        )
 
 
 def _check_empty(out: Path) -> None:
@@ -103,7 +116,10 @@ def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, i
     model, seq_length = stretched(model, folder.config, longest, stretch)
     # A tokenizer may have fewer ids than the model has rows.
     config = Config(model=replace(model, padded_vocab_size=vocab_size))
-    return replace(config, data=replace(config.data, seq_length=seq_length)), vocab_size
+    config = replace(config, data=replace(config.data, seq_length=seq_length))
+    if problems := config.problems():
+        raise ConfigError(["the config of the checkpoint would be one that --load refuses:", *problems])
+    return config, vocab_size
 
 
 def _write(

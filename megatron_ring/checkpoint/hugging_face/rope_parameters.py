@@ -11,6 +11,8 @@ from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 
 _DEFAULT_BASE = 10000.0
+LONGEST = 2**31 - 1
+"""The most tokens of a sequence: the largest value that --seq-length has."""
 _OF_ANY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # What each kind may say besides.
 _STRETCHES: dict[str, set[str]] = {
@@ -29,9 +31,12 @@ _CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "bet
 def _read(config: Told, problems: list[str]) -> Told:
     rope = config_of_rope(config)
     base = float(told_or(rope, "rope_theta", told_or(config, "rope_theta", _DEFAULT_BASE)))
-    kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
+    kind = _kind(rope)
     problems += _partial(config, rope)
-    if kind not in _STRETCHES:
+    for name in ("rope_scaling", "rope_parameters"):
+        if config.get(name) and not isinstance(config[name], dict):
+            return _problem(problems, f"{name} is {shown(config[name])}, and must be an object of keys and values.")
+    if not isinstance(kind, str) or kind not in _STRETCHES:
         known = ", ".join(_STRETCHES)
         return _problem(problems, f"RoPE's rope_type is {shown(kind)}, which has no counterpart here. Known: {known}.")
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
@@ -39,8 +44,14 @@ def _read(config: Told, problems: list[str]) -> Told:
 
 
 def config_of_rope(config: Told) -> Told:
-    """The keys and values of the rope_scaling or rope_parameters that count; empty where neither does."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """The keys and values of the rope_scaling or rope_parameters that count; empty where neither is an object."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    return rope if isinstance(rope, dict) else {}
+
+
+def _kind(rope: Told) -> object:
+    """The value of rope_type, which may be of any type."""
+    return told_or(rope, "rope_type", told_or(rope, "type", "default"))
 
 
 def unread_parameters(config: Told) -> list[str]:
@@ -49,8 +60,8 @@ def unread_parameters(config: Told) -> list[str]:
     transformers passes over them too: DeepSeek's attn_factor, for example, or Yarn-Llama's finetuned.
     """
     rope = config_of_rope(config)
-    kind = told_or(rope, "rope_type", told_or(rope, "type", "default"))
-    known = _STRETCHES.get(kind, set()) | _OF_ANY_KIND
+    kind = _kind(rope)
+    known = _OF_ANY_KIND | (_STRETCHES.get(kind, set()) if isinstance(kind, str) else set())
     return sorted(name for name, value in rope.items() if value is not None and name not in known)
 
 
@@ -78,6 +89,12 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
     problems += _differing_constants({name: rope[name] for name in _STRETCHES[kind] & rope.keys()}, factor)
     if factor == 1:
         return {}  # of every kind the same as none
+    if factor > LONGEST / original:
+        return _problem(
+            problems,
+            f"RoPE's factor is {shown(factor)}, and must be at most {LONGEST} / {original}: it stretches {original} "
+            f"tokens, and a sequence has at most {LONGEST}.",
+        )
     # Only these kinds have frequencies that depend on it.
     lengths = {"rope_original_length": original} if kind in ("yarn", "llama3") else {}
     return {"rope_scaling": kind, "rope_scaling_factor": float(factor), **lengths}

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_ring.checkpoint.hugging_face.aspects import Told, missing_sizes
-from megatron_ring.checkpoint.hugging_face.rope_parameters import original_length
+from megatron_ring.checkpoint.hugging_face.rope_parameters import LONGEST, original_length
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError
+from megatron_ring.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) ->
             f"rope_scaling {asked.rope_scaling} by {factor:g}, from {original} tokens, must be by more than 1. Set "
             f"--seq-length to more than {original}, or --rope-scaling-factor."
         )
+    if not factor <= LONGEST / original:
+        raise ConfigError(
+            f"rope_scaling {asked.rope_scaling} by {factor:g}, from {original} tokens, makes a sequence longer than "
+            f"{LONGEST} tokens. Set --rope-scaling-factor to at most {LONGEST / original:g}, or --seq-length."
+        )
     # Kept as a number, so that it stays what it is when a run sets another seq_length.
     lengths = original if asked.rope_scaling in ("yarn", "llama3") else 0
     model = replace(model, rope_scaling=asked.rope_scaling, rope_scaling_factor=factor, rope_original_length=lengths)
@@ -49,6 +55,8 @@ def _problem(model: ModelConfig, longest: int, asked: Stretch) -> str:
     stretches = asked.rope_scaling != "unchanged"
     if asked.seq_length < 0 or asked.rope_scaling_factor < 0:
         return "seq_length and rope_scaling_factor must not be below 0. Set --seq-length, --rope-scaling-factor."
+    if asked.seq_length > LONGEST:
+        return f"seq_length {shown(asked.seq_length)} must be at most {LONGEST}. Set --seq-length."
     if model.position_embedding_type == "learned_absolute" and (stretches or asked.seq_length not in (0, longest)):
         return (
             f"the model's positions are a learned table of {longest} rows, which no --rope-scaling stretches: its "
