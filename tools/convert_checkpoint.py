@@ -15,10 +15,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import Exported, Form, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
-from megatron_ring.checkpoint.hugging_face.special_tokens import SpecialTokens
+from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.summary import Summary
@@ -91,8 +91,16 @@ def run_export(options: Export) -> None:
     print(f"family {done.family}: {done.reason}")
     print(f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens")
     print(_ends(done.special))
-    without = "none, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
-    print(f"tokenizer and generation_config.json: {', '.join(done.carried) or without}")
+    print(f"tokenizer and generation_config.json: {_beside(done)}")
+
+
+def _beside(done: Exported) -> str:
+    """Return the names of the files that were copied or made beside the model, and what to set without any copied."""
+    made = [GENERATION] if GENERATION in done.files else []
+    if done.carried:
+        return ", ".join(done.carried + made)
+    found = "generation_config.json alone" if made else "none"
+    return f"{found}, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
 
 
 def _ends(special: SpecialTokens) -> str:

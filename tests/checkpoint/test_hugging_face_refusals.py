@@ -295,6 +295,54 @@ def test_what_is_there_already_stays(theirs, tmp_path):
     assert (tmp_path / "ours/step-00000000/state.json").is_file()
 
 
+@pytest.mark.parametrize("folder", ["ours", "ours/step-00000000"])
+def test_a_checkpoint_of_this_project_is_not_imported(folder, theirs, tmp_path):
+    import_folder(theirs, tmp_path / "ours", Stretch())
+    assert f"--load {tmp_path / folder}" in refusal(tmp_path / folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rope", [True, "yarn", {"rope_type": []}, {"rope_type": {"a": 1}}, [1]])
+def test_rope_of_any_type_in_a_model_without_rope_changes_nothing(rope, tmp_path):
+    build(CASES["gpt2"]).save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "gpt2/config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert import_folder(tmp_path / "gpt2", tmp_path / "ours", Stretch()).notes == []
+
+
+def test_an_error_in_the_notes_leaves_nothing(theirs, tmp_path, monkeypatch):
+    def fails(*_):
+        raise CheckpointError("notes")
+
+    monkeypatch.setattr(importing, "_notes", fails)
+    assert refusal(theirs, tmp_path / "ours") == "notes"
+
+
+@pytest.mark.parametrize(
+    ("stretch", "flag"),
+    [
+        (Stretch(seq_length=2**40), "--seq-length"),
+        (Stretch("yarn", seq_length=2**40), "--seq-length"),
+        (Stretch("linear", seq_length=10**400), "--seq-length"),
+        (Stretch("linear", rope_scaling_factor=1e308), "--rope-scaling-factor"),
+        (Stretch("ntk", rope_scaling_factor=float("inf")), "--rope-scaling-factor"),
+        (Stretch("yarn", rope_scaling_factor=float("nan")), "--rope-scaling-factor"),
+    ],
+)
+def test_a_stretch_beyond_the_longest_sequence_writes_nothing(stretch, flag, theirs, tmp_path):
+    with pytest.raises(ConfigError, match="2147483647") as refused:
+        import_folder(theirs, tmp_path / "ours", stretch)
+    assert flag in str(refused.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_config_that_a_run_refuses_is_not_written(theirs, tmp_path, monkeypatch):
+    wrong = ModelConfig(rope_scaling_factor=2.0)
+    monkeypatch.setattr(importing, "stretched", lambda model, *_: (wrong, 32))
+    with pytest.raises(ConfigError, match=r"rope_scaling_factor 2\.0"):
+        import_folder(theirs, tmp_path / "ours", Stretch())
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize("step", ["write_whole", "_carry"])
 def test_a_full_disk_leaves_nothing(step, theirs, tmp_path, monkeypatch):
     def full(*_):
