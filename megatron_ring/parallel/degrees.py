@@ -7,14 +7,18 @@ from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import flag
 
 
-def problems(config: ParallelConfig, world_size: int) -> list[str]:
-    """Why ``world_size`` processes cannot make this grid, of sizes that are legal in themselves."""
+def problems(config: ParallelConfig, world_size: int, dry_run: bool = False) -> list[str]:
+    """Why ``world_size`` processes cannot make this grid, of sizes that are legal in themselves.
+
+    With ``dry_run`` no processes are started: their number is set with --world-size.
+    """
     if config.world_size not in (0, world_size):
         return [
             f"world_size {config.world_size} is what this config is meant for, but {world_size} processes run. "
             f"Start {config.world_size}, or set --world-size 0."
         ]
-    found = _division_problems(config, world_size)
+    other_number = "--world-size" if dry_run else "start another number of processes"
+    found = _division_problems(config, world_size, other_number)
     if config.context_parallel == "none":
         return found + _problems_of_whole_sequences(config)
     if config.context_parallel_size == 0 and found:
@@ -30,7 +34,7 @@ def context_size(config: ParallelConfig, world_size: int) -> int:
     return config.context_parallel_size or left
 
 
-def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
+def _division_problems(config: ParallelConfig, world_size: int, other_number: str) -> list[str]:
     """Pipeline, tensor and context each divide what those before them leave."""
     sizes = {
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
@@ -48,7 +52,7 @@ def _division_problems(config: ParallelConfig, world_size: int) -> list[str]:
             which = f"that {' and '.join(takers)} {leave} of {world_size}" if takers else "that run"
             found.append(
                 f"{name} {size} does not divide the {left} processes {which}. Legal: {divisors(left)}. "
-                f"Set {flag(name)}, or start another number of processes."
+                f"Set {flag(name)}, or {other_number}."
             )
     return found
 

@@ -80,7 +80,7 @@ class Setup:
 
 def _problems_of_processes(config: Config, world_size: int, device: str) -> list[str]:
     """Why the processes make no grid, or else what the rest of ``config`` cannot have of it and of their device."""
-    if problems := degrees.problems(config.parallel, world_size):
+    if problems := degrees.problems(config.parallel, world_size, config.dry_run):
         return problems
     return rules.problems(config, Grid.of(config.parallel, world_size), device)
 

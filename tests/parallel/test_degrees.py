@@ -111,3 +111,8 @@ def test_sizes_that_are_illegal_in_themselves_are_said_before_they_divide_anythi
     with pytest.raises(ConfigError) as raised:
         Grid.of(config, 2)
     assert raised.value.problems == config.problems() != []
+
+
+def test_a_dry_run_names_the_option_for_the_number_of_processes():
+    found = degrees.problems(ParallelConfig(tensor_model_parallel_size=2), 1, dry_run=True)
+    assert [problem.split("Set ")[-1] for problem in found] == ["--tensor-model-parallel-size, or --world-size."]

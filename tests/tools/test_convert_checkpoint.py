@@ -50,7 +50,20 @@ def test_what_is_not_carried_along_is_told(tmp_path, capsys):
     assert "positions are learned" in told
     assert "no tokenizer, there was none" in told
     main(["export", str(tmp_path / "ours"), str(tmp_path / "back")])
-    assert "none, the checkpoint has no tokenizer. Set --tokenizer" in capsys.readouterr().out
+    assert (tmp_path / "back/generation_config.json").is_file()
+    told = capsys.readouterr().out
+    assert "json: generation_config.json alone, the checkpoint has no tokenizer. Set --tokenizer" in told
+
+
+def test_an_export_without_a_tokenizer_or_an_end_prints_none(tmp_path, capsys):
+    source = save(CASES["gpt2"], tmp_path / "gpt2")
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    main(["import", str(source), str(tmp_path / "ours")])
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back")])
+    assert not (tmp_path / "back/generation_config.json").exists()
+    assert "json: none, the checkpoint has no tokenizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
