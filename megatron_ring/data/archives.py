@@ -6,9 +6,11 @@ Directories have no content; links, devices and sparse files are left out and co
 
 import io
 import stat
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,9 @@ _BLOCK = 512
 _SKIPPED_AT_ONCE = 1 << 20
 # Long names and times of one member; real ones have a few hundred bytes.
 _LONGEST_EXTENDED_HEADER = 1 << 20
+# A member has a global header, a pax header, a long name and a long link at most.
+_MOST_EXTENDED_HEADERS = 8
+_SPARSE = "GNU.sparse"
 _GNU_SPARSE_EXTENDED = 482
 _GNU_SPARSE_EXTENDED_AGAIN = 504
 _SHOWN_CHARACTERS = 200
@@ -47,10 +52,10 @@ def tar_members(content: io.BufferedReader, name: str) -> Iterator[Member | Left
     Archives that were put together with ``cat`` are read to the last. Raises DataError for an
     archive that is damaged or cut.
     """
-    ended, extended = False, {}
+    ended, extended, headers = False, {}, 0
     while block := content.read(_BLOCK):
         if not any(block):
-            ended = True
+            ended, headers = True, 0
             continue
         ended = False
         info = _header(block, name)
@@ -62,29 +67,44 @@ def tar_members(content: io.BufferedReader, name: str) -> Iterator[Member | Left
             _small(content, info.size, name)
         else:
             yield from _tar_member(content, block, info, extended, name)
-            extended = {}
+            extended, headers = {}, 0
+            continue
+        headers += 1
+        if headers > _MOST_EXTENDED_HEADERS:
+            raise damaged(name, f"a member has more than {_MOST_EXTENDED_HEADERS} extended headers")
     if not ended:
         raise damaged(name, "it ends without the two blocks of zeros that end a tar archive")
 
 
 def zip_members(file: Path) -> Iterator[Member | LeftOut]:
     """The members of the zip archive ``file``, in its own order. Raises DataError as above."""
+    limit = ExpansionLimit(str(file), file.stat().st_size)
+    with _zip_errors(file):
+        archive = zipfile.ZipFile(file)
+    with archive:
+        for info in archive.infolist():
+            with _zip_errors(file):
+                is_folder = info.is_dir()
+            if is_folder:
+                continue
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+                yield NOT_FILES
+                continue
+            with _zip_errors(file):
+                source = archive.open(info)
+            with source:
+                content = io.BufferedReader(Limited(source, limit), HEAD_BYTES)
+                yield Member(info.filename, info.compress_size, content)
+
+
+@contextmanager
+def _zip_errors(file: Path) -> Iterator[None]:
+    """Errors of the zip library, which has no class of its own for most damage, as DataError."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            limit = ExpansionLimit(str(file), file.stat().st_size)
-            for info in archive.infolist():
-                mode = stat.S_IFMT(info.external_attr >> 16)
-                if info.is_dir():
-                    continue
-                if mode not in (0, stat.S_IFREG):
-                    yield NOT_FILES
-                    continue
-                with archive.open(info) as source:
-                    content = io.BufferedReader(Limited(source, limit), HEAD_BYTES)
-                    yield Member(info.filename, info.compress_size, content)
+        yield
     except RuntimeError as error:  # encrypted, or a method that is not known
         raise DataError(f"{file} cannot be read: {error}. Unpack it, or leave it out of --input.") from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, IndexError, OverflowError, struct.error) as error:
         raise damaged(str(file), error) from error
 
 
@@ -96,7 +116,7 @@ def _tar_member(
     name: str,
 ) -> Iterator[Member | LeftOut]:
     size = _size(info, extended, name)
-    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended)
+    sparse = info.type == tarfile.GNUTYPE_SPARSE or _SPARSE in extended
     if info.type == tarfile.GNUTYPE_SPARSE:
         again = block[_GNU_SPARSE_EXTENDED]
         while again:
@@ -136,16 +156,22 @@ def _size(info: tarfile.TarInfo, extended: dict[str, bytes], name: str) -> int:
 
 
 def _pax_records(records: bytes, name: str) -> dict[str, bytes]:
-    """The records ``LENGTH KEY=VALUE\\n`` of a pax header, where LENGTH counts all of the
-    record."""
+    """The ``path`` and ``size`` of a pax header, and ``GNU.sparse`` when it has a key of that kind.
+
+    Its records are ``LENGTH KEY=VALUE\\n``, where LENGTH counts all of the record.
+    """
     found, start = {}, 0
-    while start < len(records.rstrip(b"\0")):
+    end = len(records.rstrip(b"\0"))
+    while start < end:
         digits = records[start : start + 20].partition(b" ")[0]
         length = int(digits) if digits.isdigit() else 0
         if not len(digits) + 1 < length <= len(records) - start:
             raise damaged(name, "a member's extended header cannot be read")
         key, _, value = records[start + len(digits) + 1 : start + length - 1].partition(b"=")
-        found[key.decode(errors="replace")] = value
+        if key in (b"path", b"size"):
+            found[key.decode()] = value
+        elif key.startswith(_SPARSE.encode()):
+            found[_SPARSE] = b""
         start += length
     return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.data import compression
+from megatron_ring.data import archives, compression
 from megatron_ring.data.documents import Piece, Reading
 from megatron_ring.errors import DataError
 
@@ -238,3 +238,57 @@ def test_a_member_that_is_too_long_is_named_and_the_next_is_read(tmp_path):
     found, _ = read(tmp_path / "a.tar", content, max_document_bytes=2999, on_error="skip")
     assert found == ["two"]
     assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def pax_header(*records: bytes) -> bytes:
+    """A pax header of records that have their length already."""
+    content = b"".join(records)
+    return header(tarfile.XHDTYPE, len(content)) + content + bytes(-len(content) % 512)
+
+
+def test_a_pax_header_of_many_keys_keeps_only_those_that_are_used():
+    records = [b"14 k%06d=xy\n" % number for number in range(50_000)]
+    size = len(lines("one"))
+    member = header(tarfile.REGTYPE, 0) + lines("one") + bytes(-size % 512)
+    used = (b"16 path=a.jsonl\n", b"%d size=%d\n" % (len(str(size)) + 9, size))
+    found = archives._pax_records(b"".join([*records, *used]), "a.tar")
+    assert found == {"path": b"a.jsonl", "size": str(size).encode()}
+    content = io.BufferedReader(io.BytesIO(pax_header(*used) + member + bytes(1024)))
+    assert [(one.name, one.content.read()) for one in archives.tar_members(content, "a.tar")] == [
+        ("a.jsonl", lines("one"))
+    ]
+
+
+def test_zeros_after_the_records_of_a_pax_header_are_looked_at_once():
+    looked = []
+
+    class Records(bytes):
+        def rstrip(self, *characters):
+            looked.append(characters)
+            return super().rstrip(*characters)
+
+    archives._pax_records(Records(b"6 a=b\n" * 1000 + bytes(512)), "a.tar")
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_extended_headers_without_a_member_are_refused(tmp_path, kind):
+    one = header(kind, 6) + b"6 a=b\n" + bytes(506)
+    member = tar_of({"a.txt": b"one"})
+    assert read(tmp_path / "a.tar", one + member)
+    with pytest.raises(DataError, match=r"a\.tar is damaged: .* more than 8 extended headers"):
+        read(tmp_path / "a.tar", one * 600 + member)
+
+
+@pytest.mark.parametrize("name", [b"\0aaaaa", b"\xff\xfe\xfd\xfc\xfb\xfa"])
+def test_a_zip_with_a_name_that_cannot_be_read_is_damaged(tmp_path, name):
+    # A name outside ASCII is written with the flag for UTF-8.
+    content = zip_of({"üüü": b"one"}).replace("üüü".encode(), name)
+    with pytest.raises(DataError, match=r"a\.zip is damaged"):
+        read(tmp_path / "a.zip", content)
