@@ -37,7 +37,6 @@ class Member:
     """A file in an archive. ``content`` has to be read before the next member is asked for."""
 
     name: str
-    size: int
     content: io.BufferedReader
 
     @property
@@ -76,9 +75,11 @@ def tar_members(content: io.BufferedReader, name: str) -> Iterator[Member | Left
         raise damaged(name, "it ends without the two blocks of zeros that end a tar archive")
 
 
-def zip_members(file: Path) -> Iterator[Member | LeftOut]:
-    """The members of the zip archive ``file``, in its own order. Raises DataError as above."""
-    limit = ExpansionLimit(str(file), file.stat().st_size)
+def zip_members(file: Path, limit: ExpansionLimit) -> Iterator[Member | LeftOut]:
+    """The members of the zip archive ``file``, in its own order. Raises DataError as above.
+
+    What they expand to is counted by ``limit``.
+    """
     with _zip_errors(file):
         archive = zipfile.ZipFile(file)
     with archive:
@@ -94,7 +95,7 @@ def zip_members(file: Path) -> Iterator[Member | LeftOut]:
                 source = archive.open(info)
             with source:
                 content = io.BufferedReader(Limited(source, limit), HEAD_BYTES)
-                yield Member(info.filename, info.compress_size, content)
+                yield Member(info.filename, content)
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def _tar_member(
         yield NOT_FILES
     else:
         path = extended.get("path", info.name.encode(errors="surrogateescape"))
-        yield Member(path.decode(errors="replace"), size, io.BufferedReader(window, HEAD_BYTES))
+        yield Member(path.decode(errors="replace"), io.BufferedReader(window, HEAD_BYTES))
     window.skip_rest()
     _skip(content, -size % _BLOCK, name)
 

@@ -44,7 +44,10 @@ _BZIP2_MAGIC = b"BZh", b"1AY&SY"
 
 
 class ExpansionLimit:
-    """Counts what the files of ``name``, of ``compressed_bytes``, have expanded to."""
+    """Counts what the file ``name`` of ``compressed_bytes`` has expanded to.
+
+    One limit counts every level of decompression: an archive, its members, and what they hold.
+    """
 
     def __init__(self, name: str, compressed_bytes: int):
         self._name, self._compressed, self._expanded = name, compressed_bytes, 0
@@ -61,23 +64,32 @@ class ExpansionLimit:
             )
 
 
+def expansion_limit(file: Path) -> ExpansionLimit:
+    """The limit on all that is expanded from ``file``. Raises DataError when there is no such file."""
+    with readable(str(file)):
+        return ExpansionLimit(str(file), file.stat().st_size)
+
+
 @contextmanager
-def opened(file: Path) -> Iterator[io.BufferedReader]:
+def opened(file: Path, limit: ExpansionLimit | None = None) -> Iterator[io.BufferedReader]:
     """The content of ``file``, decompressed; ``peek()`` gives its first HEAD_BYTES.
 
-    Raises DataError when it cannot be read, is damaged, or expands beyond ExpansionLimit.
+    What it expands to is counted by ``limit``, by one of its own without. Raises DataError when it
+    cannot be read, is damaged, or expands beyond the limit.
     """
     with readable(str(file)), file.open("rb", HEAD_BYTES) as raw:
-        size = os.fstat(raw.fileno()).st_size
-        yield decompressed(raw, str(file), split_name(file.name)[1], size)
+        own = ExpansionLimit(str(file), os.fstat(raw.fileno()).st_size)
+        yield decompressed(raw, str(file), split_name(file.name)[1], limit or own)
 
 
-def decompressed(raw: io.BufferedReader, name: str, suffix: str, compressed_bytes: int) -> io.BufferedReader:
-    """The content of ``raw``, whose name ends with ``suffix`` if it is that of a compression."""
+def decompressed(raw: io.BufferedReader, name: str, suffix: str, limit: ExpansionLimit) -> io.BufferedReader:
+    """The content of ``raw``, whose name ends with ``suffix`` if it is that of a compression.
+
+    What it expands to is counted by ``limit``.
+    """
     if not (compression := suffix or compression_of(raw.peek())):
         return raw
     source = _DECOMPRESSORS[compression](raw, name)
-    limit = ExpansionLimit(name, compressed_bytes)
     return io.BufferedReader(Limited(source, limit), HEAD_BYTES)
 
 

@@ -19,6 +19,7 @@ from megatron_ring.data.compression import (
     ExpansionLimit,
     damaged,
     decompressed,
+    expansion_limit,
     needed,
     opened,
     readable,
@@ -115,8 +116,9 @@ class Piece:
         if self.part_of_lines:
             yield from _part_of_lines(self, reading)
         else:
-            with opened(self.file) as content:
-                yield from _file_documents(self.file, content, reading)
+            limit = expansion_limit(self.file)
+            with opened(self.file, limit) as content:
+                yield from _file_documents(self.file, content, reading, limit)
 
 
 def refuse_unreadable(file: Path, reading: Reading) -> None:
@@ -142,7 +144,7 @@ def is_plain_json_lines(file: Path, json_key: str) -> bool:
             return False
 
 
-def _file_documents(file: Path, content: io.BufferedReader, reading: Reading) -> Iterator[Found]:
+def _file_documents(file: Path, content: io.BufferedReader, reading: Reading, limit: ExpansionLimit) -> Iterator[Found]:
     suffix, compression = split_name(file.name)
     kind = _kind(content, str(file), suffix, reading)
     if not isinstance(kind, Kind):
@@ -153,11 +155,11 @@ def _file_documents(file: Path, content: io.BufferedReader, reading: Reading) ->
             "Decompress it once, or leave it out of --input."
         )
     elif kind is Kind.PARQUET:
-        yield from _parquet_rows(file, reading)
+        yield from _parquet_rows(file, reading, limit)
     elif kind is Kind.TAR:
-        yield from _members(tar_members(content, str(file)), str(file), reading)
+        yield from _members(tar_members(content, str(file)), str(file), reading, limit)
     elif kind is Kind.ZIP:
-        yield from _members(zip_members(file), str(file), reading)
+        yield from _members(zip_members(file, limit), str(file), reading, limit)
     else:
         yield from _content_documents(kind, content, str(file), reading)
 
@@ -167,7 +169,9 @@ def _is_compressed(file: Path, content: io.BufferedReader) -> bool:
         return raw.read(4) != content.peek()[:4]
 
 
-def _members(members: Iterator[Member | LeftOut], name: str, reading: Reading) -> Iterator[Found]:
+def _members(
+    members: Iterator[Member | LeftOut], name: str, reading: Reading, limit: ExpansionLimit
+) -> Iterator[Found]:
     for member in members:
         if isinstance(member, LeftOut):
             yield member
@@ -177,7 +181,7 @@ def _members(members: Iterator[Member | LeftOut], name: str, reading: Reading) -
             yield LeftOut(f"{pattern(suffix)} in archives")
             continue
         shown = f"{name}:{member.shown}"
-        content = decompressed(member.content, shown, compression, member.size)
+        content = decompressed(member.content, shown, compression, limit)
         with readable(shown):
             kind = _kind(content, shown, suffix, reading)
             if not isinstance(kind, Kind):
@@ -328,7 +332,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte {byte:#04x} is not UTF-8. Convert the file, or leave it out of --input."
 
 
-def _parquet_rows(file: Path, reading: Reading) -> Iterator[str | DataError]:
+def _parquet_rows(file: Path, reading: Reading, limit: ExpansionLimit) -> Iterator[str | DataError]:
     """The column of the text; a row without text is named by its number. Needs pyarrow."""
     key = reading.json_key
     parquet = needed("pyarrow.parquet", str(file))
@@ -338,7 +342,6 @@ def _parquet_rows(file: Path, reading: Reading) -> Iterator[str | DataError]:
     try:
         with readable(str(file)), parquet.ParquetFile(file, **options) as table:
             _refuse_missing_column(file, table.schema_arrow, key)
-            limit = ExpansionLimit(str(file), file.stat().st_size)
             for number, row in enumerate(_cells(table, key), start=1):
                 try:
                     yield _cell_text(row, arrow, reading, limit)

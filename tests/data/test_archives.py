@@ -292,3 +292,13 @@ def test_a_zip_with_a_name_that_cannot_be_read_is_damaged(tmp_path, name):
     content = zip_of({"üüü": b"one"}).replace("üüü".encode(), name)
     with pytest.raises(DataError, match=r"a\.zip is damaged"):
         read(tmp_path / "a.zip", content)
+
+
+@pytest.mark.parametrize(("name", "archive"), [("a.tar", tar_of), ("a.zip", zip_of)])
+def test_the_members_of_an_archive_share_one_limit_on_what_they_expand_to(tmp_path, monkeypatch, name, archive):
+    monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
+    monkeypatch.setattr(compression, "LARGEST_RATIO", 1)
+    members = {f"{number}.txt.gz": gzip.compress(b"x" * 30_000) for number in range(3)}
+    assert len(read(tmp_path / name, archive(dict(list(members.items())[:2])))[0]) == 2
+    with pytest.raises(DataError, match=rf"{name} expands to more than 65,536 bytes"):
+        read(tmp_path / name, archive(members))
