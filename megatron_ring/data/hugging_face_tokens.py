@@ -7,6 +7,7 @@ about ``<|endoftext|>`` would end in its middle.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,12 @@ class HuggingFaceTokens:
     """
 
     def __init__(self, model: bytes, name: str | Path):
+        self._name = name
         self._tokens = _loaded(model, name)
-        self._ids = self._tokens.get_vocab()
-        self._added = self._tokens.get_added_tokens_decoder()
-        self._byte_level = any(part["type"] == "ByteLevel" for part in _decoders(json.loads(model)))
+        with _library(name, "has a vocabulary that cannot be read"):
+            self._ids = self._tokens.get_vocab()
+            self._added = self._tokens.get_added_tokens_decoder()
+            self._byte_level = any(part["type"] == "ByteLevel" for part in _decoders(json.loads(model)))
         # Ids may have holes.
         self.vocab_size: int = max(self._ids.values(), default=-1) + 1
         if self.vocab_size - 1 > LARGEST_ID:
@@ -45,6 +48,12 @@ class HuggingFaceTokens:
                 f"tokenizer {name} has id {self.vocab_size - 1} among its {len(self._ids)} tokens, and ids go up to "
                 f"{LARGEST_ID} (2^22 - 1), since a model has a row for each. Set --tokenizer-model to another one, or "
                 "number its tokens anew."
+            )
+        self._own_begin = self._post_processed_begin()
+        if any(token >= self.vocab_size for token in self._own_begin):
+            raise DataError(
+                f"tokenizer {name} begins a text with ids {self._own_begin}, and its vocabulary has ids below "
+                f"{self.vocab_size}. Mend its post_processor, or set --tokenizer-model to another one."
             )
 
     def default_end(self) -> int | None:
@@ -58,7 +67,11 @@ class HuggingFaceTokens:
     def own_begin(self) -> tuple[int, ...]:
         """The ids that the file's post-processor puts before a text, as transformers does; none
         where it has none."""
-        alone, framed = (self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True))
+        return self._own_begin
+
+    def _post_processed_begin(self) -> tuple[int, ...]:
+        with _library(self._name, "cannot encode 'a'"):
+            alone, framed = (self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True))
         starts = (n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone)
         return tuple(framed[: next(starts, 0)])
 
@@ -70,11 +83,15 @@ class HuggingFaceTokens:
         """The ids of each text."""
         # One text at a time, since a batch would be spread over threads, and our processes have every core already.
         for text in texts:
-            yield self._tokens.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            with _library(self._name, f"cannot encode a text that begins {text[:40]!r}"):
+                ids = self._tokens.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            yield ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``; special tokens have none."""
-        return self._tokens.decode([int(token) for token in tokens], skip_special_tokens=True)
+        ids = [int(token) for token in tokens]
+        with _library(self._name, "cannot decode ids of its own"):
+            return self._tokens.decode(ids, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for: (V,) int64; 0 for special tokens and for ids that
@@ -94,17 +111,28 @@ class HuggingFaceTokens:
 
 
 def _loaded(model: bytes, name: str | Path) -> tokenizers.Tokenizer:
-    try:
+    with _library(name, f"({len(model)} bytes) is not a tokenizer.json"):
         loaded = tokenizers.Tokenizer.from_buffer(model)
-    # The library raises nothing narrower for a file that it cannot read.
-    except Exception as error:
-        raise DataError(
-            f"tokenizer {name} ({len(model)} bytes) is not a tokenizer.json: {error}. Set --tokenizer-model."
-        ) from error
-    loaded.encode_special_tokens = True
-    loaded.no_padding()
-    loaded.no_truncation()
+        loaded.encode_special_tokens = True
+        loaded.no_padding()
+        loaded.no_truncation()
     return loaded
+
+
+@contextmanager
+def _library(name: str | Path, failed: str) -> Iterator[None]:
+    """Errors of the tokenizers library as DataError; ``failed`` completes "tokenizer NAME".
+
+    The library raises nothing narrower than Exception, and its PanicException, for a panic of its
+    Rust code, is not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+            raise
+        raise DataError(f"tokenizer {name} {failed}: {str(error)[:500]}. Set --tokenizer-model.") from error
 
 
 def _decoders(description: dict) -> list[dict]:

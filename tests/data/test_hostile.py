@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ring.data import hugging_face_tokens
 from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
@@ -76,6 +77,45 @@ def test_a_model_with_a_piece_that_is_not_utf8_is_refused_when_it_is_loaded(toke
 def test_a_tokenizer_json_of_other_types_or_depth_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     assert "is not a tokenizer.json" in refusal(tmp_path / "tokenizer.json")
+
+
+def tokenizer_json(**parts) -> bytes:
+    """A tokenizer.json of the tokens ``</s>`` and ``a``."""
+    parts.setdefault("model", {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": []})
+    return json.dumps({"version": "1.0", "added_tokens": [], **parts}).encode()
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_error():
+    panics = tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(DataError, match="tokenizer x .* is not a tokenizer.json: .*--tokenizer-model"):
+        Tokenizer(panics, "x")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.0]]},
+        {"type": "WordLevel", "unk_token": "?", "vocab": {"</s>": 0, "a": 1}},
+    ],
+)
+def test_a_text_that_the_tokenizers_library_cannot_encode_is_one_error(model):
+    made = Tokenizer(tokenizer_json(model=model), "x")
+    assert made.encode("a") == [1]
+    with pytest.raises(DataError, match="tokenizer x cannot encode a text that begins 'word': .*--tokenizer-model"):
+        made.encode("word")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_is_no_error_of_the_tokenizers_library_passes_through(stop):
+    with pytest.raises(stop), hugging_face_tokens._library("x", "cannot"):
+        raise stop
+
+
+@pytest.mark.parametrize("begin", [2, 1 << 31])
+def test_a_post_processor_with_an_id_outside_the_vocabulary_is_refused_when_it_is_loaded(begin):
+    frame = {"type": "BertProcessing", "sep": ["</s>", 0], "cls": ["<s>", begin]}
+    with pytest.raises(DataError, match=rf"ids \({begin},\), and its vocabulary has ids below 2"):
+        Tokenizer(tokenizer_json(post_processor=frame), "x")
 
 
 def test_nothing_is_written_through_links_under_temporary_names(tmp_path):
