@@ -72,6 +72,11 @@ class Options:
             found.append("a tokenizer that exists has its own vocabulary. Drop --vocab-size or --tokenizer-model.")
         if self.eod_token and not self.tokenizer_model:
             found.append("a tokenizer that is trained has its own end of documents. Drop --eod-token.")
+        if self.output_prefix.name in ("", ".."):
+            found.append(
+                f"{self.output_prefix} is a folder, and the files of a store need a name. "
+                f"Set --output-prefix to a name in it, {self.output_prefix / 'tokens'} for example."
+            )
         if self.output_prefix.name in _TAKEN:
             found.append(f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name.")
         if self.vocab_size < 0:

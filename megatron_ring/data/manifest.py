@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_ring.data.replace_file import replace_file
-from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer
+from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer, beside
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import LARGEST_INTEGER, UntrustedInputError, parse_json, read_bytes
 
@@ -52,8 +52,11 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def tokenizer_path(prefix: str | Path) -> Path:
-    """``tokenizer.json`` or ``tokenizer.model`` in the store's folder, where it is looked for when none is named."""
-    paths = [Path(prefix).with_name(name) for name in FILE_NAMES]
+    """``tokenizer.json`` or ``tokenizer.model`` in the store's folder, where it is looked for when none is named.
+
+    Raises DataError when ``prefix`` is a folder.
+    """
+    paths = [beside(prefix, name, "--data-path or --output-prefix") for name in FILE_NAMES]
     return next((path for path in paths if path.exists()), paths[-1])
 
 

@@ -22,7 +22,7 @@ from megatron_ring.data.manifest import Manifest, manifest_path, read_manifest, 
 from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make
 from megatron_ring.data.sharing import made_by
 from megatron_ring.data.token_index import idx_path
-from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.data.tokenizer import Tokenizer, beside
 from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
 from megatron_ring.errors import DataError
@@ -62,7 +62,7 @@ def prepare(
     leaves no store that could be taken for a whole one, and what is finished in ``work_folder(prefix)``; called again
     it goes on from there. Raises DataError for text that cannot be read and for another tokenizer in the folder.
     """
-    tokenizer_file = Path(prefix).with_name(tokenizer.file_name)
+    tokenizer_file = beside(prefix, tokenizer.file_name)
     begin = tokenizer.begin_of_document(prepend_bos)
     tokenizer.save(tokenizer_file)
     work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix), begin)

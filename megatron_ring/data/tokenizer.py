@@ -66,7 +66,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the file. Raises DataError when another tokenizer is in the folder: stores there depend on it."""
         path = Path(path)
-        for other in {path, *(path.with_name(name) for name in FILE_NAMES)}:
+        for other in {path, *(beside(path, name) for name in FILE_NAMES)}:
             if other.exists() and not self._is_at(other):
                 raise DataError(
                     f"{other} is another tokenizer, or ends documents with another token, and the token stores beside "
@@ -161,8 +161,16 @@ class Tokenizer:
         return _content(path) == self.model and Tokenizer.load(path).end_of_document == self.end_of_document
 
 
+def beside(path: str | Path, name: str, flag: str = "--output-prefix") -> Path:
+    """``name`` in the folder of ``path``, which ``flag`` sets. Raises DataError for a path that names no file."""
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise DataError(f"{path} is a folder, and the name of a file is needed. Set {flag} to a name in that folder.")
+    return path.with_name(name)
+
+
 def _config_path(path: str | Path) -> Path:
-    return Path(path).with_name("tokenizer_config.json")
+    return beside(path, "tokenizer_config.json", "--tokenizer-model")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from megatron_ring.data.manifest import Manifest, check_tokenizer, manifest_path, read_manifest, write_manifest
+from megatron_ring.data.manifest import (
+    Manifest,
+    check_tokenizer,
+    manifest_path,
+    read_manifest,
+    tokenizer_path,
+    write_manifest,
+)
 from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.errors import DataError
 from tests.data.text import TEXT
@@ -65,3 +72,9 @@ def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
         DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document.*Delete it"
     ):
         read_manifest(tmp_path / "P")
+
+
+@pytest.mark.parametrize("prefix", [".", "/", ""])
+def test_a_folder_has_no_tokenizer_beside_it(prefix):
+    with pytest.raises(DataError, match="is a folder, .*Set --data-path or --output-prefix"):
+        tokenizer_path(prefix)

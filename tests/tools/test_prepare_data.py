@@ -143,3 +143,12 @@ def test_help_names_the_default_vocabulary(capsys):
 def test_a_prefix_whose_manifest_would_be_the_tokenizers_file_is_refused(tmp_path, capsys, name):
     assert main(["--input", "a", "--output-prefix", str(tmp_path / name)]) == ConfigError.exit_code
     assert f"{name}.json is the tokenizer's own file. Set --output-prefix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [".", "/", ".."])
+def test_a_folder_in_the_place_of_a_prefix_or_a_tokenizer_is_refused(text, tmp_path, capsys, folder):
+    assert main(["--input", str(text), "--output-prefix", folder]) == ConfigError.exit_code
+    assert f"{folder} is a folder, and the files of a store need a name. Set --output-prefix" in capsys.readouterr().err
+    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--tokenizer-model", folder]
+    assert main(arguments) == DataError.exit_code
+    assert f"{folder} is a folder, and the name of a file is needed. Set --tokenizer-model" in capsys.readouterr().err
