@@ -5,6 +5,7 @@ endings included. What cannot be read comes in its place as the DataError that n
 line, what is left out as LeftOut; the caller decides whether to stop there.
 """
 
+import codecs
 import io
 import itertools
 import json
@@ -42,6 +43,7 @@ MAX_DOCUMENT_BYTES = 128 << 20
 EMPTY = LeftOut("empty documents")
 NOT_JSON_LINES = LeftOut("*.json that are not JSON lines")
 
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
 _READ_AT_ONCE = 1 << 20
 _ROWS_AT_ONCE = 256
 _ROWS_BYTES = 1 << 30
@@ -222,6 +224,8 @@ def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | Data
     text = _up_to(limit + 1, content)
     if len(text) > limit:
         return DataError(f"{name}: {_too_long('a text', limit)}")
+    if text == _BYTE_ORDER_MARK:
+        return ""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -286,28 +290,37 @@ def _lines_before(piece: Piece) -> int:
 
 
 def _record(line: bytes | None, reading: Reading) -> Iterator[str]:
-    """The text of one line, none where it is blank. Raises ValueError: what is wrong, the
+    """The text of one line, none where it is blank or only a byte order mark. Raises ValueError: what is wrong, the
     remedy."""
     if line is None:
         raise ValueError(_too_long("a line", reading.max_document_bytes))
+    line = line.removeprefix(_BYTE_ORDER_MARK)
     if line.strip():
         yield _json_text(line, reading.json_key)
 
 
 def _json_text(line: bytes, json_key: str) -> str:
     try:
-        record = json.loads(line)
+        # json.loads(bytes) would guess at UTF-16, and fail at the half of a character that a line ends with.
+        decoded = line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from error
+    if "\0" in decoded:
+        raise ValueError("byte 0x00, as UTF-16 has them: not a line of JSON in UTF-8. Convert the file.")
+    try:
+        record = json.loads(decoded)
     except ValueError as error:
         raise ValueError(f"not a line of JSON: {error}. Every line of JSON lines (.jsonl) is one object.") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deep to be read. Leave the line out.") from error
     if isinstance(record, dict) and json_key in record and record[json_key] is None:
         raise ValueError(_null(json_key))
-    if not isinstance(record, dict) or not isinstance(text := record.get(json_key), str):
+    if not isinstance(record, dict) or json_key not in record:
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no text under {json_key!r}; found {keys[:1000]}. Set --json-key.")
+    text = record[json_key]
+    if not isinstance(text, str):
+        raise ValueError(f"the value under {json_key!r} is {type(text).__name__}, not text. Set --json-key.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -329,6 +342,8 @@ def _too_long(what: str, limit: int) -> str:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
+    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"byte {byte:#04x} begins the byte order mark of UTF-16, not UTF-8. Convert the file to UTF-8."
     return f"byte {byte:#04x} is not UTF-8. Convert the file, or leave it out of --input."
 
 

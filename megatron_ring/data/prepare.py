@@ -68,8 +68,10 @@ def prepare(
     work = jobs(corpus, tokenizer, tokenizer_file, work_folder(prefix), begin)
     records = _make(work, tokenizer, workers, progress)
     manifest = _manifest(records, corpus, tokenizer, begin)
+    if not manifest.documents and manifest.skipped:
+        raise DataError(f"nothing to write to {prefix}: {_all_skipped(manifest.skipped, corpus)}")
     if not manifest.documents:
-        raise DataError(f"nothing to write to {prefix}: every document is empty or was skipped. Set --input.")
+        raise DataError(f"nothing to write to {prefix}: every document is empty. Set --input.")
     _join(work, prefix, token_dtype(tokenizer.vocab_size))
     write_manifest(prefix, manifest)
     shutil.rmtree(work_folder(prefix), ignore_errors=True)
@@ -155,11 +157,29 @@ def _join(work: list[ShardJob], prefix: str | Path, dtype: np.dtype) -> None:
 
 
 def _texts(corpus: Corpus, progress: bool) -> Iterator[str]:
-    """The text of each document, for a tokenizer to learn from. What is skipped here is told when it is written."""
+    """The text of each document, for a tokenizer to learn from. What is skipped here is told when it is written.
+
+    Raises DataError when every document was skipped.
+    """
+    read, skipped, first = 0, 0, ""
     with _bar("tokenizer", corpus.file_bytes, progress) as bar:
         for piece in corpus.pieces():
-            yield from corpus.reading.texts((piece,), [])
+            messages: list[str] = []
+            for text in corpus.reading.texts((piece,), messages):
+                read += 1
+                yield text
+            skipped += len(messages)
+            first = first or next(iter(messages), "")
             bar.update(piece.stop - piece.start)
+    if skipped and not read:
+        raise DataError(f"{_all_skipped(skipped, corpus)} The first is {first}")
+
+
+def _all_skipped(skipped: int, corpus: Corpus) -> str:
+    return (
+        f"no document has text: {skipped:,} were skipped. Set --json-key (now {corpus.reading.json_key!r}) to the key "
+        "of the text, or set --input."
+    )
 
 
 def _bar(purpose: str, file_bytes: int, progress: bool) -> tqdm:

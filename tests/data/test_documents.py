@@ -198,7 +198,8 @@ BAD_LINES = {
     "not an object": (b'["text"]', "no text under 'text'; found list. Set --json-key"),
     "another key": (b'{"content": "a", "id": 1}', "no text under 'text'; found 'content', 'id'. Set --json-key"),
     "null": (b'{"text": null, "id": 1}', "the text under 'text' is null. .*--on-error skip"),
-    "not a string": (b'{"text": 5}', "no text under 'text'; found 'text'"),
+    "not a string": (b'{"text": 5}', "the value under 'text' is int, not text. Set --json-key"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "byte 0x00, as UTF-16 has them"),
     "not UTF-8": (b'{"text": "\xfc"}', "byte 0xfc is not UTF-8"),
     "half a surrogate pair": (b'{"text": "a\\ud800"}', "half a surrogate pair at character 1"),
     "nested too deep": (b'{"text":' + b"[" * 100_000, "JSON nested too deep to be read"),
@@ -210,3 +211,21 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(DataError, match=rf"a\.jsonl:2: {message}"):
         documents(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("utf-16-le", "0xff"), ("utf-16-be", "0xfe")])
+def test_the_byte_order_mark_of_utf16_is_named(tmp_path, encoding, byte):
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n{"text": "b"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: byte {byte} begins the byte order mark of UTF-16"):
+        documents(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_of_only_a_byte_order_mark_is_empty(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf")
+    assert list(Reading().texts([Piece(tmp_path / name, 0, 3)], [])) == []
+
+
+def test_a_byte_order_mark_before_a_record_is_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert documents(tmp_path / "a.jsonl") == ["a"]

@@ -152,3 +152,15 @@ def test_a_folder_in_the_place_of_a_prefix_or_a_tokenizer_is_refused(text, tmp_p
     arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--tokenizer-model", folder]
     assert main(arguments) == DataError.exit_code
     assert f"{folder} is a folder, and the name of a file is needed. Set --tokenizer-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_number_of_documents_is_named_when_all_were_skipped(text, tmp_path, capsys, trained):
+    first, other = tmp_path / "first" / "P", tmp_path / "other.jsonl"
+    other.write_text('{"content": "a"}\n' * 3)
+    arguments = ["--input", str(other), "--output-prefix", str(tmp_path / "P"), "--on-error", "skip"]
+    if not trained:
+        assert main(["--input", str(text), "--output-prefix", str(first), "--vocab-size", "320"]) == 0
+        arguments += ["--tokenizer-model", str(first.with_name("tokenizer.model"))]
+    assert main(arguments) == DataError.exit_code
+    assert "3 were skipped. Set --json-key (now 'text')" in capsys.readouterr().err
