@@ -9,8 +9,11 @@ from pathlib import Path
 import tyro
 
 from megatron_ring.errors import DataError, speaking_errors
+from megatron_ring.training.outputs import PNG, picture_problem
 from megatron_ring.training.plot import draw_loss
 from megatron_ring.training.ring_profile.timeline import draw_timeline
+
+_PICTURES = (PNG, b"<?xml", b"<svg", b"%PDF", b"%!PS", b"\xff\xd8\xff", b"RIFF", b"II*\0", b"MM\0*")
 
 
 def main(metrics_file: Path, output: Path, trace: Path | None = None) -> None:
@@ -18,13 +21,17 @@ def main(metrics_file: Path, output: Path, trace: Path | None = None) -> None:
 
     Args:
         metrics_file: What pretrain_gpt.py wrote with --metrics-file.
-        output: The picture to write; its ending says which kind (png, svg, pdf).
+        output: The picture to write; its ending says which kind (png, svg, pdf). An existing file is
+            replaced only if it is a picture.
         trace: What it wrote with --profile-ring-trace: drawn beside the output, as its name with "-hops" behind.
     """
+    hops = output.with_stem(f"{output.stem}-hops") if trace and output.name else None
+    for picture in filter(None, (output, hops)):
+        if why := picture_problem(picture, _PICTURES):
+            raise DataError(f"output {picture} {why}. Set --output to another file.")
     try:
         print(f"drew {draw_loss(metrics_file, output)}")
-        if trace:
-            hops = output.with_stem(f"{output.stem}-hops")
+        if trace and hops:
             draw_timeline(trace, hops)
             print(f"drew {hops}")
     except (OSError, ValueError) as error:

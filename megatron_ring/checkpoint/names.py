@@ -20,8 +20,15 @@ from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
 PARTIAL, REMOVED, LATEST, LEASE = ".partial-", ".removed-", "latest", ".lease-"
+_STEP, _KEPT = "step-", "kept-from-"
 _NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,15})")
 _LONGEST_NAME = 256
+
+
+def is_own(name: str) -> bool:
+    """Whether a run creates, replaces or deletes what has this name in its --save folder."""
+    prefixes = (PARTIAL, REMOVED, LEASE, _STEP, _KEPT)
+    return name in (LATEST, f".{LATEST}") or name.startswith(prefixes)
 
 
 def partial_name(step: int) -> str:
@@ -31,7 +38,7 @@ def partial_name(step: int) -> str:
 
 def final_path(folder: Path, step: int) -> Path:
     """The folder that the checkpoint of ``step`` has once it is whole."""
-    return folder / f"step-{step:08d}"
+    return folder / f"{_STEP}{step:08d}"
 
 
 def removed_path(path: Path) -> Path:
@@ -41,7 +48,7 @@ def removed_path(path: Path) -> Path:
 
 def kept_path(path: Path) -> Path:
     """A free name for what was in the folder of the checkpoint at ``path`` and no part of it."""
-    first = path.with_name(f"kept-from-{path.name.removeprefix(f'{REMOVED}step-')}")
+    first = path.with_name(f"{_KEPT}{path.name.removeprefix(f'{REMOVED}{_STEP}')}")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free))
 

@@ -21,11 +21,17 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from megatron_ring.checkpoint import names
 from megatron_ring.config import LoggingConfig
 from megatron_ring.errors import ConfigError, flag
 from megatron_ring.training import metrics_file
+from megatron_ring.training.ring_profile import trace
+from megatron_ring.untrusted import UntrustedInputError, open_regular
 
 T = TypeVar("T")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG picture begins."""
 
 
 class BestEffort:
@@ -62,12 +68,18 @@ def reason(error: Exception) -> str:
 # ---- before the start ----
 
 
-def check(logging: LoggingConfig) -> None:
+def check(logging: LoggingConfig, save: str = "") -> None:
     """Raise ConfigError for every output that is known to be impossible; writes nothing. For rank
     0, which writes.
+
+    That includes outputs that would replace a file of another kind, and those under a name that
+    the checkpoints in the folder ``save`` use.
     """
+    paths = ("metrics_file", "profile_ring_trace", "tensorboard_dir", "csv_dir")
     found = [
+        *(_checkpoint_problem(name, getattr(logging, name), save) for name in paths),
         _file_problem("metrics_file", logging.metrics_file),
+        _plot_problem(logging.metrics_file),
         _file_problem("profile_ring_trace", logging.profile_ring_trace),
         _folder_problem("tensorboard_dir", logging.tensorboard_dir),
         _folder_problem("csv_dir", logging.csv_dir),
@@ -79,8 +91,38 @@ def check(logging: LoggingConfig) -> None:
 
 
 def _file_problem(name: str, value: str) -> str | None:
-    why = _why_not(Path(value), folder=False, content=name == "metrics_file") if value else None
+    content = metrics_file.problem if name == "metrics_file" else _trace_problem
+    why = _why_not(Path(value), folder=False, content=content) if value else None
     return f"{name} {value} {why}. Set {flag(name)} to another file." if why else None
+
+
+def _plot_problem(value: str) -> str | None:
+    """Why the plot of the loss cannot replace what lies beside the metrics file under its name."""
+    path = Path(value)
+    if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
+        return None  # of a device or a pipe no plot is drawn
+    plot = path.with_name("loss.png")
+    why = picture_problem(plot, (PNG,))
+    return f"metrics_file {value}: {plot} {why}. Set --metrics-file to another folder." if why else None
+
+
+def _checkpoint_problem(name: str, value: str, save: str) -> str | None:
+    if not value or not save:
+        return None
+    path, folder = Path(value), Path(save)
+    try:
+        folder = folder.resolve()
+        # A link counts by its own place, too, because the link itself may be replaced.
+        places = [path.resolve(), path.absolute().parent.resolve() / path.name]
+    except (OSError, ValueError, RuntimeError):
+        return None  # the other checks name what is wrong with such a path
+    for place in places:
+        if folder in place.parents and names.is_own(own := place.relative_to(folder).parts[0]):
+            return (
+                f"{name} {value} is {own} or inside it, in the folder of --save, where the checkpoints use that "
+                f"name: they would replace or delete it. Set {flag(name)} to another path."
+            )
+    return None
 
 
 def _folder_problem(name: str, value: str) -> str | None:
@@ -100,11 +142,11 @@ def _library_problem(name: str, value: str, library: str) -> str | None:
     )
 
 
-def _why_not(path: Path, folder: bool, content: bool = False) -> str | None:
+def _why_not(path: Path, folder: bool, content: Callable[[Path], str | None] | None = None) -> str | None:
     """Why nothing can be written to ``path``, or made there; None if it can as far as that is
     known.
 
-    content: whether an existing file must be a metrics file.
+    content: returns why an existing file must not be written, None if it may be.
     """
     try:
         there = next(each for each in (path, *path.absolute().parents) if _exists(each))
@@ -118,9 +160,41 @@ def _why_not(path: Path, folder: bool, content: bool = False) -> str | None:
             return "is not a folder" if folder else "is a folder"
         if not os.access(there, os.W_OK | (os.X_OK if folder else os.R_OK)):
             return "cannot be used: no permission to read and write it"
-        return metrics_file.problem(there) if content else None
+        return content(there) if content else None
     except (OSError, ValueError) as error:
         return f"cannot be used: {reason(error)}"
+
+
+def _trace_problem(path: Path) -> str | None:
+    return _content_problem(path, (trace.BEGINNING,), "a trace of --profile-ring-trace")
+
+
+def picture_problem(path: Path, kinds: tuple[bytes, ...]) -> str | None:
+    """Why no picture can be drawn in the place of what is at ``path``; None if it is missing, empty
+    or a picture that begins as one of ``kinds``. Raises nothing.
+    """
+    try:
+        return _content_problem(path, kinds, "a picture") if _exists(path) else None
+    except (OSError, ValueError) as error:
+        return f"cannot be used: {reason(error)}"
+
+
+def _content_problem(path: Path, beginnings: tuple[bytes, ...], what: str) -> str | None:
+    """Why the existing file ``path`` must not be replaced: neither empty nor begun as it should be.
+
+    Reads the first bytes only. Raises OSError where it cannot be read.
+    """
+    try:
+        descriptor = open_regular(path)
+    except UntrustedInputError:
+        return "is not a regular file"
+    try:
+        found = os.pread(descriptor, max(map(len, beginnings)), 0)
+    finally:
+        os.close(descriptor)
+    if not found or found.startswith(beginnings):
+        return None
+    return f"exists and is not {what}: it would be overwritten"
 
 
 def _exists(path: Path) -> bool:

@@ -56,7 +56,7 @@ class Start:
         with leaving_together():
             check_options_and_code(config, agreement)
             setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
-            agreement.on_rank_0(lambda: outputs.check(config.logging))
+            agreement.on_rank_0(lambda: outputs.check(config.logging, config.checkpoint.save))
             dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
             check_data(config.data, agreement)
             fingerprints = agreement.on_rank_0(lambda: [fingerprint(store) for store in dataset.prefixes])

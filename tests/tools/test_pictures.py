@@ -49,6 +49,18 @@ def test_a_layout_that_cannot_be_drawn_is_one_message(tmp_path):
     assert "Traceback" not in found.stderr
 
 
+def test_the_loss_is_drawn_over_no_file_that_is_not_a_picture(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 100.0}) + "\n")
+    before = metrics.read_bytes()
+    with pytest.raises(DataError, match="--output"):
+        plot_metrics.main(metrics, metrics)
+    assert metrics.read_bytes() == before
+    for picture in ("loss.png", "loss.svg", "loss.pdf"):
+        for _ in range(2):
+            plot_metrics.main(metrics, tmp_path / picture)
+
+
 def test_the_loss_is_drawn_from_a_metrics_file(tmp_path):
     lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
     lines.append({"step": 2, "validation_loss": 3.0, "validation_bits_per_byte": 2.0})

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ring.config import LoggingConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.training.outputs import BestEffort, check
+from megatron_ring.training.ring_profile import trace
+from megatron_ring.training.ring_profile.clocks import Offset
+from megatron_ring.training.ring_profile.step import StepTime
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """\
@@ -21,9 +25,9 @@ keep_console_from_ending_the_run()
 """
 
 
-def refused(**options: str) -> list[str]:
+def refused(save: str | Path = "", **options: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        check(LoggingConfig(**options))
+        check(LoggingConfig(**options), str(save))
     return error.value.problems
 
 
@@ -63,6 +67,58 @@ def test_all_that_is_impossible_is_refused_at_once_and_left_as_it_is(tmp_path):
     assert "Set --metrics-file" in metrics
     assert "Set --csv-dir" in tables
     assert (tmp_path / "m.csv").read_text() == "step,loss\n1,5.5\n"
+
+
+def test_a_trace_replaces_an_earlier_trace_and_no_other_file(tmp_path):
+    index, earlier = tmp_path / "tokens.idx", tmp_path / "trace.json"
+    index.write_bytes(b"MRIDX" + bytes(100))
+    (problem,) = refused(profile_ring_trace=str(index))
+    assert "Set --profile-ring-trace" in problem
+    assert index.read_bytes() == b"MRIDX" + bytes(100)
+    step = trace.StepLog(StepTime(1, 0, 0.1, 0.0, False), np.zeros((0, 4), np.int64))
+    earlier.write_text(trace.as_json([trace.RankLog(0, "node", Offset(0, 0), [0], [step])]))
+    (tmp_path / "empty.json").touch()
+    for path in (earlier, tmp_path / "empty.json", tmp_path / "new.json"):
+        check(LoggingConfig(profile_ring_trace=str(path)))
+    os.mkfifo(tmp_path / "pipe")
+    assert "regular file" in refused(profile_ring_trace=str(tmp_path / "pipe"))[0]
+
+
+def test_the_plot_beside_the_metrics_replaces_a_picture_and_no_other_file(tmp_path):
+    plot, metrics = tmp_path / "loss.png", str(tmp_path / "metrics.jsonl")
+    plot.write_bytes(b"notes")
+    (problem,) = refused(metrics_file=metrics)
+    assert "Set --metrics-file" in problem
+    assert "loss.png" in problem
+    check(LoggingConfig(metrics_file="/dev/null"))
+    plot.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    check(LoggingConfig(metrics_file=metrics))
+
+
+@pytest.mark.parametrize("name", ["metrics_file", "profile_ring_trace", "csv_dir", "tensorboard_dir"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "latest",
+        ".latest",
+        ".lease-00000001",
+        ".partial-00000002",
+        ".removed-step-00000001/x",
+        "step-00000100",
+        "kept-from-00000001/deep/x",
+    ],
+)
+def test_an_output_under_a_name_of_the_checkpoints_is_refused(name, own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (tmp_path / "link").symlink_to(saved)
+    for path in (saved / own, Path("saved") / own, tmp_path / "link" / own):
+        problem, *_ = refused(save=saved, **{name: str(path)})
+        assert f"Set --{name.replace('_', '-')}" in problem
+        assert "--save" in problem
+        check(LoggingConfig(**{name: str(path)}), str(tmp_path / "another"))
+    check(LoggingConfig(**{name: str(saved / "other" / own)}), str(saved))
 
 
 def test_where_permission_is_missing_it_is_refused(tmp_path, monkeypatch):

@@ -20,6 +20,9 @@ from megatron_ring.training.ring_profile.step import StepTime
 COMPUTE = 0
 """The number of the thread that computes; transfers have those behind it."""
 
+BEGINNING = b'{"traceEvents": ['
+"""How the file of a trace begins."""
+
 TraceEvent = dict[str, Any]
 
 
