@@ -8,6 +8,13 @@ only; then it deletes the lower numbers. The holder alone writes to its file, th
 that it has open, and marks the lease as released when it ends. The highest number is never deleted,
 so numbers only rise, and a run that was suspended finds a higher one, even if that run has ended.
 
+A number has exactly eight digits; other names are no leases. A run with the largest one possible
+has no successor: the next run is refused until a user has deleted that file.
+
+The file can be replaced while its run lives, by a copy or a folder as a restore makes them, and an
+entry that is no lease can get a higher number. The holder then creates a lease with the number
+after the highest and continues with that. It believes in a successor only where it can read one.
+
 The holder rewrites its file with a rising count. Another run watches the file for a change, by its
 own clock: clocks of two hosts are never compared. A lease that stays the same for LOOKS looks is
 taken over, as one is at once whose process is gone on this host, or that an earlier start of the
@@ -48,7 +55,10 @@ LOOKS = 12
 
 # A constant size, so that a renewal never changes the length of the file.
 _FILE_BYTES = 1024
-_NAME = re.compile(re.escape(LEASE) + "([0-9]{8,18})")
+_NAME = re.compile(re.escape(LEASE) + "([0-9]{8})")
+_LARGEST_NUMBER = 99_999_999
+# A run that has created its lease writes it at once, so that it can be read after this time.
+_SECOND_LOOK_SECONDS = 0.2
 
 Report = Callable[[str], None]
 
@@ -132,11 +142,17 @@ class Found:
     """A lease file as it was read. record: None where it is not readable as a lease.
 
     signature: its content and its time of change, one of which differs after every renewal.
+    denied: whether this user has no permission to read it, so that it may be a lease.
     """
 
     number: int
     record: Record | None
     signature: tuple[bytes, int]
+    denied: bool = False
+
+    def is_of_another(self, run: str) -> bool:
+        """Return whether this is, or may be, the lease of another run than ``run``."""
+        return self.denied if self.record is None else self.record.owner.run != run
 
     def __str__(self) -> str:
         return str(self.record.owner) if self.record else "a run whose lease file cannot be read"
@@ -166,6 +182,11 @@ def take(
             before = newest(folder)
             if before and not _is_free(folder, before, owner, report, looks, seconds):
                 continue  # it has changed hands meanwhile
+            if before and before.number == _LARGEST_NUMBER:
+                raise CheckpointError(
+                    f"{_path(folder, before.number)} has the largest number that a lease can have, so no run can take "
+                    "the folder after it. If no run writes there, delete that file, or set --save to another folder."
+                )
             lease = Lease.create(folder, before.number + 1 if before else 1, owner)
             if lease is None:
                 continue  # another run was faster
@@ -173,10 +194,7 @@ def take(
             if max(_numbers(folder), default=lease.number) > lease.number:
                 lease.withdraw()
                 continue
-            for number in _numbers(folder):
-                if number < lease.number:
-                    with contextlib.suppress(OSError):
-                        _path(folder, number).unlink()
+            _delete_below(folder, lease.number)
             lease.keep_renewing(seconds)
             return lease
 
@@ -334,19 +352,78 @@ class Lease:
             self.renew()
 
     def _look(self) -> None:
-        """Set the successor if there is one. A lease file that somebody has deleted is written again."""
+        """Set the successor if there is one, and make sure that this run's file is the lease otherwise.
+
+        A lease file that somebody has deleted is written again. Above entries that are no leases,
+        and above a copy in the place of the file, a lease with a higher number is created. Blocks
+        for a fraction of a second then. Raises OSError.
+        """
         if self._ending.is_set():
             return
-        found = newest(self.folder)
-        if found is None or found.number < self.number:
+        others = self._others()
+        if not others and not self._is_in_place():
             self._create_again()
-            found = newest(self.folder)
-        if found and (found.number > self.number or not self._is_own(found)):
-            self._successor = found
+            others = self._others()
+        if not others:
+            return
+        if not self._successor_of(others):
+            time.sleep(_SECOND_LOOK_SECONDS)
+            others = self._others()
+        self._successor = self._successor_of(others)
+        if others and not self._successor:
+            self._continue_as(others[-1].number + 1)
 
-    def _is_own(self, found: Found) -> bool:
-        # A file that cannot be read may be our own; a successor has a higher number.
-        return found.record is None or found.record.owner.run == self._record.owner.run
+    def _others(self) -> list[Found]:
+        """List what has this lease's number or a higher one and is not this lease's file."""
+        found = []
+        for number in sorted(_numbers(self.folder)):
+            if number > self.number or (number == self.number and not self._is_in_place()):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(_read(self.folder, number))
+        return found
+
+    def _successor_of(self, others: list[Found]) -> Found | None:
+        theirs = [found for found in others if found.is_of_another(self._record.owner.run)]
+        return theirs[-1] if theirs else None
+
+    def _is_in_place(self) -> bool:
+        """Return whether the name of the lease still leads to the file that this run writes to."""
+        try:
+            found = _path(self.folder, self.number).lstat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._descriptor))
+
+    def _continue_as(self, number: int) -> None:
+        """Create the lease ``number`` and hold that instead, unless another run has been faster."""
+        if number > _LARGEST_NUMBER:
+            raise OSError(errno.EOVERFLOW, f"{_path(self.folder, number - 1)} is no lease; delete it")
+        path = _path(self.folder, number)
+        try:
+            descriptor = _create(path)
+        except FileExistsError:
+            return  # the next look shows what it is
+        try:
+            _write_record(descriptor, self._record)
+            disk.flush(self.folder)
+            # A run may have completed one of the lower leases since they were read.
+            self._successor = self._successor_of(self._others())
+        except OSError:
+            self._successor = None
+            _discard(descriptor, path)
+            raise
+        if self._successor:
+            _discard(descriptor, path)
+            return
+        os.close(self._descriptor)
+        self._descriptor, self.number = descriptor, number
+        _delete_below(self.folder, number)
+        print(
+            f"warning: the lease file of this run in {self.folder} was replaced, or something that is no lease had a "
+            f"higher number. The run goes on with {path.name}.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _create_again(self) -> None:
         """Write the deleted file again, unless the folder is gone, too, which the next save makes again."""
@@ -357,11 +434,28 @@ class Lease:
             self._write(self._record)
 
     def _write(self, record: Record) -> None:
-        content = record.encode()
-        if os.pwrite(self._descriptor, content, 0) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._descriptor)
+        _write_record(self._descriptor, record)
         self._record = record
+
+
+def _write_record(descriptor: int, record: Record) -> None:
+    content = record.encode()
+    if os.pwrite(descriptor, content, 0) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(descriptor)
+
+
+def _discard(descriptor: int, path: Path) -> None:
+    os.close(descriptor)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _delete_below(folder: Path, below: int) -> None:
+    for number in _numbers(folder):
+        if number < below:
+            with contextlib.suppress(OSError):
+                _path(folder, number).unlink()
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -385,13 +479,17 @@ def _read(folder: Path, number: int) -> Found:
     """Read a lease file. Raises FileNotFoundError; anything else that is wrong with it makes its owner unknown."""
     path = _path(folder, number)
     found = path.lstat()
-    content, record = b"", None
+    content, record, denied = b"", None, False
     if stat.S_ISREG(found.st_mode):
-        with contextlib.suppress(UntrustedInputError, PermissionError):
+        try:
             content = read_bytes(path, limit=4 * _FILE_BYTES)
             record = parse_json(content, Record)
+        except PermissionError:
+            denied = True
+        except UntrustedInputError:
+            pass
     # The time of change also shows renewals of a file that this user may not read.
-    return Found(number, record, (content, found.st_mtime_ns))
+    return Found(number, record, (content, found.st_mtime_ns), denied)
 
 
 def _boot_id() -> str:

@@ -290,21 +290,113 @@ def test_a_full_disk_at_the_start_is_one_error_and_leaves_nothing(tmp_path, monk
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "types", "huge", "pipe", "folder", "link"])
-def test_whatever_lies_under_its_name_is_taken_over_once_it_has_not_changed(kind, tmp_path):
-    path = tmp_path / ".lease-00000041"
+KINDS = ["empty", "text", "types", "huge", "pipe", "folder", "link"]
+
+
+def put(kind: str, path: Path) -> None:
+    """Make something at ``path`` that is no lease."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
     elif kind == "link":
-        path.symlink_to(tmp_path / "nowhere")
+        path.symlink_to(path.parent / "nowhere")
     else:
         typed = Record(here()).encode().replace(b'"pid": ', b'"pid": "x", "pod": ')
         path.write_bytes({"empty": b"", "text": b"hello", "types": typed, "huge": b"\0" * 2**20}[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_lies_under_its_name_is_taken_over_once_it_has_not_changed(kind, tmp_path):
+    put(kind, tmp_path / ".lease-00000041")
     held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
     assert held.number == 42
     held.release()
+
+
+def still_holds(held: Lease, folder: Path, number: int) -> None:
+    """The run renews the file of its new number, which another run respects, and releases that."""
+    held.check()
+    held.renew()
+    assert (held.lost, held.number) == (False, number)
+    there = lease.newest(folder)
+    assert (there.number, there.record) == (number, held._record)
+    assert there.record.renewals > 0
+    refused(folder, here())
+    held.release()
+    assert lease.newest(folder).record.released
+    lease.take(folder, here(), **AT_ONCE).release()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "copy"])
+def test_a_run_whose_lease_file_is_replaced_holds_the_folder_further(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    held = left_by(here(), tmp_path)
+    path = tmp_path / ".lease-00000001"
+    if kind == "copy":
+        shutil.copy2(path, tmp_path / "copy")
+        (tmp_path / "copy").rename(path)
+    else:
+        path.unlink()
+        put(kind, path)
+    still_holds(held, tmp_path, 2)
+    assert ".lease-00000002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_with_a_higher_number_that_is_no_lease_ends_no_run(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    held = left_by(here(), tmp_path)
+    put(kind, tmp_path / ".lease-00000009")
+    still_holds(held, tmp_path, 10)
+
+
+def test_a_successor_that_is_just_being_written_is_believed_at_the_second_look(tmp_path, monkeypatch):
+    held = left_by(here(), tmp_path)
+    path = tmp_path / ".lease-00000002"
+    path.touch()
+    monkeypatch.setattr(lease.time, "sleep", lambda _: path.write_bytes(Record(elsewhere()).encode()))
+    with pytest.raises(CheckpointError, match="node7"):
+        held.check()
+    assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
+
+
+def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    held = left_by(here(), tmp_path)
+    path = tmp_path / ".lease-00000002"
+    path.touch()
+    flush = lease.disk.flush
+    monkeypatch.setattr(
+        lease.disk, "flush", lambda folder: (path.write_bytes(Record(elsewhere()).encode()), flush(folder))
+    )
+    with pytest.raises(CheckpointError, match="node7"):
+        held.check()
+    assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
+
+
+@pytest.mark.parametrize("name", [".lease-" + "9" * 18, ".lease-100000000", ".lease-0000009", ".lease-x"])
+def test_a_name_without_exactly_eight_digits_is_no_lease(name, tmp_path):
+    (tmp_path / name).touch()
+    held = lease.take(tmp_path, here(), **AT_ONCE)
+    assert held.number == 1
+    refused(tmp_path, here(), **AT_ONCE)
+    held.check()
+    held.release()
+
+
+def test_above_the_largest_number_no_run_takes_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    held = left_by(here(), tmp_path)
+    (tmp_path / ".lease-99999999").touch()
+    for _ in range(2):
+        held.check()
+        held.renew()
+    assert capsys.readouterr().err.count(".lease-99999999") == 1
+    for part in (".lease-99999999", "--save"):
+        assert part in refused(tmp_path, here(), report=lambda _: None)
+    (tmp_path / ".lease-99999999").unlink()
+    still_holds(held, tmp_path, 1)
 
 
 def test_a_file_under_which_no_folder_can_be_is_one_error(tmp_path):
