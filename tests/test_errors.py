@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_ring.errors import (
@@ -59,3 +64,53 @@ def test_a_message_is_bounded_and_every_problem_is_kept():
     error = ConfigError(f"problem {n}." for n in range(1000))
     assert len(error.problems) == 1000
     assert str(error).splitlines()[-2:] == ["problem 99.", "and 900 problems more of this kind."]
+
+
+PROGRAM = """\
+import sys
+from megatron_ring.errors import DataError, speaking_errors
+with speaking_errors():
+    for n in range(20000):
+        print("line", n)
+    open("done", "w").close()
+    print("progress", file=sys.stderr)
+    if sys.argv[1:]:
+        raise DataError("damaged")
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["fail"], 3)])
+def test_a_reader_of_stdout_that_has_gone_ends_no_tool(arguments, code, unbuffered, tmp_path):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(Path(__file__).parents[1])}
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stderr in (subprocess.PIPE, writer):
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=writer,
+            stderr=stderr,
+            text=True,
+            timeout=60,
+        )
+        assert ended.returncode == code
+        assert (tmp_path / "done").exists(), "its work was completed"
+        (tmp_path / "done").unlink()
+        if stderr == subprocess.PIPE:
+            assert ended.stderr == "progress\n" + "DataError: damaged\n" * bool(arguments)
+    os.close(writer)
+
+
+def test_a_reader_that_stays_has_every_line(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout.splitlines() == [f"line {n}" for n in range(20000)]
+    assert (ended.returncode, ended.stderr) == (0, "progress\n")
