@@ -52,6 +52,13 @@ def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) 
         return [f"weights          {stored.path}, a new run"]
     step = stored.state.step
     lines = [f"resuming         {stored.path}, {step} steps done"]
+    folders, path = config.checkpoint, stored.path.absolute()
+    is_named_itself = path == Path(folders.load).absolute()
+    if folders.save and is_named_itself and path.parent == Path(folders.save).absolute():
+        lines.append(
+            f"load             names a checkpoint of --save: the same command started again goes back to step {step}. "
+            f"--load {folders.save} continues from the newest"
+        )
     if step >= config.training.train_iters:
         lines.append(
             f"nothing to do    --train-iters is {config.training.train_iters}: set it above {step} to train on"
