@@ -114,3 +114,14 @@ def test_a_reader_that_stays_has_every_line(tmp_path):
     )
     assert ended.stdout.splitlines() == [f"line {n}" for n in range(20000)]
     assert (ended.returncode, ended.stderr) == (0, "progress\n")
+
+
+@pytest.mark.parametrize("tool", ["inspect_data.py", "prepare_data.py"])
+def test_the_help_of_a_tool_can_be_cut_off(tool):
+    root = Path(__file__).parents[1]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, root / "tools" / tool, "--help"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")

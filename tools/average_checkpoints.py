@@ -69,8 +69,8 @@ def _last(options: Options) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    options = tyro.cli(Options, args=arguments, description=Options.__doc__)
     with speaking_errors():
+        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         print(run(options))
 
 

@@ -111,8 +111,8 @@ def _ends(special: SpecialTokens) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    command = tyro.cli(Command, args=arguments, description=__doc__)
     with speaking_errors():
+        command = tyro.cli(Command, args=arguments, description=__doc__)
         {Import: run_import, Export: run_export}[type(command)](command)
 
 

@@ -87,8 +87,8 @@ def _rows(rows: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code. Leaves with that of the error whose message was printed."""
-    options = tyro.cli(Options, args=arguments, description=Options.__doc__)
     with speaking_errors():
+        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         return run(options)
 
 

@@ -82,8 +82,8 @@ def _print_document(store: TokenStore, number: int, tokenizer: Tokenizer, charac
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    options = tyro.cli(Options, args=arguments, description=Options.__doc__)
     with speaking_errors():
+        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         run(options)
 
 
