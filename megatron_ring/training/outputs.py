@@ -102,6 +102,8 @@ def _plot_problem(value: str) -> str | None:
     if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
         return None  # of a device or a pipe no plot is drawn
     plot = path.with_name("loss.png")
+    if not plot.is_file():
+        return None  # nothing is overwritten: where the plot cannot be drawn, the run warns
     why = picture_problem(plot, (PNG,))
     return f"metrics_file {value}: {plot} {why}. Set --metrics-file to another folder." if why else None
 
