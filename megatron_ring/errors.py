@@ -4,11 +4,10 @@ A message says what was asked, the rule with its numbers, the nearest legal valu
 """
 
 import contextlib
-import io
-import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+
+from megatron_ring.console_streams import lossy, writes_directly
 
 _SHOWN_PROBLEMS = 100
 
@@ -95,44 +94,12 @@ def speaking_errors() -> Iterator[None]:
     A reader of stdout or stderr that has gone, as after ``| head``, is no error: the program goes
     on, and what it writes there is dropped.
     """
-    sys.stdout, sys.stderr = _dropping(sys.stdout), _dropping(sys.stderr)
+    if writes_directly(sys.stdout):
+        sys.stdout = lossy(sys.stdout, survives_all=False)
+    if writes_directly(sys.stderr):
+        sys.stderr = lossy(sys.stderr, survives_all=False)
     try:
         yield
     except MegatronRingError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-
-
-class _Dropping(io.FileIO):
-    """Writes to a descriptor, which stays open; without a reader, leads it to /dev/null."""
-
-    def write(self, data: bytes) -> int | None:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
-            return super().write(data)
-
-
-def _dropping(stream: TextIO) -> TextIO:
-    """Return a stream in the place of sys.stdout or sys.stderr that drops what nothing reads.
-
-    A stream that does not write directly to a descriptor, as in a test, is returned as it is.
-    """
-    buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)
-    if type(raw) is not io.FileIO:
-        return stream
-    with contextlib.suppress(BrokenPipeError):
-        stream.flush()
-    dropping = _Dropping(raw.fileno(), "wb", closefd=False)
-    dropping.name = stream.name
-    return io.TextIOWrapper(
-        dropping if buffer is raw else io.BufferedWriter(dropping),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )

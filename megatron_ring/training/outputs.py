@@ -6,13 +6,10 @@ that cannot work is refused at the start. What fails later (a full disk, a lost 
 once and the run continues without it.
 """
 
-import contextlib
-import errno
 import importlib.util
 import io
 import logging
 import os
-import select
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_ring.checkpoint import names
 from megatron_ring.config import LoggingConfig
+from megatron_ring.console_streams import lossy
 from megatron_ring.errors import ConfigError, flag
 from megatron_ring.training import metrics_file
 from megatron_ring.training.ring_profile import trace
@@ -229,59 +227,9 @@ def _tolerant(stream: TextIO | None) -> TextIO:
         return open(os.devnull, "w")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    with contextlib.suppress(OSError):
-        stream.flush()
-    raw = _Tolerant(stream.fileno(), stream.name)
-    unbuffered = isinstance(stream.buffer, io.RawIOBase)
-    tolerant = io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    tolerant = lossy(stream, survives_all=True)
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", [])):
         if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
             handler.setStream(tolerant)
     return tolerant
-
-
-class _Tolerant(io.RawIOBase):
-    """Writes to a descriptor, which stays open when this is closed. No write raises."""
-
-    def __init__(self, descriptor: int, name: str):
-        self._descriptor, self.name, self.mode = descriptor, name, "wb"
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        while left:
-            try:
-                left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:
-                select.select([], [self._descriptor], [])
-            except OSError as error:
-                # On a full disk there may be room later; a reader that has gone, or a terminal,
-                # does not come back.
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    self._discard(error)
-                return size
-        return size
-
-    def _discard(self, error: OSError) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._descriptor)
-        os.close(null)
-        if self.name == "<stdout>":
-            lost = f"stdout           lost: {error.strerror}; the run continues without it"
-            print(lost, file=sys.stderr, flush=True)
