@@ -13,18 +13,7 @@ import pytest
 from megatron_ring.parallel import intercom as intercom_module
 from megatron_ring.parallel.intercom import Intercom, NoAnswer
 from megatron_ring.parallel.whereabouts import Place, Whereabouts
-
-
-class Alone:
-    """The agreement of a world of one."""
-
-    rank = 0
-
-    def on_all(self, act):
-        return [act()]
-
-    def on_rank_0(self, act):
-        return act()
+from tests.parallel.alone import Alone
 
 
 @pytest.fixture

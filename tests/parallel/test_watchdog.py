@@ -16,6 +16,7 @@ from megatron_ring.parallel import watchdog as watchdog_module
 from megatron_ring.parallel.intercom import Member, NoAnswer
 from megatron_ring.parallel.watchdog import Suspensions, Watchdog, report
 from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts
+from tests.parallel.alone import Alone
 from tests.parallel.stalls import TIMEOUT, Ended, Fault, Ring
 
 AT = "step 2, layer 1, backward, hop"
@@ -149,18 +150,6 @@ def test_the_number_of_suspensions_that_are_kept_is_limited():
     for second in range(1000):
         suspensions.took(now - 3000 + second, now - 2998 + second, expected=0)
     assert suspensions.seconds_in(1e9) <= 2 * 64
-
-
-class Alone:
-    """The agreement of a world of one."""
-
-    rank = 0
-
-    def on_all(self, act):
-        return [act()]
-
-    def on_rank_0(self, act):
-        return act()
 
 
 class Following:
