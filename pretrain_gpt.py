@@ -9,23 +9,23 @@ import sys
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.engine.engine import leave_processes, start_processes
 from megatron_ring.errors import speaking_errors
+from megatron_ring.monitoring.metrics import Silence
+from megatron_ring.monitoring.outputs import keep_console_from_ending_the_run
+from megatron_ring.monitoring.ring_profile.watch import RingWatch, whereabouts
+from megatron_ring.monitoring.watchdog import watched
 from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.collective_errors import leaving_together
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.parallel.watchdog import watched
+from megatron_ring.preflight.run import test_alone, test_in_a_line
+from megatron_ring.settings.precision import device_type
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
-from megatron_ring.training.engine import leave_processes, start_processes
 from megatron_ring.training.entry import arguments, spoken_once
 from megatron_ring.training.loop import train
-from megatron_ring.training.metrics import Silence
-from megatron_ring.training.outputs import keep_console_from_ending_the_run
-from megatron_ring.training.precision import device_type
-from megatron_ring.training.ring_profile.watch import RingWatch, whereabouts
-from megatron_ring.training.self_test.run import test_alone, test_in_a_line
-from megatron_ring.training.self_test.together import leaving_together
-from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
@@ -53,12 +53,14 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     model = build_model(setup, groups, attention, start.vocab_size)
     place.follow(model)
     engine = start_engine(model, setup, groups)
+    if config.logging.profile_ring:
+        engine.within_optimizer_step(place.optimizing)
     if start.stored:
         with leaving_together():
             checkpointing.resume(engine, start.stored, agreement)
 
     report = console.report(start, engine) if speaks else Silence()
-    saver, watch = checkpointing.Saver(setup, agreement, start.stored, start.lease), RingWatch(setup, place, engine)
+    saver, watch = checkpointing.Saver(setup, agreement, start.stored, start.lease), RingWatch(setup, place)
     stopping.begin(Agreement.build())
     with watched(place, groups, config.parallel.ring_timeout, agreement):
         with leaving_together():

@@ -2,7 +2,7 @@
 
 Default < YAML (``--config``) < flag. Names are Megatron's where Megatron has one. Zero means "derived" only where the
 help says so. This file checks what one section can know of itself; what sections ask of one another, of the processes
-and of the device is checked by training/setup.py. Nothing is clamped or repaired in silence.
+and of the device is checked by settings/setup.py. Nothing is clamped or repaired in silence.
 """
 
 import contextlib

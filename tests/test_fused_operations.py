@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training.console import plan
-from megatron_ring.training.setup import Setup
 from tests.programs import PROGRAM, working_folder
 from tests.training import tiny
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.config import load_yaml
+from megatron_ring.plan.memory_report import memory_of_stages
 from megatron_ring.plan.parameters import parameter_count
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training.console import plan
-from megatron_ring.training.memory_report import memory_of_stages
-from megatron_ring.training.setup import Setup
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "tools" / "slurm"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_ring.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ParallelConfig
 from megatron_ring.errors import flag
-from megatron_ring.parallel import intercom
+from megatron_ring.monitoring import intercom
 from megatron_ring.untrusted import CONFIG_BYTES, METADATA_BYTES, TOKENIZER_BYTES
 
 ROOT = Path(__file__).parents[1]

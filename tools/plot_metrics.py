@@ -9,9 +9,9 @@ from pathlib import Path
 import tyro
 
 from megatron_ring.errors import DataError, speaking_errors
-from megatron_ring.training.outputs import PNG, picture_problem
-from megatron_ring.training.plot import draw_loss
-from megatron_ring.training.ring_profile.timeline import draw_timeline
+from megatron_ring.monitoring.outputs import PNG, picture_problem
+from megatron_ring.monitoring.plot import draw_loss
+from megatron_ring.monitoring.ring_profile.timeline import draw_timeline
 
 _PICTURES = (PNG, b"<?xml", b"<svg", b"%PDF", b"%!PS", b"\xff\xd8\xff", b"RIFF", b"II*\0", b"MM\0*")
 

@@ -2,7 +2,7 @@
 
 A context rank reads the tokens that live on it, and a pipeline stage behind the first reads nothing: what it needs of
 a batch travels to it with the hidden states (model/pipeline.py), and the number of targets that count is handed on
-(training/pipeline_engine.py). Tensor ranks each read every token of their context rank: each looks all of them up in
+(engine/pipeline_engine.py). Tensor ranks each read every token of their context rank: each looks all of them up in
 its own rows of the embedding, and judges all of their targets by its own rows of the head.
 """
 

@@ -2,14 +2,14 @@
 
 import torch
 
+from megatron_ring.engine.engine import Engine
+from megatron_ring.engine.pipeline_engine import PipelineEngine, pipelined
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor_exchange import TensorParallel
-from megatron_ring.training.engine import Engine
-from megatron_ring.training.pipeline_engine import PipelineEngine, pipelined
-from megatron_ring.training.setup import Setup
+from megatron_ring.settings.setup import Setup
 
 
 def build_model(setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int) -> torch.nn.Module:

@@ -8,12 +8,12 @@ between two of them there are at most --max-bad-steps, so that no run turns in a
 import math
 from pathlib import Path
 
+from megatron_ring.engine.engine import Engine, StepResult
 from megatron_ring.errors import Diverged
+from megatron_ring.monitoring.metrics import Report
+from megatron_ring.monitoring.non_finite import origin
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.engine import Engine, StepResult
 from megatron_ring.training.guards import Guard
-from megatron_ring.training.lookout import origin
-from megatron_ring.training.metrics import Report
 
 
 class BadSteps:

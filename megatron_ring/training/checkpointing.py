@@ -21,11 +21,11 @@ from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
 from megatron_ring.config import CheckpointConfig, Config
 from megatron_ring.data.fingerprint import Fingerprint
+from megatron_ring.engine.engine import Engine
 from megatron_ring.errors import CheckpointError, Diverged, MegatronRingError
 from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.training.engine import Engine
-from megatron_ring.training.self_test.together import on_every
-from megatron_ring.training.setup import Setup
+from megatron_ring.parallel.collective_errors import on_every
+from megatron_ring.settings.setup import Setup
 
 Got = TypeVar("Got")
 

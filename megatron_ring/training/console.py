@@ -7,15 +7,15 @@ from megatron_ring.checkpoint.fit import changed_stores, other_data
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.data.fingerprint import Fingerprint
+from megatron_ring.engine.engine import Engine
+from megatron_ring.monitoring.metrics import ConsoleReport
+from megatron_ring.monitoring.plot import draw_loss
+from megatron_ring.monitoring.ring_profile import watch as ring_profile
 from megatron_ring.plan.device_peaks import peak_flops
+from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
-from megatron_ring.training.dry_run import plan_lines
-from megatron_ring.training.engine import Engine
-from megatron_ring.training.metrics import ConsoleReport
-from megatron_ring.training.plot import draw_loss
-from megatron_ring.training.ring_profile import watch as ring_profile
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training.schedule import change_on_resume
-from megatron_ring.training.setup import Setup
 from megatron_ring.training.start import Start
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import GuardsConfig
-from megatron_ring.training.engine import StepResult
+from megatron_ring.engine.engine import StepResult
 
 # So many good steps make a median that a single one of them does not move.
 _ENOUGH = 16

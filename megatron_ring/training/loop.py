@@ -14,16 +14,16 @@ from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.data.stream import Stream
+from megatron_ring.engine.engine import Engine, StepResult
+from megatron_ring.monitoring.metrics import HeldOutRecord, Report, StepRecord
+from megatron_ring.monitoring.ring_profile.watch import RingWatch
+from megatron_ring.parallel.collective_errors import on_every_step
 from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.plan.flops import full_attention_flops, training_flops
 from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.engine import Engine, StepResult
 from megatron_ring.training.guards import Guard
-from megatron_ring.training.metrics import HeldOutRecord, Report, StepRecord
-from megatron_ring.training.ring_profile.watch import RingWatch
 from megatron_ring.training.schedule import learning_rate
-from megatron_ring.training.self_test.together import on_every_step
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 

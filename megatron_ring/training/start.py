@@ -10,13 +10,14 @@ from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.fingerprint import Fingerprint, fingerprint
+from megatron_ring.monitoring import outputs
 from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.collective_errors import leaving_together, on_every
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
-from megatron_ring.training import checkpointing, outputs
-from megatron_ring.training.self_test.alike import check_data, check_options_and_code
-from megatron_ring.training.self_test.together import leaving_together, on_every
-from megatron_ring.training.setup import Setup
+from megatron_ring.preflight.consistency import check_data, check_options_and_code
+from megatron_ring.settings.setup import Setup
+from megatron_ring.training import checkpointing
 
 
 @dataclass(frozen=True)

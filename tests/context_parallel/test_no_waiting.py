@@ -2,7 +2,7 @@
 
 The tensors in play are on the meta device: they have shapes and no values, so that whoever asks for a value is told
 that there is none. The runs of a mask are on the host by design, which is how they are told apart; what goes from there
-to the device must be a copy that nobody waits for. On a GPU tools/trace_overlap.py asks the device itself.
+to the device must be a copy that nobody waits for. On a GPU benchmarks/trace_overlap.py asks the device itself.
 """
 
 from collections.abc import Callable

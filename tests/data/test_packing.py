@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
-from megatron_ring.training.loss import counted_tokens
+from megatron_ring.engine.loss import counted_tokens
 
 END = 0
 ALL = Packing(END, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)

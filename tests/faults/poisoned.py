@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_ring.data.loader import Batch
-from megatron_ring.training.engine import Engine, StepResult
+from megatron_ring.engine.engine import Engine, StepResult
 
 PROGRAM = Path(__file__).parents[2] / "pretrain_gpt.py"
 

@@ -14,8 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.live_memory import LiveMemory
 from megatron_ring.kernels.cross_entropy import VocabularyPart, head_loss_sum
-from megatron_ring.plan.live_memory import LiveMemory
 from tests.distributed import run_ranks
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_ring.monitoring.intercom import Intercom, NoAnswer
 from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.intercom import Intercom, NoAnswer
 from megatron_ring.parallel.whereabouts import Whereabouts
-from megatron_ring.training.self_test.reach import check_reach
+from megatron_ring.preflight.reachability import check_reach
 
 
 def _is_open(address: str, port: int) -> bool:

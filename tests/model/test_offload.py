@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.live_memory import LiveMemory, storage_of
 from megatron_ring.config import ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
@@ -18,7 +19,6 @@ from megatron_ring.model.gpt import Layers
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import run_block
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.plan.live_memory import LiveMemory, storage_of
 
 LENGTH, CPU = 16, torch.device("cpu")
 MODES = {

@@ -18,8 +18,8 @@ from megatron_ring.model.gpt import GPT
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.pipeline import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training.assembly import build_model
-from megatron_ring.training.setup import Setup
 from tests.kernels.fused.interpreted import interpreted  # noqa: F401
 from tests.model.conftest import CONFIGS, LENGTH, VOCABULARY, plain_attention
 from tests.tolerances import TOLERANCE, error

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.live_memory import LiveMemory, storage_of
 from megatron_ring.config import ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
@@ -16,7 +17,6 @@ from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
 from megatron_ring.model.recompute import in_chunks, run_block
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.plan.live_memory import LiveMemory, storage_of
 from tests.model.conftest import plain_attention
 
 LENGTH = 16

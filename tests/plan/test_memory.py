@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measure_memory import LiveBytes
 from megatron_ring.config import Config, DataConfig, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
@@ -17,7 +18,6 @@ from megatron_ring.parallel.tensor_exchange import ALONE
 from megatron_ring.plan.activations import inputs_gathered_again, layer_bytes, papers_bytes_per_token
 from megatron_ring.plan.memory import ERROR, Workload, bubble, micro_batches_in_flight, stage_memory
 from megatron_ring.plan.zero import Zero
-from tools.measure_memory import LiveBytes
 
 VOCABULARY, LENGTH = 128, 768
 LLAMA = ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=4)

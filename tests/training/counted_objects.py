@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_ring.training.engine import Engine, StepResult
+from megatron_ring.engine.engine import Engine, StepResult
 
 COUNTED_AFTER = (40, 140)
 train_step = Engine.train_step

@@ -10,7 +10,7 @@ from math import prod
 
 from megatron_ring.config import Config
 from megatron_ring.errors import ConfigError
-from megatron_ring.training.setup import Setup
+from megatron_ring.settings.setup import Setup
 from tests.training import tiny
 from tests.training.covering import Assignment, Factors, covering
 

@@ -12,8 +12,8 @@ import torch
 from megatron_ring.errors import ConfigError, KernelUnavailable
 from megatron_ring.kernels.attention.support import SUPPORT, Feature, Refused
 from megatron_ring.parallel.environment import fix_order_of_sums
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training import determinism
-from megatron_ring.training.setup import Setup
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 from tests.training import tiny
 
@@ -91,7 +91,7 @@ def test_a_kernel_that_does_not_repeat_itself_is_passed_over_or_refused(asked, m
 
 
 def test_on_cuda_cudnn_is_refused(monkeypatch):
-    monkeypatch.setattr("megatron_ring.training.setup.device_type", lambda: "cuda")
+    monkeypatch.setattr("megatron_ring.settings.setup.device_type", lambda: "cuda")
     asked = {"parallel": {"attention_kernel": "cudnn"}, "model": {"hidden_size": 256}}
     with pytest.raises(KernelUnavailable, match="cannot do the same bits every time"):
         Setup.of(tiny.config(**asked, training={"dtype": "bf16", "deterministic": True}), 2)

@@ -16,12 +16,12 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.checkpoint.tensors import KINDS
 from megatron_ring.config import Config, GuardsConfig
+from megatron_ring.engine.engine import StepResult
 from megatron_ring.errors import Diverged
+from megatron_ring.monitoring.non_finite import Lookout, Seen, origin
 from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.engine import StepResult
 from megatron_ring.training.guards import Guard
-from megatron_ring.training.lookout import Lookout, Seen, origin
 from megatron_ring.training.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.training import tiny

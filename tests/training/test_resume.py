@@ -18,8 +18,8 @@ from megatron_ring.checkpoint import retention, store, tensors
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, DataError, Diverged
 from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
-from megatron_ring.training.setup import Setup
 from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny

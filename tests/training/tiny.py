@@ -15,14 +15,14 @@ from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stages import loader_of
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
+from megatron_ring.engine.engine import start_processes
 from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
-from megatron_ring.training.engine import start_processes
 from megatron_ring.training.schedule import learning_rate
-from megatron_ring.training.setup import Setup
 
 VOCAB = 61
 SEQ = 48

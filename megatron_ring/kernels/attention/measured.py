@@ -1,6 +1,6 @@
 """Which kernel is the fastest, as measured: what ``--attention-kernel auto`` goes by.
 
-``tools/bench_gpu.py`` ends with the lines of this table for the GPU that it ran on, ready to be put in here.
+``benchmarks/bench_gpu.py`` ends with the lines of this table for the GPU that it ran on, ready to be put in here.
 """
 
 import enum
@@ -43,7 +43,7 @@ class Order:
     reason: str
 
 
-# One thread of a CPU that multiplies in bf16; tools/bench_gpu.py --device cpu --tokens 512 --heads 4 --kv-heads 2
+# One thread of a CPU that multiplies in bf16; benchmarks/bench_gpu.py --device cpu --tokens 512 --heads 4 --kv-heads 2
 # --head-dim 64 --ring-sizes 1 --packs 4096 --dtype fp32 --order-dtypes fp32 bf16 fp64 --minutes 2 --rounds 2
 _CPU = "commit 133eb48, torch 2.13.0"
 

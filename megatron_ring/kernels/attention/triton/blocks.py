@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 
 # Compiled for sm_80 and sm_90 no innermost loop of these spills a register (docs/decisions/0015, with what else was
-# asked of them). Which is the fastest has not been measured, for want of a GPU: tools/tune_blocks.py does.
+# asked of them). Which is the fastest has not been measured, for want of a GPU: benchmarks/tune_blocks.py does.
 TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
     "ampere": {
         "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},

@@ -1,0 +1,75 @@
+"""The self-test of ranks that are known to run the same: neighbours, attention, links; and what is said of it."""
+
+from dataclasses import dataclass
+
+from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.preflight.exactness import Errors, allowed, check_attention
+from megatron_ring.preflight.link_bandwidth import Link, measure_links, median, megabytes, message_bytes, slow
+from megatron_ring.preflight.neighbours import check_neighbours
+from megatron_ring.preflight.reachability import check_reach
+from megatron_ring.settings.setup import Setup
+
+_LINKS_NAMED = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, the same on every rank.
+
+    processes: by rank. errors: the worst of any rank. links: of all rings, the slowest first; none in rings of one.
+    """
+
+    setup: Setup
+    processes: list[Process]
+    errors: Errors
+    links: list[Link]
+
+    def line(self) -> str:
+        """For the start of a run; slow links have a line of their own."""
+        said = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
+        if self.links:
+            size = f"{message_bytes(self.setup):,} bytes"
+            said += f"; {megabytes(median(self.links))} MB/s a hop of {size}, slowest {self.links[0]}"
+        return "\n".join([f"self-test        {said}", *self._warnings()])
+
+    def in_full(self) -> str:
+        """For --self-test alone."""
+        limits = zip(Errors._fields, self.errors, allowed(self.setup))
+        errors = ", ".join(f"{name} {error:.1e} ({limit:.1e})" for name, error, limit in limits)
+        lines = [
+            f"processes        alike, and each where the grid has it: {in_words(self.processes)}",
+            f"attention        {self._equation()} by {self.setup.kernel.name} in {self.setup.precision.name}: off by "
+            f"(allowed) {errors}",
+        ]
+        if self.links:
+            lines.append(f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:")
+            lines += [f"                 {link}" for link in self.links[:_LINKS_NAMED]]
+        return "\n".join([*lines, *self._warnings(), "self-test        passed"])
+
+    def _equation(self) -> str:
+        return "ring = local attention" if self.setup.grid.context > 1 else "attention = plain attention"
+
+    def _warnings(self) -> list[str]:
+        if not (found := slow(self.links)):
+            return []
+        more = f" and {len(found) - _LINKS_NAMED} more" if len(found) > _LINKS_NAMED else ""
+        return [
+            f"slow links       {', '.join(map(str, found[:_LINKS_NAMED]))}{more}: MB/s, less than half of the median "
+            "within a host or between hosts; look at the network, and at what else runs there"
+        ]
+
+
+def self_test(setup: Setup, groups: ProcessGroups, agreement: Agreement) -> Report:
+    """Raises ConfigError on every rank, with the same words, where one fails. Talks in all groups and blocks.
+
+    Options, code and data must be the same already (alike.py): ranks that differ may not even have the same groups.
+    """
+    processes = agreement.on_all(lambda: Process.here(agreement.rank))
+    check_neighbours(setup.grid, groups, processes, agreement, setup.device)
+    if groups.ring_links and setup.config.parallel.ring_timeout:
+        check_reach(agreement)
+    errors = check_attention(setup, groups, processes, agreement)
+    links = measure_links(setup, groups, processes, agreement)
+    return Report(setup, processes, errors, sorted(links, key=lambda link: link.bytes_per_second))

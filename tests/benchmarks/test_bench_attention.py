@@ -1,0 +1,174 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_attention
+from megatron_ring.errors import ConfigError
+from tests.distributed import fork_processes
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--seq-length", "48", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--rounds", "1"]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "bench_attention.py", *SMALL, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path, capsys):
+    """What is written to the file, and what is printed; real ranks are forked."""
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the tool sets, no other test must find
+
+    def run(*arguments: str) -> tuple[dict, str]:
+        asked = [*arguments, "--json", str(tmp_path / "bench.json")]
+        monkeypatch.setattr(sys, "argv", ["bench_attention.py", *SMALL, *asked])
+        bench_attention.main()
+        return json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting", "emulated"),
+    [
+        (["--nproc", "2"], "2 ranks", False),
+        (["--emulate-ranks", "3"], "3 emulated ranks, communication not counted", True),
+    ],
+)
+def test_every_layout_is_timed_beside_one_process(arguments, setting, emulated, tmp_path):
+    done = bench(*arguments, "--json", str(tmp_path / "bench.json"))
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert set(document) == {
+        "setting",
+        "device",
+        "emulated",
+        "options",
+        "documents",
+        "document_count",
+        "window",
+        "visible_pairs",
+        "single",
+        "single_seconds",
+        "dense_stripe_size",
+        "dense_seconds",
+        "lighter_seconds",
+        "results",
+    }
+    assert (document["setting"], document["emulated"]) == (setting, emulated)
+    assert document["options"]["seq_length"] == 48
+    assert document["visible_pairs"] == 48 * 49 / 2
+    assert document["single"] == "torch's causal attention"
+    assert document["single_seconds"] > 0
+    assert document["dense_seconds"] is document["lighter_seconds"] is None
+    assert [result["layout"] for result in document["results"]] == ["ring", "striped", "zigzag"]
+    for result in document["results"]:
+        assert set(result) == {
+            "layout",
+            "stripe_size",
+            "seconds",
+            "speedup_over_ring",
+            "bound",
+            "efficiency",
+            "imbalance_counted",
+            "imbalance_timed",
+            "cost_per_pair_over_dense",
+        }
+        assert result["seconds"] > 0
+        assert (result["imbalance_timed"] is not None) == emulated
+        assert result["cost_per_pair_over_dense"] is None
+        assert result["layout"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "single"),
+    [
+        (["--documents", "7"], "torch's causal attention, document by document"),
+        (["--documents", "7", "--window", "5"], "the ring's kernel"),
+        (["--window", "5"], "the ring's kernel"),
+    ],
+    ids=["documents", "both", "window"],
+)
+def test_emulated_ranks_see_documents_and_windows(flags, single, told):
+    document, printed = told("--emulate-ranks", "3", *flags, "--batch", "2")
+    assert document["documents"] == (7 if "--documents" in flags else 0)
+    assert document["window"] == (5 if "--window" in flags else 0)
+    assert 2 * 48 < document["visible_pairs"] < 2 * 48 * 49 / 2
+    assert f"{document['visible_pairs']:,} visible pairs" in printed
+    assert document["single"] == single
+    for result in document["results"]:
+        assert result["seconds"] > 0
+        assert result["bound"] >= 1
+        assert result["cost_per_pair_over_dense"] is None
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_cost_of_a_pair_is_its_time_over_that_in_the_dense_ring(window, told):
+    document, printed = told("--nproc", "2", "--documents", "7", "--window", str(window), "--batch", "2")
+    assert document["document_count"] > 4
+    dense = document["dense_seconds"] / (2 * 48 * 49 / 2)
+    for result in document["results"]:
+        cost = result["seconds"] / document["visible_pairs"]
+        assert result["cost_per_pair_over_dense"] == pytest.approx(cost / dense)
+    assert "\ndense" in printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--documents", "7", "--batch", "2"]], ids=["causal", "documents"])
+def test_the_published_ring_sends_keys_where_ours_sends_queries(flags, told):
+    """With as many key-value heads as query heads; what is compared is the published one."""
+    document, printed = told("--nproc", "2", "--kv-heads", "2", *flags)
+    ring, striped, _ = document["results"]
+    assert document["lighter_seconds"] > 0
+    assert ring["seconds"] != document["lighter_seconds"]
+    assert striped["speedup_over_ring"] == ring["seconds"] / striped["seconds"]
+    assert "\nlighter" in printed
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "stripe"),
+    [
+        ("2", [], 256),
+        ("2", ["--attention-kernel", "reference"], 1),
+        ("2", ["--documents", "100"], 1),
+        ("2", ["--documents", "100", "--stripe-size", "16"], 16),
+    ],
+)
+def test_stripes_are_as_a_training_run_has_them_or_as_asked_for(ranks, flags, stripe, told):
+    document, _ = told("--emulate-ranks", ranks, "--seq-length", "1024", "--rounds", "0", *flags)
+    assert [result["stripe_size"] for result in document["results"]] == [1, stripe, 1]
+
+
+def test_without_rounds_the_work_is_counted_and_nothing_timed(told):
+    document, printed = told("--emulate-ranks", "8", "--seq-length", "8192", "--documents", "500", "--rounds", "0")
+    ring, striped, zigzag = document["results"]
+    assert striped["imbalance_counted"] <= 1.01 < min(ring["imbalance_counted"], zigzag["imbalance_counted"])
+    assert {result["seconds"] for result in document["results"]} == {None}
+    assert "counted and not timed" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stripe-size", "7"], "seq_length 48 cannot be laid out striped on 2 ring ranks"),
+        (["--rounds", "-1"], "rounds -1 must be at least 0. Set --rounds."),
+        (["--emulate-ranks", "-1"], "emulate_ranks -1 must be at least 0. Set --emulate-ranks."),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_starts(flags, message, told):
+    with pytest.raises(ConfigError, match=message):
+        told(*flags)
+
+
+def test_lengths_that_cannot_be_laid_out_leave_with_the_configs_exit_code():
+    done = bench("--seq-length", "47")
+    assert done.returncode == 2
+    assert "seq_length 47 cannot be laid out ring on 2 ring ranks" in done.stderr
+    assert "Traceback" not in done.stderr

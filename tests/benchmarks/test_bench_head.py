@@ -1,0 +1,86 @@
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from benchmarks import bench_head
+from benchmarks.bench_head import MIB, Options
+from megatron_ring.errors import ConfigError
+
+SMALL = ["--hidden-size", "8", "--vocab-size", "96", "--chunk-size", "32", "--rounds", "2"]
+PAGE = (Path(__file__).parents[2] / "docs" / "head.md").read_text()
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path, capsys):
+    """What is written to the file, and the lines that are printed."""
+
+    def run(*arguments: str) -> tuple[dict, list[str]]:
+        asked = ["bench_head.py", *SMALL, *arguments, "--json", str(tmp_path / "bench.json")]
+        monkeypatch.setattr(sys, "argv", asked)
+        bench_head.main()
+        return json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_both_heads_are_timed_and_weighed(dtype, told):
+    document, printed = told("--tokens", "64", "128", "--dtype", dtype)
+    assert set(document) == {"device", "options", "results"}
+    assert document["options"]["tokens"] == [64, 128]
+    assert dtype in printed[0]
+    assert [line.split(" | ")[0] for line in printed[-2:]] == ["| 64", "| 128"]
+    for result in document["results"]:
+        assert set(result) == {
+            "tokens",
+            "unchunked_seconds",
+            "chunked_seconds",
+            "ratio",
+            "unchunked_bytes",
+            "chunked_bytes",
+        }
+        assert min(result["unchunked_seconds"], result["chunked_seconds"], result["ratio"]) > 0
+
+
+def test_the_unchunked_head_grows_with_the_tokens_and_the_chunked_does_not(told):
+    short, long = told("--tokens", "64", "256")[0]["results"]
+    assert long["unchunked_bytes"] - short["unchunked_bytes"] > 2 * (256 - 64) * 96 * 4
+    assert short["chunked_bytes"] == long["chunked_bytes"]
+    assert 32 * 96 * 4 <= long["chunked_bytes"] < 2 * 32 * 96 * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "64", "0"], "tokens 0 must be at least 1. Set --tokens."),
+        (["--chunk-size", "-1"], "chunk_size -1 must be at least 1. Set --chunk-size."),
+    ],
+)
+def test_what_cannot_be_run_is_said(flags, message, told):
+    with pytest.raises(ConfigError, match=message):
+        told(*flags)
+
+
+# ---- docs/head.md ----
+
+
+def test_the_command_on_the_page_is_one():
+    (command,) = re.findall(r"^    python benchmarks/bench_head.py(.*)$", PAGE, flags=re.MULTILINE)
+    options = tyro.cli(Options, args=shlex.split(command))
+    assert [int(row[0].replace(",", "")) for row in rows()] == list(options.tokens)
+
+
+def test_the_table_on_the_page_shows_what_it_says():
+    """Memory beyond one chunk that does not depend on the tokens, and time within a tenth of the unchunked."""
+    assert "| " + " | ".join(bench_head._COLUMNS) + " |" in PAGE
+    assert {float(row[5]) for row in rows()} == {1024 * 32768 * 4 / MIB}
+    assert max(float(row[3]) for row in rows()) <= 1.1
+
+
+def rows() -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in PAGE.splitlines() if re.match(r"\| [\d,]+ \|", line)]

@@ -1,0 +1,163 @@
+"""The picture tools write the pictures that they are asked for, the same ones every time."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import draw_layouts
+from megatron_ring.errors import DataError
+from megatron_ring.monitoring.plot import draw_loss
+from megatron_ring.monitoring.ring_profile.timeline import draw_timeline
+from tools import plot_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name: str, *flags: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "tools" / name, *flags], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("picture", "flags", "tokens"),
+    [("layouts.svg", [], 32), ("packed.svg", ["--documents", "23", "5", "1", "29", "6"], 64)],
+)
+def test_the_pictures_in_the_docs_are_what_the_layouts_are(picture, flags, tokens, tmp_path):
+    assert tool("draw_layouts.py", *flags, "--output", tmp_path / picture).returncode == 0
+    drawn, kept = ((folder / picture).read_text() for folder in (tmp_path, ROOT / "docs"))
+    assert boxes(drawn) == boxes(kept)
+    assert len(boxes(drawn)) > 3 * tokens
+
+
+def test_documents_are_sheets_under_their_tokens(tmp_path):
+    draw_layouts.main(tmp_path / "x.svg", documents=(5, 11))
+    drawn = (tmp_path / "x.svg").read_text()
+    assert [drawn.count(f"fill: {paper}") for paper in ("#d9d9d9", "#efefef")] == [3, 3]
+
+
+def boxes(svg: str) -> list[str]:
+    """The lines that draw coloured boxes; fonts and sizes are matplotlib's business."""
+    return [line.split("style=")[1] for line in svg.splitlines() if "style=" in line and "fill: #" in line]
+
+
+def test_a_layout_that_cannot_be_drawn_is_one_message(tmp_path):
+    found = tool("draw_layouts.py", "--output", tmp_path / "x.svg", "--tokens", "30")
+    assert found.returncode == 2
+    assert "seq_length 30 cannot be laid out ring on 4 ring ranks" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_loss_is_drawn_over_no_file_that_is_not_a_picture(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 100.0}) + "\n")
+    before = metrics.read_bytes()
+    with pytest.raises(DataError, match="--output"):
+        plot_metrics.main(metrics, metrics)
+    assert metrics.read_bytes() == before
+    for picture in ("loss.png", "loss.svg", "loss.pdf"):
+        for _ in range(2):
+            plot_metrics.main(metrics, tmp_path / picture)
+
+
+def test_the_loss_is_drawn_from_a_metrics_file(tmp_path):
+    lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
+    lines.append({"step": 2, "validation_loss": 3.0, "validation_bits_per_byte": 2.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def hops(wait_seconds: float) -> list[dict]:
+    return [
+        {"direction": way, "hop": hop, "wait_seconds": wait_seconds}
+        for way in ("forward", "backward")
+        for hop in (1, 2)
+    ]
+
+
+def test_a_profiled_run_has_its_waits_below_its_loss(tmp_path):
+    lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
+    heights = []
+    for profile in ({}, {"ring_hops": hops(0.01)}):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | profile) + "\n" for line in lines))
+        draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
+        drawn = (tmp_path / "loss.svg").read_text()
+        heights.append(float(re.search(r'height="([0-9.]+)pt"', drawn)[1]))
+        assert drawn.count("<!-- backward 2 -->") == len(profile)
+    assert heights[1] > heights[0]
+
+
+def slice(rank: int, kind: str, start: float, **known: object) -> dict:
+    return {"ph": "X", "pid": rank, "tid": 0, "cat": kind, "ts": start, "dur": 900.0, "args": known}
+
+
+def test_the_hops_of_a_trace_are_drawn_a_row_for_each_rank(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens_per_second": 1.0}\n')
+    events = [slice(rank, "hop", 1000.0 * rank, direction="forward") for rank in (0, 3)]
+    events += [slice(3, "wait", 3500.0, direction="forward"), {"ph": "M", "name": "process_name", "pid": 0, "args": {}}]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    flags = "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.svg"
+    found = tool("plot_metrics.py", *flags, "--trace", tmp_path / "trace.json")
+    assert found.returncode == 0, found.stderr
+    drawn = (tmp_path / "loss-hops.svg").read_text()
+    assert ["<!-- rank 0 -->" in drawn, "<!-- rank 3 -->" in drawn, "<!-- rank 1 -->" in drawn] == [True, True, False]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"traceEvents": []}'])
+def test_what_is_no_trace_of_a_ring_is_refused(content, tmp_path):
+    (tmp_path / "trace.json").write_text(content)
+    with pytest.raises(DataError, match="Set --trace"):
+        draw_timeline(tmp_path / "trace.json", tmp_path / "hops.png")
+
+
+def test_a_file_without_steps_is_refused(tmp_path):
+    for content in ("", "not json\n"):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+        assert found.returncode == 3
+        assert "Set --metrics-file" in found.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens_per_second": 1.0}\n')
+    (tmp_path / "folder.png").mkdir()
+    for output in ("folder.png", "loss.text", "metrics.jsonl/loss.png"):
+        with pytest.raises(DataError, match="Set --output"):
+            plot_metrics.main(tmp_path / "metrics.jsonl", tmp_path / output)
+
+
+SLICE = {"ph": "X", "cat": "hop", "pid": 0, "ts": 1.0, "dur": 2, "args": {"direction": "forward"}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"traceEvents": 5}',
+        b'{"traceEvents": [5]}',
+        b'{"traceEvents":' * 5000,
+        *(
+            json.dumps({"traceEvents": [SLICE | changes]}).encode()
+            for changes in (
+                {"cat": ["hop"]},
+                {"pid": "0"},
+                {"pid": 10**30},
+                {"ts": None},
+                {"dur": float("inf")},
+                {"args": []},
+                {"args": {"direction": ["forward"]}},
+            )
+        ),
+        json.dumps({"traceEvents": [SLICE | {"pid": rank} for rank in range(2000)]}).encode(),
+    ],
+)
+def test_a_trace_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "trace.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"trace\.json.*Set --trace"):
+        draw_timeline(tmp_path / "trace.json", tmp_path / "hops.png")
+    assert not (tmp_path / "hops.png").exists()
