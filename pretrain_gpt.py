@@ -10,62 +10,62 @@ import sys
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.engine.engine import leave_processes, start_processes
-from megatron_ring.errors import speaking_errors
-from megatron_ring.monitoring.metrics import Silence
+from megatron_ring.errors import reporting_errors
+from megatron_ring.monitoring.metrics import NullReporter
 from megatron_ring.monitoring.outputs import keep_console_from_ending_the_run
-from megatron_ring.monitoring.ring_profile.watch import RingWatch, whereabouts
+from megatron_ring.monitoring.ring_profile.watch import RingWatch, progress_tracker
 from megatron_ring.monitoring.watchdog import watched
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.collective_errors import leaving_together
+from megatron_ring.parallel.collective_errors import abort_collectively
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.preflight.run import test_alone, test_in_a_line
+from megatron_ring.preflight.run import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
-from megatron_ring.training.entry import arguments, spoken_once
+from megatron_ring.training.entry import arguments, report_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
 
 
 def main(config: Config, environment: Environment, stopping: Stopping) -> None:
-    speaks = environment.global_rank == 0
+    is_rank_zero = environment.global_rank == 0
     if config.dry_run:
         return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
     start_processes(environment, device_type())
-    agreement = Agreement.build()
+    consensus = Consensus.build()
     if config.self_test == "only":
-        return test_alone(config, environment, agreement)
-    start = Start.together(config, environment, agreement)
+        return run_self_test_only(config, environment, consensus)
+    start = Start.together(config, environment, consensus)
     if start.lease:
         stopping.before_leaving(start.lease.release)
-    if speaks:
+    if is_rank_zero:
         print(console.opening(start))
 
-    setup, place = start.setup, whereabouts(start.setup)
+    setup, place = start.setup, progress_tracker(start.setup)
     groups = ProcessGroups.build(setup.grid, environment.global_rank, config.parallel.ring_timeout)
     reduction = config.parallel.context_parallel_reduction
     attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place, reduction)
     if config.self_test == "start" and environment.world_size > 1:
-        test_in_a_line(setup, groups, agreement)
+        run_startup_check(setup, groups, consensus)
     model = build_model(setup, groups, attention, start.vocab_size)
     place.follow(model)
     engine = start_engine(model, setup, groups)
     if config.logging.profile_ring:
         engine.within_optimizer_step(place.optimizing)
     if start.stored:
-        with leaving_together():
-            checkpointing.resume(engine, start.stored, agreement)
+        with abort_collectively():
+            checkpointing.resume(engine, start.stored, consensus)
 
-    report = console.report(start, engine) if speaks else Silence()
-    saver, watch = checkpointing.Saver(setup, agreement, start.stored, start.lease), RingWatch(setup, place)
-    stopping.begin(Agreement.build())
-    with watched(place, groups, config.parallel.ring_timeout, agreement):
-        with leaving_together():
+    report = console.report(start, engine) if is_rank_zero else NullReporter()
+    saver, watch = checkpointing.Saver(setup, consensus, start.stored, start.lease), RingWatch(setup, place)
+    stopping.begin(Consensus.build())
+    with watched(place, groups, config.parallel.ring_timeout, consensus):
+        with abort_collectively():
             saved = train(engine, start, saver, report, stopping, place, watch)
-        if speaks:
+        if is_rank_zero:
             print(console.closing(report, config, saved))
         for line in watch.finish():
             print(line)
@@ -75,9 +75,9 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
 if __name__ == "__main__":
     keep_console_from_ending_the_run()
-    with speaking_errors():
+    with reporting_errors():
         environment = Environment.read()
-    speaks, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0
-    with spoken_once(environment), Stopping(speaks, speaks_for_node) as stopping:
+    is_rank_zero, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0
+    with report_once(environment), Stopping(is_rank_zero, speaks_for_node) as stopping:
         main(arguments(environment), environment, stopping)
     sys.exit(stopping.exit_code)

@@ -46,9 +46,9 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import queries_are_lighter
-from megatron_ring.errors import ConfigError, flag, speaking_errors
-from megatron_ring.kernels.attention import KERNELS, arranged, choose, stacked, stripe_widths
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.errors import ConfigError, flag, reporting_errors
+from megatron_ring.kernels.attention import KERNELS, choose, stack_to_kernel_layout, stripe_widths, to_kernel_layout
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
@@ -387,7 +387,7 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
     )  # fmt: skip
 
     def run() -> None:
-        own_q, kv = arranged(kernel, q), stacked(kernel, [k, v])
+        own_q, kv = to_kernel_layout(kernel, q), stack_to_kernel_layout(kernel, [k, v])
         out, lse = ring_loop.forward(own_q, kv, ring)
         ring_loop.backward(dout, None, own_q, kv, out, lse, ring)
 
@@ -466,7 +466,7 @@ def _emulate(options: Options, cases: dict[str, Case]) -> Times:
     return Times(seconds, hops)
 
 
-def _emulated_round(hop: Callable[[KeyRuns], float], cases: dict[str, Case]) -> dict[str, torch.Tensor]:
+def _emulated_round(hop: Callable[[KeyRanges], float], cases: dict[str, Case]) -> dict[str, torch.Tensor]:
     """Seconds of every hop and rank, (R, R), by layout. The layouts take turns; a hop that sees nothing takes none."""
     work = {name: torch.zeros_like(case.count.work_RR) for name, case in cases.items()}
     ranks = range(cases["ring"].layout.ring_size)
@@ -476,7 +476,7 @@ def _emulated_round(hop: Callable[[KeyRuns], float], cases: dict[str, Case]) -> 
     return work
 
 
-def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
+def _hop(options: Options, case: Case) -> Callable[[KeyRanges], float]:
     """The seconds of a hop, given its runs: the kernel's forward and backward, as the ring calls them.
 
     Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
@@ -484,15 +484,15 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
     """
     name, scale = _kernel(options), options.head_dim**-0.5
     *qkv, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
-    kernel, (q, k, v) = KERNELS[name], (arranged(name, x) for x in qkv)
+    kernel, (q, k, v) = KERNELS[name], (to_kernel_layout(name, x) for x in qkv)
     state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
 
-    def both_ways(runs: KeyRuns) -> None:
+    def both_ways(runs: KeyRanges) -> None:
         kernel.forward(q, k, v, runs, scale, state)
         kernel.backward(dout, q, k, v, state.out_BLHD.to(q.dtype), state.lse_BHL, runs, scale, *gradients)
 
-    def seconds(runs: KeyRuns) -> float:
+    def seconds(runs: KeyRanges) -> float:
         thin = [x[:1, :, :1, :8] for x in (q, k, v)]
         kernel.forward(*thin, runs, scale, RunningSoftmax.empty(thin[0]))  # makes the tiles, at little cost
         return _alone(functools.partial(both_ways, runs))
@@ -502,5 +502,5 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRuns], float]:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

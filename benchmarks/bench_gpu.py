@@ -33,7 +33,7 @@ from benchmarks.packs import random_starts
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.errors import KernelUnavailable, speaking_errors
+from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.measured import MaskKind
@@ -167,7 +167,7 @@ class Bench:
         """Every kernel on one of eight striped ranks, a round of each after a round of the other."""
         tokens = self.asked.tokens[0] * PACK_RANKS
         layout = Layout("striped", tokens, PACK_RANKS)
-        masks = {MaskKind.CAUSAL: CAUSAL, MaskKind.NARROWED: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens))}
+        masks = {MaskKind.CAUSAL: CAUSAL, MaskKind.SPARSE: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens))}
         for named, (kind, mask) in itertools.product(self.asked.order_dtypes, masks.items()):
             kernels = {name: kernel for name, kernel in self._able(DTYPES[named]).items() if self._fits(kernel)}
             if self._is_over(shown := {"dtype": named, "mask": kind.name}):
@@ -312,5 +312,5 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

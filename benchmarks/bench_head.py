@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.live_memory import LiveMemory
-from megatron_ring.errors import ConfigError, not_positive, speaking_errors
+from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -192,5 +192,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

@@ -34,7 +34,7 @@ from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import ConfigError, not_positive, speaking_errors
+from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 
 KIB = 2**10
 VOCAB_SIZE = 32_000
@@ -178,5 +178,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

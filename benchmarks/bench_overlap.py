@@ -43,8 +43,8 @@ from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PR
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
 from megatron_ring.context_parallel.traffic import backward_bytes
-from megatron_ring.errors import ConfigError, not_positive, speaking_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, arranged, choose, stripe_widths
+from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, stripe_widths, to_kernel_layout
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
@@ -212,7 +212,11 @@ class Shard:
         kernel = choose(options.attention_kernel, "cpu", DTYPES[options.dtype], size).name
         q, kv, dout = (torch.randn(shape).to(DTYPES[options.dtype]) for shape in shapes)
         return Shard(
-            arranged(kernel, q), arranged(kernel, kv), dout, _layout(options.layout, tokens, kernel), KERNELS[kernel]
+            to_kernel_layout(kernel, q),
+            to_kernel_layout(kernel, kv),
+            dout,
+            _layout(options.layout, tokens, kernel),
+            KERNELS[kernel],
         )
 
     def run(self, kernel: HopKernel, exchange: Exchange) -> Seconds:
@@ -367,5 +371,5 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

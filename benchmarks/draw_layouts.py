@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from benchmarks.packs import starts_of
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.errors import speaking_errors
+from megatron_ring.errors import reporting_errors
 from megatron_ring.plan.timeline import counted
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
@@ -89,5 +89,5 @@ def _draw_work(axes: Axes, layout: Layout, mask: Mask, most: float) -> None:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         tyro.cli(main)

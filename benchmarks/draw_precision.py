@@ -27,7 +27,7 @@ import tyro
 from benchmarks.emulated import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.errors import speaking_errors
+from megatron_ring.errors import reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
 from megatron_ring.model.attention import with_sink
 from megatron_ring.settings.precision import device_type
@@ -346,5 +346,5 @@ def _page_of_families(ends: tuple[int, int], tokens: int, kinds: dict[str, Famil
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         tyro.cli(main)

@@ -34,7 +34,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.loader import Batch
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.plan.memory_report import memory_of_stages
@@ -374,5 +374,5 @@ class LiveBytes:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 
 CARD = "ring0"
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
@@ -117,5 +117,5 @@ def _first_failure(ranks: list[subprocess.Popen]) -> int:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

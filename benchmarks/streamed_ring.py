@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_ring.parallel.room import Room
+from megatron_ring.parallel.recv_buffers import RecvBufferPool
 
 Result = TypeVar("Result")
 
@@ -102,13 +102,13 @@ class StreamTransfer:
     arrived: Any
     streams: Streams
     meeting: Meeting
-    room: Room
+    room: RecvBufferPool
 
     def wait(self) -> torch.Tensor:
         """What was sent to this rank. What is queued from now on may read it, and write to what this rank sent."""
         self.streams.hops.wait_event(self.arrived)
-        self.streams.hops.wait_event(self.meeting.take(self.sent.read))
-        self.room.give_back(self.sent.tensor)
+        self.streams.hops.wait_event(self.meeting.acquire(self.sent.read))
+        self.room.release(self.sent.tensor)
         return self.received
 
 
@@ -120,16 +120,16 @@ class StreamExchange:
     streams: Streams
     meeting: Meeting
     started: int = 0
-    room: Room = field(default_factory=Room)
+    room: RecvBufferPool = field(default_factory=RecvBufferPool)
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> StreamTransfer:
         """Post, and let the stream of messages copy what is posted to this rank."""
-        received, posted = self.room.take(tensor), self.streams.hops.record_event()
+        received, posted = self.room.acquire(tensor), self.streams.hops.record_event()
         number, receiver = self.started, (self.ring_rank + distance) % self.meeting.size
         self.started += 1
         sent = Posted(tensor, posted)
         self.meeting.post_to(receiver, number).put(sent)
-        coming = self.meeting.take(self.meeting.post_to(self.ring_rank, number))
+        coming = self.meeting.acquire(self.meeting.post_to(self.ring_rank, number))
         arrived = self._copied(coming, received, posted)
         return StreamTransfer(sent, received, arrived, self.streams, self.meeting, self.room)
 

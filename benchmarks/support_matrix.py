@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tyro
 
-from megatron_ring.errors import speaking_errors
-from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, Proof, Refused, Support
+from megatron_ring.errors import reporting_errors
+from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, Support, Unsupported, Validation
 
 _OPENING = """# What each attention kernel does
 
@@ -34,7 +34,7 @@ def main(output: Path = Path("docs/support.md")) -> None:
 
 def matrix() -> str:
     """The table, and under it every refusal with its reason and what to do instead."""
-    refusals: list[Refused] = []
+    refusals: list[Unsupported] = []
     header = ["feature", *(f"{kernel} on {device}" for kernel, device in COLUMNS)]
     rows = [[feature.value, *(_word(cell, refusals) for cell in cells.values())] for feature, cells in SUPPORT.items()]
     table = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
@@ -42,15 +42,17 @@ def matrix() -> str:
     return "\n".join([_OPENING, *table, "", *notes, ""])
 
 
-def _word(cell: Support, refusals: list[Refused]) -> str:
+def _word(cell: Support, refusals: list[Unsupported]) -> str:
     """One word for a cell; a refusal gets the number of its note."""
-    if isinstance(cell, Proof):
-        return {Proof.TESTED: "tested", Proof.INTERPRETED: "interpreted", Proof.UNPROVEN: "unproven"}[cell]
+    if isinstance(cell, Validation):
+        return {Validation.TESTED: "tested", Validation.INTERPRETED: "interpreted", Validation.UNPROVEN: "unproven"}[
+            cell
+        ]
     if cell not in refusals:
         refusals.append(cell)
     return f"refused ({refusals.index(cell) + 1})"
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         tyro.cli(main)

@@ -35,7 +35,7 @@ from benchmarks.packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, speaking_errors
+from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.support import Feature
@@ -255,5 +255,5 @@ def _told(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, hop_runs
-from megatron_ring.errors import KernelUnavailable, speaking_errors
+from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import triton as kernels
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks, Generation, Kernel, blocks_for, generation_of
@@ -139,5 +139,5 @@ def _timed(act: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         main()

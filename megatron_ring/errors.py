@@ -88,7 +88,7 @@ def not_positive(options: object, *names: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def speaking_errors() -> Iterator[None]:
+def reporting_errors() -> Iterator[None]:
     """Turn a user's fault into its message on stderr and its exit code, for the entry points.
 
     A reader of stdout or stderr that has gone, as after ``| head``, is no error: the program goes

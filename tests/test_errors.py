@@ -14,7 +14,7 @@ from megatron_ring.errors import (
     MegatronRingError,
     RingStalled,
     nearest_multiples,
-    speaking_errors,
+    reporting_errors,
 )
 
 EXIT_CODES = {
@@ -30,7 +30,7 @@ EXIT_CODES = {
 
 @pytest.mark.parametrize("kind", EXIT_CODES)
 def test_an_entry_point_prints_the_message_alone_and_leaves_with_the_kinds_exit_code(kind, capsys):
-    with pytest.raises(SystemExit) as left, speaking_errors():
+    with pytest.raises(SystemExit) as left, reporting_errors():
         raise kind("the corpus is missing. Set --data-path.")
     assert left.value.code == EXIT_CODES[kind]
     printed = capsys.readouterr()
@@ -39,7 +39,7 @@ def test_an_entry_point_prints_the_message_alone_and_leaves_with_the_kinds_exit_
 
 
 def test_our_own_faults_keep_their_traceback():
-    with pytest.raises(KeyError), speaking_errors():
+    with pytest.raises(KeyError), reporting_errors():
         raise KeyError("a bug")
 
 
@@ -68,8 +68,8 @@ def test_a_message_is_bounded_and_every_problem_is_kept():
 
 PROGRAM = """\
 import sys
-from megatron_ring.errors import DataError, speaking_errors
-with speaking_errors():
+from megatron_ring.errors import DataError, reporting_errors
+with reporting_errors():
     for n in range(20000):
         print("line", n)
     open("done", "w").close()

@@ -11,7 +11,7 @@ from megatron_ring.checkpoint import names
 from megatron_ring.checkpoint.average import average
 from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.errors import CheckpointError, ConfigError, speaking_errors
+from megatron_ring.errors import CheckpointError, ConfigError, reporting_errors
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _last(options: Options) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    with speaking_errors():
+    with reporting_errors():
         options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         print(run(options))
 

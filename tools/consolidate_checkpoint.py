@@ -9,7 +9,7 @@ import tyro
 from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.single_file import TYPES, consolidate
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 
 _SUFFIX = ".safetensors"
 
@@ -52,7 +52,7 @@ def run(options: Options) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    with speaking_errors():
+    with reporting_errors():
         options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         print(run(options))
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from megatron_ring.checkpoint.hugging_face.exporting import Exported, Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import Exported, ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
@@ -23,7 +23,7 @@ from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import ModelConfig
-from megatron_ring.errors import speaking_errors
+from megatron_ring.errors import reporting_errors
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Export:
     """The folder of a checkpoint, or a --save folder: then its newest."""
     hf_dir: Annotated[Path, tyro.conf.Positional]
     """A folder that is not there yet, or empty."""
-    form: Annotated[Form, tyro.conf.OmitArgPrefixes] = field(default_factory=Form)
+    form: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExportOptions)
 
 
 Command = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, tyro.conf.subcommand("export")]
@@ -111,7 +111,7 @@ def _ends(special: SpecialTokens) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    with speaking_errors():
+    with reporting_errors():
         command = tyro.cli(Command, args=arguments, description=__doc__)
         {Import: run_import, Export: run_export}[type(command)](command)
 

@@ -14,7 +14,7 @@ from megatron_ring.checkpoint import report
 from megatron_ring.checkpoint.compare import Comparison
 from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.errors import speaking_errors
+from megatron_ring.errors import reporting_errors
 
 EQUAL, DIFFERENT = 0, 1
 
@@ -87,7 +87,7 @@ def _rows(rows: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code. Leaves with that of the error whose message was printed."""
-    with speaking_errors():
+    with reporting_errors():
         options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         return run(options)
 

@@ -12,7 +12,7 @@ from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenize
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.data.verify import verify
-from megatron_ring.errors import ConfigError, speaking_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 
 _FIRST = 3
 
@@ -82,7 +82,7 @@ def _print_document(store: TokenStore, number: int, tokenizer: Tokenizer, charac
 
 def main(arguments: list[str] | None = None) -> None:
     """Leaves with the exit code of the error whose message was printed."""
-    with speaking_errors():
+    with reporting_errors():
         options = tyro.cli(Options, args=arguments, description=Options.__doc__)
         run(options)
 

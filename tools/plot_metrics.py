@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_ring.errors import DataError, speaking_errors
+from megatron_ring.errors import DataError, reporting_errors
 from megatron_ring.monitoring.outputs import PNG, picture_problem
 from megatron_ring.monitoring.plot import draw_loss
 from megatron_ring.monitoring.ring_profile.timeline import draw_timeline
@@ -39,5 +39,5 @@ def main(metrics_file: Path, output: Path, trace: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         tyro.cli(main)

@@ -16,7 +16,7 @@ from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_positive, speaking_errors
+from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_positive, reporting_errors
 from megatron_ring.other_names import PREPROCESS
 
 # Names beside a store that belong to its tokenizer.
@@ -155,5 +155,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with speaking_errors():
+    with reporting_errors():
         sys.exit(main())

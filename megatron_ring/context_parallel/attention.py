@@ -5,8 +5,8 @@ Around the ring, the members of a Ulysses group trade heads for tokens and back;
 The ring is a ``torch.library`` custom op, forward and backward, so that autograd, selective activation checkpointing
 and the compiler see one node with the output and the log-sum-exp as its results: recomputing a layer can keep them
 and never runs the ring a second time. An op takes tensors, numbers and text, so the ring's communicators are passed
-by the names torch.distributed gives them, the kernel by its own, and where the process is noted (``Whereabouts``) by
-the numbers themselves. The operators write there, which their schemas do not say: no operator reads it.
+by the names torch.distributed gives them, the kernel by its own, and the progress of the process (``ProgressTracker``)
+as a tensor. The operators write to that tensor without declaring it in their schemas: no operator reads it.
 """
 
 import functools
@@ -20,10 +20,10 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import counted
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import mask_of_documents, mask_of_window
-from megatron_ring.kernels.attention import KERNELS, arranged, stacked
+from megatron_ring.kernels.attention import KERNELS, stack_to_kernel_layout, to_kernel_layout
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
-from megatron_ring.parallel.whereabouts import Direction, Whereabouts
+from megatron_ring.parallel.progress import Direction, ProgressTracker
 
 # In which order a ring adds up: as the hops bring it, or the same for rings of 1, 2, 4 and 8.
 REDUCTIONS = {"arrival": ring_loop, "invariant": invariant}
@@ -42,7 +42,7 @@ class ContextParallelAttention:
         layout: Layout,
         kernel: str,
         groups: ProcessGroups,
-        place: Whereabouts | None = None,
+        place: ProgressTracker | None = None,
         reduction: str = "arrival",
     ):
         ring_size = dist.get_world_size(groups.ring_links[0]) if groups.ring_links else 1
@@ -50,8 +50,8 @@ class ContextParallelAttention:
         self.layout = layout
         self.kernel = kernel
         self.links = " ".join(group.group_name for group in groups.ring_links or ())
-        self.members = ulysses.Members.of(groups.ulysses)
-        self.place = place or Whereabouts()
+        self.members = ulysses.UlyssesGroup.of(groups.ulysses)
+        self.place = place or ProgressTracker()
         self.reduction = reduction
 
     def __call__(
@@ -69,7 +69,7 @@ class ContextParallelAttention:
         ``document_starts``: (documents,) int64 on the CPU, increasing, where documents begin when the batch's samples
         are laid end to end.
         """
-        kv_2BlGD = stacked(self.kernel, [k_BlGD, v_BlGD])
+        kv_2BlGD = stack_to_kernel_layout(self.kernel, [k_BlGD, v_BlGD])
         q_BLhD, kv_2BLgD = ulysses.gather_tokens(q_BlHD, kv_2BlGD, self.members)
         out_BLhD, lse_BhL = self._of_shards(q_BLhD, kv_2BLgD, window, document_starts)
         return ulysses.gather_heads(out_BLhD, lse_BhL, self.members)
@@ -81,7 +81,7 @@ class ContextParallelAttention:
         assert length == self.layout.shard_length, "queries of another length than the layout's shard"
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
         settings += self.place.layer, self.place.numbers, self.reduction
-        arrange = functools.partial(arranged, self.kernel)
+        arrange = functools.partial(to_kernel_layout, self.kernel)
         if document_starts is None:
             return ring_attention(arrange(q_BLHD), arrange(kv_2BLGD), None, 1, *settings)
         # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
@@ -107,9 +107,9 @@ def ring_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``forward`` of ``REDUCTIONS[reduction]`` over the ring whose communicators ``links`` names; empty: a ring of one.
 
-    With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a Whereabouts' numbers.
+    With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a ProgressTracker' numbers.
     """
-    noted = Whereabouts(place)
+    noted = ProgressTracker(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.FORWARD):
         return REDUCTIONS[reduction].forward(q_BLHD, kv_2BLGD, ring)
@@ -135,7 +135,7 @@ def ring_attention_backward(
     reduction: str = "arrival",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``backward`` of ``REDUCTIONS[reduction]``, its gradients cast to the types of q and kv."""
-    noted = Whereabouts(place)
+    noted = ProgressTracker(place)
     ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
     with noted.in_ring(layer, Direction.BACKWARD):
         reduce = REDUCTIONS[reduction].backward
@@ -182,7 +182,7 @@ def _ring(
     stripe_size: int,
     kernel: str,
     links: str,
-    place: Whereabouts,
+    place: ProgressTracker,
 ) -> ring_loop.Ring:
     exchange = _exchange(links, place) if links else None
     ring_size = len(exchange.members) if exchange else 1
@@ -200,5 +200,5 @@ def _ring(
     )
 
 
-def _exchange(links: str, place: Whereabouts) -> RingExchange:
+def _exchange(links: str, place: ProgressTracker) -> RingExchange:
     return RingExchange.over(tuple(_resolve_process_group(name) for name in links.split()), place)

@@ -21,7 +21,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_runs
 from megatron_ring.context_parallel.ring import Ring, with_gradient_of_lse
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import KnownDelta, Output, RunningSoftmax, zero_sums
 
 BLOCKS = 8
@@ -33,7 +33,7 @@ class _Pair(NamedTuple):
 
     queries: int
     keys: int
-    runs: KeyRuns
+    runs: KeyRanges
 
 
 class _Hop(NamedTuple):
@@ -89,7 +89,7 @@ def backward(
 
 def _hops(ring: Ring) -> Iterator[_Hop]:
     to_a_rank = BLOCKS // ring.layout.ring_size
-    for hop in ring.turns():
+    for hop in ring.hop_indices():
         start = hop * to_a_rank
         offsets, following = _ORDER[start : start + to_a_rank], _ORDER[(start + to_a_rank) % BLOCKS]
         distance = (following - offsets[0]) % ring.layout.ring_size

@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mask:
     window: int = 0
     document_starts: tuple[int, ...] = ()
     samples: int = 1
-    runs: dict[tuple[Layout, int, int], KeyRuns] = field(default_factory=dict, init=False, repr=False, compare=False)
+    runs: dict[tuple[Layout, int, int], KeyRanges] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         assert self.samples == 1 or self.document_starts, "samples end to end, and nothing that keeps them apart"
@@ -59,18 +59,18 @@ CAUSAL = Mask()
 
 def key_runs(
     query_positions: torch.Tensor, key_positions: torch.Tensor, first_visible: torch.Tensor | None = None
-) -> KeyRuns:
+) -> KeyRanges:
     """The runs of keys that queries at ``query_positions`` see among keys at ``key_positions``, both increasing.
 
     ``first_visible`` is first(p) for each query, non-decreasing; without it a query sees everything up to itself.
     """
     hi = torch.searchsorted(key_positions, query_positions, right=True)
     if first_visible is None:
-        return KeyRuns(torch.zeros_like(hi), hi)
-    return KeyRuns(torch.searchsorted(key_positions, first_visible), hi)
+        return KeyRanges(torch.zeros_like(hi), hi)
+    return KeyRanges(torch.searchsorted(key_positions, first_visible), hi)
 
 
-def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRuns:
+def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRanges:
     """What the queries of ``ring_rank`` see of the keys of ``source`` under ``layout`` and ``mask``.
 
     Computed once and kept in ``mask``, since every layer needs the same runs, forward and backward.

@@ -17,7 +17,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import (
     KnownDelta,
     Output,
@@ -65,7 +65,7 @@ class Ring:
         """How often keys meet queries; fewer than ranks where nobody looks back that far. The same on every rank."""
         return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
 
-    def turns(self) -> Iterator[int]:
+    def hop_indices(self) -> Iterator[int]:
         """The hops in turn, from 0."""
         for hop in range(self.hops):
             self.on_hop(hop, self.hops)
@@ -79,20 +79,20 @@ class Ring:
         """The ring rank whose queries our keys meet in ``hop``, where the queries travel."""
         return (self.ring_rank + hop) % self.layout.ring_size
 
-    def runs(self, queries_of: int, keys_of: int) -> KeyRuns:
+    def runs(self, queries_of: int, keys_of: int) -> KeyRanges:
         """What the queries of one ring rank see of the keys of another."""
         return hop_runs(self.layout, queries_of, keys_of, self.mask)
 
     @property
-    def own_runs(self) -> KeyRuns:
+    def own_runs(self) -> KeyRanges:
         """What this rank's queries see of its own keys."""
         return self.runs(self.ring_rank, self.ring_rank)
 
-    def pass_on(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
+    def send_kv_or_q(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
         """Send what is needed again in the next hop; the last hop's keys or queries need not come home."""
         return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
 
-    def pass_sums_on(self, sums: torch.Tensor, hop: int, distance: int) -> Transfer | None:
+    def send_grad_accumulators(self, sums: torch.Tensor, hop: int, distance: int) -> Transfer | None:
         """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut.
 
         Not those of the first hop, in which what travels has not left its rank.
@@ -109,8 +109,8 @@ def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[t
     the log-sum-exp (batch, heads, L) in float32 (float64 for float64). One exchange less than there are hops.
     """
     state = RunningSoftmax.empty(q_BLHD)
-    for hop in ring.turns():
-        travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
+    for hop in ring.hop_indices():
+        travelling = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
         runs = ring.runs(ring.ring_rank, ring.keys_of(hop))
         ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], runs, ring.scale, state)
         if travelling:
@@ -137,10 +137,10 @@ def backward(
     """
     dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
     travels = _queries_travel if ring.sends_queries(q_BLHD, kv_2BLGD) else _keys_travel
-    return travels(_Rows(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
+    return travels(QuerySide(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
 
 
-class _Rows(NamedTuple):
+class QuerySide(NamedTuple):
     """A rank's queries, and what their gradients need."""
 
     dout_BLHD: torch.Tensor
@@ -149,38 +149,38 @@ class _Rows(NamedTuple):
     lse_BHL: torch.Tensor
 
 
-def _keys_travel(own: _Rows, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_travel(own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(own_2BLGD, ring)
     dq_BLHD, own_sums, kv_2BLGD, sums = zero_sums(own.q_BLHD), zero_sums(own_2BLGD), own_2BLGD, None
-    for hop in ring.turns():
-        travelling = ring.pass_on(kv_2BLGD, hop, distance=1)
+    for hop in ring.hop_indices():
+        travelling = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
         dkv_2BLGD, runs = zero_sums(kv_2BLGD) if hop else own_sums, ring.runs(ring.ring_rank, ring.keys_of(hop))
         _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
-        sums = ring.pass_sums_on(dkv_2BLGD, hop, distance=1)
+        sums = ring.send_grad_accumulators(dkv_2BLGD, hop, distance=1)
         if travelling:
             kv_2BLGD = travelling.wait()
     _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, own_sums)
     return dq_BLHD, own_sums.add_(sums.wait()) if sums else own_sums
 
 
-def _queries_travel(own: _Rows, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def _queries_travel(own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(kv_2BLGD, ring)
     dkv_2BLGD, own_sums, rows, sums = zero_sums(kv_2BLGD), zero_sums(own.q_BLHD), own, None
     load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
     message = packed(load) if ring.hops > 1 else None
-    for hop in ring.turns():
-        travelling = ring.pass_on(message, hop, distance=-1)
+    for hop in ring.hop_indices():
+        travelling = ring.send_kv_or_q(message, hop, distance=-1)
         dq_BLHD, runs = zero_sums(own.q_BLHD) if hop else own_sums, ring.runs(ring.queries_of(hop), ring.ring_rank)
         _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dq_BLHD = sums.wait().add_(dq_BLHD)
-        sums = ring.pass_sums_on(dq_BLHD, hop, distance=-1)
+        sums = ring.send_grad_accumulators(dq_BLHD, hop, distance=-1)
         if travelling:
             message = travelling.wait()
             q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, load)
-            rows = _Rows(dout_BLHD, q_BLHD, KnownDelta(delta_BHL, dout_BLHD), lse_BHL)
+            rows = QuerySide(dout_BLHD, q_BLHD, KnownDelta(delta_BHL, dout_BLHD), lse_BHL)
     _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, own_sums, dkv_2BLGD)
     return own_sums.add_(sums.wait()) if sums else own_sums, dkv_2BLGD
 
@@ -197,7 +197,13 @@ def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
 
 
 def _add_gradients(
-    ring: Ring, runs: KeyRuns, groups: slice, rows: _Rows, kv_2BLGD: torch.Tensor, dq_BLHD: torch.Tensor, dkv_2BLGD
+    ring: Ring,
+    runs: KeyRanges,
+    groups: slice,
+    rows: QuerySide,
+    kv_2BLGD: torch.Tensor,
+    dq_BLHD: torch.Tensor,
+    dkv_2BLGD,
 ) -> None:
     """Add to ``dq`` and ``dkv`` what comes of these key-value heads and the queries that read them."""
     if groups.start == groups.stop:
@@ -221,19 +227,19 @@ def with_gradient_of_lse(
     if dlse_BHL is None:
         return dout_BLHD, out_BLHD
     delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
-    dout_BLHD = _nowhere_zero(dout_BLHD, delta_BHL)
+    dout_BLHD = _nudge_zero_dout(dout_BLHD, delta_BHL)
     return dout_BLHD, KnownDelta(delta_BHL, dout_BLHD)
 
 
-def _nowhere_zero(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
+def _nudge_zero_dout(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
     """dout, with two elements next to 0 in rows of zeros, and of what is as good as 0 beside delta.
 
     No output of a row whose lse alone is read has this delta, and where dout is tiny, an output
     that has it would overflow.
     """
     # As small as leaves its output, about the inverse, finite; float16 is short of room.
-    speck = max(torch.finfo(delta_BHL.dtype).eps, 16 / torch.finfo(dout_BLHD.dtype).max)
-    least_BLH1 = (delta_BHL * speck).transpose(1, 2).unsqueeze(-1)
+    epsilon = max(torch.finfo(delta_BHL.dtype).eps, 16 / torch.finfo(dout_BLHD.dtype).max)
+    least_BLH1 = (delta_BHL * epsilon).transpose(1, 2).unsqueeze(-1)
     too_small_BLH1 = dout_BLHD.abs().amax(-1, keepdim=True) < least_BLH1.abs()
     filled_BLHD = dout_BLHD.clone(memory_format=torch.contiguous_format)
     two_BLH2 = filled_BLHD[..., :2]

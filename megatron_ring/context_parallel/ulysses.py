@@ -21,18 +21,20 @@ _TOKENS, _HEADS = -3, -2
 
 
 @dataclass(frozen=True)
-class Members:
+class UlyssesGroup:
     """Those that share a ring rank: how many, and their group's name, which is what an op can be given."""
 
     size: int = 1
     group: str = ""
 
     @staticmethod
-    def of(group: dist.ProcessGroup | None) -> "Members":
-        return Members(group.size(), group.group_name) if group else Members()
+    def of(group: dist.ProcessGroup | None) -> "UlyssesGroup":
+        return UlyssesGroup(group.size(), group.group_name) if group else UlyssesGroup()
 
 
-def gather_tokens(q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, members: Members) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_tokens(
+    q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, members: UlyssesGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q_BLhD and kv_2BLgD: of all the members' tokens, the u-th H/U query heads for member u and the keys they read.
 
     Blocks until all members have called it. One alone trades nothing.
@@ -41,16 +43,18 @@ def gather_tokens(q_BlHD: torch.Tensor, kv_2BlGD: torch.Tensor, members: Members
         return q_BlHD, kv_2BlGD
     assert q_BlHD.shape[_HEADS] % members.size == 0, "query heads that cannot be shared out evenly"
     tensors = [q_BlHD, repeated(kv_2BlGD, members.size)]
-    q_BLhD, kv_2BLgD = trade(tensors, _HEADS, _TOKENS, members.size, members.group)
+    q_BLhD, kv_2BLgD = all_to_all_heads(tensors, _HEADS, _TOKENS, members.size, members.group)
     return q_BLhD, kv_2BLgD
 
 
-def gather_heads(out_BLhD: torch.Tensor, lse_BhL: torch.Tensor, members: Members) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_heads(
+    out_BLhD: torch.Tensor, lse_BhL: torch.Tensor, members: UlyssesGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The way back: out_BlHD and lse_BHl, all heads of this member's own tokens, each in its own type."""
     if members.size == 1:
         return out_BLhD, lse_BhL
     tensors = [out_BLhD, lse_BhL.mT.unsqueeze(-1)]
-    out_BlHD, lse_BlH1 = trade(tensors, _TOKENS, _HEADS, members.size, members.group)
+    out_BlHD, lse_BlH1 = all_to_all_heads(tensors, _TOKENS, _HEADS, members.size, members.group)
     return out_BlHD, lse_BlH1.squeeze(-1).mT
 
 
@@ -64,8 +68,10 @@ def repeated(kv_2BlGD: torch.Tensor, members: int) -> torch.Tensor:
     return kv_2BlGD if times == 1 else kv_2BlGD.repeat_interleave(times, dim=_HEADS)
 
 
-@torch.library.custom_op("megatron_ring::trade", mutates_args=())
-def trade(tensors: list[torch.Tensor], split: int, join: int, members: int, group: str) -> list[torch.Tensor]:
+@torch.library.custom_op("megatron_ring::all_to_all_heads", mutates_args=())
+def all_to_all_heads(
+    tensors: list[torch.Tensor], split: int, join: int, members: int, group: str
+) -> list[torch.Tensor]:
     """Each tensor cut along ``split``, a piece for every member; what all send here, in order, joined along ``join``.
 
     One all-to-all. Types may differ: wider numbers travel as several of the narrowest type, their bits as they are.
@@ -90,7 +96,7 @@ def _as_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
-@trade.register_fake
+@all_to_all_heads.register_fake
 def _(tensors, split, join, members, group):
     return [torch.cat([x.chunk(members, split)[0]] * members, join) for x in tensors]
 
@@ -102,8 +108,8 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradients):
     given = [gradient for gradient in gradients if gradient is not None]
-    traded = iter(trade(given, ctx.join, ctx.split, *ctx.members))
+    traded = iter(all_to_all_heads(given, ctx.join, ctx.split, *ctx.members))
     return [None if gradient is None else next(traded) for gradient in gradients], None, None, None, None
 
 
-trade.register_autograd(_backward, setup_context=_keep_for_backward)
+all_to_all_heads.register_autograd(_backward, setup_context=_keep_for_backward)

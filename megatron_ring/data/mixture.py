@@ -21,16 +21,16 @@ from megatron_ring.data.stream import Stream, Text
 
 
 @dataclass(frozen=True)
-class Turns:
+class InterleaveSchedule:
     """Whose turn it is. ``edges`` (streams + 1,): the sum of the weights before each stream, in whole numbers."""
 
     edges: tuple[int, ...]
 
     @staticmethod
-    def of(weights: Sequence[Fraction]) -> "Turns":
+    def of(weights: Sequence[Fraction]) -> "InterleaveSchedule":
         """For streams of these weights, above 0 and of any sum."""
         unit = lcm(*(weight.denominator for weight in weights))
-        return Turns(tuple(accumulate((int(weight * unit) for weight in weights), initial=0)))
+        return InterleaveSchedule(tuple(accumulate((int(weight * unit) for weight in weights), initial=0)))
 
     def at(self, index: int) -> tuple[int, int]:
         """The stream that sample ``index`` of the blend comes from, and its number among that stream's samples."""
@@ -52,7 +52,7 @@ class Blend(Stream):
     def __init__(self, streams: Sequence[Stream], weights: Sequence[Fraction]):
         assert len({stream.seq_length for stream in streams}) == 1
         self.streams, self.seq_length = streams, streams[0].seq_length
-        self._weights, self._turns = weights, Turns.of(weights)
+        self._weights, self._turns = weights, InterleaveSchedule.of(weights)
 
     def text(self, index: int) -> Text:
         """Sample ``index``: see Stream."""

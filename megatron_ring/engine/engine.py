@@ -31,10 +31,10 @@ from megatron_ring.engine.gradient_norm import clip, counts_here
 from megatron_ring.engine.loss import counted_tokens, share_of_mean
 from megatron_ring.engine.loss_scale import loss_scale, set_loss_scale
 from megatron_ring.engine.model_parallel_unit import model_parallel_unit
-from megatron_ring.engine.step_gate import Decision
+from megatron_ring.engine.step_gate import StepGate
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.metrics import Monitor
-from megatron_ring.monitoring.non_finite import Lookout, Seen
+from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
 from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, keep_freed_memory
@@ -107,7 +107,7 @@ class Engine:
         )
         self.groups = groups
         self.device = torch.device(setup.device)
-        self.lookout = Lookout(model, self.device)
+        self.lookout = NonFiniteDetector(model, self.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
         # DeepSpeed would fail with its monitors, and report samples where we report steps, which
         # wandb drops.
@@ -136,13 +136,13 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         count = self._sum(counted_tokens(_targets(batches)).to(self.device))
-        self.decision = Decision(self._own_loss, self._norm_to_judge, highest_loss)
+        self.decision = StepGate(self._own_loss, self._norm_to_judge, highest_loss)
         self.lookout.begin()
         self._step(batches, share_of_mean(count, self.averaged_over))
         loss, refused = self.decision.loss, self.decision.refused
         return StepResult(loss, self._grad_norm(), int(count), refused)
 
-    def seen(self) -> Seen:
+    def seen(self) -> NonFiniteReport:
         """What this process has seen of the last step."""
         return self.lookout.seen(dist.get_rank(), self._own_loss())
 
@@ -165,7 +165,11 @@ class Engine:
     def pieces(self) -> list[Piece]:
         """What this process adds to a checkpoint: views of its memory. All together have every element once."""
         own = [(name, p) for name, p in self.named_parameters() if counts_here(p, self.groups)]
-        return [piece for fragment in self._fragments(own) for piece in fragment.share(*self.groups.among_copies)]
+        return [
+            piece
+            for fragment in self._fragments(own)
+            for piece in fragment.share(*self.groups.data_context_rank_and_size)
+        ]
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint's state says of the optimizer, by its names there."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-class Decision:
+class StepGate:
     """One step's: refused, if its loss or gradient norm is not finite, or its loss is above ``highest_loss``.
 
     ``own_loss``: gives this process's share of the global mean, so that the sum over all processes is the mean.

@@ -78,7 +78,7 @@ def head_loss_sum(
         # Inside a Function no_grad cannot be seen: what would need a gradient still says so.
         hidden_BlE, weight_vE = hidden_BlE.detach(), weight_vE.detach()
     hidden_NE, targets_N1 = hidden_BlE.flatten(0, -2), targets_Bl.reshape(-1, 1)
-    judge = _Judge(cross_entropy or softmax_cross_entropy, part or WHOLE, ignore_index)
+    judge = _LossSpec(cross_entropy or softmax_cross_entropy, part or WHOLE, ignore_index)
     return _HeadLossSum.apply(hidden_NE, weight_vE, targets_N1, chunk_size, judge)
 
 
@@ -112,7 +112,7 @@ class _HeadLossSum(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _LossSpec:
     """How the logits of a chunk are judged, alike for all chunks."""
 
     cross_entropy: CrossEntropy
@@ -124,7 +124,7 @@ def _chunk_loss(
     hidden_cE: Tensor,
     weight_vE: Tensor,
     target_c1: Tensor,
-    judge: _Judge,
+    judge: _LossSpec,
     dhidden_cE: Tensor | None,
     dweight_vE: Tensor | None,
 ) -> Tensor:

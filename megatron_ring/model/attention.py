@@ -15,8 +15,8 @@ from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.norm import NormFunction, norm
 from megatron_ring.kernels.rope import Rotation
 from megatron_ring.model.execution import PLAIN, Execution
-from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, for_own_heads, split_parameter
-from megatron_ring.parallel.tensor_exchange import TensorParallel, enter
+from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, mark_local_heads, split_parameter
+from megatron_ring.parallel.tensor_exchange import TensorParallel, to_tensor_region
 
 
 class AttentionFunction(Protocol):
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """(B, m, E). ``rotation`` is None for a model whose positions come from a table."""
         kept = self.execution.kept_for_attention(x_BmE)
-        x_BlE = enter(x_BmE, self.execution.tensor)
+        x_BlE = to_tensor_region(x_BmE, self.execution.tensor)
         projections = self.q_proj, self.k_proj, self.v_proj
         q_BlhD, k_BlgD, v_BlgD = (self._heads(proj(x_BlE, kept)) for proj in projections)
         q_BlhD, k_BlgD = self.q_norm(q_BlhD), self.k_norm(k_BlgD)
@@ -92,7 +92,7 @@ def _head_norm(config: ModelConfig, function: NormFunction) -> nn.Module:
     """What normalises a head, of the model's own kind; nothing without ``qk_layernorm``."""
     if not config.qk_layernorm:
         return nn.Identity()
-    return for_own_heads(norm(config.normalization, config.head_dim, config.norm_epsilon, function))
+    return mark_local_heads(norm(config.normalization, config.head_dim, config.norm_epsilon, function))
 
 
 def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:

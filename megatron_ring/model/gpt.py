@@ -23,8 +23,8 @@ from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import in_chunks, run_block
-from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, sum_gradients_of_replicas, vocabulary_part
-from megatron_ring.parallel.tensor_exchange import enter, own_tokens
+from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, all_reduce_replicated_grads, vocabulary_part
+from megatron_ring.parallel.tensor_exchange import own_tokens, to_tensor_region
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ class Layers(nn.Module):
         self.blocks = nn.ModuleDict(blocks)
         self.final_norm = _norm(config, execution) if has_norm else None
         initialize(self, config, seed)
-        sum_gradients_of_replicas(self, execution.tensor)
+        all_reduce_replicated_grads(self, execution.tensor)
 
     def run(self, x_BmE: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None) -> torch.Tensor:
         """(B, m, E) -> (B, m, E), normalised behind the last layer."""
@@ -150,7 +150,7 @@ class GPT(Layers):
 
     def head(self, hidden_BmE: torch.Tensor) -> torch.Tensor:
         """logits_Blv."""
-        return functional.linear(enter(hidden_BmE, self.execution.tensor), self.output_weight_VE)
+        return functional.linear(to_tensor_region(hidden_BmE, self.execution.tensor), self.output_weight_VE)
 
     @property
     def output_weight_VE(self) -> torch.Tensor:
@@ -162,7 +162,7 @@ def loss_sum(
     hidden_BmE: torch.Tensor, weight_vE: torch.Tensor, targets_Bl: torch.Tensor, execution: Execution
 ) -> torch.Tensor:
     """Head and cross entropy as one, over the tensor ranks' parts of the vocabulary: a float32 sum in nats."""
-    hidden_BlE = enter(hidden_BmE, execution.tensor)
+    hidden_BlE = to_tensor_region(hidden_BmE, execution.tensor)
     part = vocabulary_part(weight_vE, execution.tensor)
     cross_entropy = execution.operations.cross_entropy
     return head_loss_sum(

@@ -7,7 +7,7 @@ from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.activation import gelu
 from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
-from megatron_ring.parallel.tensor_exchange import enter
+from megatron_ring.parallel.tensor_exchange import to_tensor_region
 
 
 class SwigluMLP(nn.Module):
@@ -25,7 +25,7 @@ class SwigluMLP(nn.Module):
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
         kept = self.execution.kept_for_feed_forward(x_BmE)
-        x_BlE = enter(x_BmE, self.execution.tensor)
+        x_BlE = to_tensor_region(x_BmE, self.execution.tensor)
         return self.down_proj(self.swiglu(self.gate_proj(x_BlE, kept), self.up_proj(x_BlE, kept)))
 
 
@@ -42,7 +42,7 @@ class GeluMLP(nn.Module):
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
         kept = self.execution.kept_for_feed_forward(x_BmE)
-        return self.down_proj(gelu(self.up_proj(enter(x_BmE, self.execution.tensor), kept)))
+        return self.down_proj(gelu(self.up_proj(to_tensor_region(x_BmE, self.execution.tensor), kept)))
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import psutil
 
 from megatron_ring.monitoring.addresses import listen, network_identity, pid_identity
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import NO_RANK, Direction, Place
 
 SECONDS_TO_ANSWER = 3.0
 """For a whole question: the connection, the request and the reply."""
@@ -75,17 +75,17 @@ class Intercom:
     members, networks: by rank; ranks of one network are on one host.
     """
 
-    def __init__(self, agreement: Agreement, place: Callable[[], Place], alarmed: Callable[[int], None]):
+    def __init__(self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]):
         """Collective: all processes create theirs at the same time. Blocks until all have."""
-        self.key = agreement.on_rank_0(lambda: secrets.token_hex(16))
-        self.networks: list[str] = agreement.on_all(network_identity)
+        self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
+        self.networks: list[str] = consensus.gather(network_identity)
         listening = listen(on_one_host=len(set(self.networks)) == 1, backlog=_BACKLOG)
         self._place, self._alarmed = place, alarmed
         address, port, *_ = listening.getsockname()
-        self.own = Member(agreement.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port)
+        self.own = Member(consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port)
         self.members: list[Member] = []
         self._server = _Server(listening, self._reply)
-        self.members = agreement.on_all(lambda: self.own)
+        self.members = consensus.gather(lambda: self.own)
 
     def close(self) -> None:
         """Stop listening, and drop the connections that are open."""
@@ -107,7 +107,7 @@ class Intercom:
         found: dict[Member, Place | NoAnswer] = {}
         while 0 <= rank < len(self.members) and (member := self.members[rank]) not in found:
             found[member] = self.ask(rank)
-            rank = found[member].waits_for if isinstance(found[member], Place) else NOBODY
+            rank = found[member].waits_for if isinstance(found[member], Place) else NO_RANK
         return found
 
     def alarm(self, suspect: int) -> None:

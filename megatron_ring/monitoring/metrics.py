@@ -100,14 +100,14 @@ class Report(Protocol):
 
     def held_out(self, record: HeldOutRecord) -> None: ...
 
-    def say(self, words: str) -> None: ...
+    def log(self, words: str) -> None: ...
 
     def flush(self) -> None: ...
 
-    def back_to(self, step: int) -> None: ...
+    def rewind_to(self, step: int) -> None: ...
 
 
-class Silence:
+class NullReporter:
     """The report of every rank but the first."""
 
     def step(self, record: StepRecord) -> None:
@@ -116,13 +116,13 @@ class Silence:
     def held_out(self, record: HeldOutRecord) -> None:
         pass
 
-    def say(self, words: str) -> None:
+    def log(self, words: str) -> None:
         pass
 
     def flush(self) -> None:
         pass
 
-    def back_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         pass
 
 
@@ -167,7 +167,7 @@ class ConsoleReport:
         self.peak_flops = peak_flops
         self.best_effort = BestEffort()
         path = logging.metrics_file
-        self.metrics_file = MetricsFile(Path(path), self.say) if path else None
+        self.metrics_file = MetricsFile(Path(path), self.log) if path else None
         self._on_metrics_file(lambda file: file.begin(steps.start - 1))
         self.first: StepRecord | None = None
         self.last: StepRecord | None = None
@@ -200,9 +200,9 @@ class ConsoleReport:
             f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
         )
         if not math.isfinite(record.loss):
-            self.say(f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text")
+            self.log(f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text")
 
-    def say(self, words: str) -> None:
+    def log(self, words: str) -> None:
         """A line among those of the steps."""
         tqdm.write(words)
 
@@ -210,12 +210,12 @@ class ConsoleReport:
         """Put the metrics file on the disk: before a checkpoint, which must not be ahead of it."""
         self._on_metrics_file(MetricsFile.flush)
 
-    def back_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         """Forget the steps after ``step``, from which the run goes on with other samples."""
         if self.first and self.first.step > step:
             self.first = None
         self.validations = [record for record in self.validations if record.step <= step]
-        self._on_metrics_file(lambda file: file.back_to(step))
+        self._on_metrics_file(lambda file: file.rewind_to(step))
         self.bar.n = step
         self.bar.refresh()
 

@@ -47,7 +47,7 @@ class MetricsFile:
         self._to_do.append(partial(self._cut_after, steps_done) if steps_done else self._move_aside)
         self._catch_up()
 
-    def back_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         """Take the lines after ``step`` out, into the file of superseded lines."""
         self._to_do.append(partial(self._cut_after, step))
         self._catch_up()

@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron_ring.parallel.whereabouts import Direction
+from megatron_ring.parallel.progress import Direction
 
 
 @dataclass(frozen=True)
-class Seen:
+class NonFiniteReport:
     """By one rank in one step. forward, backward: the layers whose output, or its gradient, was not finite.
 
     A layer's number is that of the whole model, less a half for its attention.
@@ -34,7 +34,7 @@ class Seen:
         return f"rank {self.rank} ({self.node})"
 
 
-class Lookout:
+class NonFiniteDetector:
     """Over this process's layers of ``model``."""
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -49,12 +49,12 @@ class Lookout:
         """Forget what was before the step that comes now."""
         self._sums.zero_()
 
-    def seen(self, rank: int, loss: torch.Tensor) -> Seen:
+    def seen(self, rank: int, loss: torch.Tensor) -> NonFiniteReport:
         """Since ``begin``; ``loss``: this rank's own."""
         forward, backward = (
             [place for place, total in zip(self._places, sums) if total != 0] for sums in self._sums.tolist()
         )
-        return Seen(rank, socket.gethostname(), bool(loss.isfinite()), forward, backward)
+        return NonFiniteReport(rank, socket.gethostname(), bool(loss.isfinite()), forward, backward)
 
     def _note(self, at: int, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
         self._add(Direction.FORWARD, at, output)
@@ -66,15 +66,15 @@ class Lookout:
         self._sums[direction, at] += given.detach().sum(dtype=torch.float32) * 0
 
 
-def origin(all_seen: list[Seen]) -> str:
+def origin(reports: list[NonFiniteReport]) -> str:
     """Where it began, from what all ranks have seen."""
-    if firsts := [min(seen.forward) for seen in all_seen if seen.forward]:
-        where, there = f"what {_layer(min(firsts))} gave", [s for s in all_seen if min(firsts) in s.forward]
-    elif there := [seen for seen in all_seen if not seen.finite_loss]:
+    if firsts := [min(seen.forward) for seen in reports if seen.forward]:
+        where, there = f"what {_layer(min(firsts))} gave", [s for s in reports if min(firsts) in s.forward]
+    elif there := [seen for seen in reports if not seen.finite_loss]:
         where = "the loss itself"
-    elif lasts := [max(seen.backward) for seen in all_seen if seen.backward]:
+    elif lasts := [max(seen.backward) for seen in reports if seen.backward]:
         where = f"the gradient of what {_layer(max(lasts))} gave"
-        there = [seen for seen in all_seen if max(lasts) in seen.backward]
+        there = [seen for seen in reports if max(lasts) in seen.backward]
     else:
         return (
             "all that layers gave, and the gradients of that, was finite: it began in a weight's gradient or their sum"

@@ -6,7 +6,7 @@ for and at whom the chain of waits ends, and leaves with the exit code of RingSt
 
 A process that has been outside of the ring for long, computing, saving, or in an all-reduce, asks
 whether the next of its ring still lives. Evidence of its death is that its process is gone, or that
-its host, which was reachable, refuses the connection. Silence, or a network without a route, is
+its host, which was reachable, refuses the connection. NullReporter, or a network without a route, is
 none until it has lasted for half of ``--ring-timeout``. While the neighbour answers, a stall cannot
 be distinguished from work, and is left to torch's own limit.
 
@@ -32,9 +32,9 @@ import torch.distributed as dist
 
 from megatron_ring.errors import RingStalled
 from megatron_ring.monitoring.intercom import SECONDS_TO_ANSWER, Intercom, Member, NoAnswer
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups, let_links_outlast_suspensions
-from megatron_ring.parallel.whereabouts import NOBODY, Place, Whereabouts
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import NO_RANK, Place, ProgressTracker
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_QUESTIONS = 0.3
@@ -86,15 +86,15 @@ class Suspensions:
 
 
 def watched(
-    place: Whereabouts, groups: ProcessGroups, ring_timeout: int, agreement: Agreement
+    place: ProgressTracker, groups: ProcessGroups, ring_timeout: int, consensus: Consensus
 ) -> AbstractContextManager:
     """What to train within: a watchdog over ``place``, or nothing where there is no ring or no limit. Collective."""
     if groups.ring_links is None or not ring_timeout:
         return contextlib.nullcontext()
     let_links_outlast_suspensions(groups.ring_links)
     members = dist.get_process_group_ranks(groups.ring_links[0])
-    following = members[(members.index(agreement.rank) + 1) % len(members)]
-    return Watchdog(place, following, ring_timeout, agreement)
+    following = members[(members.index(consensus.rank) + 1) % len(members)]
+    return Watchdog(place, following, ring_timeout, consensus)
 
 
 class Watchdog:
@@ -103,12 +103,12 @@ class Watchdog:
     following: the global rank behind this one in the ring; ring_timeout: seconds.
     """
 
-    def __init__(self, place: Whereabouts, following: int, ring_timeout: int, agreement: Agreement):
+    def __init__(self, place: ProgressTracker, following: int, ring_timeout: int, consensus: Consensus):
         self.following = following
         self.ring_timeout = ring_timeout
         self.suspensions = Suspensions()
         self._whereabouts = place
-        self.intercom = Intercom(agreement, self.read, self._alarmed)
+        self.intercom = Intercom(consensus, self.read, self._alarmed)
         self._suspect: int | None = None  # who holds this process up, or another that has told of it
         self._told = self._over = False
         self._answers = False  # whether the next of the ring has ever answered
@@ -141,7 +141,7 @@ class Watchdog:
     def _judge(self) -> None:
         """End the process if it lost the next of its ring, or if another one lost its own and says so in a moment."""
         place = self.read()
-        if place.waits_for != NOBODY:
+        if place.waits_for != NO_RANK:
             self._suspect = place.waits_for
         elif self._answers:
             self._ask_while_it_ends()
@@ -172,7 +172,7 @@ class Watchdog:
     def _watch(self) -> None:
         while self._suspect is None and not self._waited():
             place = self.read()
-            if place.waits_for != NOBODY:
+            if place.waits_for != NO_RANK:
                 if place.seconds >= self.ring_timeout:
                     self._suspect = place.waits_for
             elif place.seconds >= self.ring_timeout / 2:
@@ -229,7 +229,7 @@ class Watchdog:
         if not self._told:
             self.intercom.alarm(self._suspect)
         place = self.read()
-        first = self._suspect if place.waits_for == NOBODY else place.waits_for
+        first = self._suspect if place.waits_for == NO_RANK else place.waits_for
         fault = RingStalled(report(self.intercom.own, place, self.intercom.waits_from(first)))
         print(f"\n{type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
 
@@ -241,7 +241,7 @@ def report(own: Member, place: Place, waits: dict[Member, Place | NoAnswer]) -> 
     clauses = [f"{own} {place}"]
     if first != own:
         clauses.append(f"{first} {_told(of_first)}")
-    if isinstance(of_last, Place) and of_last.waits_for != NOBODY:
+    if isinstance(of_last, Place) and of_last.waits_for != NO_RANK:
         clauses.append(f"these waits close in a circle of {len(waits)} ranks")
     elif last != first:
         clauses.append(f"the chain of waits ends at {last}, which {_told(of_last)}")

@@ -7,20 +7,20 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.process_id import Process, in_words
 
 Got = TypeVar("Got")
 
 
-def on_every(agreement: Agreement, act: Callable[[], Got]) -> Got:
+def run_checked(consensus: Consensus, act: Callable[[], Got]) -> Got:
     """What this rank gets when it acts. The user's fault of one is raised on all, and says whose it is. Blocks."""
     got, fault = None, None
     try:
         got = act()
     except MegatronRingError as error:
         fault = error
-    found = agreement.on_all(lambda: (Process.here(agreement.rank), fault))
+    found = consensus.gather(lambda: (Process.here(consensus.rank), fault))
     if first := next((fault for _, fault in found if fault), None):
         struck = [process for process, fault in found if fault]
         whose = "" if len(struck) == len(found) else f"on {in_words(struck)}: "
@@ -28,15 +28,15 @@ def on_every(agreement: Agreement, act: Callable[[], Got]) -> Got:
     return got
 
 
-def on_every_step(agreement: Agreement, act: Callable[[], Got]) -> Got:
-    """``on_every`` for what is done over and over: one all-reduce of a number, where nothing is wrong."""
+def run_checked_each_step(consensus: Consensus, act: Callable[[], Got]) -> Got:
+    """``run_checked`` for what is done over and over: one all-reduce of a number, where nothing is wrong."""
     got, fault = None, None
     try:
         got = act()
     except MegatronRingError as error:
         fault = error
-    if agreement.on_any(fault is not None):
-        on_every(agreement, lambda: _raise(fault))
+    if consensus.any_rank(fault is not None):
+        run_checked(consensus, lambda: _raise(fault))
     return got
 
 
@@ -46,7 +46,7 @@ def _raise(fault: MegatronRingError | None) -> None:
 
 
 @contextlib.contextmanager
-def leaving_together() -> Iterator[None]:
+def abort_collectively() -> Iterator[None]:
     """Every user's fault in here is one that all ranks know of: they leave their groups, so that one speaks for all."""
     try:
         yield

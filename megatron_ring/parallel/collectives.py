@@ -17,9 +17,16 @@ import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.messages import in_memory
-from megatron_ring.parallel.room import Room
-from megatron_ring.parallel.same_machine import Fetched, Fetcher, fetcher_within, meet, offer, wait
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.progress import ProgressTracker
+from megatron_ring.parallel.recv_buffers import RecvBufferPool
+from megatron_ring.parallel.same_machine import (
+    Fetched,
+    PeerMemoryReader,
+    probe_shared_memory,
+    reader_within,
+    send_ticket,
+    wait,
+)
 
 # The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
 _SECONDS_FOR_THE_WATCHDOG = 60
@@ -35,8 +42,8 @@ class RingTransfer:
     received: torch.Tensor
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells
-    place: Whereabouts
-    room: Room
+    place: ProgressTracker
+    room: RecvBufferPool
     limit: timedelta | None  # of each wait, as RingExchange has it
 
     def wait(self) -> torch.Tensor:
@@ -45,7 +52,7 @@ class RingTransfer:
             with self.place.waiting_for(peer):
                 wait(work, self.limit)
         self.place.received(self.sent_at, self.sender)
-        self.room.give_back(self.sent)
+        self.room.release(self.sent)
         return self.received
 
 
@@ -62,18 +69,20 @@ class RingExchange:
     members: tuple[int, ...]
     links: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ring_rank: int
-    place: Whereabouts = field(default_factory=Whereabouts)
-    room: Room = field(default_factory=Room)
-    fetcher: Fetcher | None = None
+    place: ProgressTracker = field(default_factory=ProgressTracker)
+    room: RecvBufferPool = field(default_factory=RecvBufferPool)
+    fetcher: PeerMemoryReader | None = None
     limit: timedelta | None = None
 
     @staticmethod
-    def over(links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: Whereabouts | None = None) -> "RingExchange":
+    def over(
+        links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: ProgressTracker | None = None
+    ) -> "RingExchange":
         """This process's, in the ring whose ``links`` these are."""
         members = tuple(dist.get_process_group_ranks(links[0]))
-        rank, fetcher = dist.get_rank(links[0]), fetcher_within(links[0])
+        rank, fetcher = dist.get_rank(links[0]), reader_within(links[0])
         limit = _LONGEST_SUSPENSION if links[0].group_name in _unlimited else None
-        return RingExchange(members, links, rank, place or Whereabouts(), fetcher=fetcher, limit=limit)
+        return RingExchange(members, links, rank, place or ProgressTracker(), fetcher=fetcher, limit=limit)
 
     @property
     def is_slow(self) -> bool:
@@ -84,7 +93,7 @@ class RingExchange:
         """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
-        received, sent_at = self.room.take(tensor), self.place.sends(tensor.nbytes, self.members[receiver])
+        received, sent_at = self.room.acquire(tensor), self.place.sends(tensor.nbytes, self.members[receiver])
         within_the_machine = self.fetcher is not None and tensor.device.type == "cpu"
         way = self._by_ticket if within_the_machine else self._over_the_network
         works = way(tensor, receiver, received, sender)
@@ -97,7 +106,7 @@ class RingExchange:
         own_link, link_of_sender = (self.links[rank % 2] for rank in (self.ring_rank, sender))
         receiver, sender = self.members[receiver], self.members[sender]
         with self.place.waiting_for(receiver):  # as in _post
-            offered = offer(tensor, receiver, own_link)
+            offered = send_ticket(tensor, receiver, own_link)
         with self.place.waiting_for(sender):
             fetched = self.fetcher.fetch(received, sender, link_of_sender, self.limit)
         return [(sender, fetched), *((receiver, work) for work in offered)]
@@ -154,7 +163,7 @@ class ProcessGroups:
         )
 
     @property
-    def among_copies(self) -> tuple[int, int]:
+    def data_context_rank_and_size(self) -> tuple[int, int]:
         """(rank, ranks) of this process among those that share its parameters: data x context."""
         group = self.data_context
         return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
@@ -191,7 +200,7 @@ def _ring_links(
         # rank 0 has no transfer on the second link.
         dist.barrier(group=link)
     if "nccl" not in dist.get_backend_config():  # which has ways of its own within a machine
-        meet(links[0])
+        probe_shared_memory(links[0])
     return links
 
 

@@ -34,7 +34,7 @@ class MemoryUnreadable(RuntimeError):
 # ---- what travels ----
 
 
-def offer(message: torch.Tensor, receiver: int, link: dist.ProcessGroup) -> tuple[dist.Work, dist.Work]:
+def send_ticket(message: torch.Tensor, receiver: int, link: dist.ProcessGroup) -> tuple[dist.Work, dist.Work]:
     """Let a global rank read a dense tensor, which must stay as it is until both of these are over; does not block."""
     ticket = dist.isend(ticket_for(message), receiver, link, tag=_TICKET)
     return ticket, dist.irecv(torch.empty(1, dtype=torch.uint8), receiver, link, tag=_RECEIPT)
@@ -66,7 +66,7 @@ def wait(work: dist.Work | Fetched, limit: timedelta | None) -> None:
         work.wait(limit)
 
 
-class Fetcher:
+class PeerMemoryReader:
     """Reads in the background what is offered to this process, one message after another, as gloo receives.
 
     So a receiver that is busy keeps no sender waiting. Its thread is a daemon, which no pool of Python's would give: a
@@ -114,10 +114,10 @@ def _carry_out(order: _Order) -> Exception | None:
 
 # ---- whose memory can be read ----
 
-_fetchers: dict[str, Fetcher | None] = {}  # by the names of the groups that met
+_fetchers: dict[str, PeerMemoryReader | None] = {}  # by the names of the groups that met
 
 
-def meet(group: dist.ProcessGroup) -> None:
+def probe_shared_memory(group: dist.ProcessGroup) -> None:
     """Find out whether all of ``group`` can read each other's memory. Collective; blocks until all have called it.
 
     Who is in another network namespace counts as another machine, as a container does, or a machine that is simulated.
@@ -127,10 +127,10 @@ def meet(group: dist.ProcessGroup) -> None:
     said, agreed = [None] * group.size(), [None] * group.size()
     dist.all_gather_object(said, (_machine(), ticket_for(number), number.item()), group=group)
     dist.all_gather_object(agreed, all(_can_read(*each) for each in said), group=group)
-    _fetchers[group.group_name] = Fetcher() if all(agreed) else None
+    _fetchers[group.group_name] = PeerMemoryReader() if all(agreed) else None
 
 
-def fetcher_within(group: dist.ProcessGroup) -> Fetcher | None:
+def reader_within(group: dist.ProcessGroup) -> PeerMemoryReader | None:
     """What reads the messages of its members; None where one of them cannot be read, or they did not meet."""
     return _fetchers.get(group.group_name)
 

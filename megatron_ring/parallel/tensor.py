@@ -1,8 +1,8 @@
 """Layers whose weights are split over the ranks of the tensor axis (Shoeybi et al. 2019, Megatron-LM, section 3).
 
 A column-parallel layer splits its outputs, a row-parallel one its inputs, an embedding the vocabulary. They come in
-pairs, around which ``tensor_exchange.py`` exchanges what must be: ``enter`` before the first, ``leave`` behind the
-second. In shapes, ``m`` is a process's tokens outside the pairs.
+pairs, around which ``tensor_exchange.py`` communicates: ``to_tensor_region`` before the first layer,
+``from_tensor_region`` after the second. In shapes, ``m`` is a process's tokens outside the pairs.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_ring.kernels.cross_entropy import VocabularyPart
-from megatron_ring.parallel.tensor_exchange import ALONE, ShardKept, TensorParallel, leave, reduced, summed
+from megatron_ring.parallel.tensor_exchange import ALONE, ShardKept, TensorParallel, from_tensor_region, reduced, summed
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = split_parameter((outputs,), 0, tensor) if bias else None
 
     def forward(self, x: torch.Tensor, kept: ShardKept | None = None) -> torch.Tensor:
-        """Apply the layer to what ``enter`` gives, so that several layers share one exchange.
+        """Apply the layer to what ``to_tensor_region`` gives, so that several layers share one exchange.
 
         ``kept``: what backward keeps of ``x``; None: ``x`` itself.
         """
@@ -84,7 +84,7 @@ class RowParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = leave(functional.linear(x, self.weight), self.tensor)
+        y = from_tensor_region(functional.linear(x, self.weight), self.tensor)
         return y if self.bias is None else y + self.bias
 
 
@@ -104,17 +104,17 @@ class VocabularyParallelEmbedding(nn.Module):
         here = (row >= 0) & (row < len(split.indices))
         # A row of another rank counts as zeros; the sum over ranks brings it.
         x = functional.embedding(torch.where(here, row, 0), self.weight) * here.unsqueeze(-1)
-        return leave(x, self.tensor)
+        return from_tensor_region(x, self.tensor)
 
 
-def for_own_heads(module: nn.Module) -> nn.Module:
+def mark_local_heads(module: nn.Module) -> nn.Module:
     """``module``, marked as one that every tensor rank holds whole and applies to its own heads only."""
     for parameter in module.parameters():
         parameter.sees_own_heads_only = True
     return module
 
 
-def sum_gradients_of_replicas(module: nn.Module, tensor: TensorParallel) -> None:
+def all_reduce_replicated_grads(module: nn.Module, tensor: TensorParallel) -> None:
     """Have the gradients of what every tensor rank holds whole summed over them, once, where each saw a part only.
 
     Under sequence_parallel a rank sees its own tokens of everything. Without it every rank sees all tokens, and such

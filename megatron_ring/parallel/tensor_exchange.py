@@ -42,7 +42,7 @@ ALONE = TensorParallel()
 """A tensor axis of one rank."""
 
 
-def enter(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def to_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     """Before column-parallel layers: (B, m, E) -> (B, l, E). Backward, the ranks' gradients are summed."""
     if tensor.size == 1:
         return x
@@ -63,7 +63,7 @@ class ShardKept:
         self.gather = _GatherForBackward(tensor)
 
     def linear(self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` as ``enter`` gathered it from the shard."""
+        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` as ``to_tensor_region`` gathered it from the shard."""
         self.gather.layers += 1
         return _LinearOfGathered.apply(x_BlE, self.shard_BmE, weight, bias, self.gather)
 
@@ -117,7 +117,7 @@ class _LinearOfGathered(torch.autograd.Function):
         return dx_BlE, None, dweight, dbias, None
 
 
-def leave(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def from_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     """After row-parallel products: the sum over the ranks of (B, l, E), of which a rank keeps its (B, m, E)."""
     if tensor.size == 1:
         return x

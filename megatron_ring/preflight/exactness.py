@@ -1,4 +1,4 @@
-"""Proof that ranks attend together as one would alone: random data, compared with plain torch in float64.
+"""Validation that ranks attend together as one would alone: random data, compared with plain torch in float64.
 
 The sample is short and drawn alike on every rank; layout, groups, kernel, type, heads, windows and documents are the
 run's own. Stripes are narrower where a short sample would not have enough of them.
@@ -15,8 +15,8 @@ from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.plan.parameters import share
@@ -37,13 +37,13 @@ class Errors(NamedTuple):
     dv: float
 
 
-def check_attention(setup: Setup, groups: ProcessGroups, processes: list[Process], agreement: Agreement) -> Errors:
+def check_attention(setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus) -> Errors:
     """The largest errors of any rank. Raises ConfigError on every rank where they are beyond what is allowed.
 
     Talks on the ring's links and in the Ulysses group; blocks until all have compared.
     """
-    at = setup.grid.coordinates(agreement.rank)
-    of_ranks = Errors(*zip(*agreement.on_all(lambda: errors(setup, groups, at))))
+    at = setup.grid.coordinates(consensus.rank)
+    of_ranks = Errors(*zip(*consensus.gather(lambda: errors(setup, groups, at))))
     if problems := list(_problems(of_ranks, setup, processes)):
         raise ConfigError(
             [*problems, "Set --attention-kernel reference: if that is right, the kernel is not, else a host."]

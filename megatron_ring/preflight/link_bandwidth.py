@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.process_id import Process
 from megatron_ring.plan.messages import ring_tensors
 from megatron_ring.preflight.neighbours import ring_exchange
@@ -41,13 +41,13 @@ class Link(NamedTuple):
         return f"{ranks} ({self.sender.host} -> {self.receiver.host}) {megabytes(self.bytes_per_second)}"
 
 
-def measure_links(setup: Setup, groups: ProcessGroups, processes: list[Process], agreement: Agreement) -> list[Link]:
+def measure_links(setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus) -> list[Link]:
     """Every link of every ring, on every rank; none where rings are of one. Blocks until all have measured."""
     exchange = ring_exchange(groups)
     if exchange is None:
         return []
     message = torch.zeros(message_bytes(setup), dtype=torch.uint8, device=setup.device)
-    seconds = agreement.on_all(lambda: _seconds(exchange, message, agreement))
+    seconds = consensus.gather(lambda: _seconds(exchange, message, consensus))
     return [
         Link(processes[sender], processes[receiver], message.nbytes / min(seconds[sender], seconds[receiver]))
         for ring in setup.grid.members("ring")
@@ -80,11 +80,11 @@ def median(links: list[Link]) -> float:
     return statistics.median(link.bytes_per_second for link in links)
 
 
-def _seconds(exchange: RingExchange, message: torch.Tensor, agreement: Agreement) -> float:
+def _seconds(exchange: RingExchange, message: torch.Tensor, consensus: Consensus) -> float:
     """The fastest of many passes that all ranks begin together: the first warms up, and others may be disturbed."""
     seconds = []
     for _ in range(max(_FEWEST_PASSES, min(_MOST_PASSES, _BYTES_PASSED // message.nbytes))):
-        dist.barrier(group=agreement.group)
+        dist.barrier(group=consensus.group)
         began = time.perf_counter()
         exchange.start(message).wait()
         if message.is_cuda:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.process_id import Process
 
@@ -21,20 +21,20 @@ _NAMED_AT_MOST = 8
 
 
 def check_neighbours(
-    grid: Grid, groups: ProcessGroups, processes: list[Process], agreement: Agreement, device: str
+    grid: Grid, groups: ProcessGroups, processes: list[Process], consensus: Consensus, device: str
 ) -> None:
     """Raises ConfigError on every rank where any meets another process than the grid says. ``processes``: by rank.
 
     Talks in all of ``groups``; blocks until all have met.
     """
-    here = processes[agreement.rank]
+    here = processes[consensus.rank]
     met = list(_met(grid, groups, here, device))
     strangers = [
         f"{here} meets {found or 'nobody'} as {role}, where the grid has {processes[expected]}."
         for role, expected, found in met
         if found != processes[expected]
     ]
-    if problems := [problem for of_rank in agreement.on_all(lambda: strangers) for problem in of_rank]:
+    if problems := [problem for of_rank in consensus.gather(lambda: strangers) for problem in of_rank]:
         more = len(problems) - _NAMED_AT_MOST
         problems = problems[:_NAMED_AT_MOST] + ([f"And {more} more."] if more > 0 else [])
         raise ConfigError([*problems, "Start the ranks in the order of their hosts, each number once."])
@@ -47,7 +47,7 @@ def ring_exchange(groups: ProcessGroups) -> RingExchange | None:
 
 def _met(grid: Grid, groups: ProcessGroups, here: Process, device: str) -> Iterator[tuple[str, int, Process | None]]:
     """(role, the rank that the grid has in it, who is there)."""
-    papers = _papers(here, device)
+    papers = _identity_message(here, device)
     if exchange := ring_exchange(groups):
         ring = _own(grid, here.global_rank, "ring")
         place = ring.index(here.global_rank)
@@ -77,7 +77,7 @@ def _own(grid: Grid, global_rank: int, *axes: str) -> list[int]:
     return next(members for members in grid.members(*axes) if global_rank in members)
 
 
-def _papers(process: Process, device: str) -> torch.Tensor:
+def _identity_message(process: Process, device: str) -> torch.Tensor:
     """(128,) uint8: text, because a name is no number."""
     text = f"{process.global_rank} {process.pid} {process.host}".encode().ljust(_BYTES_OF_PAPERS)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)

@@ -9,21 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring.intercom import Intercom, NoAnswer
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import ProgressTracker
 
 _CALLS_AT_ONCE = 32
 _NAMED_AT_MOST = 8
 
 
-def check_reach(agreement: Agreement) -> None:
+def check_reach(consensus: Consensus) -> None:
     """Raises ConfigError on every rank, naming the pairs, where a rank cannot connect to another.
 
-    Collective, over ``agreement``; blocks until all have tried.
+    Collective, over ``consensus``; blocks until all have tried.
     """
-    intercom = Intercom(agreement, Whereabouts().read, lambda suspect: None)
+    intercom = Intercom(consensus, ProgressTracker().read, lambda suspect: None)
     with contextlib.closing(intercom):
-        asked = to_ask(agreement.rank, intercom.networks)
+        asked = to_ask(consensus.rank, intercom.networks)
         with ThreadPoolExecutor(_CALLS_AT_ONCE) as calls:
             answers = list(calls.map(intercom.ask, asked))
         failed = [
@@ -31,7 +31,7 @@ def check_reach(agreement: Agreement) -> None:
             for member, answer in zip((intercom.members[rank] for rank in asked), answers)
             if isinstance(answer, NoAnswer)
         ]
-        problems = [problem for of_rank in agreement.on_all(lambda: failed) for problem in of_rank]
+        problems = [problem for of_rank in consensus.gather(lambda: failed) for problem in of_rank]
     if problems:
         more = len(problems) - _NAMED_AT_MOST
         problems = problems[:_NAMED_AT_MOST] + ([f"And {more} more pairs."] if more > 0 else [])

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.preflight.exactness import Errors, allowed, check_attention
 from megatron_ring.preflight.link_bandwidth import Link, measure_links, median, megabytes, message_bytes, slow
@@ -61,15 +61,15 @@ class Report:
         ]
 
 
-def self_test(setup: Setup, groups: ProcessGroups, agreement: Agreement) -> Report:
+def self_test(setup: Setup, groups: ProcessGroups, consensus: Consensus) -> Report:
     """Raises ConfigError on every rank, with the same words, where one fails. Talks in all groups and blocks.
 
     Options, code and data must be the same already (alike.py): ranks that differ may not even have the same groups.
     """
-    processes = agreement.on_all(lambda: Process.here(agreement.rank))
-    check_neighbours(setup.grid, groups, processes, agreement, setup.device)
+    processes = consensus.gather(lambda: Process.here(consensus.rank))
+    check_neighbours(setup.grid, groups, processes, consensus, setup.device)
     if groups.ring_links and setup.config.parallel.ring_timeout:
-        check_reach(agreement)
-    errors = check_attention(setup, groups, processes, agreement)
-    links = measure_links(setup, groups, processes, agreement)
+        check_reach(consensus)
+    errors = check_attention(setup, groups, processes, consensus)
+    links = measure_links(setup, groups, processes, consensus)
     return Report(setup, processes, errors, sorted(links, key=lambda link: link.bytes_per_second))

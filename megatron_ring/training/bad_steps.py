@@ -29,17 +29,17 @@ class BadSteps:
         if self.guard.stops or (goes_back and newest is None):
             raise Diverged([*words, *self._ending(newest)])
         if not goes_back:
-            self.report.say("; ".join([*words, "it is skipped"]))
+            self.report.log("; ".join([*words, "it is skipped"]))
             return step
         return self._gone_back(words)
 
     def _gone_back(self, words: list[str]) -> int:
         stored = self.saver.load_newest(self.engine)
-        self.guard.measure_as_at(stored.state)
+        self.guard.restore_loss_history(stored.state)
         for passed_over in stored.skipped:
-            self.report.say(passed_over)
-        self.report.say("; ".join([*words, f"back to {stored.path}, and on with the samples behind these"]))
-        self.report.back_to(stored.state.step)
+            self.report.log(passed_over)
+        self.report.log("; ".join([*words, f"back to {stored.path}, and on with the samples behind these"]))
+        self.report.rewind_to(stored.state.step)
         return stored.state.step
 
     def _fault(self, step: int, result: StepResult, samples: range) -> list[str]:
@@ -47,7 +47,7 @@ class BadSteps:
         words = [f"step {step}, of samples {samples.start} to {samples[-1]}, is bad: {self.guard.fault(result)}"]
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return words
-        return [*words, origin(self.saver.agreement.on_all(self.engine.seen))]
+        return [*words, origin(self.saver.consensus.gather(self.engine.seen))]
 
     def _ending(self, newest: Path | None) -> list[str]:
         """Why the run ends, and how it goes on."""

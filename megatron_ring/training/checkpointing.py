@@ -23,15 +23,15 @@ from megatron_ring.config import CheckpointConfig, Config
 from megatron_ring.data.fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
 from megatron_ring.errors import CheckpointError, Diverged, MegatronRingError
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.collective_errors import on_every
+from megatron_ring.parallel.collective_errors import run_checked
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.settings.setup import Setup
 
 Got = TypeVar("Got")
 
 
 def find(
-    setup: Setup, vocab_size: int, agreement: Agreement, fingerprints: Sequence[Fingerprint] = ()
+    setup: Setup, vocab_size: int, consensus: Consensus, fingerprints: Sequence[Fingerprint] = ()
 ) -> store.Stored | None:
     """The checkpoint to go on from, by --load; None to start afresh. The ranks read a share of its
     files each.
@@ -45,21 +45,21 @@ def find(
     folders = setup.config.checkpoint
     if not folders.load:
         return None
-    itself = agreement.on_rank_0(_any_error(f"load {folders.load} cannot be read", lambda: _names_one(folders)))
-    own = _newest(folders.save, agreement) if folders.finetune and folders.save else None
+    itself = consensus.run_on_rank_zero(_any_error(f"load {folders.load} cannot be read", lambda: _names_one(folders)))
+    own = _newest(folders.save, consensus) if folders.finetune and folders.save else None
     anew = folders.finetune and own is None
-    stored = own or (_exactly if itself else _newest)(folders.load, agreement)
+    stored = own or (_exactly if itself else _newest)(folders.load, consensus)
     if anew and stored is None:
         raise CheckpointError(f"load {folders.load} holds no checkpoint to take weights from. Set --load.")
     if stored:
         check = lambda: fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=anew)  # noqa: E731
-        agreement.on_rank_0(_any_error(f"{stored.path} cannot be read", check))
+        consensus.run_on_rank_zero(_any_error(f"{stored.path} cannot be read", check))
     if stored and fingerprints and not anew and not folders.allow_other_data:
-        agreement.on_rank_0(lambda: fit.check_same_data(stored, fingerprints))
+        consensus.run_on_rank_zero(lambda: fit.check_same_data(stored, fingerprints))
     return stored.for_new_run() if anew else stored
 
 
-def resume(engine: Engine, stored: store.Stored, agreement: Agreement) -> None:
+def resume(engine: Engine, stored: store.Stored, consensus: Consensus) -> None:
     """Give ``engine`` the weights and the optimizer's state that a checkpoint of any grid has.
     Collective; blocks.
 
@@ -68,10 +68,10 @@ def resume(engine: Engine, stored: store.Stored, agreement: Agreement) -> None:
     """
     read = _any_error(f"{stored.path} cannot be loaded", lambda: engine.read(Tensors.open(stored.path), stored.state))
     try:
-        on_every(agreement, read)
+        run_checked(consensus, read)
     except NotFinite as fault:
         problems = fault.problems
-        advice = agreement.on_rank_0(lambda: _advice(stored.path, problems))
+        advice = consensus.run_on_rank_zero(lambda: _advice(stored.path, problems))
         raise CheckpointError([f"{stored.path} is not fit to go on from:", *_first(problems), advice]) from fault
     engine.update_compute_weights()
 
@@ -88,7 +88,7 @@ class Saver:
     def __init__(
         self,
         setup: Setup,
-        agreement: Agreement,
+        consensus: Consensus,
         begun_from: store.Stored | None = None,
         lease: Lease | None = None,
     ):
@@ -99,9 +99,9 @@ class Saver:
         has one.
         """
         self._lease = lease
-        self._config, self.agreement, self._begun_from = setup.config, agreement, begun_from
+        self._config, self.consensus, self._begun_from = setup.config, consensus, begun_from
         self._processes = ", ".join(f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items())
-        self._writing = Agreement.build() if setup.config.checkpoint.async_save else agreement
+        self._writing = Consensus.build() if setup.config.checkpoint.async_save else consensus
         self._thread: Thread | None = None
         self._saved: Path | None = None
         self._fault: BaseException | None = None
@@ -127,16 +127,16 @@ class Saver:
         """
         self.finish()
         if self._begun_from is None and self._saved is None:
-            self.agreement.on_rank_0(_any_error("cannot set checkpoints aside", self._set_earlier_aside))
+            self.consensus.run_on_rank_zero(_any_error("cannot set checkpoints aside", self._set_earlier_aside))
         final = names.final_path(Path(self._config.checkpoint.save), state.step)
-        if not retire and self.agreement.on_rank_0(final.exists):
+        if not retire and self.consensus.run_on_rank_zero(final.exists):
             return
         state = replace(state, **engine.counters(), processes=self._processes)
-        shapes = {name: shape for of_rank in self.agreement.on_all(engine.shapes) for name, shape in of_rank.items()}
+        shapes = {name: shape for of_rank in self.consensus.gather(engine.shapes) for name, shape in of_rank.items()}
         folder = Path(self._config.checkpoint.save)
         save = _Save(folder, state, shapes, self._config, retire, self._writing, self._lease)
         if self._config.checkpoint.async_save:
-            copied = on_every(self.agreement, _any_error(save.failed, lambda: [p.on_cpu() for p in engine.pieces()]))
+            copied = run_checked(self.consensus, _any_error(save.failed, lambda: [p.on_cpu() for p in engine.pieces()]))
             self._thread = Thread(target=self._write, args=(save, copied), name="save", daemon=True)
             self._thread.start()
         else:
@@ -158,7 +158,7 @@ class Saver:
             self._thread = None
             fault, self._fault = self._fault, None
             try:
-                self.agreement.on_all(lambda: _raise(fault))
+                self.consensus.gather(lambda: _raise(fault))
             except MegatronRingError as agreed:
                 raise fault or agreed  # noqa: B904 (its own error has the cause)
         return self._saved
@@ -169,9 +169,9 @@ class Saver:
 
     def load_newest(self, engine: Engine) -> store.Stored:
         """Give ``engine`` what the newest checkpoint has that is still whole, as ``resume`` does; there must be one."""
-        own = self.finish() and _newest(self._config.checkpoint.save, self.agreement)
+        own = self.finish() and _newest(self._config.checkpoint.save, self.consensus)
         stored = own or self._begun_from
-        resume(engine, stored, self.agreement)
+        resume(engine, stored, self.consensus)
         return stored
 
     def _write(self, save: "_Save", pieces: list[Piece]) -> None:
@@ -189,7 +189,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Save:
-    """One checkpoint that all ranks write together, over ``agreement``. Every error in an act is an
+    """One checkpoint that all ranks write together, over ``consensus``. Every error in an act is an
     error of all.
 
     lease: on the folder, on rank 0. Once another run has taken it over, nothing is published or
@@ -201,7 +201,7 @@ class _Save:
     shapes: Shapes
     config: Config
     retire: bool
-    agreement: Agreement
+    consensus: Consensus
     lease: Lease | None = None
 
     @property
@@ -223,7 +223,7 @@ class _Save:
             # Rank 0 names the files, because a shared disk may show a new file to another machine
             # late, but never under its name.
             files = self._on_rank_0(lambda: store.written(folder, step))
-            share = slice(self.agreement.rank, None, self.agreement.ranks)
+            share = slice(self.consensus.rank, None, self.consensus.ranks)
             sealed = self._on_all(lambda: store.seal(folder, step, files[share]))
             self._on_rank_0(self._check_lease)
             return self._on_rank_0(lambda: self._commit(sealed))
@@ -242,7 +242,7 @@ class _Save:
     def _part(self, partial: Path, pieces: list[Piece]) -> list[Written]:
         """This rank's file; what the index has to know of it."""
         try:
-            return tensors.write_part(partial, self.agreement.rank, pieces)
+            return tensors.write_part(partial, self.consensus.rank, pieces)
         except NotFinite:
             raise
         except CheckpointError as error:
@@ -264,30 +264,30 @@ class _Save:
         return f"{before.path.name} stays the newest." if before else "There is none before it."
 
     def _on_all(self, act: Callable[[], Any]) -> list[Any]:
-        return self.agreement.on_all(_any_error(self.failed, act))
+        return self.consensus.gather(_any_error(self.failed, act))
 
     def _on_rank_0(self, act: Callable[[], Any]) -> Any:
-        return self.agreement.on_rank_0(_any_error(self.failed, act))
+        return self.consensus.run_on_rank_zero(_any_error(self.failed, act))
 
 
-def _newest(folder: str, agreement: Agreement) -> store.Stored | None:
+def _newest(folder: str, consensus: Consensus) -> store.Stored | None:
     """``store.newest``, the reading shared out; what is there is what rank 0 sees."""
-    candidates, skipped = agreement.on_rank_0(lambda: names.candidates(Path(folder)))
+    candidates, skipped = consensus.run_on_rank_zero(lambda: names.candidates(Path(folder)))
     try:
-        return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, agreement))
+        return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, consensus))
     except _NotRead as error:
         raise CheckpointError(error.problems) from error
 
 
-def _exactly(checkpoint: str, agreement: Agreement) -> store.Stored:
+def _exactly(checkpoint: str, consensus: Consensus) -> store.Stored:
     """The checkpoint that --load names itself; CheckpointError on all ranks where it is damaged."""
     path = Path(checkpoint)
     try:
-        return store.Stored(path, _verify(path, agreement), ())
+        return store.Stored(path, _verify(path, consensus), ())
     except _NotRead as error:
         raise CheckpointError(error.problems) from error
     except CheckpointError as fault:
-        others = agreement.on_rank_0(lambda: [one.name for one in names.checkpoints(path.absolute().parent)])
+        others = consensus.run_on_rank_zero(lambda: [one.name for one in names.checkpoints(path.absolute().parent)])
         beside = [name for name in others if name != path.absolute().name]
         advice = f"Beside it are {', '.join(beside[:5])}. " if beside else ""
         raise CheckpointError(f"{path} is not whole: {fault}. {advice}Set --load to another.") from fault
@@ -336,16 +336,16 @@ def _check_own_run(load: Path, config: CheckpointConfig) -> None:
         )
 
 
-def _verify(path: Path, agreement: Agreement) -> RunState:
+def _verify(path: Path, consensus: Consensus) -> RunState:
     """``store.verify``, the files shared out, the largest first.
 
     Raises CheckpointError where the checkpoint is damaged, and _NotRead where that is not known.
     """
     failed = f"{path} cannot be read"
-    state, files = agreement.on_rank_0(_any_error(failed, lambda: store.described(path), _NotRead))
+    state, files = consensus.run_on_rank_zero(_any_error(failed, lambda: store.described(path), _NotRead))
     ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
-    share = {name: files[name] for name in ordered[agreement.rank :: agreement.ranks]}
-    agreement.on_all(_any_error(failed, lambda: store.check(path, share), _NotRead))
+    share = {name: files[name] for name in ordered[consensus.rank :: consensus.ranks]}
+    consensus.gather(_any_error(failed, lambda: store.check(path, share), _NotRead))
     return state
 
 

@@ -20,15 +20,15 @@ from megatron_ring.parallel.environment import fix_order_of_sums
 _REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
-def begin(speaks: bool) -> None:
-    """Bind this process to what repeats itself, before CUDA and process groups start; ``speaks``: and say so.
+def begin(is_rank_zero: bool) -> None:
+    """Bind this process to what repeats itself, before CUDA and process groups start; ``is_rank_zero``: and say so.
 
     From here on an operator that does not repeat itself raises, and torch fills the memory that it hands out.
     """
     fix_order_of_sums()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # it picks by the clock
-    if speaks:
+    if is_rank_zero:
         print("deterministic    the same bits from run to run, on the same devices and as many of them", flush=True)
 
 

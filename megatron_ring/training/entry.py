@@ -38,12 +38,12 @@ def arguments(environment: Environment) -> Config:
     given = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank=", "--local-rank="))]
     config = parse(given, console=environment.global_rank == 0)
     if config.training.deterministic:
-        determinism.begin(speaks=environment.global_rank == 0)
+        determinism.begin(is_rank_zero=environment.global_rank == 0)
     return config
 
 
 @contextlib.contextmanager
-def spoken_once(environment: Environment) -> Iterator[None]:
+def report_once(environment: Environment) -> Iterator[None]:
     """End with the exit code of a user's fault (errors.py), said by one rank.
 
     Before the processes have joined every rank finds the same fault, and so they do in what they decide together.
@@ -51,21 +51,21 @@ def spoken_once(environment: Environment) -> Iterator[None]:
     try:
         yield
     except MegatronRingError as error:
-        _leave(error, environment, speaks=environment.global_rank == 0)
+        _leave(error, environment, is_rank_zero=environment.global_rank == 0)
     except RuntimeError as error:
         refused = determinism.refusal(error)
         if refused is None:
             raise
-        _leave(refused, environment, speaks=True)  # a pipeline's other stages have other operators
+        _leave(refused, environment, is_rank_zero=True)  # a pipeline's other stages have other operators
     except SystemExit as leaving:
         if leaving.code and environment.global_rank:
             time.sleep(_SECONDS_TO_SPEAK)
         raise
 
 
-def _leave(error: MegatronRingError, environment: Environment, speaks: bool) -> NoReturn:
+def _leave(error: MegatronRingError, environment: Environment, is_rank_zero: bool) -> NoReturn:
     if environment.global_rank:
         time.sleep(_SECONDS_TO_SPEAK)
-    if speaks:
+    if is_rank_zero:
         print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)

@@ -30,9 +30,9 @@ class Guard:
         self.options = options
         self.since_save = 0
         self.skipped_steps, self.roll_backs = state.skipped_steps, state.roll_backs
-        self.measure_as_at(state)
+        self.restore_loss_history(state)
 
-    def measure_as_at(self, state: RunState) -> None:
+    def restore_loss_history(self, state: RunState) -> None:
         """Go on from the losses that a checkpoint has kept."""
         self._recent = deque(state.recent_losses, maxlen=self.options.loss_spike_window)
         self.good_since_save = False

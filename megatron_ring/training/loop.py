@@ -17,8 +17,8 @@ from megatron_ring.data.stream import Stream
 from megatron_ring.engine.engine import Engine, StepResult
 from megatron_ring.monitoring.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.monitoring.ring_profile.watch import RingWatch
-from megatron_ring.parallel.collective_errors import on_every_step
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.collective_errors import run_checked_each_step
+from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.plan.flops import full_attention_flops, training_flops
 from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
@@ -29,7 +29,7 @@ from megatron_ring.training.stopping import Stopping
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepOutcome:
     """A step that was taken, or was to be: what is told of it, what came of it, and which samples it has read."""
 
     record: StepRecord
@@ -37,7 +37,7 @@ class Taken:
     samples: range
 
 
-class Course:
+class StepCounter:
     """The numbers of the steps behind ``done`` up to ``last``; who sets ``done`` has it go on from there."""
 
     def __init__(self, done: int, last: int):
@@ -55,7 +55,7 @@ def train(
     saver: Saver,
     report: Report,
     stopping: Stopping,
-    place: Whereabouts,
+    place: ProgressTracker,
     watch: RingWatch,
 ) -> Path | None:
     """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
@@ -69,7 +69,7 @@ def train(
     guard = Guard(start.setup.config.guards, start.state)
     bad_steps = BadSteps(engine, guard, saver, report)
     with saver, Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
-        for step in place.steps(course := Course(start.state.step, training.train_iters)):
+        for step in place.steps(course := StepCounter(start.state.step, training.train_iters)):
             taken = _step(engine, start, ahead, step, watch, guard)
             report.step(taken.record)
             if taken.result.refused:
@@ -90,7 +90,7 @@ def train(
                 saver.save(engine, done, retire=guard.good_since_save)
                 guard.saved()
             elif saving.save and due:
-                report.say(f"no checkpoint after step {step}: every step since the last one was bad")
+                report.log(f"no checkpoint after step {step}: every step since the last one was bad")
             if stops:
                 break
     return saver.finish()
@@ -102,17 +102,17 @@ def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, 
     loader = _loader(start, getattr(dataset, part), consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
     global_batches = range(start.setup.config.training.eval_iters)
-    batches = on_every_step(start.reading, lambda: [loader.next_step() for _ in global_batches])
+    batches = run_checked_each_step(start.reading, lambda: [loader.next_step() for _ in global_batches])
     total = engine.evaluate(batches, bytes_per_token)
     loss = total.loss_sum / max(1, total.tokens)
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
-def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard) -> Taken:
+def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard) -> StepOutcome:
     setup, first = start.setup, ahead.consumed_samples
     watch.begin()
     began = time.perf_counter()
-    batches = on_every_step(start.reading, lambda: _next_batches(start, ahead))
+    batches = run_checked_each_step(start.reading, lambda: _next_batches(start, ahead))
     loaded = time.perf_counter()
     rate = learning_rate(step, setup.config.training)
     result = engine.train_step(batches, rate, guard.highest_loss)
@@ -133,7 +133,7 @@ def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: Rin
         full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
     )
-    return Taken(record, result, range(first, ahead.consumed_samples))
+    return StepOutcome(record, result, range(first, ahead.consumed_samples))
 
 
 def _next_batches(start: Start, ahead: Prefetcher) -> list[Batch]:

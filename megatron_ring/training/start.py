@@ -11,8 +11,8 @@ from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.fingerprint import Fingerprint, fingerprint
 from megatron_ring.monitoring import outputs
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.collective_errors import leaving_together, on_every
+from megatron_ring.parallel.collective_errors import abort_collectively, run_checked
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_options_and_code
@@ -35,7 +35,7 @@ class Start:
     stored: Stored | None
     fingerprints: list[Fingerprint]
     lease: Lease | None
-    reading: Agreement
+    reading: Consensus
 
     @property
     def vocab_size(self) -> int:
@@ -51,23 +51,25 @@ class Start:
         return RunState(0, 0, self.vocab_size, seq_length, end_of_document=end, data=self.fingerprints)
 
     @staticmethod
-    def together(config: Config, environment: Environment, agreement: Agreement) -> "Start":
+    def together(config: Config, environment: Environment, consensus: Consensus) -> "Start":
         """Raises on every rank, once all have left their groups, what is wrong on any. Collective; blocks."""
         rank = environment.global_rank
-        with leaving_together():
-            check_options_and_code(config, agreement)
-            setup = on_every(agreement, lambda: Setup.of(config, environment.world_size))
-            agreement.on_rank_0(lambda: outputs.check(config.logging, config.checkpoint.save))
-            dataset = on_every(agreement, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0))
-            check_data(config.data, agreement)
-            fingerprints = agreement.on_rank_0(lambda: [fingerprint(store) for store in dataset.prefixes])
-            lease = _lease(config, rank, agreement)
-            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, lease, reading=agreement)
-            stored = checkpointing.find(setup, start.vocab_size, agreement, fingerprints)
-        return replace(start, stored=stored, reading=Agreement.build())
+        with abort_collectively():
+            check_options_and_code(config, consensus)
+            setup = run_checked(consensus, lambda: Setup.of(config, environment.world_size))
+            consensus.run_on_rank_zero(lambda: outputs.check(config.logging, config.checkpoint.save))
+            dataset = run_checked(
+                consensus, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0)
+            )
+            check_data(config.data, consensus)
+            fingerprints = consensus.run_on_rank_zero(lambda: [fingerprint(store) for store in dataset.prefixes])
+            lease = _lease(config, rank, consensus)
+            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, lease, reading=consensus)
+            stored = checkpointing.find(setup, start.vocab_size, consensus, fingerprints)
+        return replace(start, stored=stored, reading=Consensus.build())
 
 
-def _lease(config: Config, rank: int, agreement: Agreement) -> Lease | None:
+def _lease(config: Config, rank: int, consensus: Consensus) -> Lease | None:
     """Take the lease on the --save folder for this run, on global rank 0, and release it when the process exits.
 
     Blocks for up to a minute where a run on another host may still hold the folder. Raises CheckpointError on every
@@ -76,7 +78,9 @@ def _lease(config: Config, rank: int, agreement: Agreement) -> Lease | None:
     if not config.checkpoint.save:
         return None
     taken: list[Lease] = []
-    agreement.on_rank_0(lambda: taken.append(take(Path(config.checkpoint.save), Owner.here(*slurm_job()), _report)))
+    consensus.run_on_rank_zero(
+        lambda: taken.append(take(Path(config.checkpoint.save), Owner.here(*slurm_job()), _report))
+    )
     for lease in taken:
         atexit.register(lease.release)
     return taken[0] if rank == 0 else None

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.launcher import Launchers
 
 EXIT_CODE = os.EX_TEMPFAIL
@@ -44,13 +44,13 @@ class Stopping:
     Before ``begin`` they end the process; a rank that alone is told so leaves the rest to its launcher.
     """
 
-    def __init__(self, speaks: bool, speaks_for_node: bool = False):
-        """``speaks``: on global rank 0. ``speaks_for_node``: on local rank 0, which reports that its launcher ended."""
+    def __init__(self, is_rank_zero: bool, speaks_for_node: bool = False):
+        """``is_rank_zero``: on global rank 0. ``speaks_for_node``: on local rank 0; reports its launcher's end."""
         self.stopped_after: int | None = None
         self._speaks_for_node, self._over = speaks_for_node, Event()
         self._launchers, self._signalled = Launchers.find(), False
         self._before_leaving: list[Callable[[], None]] = []
-        self._speaks, self._told, self._begun = speaks, Event(), Event()
+        self._speaks, self._told, self._begun = is_rank_zero, Event(), Event()
 
     @property
     def exit_code(self) -> int:
@@ -61,14 +61,14 @@ class Stopping:
         """Have ``act`` done before this process is left from a thread, which runs no exit handlers."""
         self._before_leaving.append(act)
 
-    def begin(self, agreement: Agreement) -> None:
-        """From now on ``agreed`` answers the signals, over ``agreement``, which must be its alone."""
-        self._agreement = agreement
+    def begin(self, consensus: Consensus) -> None:
+        """From now on ``agreed`` answers the signals, over ``consensus``, which must be its alone."""
+        self._consensus = consensus
         self._begun.set()
 
     def agreed(self, step: int) -> bool:
         """Whether any rank has been told to stop, the same on all. All ask once a step; blocks until they have."""
-        told = self._agreement.on_any(self._told.is_set())
+        told = self._consensus.any_rank(self._told.is_set())
         if told:
             self.stopped_after = step
         return told

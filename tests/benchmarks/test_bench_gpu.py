@@ -42,7 +42,7 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
 
 def test_it_ends_with_the_lines_of_the_table_that_auto_goes_by(run):
     found, said = run
-    cases = list(itertools.product(["fp32", "bf16"], ["CAUSAL", "NARROWED"]))
+    cases = list(itertools.product(["fp32", "bf16"], ["CAUSAL", "SPARSE"]))
     assert [(row["dtype"], row["mask"]) for row in found["orders"] if row["kernel"] == "reference"] == cases
     lines = said.partition("for kernels/attention/measured.py\n")[2]
     table = eval(f"[{lines}]", vars(measured))

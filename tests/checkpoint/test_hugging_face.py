@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_ring.checkpoint import store
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.express import read_model, resolved
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
@@ -53,7 +53,7 @@ def test_there_and_back(case, tmp_path, tokens_BS):
     expected = logits(theirs, tokens_BS)
     torch.testing.assert_close(our_logits(ours, tokens_BS), expected, rtol=1e-5, atol=1e-5)
 
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(max_shard_size="20KB"))
+    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(max_shard_size="20KB"))
     assert done.family == case.family
     assert_same_tensors(theirs, tmp_path / "back")
     assert config(tmp_path / "back") == config(theirs)
@@ -85,7 +85,7 @@ def test_types_stay_as_they_are(dtype, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype).save_pretrained(tmp_path / "narrow")
     ours = imported(tmp_path / "narrow", tmp_path / "ours")
     assert {ours.tensors.dtype(name) for name in ours.tensors.shapes} == {dtype}
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form())
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     assert_same_tensors(tmp_path / "narrow", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -93,7 +93,7 @@ def test_types_stay_as_they_are(dtype, tmp_path):
 def test_another_type_is_written_when_asked_for(tmp_path):
     theirs = save(CASES["qwen2"], tmp_path / "theirs")
     imported(theirs, tmp_path / "ours")
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(dtype="bf16"))
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(dtype="bf16"))
     expected = tensors(theirs)
     for name, found in tensors(tmp_path / "back").items():
         assert torch.equal(found, expected[name].bfloat16())
@@ -118,7 +118,7 @@ def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
     ours = imported(theirs, tmp_path / "ours")
     assert store.verify(ours.path).consumed_samples == 0
     assert (ours.path / "hugging_face/config.json").read_bytes() == (theirs / "config.json").read_bytes()
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", Form())
+    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     assert done.carried == ["tokenizer.json", "generation_config.json"]
     assert (tmp_path / "back/tokenizer.json").read_text() == '{"a tokenizer": true}'
 
@@ -127,10 +127,10 @@ def test_special_tokens_come_with_the_tokenizer_or_not_at_all(tmp_path):
     """Not from the family's own defaults, which are another model's ids."""
     theirs = save(Case("llama", {"bos_token_id": 7, "eos_token_id": [8, 9]}), tmp_path / "theirs")
     import_folder(theirs, tmp_path / "ours", Stretch())
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form(family="llama", tokenizer=theirs))
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(family="llama", tokenizer=theirs))
     assert (config(tmp_path / "back")["bos_token_id"], config(tmp_path / "back")["eos_token_id"]) == (7, [8, 9])
     empty = tmp_path / "tokenizer"
     empty.mkdir()
     (empty / "tokenizer.json").write_text("{}")
-    export_checkpoint(tmp_path / "ours", tmp_path / "without", Form(family="llama", tokenizer=empty))
+    export_checkpoint(tmp_path / "ours", tmp_path / "without", ExportOptions(family="llama", tokenizer=empty))
     assert config(tmp_path / "without")["eos_token_id"] is None

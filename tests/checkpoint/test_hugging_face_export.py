@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ring.checkpoint import tensors
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.shards import parse_size
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
@@ -27,7 +27,7 @@ GPT2 = replace(
 )
 
 
-def refusal(source: Path, out: Path, form: Form) -> str:
+def refusal(source: Path, out: Path, form: ExportOptions) -> str:
     """What an export says, which must leave nothing."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(CheckpointError) as refused:
@@ -63,12 +63,12 @@ def refusal(source: Path, out: Path, form: Form) -> str:
 )
 def test_a_model_that_a_family_cannot_express(model, family, reason, tmp_path):
     write(tmp_path / "ours", model)
-    assert reason in refusal(tmp_path / "ours", tmp_path / "theirs", Form(family=family))
+    assert reason in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(family=family))
 
 
 def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
     write(tmp_path / "ours", replace(LLAMA, softmax_type="learnable"))
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", Form())
+    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2"):
         assert f"as {family}: softmax_type is learnable" in told
 
@@ -87,17 +87,17 @@ def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
 )
 def test_without_a_family_the_first_that_describes_the_model_exactly(model, family, tmp_path):
     write(tmp_path / "ours", model)
-    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form()).family == family
+    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == family
 
 
 def test_every_family_that_is_able_is_named(tmp_path):
     write(tmp_path / "ours", LLAMA)
-    assert "llama, mistral" in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form()).reason
+    assert "llama, mistral" in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).reason
 
 
 def test_values_that_the_type_does_not_have(tmp_path):
     write(tmp_path / "ours", QWEN2, value=1e5)
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", Form(dtype="fp16"))
+    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(dtype="fp16"))
     assert "has values up to 1e+05, and float16 ends at 6.55e+04. Set --dtype." in told
 
 
@@ -105,15 +105,15 @@ def test_a_folder_that_holds_something(tmp_path):
     write(tmp_path / "ours", QWEN2)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes").touch()
-    assert "theirs is there already" in refusal(tmp_path / "ours", tmp_path / "theirs", Form())
+    assert "theirs is there already" in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     (tmp_path / "theirs/notes").unlink()
-    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form()).family == "qwen2"
+    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == "qwen2"
 
 
 def test_a_checkpoint_without_a_tensor_that_its_config_asks_for(tmp_path):
     untied = replace(QWEN2, untie_embeddings_and_output_weights=True)
     write(tmp_path / "ours", untied, left_out="output.weight")
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", Form())
+    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert "output.weight is missing there, (48, 32) here" in told
 
 
@@ -122,26 +122,26 @@ def test_a_damaged_checkpoint(tmp_path):
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    assert "part-00000.safetensors has other bytes" in refusal(tmp_path / "ours", tmp_path / "theirs", Form())
+    assert "part-00000.safetensors has other bytes" in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
     write(tmp_path / "ours", QWEN2)
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", Form(tokenizer=tmp_path))
+    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(tokenizer=tmp_path))
     assert "has none of tokenizer.json" in told
     assert "Set --tokenizer" in told
 
 
 def test_without_a_tokenizer_none_is_written(tmp_path):
     write(tmp_path / "ours", QWEN2)
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form())
+    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert done.carried == []
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_shards_are_as_large_as_was_asked_and_have_every_tensor(tmp_path):
     write(tmp_path / "ours", GPT2)
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form(max_shard_size="20KB"))
+    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions(max_shard_size="20KB"))
     shards = [load_file(path) for path in sorted((tmp_path / "theirs").glob("*.safetensors"))]
     sizes = [[x.nbytes for x in shard.values()] for shard in shards]
     assert all(sum(shard) <= 20_000 or len(shard) == 1 for shard in sizes)
@@ -156,10 +156,10 @@ def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_
     """Queries and keys, of two types, become one tensor, of the wider. Five bfloat16 are ten bytes."""
     odd = replace(GPT2, hidden_size=5, num_attention_heads=1)
     write(tmp_path / "queries", odd, narrow="q_proj")
-    done = export_checkpoint(tmp_path / "queries", tmp_path / "wide", Form())
+    done = export_checkpoint(tmp_path / "queries", tmp_path / "wide", ExportOptions())
     assert done.dtypes == {torch.float32}
     write(tmp_path / "norms", odd, narrow="norm")
-    done = export_checkpoint(tmp_path / "norms", tmp_path / "mixed", Form())
+    done = export_checkpoint(tmp_path / "norms", tmp_path / "mixed", ExportOptions())
     assert done.dtypes == {torch.float32, torch.bfloat16}
     content = (tmp_path / "mixed/model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -171,7 +171,7 @@ def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_
 @pytest.mark.parametrize(("window", "first"), [(0, 2), (8, 0)])
 def test_readers_that_know_no_layer_types_find_the_first_layer_with_a_window(window, first, tmp_path):
     write(tmp_path / "ours", replace(QWEN2, window_size=window))
-    export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form())
+    export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert json.loads((tmp_path / "theirs/config.json").read_text())["max_window_layers"] == first
 
 
@@ -179,7 +179,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
     write(tmp_path / "ours", QWEN2)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write .*theirs: Not a directory"):
-        export_checkpoint(tmp_path / "ours", tmp_path / "file/theirs", Form())
+        export_checkpoint(tmp_path / "ours", tmp_path / "file/theirs", ExportOptions())
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("20KB", 20_000), ("7", 7)])

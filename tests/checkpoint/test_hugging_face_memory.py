@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.config import ModelConfig
 from tests.checkpoint.constant_weights import write
 
@@ -52,7 +52,7 @@ def test_memory(family, tmp_path):
     ours = write(tmp_path / "ours", MODELS[family])
     model_bytes = sum(part.stat().st_size for part in ours.glob("part-*"))
     assert model_bytes > 3e8
-    export_checkpoint(ours, tmp_path / "theirs", Form())
+    export_checkpoint(ours, tmp_path / "theirs", ExportOptions())
     limit = 1.2 * model_bytes
     assert rise("import", tmp_path / "theirs", tmp_path / "imported") < limit
     assert rise("export", ours, tmp_path / "exported") < limit

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.hugging_face import importing
-from megatron_ring.checkpoint.hugging_face.express import inexpressible, read_model
+from megatron_ring.checkpoint.hugging_face.express import read_model, unsupported_by_family
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
@@ -138,7 +138,7 @@ def test_a_config_of_any_values_is_read_or_refused(family, changes):
     config = (GPT2 if family == "gpt2" else LIKE_LLAMA) | changes
     model, problems = read_model(FAMILIES[family], config)
     if not problems:
-        assert inexpressible(FAMILIES[family], model, 32) == []
+        assert unsupported_by_family(FAMILIES[family], model, 32) == []
 
 
 def test_all_reasons_are_told_at_once(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.constant_weights import VOCABULARY, write
@@ -30,7 +30,7 @@ def added(**ids: int) -> dict:
 
 def exported(tmp_path: Path, folder: Path | None, end_of_document: int | None = None) -> Path:
     write(tmp_path / "ours", MODEL, end_of_document=end_of_document)
-    export_checkpoint(tmp_path / "ours", tmp_path / "theirs", Form(tokenizer=folder))
+    export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions(tokenizer=folder))
     return tmp_path / "theirs"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.express import read_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
@@ -39,7 +39,7 @@ def test_a_stretched_model_is_the_same_in_transformers(scaling, models, tmp_path
     assert (model.rope_scaling, model.rope_scaling_factor) == (scaling, 4.0)
     assert model.rope_original_length == (LENGTH if scaling in ("yarn", "llama3") else 0)
 
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form())
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     tokens_BS = torch.randint(VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(0))
     expected = logits(tmp_path / "back", tokens_BS)
     torch.testing.assert_close(our_logits(ours, tokens_BS), expected, rtol=1e-5, atol=2e-5)
@@ -48,7 +48,7 @@ def test_a_stretched_model_is_the_same_in_transformers(scaling, models, tmp_path
 
 def test_both_generations_of_transformers_find_their_keys(models, tmp_path):
     import_folder(models / "qwen2", tmp_path / "ours", Stretch(rope_scaling="yarn", seq_length=LONG))
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", Form())
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     told = json.loads((tmp_path / "back/config.json").read_text())
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": LENGTH}
     assert told["rope_scaling"] == yarn
@@ -79,7 +79,7 @@ def test_a_config_may_name_the_old_length_beside_its_stretch(models, tmp_path):
     (tmp_path / "theirs/config.json").write_text(json.dumps(told))
     path = import_folder(tmp_path / "theirs", tmp_path / "ours", Stretch(seq_length=2 * LENGTH)).path
     assert load_yaml(path / "config.yaml").data.seq_length == 2 * LENGTH
-    assert export_checkpoint(path, tmp_path / "back", Form()).longest == 4 * LENGTH
+    assert export_checkpoint(path, tmp_path / "back", ExportOptions()).longest == 4 * LENGTH
     assert config(tmp_path / "back")["max_position_embeddings"] == 4 * LENGTH
 
 

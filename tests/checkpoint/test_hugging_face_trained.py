@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.hugging_face.exporting import Form, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
@@ -44,7 +44,9 @@ def trained(tmp_path_factory) -> Path:
         import_folder(save(CASES[family], root / family / "theirs"), root / family / "ours", Stretch())
     run_ranks(4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root))
     for family in FAMILIES:
-        export_checkpoint(root / family / "ours", root / family / "back", Form(family=family, max_shard_size="20KB"))
+        export_checkpoint(
+            root / family / "ours", root / family / "back", ExportOptions(family=family, max_shard_size="20KB")
+        )
     return root
 
 

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megatron_ring.context_parallel import attention
 from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.kernels.attention import KERNELS, arranged, reference, stacked
+from megatron_ring.kernels.attention import KERNELS, reference, stack_to_kernel_layout, to_kernel_layout
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.progress import ProgressTracker
 from tests import oracle
 from tests.distributed import run_ranks
 from tests.fast_kernels import FAST_KERNELS
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 LAYOUTS = [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
 NUMBERS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
-WHOLE, *NARROWED = [(0, ()), (0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
+WHOLE, *SPARSE = [(0, ()), (0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
 CASES = [
     *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
     # Backward, the queries of four groups travel, and the keys of two.
@@ -53,11 +53,11 @@ CASES = [
         Case(*layout, *numbers, groups, *narrowed)
         for layout in LAYOUTS
         for groups, numbers in [(4, NUMBERS[0]), (4, NUMBERS[2]), (2, NUMBERS[2])]
-        for narrowed in NARROWED
+        for narrowed in SPARSE
     ),
 ]
 # Of Ulysses members that are as many as the groups, more, or no divisor of them.
-HEADS_AND_GROUPS = [(4, 4, NARROWED[0]), (4, 1, NARROWED[2]), (6, 3, WHOLE), (6, 3, NARROWED[2]), (12, 6, NARROWED[1])]
+HEADS_AND_GROUPS = [(4, 4, SPARSE[0]), (4, 1, SPARSE[2]), (6, 3, WHOLE), (6, 3, SPARSE[2]), (12, 6, SPARSE[1])]
 ULYSSES_CASES = [
     *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
     *(
@@ -68,7 +68,7 @@ ULYSSES_CASES = [
     *(
         Case(*layout, *numbers, groups, *narrowed, heads=6, shard=15)
         for layout in [("ring", 1), ("striped", 1), ("striped", 5)]
-        for numbers, groups, narrowed in zip(NUMBERS, (6, 2, 1), NARROWED)
+        for numbers, groups, narrowed in zip(NUMBERS, (6, 2, 1), SPARSE)
     ),
 ]
 # By world size: rings and Ulysses groups of one to four, and both at once.
@@ -155,7 +155,7 @@ def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
         assert found[grid, case].lse.dtype == accumulation_dtype(case.dtype)
 
 
-@pytest.mark.parametrize("narrowed", [WHOLE, *NARROWED], ids=str)
+@pytest.mark.parametrize("narrowed", [WHOLE, *SPARSE], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernel", FAST_KERNELS)
 def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
@@ -200,7 +200,7 @@ def test_torch_accepts_the_operator(document_starts, samples):
     """Schema, autograd, fake tensors and tracing, forward and backward."""
     q, k, v, _ = oracle.random_inputs(1, LENGTH, HEADS, GROUPS, torch.float32)
     packing, layout = (document_starts, samples, 4), ("striped", 1, "sdpa", "")
-    for inputs in ((q, torch.stack([k, v])), (arranged("sdpa", q), stacked("sdpa", [k, v]))):
+    for inputs in ((q, torch.stack([k, v])), (to_kernel_layout("sdpa", q), stack_to_kernel_layout("sdpa", [k, v]))):
         torch.library.opcheck(ring_attention, (*(x.requires_grad_() for x in inputs), *packing, *layout))
 
 
@@ -264,12 +264,12 @@ def own_keys_in_halves(rank: int, world_size: int) -> dict[str, bool]:
     names = " ".join(link.group_name for link in links)
 
     def in_halves() -> bool:
-        q_BLHD, place = torch.ones(1, 4, 2, 8), Whereabouts()
+        q_BLHD, place = torch.ones(1, 4, 2, 8), ProgressTracker()
         return attention._ring(q_BLHD, None, 1, 0, "striped", 1, "reference", names, place).in_halves
 
     found = {"within the machine": in_halves()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "fetcher_within", lambda group: None)
+        patch.setattr(collectives, "reader_within", lambda group: None)
         return found | {"over a network": in_halves()}
 
 

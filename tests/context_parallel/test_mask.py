@@ -14,7 +14,7 @@ from megatron_ring.context_parallel.mask import (
     mask_of_documents,
     mask_of_window,
 )
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 from megatron_ring.parallel.collectives import ProcessGroups
 from tests import oracle
@@ -30,7 +30,7 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 
-def dense(runs: KeyRuns, keys: int) -> torch.Tensor:
+def dense(runs: KeyRanges, keys: int) -> torch.Tensor:
     """The (queries, keys) mask that ``runs`` says."""
     return runs.visible(Tile(slice(0, len(runs.lo)), slice(0, keys), TileKind.MASKED))
 

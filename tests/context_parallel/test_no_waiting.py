@@ -19,7 +19,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, HopKernel, flash
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 
 RANKS, SHARD, HEADS = 4, 64, 4
 PACK = Mask(document_starts=(0, 50, 51, 190))
@@ -166,9 +166,9 @@ def test_copies_to_cuda_are_from_pinned_memory(monkeypatch):
     copied = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.as_subclass(Pinned))
     monkeypatch.setattr(Pinned, "to", lambda x, device, non_blocking: copied.append((device.type, non_blocking)))
-    runs = KeyRuns(torch.zeros(8, dtype=torch.int64), torch.arange(1, 9))
+    runs = KeyRanges(torch.zeros(8, dtype=torch.int64), torch.arange(1, 9))
     runs.bounds(torch.device("cuda"))
-    runs.readers(8, torch.device("cuda"))
+    runs.query_ranges(8, torch.device("cuda"))
     assert copied == [("cuda", True)] * 2
 
 

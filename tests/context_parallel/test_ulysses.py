@@ -25,8 +25,8 @@ SIZES = [(2, 5, 3, 3, 4), (3, 2, 2, 1, 5), (1, 4, 2, 2, 8), (2, 3, 4, 4, 7), (1,
 BYTES_OF_A_MESSAGE = {torch.bfloat16: 2, torch.float32: 4}
 
 
-def members_of(rank: int, members: int) -> ulysses.Members:
-    return ulysses.Members.of(ProcessGroups.build(Grid(ulysses=members), rank).ulysses)
+def members_of(rank: int, members: int) -> ulysses.UlyssesGroup:
+    return ulysses.UlyssesGroup.of(ProcessGroups.build(Grid(ulysses=members), rank).ulysses)
 
 
 def whole(members: int, size: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -193,7 +193,7 @@ def check_operator(rank: int, members: int) -> dict[str, str]:
     q, _, lse = whole(members, SIZES[0], torch.bfloat16)
     tensors = [q.requires_grad_(), lse.mT.unsqueeze(-1).requires_grad_()]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    return torch.library.opcheck(ulysses.trade, (tensors, -3, -2, here.size, here.group), test_utils=checks)
+    return torch.library.opcheck(ulysses.all_to_all_heads, (tensors, -3, -2, here.size, here.group), test_utils=checks)
 
 
 def test_torch_accepts_the_operator():
@@ -233,7 +233,7 @@ def test_query_heads_that_members_cannot_share_are_our_own_fault():
 
 
 def test_alone_nothing_is_copied():
-    alone = ulysses.Members.of(None)
+    alone = ulysses.UlyssesGroup.of(None)
     q, kv, lse = whole(1, SIZES[0], torch.float32)
     assert all(given is kept for given, kept in zip(ulysses.gather_tokens(q, kv, alone), (q, kv), strict=True))
     assert all(given is kept for given, kept in zip(ulysses.gather_heads(q, lse, alone), (q, lse), strict=True))

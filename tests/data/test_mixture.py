@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.mixture import Blend, Turns
+from megatron_ring.data.mixture import Blend, InterleaveSchedule
 from megatron_ring.data.stream import Stream, Text
 from megatron_ring.data.tokens import TokenStore
 
@@ -28,14 +28,14 @@ class Numbered(Stream):
 
 
 def test_seven_to_three_by_hand():
-    turns = Turns.of([Fraction("0.7"), Fraction("0.3")])
+    turns = InterleaveSchedule.of([Fraction("0.7"), Fraction("0.3")])
     order = [turns.at(index)[0] for index in range(10)]
     assert order == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
 
 
 @given(st.lists(weights_of, min_size=1, max_size=9), st.integers(0, 400))
 def test_every_stream_is_met_in_order_and_as_often_as_its_weight_says(weights, samples):
-    turns, counts = Turns.of(weights), [0] * len(weights)
+    turns, counts = InterleaveSchedule.of(weights), [0] * len(weights)
     for index in range(samples):
         stream, number = turns.at(index)
         assert number == counts[stream]
@@ -50,13 +50,15 @@ def test_every_stream_is_met_in_order_and_as_often_as_its_weight_says(weights, s
 @given(st.lists(weights_of, min_size=2, max_size=5), st.integers(0, 10**15))
 def test_what_was_asked_before_and_how_far_training_is_change_nothing(weights, index):
     """A stream's count far into training, found without a walk there, is still as its weight says."""
-    stream, number = Turns.of(weights).at(index)
+    stream, number = InterleaveSchedule.of(weights).at(index)
     assert abs(number - weights[stream] / sum(weights) * index) < 3
 
 
 @given(st.lists(weights_of, min_size=1, max_size=5), st.integers(1, 50), st.integers(0, 1000))
 def test_weights_of_any_sum_are_shares(weights, factor, index):
-    assert Turns.of(weights).at(index) == Turns.of([factor * weight for weight in weights]).at(index)
+    assert InterleaveSchedule.of(weights).at(index) == InterleaveSchedule.of(
+        [factor * weight for weight in weights]
+    ).at(index)
 
 
 def test_a_blend_gives_the_streams_samples_and_tells_its_shares(store_of):

@@ -49,7 +49,7 @@ def said(index: bytes) -> list[list[int]]:
 
 
 def check(prefix: Path, index: bytes) -> None:
-    """Refused, or read as it is said, all of it."""
+    """Unsupported, or read as it is said, all of it."""
     Path(f"{prefix}.idx").write_bytes(index)
     try:
         store = TokenStore(prefix)

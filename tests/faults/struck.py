@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_ring.checkpoint import tensors
 from megatron_ring.kernels.attention import sdpa
-from megatron_ring.parallel.whereabouts import Direction, Whereabouts
+from megatron_ring.parallel.progress import Direction, ProgressTracker
 
 ROOT = Path(__file__).parents[2]
 TOKENS = Path("text/tokens.bin")
@@ -84,9 +84,9 @@ def strike(fault: Fault) -> None:
 
 
 def _in_kernel(fault: Fault) -> None:
-    begin_hop, here = Whereabouts.begin_hop, None
+    begin_hop, here = ProgressTracker.begin_hop, None
 
-    def remember(place: Whereabouts, hop: int, hops: int) -> None:
+    def remember(place: ProgressTracker, hop: int, hops: int) -> None:
         nonlocal here
         begin_hop(place, hop, hops)
         here = place.read()[:4]
@@ -99,7 +99,7 @@ def _in_kernel(fault: Fault) -> None:
 
         return act_and_compute
 
-    Whereabouts.begin_hop = remember
+    ProgressTracker.begin_hop = remember
     sdpa.forward, sdpa.backward = watched(sdpa.forward), watched(sdpa.backward)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ring.monitoring.intercom import Intercom, NoAnswer
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.preflight.reachability import check_reach
 
 
@@ -26,18 +26,18 @@ def _is_open(address: str, port: int) -> bool:
 def main() -> None:
     """Write to a file of this rank's number: addresses, answers, and whether loopback is listened at."""
     dist.init_process_group("gloo")
-    agreement = Agreement.build()
-    check_reach(agreement)
-    intercom = Intercom(agreement, Whereabouts().read, lambda rank: None)
-    other = 1 - agreement.rank
+    consensus = Consensus.build()
+    check_reach(consensus)
+    intercom = Intercom(consensus, ProgressTracker().read, lambda rank: None)
+    other = 1 - consensus.rank
     found = {"address": intercom.own.address, "on loopback": _is_open("127.0.0.1", intercom.own.port)}
     found["answers"] = not isinstance(intercom.ask(other), NoAnswer)
     dist.barrier()
     subprocess.run(["ip", "link", "set", "ring0", "down"], check=True)
     answer = intercom.ask(other)
     found["after the cut"] = isinstance(answer, NoAnswer) and not answer.has_ended
-    Path(f"{agreement.rank}.new").write_text(json.dumps(found))
-    Path(f"{agreement.rank}.new").replace(str(agreement.rank))
+    Path(f"{consensus.rank}.new").write_text(json.dumps(found))
+    Path(f"{consensus.rank}.new").replace(str(consensus.rank))
     while not Path(str(other)).exists():  # one that has ended is known to have
         time.sleep(0.05)
     os._exit(0)  # the groups cannot be left in order

@@ -35,7 +35,7 @@ def fresh(path: Path) -> None:
     file = MetricsFile(path, ignore)
     file.begin(0)
     write(file, range(1, 5), "first")
-    file.back_to(2)
+    file.rewind_to(2)
     write(file, range(3, 5), "second")
 
 

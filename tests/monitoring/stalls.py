@@ -19,10 +19,10 @@ from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
 from megatron_ring.monitoring.watchdog import watched
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.whereabouts import Direction, Place, Whereabouts
+from megatron_ring.parallel.progress import Direction, Place, ProgressTracker
 
 RANKS = 3
 STEPS = 3
@@ -64,7 +64,7 @@ class Ended:
 class Faulty:
     """The reference kernel, which looks where it is."""
 
-    def __init__(self, fault: Fault, place: Whereabouts, folder: Path):
+    def __init__(self, fault: Fault, place: ProgressTracker, folder: Path):
         self.fault, self.place, self.folder = fault, place, folder
 
     def forward(self, *inputs) -> None:
@@ -124,16 +124,16 @@ def _rank(rank: int, folder: Path, fault: Fault, ring_timeout: int) -> None:
     os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
     (folder / f"{rank}.losses").touch()
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), RANKS, rank)
-    place, groups = Whereabouts(), ProcessGroups.build(Grid(ring=RANKS), rank, ring_timeout)
+    place, groups = ProgressTracker(), ProcessGroups.build(Grid(ring=RANKS), rank, ring_timeout)
     own_fault = fault if rank == 1 else Fault(step=0)
     KERNELS["faulty"] = Faulty(own_fault, place, folder)
-    with watched(place, groups, ring_timeout, Agreement.build()):
+    with watched(place, groups, ring_timeout, Consensus.build()):
         (folder / f"{rank}.losses").write_text(json.dumps(_train(rank, place, groups)))
         dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(rank: int, place: Whereabouts, groups: ProcessGroups) -> list[float]:
+def _train(rank: int, place: ProgressTracker, groups: ProcessGroups) -> list[float]:
     """Losses of this rank's tokens, by plain descent, every block computed again and its ring too."""
     layout = Layout("striped", LENGTH * RANKS, RANKS)
     attention = ContextParallelAttention(layout, "faulty", groups, place)

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ring.monitoring import intercom as intercom_module
 from megatron_ring.monitoring.intercom import Intercom, NoAnswer
-from megatron_ring.parallel.whereabouts import Place, Whereabouts
+from megatron_ring.parallel.progress import Place, ProgressTracker
 from tests.parallel.alone import Alone
 
 
@@ -20,7 +20,7 @@ from tests.parallel.alone import Alone
 def intercom():
     """One whose alarms are in ``heard``."""
     heard: SimpleQueue[int] = SimpleQueue()
-    intercom = Intercom(Alone(), Whereabouts().read, heard.put)
+    intercom = Intercom(Alone(), ProgressTracker().read, heard.put)
     intercom.heard = heard
     yield intercom
     intercom.close()
@@ -44,7 +44,7 @@ def elsewhere(intercom: Intercom, port: int, **changes: object) -> None:
 def test_a_process_answers_where_it_is(intercom):
     found = intercom.ask(0)
     assert isinstance(found, Place)
-    assert found[:5] == Whereabouts().read()[:5]
+    assert found[:5] == ProgressTracker().read()[:5]
 
 
 def test_an_alarm_is_heard(intercom):
@@ -90,7 +90,7 @@ def test_connections_of_strangers_take_no_threads_few_descriptors_and_no_answers
 
 def test_a_request_has_one_deadline_however_it_arrives(monkeypatch):
     monkeypatch.setattr(intercom_module, "_SECONDS_FOR_A_REQUEST", 0.5)
-    intercom = Intercom(Alone(), Whereabouts().read, lambda rank: None)
+    intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
 
     def send_slowly(line: socket.socket) -> None:
         for _ in range(300):
@@ -120,7 +120,7 @@ def test_without_descriptors_no_connection_is_accepted_and_afterwards_they_are(i
 
 def test_a_closed_intercom_refuses_and_leaves_nothing_open():
     before, threads = len(os.listdir("/proc/self/fd")), own_threads()
-    intercom = Intercom(Alone(), Whereabouts().read, lambda rank: None)
+    intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
     with socket.create_connection(("127.0.0.1", intercom.own.port), 5):
         intercom.ask(0)
         intercom.close()
@@ -226,7 +226,7 @@ def test_a_reply_that_never_ends_is_given_up(intercom, monkeypatch):
 
 
 def test_a_chain_ends_at_a_rank_that_does_not_exist():
-    whereabouts = Whereabouts()
+    whereabouts = ProgressTracker()
     intercom = Intercom(Alone(), whereabouts.read, lambda rank: None)
     with contextlib.closing(intercom), whereabouts.waiting_for(5):
         (found,) = intercom.waits_from(0).values()

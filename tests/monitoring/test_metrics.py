@@ -123,7 +123,7 @@ def test_after_going_back_the_file_and_the_summary_have_every_step_once(report, 
     for step, loss, roll_backs in ((1, 4.0, 0), (2, math.nan, 1), (2, 3.0, 1)):
         report.step(StepRecord(**STEP | {"step": step, "loss": loss, "roll_backs": roll_backs}))
         if math.isnan(loss):
-            report.back_to(1)
+            report.rewind_to(1)
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [4.0, 3.0]
     summary = report.close()

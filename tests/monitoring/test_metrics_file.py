@@ -64,7 +64,7 @@ def test_lines_that_are_superseded_again_follow_the_others(path, file):
     path.write_text(lines(1, 2))
     file.begin(1)
     file.write({"step": 2, "loss": 5.0})
-    file.back_to(1)
+    file.rewind_to(1)
     assert superseded(path).read_text() == lines(2) + line(2, loss=5.0)
 
 
@@ -110,7 +110,7 @@ def test_lines_longer_than_what_is_read_at_a_time(path, file):
     path.write_text(lines(1) + long + long[:70_000])
     file.begin(2)
     assert path.read_text() == lines(1) + long
-    file.back_to(1)
+    file.rewind_to(1)
     assert steps(path) == [1]
     assert superseded(path).read_text() == long
 
@@ -237,7 +237,7 @@ def test_what_could_not_be_moved_is_moved_before_a_roll_back(path, file, monkeyp
     path.write_text(lines(1, 2, 3))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", _refuse)
-        for act in (lambda: file.begin(0), lambda: file.back_to(2)):
+        for act in (lambda: file.begin(0), lambda: file.rewind_to(2)):
             with pytest.raises(PermissionError):
                 act()
     file.write({"step": 3})

@@ -24,11 +24,11 @@ from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
 from megatron_ring.monitoring.ring_profile.straggler import Stragglers, slowest
 from megatron_ring.monitoring.ring_profile.sums import StepSums, sums
 from megatron_ring.monitoring.ring_profile.trace import COMPUTE, StepLog
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.progress import Direction, ProgressTracker
 from megatron_ring.parallel.ring_log import Event
-from megatron_ring.parallel.whereabouts import Direction, Whereabouts
 from megatron_ring.plan.messages import ring_tensors
 from megatron_ring.plan.timeline import counted
 from tests.distributed import run_ranks
@@ -42,7 +42,7 @@ def config(groups: int) -> Config:
     return Config(model=ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=groups))
 
 
-def passes(layout: Layout, window: int, groups: int, place: Whereabouts, links: ProcessGroups) -> None:
+def passes(layout: Layout, window: int, groups: int, place: ProgressTracker, links: ProcessGroups) -> None:
     """A layer's attention, forward and backward, with the kernel that is called "noted"."""
     q_BLHD, k_BLGD, v_BLGD = (torch.randn(1, layout.shard_length, heads, 8) for heads in (4, groups, groups))
     q_BLHD.requires_grad_()
@@ -65,24 +65,24 @@ class Slow:
 
 def in_a_ring(rank: int, world_size: int, folder: Path) -> dict:
     """What each of ``RINGS`` of this size logged; then what is found where rank 1 is slow, and how far clocks are."""
-    links, agreement = ProcessGroups.build(Grid(ring=world_size), rank), Agreement.build()
+    links, consensus = ProcessGroups.build(Grid(ring=world_size), rank), Consensus.build()
     KERNELS["noted"] = reference
     found = {}
     for name, window, groups in (case for size, case in RINGS if size == world_size):
-        place = Whereabouts.with_work(log_rows=1000)
+        place = ProgressTracker.with_work(log_rows=1000)
         passes(Layout(name, 24 * world_size, world_size), window, groups, place, links)
         found[name, window, groups] = sums(place.log.rows, world_size), place.work.products
-    return found | slow_second(rank, world_size, links, agreement, folder) | {"clock": apart(rank, agreement)}
+    return found | slow_second(rank, world_size, links, consensus, folder) | {"clock": apart(rank, consensus)}
 
 
-def slow_second(rank: int, world_size: int, links: ProcessGroups, agreement: Agreement, folder: Path) -> dict:
+def slow_second(rank: int, world_size: int, links: ProcessGroups, consensus: Consensus, folder: Path) -> dict:
     KERNELS["noted"] = Slow() if rank == 1 else reference
-    place, ring = Whereabouts.with_work(log_rows=1000), list(range(world_size))
-    stragglers = Stragglers(place, 1.25, agreement)
+    place, ring = ProgressTracker.with_work(log_rows=1000), list(range(world_size))
+    stragglers = Stragglers(place, 1.25, consensus)
     recorders = {
-        "whole": Recorder(str(folder / f"{world_size}.json"), 1, ring, agreement),
-        "cut short": Recorder(str(folder / f"{world_size}-short.json"), 5, ring, agreement),
-        "unwritable": Recorder("/dev/null/trace.json", 1, ring, agreement),
+        "whole": Recorder(str(folder / f"{world_size}.json"), 1, ring, consensus),
+        "cut short": Recorder(str(folder / f"{world_size}-short.json"), 5, ring, consensus),
+        "unwritable": Recorder("/dev/null/trace.json", 1, ring, consensus),
     }
     reports, lines = [], {name: [] for name in recorders}
     for step in (1, 2, 3):
@@ -98,12 +98,12 @@ def slow_second(rank: int, world_size: int, links: ProcessGroups, agreement: Agr
     return {"reports": reports, "lines": lines, "slow": sums(place.log.rows, world_size)}
 
 
-def apart(rank: int, agreement: Agreement) -> clocks.Offset:
+def apart(rank: int, consensus: Consensus) -> clocks.Offset:
     """The offset that is found where the last rank's clock is a minute fast."""
-    true, last = time.monotonic_ns, agreement.ranks - 1
+    true, last = time.monotonic_ns, consensus.ranks - 1
     clocks.time.monotonic_ns = lambda: true() + (60 * SECOND if rank == last else 0)
     try:
-        return offset_to_rank_0(agreement)
+        return offset_to_rank_0(consensus)
     finally:
         clocks.time.monotonic_ns = true
 
@@ -252,7 +252,7 @@ def test_rank_0_says_where_the_trace_is_once_it_is_whole_or_the_run_is_over(size
 
 
 def test_a_run_too_short_for_a_trace_says_so():
-    recorder = Recorder("trace.json", 1, [0], agreement=None)
+    recorder = Recorder("trace.json", 1, [0], consensus=None)
     assert recorder.keep(log := StepLog(StepTime(1, 0, 1.0, 0.0, is_told=True), None)) == recorder.keep(log) == []
     assert recorder.finish() == [
         "ring trace       none: it begins with the third step of a run, and there was no third"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ring.config import Config, LoggingConfig, ModelConfig, ParallelConfig
-from megatron_ring.monitoring.ring_profile.watch import in_words, whereabouts
+from megatron_ring.monitoring.ring_profile.watch import in_words, progress_tracker
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import rules
 from megatron_ring.settings.setup import Setup
@@ -37,8 +37,8 @@ def test_a_device_that_waits_by_itself_is_not_profiled():
 def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_said():
     here = Setup.of(CONFIG, world_size=2)
     there, not_wanted = replace(here, device="cuda"), replace(CONFIG, logging=LoggingConfig(straggler_threshold=0))
-    assert whereabouts(here).adds_work_up
-    assert not whereabouts(there).adds_work_up
+    assert progress_tracker(here).adds_work_up
+    assert not progress_tracker(there).adds_work_up
     assert in_words(here) == in_words(replace(there, config=not_wanted)) == []
     assert in_words(there)[0].startswith("stragglers       not looked for: on CUDA")
 
@@ -46,5 +46,5 @@ def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_
 @pytest.mark.parametrize(("ring", "threshold"), [(1, 1.25), (2, 0)])
 def test_nobody_looks_where_there_is_no_ring_or_no_threshold(ring, threshold):
     setup = Setup.of(replace(CONFIG, logging=LoggingConfig(straggler_threshold=threshold)), world_size=ring)
-    assert whereabouts(setup).log is None
-    assert not whereabouts(setup).adds_work_up
+    assert progress_tracker(setup).log is None
+    assert not progress_tracker(setup).adds_work_up

@@ -15,7 +15,7 @@ from megatron_ring.errors import RingStalled
 from megatron_ring.monitoring import watchdog as watchdog_module
 from megatron_ring.monitoring.intercom import Member, NoAnswer
 from megatron_ring.monitoring.watchdog import Suspensions, Watchdog, report
-from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts
+from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker
 from tests.monitoring.stalls import TIMEOUT, Ended, Fault, Ring
 from tests.parallel.alone import Alone
 
@@ -106,7 +106,7 @@ def waiting(for_rank: int) -> Place:
 
 
 def test_a_long_chain_of_waits_is_told_by_its_ends():
-    waits = {member(2): waiting(1), member(1): waiting(0), member(0): Place(12, 5, 0, 0, 0, 31.4, NOBODY)}
+    waits = {member(2): waiting(1), member(1): waiting(0), member(0): Place(12, 5, 0, 0, 0, 31.4, NO_RANK)}
     assert report(member(3), waiting(2), waits) == (
         "rank 3 (node3, pid 4243) has waited 31 s for rank 2 in step 12, layer 5, backward, hop 2 of 4; "
         "rank 2 (node2, pid 4242) lives and has waited 31 s for rank 1 in step 12, layer 5, backward, hop 2 of 4; "
@@ -162,14 +162,14 @@ class Following:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-LIVES = Place(1, 0, Direction.FORWARD, 0, 0, 1.0, NOBODY)
+LIVES = Place(1, 0, Direction.FORWARD, 0, 0, 1.0, NO_RANK)
 SILENT, DEAD = NoAnswer("does not answer"), NoAnswer("refuses", has_ended=True)
 
 
 @contextlib.contextmanager
 def looking(*answers: Place | NoAnswer, ring_timeout: int = 600) -> Iterator[Watchdog]:
     """A watchdog without a thread, whose neighbour gives these answers."""
-    watchdog = Watchdog(Whereabouts(), 0, ring_timeout, Alone())
+    watchdog = Watchdog(ProgressTracker(), 0, ring_timeout, Alone())
     with contextlib.closing(watchdog.intercom):
         watchdog.intercom = Following(*answers)
         yield watchdog
@@ -231,7 +231,7 @@ def test_an_error_of_torch_after_a_long_suspension_starts_the_job_again(suspende
             raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
 
     with pytest.raises(RuntimeError, match="Timed out"):
-        fail(Watchdog(Whereabouts(), 0, 600, Alone()))
+        fail(Watchdog(ProgressTracker(), 0, 600, Alone()))
     assert codes == [RingStalled.exit_code] * ends
     assert ("RingStalled" in capsys.readouterr().err) == ends
 

@@ -1,13 +1,13 @@
-"""What stands in for the agreement of several processes where there is one."""
+"""What stands in for the consensus of several processes where there is one."""
 
 
 class Alone:
-    """The agreement of a world of one."""
+    """The consensus of a world of one."""
 
     rank = 0
 
-    def on_all(self, act):
+    def gather(self, act):
         return [act()]
 
-    def on_rank_0(self, act):
+    def run_on_rank_zero(self, act):
         return act()

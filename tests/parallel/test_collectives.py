@@ -31,7 +31,7 @@ def talk(rank: int, world_size: int) -> dict[Grid, dict]:
         returned = groups.sum(summed)
         heard[grid] = {"sum": returned.tolist(), "in place": returned is summed}
         if groups.ring_links:
-            heard[grid] |= {way: pass_on(exchange, rank) for way, exchange in exchanges(groups.ring_links).items()}
+            heard[grid] |= {way: send_kv_or_q(exchange, rank) for way, exchange in exchanges(groups.ring_links).items()}
     return heard
 
 
@@ -41,7 +41,7 @@ def exchanges(links: tuple) -> dict[str, RingExchange]:
     return {"network": replace(within, fetcher=None), "tickets": within}
 
 
-def pass_on(exchange: RingExchange, rank: int) -> dict:
+def send_kv_or_q(exchange: RingExchange, rank: int) -> dict:
     members = exchange.members
     sent = [torch.full((1000, 3), 10.0 * rank + number) for number in range(3)]
     transfers = [exchange.start(tensor) for tensor in sent]
@@ -181,7 +181,7 @@ def test_with_nccl_each_link_has_a_high_priority_stream_and_nothing_else_has(
 
 def test_without_nccl_a_link_has_no_options(built, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
-    monkeypatch.setattr(collectives, "meet", lambda group: None)
+    monkeypatch.setattr(collectives, "probe_shared_memory", lambda group: None)
     ProcessGroups.build(Grid(ring=2), 0)
     assert [each.options for each in built] == [None] * len(built)
 
@@ -190,7 +190,7 @@ def wait_longer_than_the_limit(rank: int, world_size: int, within_the_machine: b
     """What arrives in a ring whose links have a limit of a second, of which rank 1 is late for more."""
     links = tuple(dist.new_group(timeout=timedelta(seconds=1)) for _ in range(2))
     if within_the_machine:
-        same_machine.meet(links[0])
+        same_machine.probe_shared_memory(links[0])
     let_links_outlast_suspensions(links)
     exchange = RingExchange.over(links)
     dist.barrier()

@@ -107,7 +107,7 @@ import sys, time
 from pathlib import Path
 from megatron_ring.training.stopping import Stopping
 class Alone:
-    def on_any(self, so):
+    def any_rank(self, so):
         return so
 with Stopping(speaks=True, speaks_for_node=True) as stopping:
     if sys.argv[2] == "begun":

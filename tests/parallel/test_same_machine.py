@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_ring.parallel import same_machine
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.same_machine import MemoryUnreadable, fetcher_within, read, ticket_for
+from megatron_ring.parallel.same_machine import MemoryUnreadable, read, reader_within, ticket_for
 from tests.distributed import run_ranks
 
 
@@ -148,7 +148,7 @@ def test_where_one_rank_cannot_be_read_or_read_all_talk_over_the_network():
 
 
 def strangers(rank: int, world_size: int) -> bool:
-    return fetcher_within(dist.new_group([0, 1])) is None
+    return reader_within(dist.new_group([0, 1])) is None
 
 
 def test_who_has_not_met_reads_nothing():

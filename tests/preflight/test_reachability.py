@@ -5,7 +5,7 @@ import socket
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring import intercom
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.preflight.reachability import check_reach, to_ask
 from tests.distributed import run_ranks
 
@@ -36,7 +36,7 @@ def check(rank: int, world_size: int, unreachable: bool) -> list[str]:
     if unreachable and rank == 1:
         socket.create_connection = no_route
     try:
-        check_reach(Agreement.build())
+        check_reach(Consensus.build())
     except ConfigError as error:
         return error.problems
     return []

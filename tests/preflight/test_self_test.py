@@ -18,9 +18,9 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_ring.data.tokens import TokenStoreWriter
 from megatron_ring.errors import DataError, MegatronRingError
 from megatron_ring.kernels.attention import KERNELS, sdpa
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.collective_errors import on_every
+from megatron_ring.parallel.collective_errors import run_checked
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.preflight import consistency as alike
@@ -78,14 +78,14 @@ PASSING = {
 }
 
 
-def report_of(config: Config, agreement: Agreement) -> Report:
-    setup = Setup.of(config, agreement.ranks)
-    return self_test(setup, ProcessGroups.build(setup.grid, agreement.rank), agreement)
+def report_of(config: Config, consensus: Consensus) -> Report:
+    setup = Setup.of(config, consensus.ranks)
+    return self_test(setup, ProcessGroups.build(setup.grid, consensus.rank), consensus)
 
 
 def passes(rank: int, world_size: int) -> dict[str, Report]:
-    agreement = Agreement.build()
-    return {name: report_of(config, agreement) for name, (config, _) in PASSING.items()}
+    consensus = Consensus.build()
+    return {name: report_of(config, consensus) for name, (config, _) in PASSING.items()}
 
 
 @pytest.fixture(scope="module")
@@ -122,38 +122,38 @@ def test_one_line_says_it(passed):
 # ---- faults: each in four ranks, of which one or two are wrong ----
 
 
-def another_option(rank: int, agreement: Agreement, folder: Path) -> None:
+def another_option(rank: int, consensus: Consensus, folder: Path) -> None:
     other = {2: changed(training={"lr": 0.5}), 3: changed(data={"seq_length": 66})}
-    alike.check_options_and_code(other.get(rank, CONFIG), agreement)
+    alike.check_options_and_code(other.get(rank, CONFIG), consensus)
 
 
-def other_code(rank: int, agreement: Agreement, folder: Path) -> None:
+def other_code(rank: int, consensus: Consensus, folder: Path) -> None:
     source, commit = ("abc", "9f3+") if rank == 1 else ("def", "9f3")
     found = facts._version
     lacks = {"deepspeed": "not installed"} if rank == 2 else {}
     versions = put(facts, _version=lambda name: lacks.get(name) or found(name))
     with put(facts, _source_hash=lambda: source), put(alike, commit=lambda: commit), versions:
-        alike.check_options_and_code(CONFIG, agreement)
+        alike.check_options_and_code(CONFIG, consensus)
 
 
-def other_data(rank: int, agreement: Agreement, folder: Path) -> None:
+def other_data(rank: int, consensus: Consensus, folder: Path) -> None:
     own = folder / str(rank)
     own.mkdir()
     with contextlib.chdir(own):
         with TokenStoreWriter("tokens", np.uint16) as writer:
             writer.add_document([1, 2] if rank == 3 else [1, 2, 3])
-        alike.check_data(DataConfig(data_path=("tokens",)), agreement)
+        alike.check_data(DataConfig(data_path=("tokens",)), consensus)
 
 
-def no_data(rank: int, agreement: Agreement, folder: Path) -> None:
+def no_data(rank: int, consensus: Consensus, folder: Path) -> None:
     def open_data() -> None:
         if rank == 3:
             raise DataError("no tokens.bin")
 
-    on_every(agreement, open_data)
+    run_checked(consensus, open_data)
 
 
-def another_order(rank: int, agreement: Agreement, folder: Path) -> None:
+def another_order(rank: int, consensus: Consensus, folder: Path) -> None:
     """As if the ring had been built 0, 2, 1, 3."""
 
     def permuted(groups: ProcessGroups) -> RingExchange:
@@ -161,26 +161,26 @@ def another_order(rank: int, agreement: Agreement, folder: Path) -> None:
         return RingExchange(members, groups.ring_links, members.index(rank))
 
     with put(neighbours, ring_exchange=permuted):
-        report_of(CONFIG, agreement)
+        report_of(CONFIG, consensus)
 
 
-def another_group(rank: int, agreement: Agreement, folder: Path) -> None:
+def another_group(rank: int, consensus: Consensus, folder: Path) -> None:
     """As if the tensor axis ran where the data axis does."""
     groups = ProcessGroups.build(Grid(data=2, tensor=2), rank)
     crossed, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
-    processes = agreement.on_all(lambda: Process.here(rank))
+    processes = consensus.gather(lambda: Process.here(rank))
     crossing = replace(groups, tensor=crossed)
-    neighbours.check_neighbours(Grid(data=2, tensor=2), crossing, processes, agreement, "cpu")
+    neighbours.check_neighbours(Grid(data=2, tensor=2), crossing, processes, consensus, "cpu")
 
 
-def a_kernel_that_is_wrong(rank: int, agreement: Agreement, folder: Path) -> None:
+def a_kernel_that_is_wrong(rank: int, consensus: Consensus, folder: Path) -> None:
     def forward(q, k, v, runs, scale, state) -> None:
         sdpa.forward(q, k, v, runs, 1.001 * scale, state)
 
     if rank == 1:
         KERNELS["sdpa"] = SimpleNamespace(forward=forward, backward=sdpa.backward)
     try:
-        report_of(CONFIG, agreement)
+        report_of(CONFIG, consensus)
     finally:
         KERNELS["sdpa"] = sdpa
 
@@ -232,10 +232,10 @@ def put(module, **attributes):
 
 
 def meet_with(rank: int, world_size: int, folder: Path) -> dict[str, MegatronRingError]:
-    agreement, met = Agreement.build(), {}
+    consensus, met = Consensus.build(), {}
     for fault in FAULTS:
         with pytest.raises(MegatronRingError) as raised:
-            fault(rank, agreement, folder)
+            fault(rank, consensus, folder)
         met[fault.__name__] = raised.value
     return met
 
@@ -268,7 +268,7 @@ def one_is_late(rank: int, world_size: int) -> Report:
 
     if rank == 2:
         RingExchange.start = late
-    return report_of(CONFIG, Agreement.build())
+    return report_of(CONFIG, Consensus.build())
 
 
 def test_what_makes_a_link_slow_is_at_one_of_its_ends():

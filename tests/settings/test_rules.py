@@ -19,7 +19,7 @@ from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import rules
 from megatron_ring.settings.setup import Setup
-from megatron_ring.training.entry import arguments, spoken_once
+from megatron_ring.training.entry import arguments, report_once
 from megatron_ring.training.stopping import Stopping
 from tests.forked import Forked
 from tests.training import tiny
@@ -333,7 +333,7 @@ def assert_even(setup: Setup) -> None:
 def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()])
     environment = Environment.read()
-    with pytest.raises(SystemExit) as left, spoken_once(environment):
+    with pytest.raises(SystemExit) as left, report_once(environment):
         pretrain_gpt.main(arguments(environment), environment, Stopping(speaks=True))
     assert left.value.code == ConfigError.exit_code
     assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")

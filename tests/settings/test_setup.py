@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
-from megatron_ring.kernels.attention.support import SUPPORT, Feature, Refused
+from megatron_ring.kernels.attention.support import SUPPORT, Feature, Unsupported
 from megatron_ring.settings.setup import Setup
 from tests.training import tiny
 
@@ -77,7 +77,7 @@ def test_what_a_process_is_handed_of_a_sequence():
 
 
 def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(SUPPORT[Feature.FLOAT32], ("sdpa", "cpu"), Refused("this test took it away", "Set another"))
+    monkeypatch.setitem(SUPPORT[Feature.FLOAT32], ("sdpa", "cpu"), Unsupported("this test took it away", "Set another"))
     with pytest.raises(KernelUnavailable, match="sdpa cannot do float32: this test took it away. Set another."):
         Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
     assert Setup.of(tiny.config(), 2).kernel.name == "reference"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
-from megatron_ring.kernels.attention.support import SUPPORT, Feature, Refused
+from megatron_ring.kernels.attention.support import SUPPORT, Feature, Unsupported
 from megatron_ring.parallel.environment import fix_order_of_sums
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import determinism
@@ -38,7 +38,7 @@ def environ(monkeypatch) -> dict[str, str]:
 
 @pytest.fixture
 def begun(environ) -> Iterator[None]:
-    determinism.begin(speaks=False)
+    determinism.begin(is_rank_zero=False)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -79,7 +79,7 @@ def test_another_error_is_none_of_its_business():
 
 @pytest.mark.parametrize("asked", ["auto", "sdpa"])
 def test_a_kernel_that_does_not_repeat_itself_is_passed_over_or_refused(asked, monkeypatch):
-    monkeypatch.setitem(SUPPORT[Feature.DETERMINISM], ("sdpa", "cpu"), Refused("it adds at random", "Set another"))
+    monkeypatch.setitem(SUPPORT[Feature.DETERMINISM], ("sdpa", "cpu"), Unsupported("it adds at random", "Set another"))
     parallel = {"attention_kernel": asked}
     assert Setup.of(tiny.config(parallel=parallel), 2).kernel.name == "sdpa"
     deterministic = tiny.config(parallel=parallel, training={"deterministic": True})

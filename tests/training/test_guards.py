@@ -18,7 +18,7 @@ from megatron_ring.checkpoint.tensors import KINDS
 from megatron_ring.config import Config, GuardsConfig
 from megatron_ring.engine.engine import StepResult
 from megatron_ring.errors import Diverged
-from megatron_ring.monitoring.non_finite import Lookout, Seen, origin
+from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport, origin
 from megatron_ring.training.bad_steps import BadSteps
 from megatron_ring.training.checkpointing import Saver
 from megatron_ring.training.guards import Guard
@@ -110,10 +110,10 @@ class Said:
     def __init__(self):
         self.lines, self.step = [], None
 
-    def say(self, words: str) -> None:
+    def log(self, words: str) -> None:
         self.lines.append(words)
 
-    def back_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         self.step = step
 
 
@@ -179,7 +179,7 @@ def go_back_to_weights(rank: int, world_size: int, folder: Path, prefix: Path) -
     with pytest.raises(Diverged, match="no checkpoint to go back to yet"):
         answered(run, rank, guard, bad_steps)
 
-    saver = Saver(run.setup, run.agreement, begun_from=run.find())
+    saver = Saver(run.setup, run.consensus, begun_from=run.find())
     run.resume(run.find())
     guard, bad_steps = guarded(run, Said(), saver)
     expected = run.steps(2)
@@ -262,7 +262,7 @@ def test_the_weights_of_a_checkpoint_that_is_gone_back_to_are_not_new():
     assert not judge.good_since_save
     judge.count(result())
     assert judge.good_since_save
-    judge.measure_as_at(RunState(1, 1, 1, 1))
+    judge.restore_loss_history(RunState(1, 1, 1, 1))
     assert not judge.good_since_save
 
 
@@ -297,8 +297,8 @@ def test_options_that_cannot_be_met(name):
 # ---- where it began ----
 
 
-def seen(rank: int, loss: bool = True, forward: tuple = (), backward: tuple = ()) -> Seen:
-    return Seen(rank, "node", loss, list(forward), list(backward))
+def seen(rank: int, loss: bool = True, forward: tuple = (), backward: tuple = ()) -> NonFiniteReport:
+    return NonFiniteReport(rank, "node", loss, list(forward), list(backward))
 
 
 @pytest.mark.parametrize(
@@ -321,9 +321,9 @@ def test_what_no_layer_has_seen_is_a_weight_s():
 def test_the_lookout_sees_layers_and_attentions_in_both_directions():
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"5": torch.nn.Linear(2, 2)})})
     model["blocks"]["5"].attention = torch.nn.Linear(2, 2)
-    lookout, layer = Lookout(model, torch.device("cpu")), model["blocks"]["5"]
+    lookout, layer = NonFiniteDetector(model, torch.device("cpu")), model["blocks"]["5"]
 
-    def passed(into: torch.Tensor, factor: float) -> Seen:
+    def passed(into: torch.Tensor, factor: float) -> NonFiniteReport:
         lookout.begin()
         (layer(layer.attention(into)).sum() * factor).backward()
         return lookout.seen(3, torch.tensor(1.0))
@@ -331,4 +331,4 @@ def test_the_lookout_sees_layers_and_attentions_in_both_directions():
     assert (passed(torch.ones(2), 1).forward, passed(torch.ones(2), 1).backward) == ([], [])
     assert passed(torch.tensor([math.inf, 0]), 1).forward == [5, 4.5]
     assert (passed(torch.ones(2), math.nan).forward, passed(torch.ones(2), math.nan).backward) == ([], [5, 4.5])
-    assert passed(torch.ones(2), 1) == Seen(3, socket.gethostname(), True, [], [])
+    assert passed(torch.ones(2), 1) == NonFiniteReport(3, socket.gethostname(), True, [], [])

@@ -20,7 +20,7 @@ def lose_it_while_saving(rank: int, world_size: int, folder: Path, prefix: Path)
         saving = {"save": str(saved), "load": str(saved), "async_save": async_save}
         run = tiny.Run(tiny.config(checkpoint=saving), prefix, rank, world_size)
         held = lease.take(saved, Owner.here(), seconds=1000) if rank == 0 else None
-        run.saver = checkpointing.Saver(run.setup, run.agreement, None, held)
+        run.saver = checkpointing.Saver(run.setup, run.consensus, None, held)
         run.steps(1)
         assert run.save().name == "step-00000001"
         run.steps(1)

@@ -17,7 +17,7 @@ import torch
 from megatron_ring.checkpoint import retention, store, tensors
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, DataError, Diverged
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
 from tests.checkpoint import small
@@ -236,7 +236,7 @@ def fail_anyhow(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
             assert rank != failing or error in causes
             assert store.newest(folder / str(aside)).path == first
             # The group of the main threads is in step.
-            assert run.agreement.on_all(lambda: rank) == [0, 1]
+            assert run.consensus.gather(lambda: rank) == [0, 1]
         assert run.save().name == f"step-{run.step:08d}"
 
 
@@ -378,15 +378,15 @@ def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_
 
 def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
     """A rank that has no memory to check its files does not make the newest checkpoint a damaged one."""
-    agreement = Agreement.build()
+    consensus = Consensus.build()
     for load in (folder, folder / "step-00000010"):
         setup = Setup.of(tiny.config(checkpoint={"load": str(load)}), world_size)
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr(store, "check", lambda *_: _raise(MemoryError("cannot allocate")))
             with pytest.raises(CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"):
-                checkpointing.find(setup, tiny.VOCAB, agreement)
-        assert checkpointing.find(setup, tiny.VOCAB, agreement).state.step == 10
+                checkpointing.find(setup, tiny.VOCAB, consensus)
+        assert checkpointing.find(setup, tiny.VOCAB, consensus).state.step == 10
 
 
 def test_a_checkpoint_that_cannot_be_read_for_want_of_memory_is_not_passed_over(tmp_path):
@@ -401,11 +401,11 @@ def test_a_checkpoint_that_cannot_be_read_for_want_of_memory_is_not_passed_over(
 def found(rank: int, world_size: int, cases: list[dict], cwd: Path) -> list[str]:
     """What comes of each pair of folders: the checkpoint that is taken, "afresh", or the error. Alike on all ranks."""
     os.chdir(cwd)
-    agreement, told = Agreement.build(), []
+    consensus, told = Consensus.build(), []
     for folders in cases:
         setup = Setup.of(tiny.config(checkpoint=folders), world_size)
         try:
-            stored = checkpointing.find(setup, tiny.VOCAB, agreement)
+            stored = checkpointing.find(setup, tiny.VOCAB, consensus)
             told.append(f"{stored.path} {stored.state.step}" if stored else "afresh")
         except CheckpointError as error:
             told.append(str(error))

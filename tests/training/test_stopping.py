@@ -108,7 +108,7 @@ INTERRUPTED_TWICE = """\
 import os, signal, time
 from megatron_ring.training import stopping
 stopping._SECONDS_OF_ONE_INTERRUPT = 0.2
-with stopping.Stopping(speaks=True) as stop:
+with stopping.Stopping(is_rank_zero=True) as stop:
     stop._begun.set()  # as within a step
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # as torchrun passes on what the terminal sent already
@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 LEFT_BEHIND = """\
 import os, signal, time
 from megatron_ring.training.stopping import Stopping
-with Stopping(speaks=True):
+with Stopping(is_rank_zero=True):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.3)
     raise RuntimeError("connection closed by peer")

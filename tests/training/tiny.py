@@ -16,8 +16,8 @@ from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stages import loader_of
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.engine.engine import start_processes
-from megatron_ring.parallel.agreement import Agreement
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
@@ -90,8 +90,8 @@ class Run:
         )
         model = build_model(self.setup, self.groups, attention, VOCAB)
         self.engine = start_engine(model, self.setup, self.groups)
-        self.agreement = Agreement.build()
-        self.saver = checkpointing.Saver(self.setup, self.agreement)
+        self.consensus = Consensus.build()
+        self.saver = checkpointing.Saver(self.setup, self.consensus)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix, seq_length=config.data.seq_length)
         self.packing = Packing.of(config.data, END_OF_DOCUMENT)
@@ -116,10 +116,10 @@ class Run:
         return self.saver.finish()
 
     def find(self) -> Stored | None:
-        return checkpointing.find(self.setup, VOCAB, self.agreement)
+        return checkpointing.find(self.setup, VOCAB, self.consensus)
 
     def resume(self, stored: Stored) -> None:
-        checkpointing.resume(self.engine, stored, self.agreement)
+        checkpointing.resume(self.engine, stored, self.consensus)
         self.step = stored.state.step
         self._load_from(stored.state.consumed_samples)
 

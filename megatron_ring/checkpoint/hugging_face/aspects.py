@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 
-Told = dict[str, Any]
+Fields = dict[str, Any]
 """What a config.json says, by its keys; or what a ModelConfig does, by its fields."""
 
 
@@ -21,16 +21,16 @@ class Aspect:
     ``write`` takes a ModelConfig whose every default is resolved, and gives keys of config.json.
     """
 
-    read: Callable[[Told, list[str]], Told]
-    write: Callable[[ModelConfig], Told]
+    read: Callable[[Fields, list[str]], Fields]
+    write: Callable[[ModelConfig], Fields]
 
 
-def told_or(config: Told, key: str, default: Any) -> Any:
+def get_or(config: Fields, key: str, default: Any) -> Any:
     """The value of ``key``, or ``default`` where it is absent or null."""
     return default if (value := config.get(key)) is None else value
 
 
-def missing_sizes(config: Told, *keys: str) -> list[str]:
+def missing_sizes(config: Fields, *keys: str) -> list[str]:
     """What to say of the keys that are no sizes."""
     found = []
     for key in keys:
@@ -44,12 +44,12 @@ _LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer"), 2**16)
 """The limits of sizes that are counted up to, rather than multiplied."""
 
 
-def truth(config: Told, key: str, default: bool, problems: list[str]) -> bool:
+def truth(config: Fields, key: str, default: bool, problems: list[str]) -> bool:
     """Return the value of ``key``, or ``default`` where it is absent or null.
 
     Anything but true and false is added to ``problems``.
     """
-    value = told_or(config, key, default)
+    value = get_or(config, key, default)
     if isinstance(value, bool):
         return value
     problems.append(f"{key} is {shown(value)}, and must be true or false.")
@@ -59,7 +59,7 @@ def truth(config: Told, key: str, default: bool, problems: list[str]) -> bool:
 def size(key: str, field: str) -> Aspect:
     """A number that every config.json of the family has."""
 
-    def read(config: Told, problems: list[str]) -> Told:
+    def read(config: Fields, problems: list[str]) -> Fields:
         problems += (missing := missing_sizes(config, key))
         # 1, so that the rest can be read, and all that is wrong be told at once.
         return {field: 1 if missing else config[key]}
@@ -70,8 +70,8 @@ def size(key: str, field: str) -> Aspect:
 def key(name: str, field: str, default: int | float) -> Aspect:
     """One key, one field, one meaning; a whole number if ``default`` is one."""
 
-    def read(config: Told, problems: list[str]) -> Told:
-        value = told_or(config, name, default)
+    def read(config: Fields, problems: list[str]) -> Fields:
+        value = get_or(config, name, default)
         if type(value) in (int, type(default)):
             return {field: type(default)(value)}
         problems.append(f"{name} is {shown(value)}, and must be a{' whole' * isinstance(default, int)} number.")
@@ -85,7 +85,7 @@ def key_value_heads(default: int) -> Aspect:
     name, field = "num_key_value_heads", "num_query_groups"
     aspect = key(name, field, default)
 
-    def read(config: Told, problems: list[str]) -> Told:
+    def read(config: Fields, problems: list[str]) -> Fields:
         null = name in config and config[name] is None
         return {field: 0} if null else aspect.read(config, problems)
 
@@ -95,8 +95,8 @@ def key_value_heads(default: int) -> Aspect:
 def only(name: str, *values: Any, because: str) -> Aspect:
     """A key that our models have no choice for: the first of ``values`` is written, and is the default; no field."""
 
-    def read(config: Told, problems: list[str]) -> Told:
-        if (value := told_or(config, name, values[0])) not in values:
+    def read(config: Fields, problems: list[str]) -> Fields:
+        if (value := get_or(config, name, values[0])) not in values:
             legal = " or ".join(repr(value) for value in values)
             problems.append(f"{name} is {shown(value)}, and must be {legal}: {because}.")
         return {}
@@ -126,7 +126,7 @@ def tied(default: bool) -> Aspect:
 def whole_heads(width: str, heads: str) -> Aspect:
     """transformers asks that the width divide into heads, even where heads have a size of their own."""
 
-    def read(config: Told, problems: list[str]) -> Told:
+    def read(config: Fields, problems: list[str]) -> Fields:
         if not missing_sizes(config, width, heads) and config[width] % config[heads]:
             problems.append(f"{width} {config[width]} does not divide into {heads} {config[heads]}.")
         return {}
@@ -137,7 +137,7 @@ def whole_heads(width: str, heads: str) -> Aspect:
 def linear_biases() -> Aspect:
     """Llama's two keys for what is one field here: biases in every linear layer, or in none."""
 
-    def read(config: Told, problems: list[str]) -> Told:
+    def read(config: Fields, problems: list[str]) -> Fields:
         attention, mlp = (truth(config, name, False, problems) for name in ("attention_bias", "mlp_bias"))
         if attention != mlp:
             problems.append(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_ring.checkpoint import disk, locate
-from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, copy_beside, read_json
@@ -24,7 +24,7 @@ from megatron_ring.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportOptions:
     """How a model is written, whichever it is."""
 
     family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
@@ -55,7 +55,7 @@ class Exported:
     carried: list[str]
 
 
-def export_checkpoint(checkpoint: Path, out: Path, form: Form) -> Exported:
+def export_checkpoint(checkpoint: Path, out: Path, form: ExportOptions) -> Exported:
     """Write ``out``, whole or not at all, from a checkpoint or the newest in a --save folder.
 
     Raises CheckpointError, and ConfigError for a size that is none.
@@ -105,7 +105,7 @@ def _imported_from(checkpoint: Path) -> str:
     return str(read_json(path).get("model_type")) if path.is_file() else ""
 
 
-def _config(family: str, vocab_size: int, dtype: torch.dtype) -> Told:
+def _config(family: str, vocab_size: int, dtype: torch.dtype) -> Fields:
     """What config.json has besides the model: transformers before 5 reads torch_dtype, later ones dtype."""
     word = str(dtype).removeprefix("torch.")
     named = {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": vocab_size}

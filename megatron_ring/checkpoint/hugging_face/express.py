@@ -6,16 +6,16 @@ That is asked of the way there and back: what comes back another, the family can
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
 from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import shown
 
 
-def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
+def read_model(family: Family, config: Fields) -> tuple[ModelConfig, list[str]]:
     """What ``config`` describes, and everything in it that has no counterpart here."""
-    fields: Told = {}
+    fields: Fields = {}
     problems: list[str] = []
     try:
         for aspect in family.aspects:
@@ -26,16 +26,16 @@ def read_model(family: Family, config: Told) -> tuple[ModelConfig, list[str]]:
         return ModelConfig(), [*problems, f"a value is of a type that its key never has ({shown(error)})."]
 
 
-def write_model(family: Family, model: ModelConfig, seq_length: int) -> Told:
+def write_model(family: Family, model: ModelConfig, seq_length: int) -> Fields:
     """The config.json of a model that the family can express and that was trained on samples of ``seq_length``."""
     model = resolved(model, seq_length)
-    config: Told = {family.length: _longest(model, seq_length)}
+    config: Fields = {family.length: _longest(model, seq_length)}
     for aspect in family.aspects:
         config |= aspect.write(model)
     return config
 
 
-def inexpressible(family: Family, model: ModelConfig, seq_length: int) -> list[str]:
+def unsupported_by_family(family: Family, model: ModelConfig, seq_length: int) -> list[str]:
     """What there is in ``model`` that the family has not; nothing if it has all of it."""
     back, problems = read_model(family, write_model(family, model, seq_length))
     wanted, found = _compared(resolved(model, seq_length)), _compared(resolved(back, seq_length))
@@ -52,7 +52,9 @@ def choose_family(name: str, model: ModelConfig, seq_length: int, imported_from:
     Able is a family whose words describe the model exactly, so that it computes the same in each of them. Raises
     CheckpointError with the reasons where the one asked for, or without one every one, is not.
     """
-    reasons = {each: inexpressible(FAMILIES[each], model, seq_length) for each in ([name] if name else FAMILIES)}
+    reasons = {
+        each: unsupported_by_family(FAMILIES[each], model, seq_length) for each in ([name] if name else FAMILIES)
+    }
     able = [each for each, problems in reasons.items() if not problems]
     if not able:
         listed = [f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems]

@@ -149,7 +149,7 @@ def _taken_apart(folder: Folder, found: dict[str, Tensor]) -> Iterator[tuple[str
     for name, tensor in found.items():
         values = folder.read(name)
         check_finite(values, f"{name} in {folder.headers[name].file}")
-        yield from tensor.taken_apart(values)
+        yield from tensor.split(values)
 
 
 def _notes(config: dict, family: Family) -> list[str]:

@@ -1,6 +1,6 @@
 """Which layers have the sliding window: Mistral's all, Qwen's those that layer_types or max_window_layers name."""
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, missing_sizes, told_or, truth
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Fields, get_or, missing_sizes, truth
 from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 
@@ -9,7 +9,7 @@ _DEFAULT_WINDOW, _QWENS_FIRST_LAYER = 4096, 28
 _NAMED = 64
 
 
-def _window(config: Told, problems: list[str]) -> int:
+def _window(config: Fields, problems: list[str]) -> int:
     """0: none, which null means; here it is not the default."""
     window = config.get("sliding_window", _DEFAULT_WINDOW)
     if window is None:
@@ -18,7 +18,7 @@ def _window(config: Told, problems: list[str]) -> int:
     return window
 
 
-def _read_mistral(config: Told, problems: list[str]) -> Told:
+def _read_mistral(config: Fields, problems: list[str]) -> Fields:
     """One window for all layers: transformers does not read layer_types, other readers do, so it may only agree."""
     window = _window(config, problems)
     types = config.get("layer_types")
@@ -39,9 +39,9 @@ MISTRAL = Aspect(
 )
 
 
-def _read_qwen(config: Told, problems: list[str]) -> Told:
+def _read_qwen(config: Fields, problems: list[str]) -> Fields:
     window = _window(config, problems) if truth(config, "use_sliding_window", False, problems) else 0
-    types = told_or(config, "layer_types", _types_from(config, window))
+    types = get_or(config, "layer_types", _types_from(config, window))
     if len(types) != config.get("num_hidden_layers") or not set(types) <= {_FULL, _SLIDING}:
         problems.append(
             f"layer_types is {shown(types)}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers."
@@ -58,16 +58,16 @@ def _read_qwen(config: Told, problems: list[str]) -> Told:
     return {}
 
 
-def _types_from(config: Told, window: int) -> list[str]:
+def _types_from(config: Fields, window: int) -> list[str]:
     """What configs without layer_types mean: the window is on the layers from max_window_layers on."""
     if missing_sizes(config, "num_hidden_layers"):
         return []
     layers = range(config["num_hidden_layers"])
-    first = told_or(config, "max_window_layers", _QWENS_FIRST_LAYER)
+    first = get_or(config, "max_window_layers", _QWENS_FIRST_LAYER)
     return [_SLIDING if window and layer >= first else _FULL for layer in layers]
 
 
-def _fields(windows: list[int]) -> Told | None:
+def _fields(windows: list[int]) -> Fields | None:
     """window_size and window_attn_skip_freq that give each layer its window, None where there are none."""
     if not any(windows):
         return {}
@@ -82,7 +82,7 @@ def _numbers(types: list[str]) -> str:
     return ", ".join([*numbers[:_NAMED], "..."] if len(numbers) > _NAMED else numbers)
 
 
-def _write_qwen(model: ModelConfig) -> Told:
+def _write_qwen(model: ModelConfig) -> Fields:
     return {
         "use_sliding_window": model.window_size > 0,
         "sliding_window": model.window_size or None,

@@ -38,7 +38,7 @@ class Tensor:
     parts: dict[str, int]
     transposed: bool
 
-    def taken_apart(self, theirs: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def split(self, theirs: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Our parameters; copies only where the order of elements is another."""
         whole = theirs.T if self.transposed else theirs
         for name, part in zip(self.parts, whole.split(list(self.parts.values())), strict=True):

@@ -6,7 +6,7 @@ are written, with the same content, so that readers of either age find theirs.
 
 import math
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Told, told_or
+from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Fields, get_or
 from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 
@@ -28,9 +28,9 @@ _STRETCHES: dict[str, set[str]] = {
 _CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
-def _read(config: Told, problems: list[str]) -> Told:
+def _read(config: Fields, problems: list[str]) -> Fields:
     rope = config_of_rope(config)
-    base = float(told_or(rope, "rope_theta", told_or(config, "rope_theta", _DEFAULT_BASE)))
+    base = float(get_or(rope, "rope_theta", get_or(config, "rope_theta", _DEFAULT_BASE)))
     kind = _kind(rope)
     problems += _partial(config, rope)
     for name in ("rope_scaling", "rope_parameters"):
@@ -43,18 +43,18 @@ def _read(config: Told, problems: list[str]) -> Told:
     return {"rotary_base": base, **stretch}
 
 
-def config_of_rope(config: Told) -> Told:
+def config_of_rope(config: Fields) -> Fields:
     """The keys and values of the rope_scaling or rope_parameters that count; empty where neither is an object."""
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     return rope if isinstance(rope, dict) else {}
 
 
-def _kind(rope: Told) -> object:
+def _kind(rope: Fields) -> object:
     """The value of rope_type, which may be of any type."""
-    return told_or(rope, "rope_type", told_or(rope, "type", "default"))
+    return get_or(rope, "rope_type", get_or(rope, "type", "default"))
 
 
-def unread_parameters(config: Told) -> list[str]:
+def unread_parameters(config: Fields) -> list[str]:
     """Names of RoPE parameters that its kind does not use.
 
     transformers passes over them too: DeepSeek's attn_factor, for example, or Yarn-Llama's finetuned.
@@ -65,19 +65,19 @@ def unread_parameters(config: Told) -> list[str]:
     return sorted(name for name, value in rope.items() if value is not None and name not in known)
 
 
-def _partial(config: Told, rope: Told) -> list[str]:
-    share = told_or(rope, "partial_rotary_factor", told_or(config, "partial_rotary_factor", 1))
+def _partial(config: Fields, rope: Fields) -> list[str]:
+    share = get_or(rope, "partial_rotary_factor", get_or(config, "partial_rotary_factor", 1))
     if share == 1:
         return []
     return [f"partial_rotary_factor is {shown(share)}, and must be 1: RoPE turns whole heads here."]
 
 
-def _problem(problems: list[str], problem: str) -> Told:
+def _problem(problems: list[str], problem: str) -> Fields:
     problems.append(problem)
     return {}
 
 
-def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> Told:
+def _read_stretch(kind: str, rope: Fields, config: Fields, problems: list[str]) -> Fields:
     original = original_length(config)
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
@@ -100,13 +100,13 @@ def _read_stretch(kind: str, rope: Told, config: Told, problems: list[str]) -> T
     return {"rope_scaling": kind, "rope_scaling_factor": float(factor), **lengths}
 
 
-def original_length(config: Told) -> int:
+def original_length(config: Fields) -> int:
     """The tokens that the model was trained on before its RoPE was stretched, as far as its config.json tells."""
-    inside = told_or(config_of_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
-    return told_or(config, "original_max_position_embeddings", inside)
+    inside = get_or(config_of_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
+    return get_or(config, "original_max_position_embeddings", inside)
 
 
-def _differing_constants(rope: Told, factor: float) -> list[str]:
+def _differing_constants(rope: Fields, factor: float) -> list[str]:
     magnitude = 0.1 * math.log(factor) + 1
     expected = _CONSTANTS | {"attention_factor": magnitude}
     found = [
@@ -122,22 +122,22 @@ def _differing_constants(rope: Told, factor: float) -> list[str]:
     return found
 
 
-def _write(model: ModelConfig) -> Told:
+def _write(model: ModelConfig) -> Fields:
     stretch = _WRITTEN[model.rope_scaling](model)
     kind = {"rope_type": "default"} | stretch
     old = {"rope_scaling": stretch} if stretch else {}
     return {"rope_theta": model.rotary_base, "rope_parameters": kind | {"rope_theta": model.rotary_base}} | old
 
 
-def _stretched(model: ModelConfig) -> Told:
+def _stretched(model: ModelConfig) -> Fields:
     return {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
 
 
-def _from_original(model: ModelConfig) -> Told:
+def _from_original(model: ModelConfig) -> Fields:
     return _stretched(model) | {"original_max_position_embeddings": model.rope_original_length}
 
 
-def _llama3(model: ModelConfig) -> Told:
+def _llama3(model: ModelConfig) -> Fields:
     return _from_original(model) | {name: float(_CONSTANTS[name]) for name in ("low_freq_factor", "high_freq_factor")}
 
 

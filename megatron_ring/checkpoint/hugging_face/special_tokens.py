@@ -8,7 +8,7 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.folder import CONFIG, read_json
 from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes, shown
@@ -21,7 +21,7 @@ _BEGIN, _END, _PAD = KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class SpecialTokens:
     """ids: by ``KEYS``, null where none is known. source: where eos_token_id was found, empty where it was not."""
 
-    ids: Told
+    ids: Fields
     source: str
 
     @staticmethod
@@ -31,7 +31,7 @@ class SpecialTokens:
         Without any the end is ``end_of_document``, which the model was trained with. Raises CheckpointError for a
         value that is no id.
         """
-        ids: Told = dict.fromkeys(KEYS)
+        ids: Fields = dict.fromkeys(KEYS)
         source = ""
         for name, found in _sources(folder, end_of_document):
             for key in KEYS:
@@ -66,7 +66,7 @@ class SpecialTokens:
         return True
 
 
-def _sources(folder: Path | None, end_of_document: int | None) -> Iterator[tuple[str, Told]]:
+def _sources(folder: Path | None, end_of_document: int | None) -> Iterator[tuple[str, Fields]]:
     """(name, what it has of ``KEYS``), read only when it is asked for."""
     for name in (CONFIG, GENERATION) if folder else ():
         if (folder / name).is_file():
@@ -84,10 +84,10 @@ def _checked(key: str, value: Any, source: str) -> Any:
     return value
 
 
-def _of_tokenizer(folder: Path) -> Told:
+def _of_tokenizer(folder: Path) -> Fields:
     """As tokenizer_config.json or special_tokens_map.json spell the tokens; else a sentencepiece model's own."""
     id_of, own = _vocabulary(folder)
-    named: Told = {}
+    named: Fields = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             named = {key: value for key, value in read_json(folder / name).items() if value is not None} | named
@@ -100,7 +100,7 @@ def _spelling(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _vocabulary(folder: Path) -> tuple[Callable[[Any], int | None], Told]:
+def _vocabulary(folder: Path) -> tuple[Callable[[Any], int | None], Fields]:
     """The ids of spellings, and those that a sentencepiece model has for ``KEYS`` of its own."""
     if (folder / "tokenizer.json").is_file():
         return _ids_of_json(read_json(folder / "tokenizer.json")).get, {}
@@ -109,14 +109,14 @@ def _vocabulary(folder: Path) -> tuple[Callable[[Any], int | None], Told]:
     return lambda token: None, {}
 
 
-def _ids_of_json(document: Told) -> dict[Any, int]:
+def _ids_of_json(document: Fields) -> dict[Any, int]:
     """The added tokens, among which are all special ones."""
     added = document.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return {token.get("content"): token.get("id") for token in tokens if isinstance(token.get("content"), str)}
 
 
-def _sentencepiece(path: Path) -> tuple[Callable[[Any], int | None], Told]:
+def _sentencepiece(path: Path) -> tuple[Callable[[Any], int | None], Fields]:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path) or b"\0")
         pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is not UTF-8

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_ring.checkpoint.hugging_face.aspects import Told, missing_sizes
+from megatron_ring.checkpoint.hugging_face.aspects import Fields, missing_sizes
 from megatron_ring.checkpoint.hugging_face.rope_parameters import LONGEST, original_length
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError
@@ -20,7 +20,7 @@ class Stretch:
     """Tokens of a sample in the config that is written. 0: the longest that the model is made for."""
 
 
-def stretched(model: ModelConfig, config: Told, longest: int, asked: Stretch) -> tuple[ModelConfig, int]:
+def stretched(model: ModelConfig, config: Fields, longest: int, asked: Stretch) -> tuple[ModelConfig, int]:
     """The model as ``asked`` for, and its seq_length; ``longest`` is what ``config``, a config.json, is made for.
 
     Raises ConfigError.

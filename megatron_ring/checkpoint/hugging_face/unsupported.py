@@ -7,7 +7,7 @@ for, and all of it for a model_type that is not listed, is read from its keys.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from megatron_ring.checkpoint.hugging_face.aspects import Told
+from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
 from megatron_ring.checkpoint.hugging_face.rope_parameters import config_of_rope
 
@@ -147,7 +147,7 @@ _KNOWN = {
 }
 
 
-def reasons(config: Told) -> tuple[str, list[str]]:
+def reasons(config: Fields) -> tuple[str, list[str]]:
     """The nearest supported family of a model that is of none, and what it has that has no counterpart here.
 
     The list is empty where neither the table nor the keys of ``config`` name anything.
@@ -161,7 +161,7 @@ def reasons(config: Told) -> tuple[str, list[str]]:
     return known.nearest, list(dict.fromkeys([*known.missing, *found]))
 
 
-def described(config: Told) -> str:
+def described(config: Fields) -> str:
     """One sentence or two for an error: the missing features, the nearest family, and all that there are."""
     nearest, missing = reasons(config)
     supported = f"Known: {', '.join(FAMILIES)}."
@@ -170,7 +170,7 @@ def described(config: Told) -> str:
     return f"Missing here: {'; '.join(missing)}. Nearest: {nearest}. {supported}"
 
 
-def _holds(sign: Callable[[Told], object], config: Told) -> bool:
+def _holds(sign: Callable[[Fields], object], config: Fields) -> bool:
     """Values may be of any type; those of a type that a sign does not take are none."""
     try:
         return bool(sign(config))
@@ -178,32 +178,32 @@ def _holds(sign: Callable[[Told], object], config: Told) -> bool:
         return False
 
 
-def _any(*keys: str) -> Callable[[Told], object]:
+def _any(*keys: str) -> Callable[[Fields], object]:
     """Whether one of ``keys`` is set to something other than null, false, 0 or nothing."""
     return lambda config: any(config.get(key) for key in keys)
 
 
-def _other_than(value: float, *keys: str) -> Callable[[Told], object]:
+def _other_than(value: float, *keys: str) -> Callable[[Fields], object]:
     return lambda config: any(config.get(key) not in (None, value) for key in keys)
 
 
-def _rope_kind(config: Told) -> object:
+def _rope_kind(config: Fields) -> object:
     rope = config_of_rope(config)
     return rope.get("rope_type", rope.get("type"))
 
 
-def _activations(config: Told) -> Iterable[object]:
+def _activations(config: Fields) -> Iterable[object]:
     return [config.get(key) for key in ("hidden_act", "hidden_activation", "activation_function") if config.get(key)]
 
 
-def _rotary_part(config: Told) -> object:
+def _rotary_part(config: Fields) -> object:
     heads = config.get("num_attention_heads") or config.get("n_head")
     width = config.get("head_dim") or (config.get("hidden_size") or config.get("n_embd")) // heads
     return config.get("rotary_dim") and config["rotary_dim"] < width
 
 
 _RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm"}
-_SIGNS: dict[str, Callable[[Told], object]] = {
+_SIGNS: dict[str, Callable[[Fields], object]] = {
     EXPERTS: _any("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"),
     LATENT: _any("kv_lora_rank", "q_lora_rank"),
     SOFT_CAP: _any("attn_logit_softcapping", "final_logit_softcapping"),
@@ -240,7 +240,7 @@ _SIGNS: dict[str, Callable[[Told], object]] = {
 }  # fmt: skip
 
 
-def _nearest(config: Told) -> str:
+def _nearest(config: Fields) -> str:
     """By what tells the supported families apart: GPT-2's names or norm, norms of heads, biases, windows."""
     if "n_embd" in config or _any("layer_norm_epsilon", "layer_norm_eps")(config):
         return "gpt2"

@@ -11,11 +11,19 @@ import torch
 
 from megatron_ring.kernels.attention import cudnn, flash, reference, sdpa
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
-from megatron_ring.kernels.attention.preferences import arranged, stacked, stripe_widths
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.preferences import stack_to_kernel_layout, stripe_widths, to_kernel_layout
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax
 
-__all__ = ["KERNELS", "HopKernel", "KernelChoice", "arranged", "choose", "stacked", "stripe_widths"]
+__all__ = [
+    "KERNELS",
+    "HopKernel",
+    "KernelChoice",
+    "choose",
+    "stack_to_kernel_layout",
+    "stripe_widths",
+    "to_kernel_layout",
+]
 
 
 class HopKernel(Protocol):
@@ -26,7 +34,7 @@ class HopKernel(Protocol):
         q_BLHD: torch.Tensor,
         k_BLGD: torch.Tensor,
         v_BLGD: torch.Tensor,
-        runs: KeyRuns,
+        runs: KeyRanges,
         scale: float,
         state: RunningSoftmax,
     ) -> None:
@@ -40,7 +48,7 @@ class HopKernel(Protocol):
         v_BLGD: torch.Tensor,
         out: Output,
         lse_BHL: torch.Tensor,
-        runs: KeyRuns,
+        runs: KeyRanges,
         scale: float,
         dq_BLHD: torch.Tensor,
         dk_BLGD: torch.Tensor,

@@ -10,10 +10,10 @@ from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import Order, order
 from megatron_ring.kernels.attention.missing import missing
-from megatron_ring.kernels.attention.support import INTERPRETED, UNPROVEN, Feature, Refused, of_tensors, support
+from megatron_ring.kernels.attention.support import INTERPRETED, UNPROVEN, Feature, Unsupported, of_tensors, support
 
 # What of the features asked for a kernel refuses, by the reason for it; none are named where it cannot run at all.
-Refusals = dict[Refused, list[Feature]]
+Refusals = dict[Unsupported, list[Feature]]
 
 
 class KernelChoice(NamedTuple):
@@ -62,7 +62,7 @@ def _refusals(kernel: str, wanted: _Wanted) -> Refusals:
     found: Refusals = {}
     for feature in wanted.features:
         cell = support(kernel, wanted.device_type, feature)
-        if isinstance(cell, Refused):
+        if isinstance(cell, Unsupported):
             found.setdefault(cell, []).append(feature)
     on_cuda = wanted.device_type == "cuda"
     if on_cuda and (lack := missing(kernel, wanted.machine, wanted.head_dim, wanted.deterministic)):

@@ -15,7 +15,7 @@ from megatron_ring.kernels.attention import flash2, flash3, torch_efficient
 from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.packs import Pack
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiled import Tiled
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
@@ -25,7 +25,12 @@ _LEFT = Tiled(_TILING, lambda tile: torch_efficient if tile.kind is TileKind.MAS
 
 
 def forward(
-    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
+    q_BLHD: torch.Tensor,
+    k_BLGD: torch.Tensor,
+    v_BLGD: torch.Tensor,
+    runs: KeyRanges,
+    scale: float,
+    state: RunningSoftmax,
 ) -> None:
     """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
     batch, library = len(q_BLHD), _library(q_BLHD)
@@ -45,7 +50,7 @@ def backward(
     v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    runs: KeyRuns,
+    runs: KeyRanges,
     scale: float,
     dq_BLHD: torch.Tensor,
     dk_BLGD: torch.Tensor,
@@ -75,6 +80,6 @@ def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
     return x_BLHD.flatten(0, 1)
 
 
-def _sequences(runs: KeyRuns, pack: Pack, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], bool]:
+def _sequences(runs: KeyRanges, pack: Pack, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], bool]:
     """The cumulative lengths (2, sequences + 1), the longest sequences of queries and keys, and whether triangles."""
     return runs.pack_bounds(pack, len(q), q.device), pack.longest, pack.kind is TileKind.CAUSAL

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import Refused
+from megatron_ring.kernels.attention.support import Unsupported
 
 # The first whose functions return (out, lse, ...) and take window_size_left and window_size_right.
 _OLDEST = (2, 7)
@@ -16,16 +16,16 @@ class FlashVersion:
     reason: str
 
 
-def flash_version(machine: Machine, head_dim: int, deterministic: bool) -> FlashVersion | Refused:
+def flash_version(machine: Machine, head_dim: int, deterministic: bool) -> FlashVersion | Unsupported:
     """Version 3 where it can serve, else version 2, else what is missing."""
     if not (why_not_3 := _why_not_3(machine, head_dim, deterministic)):
         return FlashVersion(3, "flash-attn 3 is installed and made for compute capability 9.0")
     if too_low := machine.below((8, 0)):
         return too_low
     if not machine.flash_2:
-        return Refused(f"flash-attn 2 is not installed, and {why_not_3}", _INSTALL)
+        return Unsupported(f"flash-attn 2 is not installed, and {why_not_3}", _INSTALL)
     if _numbers(machine.flash_2) < _OLDEST:
-        return Refused(f"flash-attn {machine.flash_2} is older than 2.7, and {why_not_3}", _INSTALL)
+        return Unsupported(f"flash-attn {machine.flash_2} is older than 2.7, and {why_not_3}", _INSTALL)
     return FlashVersion(2, f"flash-attn {machine.flash_2}: {why_not_3}")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ring.kernels.attention.support import Refused
+from megatron_ring.kernels.attention.support import Unsupported
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Machine:
         """The GPU's name, or the type of the device."""
         return (self.gpu if device_type == "cuda" else "") or device_type
 
-    def below(self, capability: tuple[int, int]) -> Refused | None:
+    def below(self, capability: tuple[int, int]) -> Unsupported | None:
         """Why a kernel that needs a GPU of this compute capability cannot run."""
         if self.capability >= capability:
             return None
         has = "this one has {}.{}".format(*self.capability) if self.gpu else "there is none"
         needs = "it needs a GPU of compute capability {}.{}".format(*capability)
-        return Refused(f"{needs}, and {has}", "Set --attention-kernel sdpa, or auto")
+        return Unsupported(f"{needs}, and {has}", "Set --attention-kernel sdpa, or auto")
 
 
 def _version(distribution: str) -> str:

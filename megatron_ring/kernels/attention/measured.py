@@ -15,7 +15,7 @@ from megatron_ring.kernels.attention.support import Feature
 
 class MaskKind(enum.Enum):
     CAUSAL = "a causal mask"
-    NARROWED = "documents or a window"
+    SPARSE = "documents or a window"
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ _CPU = "commit 133eb48, torch 2.13.0"
 
 MEASURED = (
     Measured("cpu", torch.float32, MaskKind.CAUSAL, {"sdpa": 218.6, "reference": 951.2}, _CPU),
-    Measured("cpu", torch.float32, MaskKind.NARROWED, {"sdpa": 99.98, "reference": 654.9}, _CPU),
+    Measured("cpu", torch.float32, MaskKind.SPARSE, {"sdpa": 99.98, "reference": 654.9}, _CPU),
     Measured("cpu", torch.bfloat16, MaskKind.CAUSAL, {"sdpa": 244.6, "reference": 444.9}, _CPU),
-    Measured("cpu", torch.bfloat16, MaskKind.NARROWED, {"sdpa": 174.1, "reference": 586.8}, _CPU),
+    Measured("cpu", torch.bfloat16, MaskKind.SPARSE, {"sdpa": 174.1, "reference": 586.8}, _CPU),
     Measured("cpu", torch.float64, MaskKind.CAUSAL, {"sdpa": 292.6, "reference": 1387}, _CPU),
-    Measured("cpu", torch.float64, MaskKind.NARROWED, {"sdpa": 167.2, "reference": 2299}, _CPU),
+    Measured("cpu", torch.float64, MaskKind.SPARSE, {"sdpa": 167.2, "reference": 2299}, _CPU),
 )
 
 
@@ -75,7 +75,7 @@ def _published(mask: MaskKind, machine: Machine) -> tuple[str, ...]:
 
     For documents and windows flash-attn alone has a call that takes many short sequences.
     """
-    if mask is MaskKind.NARROWED:
+    if mask is MaskKind.SPARSE:
         return "flash", "sdpa", "reference"
     cudnn_first = machine.capability >= (9, 0) and not machine.flash_3
     return (*(("cudnn", "flash") if cudnn_first else ("flash", "cudnn")), "sdpa", "reference")
@@ -83,4 +83,4 @@ def _published(mask: MaskKind, machine: Machine) -> tuple[str, ...]:
 
 def mask_kind(features: Iterable[Feature]) -> MaskKind:
     narrowed = {Feature.DOCUMENTS, Feature.WINDOW} & set(features)
-    return MaskKind.NARROWED if narrowed else MaskKind.CAUSAL
+    return MaskKind.SPARSE if narrowed else MaskKind.CAUSAL

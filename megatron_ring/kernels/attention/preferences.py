@@ -16,7 +16,7 @@ def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
     return _STRIPE_WIDTHS.get((kernel, device_type), ())
 
 
-def arranged(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
+def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
     """The same tensor, in memory as ``kernel`` would have it: a copy where it was not.
 
     Any dimensions may stand before these. A kernel without a preference has it as it is.
@@ -26,8 +26,8 @@ def arranged(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
     return x_BLHD.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
-def stacked(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``torch.stack``, and ``arranged`` at once."""
+def stack_to_kernel_layout(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``torch.stack``, and ``to_kernel_layout`` at once."""
     if not _prefers_heads_first(kernel, tensors_BLHD[0]):
         return torch.stack(tuple(tensors_BLHD))
     return torch.stack([x.transpose(-3, -2) for x in tensors_BLHD]).transpose(-3, -2)

@@ -6,13 +6,18 @@ It materialises queries x keys, so it is for tests and small sizes. Softmax atte
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 
 def forward(
-    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
+    q_BLHD: torch.Tensor,
+    k_BLGD: torch.Tensor,
+    v_BLGD: torch.Tensor,
+    runs: KeyRanges,
+    scale: float,
+    state: RunningSoftmax,
 ) -> None:
     """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
     if runs.visible_pairs == 0:
@@ -31,7 +36,7 @@ def backward(
     v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    runs: KeyRuns,
+    runs: KeyRanges,
     scale: float,
     dq_BLHD: torch.Tensor,
     dk_BLGD: torch.Tensor,
@@ -51,7 +56,7 @@ def backward(
     dv_BLGD += _per_key_head(torch.einsum("bhlm,blhd->bmhd", p_BHLM, dout_BLHD), v_BLGD)
 
 
-def _scores(q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRuns, scale: float) -> torch.Tensor:
+def _scores(q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRanges, scale: float) -> torch.Tensor:
     k_BMHD = _per_query_head(k_BLGD, q_BLHD)
     everything = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
     visible_LM = runs.visible(everything, q_BLHD.device)

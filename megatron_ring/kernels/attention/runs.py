@@ -16,7 +16,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
-class KeyRuns:
+class KeyRanges:
     """The runs of keys that a shard of queries sees in another shard: ``lo``, ``hi``, (L,) int64, non-decreasing."""
 
     lo: torch.Tensor
@@ -50,7 +50,7 @@ class KeyRuns:
         """lo and hi, (2, L) int32, on ``device``; put there once, on the current stream, and kept."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
-    def readers(self, keys: int, device: torch.device) -> torch.Tensor:
+    def query_ranges(self, keys: int, device: torch.device) -> torch.Tensor:
         """The runs read the other way, (2, keys) int32, on ``device``: by which queries, from and to, a key is seen.
 
         Put there once, on the current stream, and kept.
@@ -60,7 +60,7 @@ class KeyRuns:
             key = torch.arange(keys)
             return torch.stack([torch.searchsorted(bound, key, right=True) for bound in (self.hi, self.lo)])
 
-        return self._kept(("readers", keys, device), found)
+        return self._kept(("query_ranges", keys, device), found)
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name not in self._on_device:

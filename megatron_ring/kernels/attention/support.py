@@ -1,7 +1,7 @@
 """What each kernel does and does not do: one cell for every kernel, device and feature, and nothing in between.
 
 ``choose`` asks this table before anything starts, so that no feature is ever ignored in silence. A test walks through
-it: behind every TESTED cell is a parity test with the float64 oracle, behind every Refused one its message.
+it: behind every TESTED cell is a parity test with the float64 oracle, behind every Unsupported one its message.
 """
 
 import enum
@@ -24,11 +24,11 @@ class Feature(enum.Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-    HEADS_OF_EIGHTS = "a head size up to 256 that 8 divides"
+    HEAD_DIM_MULTIPLE_OF_8 = "a head size up to 256 that 8 divides"
     OTHER_HEADS = "a head size above 256 or that 8 does not divide"
 
 
-class Proof(enum.Enum):
+class Validation(enum.Enum):
     """How well a cell is known to work."""
 
     TESTED = "tested"
@@ -37,33 +37,33 @@ class Proof(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Refused:
+class Unsupported:
     """reason: why not; instead: what to do, with the flag. Sentences without their full stops."""
 
     reason: str
     instead: str
 
 
-Support = Proof | Refused
-TESTED, INTERPRETED, UNPROVEN = Proof
+Support = Validation | Unsupported
+TESTED, INTERPRETED, UNPROVEN = Validation
 
 _ON_CUDA = "torch's fused operators on cuda do not take it"
 _OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
 _OF_EIGHTS = "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
 _REFERENCE = "Set --attention-kernel reference, or auto"
 _REPEATING = "Set --attention-kernel flash, sdpa, triton or reference"
-_NO_CAP = Refused(
+_NO_CAP = Unsupported(
     "the gradient through a capped score is in none of torch's operators",
     "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
 )
-_NO_CAP_AT_EDGES = Refused("flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead)
-_NO_DROPOUT = Refused(
+_NO_CAP_AT_EDGES = Unsupported("flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead)
+_NO_DROPOUT = Unsupported(
     "each hop would have to draw the whole sequence's dropout again, by position",
     "Set --attention-dropout 0, and regularise by --weight-decay",
 )
 
-_TWO_BYTES_ONLY = Refused("it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto")
-_HEADS_OF_EIGHTS_ONLY = Refused(
+_TWO_BYTES_ONLY = Unsupported("it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto")
+_HEADS_OF_EIGHTS_ONLY = Unsupported(
     "its head sizes end at 256, in steps of 8",
     f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
 )
@@ -90,7 +90,7 @@ _ROWS: dict[Feature, tuple[Support, ...]] = {
         TESTED,
         TESTED,
         UNPROVEN,
-        Refused("cuDNN adds up gradients in any order", _REPEATING),
+        Unsupported("cuDNN adds up gradients in any order", _REPEATING),
         UNPROVEN,
         INTERPRETED,
         UNPROVEN,
@@ -100,8 +100,8 @@ _ROWS: dict[Feature, tuple[Support, ...]] = {
         TESTED,
         _TWO_BYTES_ONLY,
         _TWO_BYTES_ONLY,
-        Refused(_ON_CUDA, _REFERENCE),
-        Refused(_OF_TWO_BYTES, _REFERENCE),
+        Unsupported(_ON_CUDA, _REFERENCE),
+        Unsupported(_OF_TWO_BYTES, _REFERENCE),
         UNPROVEN,
     ),
     Feature.FLOAT32: (
@@ -110,19 +110,19 @@ _ROWS: dict[Feature, tuple[Support, ...]] = {
         _TWO_BYTES_ONLY,
         _TWO_BYTES_ONLY,
         UNPROVEN,
-        Refused(_OF_TWO_BYTES, _REFERENCE),
+        Unsupported(_OF_TWO_BYTES, _REFERENCE),
         UNPROVEN,
     ),
     Feature.BFLOAT16: _EVERYWHERE,
     Feature.FLOAT16: _EVERYWHERE,
-    Feature.HEADS_OF_EIGHTS: _EVERYWHERE,
+    Feature.HEAD_DIM_MULTIPLE_OF_8: _EVERYWHERE,
     Feature.OTHER_HEADS: (
         TESTED,
         TESTED,
         _HEADS_OF_EIGHTS_ONLY,
         _HEADS_OF_EIGHTS_ONLY,
-        Refused(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
-        Refused(_OF_EIGHTS, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
+        Unsupported(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
+        Unsupported(_OF_EIGHTS, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
         UNPROVEN,
     ),
 }
@@ -141,7 +141,7 @@ _DTYPES = {
 def of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
     """What queries of this type and head size ask for."""
     of_eights = head_dim <= 256 and head_dim % 8 == 0
-    return {_DTYPES[dtype], Feature.HEADS_OF_EIGHTS if of_eights else Feature.OTHER_HEADS}
+    return {_DTYPES[dtype], Feature.HEAD_DIM_MULTIPLE_OF_8 if of_eights else Feature.OTHER_HEADS}
 
 
 def support(kernel: str, device_type: str, feature: Feature) -> Support:
@@ -150,4 +150,4 @@ def support(kernel: str, device_type: str, feature: Feature) -> Support:
     if cell := cells.get((kernel, device_type)) or cells.get((kernel, "other")):
         return cell
     known = " and ".join(device for name, device in COLUMNS if name == kernel)
-    return Refused(f"it exists for {known}, not {device_type}", _REFERENCE)
+    return Unsupported(f"it exists for {known}, not {device_type}", _REFERENCE)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
@@ -44,7 +44,7 @@ class Tiled:
         q_BLHD: torch.Tensor,
         k_BLGD: torch.Tensor,
         v_BLGD: torch.Tensor,
-        runs: KeyRuns,
+        runs: KeyRanges,
         scale: float,
         state: RunningSoftmax,
     ) -> None:
@@ -67,7 +67,7 @@ class Tiled:
         v_BLGD: torch.Tensor,
         out: Output,
         lse_BHL: torch.Tensor,
-        runs: KeyRuns,
+        runs: KeyRanges,
         scale: float,
         dq_BLHD: torch.Tensor,
         dk_BLGD: torch.Tensor,
@@ -87,7 +87,7 @@ class Tiled:
             dv_BLGD[:, keys] += dv
 
 
-def _bias(runs: KeyRuns, tile: Tile, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _bias(runs: KeyRanges, tile: Tile, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """For a masked tile: 0 where visible and -inf elsewhere, (queries, keys); and which queries see nothing."""
     if tile.kind is not TileKind.MASKED:
         return None, None

@@ -57,29 +57,29 @@ class _Cover:
     ``done`` is the span of keys that an ancestor has handed over already: every query of a node sees it, so the spans
     of a path from the root are nested and each pair is covered once.
 
-    climbs_until[i]: the first query behind i that does not see exactly one key more than the one before it.
+    causal_until[i]: the first query behind i that does not see exactly one key more than the one before it.
     borders: the queries that see no key which the one before them sees. Between documents there is nothing to cover,
     so a node is cut there rather than in its middle, and each document has its own triangle.
     """
 
     lo: list[int]
     hi: list[int]
-    climbs_until: list[int]
+    causal_until: list[int]
     borders: list[int]
     tiling: Tiling
 
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
         stops = torch.cat([torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1, torch.tensor([len(lo)])])
-        climbs_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
+        causal_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
         borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
-        return _Cover(lo.tolist(), hi.tolist(), climbs_until.tolist(), borders.tolist(), tiling)
+        return _Cover(lo.tolist(), hi.tolist(), causal_until.tolist(), borders.tolist(), tiling)
 
     def tiles(self) -> Iterator[Tile]:
         return self._node(0, len(self.lo), None)
 
     def _node(self, start: int, stop: int, done: tuple[int, int] | None) -> Iterator[Tile]:
-        start, stop = self._without_blind(start, stop, done)
+        start, stop = self._trim_masked_rows(start, stop, done)
         if start == stop:
             return
         small = self._is_small(start, stop)
@@ -89,7 +89,7 @@ class _Cover:
             return
         seen_by_all = self._seen_by_all(start, stop, done)
         new = list(_outside(seen_by_all, done)) if seen_by_all else []
-        if new and (small or self._is_broad(start, stop, new)):
+        if new and (small or self._is_wide_enough(start, stop, new)):
             yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in new)
             yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
         elif small:
@@ -104,7 +104,7 @@ class _Cover:
         return stop - start <= self.tiling.rows and not (self.tiling.part_documents and self._near(start, stop))
 
     @staticmethod
-    def _is_broad(start: int, stop: int, new: list[slice]) -> bool:
+    def _is_wide_enough(start: int, stop: int, new: list[slice]) -> bool:
         """Whether there are keys enough for a tile of all of a node's queries.
 
         Each tile adds to the sums of its queries and of its keys: for as many pairs, the closer to a square the less.
@@ -130,7 +130,7 @@ class _Cover:
             early = min(early, stop - start - self.tiling.tall)
         return start + max(early // rows, 1) * rows
 
-    def _without_blind(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
+    def _trim_masked_rows(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
         """The queries left when those at either end that see nothing outside ``done`` are dropped."""
 
         def blind(query: int) -> bool:
@@ -146,7 +146,7 @@ class _Cover:
     def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
         """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
         left, first = done or (self.lo[start], self.lo[start])
-        return self.lo[start] == left and self.hi[start] == first + 1 and self.climbs_until[start] >= stop
+        return self.lo[start] == left and self.hi[start] == first + 1 and self.causal_until[start] >= stop
 
     def _seen_by_all(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int] | None:
         """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs climb.
@@ -157,7 +157,7 @@ class _Cover:
         left, right, origin = self.lo[stop - 1], self.hi[start], self.lo[start]
         if left != self.lo[start]:
             left, origin = -(-left // rows) * rows, 0
-        if right != self.hi[stop - 1] and self.climbs_until[start] > start + 1:
+        if right != self.hi[stop - 1] and self.causal_until[start] > start + 1:
             right = origin + (right - origin) // rows * rows
         if left >= right:
             return None

@@ -23,7 +23,7 @@ class Operation(enum.Enum):
     ADAMW = "AdamW"
 
 
-class Proof(enum.Enum):
+class Validation(enum.Enum):
     """How well a cell is known to work."""
 
     TESTED = "tested"
@@ -70,13 +70,13 @@ _FLOAT32 = frozenset({torch.float32})
 class Offer:
     """A cell. dtypes: what it takes; reason: why no other. varies: why its bits are not the same in every run."""
 
-    proof: Proof | None
+    proof: Validation | None
     dtypes: frozenset[torch.dtype]
     reason: str
     varies: str = ""
 
 
-_TESTED, _INTERPRETED, _STAND_IN = Proof
+_TESTED, _INTERPRETED, _STAND_IN = Validation
 _TORCH = Offer(_TESTED, _SMALL | {torch.float64}, "")
 _LIGER = Offer(_INTERPRETED, _SMALL, "it computes in float32")
 _FLASH = Offer(_STAND_IN, _SMALL, "it computes in float32")

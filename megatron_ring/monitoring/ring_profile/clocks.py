@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 
 _QUESTIONS = 16
 
@@ -22,26 +22,26 @@ class Offset(NamedTuple):
     error: int
 
 
-def offset_to_rank_0(agreement: Agreement) -> Offset:
+def offset_to_rank_0(consensus: Consensus) -> Offset:
     """Of this process. Collective: rank 0 answers the others one after another."""
-    if agreement.rank:
-        return min((_ask(agreement) for _ in range(_QUESTIONS)), key=lambda offset: offset.error)
-    for other in range(1, agreement.ranks):
+    if consensus.rank:
+        return min((_ask(consensus) for _ in range(_QUESTIONS)), key=lambda offset: offset.error)
+    for other in range(1, consensus.ranks):
         for _ in range(_QUESTIONS):
-            _answer(other, agreement)
+            _answer(other, consensus)
     return Offset(0, 0)
 
 
-def _ask(agreement: Agreement) -> Offset:
+def _ask(consensus: Consensus) -> Offset:
     told = torch.zeros(1, dtype=torch.int64)
     asked = time.monotonic_ns()
-    dist.send(told, group=agreement.group, group_dst=0)
-    dist.recv(told, group=agreement.group, group_src=0)
+    dist.send(told, group=consensus.group, group_dst=0)
+    dist.recv(told, group=consensus.group, group_src=0)
     heard = time.monotonic_ns()
     return Offset(int(told) - (asked + heard) // 2, (heard - asked + 1) // 2)
 
 
-def _answer(other: int, agreement: Agreement) -> None:
+def _answer(other: int, consensus: Consensus) -> None:
     question = torch.zeros(1, dtype=torch.int64)
-    dist.recv(question, group=agreement.group, group_src=other)
-    dist.send(torch.tensor([time.monotonic_ns()]), group=agreement.group, group_dst=other)
+    dist.recv(question, group=consensus.group, group_src=other)
+    dist.send(torch.tensor([time.monotonic_ns()]), group=consensus.group, group_dst=other)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ring.monitoring.ring_profile.sums import StepSums
-from megatron_ring.parallel.whereabouts import Direction
+from megatron_ring.parallel.progress import Direction
 
 SHARES = ("attention_share", "exposed_communication_share", "data_share", "optimizer_share")
 

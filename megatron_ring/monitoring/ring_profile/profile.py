@@ -8,9 +8,9 @@ from megatron_ring.monitoring.ring_profile.recorder import Recorder
 from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
 from megatron_ring.monitoring.ring_profile.sums import sums
 from megatron_ring.monitoring.ring_profile.trace import StepLog
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.parallel.stages import layers_of_stage
-from megatron_ring.parallel.whereabouts import Whereabouts
 from megatron_ring.settings.setup import Setup
 
 # Of a hop: its beginning, and of each of two transfers a beginning, an end, and four waits of two rows.
@@ -29,12 +29,12 @@ def rows_of_step(setup: Setup) -> int:
 class Profile:
     """A run's. ``place`` has a log. Every method is collective."""
 
-    def __init__(self, setup: Setup, place: Whereabouts, agreement: Agreement):
+    def __init__(self, setup: Setup, place: ProgressTracker, consensus: Consensus):
         logging, self._rings = setup.config.logging, setup.grid.members("ring")
-        self._log, self._agreement = place.log, agreement
-        ring = next(ring for ring in self._rings if agreement.rank in ring)
+        self._log, self._consensus = place.log, consensus
+        ring = next(ring for ring in self._rings if consensus.rank in ring)
         trace = logging.profile_ring_trace, logging.profile_ring_steps
-        self._recorder = Recorder(*trace, ring, agreement) if logging.profile_ring_trace else None
+        self._recorder = Recorder(*trace, ring, consensus) if logging.profile_ring_trace else None
         self._untold: list[dict[str, Any]] = []
 
     def begin(self) -> None:
@@ -44,7 +44,7 @@ class Profile:
     def end(self, time: StepTime) -> RingReport:
         rows = self._log.rows
         own = as_numbers(sums(rows, len(self._rings[0])), self._log.missed, time.seconds, time.data_seconds)
-        of_ranks = gathered(own, self._agreement)
+        of_ranks = gathered(own, self._consensus)
         lines = self._recorder.keep(StepLog(time, rows)) if self._recorder else []
         if of_ranks is None:
             return RingReport()

@@ -9,7 +9,7 @@ from megatron_ring.data.replace_file import replace_file
 from megatron_ring.monitoring.outputs import reason
 from megatron_ring.monitoring.ring_profile.clocks import offset_to_rank_0
 from megatron_ring.monitoring.ring_profile.trace import RankLog, StepLog, as_json
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 
 # In its first steps a process touches much for the first time, and a trace is of what comes after.
 _STEPS_BEFORE = 2
@@ -21,8 +21,8 @@ class Recorder:
     ring: the global ranks of this process's.
     """
 
-    def __init__(self, file: str, steps: int, ring: list[int], agreement: Agreement):
-        self._file, self._ring, self._agreement = Path(file), ring, agreement
+    def __init__(self, file: str, steps: int, ring: list[int], consensus: Consensus):
+        self._file, self._ring, self._consensus = Path(file), ring, consensus
         self._before, self._after = _STEPS_BEFORE, steps
         self._logs: list[StepLog] = []
 
@@ -45,10 +45,10 @@ class Recorder:
         return self._written()
 
     def _written(self) -> list[str]:
-        offset = offset_to_rank_0(self._agreement)
-        own = RankLog(self._agreement.rank, socket.gethostname(), offset, self._ring, self._logs)
-        of_all = [None] * self._agreement.ranks if own.rank == 0 else None
-        dist.gather_object(own, of_all, group=self._agreement.group, group_dst=0)
+        offset = offset_to_rank_0(self._consensus)
+        own = RankLog(self._consensus.rank, socket.gethostname(), offset, self._ring, self._logs)
+        of_all = [None] * self._consensus.ranks if own.rank == 0 else None
+        dist.gather_object(own, of_all, group=self._consensus.group, group_dst=0)
         if of_all is None:
             return []
         try:

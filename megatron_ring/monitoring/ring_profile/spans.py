@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_ring.parallel.progress import Direction
 from megatron_ring.parallel.ring_log import Event, Row
-from megatron_ring.parallel.whereabouts import Direction
 
 # Which row ends what another began, and what that was.
 _ENDS = {

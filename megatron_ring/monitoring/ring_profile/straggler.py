@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_ring.monitoring.ring_profile.gathered import gathered
 from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import ProgressTracker
 
 
 def slowest(seconds_N: np.ndarray, products_N: np.ndarray) -> tuple[int, float]:
@@ -26,9 +26,9 @@ def slowest(seconds_N: np.ndarray, products_N: np.ndarray) -> tuple[int, float]:
 class Stragglers:
     """Looks once a log interval at what all ranks have done since. Building it is collective, and so is ``end``."""
 
-    def __init__(self, place: Whereabouts, threshold: float, agreement: Agreement):
-        self._place, self._threshold, self._agreement = place, threshold, agreement
-        self._nodes: list[str] = agreement.on_all(socket.gethostname)
+    def __init__(self, place: ProgressTracker, threshold: float, consensus: Consensus):
+        self._place, self._threshold, self._consensus = place, threshold, consensus
+        self._nodes: list[str] = consensus.gather(socket.gethostname)
         self._seen: np.ndarray | None = None
 
     def end(self, time: StepTime) -> RingReport:
@@ -38,7 +38,7 @@ class Stragglers:
             self._seen = work
         elif time.is_told:
             since, self._seen = work - self._seen, work
-            return self._report(gathered(since, self._agreement))
+            return self._report(gathered(since, self._consensus))
         return RingReport()
 
     def _report(self, work_N2: np.ndarray | None) -> RingReport:

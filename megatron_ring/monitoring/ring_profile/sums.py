@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.parallel.progress import Direction
 from megatron_ring.parallel.ring_log import Event
-from megatron_ring.parallel.whereabouts import Direction
 
 # After these a process is outside of the ring's passes, or not at work there.
 _NOT_COMPUTING = Event.WAITING, Event.LEFT, Event.OPTIMIZING, Event.OPTIMIZED

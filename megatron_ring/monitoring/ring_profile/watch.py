@@ -10,16 +10,16 @@ import time
 from megatron_ring.monitoring.ring_profile.profile import Profile, rows_of_step
 from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
 from megatron_ring.monitoring.ring_profile.straggler import Stragglers
-from megatron_ring.parallel.agreement import Agreement
-from megatron_ring.parallel.whereabouts import Whereabouts
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.settings.setup import Setup
 
 
-def whereabouts(setup: Setup) -> Whereabouts:
+def progress_tracker(setup: Setup) -> ProgressTracker:
     """Of a process of this run, with room for as much as is to be noted."""
     if setup.config.logging.profile_ring:
-        return Whereabouts.with_work(rows_of_step(setup))
-    return Whereabouts.with_work() if _looks_for_stragglers(setup) else Whereabouts()
+        return ProgressTracker.with_work(rows_of_step(setup))
+    return ProgressTracker.with_work() if _looks_for_stragglers(setup) else ProgressTracker()
 
 
 def in_words(setup: Setup) -> list[str]:
@@ -42,13 +42,13 @@ def _looks_for_stragglers(setup: Setup) -> bool:
 class RingWatch:
     """A run's. Building it is collective, and so is every method; what is said is said on rank 0."""
 
-    def __init__(self, setup: Setup, place: Whereabouts):
+    def __init__(self, setup: Setup, place: ProgressTracker):
         logging, self._last = setup.config.logging, setup.config.training.train_iters
         self._interval = logging.log_interval
         profiles, looks = logging.profile_ring, _looks_for_stragglers(setup)
-        agreement = Agreement.build() if profiles or looks else None
-        self._profile = Profile(setup, place, agreement) if profiles else None
-        self._stragglers = Stragglers(place, logging.straggler_threshold, agreement) if looks else None
+        consensus = Consensus.build() if profiles or looks else None
+        self._profile = Profile(setup, place, consensus) if profiles else None
+        self._stragglers = Stragglers(place, logging.straggler_threshold, consensus) if looks else None
         self._began = 0
 
     def begin(self) -> None:

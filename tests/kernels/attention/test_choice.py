@@ -7,7 +7,7 @@ from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose, measured
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import MEASURED, MaskKind, Measured
-from megatron_ring.kernels.attention.support import Feature, Refused, of_tensors, support
+from megatron_ring.kernels.attention.support import Feature, Unsupported, of_tensors, support
 
 BARE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002)
 AMPERE = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 91002, "2.8.3")
@@ -19,7 +19,7 @@ def auto(machine: Machine, *features: Feature, dtype: torch.dtype = torch.bfloat
 
 
 def test_on_a_cpu_it_is_what_was_measured():
-    for mask, features in ((MaskKind.CAUSAL, []), (MaskKind.NARROWED, [Feature.WINDOW])):
+    for mask, features in ((MaskKind.CAUSAL, []), (MaskKind.SPARSE, [Feature.WINDOW])):
         (entry,) = (one for one in MEASURED if (one.device, one.dtype, one.mask) == ("cpu", torch.float32, mask))
         name, reason = choose("auto", "cpu", torch.float32, 64, features)
         assert name == entry.order[0] == "sdpa"
@@ -29,10 +29,10 @@ def test_on_a_cpu_it_is_what_was_measured():
 def test_every_line_of_the_table_is_of_kernels_that_could_be_measured_so():
     for entry in MEASURED:
         device = "cpu" if entry.device == "cpu" else "cuda"
-        asked = {*of_tensors(entry.dtype, 64), *([Feature.DOCUMENTS] if entry.mask is MaskKind.NARROWED else [])}
+        asked = {*of_tensors(entry.dtype, 64), *([Feature.DOCUMENTS] if entry.mask is MaskKind.SPARSE else [])}
         assert set(entry.order) <= set(KERNELS)
         assert entry.source
-        assert not any(isinstance(support(name, device, one), Refused) for name in entry.order for one in asked)
+        assert not any(isinstance(support(name, device, one), Unsupported) for name in entry.order for one in asked)
     assert len({(entry.device, entry.dtype, entry.mask) for entry in MEASURED}) == len(MEASURED)
 
 

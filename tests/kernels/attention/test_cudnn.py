@@ -6,7 +6,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, key_runs
 from megatron_ring.kernels.attention import cudnn, sdpa
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, mistakes, window
@@ -57,7 +57,7 @@ def test_tiles_of_the_size_that_gpus_get(layout, kernel):
 def test_queries_that_never_see_anything_have_no_gradient(kernel):
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float16)
     lo, hi = torch.tensor([[0, 2], [2, 2], [2, 4], [4, 4], [4, 5], [4, 5]]).T.contiguous()
-    runs, state = KeyRuns(lo, hi), RunningSoftmax.empty(q)
+    runs, state = KeyRanges(lo, hi), RunningSoftmax.empty(q)
     kernel.forward(q, k, v, runs, 0.25, state)
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
     kernel.backward(dout, q, k, v, state.out_BLHD.half(), state.lse_BHL, runs, 0.25, *sums)

@@ -12,7 +12,7 @@ from megatron_ring.context_parallel.mask import Mask, key_runs
 from megatron_ring.kernels.attention import flash
 from megatron_ring.kernels.attention.flash_version import FlashVersion, flash_version
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.tiles import TileKind
 from tests import oracle, simulated_ring
@@ -87,7 +87,7 @@ def test_rows_that_see_nothing_keep_what_they_had():
     """Here and in the packs: between two documents there are queries without keys."""
     q, k, v, dout = oracle.random_inputs(2, 8, 2, 1, torch.float16)
     lo, hi = torch.tensor([[0, 1], [0, 2], [2, 2], [2, 2], [4, 5], [4, 6], [4, 7], [8, 8]]).T.contiguous()
-    runs, state = KeyRuns(lo, hi), RunningSoftmax.empty(q)
+    runs, state = KeyRanges(lo, hi), RunningSoftmax.empty(q)
     flash.forward(q, k, v, runs, 0.25, state)
     blind = [2, 3, 7]
     assert runs.packs(flash._TILING)[0].lengths == ((2, 2), (2, 0), (0, 2), (3, 3))
@@ -105,7 +105,7 @@ def test_sequences_of_one_query_between_such_without_keys():
     q, k, v, _ = oracle.random_inputs(1, 4, 4, 2, torch.float16)
     lo, hi = torch.tensor([[0, 1], [1, 1], [2, 3], [3, 4]]).T.contiguous()
     state = RunningSoftmax.empty(q)
-    flash.forward(q, k, v, KeyRuns(lo, hi), 0.25, state)
+    flash.forward(q, k, v, KeyRanges(lo, hi), 0.25, state)
     seen = v.repeat_interleave(2, dim=2).float()
     seen[:, 1] = 0
     torch.testing.assert_close(state.out_BLHD, seen)

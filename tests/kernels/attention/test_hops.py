@@ -8,7 +8,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import key_runs
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from tests import oracle
 from tests.fast_kernels import FAST_KERNELS
@@ -110,7 +110,7 @@ def test_queries_that_see_nothing_in_any_hop_are_zero(kernel):
     q, k, v, _ = oracle.random_inputs(1, 6, 2, 1)
     lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, KeyRuns(lo.contiguous(), hi.contiguous()), 0.25, state)
+    kernel.forward(q, k, v, KeyRanges(lo.contiguous(), hi.contiguous()), 0.25, state)
     blind = [0, 1, 3, 5]
     assert (state.out_BLHD[:, blind] == 0).all()
     assert (state.lse_BHL[..., blind] == -torch.inf).all()

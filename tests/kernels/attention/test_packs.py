@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 
 from megatron_ring.kernels.attention.packs import Pack
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 from tests.kernels.attention.test_runs import any_runs, causal, covered, packed, runs_of, tilings
 
@@ -28,7 +28,7 @@ def packed_pairs(pack: Pack, shape: torch.Size) -> torch.Tensor:
 @example(causal(9), Tiling(4, False))
 @example(packed([(3, 0, False), (0, 1, False), (5, 0, True)]), Tiling(8, False, part_documents=True))
 @example(runs_of([0, 2, 2, 2], [2, 2, 2, 4]), Tiling(8, False, part_documents=True))
-def test_packs_and_masked_tiles_cover_what_the_tiles_do(runs: KeyRuns, tiling: Tiling):
+def test_packs_and_masked_tiles_cover_what_the_tiles_do(runs: KeyRanges, tiling: Tiling):
     whole = covered(runs, tiling, max(runs.hi.tolist(), default=0))
     masked = [tile for tile in runs.tiles(tiling) if tile.kind is TileKind.MASKED]
     found = sum((packed_pairs(pack, whole.shape) for pack in runs.packs(tiling)), torch.zeros_like(whole))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ring.kernels.attention import arranged, stacked
+from megatron_ring.kernels.attention import stack_to_kernel_layout, to_kernel_layout
 
 X_BLHD, Y_BLHD = torch.randn(2, 2, 5, 3, 4).unbind()
 
@@ -14,29 +14,29 @@ def heads_first(x: torch.Tensor) -> bool:
 
 
 def test_the_cpu_kernel_has_each_heads_tokens_together():
-    for arranged_x in (arranged("sdpa", X_BLHD), stacked("sdpa", [X_BLHD, Y_BLHD])):
+    for arranged_x in (to_kernel_layout("sdpa", X_BLHD), stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD])):
         assert heads_first(arranged_x)
-    assert torch.equal(arranged("sdpa", X_BLHD), X_BLHD)
-    assert torch.equal(stacked("sdpa", [X_BLHD, Y_BLHD]), torch.stack([X_BLHD, Y_BLHD]))
+    assert torch.equal(to_kernel_layout("sdpa", X_BLHD), X_BLHD)
+    assert torch.equal(stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD]), torch.stack([X_BLHD, Y_BLHD]))
 
 
 def test_what_lies_so_already_is_not_copied():
-    once = arranged("sdpa", X_BLHD)
-    assert arranged("sdpa", once).data_ptr() == once.data_ptr()
+    once = to_kernel_layout("sdpa", X_BLHD)
+    assert to_kernel_layout("sdpa", once).data_ptr() == once.data_ptr()
 
 
 @pytest.mark.parametrize("kernel", ["reference", "triton", "flash", "cudnn"])
 def test_a_kernel_without_a_preference_has_it_as_it_is(kernel):
-    assert arranged(kernel, X_BLHD) is X_BLHD
-    assert stacked(kernel, [X_BLHD, Y_BLHD]).is_contiguous()
+    assert to_kernel_layout(kernel, X_BLHD) is X_BLHD
+    assert stack_to_kernel_layout(kernel, [X_BLHD, Y_BLHD]).is_contiguous()
 
 
 def test_on_another_device_nothing_is_known_of_the_kernel():
     elsewhere = X_BLHD.to("meta")
-    assert arranged("sdpa", elsewhere) is elsewhere
+    assert to_kernel_layout("sdpa", elsewhere) is elsewhere
 
 
 def test_gradients_pass_through():
     x = X_BLHD.clone().requires_grad_()
-    (arranged("sdpa", x) * Y_BLHD).sum().backward()
+    (to_kernel_layout("sdpa", x) * Y_BLHD).sum().backward()
     assert torch.equal(x.grad, Y_BLHD)

@@ -7,23 +7,23 @@ from hypothesis import strategies as st
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_runs
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 
-def runs_of(lo: list[int], hi: list[int]) -> KeyRuns:
-    return KeyRuns(torch.tensor(lo, dtype=torch.int64), torch.tensor(hi, dtype=torch.int64))
+def runs_of(lo: list[int], hi: list[int]) -> KeyRanges:
+    return KeyRanges(torch.tensor(lo, dtype=torch.int64), torch.tensor(hi, dtype=torch.int64))
 
 
-def causal(length: int, strict: bool = False) -> KeyRuns:
+def causal(length: int, strict: bool = False) -> KeyRanges:
     return runs_of([0] * length, [query + (not strict) for query in range(length)])
 
 
-def window(length: int, width: int) -> KeyRuns:
+def window(length: int, width: int) -> KeyRanges:
     return runs_of([max(0, query - width + 1) for query in range(length)], [query + 1 for query in range(length)])
 
 
-def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRuns:
+def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRanges:
     """A hop of packed documents, each of so many queries and so many more keys, its keys all behind or all ahead."""
     lo, hi, first = [], [], 0
     for queries, surplus, ahead in documents:
@@ -40,7 +40,7 @@ def area(tiles: tuple[Tile, ...]) -> int:
     return sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
 
 
-def covered(runs: KeyRuns, tiling: Tiling, keys: int) -> torch.Tensor:
+def covered(runs: KeyRanges, tiling: Tiling, keys: int) -> torch.Tensor:
     """How many tiles cover each (query, key) pair."""
     count_LM = torch.zeros(len(runs.lo), keys, dtype=torch.int64)
     for tile in runs.tiles(tiling):
@@ -53,7 +53,7 @@ def covered(runs: KeyRuns, tiling: Tiling, keys: int) -> torch.Tensor:
     return count_LM
 
 
-def visible_by_definition(runs: KeyRuns, keys: int) -> torch.Tensor:
+def visible_by_definition(runs: KeyRanges, keys: int) -> torch.Tensor:
     pairs = [[lo <= key < hi for key in range(keys)] for lo, hi in zip(runs.lo.tolist(), runs.hi.tolist())]
     return torch.tensor(pairs, dtype=torch.int64).view(len(runs.lo), keys)
 
@@ -148,7 +148,7 @@ def test_a_window_has_few_tiles_and_little_waste(width):
     assert area(tiles) - runs.visible_pairs <= 2 * 4096 * 128
 
 
-def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRuns]:
+def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
     """What every rank of a striped ring sees of every other, where documents of these lengths are packed."""
     starts = tuple(itertools.accumulate(lengths[:-1], initial=0))
     layout = Layout("striped", sum(lengths) + -sum(lengths) % ring_size, ring_size)

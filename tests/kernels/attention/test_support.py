@@ -8,7 +8,15 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import COLUMNS, INTERPRETED, SUPPORT, TESTED, UNPROVEN, Feature, Refused
+from megatron_ring.kernels.attention.support import (
+    COLUMNS,
+    INTERPRETED,
+    SUPPORT,
+    TESTED,
+    UNPROVEN,
+    Feature,
+    Unsupported,
+)
 from megatron_ring.model.attention import with_sink
 from tests import oracle, simulated_ring
 from tests.kernels.attention.one_at_a_time import OneAtATime
@@ -100,7 +108,7 @@ PROOFS = {
     Feature.FLOAT32: dtype(torch.float32),
     Feature.BFLOAT16: dtype(torch.bfloat16),
     Feature.FLOAT16: dtype(torch.float16),
-    Feature.HEADS_OF_EIGHTS: head_sizes(8, 64, 96, 128, 256),
+    Feature.HEAD_DIM_MULTIPLE_OF_8: head_sizes(8, 64, 96, 128, 256),
     Feature.OTHER_HEADS: head_sizes(1, 5, 20, 257),
 }
 CELLS = [(feature, *column) for feature in SUPPORT for column in SUPPORT[feature]]
@@ -116,7 +124,7 @@ COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True
 def ask(kernel: str, feature: Feature, device: str):
     """Ask for the feature in the way a run does: types and head sizes by the tensors, the rest by name."""
     head_dim = 257 if feature is Feature.OTHER_HEADS else 64
-    of_tensors = feature in DTYPES or feature in (Feature.FLOAT32, Feature.HEADS_OF_EIGHTS, Feature.OTHER_HEADS)
+    of_tensors = feature in DTYPES or feature in (Feature.FLOAT32, Feature.HEAD_DIM_MULTIPLE_OF_8, Feature.OTHER_HEADS)
     features = [] if of_tensors else [feature]
     usual = torch.float32 if feature is Feature.FLOAT32 else USUAL.get(kernel, torch.float32)
     return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features, COMPLETE)
@@ -176,6 +184,6 @@ def test_what_no_kernel_does_is_said_once():
 
 
 def test_every_refusal_is_a_reason_and_a_flag():
-    refused = {cell for cells in SUPPORT.values() for cell in cells.values() if isinstance(cell, Refused)}
+    refused = {cell for cells in SUPPORT.values() for cell in cells.values() if isinstance(cell, Unsupported)}
     assert refused
     assert all(cell.reason and "--" in cell.instead for cell in refused)

@@ -10,7 +10,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, key_runs
 from megatron_ring.kernels.attention import triton
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.triton import blocks
 from tests import oracle, simulated_ring
@@ -81,13 +81,13 @@ def test_queries_that_see_nothing_keep_what_they_had():
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float32)
     lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T.contiguous()
     state = RunningSoftmax.empty(q)
-    triton.forward(q, k, v, KeyRuns(lo, hi), 0.25, state)
+    triton.forward(q, k, v, KeyRanges(lo, hi), 0.25, state)
     blind = [0, 1, 3, 5]
     assert (state.out_BLHD[:, blind] == 0).all()
     assert (state.lse_BHL[..., blind] == -torch.inf).all()
     assert state.lse_BHL[..., [2, 4]].isfinite().all()
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    triton.backward(dout, q, k, v, state.out_BLHD, state.lse_BHL, KeyRuns(lo, hi), 0.25, *gradients)
+    triton.backward(dout, q, k, v, state.out_BLHD, state.lse_BHL, KeyRanges(lo, hi), 0.25, *gradients)
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert (gradients[0][:, blind] == 0).all()
 

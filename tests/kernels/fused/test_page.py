@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.kernels.fused.support import COLUMNS, LIBRARIES, OFFERS, Offer, Proof
+from megatron_ring.kernels.fused.support import COLUMNS, LIBRARIES, OFFERS, Offer, Validation
 
 PAGE = (Path(__file__).parents[3] / "docs" / "fused.md").read_text()
-WORDS = {Proof.TESTED: "tested", Proof.INTERPRETED: "interpreted", Proof.STAND_IN: "stand-in", None: "refused"}
+WORDS = {
+    Validation.TESTED: "tested",
+    Validation.INTERPRETED: "interpreted",
+    Validation.STAND_IN: "stand-in",
+    None: "refused",
+}
 
 
 def cell(offer: Offer, notes: list[str]) -> str:

@@ -7,7 +7,7 @@ float32, read and written in place. The block sizes are a small table (blocks.py
 import torch
 import triton
 
-from megatron_ring.kernels.attention.runs import KeyRuns
+from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
 from megatron_ring.kernels.attention.triton.blocks import blocks_for, generation_of
@@ -15,7 +15,12 @@ from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forwar
 
 
 def forward(
-    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, v_BLGD: torch.Tensor, runs: KeyRuns, scale: float, state: RunningSoftmax
+    q_BLHD: torch.Tensor,
+    k_BLGD: torch.Tensor,
+    v_BLGD: torch.Tensor,
+    runs: KeyRanges,
+    scale: float,
+    state: RunningSoftmax,
 ) -> None:
     """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
     q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
@@ -35,7 +40,7 @@ def backward(
     v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    runs: KeyRuns,
+    runs: KeyRanges,
     scale: float,
     dq_BLHD: torch.Tensor,
     dk_BLGD: torch.Tensor,
@@ -54,7 +59,7 @@ def backward(
     )  # fmt: skip
     sizes = blocks_for("keys", head, generation)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, *runs.readers(keys, q.device), dk_BLGD, dv_BLGD,
+        *inputs, *runs.query_ranges(keys, q.device), dk_BLGD, dv_BLGD,
         *shape, _heads_of_a_token(dk_BLGD, dv_BLGD), scale, **sizes.settings(head),
     )  # fmt: skip
 

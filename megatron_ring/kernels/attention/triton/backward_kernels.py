@@ -88,8 +88,8 @@ def backward_hop_keys(
         v_KD = load(v, sample, keys, groups, group, start, BLOCK_K, False, HEAD, PADDED, UPCAST)
         dk_KD = tl.zeros((BLOCK_K, PADDED), tl.float32)
         dv_KD = tl.zeros((BLOCK_K, PADDED), tl.float32)
-        readers = heads // groups
-        for head in range(group * readers, (group + 1) * readers):
+        query_ranges = heads // groups
+        for head in range(group * query_ranges, (group + 1) * query_ranges):
             dk_KD, dv_KD = _walk_queries(
                 dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, from_K, to_K, sample, queries, heads, head, first,
                 unmasked_from, scale, True, HEAD, PADDED, BLOCK_Q, UPCAST,

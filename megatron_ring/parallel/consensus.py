@@ -11,15 +11,15 @@ from megatron_ring.errors import MegatronRingError
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Consensus:
     """All processes, over a group of their own, so that a thread may talk here while another talks elsewhere."""
 
     group: dist.ProcessGroup
 
     @staticmethod
-    def build() -> "Agreement":
+    def build() -> "Consensus":
         """All processes call it, in the same place. Over gloo, because what is said are Python's objects."""
-        return Agreement(dist.new_group(backend="gloo"))
+        return Consensus(dist.new_group(backend="gloo"))
 
     @property
     def rank(self) -> int:
@@ -29,7 +29,7 @@ class Agreement:
     def ranks(self) -> int:
         return dist.get_world_size(self.group)
 
-    def on_all(self, act: Callable[[], Any]) -> list[Any]:
+    def gather(self, act: Callable[[], Any]) -> list[Any]:
         """What each gets when it acts, in rank order, on every rank; the first user's fault is
         raised on all.
 
@@ -48,11 +48,11 @@ class Agreement:
                 raise outcome if rank == self.rank else gathered
         return outcomes
 
-    def on_rank_0(self, act: Callable[[], Any]) -> Any:
+    def run_on_rank_zero(self, act: Callable[[], Any]) -> Any:
         """What rank 0 gets when it acts, on every rank; its fault too."""
-        return self.on_all(act if self.rank == 0 else lambda: None)[0]
+        return self.gather(act if self.rank == 0 else lambda: None)[0]
 
-    def on_any(self, so: bool) -> bool:
+    def any_rank(self, so: bool) -> bool:
         """Whether it is so on any rank, the same on all: one all-reduce of a number, cheap enough for every step."""
         anywhere = torch.tensor(int(so))
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.group)

@@ -3,22 +3,22 @@
 import pytest
 
 from megatron_ring.errors import CheckpointError, DataError
-from megatron_ring.parallel.agreement import Agreement
+from megatron_ring.parallel.consensus import Consensus
 from tests.distributed import run_ranks
 
 
 def agree(rank: int, world_size: int) -> list[int]:
-    agreement = Agreement.build()
-    assert (agreement.rank, agreement.ranks) == (rank, world_size)
+    consensus = Consensus.build()
+    assert (consensus.rank, consensus.ranks) == (rank, world_size)
     acted = []
-    assert agreement.on_rank_0(lambda: acted.append(rank) or "said by 0") == "said by 0"
+    assert consensus.run_on_rank_zero(lambda: acted.append(rank) or "said by 0") == "said by 0"
     assert acted == ([0] if rank == 0 else []), "nobody else acts"
     with pytest.raises(DataError, match="by 1"):
-        agreement.on_all(lambda: fail_on(1, rank, DataError("by 1")))
+        consensus.gather(lambda: fail_on(1, rank, DataError("by 1")))
     with pytest.raises(CheckpointError, match="by 0"):
-        agreement.on_rank_0(lambda: fail_on(0, rank, CheckpointError("by 0")))
-    assert [agreement.on_any(rank in them) for them in ((), (1,), range(world_size))] == [False, True, True]
-    return agreement.on_all(lambda: rank * 10)
+        consensus.run_on_rank_zero(lambda: fail_on(0, rank, CheckpointError("by 0")))
+    assert [consensus.any_rank(rank in them) for them in ((), (1,), range(world_size))] == [False, True, True]
+    return consensus.gather(lambda: rank * 10)
 
 
 def fail_on(failing: int, rank: int, error: Exception) -> None:

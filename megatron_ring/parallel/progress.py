@@ -20,7 +20,7 @@ from torch import nn
 
 from megatron_ring.parallel.ring_log import Event, RingLog
 
-NOBODY = -1
+NO_RANK = -1
 
 
 class Direction(IntEnum):
@@ -32,7 +32,7 @@ class Place(NamedTuple):
     """What a process does, and for how many ``seconds`` it has done that.
 
     step: counted from 1, 0 before the first; layer: as parameters' names count it, from 0 over all pipeline stages;
-    hop: of ``hops``, from 1, and 0 of 0 outside of the ring; waits_for: a global rank, or NOBODY.
+    hop: of ``hops``, from 1, and 0 of 0 outside of the ring; waits_for: a global rank, or NO_RANK.
     """
 
     step: int
@@ -49,7 +49,7 @@ class Place(NamedTuple):
             return f"has been outside of the ring for {self.seconds:.0f} s, in step {self.step}"
         direction = Direction(self.direction).name.lower()
         where = f"step {self.step}, layer {self.layer}, {direction}, hop {self.hop} of {self.hops}"
-        if self.waits_for == NOBODY:
+        if self.waits_for == NO_RANK:
             return f"has been at work for {self.seconds:.0f} s in {where}"
         return f"has waited {self.seconds:.0f} s for rank {self.waits_for} in {where}"
 
@@ -67,7 +67,7 @@ class Work(NamedTuple):
 _PLACE, _WORK = len(Place._fields), len(Work._fields)
 
 
-class Whereabouts:
+class ProgressTracker:
     """A Place that is kept up to date. ``numbers``: int64 on the CPU, the first 7 one for each of Place's.
 
     In the place of seconds they have the moment, time.monotonic_ns(), from which these count. Behind them may be two
@@ -82,9 +82,9 @@ class Whereabouts:
         self.log = RingLog(log) if len(log) else None
 
     @staticmethod
-    def with_work(log_rows: int = 0) -> "Whereabouts":
+    def with_work(log_rows: int = 0) -> "ProgressTracker":
         """One that adds up its work, and with ``log_rows`` keeps a log of so many."""
-        return Whereabouts(_fresh_numbers(_WORK + (RingLog.cells(log_rows) if log_rows else 0)))
+        return ProgressTracker(_fresh_numbers(_WORK + (RingLog.cells(log_rows) if log_rows else 0)))
 
     def read(self) -> Place:
         """Where this process is now; from any thread."""
@@ -120,12 +120,12 @@ class Whereabouts:
         self._write("layer", layer, direction)
         yield
         left = self._note(Event.LEFT)
-        self._write("hop", 0, 0, left, NOBODY)
+        self._write("hop", 0, 0, left, NO_RANK)
         self._add_work(left - entered)
 
     def begin_hop(self, hop: int, hops: int) -> None:
         """``hop`` counts from 0, as the ring does."""
-        self._write("hop", hop + 1, hops, self._note(Event.HOP, hop + 1, hops), NOBODY)
+        self._write("hop", hop + 1, hops, self._note(Event.HOP, hop + 1, hops), NO_RANK)
 
     @contextlib.contextmanager
     def waiting_for(self, global_rank: int) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Whereabouts:
         self._write("seconds", began, global_rank)
         yield
         over = self._note(Event.WAITED)
-        self._write("seconds", over, NOBODY)
+        self._write("seconds", over, NO_RANK)
         self._add_work(began - over)
 
     def sends(self, size: int, receiver: int) -> int:
@@ -174,5 +174,5 @@ class Whereabouts:
 
 def _fresh_numbers(room: int) -> torch.Tensor:
     """Those of a Place outside of the ring, and ``room`` more."""
-    place = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NOBODY])
+    place = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NO_RANK])
     return torch.cat([place, torch.zeros(room, dtype=place.dtype)])

@@ -11,21 +11,21 @@ import weakref
 import torch
 
 
-class Room:
+class RecvBufferPool:
     """Of one pass of a ring: two places for what goes around, however many hops there are."""
 
     def __init__(self):
         self._free: list[torch.Tensor] = []
         self._taken: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
+    def acquire(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor like this one, dense as it is, whatever is in it."""
         fits = [(x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype) for x in self._free]
         tensor = self._free.pop(fits.index(True)) if any(fits) else torch.empty_like(like)
         self._taken[id(tensor)] = tensor
         return tensor
 
-    def give_back(self, tensor: torch.Tensor) -> None:
+    def release(self, tensor: torch.Tensor) -> None:
         """What was taken here and is needed no more; of what is from elsewhere nothing is kept."""
         if self._taken.pop(id(tensor), None) is tensor:
             self._free.append(tensor)

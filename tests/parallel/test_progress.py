@@ -10,8 +10,8 @@ from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
 from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker, Work
 from megatron_ring.parallel.ring_log import Event
-from megatron_ring.parallel.whereabouts import NOBODY, Direction, Place, Whereabouts, Work
 
 MODEL = ModelConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
 STAGE = range(2, 4)  # the layers of a pipeline's second stage
@@ -25,7 +25,7 @@ AGAIN = [FORWARD[1], BACKWARD[0], FORWARD[0], BACKWARD[1]]
 class Noting:
     """The reference kernel, with a list of the places where it was called."""
 
-    def __init__(self, place: Whereabouts):
+    def __init__(self, place: ProgressTracker):
         self.place, self.places = place, []
 
     def forward(self, *inputs) -> None:
@@ -48,7 +48,7 @@ class Noting:
     ids=["kept", "selective", "full", "attention too"],
 )
 def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(execution, backward, monkeypatch):
-    place = Whereabouts()
+    place = ProgressTracker()
     kernel = Noting(place)
     monkeypatch.setitem(KERNELS, "noting", kernel)
     attention = ContextParallelAttention(Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place)
@@ -62,17 +62,17 @@ def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(executi
 
 
 def test_a_wait_is_noted_until_it_is_over():
-    place = Whereabouts()
+    place = ProgressTracker()
     with place.in_ring(5, Direction.BACKWARD):
         place.begin_hop(1, 4)
         with place.waiting_for(2):
             assert place.read()._replace(seconds=0) == Place(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
-        assert place.read().waits_for == NOBODY
+        assert place.read().waits_for == NO_RANK
     assert place.read().hops == 0
 
 
 def test_a_wait_that_fails_is_still_told():
-    place = Whereabouts()
+    place = ProgressTracker()
 
     def lose() -> None:
         with place.in_ring(5, Direction.FORWARD), place.waiting_for(2):
@@ -84,7 +84,7 @@ def test_a_wait_that_fails_is_still_told():
 
 
 def test_seconds_begin_anew_with_every_hop_and_every_wait():
-    place = Whereabouts()
+    place = ProgressTracker()
     place.begin_hop(0, 2)
     place.numbers[Place._fields.index("seconds")] -= 10**10
     assert 10 <= place.read().seconds < 20
@@ -93,14 +93,14 @@ def test_seconds_begin_anew_with_every_hop_and_every_wait():
 
 
 def test_what_an_operator_notes_is_read_outside_of_it():
-    place = Whereabouts()
-    Whereabouts(place.numbers).begin_hop(2, 3)
+    place = ProgressTracker()
+    ProgressTracker(place.numbers).begin_hop(2, 3)
     assert place.read().hop == 3
 
 
 def test_work_is_a_pass_but_for_its_waits(monkeypatch):
     moments = iter(range(100, 200, 10))
-    place = Whereabouts.with_work()
+    place = ProgressTracker.with_work()
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
     with place.in_ring(0, Direction.FORWARD):  # at 100
         place.begin_hop(0, 1)
@@ -112,7 +112,7 @@ def test_work_is_a_pass_but_for_its_waits(monkeypatch):
 
 def test_everything_that_is_noted_is_in_the_log(monkeypatch):
     moments = iter(range(100, 200, 10))
-    place = Whereabouts.with_work(log_rows=9)
+    place = ProgressTracker.with_work(log_rows=9)
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
     with place.in_ring(5, Direction.BACKWARD):
         place.begin_hop(1, 4)
@@ -136,7 +136,7 @@ def test_everything_that_is_noted_is_in_the_log(monkeypatch):
 
 
 def test_what_does_not_fit_into_the_log_is_counted():
-    place = Whereabouts.with_work(log_rows=2)
+    place = ProgressTracker.with_work(log_rows=2)
     for hop in range(3):
         place.begin_hop(hop, 3)
     assert place.log.rows[:, 2].tolist() == [1, 2]
@@ -146,13 +146,13 @@ def test_what_does_not_fit_into_the_log_is_counted():
 
 
 def test_an_operator_notes_in_the_same_log():
-    place = Whereabouts.with_work(log_rows=1)
-    Whereabouts(place.numbers).begin_hop(2, 3)
+    place = ProgressTracker.with_work(log_rows=1)
+    ProgressTracker(place.numbers).begin_hop(2, 3)
     assert place.log.rows[0, 1:].tolist() == [Event.HOP, 3, 3]
 
 
 def test_without_room_only_the_place_is_kept():
-    place = Whereabouts()
+    place = ProgressTracker()
     with place.in_ring(1, Direction.FORWARD):
         place.multiplies(3)
     assert place.log is None
