@@ -33,7 +33,9 @@ from megatron_ring.training.stopping import Stopping
 def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     is_rank_zero = environment.global_rank == 0
     if config.dry_run:
-        return print(console.plan(Setup.of(config, config.parallel.world_size or environment.world_size)))
+        return print(
+            console.plan(Setup.of(config, config.parallel.world_size or environment.world_size))
+        )
     start_processes(environment, device_type())
     consensus = Consensus.build()
     if config.self_test == "only":
@@ -60,7 +62,10 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
             checkpointing.resume(engine, start.stored, consensus)
 
     report = console.report(start, engine) if is_rank_zero else NullReporter()
-    saver, watch = checkpointing.Saver(setup, consensus, start.stored, start.lease), RingWatch(setup, place)
+    saver, watch = (
+        checkpointing.Saver(setup, consensus, start.stored, start.lease),
+        RingWatch(setup, place),
+    )
     stopping.begin(Consensus.build())
     with watched(place, groups, config.parallel.ring_timeout, consensus):
         with abort_collectively():

@@ -47,7 +47,13 @@ from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
 from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.errors import ConfigError, flag, reporting_errors
-from megatron_ring.kernels.attention import KERNELS, choose, stack_to_kernel_layout, stripe_widths, to_kernel_layout
+from megatron_ring.kernels.attention import (
+    KERNELS,
+    choose,
+    stack_to_kernel_layout,
+    stripe_widths,
+    to_kernel_layout,
+)
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
@@ -166,7 +172,11 @@ def _cases(options: Options) -> dict[str, Case]:
 def _mask(options: Options) -> Mask:
     if not options.documents:
         return Mask(options.window)
-    return Mask(options.window, random_starts(options.documents, options.seq_length, options.batch), options.batch)
+    return Mask(
+        options.window,
+        random_starts(options.documents, options.seq_length, options.batch),
+        options.batch,
+    )
 
 
 def _layout(name: str, options: Options, mask: Mask) -> Layout:
@@ -208,7 +218,9 @@ def _tensors(options: Options, tokens: int, samples_end_to_end: int = 1) -> list
     batch, tokens = options.batch // samples_end_to_end, samples_end_to_end * tokens
     heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
     shape = [(batch, tokens, h, options.head_dim) for h in heads]
-    return [torch.randn(s, device=_device_type(options), dtype=DTYPES[options.dtype]) for s in shape]
+    return [
+        torch.randn(s, device=_device_type(options), dtype=DTYPES[options.dtype]) for s in shape
+    ]
 
 
 # ---- what is told ----
@@ -236,7 +248,11 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
 
 
 def _result(name: str, cases: dict[str, Case], times: Times, batch: int) -> Result:
-    per_pair = {case: seconds / _pairs(cases[case], batch) for case, seconds in times.seconds.items() if case in cases}
+    per_pair = {
+        case: seconds / _pairs(cases[case], batch)
+        for case, seconds in times.seconds.items()
+        if case in cases
+    }
     case, seconds = cases[name], times.seconds.get(name)
     return Result(
         layout=name,
@@ -281,7 +297,9 @@ _COLUMNS = {
 
 def _report(findings: dict) -> None:
     options = findings["options"]
-    rounds = f"median of {options['rounds']} rounds" if options["rounds"] else "counted and not timed"
+    rounds = (
+        f"median of {options['rounds']} rounds" if options["rounds"] else "counted and not timed"
+    )
     print(f"{findings['device']}, {options['dtype']}, {findings['setting']}, {options['seq_length']} tokens, forward + "
           f"backward, {rounds}")  # fmt: skip
     if options["documents"] or options["window"]:
@@ -289,7 +307,11 @@ def _report(findings: dict) -> None:
     print(f"single: {findings['single']}")
     print(f"{'layout':<10}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
     single = {"layout": "single", "seconds": findings["single_seconds"], "efficiency": 1.0}
-    dense = {"layout": DENSE, "seconds": findings["dense_seconds"], "stripe_size": findings["dense_stripe_size"]}
+    dense = {
+        "layout": DENSE,
+        "seconds": findings["dense_seconds"],
+        "stripe_size": findings["dense_stripe_size"],
+    }
     lighter = {"layout": LIGHTER, "seconds": findings["lighter_seconds"], "stripe_size": 1}
     beside = [row for row in (single, dense, lighter) if row["seconds"]]
     print("\n".join(_line(row) for row in (*beside, *findings["results"])))
@@ -304,7 +326,10 @@ def _mask_line(findings: dict) -> str:
 
 def _line(row: dict) -> str:
     cells = [(row.get(field), width, digits) for field, (_, width, digits) in _COLUMNS.items()]
-    shown = (f"{value:>{width}.{digits}f}" if value is not None else " " * width for value, width, digits in cells)
+    shown = (
+        f"{value:>{width}.{digits}f}" if value is not None else " " * width
+        for value, width, digits in cells
+    )
     return f"{row['layout']:<10}" + "".join(shown)
 
 
@@ -353,7 +378,10 @@ def _contenders(rank: int, options: Options) -> dict[str, Callable[[], None]]:
     cases = _cases(options)
     contenders = {name: _ring_run(case, groups, options) for name, case in cases.items()}
     if options.nproc > 1 and _sends_queries(options):
-        contenders |= {"ring": _published_run(cases["ring"], groups, options), LIGHTER: contenders["ring"]}
+        contenders |= {
+            "ring": _published_run(cases["ring"], groups, options),
+            LIGHTER: contenders["ring"],
+        }
     contenders["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
     return contenders
 
@@ -418,7 +446,10 @@ def _torch_run(mask: Mask, options: Options) -> Callable[[], None]:
 
     def run() -> None:
         documents = zip(*(x.split(lengths, dim=2) for x in inputs))
-        outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in documents]
+        outs = [
+            F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped)
+            for qkv in documents
+        ]
         torch.autograd.grad(outs, inputs, dout.split(lengths, dim=2))
 
     return run
@@ -460,19 +491,26 @@ def _emulate(options: Options, cases: dict[str, Case]) -> Times:
     torch.set_num_threads(1)
     single, hop = _single_run(options, threads=1), _hop(options, cases["ring"])
     rounds = [(_alone(single), _emulated_round(hop, cases)) for _ in range(options.rounds)]
-    hops = {name: Timeline(torch.stack([work[name] for _, work in rounds]).median(dim=0).values) for name in cases}
+    hops = {
+        name: Timeline(torch.stack([work[name] for _, work in rounds]).median(dim=0).values)
+        for name in cases
+    }
     seconds = {name: timeline.critical_path for name, timeline in hops.items()}
     seconds["single"] = statistics.median(whole for whole, _ in rounds) / options.emulate_ranks
     return Times(seconds, hops)
 
 
-def _emulated_round(hop: Callable[[KeyRanges], float], cases: dict[str, Case]) -> dict[str, torch.Tensor]:
+def _emulated_round(
+    hop: Callable[[KeyRanges], float], cases: dict[str, Case]
+) -> dict[str, torch.Tensor]:
     """Seconds of every hop and rank, (R, R), by layout. The layouts take turns; a hop that sees nothing takes none."""
     work = {name: torch.zeros_like(case.count.work_RR) for name, case in cases.items()}
     ranks = range(cases["ring"].layout.ring_size)
     for step, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
         if case.count.work_RR[step, rank]:
-            work[name][step, rank] = hop(hop_runs(case.layout, rank, (rank - step) % len(ranks), case.mask))
+            work[name][step, rank] = hop(
+                hop_runs(case.layout, rank, (rank - step) % len(ranks), case.mask)
+            )
     return work
 
 
@@ -490,11 +528,15 @@ def _hop(options: Options, case: Case) -> Callable[[KeyRanges], float]:
 
     def both_ways(runs: KeyRanges) -> None:
         kernel.forward(q, k, v, runs, scale, state)
-        kernel.backward(dout, q, k, v, state.out_BLHD.to(q.dtype), state.lse_BHL, runs, scale, *gradients)
+        kernel.backward(
+            dout, q, k, v, state.out_BLHD.to(q.dtype), state.lse_BHL, runs, scale, *gradients
+        )
 
     def seconds(runs: KeyRanges) -> float:
         thin = [x[:1, :, :1, :8] for x in (q, k, v)]
-        kernel.forward(*thin, runs, scale, RunningSoftmax.empty(thin[0]))  # makes the tiles, at little cost
+        kernel.forward(
+            *thin, runs, scale, RunningSoftmax.empty(thin[0])
+        )  # makes the tiles, at little cost
         return _alone(functools.partial(both_ways, runs))
 
     seconds(hop_runs(case.layout, 0, 0, case.mask))

@@ -41,7 +41,12 @@ from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.plan.timeline import counted
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 STRIPES = 1, 128
 PACK_RANKS, MEAN_DOCUMENT = 8, 4096
 # Of a hop's scores, in float32: more the reference, which keeps them all, is not asked to compute.
@@ -58,23 +63,40 @@ def main() -> None:
     found = {part.__name__: bench.told(part.__name__, part()) for part in parts}
     print("\nfor kernels/attention/measured.py", *bench.lines(found["orders"]), sep="\n")
     if asked.json:
-        about = {"device": bench.device_name, "torch": torch.__version__, "commit": _commit(), "asked": vars(asked)}
+        about = {
+            "device": bench.device_name,
+            "torch": torch.__version__,
+            "commit": _commit(),
+            "asked": vars(asked),
+        }
         Path(asked.json).write_text(json.dumps(about | found, indent=2) + "\n")
     raise SystemExit(any(not row["right"] for row in found["correctness"]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a rank")
     parser.add_argument("--ring-sizes", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--packs", type=int, nargs="+", default=[65536, 524288], help="tokens of packed documents")
+    parser.add_argument(
+        "--packs", type=int, nargs="+", default=[65536, 524288], help="tokens of packed documents"
+    )
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--order-dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp16"], help="of the last lines")
+    parser.add_argument(
+        "--order-dtypes",
+        choices=DTYPES,
+        nargs="+",
+        default=["bf16", "fp16"],
+        help="of the last lines",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one that warms up")
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which no other measurement is begun")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="after which no other measurement is begun"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", default="", help="write the results to this file too")
     return parser
@@ -99,7 +121,11 @@ class Bench:
     @property
     def kernels(self) -> dict[str, HopKernel]:
         """Those that take such tensors here, without the one that all are compared with."""
-        return {name: kernel for name, kernel in self._able(self.dtype).items() if kernel is not reference}
+        return {
+            name: kernel
+            for name, kernel in self._able(self.dtype).items()
+            if kernel is not reference
+        }
 
     def _able(self, dtype: torch.dtype) -> dict[str, HopKernel]:
         return {name: kernel for name, kernel in KERNELS.items() if not self._refusal(name, dtype)}
@@ -107,7 +133,13 @@ class Bench:
     def _refusal(self, kernel: str, dtype: torch.dtype) -> str:
         """Why a kernel does not take such tensors here, "" where it does."""
         try:
-            choose(kernel, self.asked.device, dtype, self.asked.head_dim, [Feature.GROUPED_HEADS, Feature.DOCUMENTS])
+            choose(
+                kernel,
+                self.asked.device,
+                dtype,
+                self.asked.head_dim,
+                [Feature.GROUPED_HEADS, Feature.DOCUMENTS],
+            )
         except KernelUnavailable as refused:
             return str(refused)
         return ""
@@ -120,9 +152,15 @@ class Bench:
         tokens = 1024
         masks = {"causal": CAUSAL, "window": Mask(window=100)}
         masks["documents"] = Mask(document_starts=random_starts(100, tokens))
-        layouts = [Layout("ring", tokens, 4), Layout("striped", tokens, 4), Layout("striped", tokens, 4, 32)]
+        layouts = [
+            Layout("ring", tokens, 4),
+            Layout("striped", tokens, 4),
+            Layout("striped", tokens, 4, 32),
+        ]
         inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens, self.dtype)]
-        for (said, mask), layout in itertools.product(masks.items(), [*layouts, Layout("zigzag", tokens, 4)]):
+        for (said, mask), layout in itertools.product(
+            masks.items(), [*layouts, Layout("zigzag", tokens, 4)]
+        ):
             exact = attention([x.double() for x in inputs], layout, reference, mask)
             for name, kernel in self.kernels.items():
                 errors = attention(inputs, layout, kernel, mask)
@@ -135,16 +173,34 @@ class Bench:
         """Every layout on rings of every size, each rank with as many tokens."""
         for tokens in self.asked.tokens:
             square = Layout("none", tokens, 1)
-            singles = {name: self._rank(kernel, square, 0, CAUSAL) for name, kernel in self.kernels.items()}
-            fastest = max((self._rate(single.pairs, single.seconds) for single in singles.values()), default=0.0)
-            for size, (name, kernel) in itertools.product(self.asked.ring_sizes, self.kernels.items()):
+            singles = {
+                name: self._rank(kernel, square, 0, CAUSAL) for name, kernel in self.kernels.items()
+            }
+            fastest = max(
+                (self._rate(single.pairs, single.seconds) for single in singles.values()),
+                default=0.0,
+            )
+            for size, (name, kernel) in itertools.product(
+                self.asked.ring_sizes, self.kernels.items()
+            ):
                 for layout in self._layouts(tokens, size):
-                    shown = {"tokens": tokens, "ranks": size, "layout": _named(layout), "kernel": name}
+                    shown = {
+                        "tokens": tokens,
+                        "ranks": size,
+                        "layout": _named(layout),
+                        "kernel": name,
+                    }
                     if self._is_over(shown):
                         continue
                     busiest = size - 1 if layout.name == "ring" else size // 2
-                    spent = singles[name] if size == 1 else self._rank(kernel, layout, busiest, CAUSAL)
-                    yield shown | self._figures(spent) | {"of_single": self._rate(spent.pairs, spent.seconds) / fastest}
+                    spent = (
+                        singles[name] if size == 1 else self._rank(kernel, layout, busiest, CAUSAL)
+                    )
+                    yield (
+                        shown
+                        | self._figures(spent)
+                        | {"of_single": self._rate(spent.pairs, spent.seconds) / fastest}
+                    )
 
     def packs(self) -> Iterator[dict[str, Any]]:
         """Packed documents on eight ranks, over a contiguous ring that computes as if they were one."""
@@ -161,31 +217,48 @@ class Bench:
                 busiest = int(counted(layout, seen).work_RR.sum(dim=0).argmax())
                 spent = self._rank(kernel, layout, busiest, seen)
                 before += [spent.seconds] * (seen is CAUSAL)
-                yield shown | self._figures(spent) | {"over_ring": min(before, default=float("nan")) / spent.seconds}
+                yield (
+                    shown
+                    | self._figures(spent)
+                    | {"over_ring": min(before, default=float("nan")) / spent.seconds}
+                )
 
     def orders(self) -> Iterator[dict[str, Any]]:
         """Every kernel on one of eight striped ranks, a round of each after a round of the other."""
         tokens = self.asked.tokens[0] * PACK_RANKS
         layout = Layout("striped", tokens, PACK_RANKS)
-        masks = {MaskKind.CAUSAL: CAUSAL, MaskKind.SPARSE: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens))}
+        masks = {
+            MaskKind.CAUSAL: CAUSAL,
+            MaskKind.SPARSE: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens)),
+        }
         for named, (kind, mask) in itertools.product(self.asked.order_dtypes, masks.items()):
-            kernels = {name: kernel for name, kernel in self._able(DTYPES[named]).items() if self._fits(kernel)}
+            kernels = {
+                name: kernel
+                for name, kernel in self._able(DTYPES[named]).items()
+                if self._fits(kernel)
+            }
             if self._is_over(shown := {"dtype": named, "mask": kind.name}):
                 continue
             spent = {name: [] for name in kernels}
             for _, (name, kernel) in itertools.product(range(self.asked.rounds), kernels.items()):
-                spent[name].append(self._rank(kernel, layout, PACK_RANKS // 2, mask, DTYPES[named]).seconds)
+                spent[name].append(
+                    self._rank(kernel, layout, PACK_RANKS // 2, mask, DTYPES[named]).seconds
+                )
             for name, rounds in spent.items():
                 yield shown | {"kernel": name, "ms": 1e3 * statistics.median(rounds)}
 
     def _fits(self, kernel: HopKernel) -> bool:
-        return kernel is not reference or self.asked.heads * self.asked.tokens[0] ** 2 <= MOST_SCORES
+        return (
+            kernel is not reference or self.asked.heads * self.asked.tokens[0] ** 2 <= MOST_SCORES
+        )
 
     def lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
         """The rows of ``orders`` as the lines of measured.py, and the command as a comment before them."""
         yield f"    # {' '.join(sys.argv)}"
         source = f"commit {_commit()}, torch {torch.__version__}"
-        for (dtype, mask), rows in itertools.groupby(orders, lambda row: (row["dtype"], row["mask"])):
+        for (dtype, mask), rows in itertools.groupby(
+            orders, lambda row: (row["dtype"], row["mask"])
+        ):
             spent = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
             yield f'    Measured("{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}, {{{spent}}}, "{source}"),'
 
@@ -197,7 +270,10 @@ class Bench:
             if not kept:
                 print("".join(f"{name:>{_width(name)}}" for name in row))
             kept.append(row)
-            print("".join(f"{_shown(value):>{_width(name)}}" for name, value in row.items()), flush=True)
+            print(
+                "".join(f"{_shown(value):>{_width(name)}}" for name, value in row.items()),
+                flush=True,
+            )
         for row in self.left_out:
             print(f"  no time was left for {row}")
         self.left_out.clear()
@@ -212,7 +288,11 @@ class Bench:
         if size == 1:
             return [Layout("none", tokens, 1)]
         length = tokens * size
-        stripes = [Layout("striped", length, size, stripe) for stripe in STRIPES if tokens % (2 * stripe) == 0]
+        stripes = [
+            Layout("striped", length, size, stripe)
+            for stripe in STRIPES
+            if tokens % (2 * stripe) == 0
+        ]
         return [Layout("ring", length, size), *stripes, Layout("zigzag", length, size)]
 
     def _tensors(self, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -220,23 +300,37 @@ class Bench:
         generator = torch.Generator(self.asked.device).manual_seed(0)
         heads = self.asked.heads, self.asked.kv_heads, self.asked.kv_heads, self.asked.heads
         shapes = [(1, tokens, each, self.asked.head_dim) for each in heads]
-        return [torch.randn(shape, generator=generator, device=self.asked.device).to(dtype) for shape in shapes]
+        return [
+            torch.randn(shape, generator=generator, device=self.asked.device).to(dtype)
+            for shape in shapes
+        ]
 
     def _rank(
-        self, kernel: HopKernel, layout: Layout, rank: int, mask: Mask, dtype: torch.dtype | None = None
+        self,
+        kernel: HopKernel,
+        layout: Layout,
+        rank: int,
+        mask: Mask,
+        dtype: torch.dtype | None = None,
     ) -> "Spent":
         """One rank's hops. Every hop has the same tensors, and continues one softmax."""
         q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
         scale, size = q.shape[-1] ** -0.5, layout.ring_size
         state = RunningSoftmax.empty(q)
         sums = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
-        hops = [] if size == 1 else sorted({1 + (size - 2) * i // 3 for i in range(4)} if size > 8 else range(1, size))
+        hops = (
+            []
+            if size == 1
+            else sorted({1 + (size - 2) * i // 3 for i in range(4)} if size > 8 else range(1, size))
+        )
 
         def timed(hop: int) -> Spent:
             runs = hop_runs(layout, rank, (rank - hop) % size, mask)
             forward = self._seconds(lambda: kernel.forward(q, k, v, runs, scale, state))
             out = state.out_BLHD.to(q.dtype)
-            backward = self._seconds(lambda: kernel.backward(dout, q, k, v, out, state.lse_BHL, runs, scale, *sums))
+            backward = self._seconds(
+                lambda: kernel.backward(dout, q, k, v, out, state.lse_BHL, runs, scale, *sums)
+            )
             return Spent(1, runs.visible_pairs, forward, backward)
 
         first, others = timed(0), [timed(hop) for hop in hops]
@@ -248,7 +342,9 @@ class Bench:
 
     def _once(self, act: Callable[[], None]) -> float:
         if self.asked.device != "cuda":
-            began = time.process_time()  # what this process worked, whatever else the machine did meanwhile
+            began = (
+                time.process_time()
+            )  # what this process worked, whatever else the machine did meanwhile
             act()
             return time.process_time() - began
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -258,7 +354,9 @@ class Bench:
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3
 
-    def _rate(self, pairs: float, seconds: float, products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS) -> float:
+    def _rate(
+        self, pairs: float, seconds: float, products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
+    ) -> float:
         """Operations a second of so many products of so many visible pairs."""
         return pairs * operations(products, self.asked.heads, self.asked.head_dim) / seconds
 

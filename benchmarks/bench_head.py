@@ -65,20 +65,31 @@ class Result:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
-    print("\n".join([_setting(options), "", _line(_COLUMNS), _line("---:" for _ in _COLUMNS)]), flush=True)
+    print(
+        "\n".join([_setting(options), "", _line(_COLUMNS), _line("---:" for _ in _COLUMNS)]),
+        flush=True,
+    )
     results = []
     for tokens in options.tokens:
         results.append(_result(options, tokens))
         print(_row(results[-1]), flush=True)
     if options.json:
-        findings = {"device": _device_name(), "options": vars(options), "results": [vars(result) for result in results]}
+        findings = {
+            "device": _device_name(),
+            "options": vars(options),
+            "results": [vars(result) for result in results],
+        }
         Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
 
 
 def _check(options: Options) -> None:
     names = ("hidden_size", "vocab_size", "chunk_size", "rounds")
     wrong = not_positive(options, *names)
-    wrong += [f"tokens {tokens} must be at least 1. Set --tokens." for tokens in options.tokens if tokens < 1]
+    wrong += [
+        f"tokens {tokens} must be at least 1. Set --tokens."
+        for tokens in options.tokens
+        if tokens < 1
+    ]
     if wrong:
         raise ConfigError(wrong)
 
@@ -108,7 +119,9 @@ def _contenders(options: Options, tokens: int) -> dict[str, Callable[[], None]]:
     random = torch.Generator().manual_seed(0)
     hidden_BlE = torch.randn(1, tokens, options.hidden_size, generator=random)
     weight_VE = torch.randn(options.vocab_size, options.hidden_size, generator=random) * 0.02
-    inputs = [x.to(_device(), DTYPES[options.dtype]).requires_grad_() for x in (hidden_BlE, weight_VE)]
+    inputs = [
+        x.to(_device(), DTYPES[options.dtype]).requires_grad_() for x in (hidden_BlE, weight_VE)
+    ]
     targets_Bl = torch.randint(options.vocab_size, (1, tokens), generator=random).to(_device())
     heads = {
         "chunked": lambda: head_loss_sum(*inputs, targets_Bl, options.chunk_size),
@@ -127,7 +140,9 @@ def _both_ways(head: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[],
     def run() -> None:
         for tensor in inputs:
             tensor.grad = None
-        (head() / 1024).backward()  # a mean, as in training: the sum's gradients still have to be scaled
+        (
+            head() / 1024
+        ).backward()  # a mean, as in training: the sum's gradients still have to be scaled
 
     return run
 
@@ -177,11 +192,20 @@ def _setting(options: Options) -> str:
     )
 
 
-_COLUMNS = ("tokens", "unchunked s", "chunked s", "chunked / unchunked", "unchunked MiB", "chunked MiB")
+_COLUMNS = (
+    "tokens",
+    "unchunked s",
+    "chunked s",
+    "chunked / unchunked",
+    "unchunked MiB",
+    "chunked MiB",
+)
 
 
 def _row(result: Result) -> str:
-    seconds = [f"{value:.2f}" for value in (result.unchunked_seconds, result.chunked_seconds, result.ratio)]
+    seconds = [
+        f"{value:.2f}" for value in (result.unchunked_seconds, result.chunked_seconds, result.ratio)
+    ]
     weights = [f"{value / MIB:,.1f}" for value in (result.unchunked_bytes, result.chunked_bytes)]
     return _line([f"{result.tokens:,}", *seconds, *weights])
 

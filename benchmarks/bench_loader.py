@@ -78,8 +78,18 @@ class Result:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
-    columns = ("packing", "documents", "opening s", "tokens/s", f"x {options.consumes:,}", "KiB at peak")
-    print("\n".join([_setting(options), "", _line(columns), _line("---:" for _ in columns)]), flush=True)
+    columns = (
+        "packing",
+        "documents",
+        "opening s",
+        "tokens/s",
+        f"x {options.consumes:,}",
+        "KiB at peak",
+    )
+    print(
+        "\n".join([_setting(options), "", _line(columns), _line("---:" for _ in columns)]),
+        flush=True,
+    )
     results = []
     with tempfile.TemporaryDirectory() as folder:
         store = _written(options, Path(folder) / "random")
@@ -92,7 +102,9 @@ def main() -> None:
 
 
 def _check(options: Options) -> None:
-    wrong = not_positive(options, *(name for name, value in vars(options).items() if isinstance(value, int)))
+    wrong = not_positive(
+        options, *(name for name, value in vars(options).items() if isinstance(value, int))
+    )
     if not wrong and options.tokens <= options.seq_length:
         wrong = [
             f"tokens {options.tokens} fill no sample: it takes {options.seq_length + 1} (seq_length + 1). "
@@ -110,7 +122,9 @@ def _written(options: Options, prefix: Path) -> TokenStore:
         while left:
             drawn = int(random.lognormal(np.log(options.document_length) - 0.5))  # of this mean
             length = min(max(drawn, 1), left)
-            writer.add_document(np.append(random.integers(1, VOCAB_SIZE, length - 1), END_OF_DOCUMENT))
+            writer.add_document(
+                np.append(random.integers(1, VOCAB_SIZE, length - 1), END_OF_DOCUMENT)
+            )
             left -= length
     return TokenStore(prefix)
 
@@ -128,12 +142,18 @@ def _result(options: Options, store: TokenStore, packing: str, apart: bool) -> R
 
 def _stream(options: Options, store: TokenStore, packing: str) -> Stream:
     asked = (store, range(len(store)), options.seq_length, 1, VOCAB_SIZE)
-    return SampleStream(*asked) if packing == "concatenate" else WholeDocumentStream(*asked, packing)
+    return (
+        SampleStream(*asked) if packing == "concatenate" else WholeDocumentStream(*asked, packing)
+    )
 
 
 def _loader(options: Options, stream: Stream, apart: bool) -> Loader:
-    packing = Packing(END_OF_DOCUMENT, reset_attention_mask=apart, reset_position_ids=apart, eod_mask_loss=apart)
-    return Loader(stream, _layout(options), 0, 0, 1, micro_batch_size=1, global_batch_size=1, packing=packing)
+    packing = Packing(
+        END_OF_DOCUMENT, reset_attention_mask=apart, reset_position_ids=apart, eod_mask_loss=apart
+    )
+    return Loader(
+        stream, _layout(options), 0, 0, 1, micro_batch_size=1, global_batch_size=1, packing=packing
+    )
 
 
 def _layout(options: Options) -> Layout:

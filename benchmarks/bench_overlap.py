@@ -44,7 +44,13 @@ from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
 from megatron_ring.context_parallel.traffic import backward_bytes
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, stripe_widths, to_kernel_layout
+from megatron_ring.kernels.attention import (
+    KERNELS,
+    HopKernel,
+    choose,
+    stripe_widths,
+    to_kernel_layout,
+)
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
@@ -114,7 +120,9 @@ def main() -> None:
     _check(options)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    exchange = RingExchange.over(ProcessGroups.build(Grid(ring=dist.get_world_size()), dist.get_rank()).ring_links)
+    exchange = RingExchange.over(
+        ProcessGroups.build(Grid(ring=dist.get_world_size()), dist.get_rank()).ring_links
+    )
     load = [os.getloadavg()[0]]
     rows = [row for tokens in options.tokens for row in _rows(options, tokens, exchange)]
     load.append(os.getloadavg()[0])
@@ -126,8 +134,14 @@ def main() -> None:
 
 def _check(options: Options) -> None:
     wrong = not_positive(options, "heads", "kv_heads", "head_dim", "rounds")
-    wrong += [f"tokens {tokens} must be at least 1. Set --tokens." for tokens in options.tokens if tokens < 1]
-    wrong += [f"ratio {ratio} must be above 0. Set --ratios." for ratio in options.ratios if not ratio > 0]
+    wrong += [
+        f"tokens {tokens} must be at least 1. Set --tokens."
+        for tokens in options.tokens
+        if tokens < 1
+    ]
+    wrong += [
+        f"ratio {ratio} must be above 0. Set --ratios." for ratio in options.ratios if not ratio > 0
+    ]
     if Environment.read().world_size < 2:
         wrong.append(
             "a ring of one rank sends nothing. Start it by benchmarks/slow_link.py, or by torchrun with two ranks."
@@ -294,14 +308,21 @@ T = TypeVar("T")
 
 def _from(turn: int, items: Sequence[T]) -> Iterator[T]:
     """All of them, another one first in each turn: a run inherits caches and heat from the one before it."""
-    return itertools.islice(itertools.cycle(items), turn % len(items), turn % len(items) + len(items))
+    return itertools.islice(
+        itertools.cycle(items), turn % len(items), turn % len(items) + len(items)
+    )
 
 
-def _row(options: Options, shard: Shard, mbit: float | None, rounds: list[dict[str, Seconds]]) -> Row:
+def _row(
+    options: Options, shard: Shard, mbit: float | None, rounds: list[dict[str, Seconds]]
+) -> Row:
     def median(of: Callable[[Seconds, Seconds, Seconds], float]) -> float:
         return statistics.median(of(**each) for each in rounds)
 
-    directions = [median(lambda compute, **_: compute.forward), median(lambda compute, **_: compute.backward)]
+    directions = [
+        median(lambda compute, **_: compute.forward),
+        median(lambda compute, **_: compute.backward),
+    ]
     communication = median(lambda communication, **_: communication.both)
     flops_per_second, needs = _criterion(options, shard, directions, shard.sent / communication)
     return Row(
@@ -310,7 +331,11 @@ def _row(options: Options, shard: Shard, mbit: float | None, rounds: list[dict[s
         compute=median(lambda compute, **_: compute.both),
         communication=communication,
         together=median(lambda together, **_: together.both),
-        over_max=median(lambda compute, communication, together: together.both / max(compute.both, communication.both)),
+        over_max=median(
+            lambda compute, communication, together: (
+                together.both / max(compute.both, communication.both)
+            )
+        ),
         exposed=median(lambda compute, together, **_: 1 - compute.both / together.both),
         waited=median(lambda together, **_: together.waited / together.both),
         bytes_per_second=shard.sent / communication,
@@ -327,7 +352,10 @@ def _criterion(
 
     Messages travel from the first hop on, in which every layout sees half of the square.
     """
-    a_pair = [operations(each, options.heads, options.head_dim) for each in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)]
+    a_pair = [
+        operations(each, options.heads, options.head_dim)
+        for each in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)
+    ]
     pairs = counted(shard.layout).critical_path
     rates = [work * pairs / spent for work, spent in zip(a_pair, seconds)]
     sent = shard.kv.nbytes, min(backward_bytes(shard.q, shard.kv).values())
@@ -365,7 +393,10 @@ def _tell(options: Options, rows: list[Row], load: list[float]) -> None:
 
 def _line(row: Row) -> str:
     cells = [(getattr(row, field), width, digits) for field, (_, width, digits) in _COLUMNS.items()]
-    shown = "".join(f"{'none' if v is None else format(v, f'.{digits}f'):>{width}}" for v, width, digits in cells)
+    shown = "".join(
+        f"{'none' if v is None else format(v, f'.{digits}f'):>{width}}"
+        for v, width, digits in cells
+    )
     needs = " + ".join(f"{tokens:.0f}" for tokens in row.needs)
     return f"{shown}{needs:>14}  {'yes' if row.can_hide else 'no'}"
 

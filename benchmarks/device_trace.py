@@ -75,7 +75,9 @@ def _length(spans: Iterable[Span]) -> float:
 
 def _answer(device: list[Event], size: int) -> Event:
     """The last copy of ``size`` bytes within the device: the roll is called when all else is done."""
-    copies = [event for event in device if "DtoD" in event["name"] and event["args"].get("bytes") == size]
+    copies = [
+        event for event in device if "DtoD" in event["name"] and event["args"].get("bytes") == size
+    ]
     if not copies:
         raise ValueError(f"no copy of {size} bytes in the trace")
     return max(copies, key=lambda event: event["ts"])

@@ -26,7 +26,10 @@ _PAPER = ("#d9d9d9", "#efefef")
 
 
 def main(
-    output: Path = Path("docs/layouts.svg"), ring_size: int = 4, tokens: int = 32, documents: tuple[int, ...] = ()
+    output: Path = Path("docs/layouts.svg"),
+    ring_size: int = 4,
+    tokens: int = 32,
+    documents: tuple[int, ...] = (),
 ) -> None:
     """Draw the ring, striped and zigzag layouts, and the work of every rank in every hop under a causal mask.
 
@@ -40,7 +43,9 @@ def main(
     layouts = [Layout(name, tokens, ring_size) for name in ("ring", "striped", "zigzag")]
     mask = Mask(document_starts=starts_of(documents, tokens) if documents else ())
     most = max(counted(layout, mask).work_RR.max().item() for layout in layouts)
-    figure, rows = plt.subplots(len(layouts), 2, figsize=(10, 4.2), width_ratios=[2, 1], layout="tight", squeeze=False)
+    figure, rows = plt.subplots(
+        len(layouts), 2, figsize=(10, 4.2), width_ratios=[2, 1], layout="tight", squeeze=False
+    )
     for layout, (owners, work) in zip(layouts, rows):
         _draw_owners(owners, layout)
         _draw_documents(owners, [*mask.document_starts, tokens])
@@ -58,8 +63,22 @@ def _draw_owners(axes: Axes, layout: Layout) -> None:
     for ring_rank in range(layout.ring_size):
         for position in layout.positions(ring_rank).tolist():
             axes.add_patch(plt.Rectangle((position, 0), 0.92, 1, color=_COLOURS[ring_rank]))
-            axes.text(position + 0.46, 0.5, str(ring_rank), ha="center", va="center", color="white", fontsize=size)
-    axes.set(xlim=(0, layout.seq_length), ylim=(0, 1), yticks=[], xticks=[], xlabel="position of the token")
+            axes.text(
+                position + 0.46,
+                0.5,
+                str(ring_rank),
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=size,
+            )
+    axes.set(
+        xlim=(0, layout.seq_length),
+        ylim=(0, 1),
+        yticks=[],
+        xticks=[],
+        xlabel="position of the token",
+    )
     axes.set_title(f"{layout.name}: which ring rank owns a token", fontsize=10)
     axes.set_frame_on(False)
 
@@ -67,8 +86,17 @@ def _draw_owners(axes: Axes, layout: Layout) -> None:
 def _draw_documents(axes: Axes, bounds: list[int]) -> None:
     """A sheet under the tokens of each document, with its length, and a line where the next one begins."""
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        axes.add_patch(plt.Rectangle((start, -0.3), stop - start - 0.08, 0.24, color=_PAPER[number % 2]))
-        axes.text((start + stop) / 2 - 0.04, -0.18, str(stop - start), ha="center", va="center", fontsize=7)
+        axes.add_patch(
+            plt.Rectangle((start, -0.3), stop - start - 0.08, 0.24, color=_PAPER[number % 2])
+        )
+        axes.text(
+            (start + stop) / 2 - 0.04,
+            -0.18,
+            str(stop - start),
+            ha="center",
+            va="center",
+            fontsize=7,
+        )
     for border in bounds[1:-1]:
         axes.plot([border - 0.04] * 2, [-0.3, 1.0], color=_BORDER, linewidth=1.3)
     if len(bounds) > 1:
@@ -81,7 +109,13 @@ def _draw_work(axes: Axes, layout: Layout, mask: Mask, most: float) -> None:
     width = 0.9 / layout.ring_size
     for ring_rank in range(layout.ring_size):
         left = [hop + ring_rank * width for hop in range(layout.ring_size)]
-        axes.bar(left, timeline.work_RR[:, ring_rank].tolist(), width, align="edge", color=_COLOURS[ring_rank])
+        axes.bar(
+            left,
+            timeline.work_RR[:, ring_rank].tolist(),
+            width,
+            align="edge",
+            color=_COLOURS[ring_rank],
+        )
     axes.set(ylim=(0, most), yticks=[], xticks=[h + 0.45 for h in range(layout.ring_size)])
     axes.set_xticklabels([f"hop {hop}" for hop in range(layout.ring_size)], fontsize=8)
     slowest = f": slowest {timeline.imbalance:.2f} x mean" if mask.document_starts else ""

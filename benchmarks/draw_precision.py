@@ -76,7 +76,9 @@ class InputFamily:
     window: bool = False
     sinks: bool = False
 
-    def inputs(self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+    def inputs(
+        self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> list[torch.Tensor]:
         """q, k, v and the gradient of the output, (1, tokens, heads, head_dim); always the same."""
         generator = torch.Generator().manual_seed(1)
         each = (self.heads, self.kv_heads, self.kv_heads, self.heads)
@@ -108,7 +110,9 @@ class InputFamily:
         sink_H = torch.full((self.heads,), _sink(tokens), device=device)
         return functools.partial(with_sink, sink_H=sink_H)
 
-    def exact(self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> Attention:
+    def exact(
+        self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> Attention:
         """The attention of these inputs, as rounded to ``dtype``, in float64."""
         inputs = [x.double() for x in self.inputs(tokens, head_dim, dtype, device)]
         layout, then = Layout("none", tokens, 1), self.then(tokens, device)
@@ -271,7 +275,9 @@ def _draw(
     axes = above.subplots(1, len(Attention._fields), sharey=True)
     for number, (one, tensor) in enumerate(zip(axes, Attention._fields)):
         for name, rows in errors.items():
-            one.plot(ring_sizes, [row[number] for row in rows], "o-", color=_COLOURS[name], label=name)
+            one.plot(
+                ring_sizes, [row[number] for row in rows], "o-", color=_COLOURS[name], label=name
+            )
         one.set(xscale="log", xlabel="ranks of the ring", title=tensor, ylim=0)
         one.set_xticks(ring_sizes, [str(size) for size in ring_sizes])
         one.grid(alpha=0.3)
@@ -295,9 +301,16 @@ def _draw_families(axes, ranks: int, kinds: dict[str, FamilyErrors]) -> None:
     axes.legend(frameon=False)
 
 
-def _page(picture: str, setting: str, ring_sizes: Sequence[int], errors: dict[str, list[list[float]]]) -> str:
-    last, first = max(range(len(ring_sizes)), key=ring_sizes.__getitem__), ring_sizes.index(min(ring_sizes))
-    growth = {name: max(rows[last][i] / rows[first][i] for i in range(4)) for name, rows in errors.items()}
+def _page(
+    picture: str, setting: str, ring_sizes: Sequence[int], errors: dict[str, list[list[float]]]
+) -> str:
+    last, first = (
+        max(range(len(ring_sizes)), key=ring_sizes.__getitem__),
+        ring_sizes.index(min(ring_sizes)),
+    )
+    growth = {
+        name: max(rows[last][i] / rows[first][i] for i in range(4)) for name, rows in errors.items()
+    }
     header = ["ranks", *(f"{tensor}, {name}" for tensor in Attention._fields for name in errors)]
     rows = [
         [str(size), *(f"{errors[name][i][number]:.5f}" for number in range(4) for name in errors)]

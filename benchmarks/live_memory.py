@@ -30,7 +30,9 @@ class LiveMemory(TorchDispatchMode):
 
     def alive(self) -> int:
         """Bytes of all that was made and is not freed."""
-        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
+        self.sizes = {
+            storage: size for storage, size in self.sizes.items() if not storage.expired()
+        }
         return sum(self.sizes.values())
 
 

@@ -29,7 +29,14 @@ import torch.distributed as dist
 import tyro
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_ring.config import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainingConfig, load_yaml
+from megatron_ring.config import (
+    Config,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+    load_yaml,
+)
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
@@ -95,7 +102,11 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
     measured = {nproc: _measure_all(nproc, options) for nproc in options.nproc}
-    longest = {nproc: _longest_of(rows, options) for nproc, rows in measured.items()} if options.budget_mib else {}
+    longest = (
+        {nproc: _longest_of(rows, options) for nproc, rows in measured.items()}
+        if options.budget_mib
+        else {}
+    )
     _report(options, measured, longest)
     if options.json:
         rows = [asdict(row) for of_nproc in measured.values() for row in of_nproc]
@@ -110,12 +121,16 @@ def _check(options: Options) -> None:
     if not options.seq_lengths and not options.budget_mib:
         problems.append("Nothing to measure. Set --seq-lengths or --budget-mib.")
     if options.budget_mib < 0 or options.step < 1 or min(options.nproc) < 1:
-        problems.append("Budgets must not be below 0, steps and ranks at least 1. Set --budget-mib, --step, --nproc.")
+        problems.append(
+            "Budgets must not be below 0, steps and ranks at least 1. Set --budget-mib, --step, --nproc."
+        )
     if problems:
         raise ConfigError(problems)
     for nproc in options.nproc:
         for length in options.seq_lengths or (options.step * nproc,):
-            Setup.of(_config(options, length), nproc)  # says what cannot be run before anything is started
+            Setup.of(
+                _config(options, length), nproc
+            )  # says what cannot be run before anything is started
 
 
 def _config(options: Options, seq_length: int) -> Config:
@@ -156,10 +171,14 @@ def _report(options: Options, measured: dict[int, list[Measured]], longest: dict
     print(f"{'ranks':>5}{'tokens':>10}{'live MiB':>12}{'planned':>12}{'resident':>12}")
     for row in (row for rows in measured.values() for row in rows):
         resident = f"{row.resident / MIB:12.1f}" if row.resident is not None else ""
-        print(f"{row.nproc:>5}{row.seq_length:>10,}{row.live / MIB:12.1f}{row.planned / MIB:12.1f}{resident}")
+        print(
+            f"{row.nproc:>5}{row.seq_length:>10,}{row.live / MIB:12.1f}{row.planned / MIB:12.1f}{resident}"
+        )
     for nproc, rows in measured.items():
         if len(rows) > 1:
-            print(f"{nproc} ranks: {bytes_a_token(rows):,.0f} bytes for each further token of a rank")
+            print(
+                f"{nproc} ranks: {bytes_a_token(rows):,.0f} bytes for each further token of a rank"
+            )
     first = next(iter(longest.values()), 0)
     for nproc, length in longest.items():
         ratio = f", {length / first:.2f} x as on {options.nproc[0]}" if first else ""
@@ -183,16 +202,34 @@ def _draw(options: Options, measured: dict[int, list[Measured]], longest: dict[i
     for nproc, rows in measured.items():
         lengths = [row.seq_length for row in rows]
         (line,) = axes.plot(
-            lengths, [row.live / MIB for row in rows], "o", markersize=4, label=f"{nproc} rank{'s' * (nproc > 1)}"
+            lengths,
+            [row.live / MIB for row in rows],
+            "o",
+            markersize=4,
+            label=f"{nproc} rank{'s' * (nproc > 1)}",
         )
-        axes.plot(lengths, [row.planned / MIB for row in rows], "--", linewidth=1, color=line.get_color())
+        axes.plot(
+            lengths, [row.planned / MIB for row in rows], "--", linewidth=1, color=line.get_color()
+        )
         if nproc in longest:
-            axes.vlines(longest[nproc], 0, options.budget_mib, color=line.get_color(), linestyles=":", linewidth=1)
+            axes.vlines(
+                longest[nproc],
+                0,
+                options.budget_mib,
+                color=line.get_color(),
+                linestyles=":",
+                linewidth=1,
+            )
             axes.annotate(f"{longest[nproc]:,}", (longest[nproc], 0), (-4, 4), color=line.get_color(), ha="right",
                           textcoords="offset points", fontsize=9)  # fmt: skip
     if longest:
         axes.axhline(options.budget_mib, color="#222222", linewidth=1, label="budget a rank")
-    axes.set(xlabel="tokens of the whole sequence", ylabel="peak live MiB a rank; dashed: planned", xlim=0, ylim=0)
+    axes.set(
+        xlabel="tokens of the whole sequence",
+        ylabel="peak live MiB a rank; dashed: planned",
+        xlim=0,
+        ylim=0,
+    )
     axes.legend(frameon=False)
     figure.savefig(options.plot, metadata={"Date": None} if options.plot.endswith(".svg") else None)
     print(f"drew {options.plot}")
@@ -217,11 +254,15 @@ def _spawn(nproc: int, options: Options, seq_length: int | None) -> list[Measure
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and end are no news
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_rank, args=(nproc, options, seq_length, port, results), nprocs=nproc)
+    torch.multiprocessing.spawn(
+        _rank, args=(nproc, options, seq_length, port, results), nprocs=nproc
+    )
     return results.get()
 
 
-def _rank(rank: int, nproc: int, options: Options, seq_length: int | None, port: int, results) -> None:
+def _rank(
+    rank: int, nproc: int, options: Options, seq_length: int | None, port: int, results
+) -> None:
     # Not at the top: the process that starts the ranks needs no DeepSpeed, and theirs is loaded before they measure.
     import megatron_ring.training.assembly  # noqa: F401
     from megatron_ring.engine.engine import leave_processes, start_processes
@@ -229,7 +270,11 @@ def _rank(rank: int, nproc: int, options: Options, seq_length: int | None, port:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = "cuda" if torch.cuda.device_count() >= nproc else "cpu"
     start_processes(Environment(rank, rank, nproc, nproc, threads=1), device)
-    rows = _search(rank, nproc, options) if seq_length is None else [_measure(rank, nproc, seq_length, options)]
+    rows = (
+        _search(rank, nproc, options)
+        if seq_length is None
+        else [_measure(rank, nproc, seq_length, options)]
+    )
     if rank == 0:
         results.put(rows)
     leave_processes()
@@ -244,7 +289,11 @@ def _search(rank: int, nproc: int, options: Options) -> list[Measured]:
         return rows[-1].live <= budget
 
     unit = options.step * nproc
-    longest_that(fits, unit, guess=longest_that(lambda length: _planned(length, nproc, options) <= budget, unit))
+    longest_that(
+        fits,
+        unit,
+        guess=longest_that(lambda length: _planned(length, nproc, options) <= budget, unit),
+    )
     return rows
 
 
@@ -253,7 +302,9 @@ def _planned(seq_length: int, nproc: int, options: Options) -> int:
     return max(stage.peak for stage in memory_of_stages(setup, options.vocab_size))
 
 
-def _measure(rank: int, nproc: int, seq_length: int, options: Options, resident: bool = True) -> Measured:
+def _measure(
+    rank: int, nproc: int, seq_length: int, options: Options, resident: bool = True
+) -> Measured:
     """Steps of ``seq_length`` tokens; all ranks must. ``resident``: whether that is wanted, and a process new."""
     setup = Setup.of(_config(options, seq_length), nproc)
     resident = resident and setup.device == "cpu"
@@ -269,7 +320,9 @@ def _resident_peak(setup: Setup, rank: int, options: Options) -> int:
     before = _resident("VmRSS")
     trainer = _Trainer(setup, rank, options.vocab_size)
     trainer.step(trainer.shortest)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # sets the high-water mark to what is resident now
     trainer.step(setup.layout)
     return _resident("VmHWM") - before
 
@@ -296,8 +349,12 @@ class _Trainer:
         self.setup, self.vocab_size = setup, vocab_size
         self.at = setup.grid.coordinates(rank)
         reduction = setup.config.parallel.context_parallel_reduction
-        self.attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, reduction=reduction)
-        self.engine = start_engine(build_model(setup, groups, self.attention, vocab_size), setup, groups)
+        self.attention = ContextParallelAttention(
+            setup.layout, setup.kernel.name, groups, reduction=reduction
+        )
+        self.engine = start_engine(
+            build_model(setup, groups, self.attention, vocab_size), setup, groups
+        )
         self.shortest = _shortest(setup)
 
     def step(self, layout: Layout) -> None:

@@ -19,7 +19,9 @@ def random_starts(mean: float, seq_length: int, samples: int = 1, seed: int = 0)
     """
     generator = torch.Generator().manual_seed(seed)
     packs = [starts_of(_lengths(mean, seq_length, generator), seq_length) for _ in range(samples)]
-    return tuple(sample * seq_length + start for sample, starts in enumerate(packs) for start in starts)
+    return tuple(
+        sample * seq_length + start for sample, starts in enumerate(packs) for start in starts
+    )
 
 
 def starts_of(lengths: Sequence[int], seq_length: int) -> tuple[int, ...]:

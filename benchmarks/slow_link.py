@@ -30,15 +30,25 @@ MTU = "65000"  # about loopback's: what each packet takes of the CPU is taken fr
 def main() -> None:
     asked = _parser().parse_args()
     _check(asked)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as an exception, to clean up
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # as an exception, to clean up
     with _link(asked.mbit) as ends, _ranks(asked.command, ends) as ranks:
         sys.exit(_first_failure(ranks))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mbit", type=float, help="megabits a second that either end sends at most; else as it comes")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM", help="with its flags")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mbit",
+        type=float,
+        help="megabits a second that either end sends at most; else as it comes",
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="PROGRAM", help="with its flags"
+    )
     return parser
 
 
@@ -49,7 +59,9 @@ def _check(asked: argparse.Namespace) -> None:
     if not asked.command:
         wrong.append("no program is named. Write it, with its flags, behind those of slow_link.py.")
     if missing := [program for program in ("ip", "tc") if not shutil.which(program)]:
-        wrong.append(f"{' and '.join(missing)} not found: install iproute2, and have /usr/sbin in PATH.")
+        wrong.append(
+            f"{' and '.join(missing)} not found: install iproute2, and have /usr/sbin in PATH."
+        )
     if os.geteuid() != 0:
         wrong.append("only root can make network namespaces. Run it as root.")
     if wrong:
@@ -63,7 +75,21 @@ def _link(mbit: float | None) -> Iterator[list[str]]:
     try:
         for end in ends:
             _run("ip", "netns", "add", end)
-        _run("ip", "link", "add", CARD, "netns", ends[0], "type", "veth", "peer", "name", CARD, "netns", ends[1])
+        _run(
+            "ip",
+            "link",
+            "add",
+            CARD,
+            "netns",
+            ends[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            CARD,
+            "netns",
+            ends[1],
+        )
         for end, address in zip(ends, ADDRESSES):
             _run("ip", "-n", end, "address", "add", f"{address}/24", "dev", CARD)
             for card in ("lo", CARD):
@@ -80,7 +106,11 @@ def limited(mbit: float | None, card: str = CARD) -> list[str]:
 
     With a smaller bucket tc's clock is too coarse for more than some 500 Mbit/s. A queue of 20 ms drops few packets.
     """
-    rule = ["tbf", "rate", f"{mbit:.3f}mbit", "burst", "256kb", "latency", "20ms"] if mbit else ["noqueue"]
+    rule = (
+        ["tbf", "rate", f"{mbit:.3f}mbit", "burst", "256kb", "latency", "20ms"]
+        if mbit
+        else ["noqueue"]
+    )
     return ["tc", "qdisc", "replace", "dev", card, "root", *rule]
 
 
@@ -91,7 +121,12 @@ def _run(*command: str) -> None:
 @contextlib.contextmanager
 def _ranks(command: list[str], ends: list[str]) -> Iterator[list[subprocess.Popen]]:
     """The program at either end; whatever still runs of it is ended when this is left."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": ADDRESSES[0],
+        "MASTER_PORT": "29500",
+    }
     world |= {"GLOO_SOCKET_IFNAME": CARD}
     ranks = []
     try:

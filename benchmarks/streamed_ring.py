@@ -83,7 +83,9 @@ class Meeting:
 
     def post_to(self, ring_rank: int, number: int) -> Queue:
         """What the ``number``-th transfer brings to a rank."""
-        return self.posts.setdefault((ring_rank, number), Queue())  # of two threads that do this one's is kept
+        return self.posts.setdefault(
+            (ring_rank, number), Queue()
+        )  # of two threads that do this one's is kept
 
     def take(self, queue: Queue) -> Any:
         """What another rank puts there, once it has."""
@@ -144,7 +146,9 @@ class StreamExchange:
         return arrived
 
 
-def on_every_rank(streams: Sequence[Streams], body: Callable[[int, StreamExchange], Result]) -> list[Result]:
+def on_every_rank(
+    streams: Sequence[Streams], body: Callable[[int, StreamExchange], Result]
+) -> list[Result]:
     """``body`` of each rank, all at once, queued on the streams of their hops. The first failure is raised here."""
     meeting = Meeting(len(streams))
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import tyro
 
 from megatron_ring.errors import reporting_errors
-from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, Support, Unsupported, Validation
+from megatron_ring.kernels.attention.support import (
+    COLUMNS,
+    SUPPORT,
+    Support,
+    Unsupported,
+    Validation,
+)
 
 _OPENING = """# What each attention kernel does
 
@@ -36,7 +42,10 @@ def matrix() -> str:
     """The table, and under it every refusal with its reason and what to do instead."""
     refusals: list[Unsupported] = []
     header = ["feature", *(f"{kernel} on {device}" for kernel, device in COLUMNS)]
-    rows = [[feature.value, *(_word(cell, refusals) for cell in cells.values())] for feature, cells in SUPPORT.items()]
+    rows = [
+        [feature.value, *(_word(cell, refusals) for cell in cells.values())]
+        for feature, cells in SUPPORT.items()
+    ]
     table = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     notes = [f"{n}. {refused.reason}. {refused.instead}." for n, refused in enumerate(refusals, 1)]
     return "\n".join([_OPENING, *table, "", *notes, ""])
@@ -45,9 +54,11 @@ def matrix() -> str:
 def _word(cell: Support, refusals: list[Unsupported]) -> str:
     """One word for a cell; a refusal gets the number of its note."""
     if isinstance(cell, Validation):
-        return {Validation.TESTED: "tested", Validation.INTERPRETED: "interpreted", Validation.UNPROVEN: "unproven"}[
-            cell
-        ]
+        return {
+            Validation.TESTED: "tested",
+            Validation.INTERPRETED: "interpreted",
+            Validation.UNPROVEN: "unproven",
+        }[cell]
     if cell not in refusals:
         refusals.append(cell)
     return f"refused ({refusals.index(cell) + 1})"

@@ -51,7 +51,11 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}, {asked.ranks} ranks of {asked.tokens} tokens, {asked.layout}, "
           f"{asked.heads} heads of {asked.head_dim}, {asked.kv_heads} key-value heads, {asked.dtype}")  # fmt: skip
     traces = Path(asked.traces) if asked.traces else None
-    cases = (Case.of(asked, kernel, mask) for kernel in _kernels(asked) for mask in ("causal", "documents"))
+    cases = (
+        Case.of(asked, kernel, mask)
+        for kernel in _kernels(asked)
+        for mask in ("causal", "documents")
+    )
     found = [_told(case.examined(traces)) for case in cases]
     if asked.json:
         about = {"device": device, "torch": torch.__version__, "asked": vars(asked), "found": found}
@@ -60,7 +64,9 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192, help="of a rank")
     parser.add_argument("--layout", choices=["ring", "striped", "zigzag"], default="striped")
@@ -68,8 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--mean-document", type=int, default=4096, help="tokens of a packed document")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=[], help="by default all that can do it here")
+    parser.add_argument(
+        "--mean-document", type=int, default=4096, help="tokens of a packed document"
+    )
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=KERNELS,
+        default=[],
+        help="by default all that can do it here",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--traces", default="", help="a folder to keep the traces in")
     parser.add_argument("--json", default="", help="write the results to this file too")
@@ -79,9 +93,13 @@ def _parser() -> argparse.ArgumentParser:
 def _check(asked: argparse.Namespace) -> None:
     wrong = not_positive(asked, "tokens", "heads", "kv_heads", "head_dim", "mean_document")
     if not wrong and asked.heads % asked.kv_heads:
-        wrong.append(f"heads {asked.heads} must be a multiple of kv_heads {asked.kv_heads}. Set --heads or --kv-heads.")
+        wrong.append(
+            f"heads {asked.heads} must be a multiple of kv_heads {asked.kv_heads}. Set --heads or --kv-heads."
+        )
     if asked.ranks < 2:
-        wrong.append(f"ranks {asked.ranks} must be at least 2: a ring of one sends nothing. Set --ranks.")
+        wrong.append(
+            f"ranks {asked.ranks} must be at least 2: a ring of one sends nothing. Set --ranks."
+        )
     if asked.device == "cuda" and not torch.cuda.is_available():
         wrong.append("torch sees no GPU. Set --device cpu to run without streams and traces.")
     if wrong:
@@ -93,7 +111,9 @@ def _kernels(asked: argparse.Namespace) -> list[str]:
 
     def can(name: str) -> bool:
         try:
-            return bool(choose(name, asked.device, DTYPES[asked.dtype], asked.head_dim, {Feature.DOCUMENTS}))
+            return bool(
+                choose(name, asked.device, DTYPES[asked.dtype], asked.head_dim, {Feature.DOCUMENTS})
+            )
         except KernelUnavailable:
             return False
 
@@ -122,9 +142,15 @@ class Case:
     @staticmethod
     def of(asked: argparse.Namespace, kernel: str, mask: str) -> "Case":
         length = asked.ranks * asked.tokens
-        masks = {"causal": CAUSAL, "documents": Mask(document_starts=random_starts(asked.mean_document, length))}
+        masks = {
+            "causal": CAUSAL,
+            "documents": Mask(document_starts=random_starts(asked.mean_document, length)),
+        }
         generator = torch.Generator(asked.device).manual_seed(0)
-        shapes = [(1, length, n, asked.head_dim) for n in (asked.heads, asked.kv_heads, asked.kv_heads, asked.heads)]
+        shapes = [
+            (1, length, n, asked.head_dim)
+            for n in (asked.heads, asked.kv_heads, asked.kv_heads, asked.heads)
+        ]
         inputs = [torch.randn(shape, generator=generator, device=asked.device) for shape in shapes]
         return Case(
             names={"kernel": kernel, "mask": mask},
@@ -148,10 +174,15 @@ class Case:
         found = self.names | {"right": self._right(forwards, backwards, expected)}
         if not self.on_gpu:
             return found | {"host_waits": None, "overlap": []}
-        acts = {"forward": lambda: self._forward(shards), "backward": lambda: self._backward(shards, forwards)}
+        acts = {
+            "forward": lambda: self._forward(shards),
+            "backward": lambda: self._backward(shards, forwards),
+        }
         self.mask.runs.clear()  # so that every hop has runs to copy to the device
         waits = [line for act in acts.values() if (line := _where_the_host_waits(act))]
-        rows = [row for direction, act in acts.items() for row in self._overlap(direction, act, traces)]
+        rows = [
+            row for direction, act in acts.items() for row in self._overlap(direction, act, traces)
+        ]
         return found | {"host_waits": waits, "overlap": rows}
 
     def _shard(self, rank: int) -> Shard:
@@ -167,10 +198,14 @@ class Case:
 
         return on_every_rank(self.streams, of_rank)
 
-    def _backward(self, shards: list[Shard], forwards: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _backward(
+        self, shards: list[Shard], forwards: list
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         def of_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, torch.Tensor]:
             q, kv, dout = shards[rank]
-            return ring_loop.backward(dout, None, q, kv, *forwards[rank], self._ring(rank, exchange))
+            return ring_loop.backward(
+                dout, None, q, kv, *forwards[rank], self._ring(rank, exchange)
+            )
 
         return on_every_rank(self.streams, of_rank)
 
@@ -192,13 +227,18 @@ class Case:
 
         return all(of_rank(rank) for rank in range(self.layout.ring_size))
 
-    def _overlap(self, direction: str, act: Callable[[], object], traces: Path | None) -> list[dict[str, Any]]:
+    def _overlap(
+        self, direction: str, act: Callable[[], object], traces: Path | None
+    ) -> list[dict[str, Any]]:
         """A row for each rank."""
         with tempfile.TemporaryDirectory() as passing:
             path = (traces or Path(passing)) / f"{'-'.join([*self.names.values(), direction])}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             of_ranks = self._traced(act, path)
-        return [{"direction": direction, "rank": rank} | _row(each) for rank, each in enumerate(of_ranks)]
+        return [
+            {"direction": direction, "rank": rank} | _row(each)
+            for rank, each in enumerate(of_ranks)
+        ]
 
     def _traced(self, act: Callable[[], object], path: Path) -> list[Overlap]:
         roll_call = [(2 * rank + 1, 2 * rank + 2) for rank in range(self.layout.ring_size)]
@@ -209,7 +249,9 @@ class Case:
         return overlaps(json.loads(path.read_text())["traceEvents"], roll_call)
 
     def _call_the_roll(self, roll_call: list[tuple[int, int]]) -> None:
-        here, there = (self.inputs[0].new_zeros(2 * len(roll_call), dtype=torch.uint8) for _ in range(2))
+        here, there = (
+            self.inputs[0].new_zeros(2 * len(roll_call), dtype=torch.uint8) for _ in range(2)
+        )
         torch.cuda.synchronize()
         for own, sizes in zip(self.streams, roll_call):
             for stream, size in zip((own.hops, own.messages), sizes):
@@ -237,7 +279,9 @@ def _where_the_host_waits(act: Callable[[], object]) -> str:
 
 def _row(found: Overlap) -> dict[str, Any]:
     shares = {"under_own": found.under_own, "under_any": found.under_any}
-    of_travelled = {name: under / found.travelled if found.travelled else 0.0 for name, under in shares.items()}
+    of_travelled = {
+        name: under / found.travelled if found.travelled else 0.0 for name, under in shares.items()
+    }
     milliseconds = {"travelled_ms": found.travelled / 1e3, "kernels_ms": found.kernels / 1e3}
     return {"messages": found.messages} | milliseconds | of_travelled
 
@@ -250,7 +294,12 @@ def _told(case: dict[str, Any]) -> dict[str, Any]:
     for number, row in enumerate(case["overlap"]):
         if number == 0:
             print("".join(f"{name:>14}" for name in row))
-        print("".join(f"{value:14.3f}" if isinstance(value, float) else f"{value:>14}" for value in row.values()))
+        print(
+            "".join(
+                f"{value:14.3f}" if isinstance(value, float) else f"{value:>14}"
+                for value in row.values()
+            )
+        )
     return case
 
 

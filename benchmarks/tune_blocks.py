@@ -24,7 +24,14 @@ from megatron_ring.context_parallel.mask import CAUSAL, hop_runs
 from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import triton as kernels
 from megatron_ring.kernels.attention.state import RunningSoftmax
-from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks, Generation, Kernel, blocks_for, generation_of
+from megatron_ring.kernels.attention.triton.blocks import (
+    TABLE,
+    Blocks,
+    Generation,
+    Kernel,
+    blocks_for,
+    generation_of,
+)
 
 KERNELS: tuple[Kernel, ...] = ("forward", "queries", "keys")
 ROWS, COLUMNS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
@@ -40,22 +47,30 @@ def main() -> None:
             "torch.cuda.is_available() is true; elsewhere the table stays as it is."
         )
     generation = generation_of(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {vars(asked)}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {vars(asked)}"
+    )
     square = Square(asked.tokens, asked.heads, asked.kv_heads, generation)
     print(f'    "{generation}": {{')
     for kernel in KERNELS:
         now = {head: blocks_for(kernel, head, generation) for head in asked.head_dims}
-        found = {head: fastest(kernel, head, blocks, square.milliseconds) for head, blocks in now.items()}
+        found = {
+            head: fastest(kernel, head, blocks, square.milliseconds) for head, blocks in now.items()
+        }
         print(line(kernel, found), flush=True)
     print("    },")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="queries and keys of the square")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=[64, 128, 256])
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=[64, 128, 256]
+    )
     return parser
 
 
@@ -88,15 +103,22 @@ def fastest(kernel: Kernel, head: int, now: Blocks, timed: Timer) -> Found:
         except OutOfResources:
             continue
     if not times:
-        raise KernelUnavailable(f"none of the {len(tried)} candidates of {kernel!r} fits this GPU at head size {head}")
+        raise KernelUnavailable(
+            f"none of the {len(tried)} candidates of {kernel!r} fits this GPU at head size {head}"
+        )
     best = min(times, key=times.__getitem__)
     return Found(best, times[best], len(tried), len(tried) - len(times))
 
 
 def line(kernel: Kernel, found: dict[int, Found]) -> str:
     """The kernel's line of the table, by head size, and how long its fastest took."""
-    sizes = ", ".join(f"{head}: Blocks({', '.join(map(str, one.blocks))})" for head, one in found.items())
-    told = "; ".join(f"{one.milliseconds:.3g} ms, {one.left_out} of {one.tried} too big" for one in found.values())
+    sizes = ", ".join(
+        f"{head}: Blocks({', '.join(map(str, one.blocks))})" for head, one in found.items()
+    )
+    told = "; ".join(
+        f"{one.milliseconds:.3g} ms, {one.left_out} of {one.tried} too big"
+        for one in found.values()
+    )
     return f'        "{kernel}": {{{sizes}}},  # {told}'
 
 
@@ -120,12 +142,21 @@ class Square:
     def _work(self, kernel: Kernel, head: int) -> Callable[[], None]:
         heads = self.heads, self.kv_heads, self.kv_heads, self.heads
         shapes = [(1, self.tokens, each, head) for each in heads]
-        q, k, v, dout = (torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in shapes)
-        runs, scale, state = hop_runs(Layout("none", self.tokens, 1), 0, 0, CAUSAL), head**-0.5, RunningSoftmax.empty(q)
+        q, k, v, dout = (
+            torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in shapes
+        )
+        runs, scale, state = (
+            hop_runs(Layout("none", self.tokens, 1), 0, 0, CAUSAL),
+            head**-0.5,
+            RunningSoftmax.empty(q),
+        )
         if kernel == "forward":
             return lambda: kernels.forward(q, k, v, runs, scale, state)
         kernels.forward(q, k, v, runs, scale, state)
-        out, sums = state.out_BLHD.to(q.dtype), [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+        out, sums = (
+            state.out_BLHD.to(q.dtype),
+            [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)],
+        )
         return lambda: kernels.backward(dout, q, k, v, out, state.lse_BHL, runs, scale, *sums)
 
 

@@ -15,7 +15,9 @@ COMPILED = re.compile(r"apex|flash-attn.*|numpy|torch.*|transformer-engine.*|.*t
 
 def installed() -> dict[str, str]:
     """Versions by name, in the spelling that pip compares by, and in its order."""
-    return dict(sorted((_spelled(found.name), found.version) for found in distributions() if found.name))
+    return dict(
+        sorted((_spelled(found.name), found.version) for found in distributions() if found.name)
+    )
 
 
 def kept(packages: dict[str, str]) -> list[str]:

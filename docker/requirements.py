@@ -11,7 +11,9 @@ def requirements(pyproject: Path) -> list[str]:
     """One requirement a line, as pip reads them."""
     project = tomllib.loads(pyproject.read_text())["project"]
     extras = project["optional-dependencies"]
-    return project["dependencies"] + [requirement for extra in EXTRAS for requirement in extras[extra]]
+    return project["dependencies"] + [
+        requirement for extra in EXTRAS for requirement in extras[extra]
+    ]
 
 
 if __name__ == "__main__":

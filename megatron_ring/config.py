@@ -65,7 +65,9 @@ def _window(given: str | int | list[Any]) -> int:
     LEFT does not count the token itself: 1024,0 is a window of 1,025 keys.
     """
     words = given if isinstance(given, list) else [given]
-    numbers = [int(part) for word in words for part in str(word).strip("()").split(",") if part.strip()]
+    numbers = [
+        int(part) for word in words for part in str(word).strip("()").split(",") if part.strip()
+    ]
     if len(numbers) == 1:
         return numbers[0]
     if len(numbers) != 2 or numbers[0] < -1 or numbers[1] not in (-1, 0):
@@ -161,7 +163,11 @@ class ModelConfig:
         """F, with the default resolved."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
+        return (
+            -(-self.hidden_size * 8 // 3 // 64) * 64
+            if self.activation == "swiglu"
+            else 4 * self.hidden_size
+        )
 
     def vocabulary_size(self, token_ids: int) -> int:
         """V, for a tokenizer that has so many ids; raises ConfigError where they are more than the rows."""
@@ -180,9 +186,16 @@ class ModelConfig:
     def problems(self) -> list[str]:
         if found := _unusable(self):
             return found
-        found = not_positive(self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base")
+        found = not_positive(
+            self, "num_layers", "hidden_size", "num_attention_heads", "norm_epsilon", "rotary_base"
+        )
         found += _negative(
-            self, "padded_vocab_size", "ffn_hidden_size", "num_query_groups", "rope_original_length", "init_method_std"
+            self,
+            "padded_vocab_size",
+            "ffn_hidden_size",
+            "num_query_groups",
+            "rope_original_length",
+            "init_method_std",
         )
         found += _negative(self, "kv_channels", "window_size", "window_attn_skip_freq")
         # What divides what can be said of legal sizes alone.
@@ -204,7 +217,11 @@ class ModelConfig:
                 f"Legal: {', '.join(map(str, _divisors(heads)))}. Set --num-query-groups."
             ]
         if self.position_embedding_type == "rope" and self.head_dim % 2:
-            whence = "kv_channels" if self.kv_channels else f"hidden_size {hidden} / num_attention_heads {heads}"
+            whence = (
+                "kv_channels"
+                if self.kv_channels
+                else f"hidden_size {hidden} / num_attention_heads {heads}"
+            )
             return [
                 f"head size {self.head_dim} ({whence}) is odd, and RoPE turns pairs. Nearest: "
                 f"{nearest_multiples(self.head_dim, 2)}. Set --kv-channels, or "
@@ -291,7 +308,9 @@ class ParallelConfig:
     def problems(self) -> list[str]:
         sizes = ["ulysses_degree", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
         sizes += ["stripe_size"] if self.stripe_size != "auto" else []
-        return not_positive(self, *sizes) + _negative(self, "context_parallel_size", "ring_timeout", "world_size")
+        return not_positive(self, *sizes) + _negative(
+            self, "context_parallel_size", "ring_timeout", "world_size"
+        )
 
 
 @dataclass(frozen=True)
@@ -319,7 +338,11 @@ class DataConfig:
     def problems(self) -> list[str]:
         found = not_positive(self, "seq_length")
         # So that nan is refused too.
-        if not (all(share >= 0 for share in self.split) and self.split[0] > 0 and sum(self.split) < math.inf):
+        if not (
+            all(share >= 0 for share in self.split)
+            and self.split[0] > 0
+            and sum(self.split) < math.inf
+        ):
             found.append(
                 f"split {self.split} must be two or three shares (training, validation, test) that are numbers, none "
                 "below 0, the first above 0. Set --split."
@@ -329,7 +352,11 @@ class DataConfig:
     @property
     def shares(self) -> tuple[float, ...]:
         """split, divided by its sum unless that is 1."""
-        return self.split if self.split_adds_up_to_1 else tuple(share / sum(self.split) for share in self.split)
+        return (
+            self.split
+            if self.split_adds_up_to_1
+            else tuple(share / sum(self.split) for share in self.split)
+        )
 
     @property
     def split_adds_up_to_1(self) -> bool:
@@ -341,13 +368,18 @@ class DataConfig:
         """Prefix of each token store -> its weight, exactly as written; weights have any sum."""
         if len(self.data_path) == 1:
             return {self.data_path[0]: Fraction(1)}
-        return {prefix: Fraction(weight) for weight, prefix in zip(self.data_path[::2], self.data_path[1::2])}
+        return {
+            prefix: Fraction(weight)
+            for weight, prefix in zip(self.data_path[::2], self.data_path[1::2])
+        }
 
     def _blend_problems(self) -> list[str]:
         count, prefixes = len(self.data_path), self.data_path[1::2]
         nameless = [word for word in (prefixes or self.data_path) if not Path(word).name]
         if nameless:
-            return [f"data_path has {nameless[0]!r}, which names no store: it is the P of P.bin. Set --data-path."]
+            return [
+                f"data_path has {nameless[0]!r}, which names no store: it is the P of P.bin. Set --data-path."
+            ]
         if count < 2:
             return []
         if count % 2:
@@ -371,7 +403,11 @@ def _is_weight(word: str) -> bool:
     try:
         # Fraction computes 10**e, which takes hours and all memory for 1e999999999.
         has_exponent = "e" in word.lower()
-        return len(word) <= 100 and (not has_exponent or 0 < float(word) < math.inf) and Fraction(word) > 0
+        return (
+            len(word) <= 100
+            and (not has_exponent or 0 < float(word) < math.inf)
+            and Fraction(word) > 0
+        )
     except (ValueError, ZeroDivisionError):
         return False
 
@@ -431,8 +467,12 @@ class TrainingConfig:
         return self.lr_decay_iters or self.train_iters
 
     def problems(self) -> list[str]:
-        found = not_positive(self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps")
-        found += _negative(self, "global_batch_size", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        found = not_positive(
+            self, "train_iters", "micro_batch_size", "eval_iters", "lr", "adam_eps"
+        )
+        found += _negative(
+            self, "global_batch_size", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"
+        )
         found += _negative(self, "lr_decay_iters")
         found += _negative(self, "seed", "eval_interval")
         found += [
@@ -449,7 +489,9 @@ class TrainingConfig:
             )
         if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.decay_horizon:
             name = "lr_decay_iters" if self.lr_decay_iters else "train_iters"
-            later = f", --lr-decay-iters to at least {self.lr_warmup_iters + 1}" * bool(self.lr_decay_iters)
+            later = f", --lr-decay-iters to at least {self.lr_warmup_iters + 1}" * bool(
+                self.lr_decay_iters
+            )
             found.append(
                 f"lr_warmup_iters {self.lr_warmup_iters} leaves nothing of {name} {self.decay_horizon} to decay. "
                 f"Set --lr-warmup-iters to at most {self.decay_horizon - 1}{later}, or --lr-decay-style constant."
@@ -523,9 +565,13 @@ class CheckpointConfig:
                 "checkpoints are the old run's. Set --save to another folder."
             )
         if self.async_save and not self.save:
-            found.append("async_save has nothing to write while save is empty. Set --save, or leave --async-save out.")
+            found.append(
+                "async_save has nothing to write while save is empty. Set --save, or leave --async-save out."
+            )
         if self.keep_last > 0 and not self.save:
-            found.append(f"keep_last {self.keep_last} has no effect while save is empty. Set --save, or --keep-last 0.")
+            found.append(
+                f"keep_last {self.keep_last} has no effect while save is empty. Set --save, or --keep-last 0."
+            )
         if self.keep_every > 0 and self.keep_last == 0:
             found.append(
                 f"keep_every {self.keep_every} has no effect while keep_last is 0, which keeps all. "
@@ -660,11 +706,15 @@ def parse(arguments: list[str], console: bool = True) -> Config:
     base = load_yaml(path) if (path := _config_path(arguments)) else Config()
     flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[Config])
     try:
-        return tyro.cli(flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console)
+        return tyro.cli(
+            flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console
+        )
     except SystemExit as leaving:
         if leaving.code and console:
             given = dict.fromkeys(argument for argument in arguments if argument.startswith("--"))
-            print(*filter(None, map(other_names.hint, given)), sep="\n", file=sys.stderr, flush=True)
+            print(
+                *filter(None, map(other_names.hint, given)), sep="\n", file=sys.stderr, flush=True
+            )
         raise
 
 
@@ -728,7 +778,9 @@ def _filled(section: Any, tree: Any, where: str, problems: list[str]) -> Any:
             try:
                 changed[key] = _typed(_FORMS[key](value) if key in _FORMS else value, hints[key])
             except (OverflowError, TypeError, ValueError):
-                problems.append(f"{where}: {key} is {untrusted.shown(value)}, not {_described(hints[key])}.")
+                problems.append(
+                    f"{where}: {key} is {untrusted.shown(value)}, not {_described(hints[key])}."
+                )
     return replace(section, **changed)
 
 
@@ -773,13 +825,18 @@ def _typed(value: Any, hint: Any) -> Any:
 def _plain_values(value: Any) -> Any:
     """``value`` with nothing in it but what JSON has, which is what DeepSpeed takes; or TypeError."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: inner if _is_plain(inner) else _plain_values(inner) for key, inner in value.items()}
+        return {
+            key: inner if _is_plain(inner) else _plain_values(inner) for key, inner in value.items()
+        }
     raise TypeError
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
-        return all(_is_plain(inner) or (isinstance(inner, dict) and _plain_values(inner)) for inner in value)
+        return all(
+            _is_plain(inner) or (isinstance(inner, dict) and _plain_values(inner))
+            for inner in value
+        )
     return value is None or isinstance(value, str | int | float)
 
 
@@ -821,7 +878,9 @@ def _unusable(section: Any) -> list[str]:
             elif isinstance(item, float) and not math.isfinite(item):
                 found.append(f"{name} {item} must be a finite number. Set {flag(name)}.")
             elif isinstance(item, str) and not _is_utf8_without_nul(item):
-                found.append(f"{name} {untrusted.shown(item)} must be text without NUL. Set {flag(name)}.")
+                found.append(
+                    f"{name} {untrusted.shown(item)} must be text without NUL. Set {flag(name)}."
+                )
     return found
 
 
@@ -838,5 +897,7 @@ def _divisors(number: int) -> list[int]:
 def _negative(section: Any, *names: str) -> list[str]:
     values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} {value} must not be below 0. Set {flag(name)}." for name, value in values.items() if not value >= 0
+        f"{name} {value} must not be below 0. Set {flag(name)}."
+        for name, value in values.items()
+        if not value >= 0
     ]

@@ -104,7 +104,9 @@ def read_bytes(path: Path, limit: int = METADATA_BYTES) -> bytes:
         # The file may grow between the two calls, so the read is bounded too.
         content = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
-        raise UntrustedInputError(f"it has {max(size, len(content))} bytes, {limit} at most are read")
+        raise UntrustedInputError(
+            f"it has {max(size, len(content))} bytes, {limit} at most are read"
+        )
     return content
 
 
@@ -170,7 +172,9 @@ def parse_yaml(content: bytes) -> Any:
     # Not UTF-8, an impossible date, or a tag on text that is not of its form ("!!int x"): PyYAML's
     # constructors raise whatever Python does.
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
-        raise UntrustedInputError(f"it has a value that cannot be read: {_first_characters(error)}") from error
+        raise UntrustedInputError(
+            f"it has a value that cannot be read: {_first_characters(error)}"
+        ) from error
     _check_integers(document)
     return document
 
@@ -324,7 +328,9 @@ def _check_length(node: yaml.Node) -> None:
     """Refuse a number or a date that is long: PyYAML's time for one of base 60 is quadratic."""
     is_number = isinstance(node, yaml.ScalarNode) and node.tag in _SHORT_TAGS
     if is_number and len(node.value) > _LONGEST_NUMBER:
-        raise UntrustedInputError(f"it has a number of {len(node.value)} characters, which cannot be read")
+        raise UntrustedInputError(
+            f"it has a number of {len(node.value)} characters, which cannot be read"
+        )
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
@@ -342,4 +348,6 @@ def _check_integers(document: Any) -> None:
         elif isinstance(value, list | tuple | set):
             stack += value
         elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-            raise UntrustedInputError(f"it has a whole number of {value.bit_length()} bits, 63 at most are read")
+            raise UntrustedInputError(
+                f"it has a whole number of {value.bit_length()} bits, 63 at most are read"
+            )

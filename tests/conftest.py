@@ -18,6 +18,9 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--steps-of-pairs", type=int, default=8, help="that test_matrix.py trains where pairs of values meet"
+        "--steps-of-pairs",
+        type=int,
+        default=8,
+        help="that test_matrix.py trains where pairs of values meet",
     )
     parser.addoption("--kills", type=int, default=6, help="of runs, in test_crash_loop.py")

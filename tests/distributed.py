@@ -20,7 +20,12 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 # What a rank of a run imports, from its first line to its first step. The last brings torch's compiler, which is more
 # than all else: DeepSpeed asks for it when it is given an optimizer. What is not installed is passed over.
-IMPORTED = ["torch", "torch._dynamo", "megatron_ring.training.assembly", "deepspeed.runtime.zero.muon.original_muon"]
+IMPORTED = [
+    "torch",
+    "torch._dynamo",
+    "megatron_ring.training.assembly",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 
 
 class RankFailed(Exception):
@@ -35,7 +40,9 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any
         except ProcessException as error:
             first = Path(folder, "failure")
             raise RankFailed(first.read_text() if first.exists() else str(error)) from None
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+        return [
+            torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)
+        ]
 
 
 def fork_processes(fn: Callable[..., None], args: tuple, nprocs: int) -> None:

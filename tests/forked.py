@@ -20,7 +20,9 @@ from tests.distributed import IMPORTED
 class Forked:
     """What is named as in subprocess.Popen does the same. It ends with the tests at the latest."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str], stderr: int):
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], stderr: int
+    ):
         """``command`` begins with a program in Python; ``stderr``: STDOUT or PIPE."""
         self._said = tempfile.TemporaryDirectory()
         self._out = Path(self._said.name, "out")
@@ -59,7 +61,9 @@ class Forked:
         return self._out.read_text(), None if self._err == self._out else self._err.read_text()
 
 
-def _run(command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
+def _run(
+    command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -29,7 +29,9 @@ def limited(call: Callable[[], Any], waits: float = 120) -> Any:
     process.start()
     sender.close()
     try:
-        returned, outcome = receiver.recv() if receiver.poll(waits) else (False, Exceeded(f"after {waits} s"))
+        returned, outcome = (
+            receiver.recv() if receiver.poll(waits) else (False, Exceeded(f"after {waits} s"))
+        )
     except EOFError:
         process.join()
         returned, outcome = False, Exceeded(f"exit code {process.exitcode}")

@@ -22,12 +22,19 @@ class Attention(NamedTuple):
 
 
 def random_inputs(
-    batch: int, tokens: int, heads: int, groups: int, dtype: torch.dtype = torch.float64, head_size: int = 16
+    batch: int,
+    tokens: int,
+    heads: int,
+    groups: int,
+    dtype: torch.dtype = torch.float64,
+    head_size: int = 16,
 ) -> list[torch.Tensor]:
     """Standard normal q, k, v and gradient of the output; the same for the same arguments, rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(1000 * tokens + heads + groups)
     shapes = [(batch, tokens, each, head_size) for each in (heads, groups, groups, heads)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    ]
 
 
 def random_dlse(q_BSHD: torch.Tensor) -> torch.Tensor:
@@ -40,7 +47,9 @@ def random_dlse(q_BSHD: torch.Tensor) -> torch.Tensor:
 
 def documents(samples: int, tokens: int, lengths: Sequence[int]) -> torch.Tensor:
     """document_BS, the document of each token: these lengths over and over, through samples laid end to end."""
-    repeated = (itertools.repeat(number, length) for number, length in enumerate(itertools.cycle(lengths)))
+    repeated = (
+        itertools.repeat(number, length) for number, length in enumerate(itertools.cycle(lengths))
+    )
     numbers = itertools.islice(itertools.chain.from_iterable(repeated), samples * tokens)
     return torch.tensor(list(numbers)).view(samples, tokens)
 

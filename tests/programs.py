@@ -18,8 +18,17 @@ def working_folder(folder: Path, config: str) -> Path:
     (folder / "small.yaml").write_text(config)
     (folder / "pages").mkdir()
     for page in range(20):
-        (folder / "pages" / f"{page}.txt").write_text("\n".join(f"line {i} of page {page}" for i in range(40)))
-    prepare = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", "pages", "--vocab-size", "300"]
+        (folder / "pages" / f"{page}.txt").write_text(
+            "\n".join(f"line {i} of page {page}" for i in range(40))
+        )
+    prepare = [
+        sys.executable,
+        ROOT / "tools" / "prepare_data.py",
+        "--input",
+        "pages",
+        "--vocab-size",
+        "300",
+    ]
     subprocess.run([*prepare, "--output-prefix", "text/tokens"], cwd=folder, check=True)
     return folder
 
@@ -44,6 +53,11 @@ def start_rank(
     ``variables`` are more of its environment, or another ``WORLD_SIZE``.
     """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    world |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     command = [str(program), "--config", config, *flags]
     return Forked(command, folder, os.environ | world | variables, stderr)

@@ -74,7 +74,15 @@ class RingRun(NamedTuple):
 
 
 def run(
-    layout: Layout, kernel: HopKernel, q_BSHD, k_BSGD, v_BSGD, dout_BSHD, mask: Mask = CAUSAL, dlse_BHS=None, **settings
+    layout: Layout,
+    kernel: HopKernel,
+    q_BSHD,
+    k_BSGD,
+    v_BSGD,
+    dout_BSHD,
+    mask: Mask = CAUSAL,
+    dlse_BHS=None,
+    **settings,
 ) -> RingRun:
     """Attention of a batch of whole sequences, and its gradients, by a ring of ``layout.ring_size`` threads.
 
@@ -86,7 +94,11 @@ def run(
     def shards(x: torch.Tensor) -> list[torch.Tensor]:
         return [_laid_end_to_end(x[:, at], mask) for at in positions]
 
-    q, dout, kv = shards(q_BSHD), shards(dout_BSHD), [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))]
+    q, dout, kv = (
+        shards(q_BSHD),
+        shards(dout_BSHD),
+        [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))],
+    )
     dlse = [None] * layout.ring_size if dlse_BHS is None else [x.mT for x in shards(dlse_BHS.mT)]
 
     def forward(ring: ring_loop.Ring):
@@ -105,7 +117,9 @@ def run(
     def whole(parts: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([_taken_apart(x, mask) for x in parts], dim=1)[:, order]
 
-    results = Attention(whole(outs), whole(dqs), whole(dks), whole(dvs), whole(lse.mT for lse in lses).mT)
+    results = Attention(
+        whole(outs), whole(dqs), whole(dks), whole(dvs), whole(lse.mT for lse in lses).mT
+    )
     return RingRun(results, Exchanges(forward_exchanges, backward_exchanges))
 
 
@@ -118,7 +132,12 @@ def _taken_apart(x: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def _on_every_rank(
-    layout: Layout, kernel: HopKernel, scale: float, mask: Mask, body: Callable[[ring_loop.Ring], tuple], settings: dict
+    layout: Layout,
+    kernel: HopKernel,
+    scale: float,
+    mask: Mask,
+    body: Callable[[ring_loop.Ring], tuple],
+    settings: dict,
 ):
     """``body`` in a thread per rank: what each returned and what it sent. The first failure is raised here."""
     size = layout.ring_size
@@ -127,7 +146,9 @@ def _on_every_rank(
 
     def rank_body(rank: int):
         try:
-            return body(ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask, **settings))
+            return body(
+                ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask, **settings)
+            )
         finally:
             if exchanges[rank]:
                 exchanges[rank].hang_up()
@@ -136,5 +157,9 @@ def _on_every_rank(
         futures = [threads.submit(rank_body, rank) for rank in range(size)]
     failures = [future.exception() for future in futures if future.exception()]
     if failures:
-        raise next((failure for failure in failures if not isinstance(failure, LinkBroken)), failures[0])
-    return [future.result() for future in futures], [exchange.sent if exchange else [] for exchange in exchanges]
+        raise next(
+            (failure for failure in failures if not isinstance(failure, LinkBroken)), failures[0]
+        )
+    return [future.result() for future in futures], [
+        exchange.sent if exchange else [] for exchange in exchanges
+    ]

@@ -88,7 +88,9 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
     assert parse(["--config", path, "--split", "0.8", "0.1", "0.1"]).data.split == (0.8, 0.1, 0.1)
 
 
-@pytest.mark.parametrize("words", ["969,30,1", "969 30 1", "969, 30, 1", "969,30 1", "=969,30,1", "969.0,30.0,1.0"])
+@pytest.mark.parametrize(
+    "words", ["969,30,1", "969 30 1", "969, 30, 1", "969,30 1", "=969,30,1", "969.0,30.0,1.0"]
+)
 def test_shares_may_have_commas_between_them_and_any_sum(words):
     """As Megatron's."""
     flag = ["--split" + words] if words.startswith("=") else ["--split", *words.split()]
@@ -118,11 +120,23 @@ def test_shares_are_two_or_three_numbers(words, capsys):
 
 @pytest.mark.parametrize(
     ("word", "keys"),
-    [("8", 8), ("1024,0", 1025), ("(1024,0)", 1025), ("1024,-1", 1025), ("-1,0", 0), ("-1,-1", 0), ("0,0", 1)],
+    [
+        ("8", 8),
+        ("1024,0", 1025),
+        ("(1024,0)", 1025),
+        ("1024,-1", 1025),
+        ("-1,0", 0),
+        ("-1,-1", 0),
+        ("0,0", 1),
+    ],
 )
 def test_a_window_may_be_megatrons_pair_which_leaves_out_the_token_itself(word, keys, yaml):
     bare = word.strip("()")
-    for flags in (["--window-size", word], [f"--window-size={word}"], ["--window-size", *bare.split(",")]):
+    for flags in (
+        ["--window-size", word],
+        [f"--window-size={word}"],
+        ["--window-size", *bare.split(",")],
+    ):
         assert parse([*flags, "--seed", "7"]).model.window_size == keys
     for text in (f"'{word}'", f"[{bare}]"):
         assert load_yaml(yaml(f"model: {{window_size: {text}}}")).model.window_size == keys
@@ -161,7 +175,9 @@ def test_a_blend_in_a_file_is_a_list_of_text(yaml):
 
 def test_scientific_notation_without_a_point_is_a_number(yaml):
     """YAML reads 3e-4 as text."""
-    assert load_yaml(yaml("training: {lr: 3e-4, min_lr: 1}")).training == TrainingConfig(lr=3e-4, min_lr=1.0)
+    assert load_yaml(yaml("training: {lr: 3e-4, min_lr: 1}")).training == TrainingConfig(
+        lr=3e-4, min_lr=1.0
+    )
 
 
 def test_keys_for_deepspeed_come_from_the_file_alone_and_stay_as_they_are(yaml):
@@ -169,7 +185,11 @@ def test_keys_for_deepspeed_come_from_the_file_alone_and_stay_as_they_are(yaml):
     extra = "{lr: 5, tensorboard: {enabled: true}, csv_monitor: {enabled: true}}"
     config = parse(["--config", yaml(f"training: {{deepspeed: {extra}}}"), "--lr", "7"])
     assert config.training.lr == 7.0
-    assert config.training.deepspeed == {"lr": 5, "tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}}
+    assert config.training.deepspeed == {
+        "lr": 5,
+        "tensorboard": {"enabled": True},
+        "csv_monitor": {"enabled": True},
+    }
 
 
 def test_an_empty_file_is_the_defaults(yaml):
@@ -227,13 +247,25 @@ def test_no_two_sections_share_a_name():
 
 
 def test_the_resolved_config_is_itself_a_config(tmp_path):
-    resolved = parse(["--lr", "3e-7", "--data-path", "store", "--context-parallel", "zigzag", "--add-bias-linear"])
+    resolved = parse(
+        [
+            "--lr",
+            "3e-7",
+            "--data-path",
+            "store",
+            "--context-parallel",
+            "zigzag",
+            "--add-bias-linear",
+        ]
+    )
     (tmp_path / "resolved.yaml").write_text(to_yaml(resolved))
     assert load_yaml(tmp_path / "resolved.yaml") == resolved
 
 
 def test_the_resolved_config_keeps_what_is_for_deepspeed(yaml):
-    config = load_yaml(yaml("training: {deepspeed: {comms_logger: {enabled: true, prof_ops: [all_reduce]}}}"))
+    config = load_yaml(
+        yaml("training: {deepspeed: {comms_logger: {enabled: true, prof_ops: [all_reduce]}}}")
+    )
     assert load_yaml(yaml(to_yaml(config))) == config
 
 
@@ -298,7 +330,10 @@ def test_all_mistakes_in_a_file_are_said_at_once(complaint):
     [
         ("a: [b", "while parsing"),
         (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
-        ("training: {lr: 0.1}\ntraining: {train_iters: 50}", "'training' is twice in one mapping, in lines 1 and 2"),
+        (
+            "training: {lr: 0.1}\ntraining: {train_iters: 50}",
+            "'training' is twice in one mapping, in lines 1 and 2",
+        ),
     ],
 )
 def test_a_file_that_is_not_yaml(text, reason, complaint):
@@ -310,7 +345,10 @@ def test_a_file_that_is_not_yaml(text, reason, complaint):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError) as raised:
         parse(["--config", str(tmp_path / "none.yaml")])
-    assert str(raised.value) == f"config {tmp_path}/none.yaml cannot be read: No such file or directory. Set --config."
+    assert (
+        str(raised.value)
+        == f"config {tmp_path}/none.yaml cannot be read: No such file or directory. Set --config."
+    )
 
 
 # ---- what a flag may not say ----
@@ -359,7 +397,8 @@ AT_LEAST_ONE = {
 
 
 @pytest.mark.parametrize(
-    ("section", "name"), [(section, name) for section in AT_LEAST_ONE for name in AT_LEAST_ONE[section]]
+    ("section", "name"),
+    [(section, name) for section in AT_LEAST_ONE for name in AT_LEAST_ONE[section]],
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_are_at_least_one(section, name, value):
@@ -421,7 +460,9 @@ PROBLEMS = [
         "Set --rope-scaling yarn or llama3, or --rope-original-length 0.",
     ),
     (
-        ModelConfig(rope_scaling="ntk", rope_scaling_factor=2.0, position_embedding_type="learned_absolute"),
+        ModelConfig(
+            rope_scaling="ntk", rope_scaling_factor=2.0, position_embedding_type="learned_absolute"
+        ),
         "rope_scaling ntk has no effect while position_embedding_type is learned_absolute. "
         "Set --rope-scaling none, or --position-embedding-type rope.",
     ),
@@ -467,7 +508,10 @@ PROBLEMS = [
         "Set --recompute full, or leave --recompute-attention out.",
     ),
     (MemoryConfig(mlp_chunks=0), "mlp_chunks 0 must be at least 1. Set --mlp-chunks."),
-    (MemoryConfig(loss_chunk_size=-1), "loss_chunk_size -1 must not be below 0. Set --loss-chunk-size."),
+    (
+        MemoryConfig(loss_chunk_size=-1),
+        "loss_chunk_size -1 must not be below 0. Set --loss-chunk-size.",
+    ),
     (
         TrainingConfig(clip_grad=-1.0),
         "clip_grad -1.0 must not be below 0. Set --clip-grad.",
@@ -480,7 +524,10 @@ PROBLEMS = [
         CheckpointConfig(save="runs", save_interval=-5),
         "save_interval -5 must not be below 0. Set --save-interval.",
     ),
-    (CheckpointConfig(save="runs", keep_last=-1), "keep_last -1 must not be below 0. Set --keep-last."),
+    (
+        CheckpointConfig(save="runs", keep_last=-1),
+        "keep_last -1 must not be below 0. Set --keep-last.",
+    ),
     (
         CheckpointConfig(save="runs", keep_last=2, keep_every=-1),
         "keep_every -1 must not be below 0. Set --keep-every.",
@@ -535,7 +582,10 @@ PROBLEMS = [
         "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
     ),
     (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
-    (CheckpointConfig(finetune=True), "finetune has no weights to begin with while load is empty. Set --load."),
+    (
+        CheckpointConfig(finetune=True),
+        "finetune has no weights to begin with while load is empty. Set --load.",
+    ),
     (
         CheckpointConfig(finetune=True, load="runs", save="runs"),
         "finetune makes a new run of the weights in load runs, and save is the same folder, whose checkpoints are the "
@@ -545,7 +595,10 @@ PROBLEMS = [
         CheckpointConfig(async_save=True),
         "async_save has nothing to write while save is empty. Set --save, or leave --async-save out.",
     ),
-    (CheckpointConfig(keep_last=3), "keep_last 3 has no effect while save is empty. Set --save, or --keep-last 0."),
+    (
+        CheckpointConfig(keep_last=3),
+        "keep_last 3 has no effect while save is empty. Set --save, or --keep-last 0.",
+    ),
     (
         CheckpointConfig(save="runs", keep_every=100),
         "keep_every 100 has no effect while keep_last is 0, which keeps all. Set --keep-last, or --keep-every 0.",
@@ -553,7 +606,9 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("section", "message"), PROBLEMS, ids=[message.split(".")[0] for _, message in PROBLEMS])
+@pytest.mark.parametrize(
+    ("section", "message"), PROBLEMS, ids=[message.split(".")[0] for _, message in PROBLEMS]
+)
 def test_what_a_section_cannot_be(section, message):
     assert section.problems() == [message]
 
@@ -585,10 +640,16 @@ def test_what_a_section_can_be(section):
 
 def test_all_problems_are_found_at_once():
     config = Config(
-        model=ModelConfig(hidden_size=250), data=DataConfig(seq_length=0), checkpoint=CheckpointConfig(save_interval=1)
+        model=ModelConfig(hidden_size=250),
+        data=DataConfig(seq_length=0),
+        checkpoint=CheckpointConfig(save_interval=1),
     )
     found = config.problems()
-    assert [problem.split()[0] for problem in found] == ["hidden_size", "seq_length", "save_interval"]
+    assert [problem.split()[0] for problem in found] == [
+        "hidden_size",
+        "seq_length",
+        "save_interval",
+    ]
 
 
 # ---- what is derived ----
@@ -630,7 +691,9 @@ def test_every_so_many_layers_one_attends_fully(model, windows):
 def test_a_model_has_a_row_for_every_token_id():
     assert ModelConfig().vocabulary_size(61) == 61
     assert ModelConfig(padded_vocab_size=64).vocabulary_size(61) == 64
-    with pytest.raises(ConfigError, match="padded_vocab_size 60 has no row for the last of the tokenizer's 61 ids"):
+    with pytest.raises(
+        ConfigError, match="padded_vocab_size 60 has no row for the last of the tokenizer's 61 ids"
+    ):
         ModelConfig(padded_vocab_size=60).vocabulary_size(61)
 
 
@@ -646,7 +709,12 @@ ODD_VALUES = [
 
 @pytest.mark.parametrize(
     ("section", "name"),
-    [(field.name, f.name) for field in fields(Config) if is_dataclass(field.type) for f in fields(field.type)],
+    [
+        (field.name, f.name)
+        for field in fields(Config)
+        if is_dataclass(field.type)
+        for f in fields(field.type)
+    ],
 )
 def test_any_value_of_any_option_is_taken_or_is_an_error_of_bounded_length(section, name, yaml):
     for value in ODD_VALUES:
@@ -684,7 +752,9 @@ def test_a_seed_may_have_all_bits_that_torch_takes(yaml):
     assert load_yaml(yaml(f"training: {{seed: {2**63 - 1}}}")).problems() == []
 
 
-@pytest.mark.parametrize("flags", [["--num-layers", "9" * 4000], ["--rotary-base", "nan"], ["--lr", "1e999"]])
+@pytest.mark.parametrize(
+    "flags", [["--num-layers", "9" * 4000], ["--rotary-base", "nan"], ["--lr", "1e999"]]
+)
 def test_flags_are_held_to_the_same_limits(flags):
     [problem] = parse(flags).problems()
     assert flags[0] in problem
@@ -697,7 +767,9 @@ def test_a_number_that_python_does_not_read_is_a_bad_flag(capsys):
     assert left.value.code == 2
 
 
-@pytest.mark.parametrize("weight", ["1e999999999", "1e-999999999", "nan", "inf", "-1", "0", "1" * 101, "1/0", ""])
+@pytest.mark.parametrize(
+    "weight", ["1e999999999", "1e-999999999", "nan", "inf", "-1", "0", "1" * 101, "1/0", ""]
+)
 def test_a_weight_of_a_blend_that_cannot_be_computed_with(weight):
     found = limited(lambda: DataConfig(data_path=(weight, "a", "1", "b")).problems())
     assert len(found) == 1
@@ -707,7 +779,9 @@ def test_a_weight_of_a_blend_that_cannot_be_computed_with(weight):
 def test_the_legal_groups_of_very_many_heads_are_found_at_once():
     heads = 2**31 - 2
     [problem] = limited(
-        lambda: ModelConfig(hidden_size=heads, num_attention_heads=heads, num_query_groups=4).problems()
+        lambda: ModelConfig(
+            hidden_size=heads, num_attention_heads=heads, num_query_groups=4
+        ).problems()
     )
     assert " 1, 2, 3, 6, 7, 9," in problem
 

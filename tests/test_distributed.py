@@ -9,5 +9,8 @@ def fail_on_rank_one(rank: int, world_size: int, reason: str) -> None:
 
 
 def test_a_failure_names_its_rank_and_keeps_its_traceback():
-    with pytest.raises(RankFailed, match=r"rank 1 of 2 failed(.|\n)*fail_on_rank_one(.|\n)*ValueError: no such thing"):
+    with pytest.raises(
+        RankFailed,
+        match=r"rank 1 of 2 failed(.|\n)*fail_on_rank_one(.|\n)*ValueError: no such thing",
+    ):
         run_ranks(2, fail_on_rank_one, "no such thing")

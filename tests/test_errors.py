@@ -54,7 +54,8 @@ def test_one_problem_needs_no_list():
 
 
 @pytest.mark.parametrize(
-    ("value", "multiple", "nearest"), [(8190, 8, "8184, 8192"), (3, 8, "8"), (0, 8, "8"), (10, 4, "8, 12")]
+    ("value", "multiple", "nearest"),
+    [(8190, 8, "8184, 8192"), (3, 8, "8"), (0, 8, "8"), (10, 4, "8, 12")],
 )
 def test_the_nearest_multiples_are_positive(value, multiple, nearest):
     assert nearest_multiples(value, multiple) == nearest
@@ -82,7 +83,10 @@ with reporting_errors():
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("arguments", "code"), [([], 0), (["fail"], 3)])
 def test_a_reader_of_stdout_that_has_gone_ends_no_tool(arguments, code, unbuffered, tmp_path):
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": unbuffered,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     reader, writer = os.pipe()
     os.close(reader)
     for stderr in (subprocess.PIPE, writer):

@@ -24,7 +24,10 @@ def start(folder: Path, program: str, *flags: str, stderr: int = subprocess.PIPE
 
 def test_its_arguments_folder_environment_output_and_exit_code_are_its_own(tmp_path):
     program = start(tmp_path, PROGRAM, "--a", "b")
-    assert program.communicate(timeout=60) == (f"__main__ ['--a', 'b'] {tmp_path} given None\nthe end\n", "a fault\n")
+    assert program.communicate(timeout=60) == (
+        f"__main__ ['--a', 'b'] {tmp_path} given None\nthe end\n",
+        "a fault\n",
+    )
     assert program.returncode == program.poll() == 7
 
 

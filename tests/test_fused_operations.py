@@ -25,8 +25,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 def program(asked: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, PROGRAM, "--config", "small.yaml", "--fused-operations", asked, *flags]
-    return subprocess.run(map(str, command), cwd=folder, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--config",
+        "small.yaml",
+        "--fused-operations",
+        asked,
+        *flags,
+    ]
+    return subprocess.run(
+        map(str, command), cwd=folder, capture_output=True, text=True, timeout=300
+    )
 
 
 def losses(file: Path) -> list[float]:
@@ -34,12 +44,18 @@ def losses(file: Path) -> list[float]:
 
 
 def test_auto_trains_as_torch_does_and_both_say_once_who_computes(folder):
-    reasons = {"auto": "liger, flash-attn, apex: for cuda alone, and this device is a cpu", "torch": "asked for"}
+    reasons = {
+        "auto": "liger, flash-attn, apex: for cuda alone, and this device is a cpu",
+        "torch": "asked for",
+    }
     for asked, reason in reasons.items():
         found = program(asked, "--metrics-file", f"{asked}.jsonl", folder=folder)
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("\noperations ") == 1
-        assert f"\noperations       torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW: {reason}\n" in found.stdout
+        assert (
+            f"\noperations       torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW: {reason}\n"
+            in found.stdout
+        )
     assert len(losses(folder / "torch.jsonl")) == 3
     assert losses(folder / "auto.jsonl") == losses(folder / "torch.jsonl")
 
@@ -57,6 +73,9 @@ def test_a_vocabulary_that_is_split_is_called_so():
 def test_a_library_that_cannot_be_had_ends_the_run_with_its_message_and_code(folder):
     found = program("apex", folder=folder)
     assert found.returncode == 5
-    assert "fused_operations apex is not to be had: for cuda alone, and this device is a cpu." in found.stderr
+    assert (
+        "fused_operations apex is not to be had: for cuda alone, and this device is a cpu."
+        in found.stderr
+    )
     assert "Set --fused-operations auto or torch." in found.stderr
     assert "Traceback" not in found.stderr

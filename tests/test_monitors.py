@@ -31,7 +31,10 @@ Figures = dict[tuple[str, int], float]
 def folder(tmp_path_factory) -> Path:
     """Where two ranks have trained, validated and tested under every monitor."""
     folder, port = working_folder(tmp_path_factory.mktemp("work"), SMALL), free_port()
-    ranks = [start_rank(rank, port, folder, [], WANDB_MODE="offline", WANDB_SILENT="true") for rank in (0, 1)]
+    ranks = [
+        start_rank(rank, port, folder, [], WANDB_MODE="offline", WANDB_SILENT="true")
+        for rank in (0, 1)
+    ]
     said = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "".join(said)
     return folder
@@ -42,7 +45,9 @@ def of_metrics_file(folder: Path) -> Figures:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         step = record.pop("step")
-        figures |= {(_shown(key), step): value for key, value in record.items() if _is_number(value)}
+        figures |= {
+            (_shown(key), step): value for key, value in record.items() if _is_number(value)
+        }
     return figures
 
 
@@ -60,7 +65,10 @@ def of_wandb(folder: Path) -> Figures:
     (kept,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     figures = {}
     for record in map(Record.FromString, _wandb_records(kept.read_bytes())):
-        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        row = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         figures |= {(name, row["_step"]): value for name, value in row.items()}
     return figures
 
@@ -88,7 +96,11 @@ def of_tensorboard(folder: Path) -> Figures:
     (board,) = {file.parent for file in (folder / "boards").rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(board), size_guidance={"scalars": 0})
     events.Reload()
-    return {(name, event.step): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    return {
+        (name, event.step): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
 
 
 def of_csv(folder: Path) -> Figures:
@@ -97,12 +109,17 @@ def of_csv(folder: Path) -> Figures:
     for file in (folder / "tables").rglob("*.csv"):
         with file.open() as rows:
             _, *events = csv.reader(rows)
-        figures |= {(file.stem.replace("_", "/", 1), int(step)): float(value) for step, value in events}
+        figures |= {
+            (file.stem.replace("_", "/", 1), int(step)): float(value) for step, value in events
+        }
     return figures
 
 
 def test_the_metrics_file_has_every_step_and_what_was_held_out(folder):
-    names = {name: {step for of, step in of_metrics_file(folder) if of == name} for name, _ in of_metrics_file(folder)}
+    names = {
+        name: {step for of, step in of_metrics_file(folder) if of == name}
+        for name, _ in of_metrics_file(folder)
+    }
     for name in ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"):
         assert names[f"train/{name}"] == {1, 2, 3, 4}
     for name in ("loss", "bits_per_byte"):
@@ -110,10 +127,16 @@ def test_the_metrics_file_has_every_step_and_what_was_held_out(folder):
         assert names[f"test/{name}"] == {4}
 
 
-@pytest.mark.parametrize(("of_monitor", "kept_as"), [(of_wandb, float), (of_tensorboard, np.float32), (of_csv, float)])
-def test_a_monitor_has_what_the_metrics_file_has(of_monitor: Callable[[Path], Figures], kept_as: type, folder):
+@pytest.mark.parametrize(
+    ("of_monitor", "kept_as"), [(of_wandb, float), (of_tensorboard, np.float32), (of_csv, float)]
+)
+def test_a_monitor_has_what_the_metrics_file_has(
+    of_monitor: Callable[[Path], Figures], kept_as: type, folder
+):
     found, expected = of_monitor(folder), of_metrics_file(folder)
-    assert {key: found.get(key, math.nan) for key in expected} == {key: kept_as(v) for key, v in expected.items()}
+    assert {key: found.get(key, math.nan) for key in expected} == {
+        key: kept_as(v) for key, v in expected.items()
+    }
     # Beside them wandb keeps the time.
     own = {key for key in found if key[0].startswith(("train/", "validation/", "test/"))}
     assert own == expected.keys()

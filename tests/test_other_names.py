@@ -16,7 +16,11 @@ OPTIONS = {
     for section in fields(Config)
     if is_dataclass(section.type)
     for option in fields(section.type)
-} | {option.name.replace("_", "-"): object for option in fields(Config) if not is_dataclass(option.type)}
+} | {
+    option.name.replace("_", "-"): object
+    for option in fields(Config)
+    if not is_dataclass(option.type)
+}
 HINTS = MEGATRON | MEGATRON_PREFIXES | TRAINER
 
 
@@ -72,10 +76,14 @@ def test_several_are_hinted_at_once_and_one_rank_speaks(capsys):
 
 def test_the_tool_that_prepares_data_answers_for_megatrons(capsys):
     with pytest.raises(SystemExit) as left:
-        prepare_data.main(["--input", "x", "--output-prefix", "p", "--append-eod", "--json-keys", "text"])
+        prepare_data.main(
+            ["--input", "x", "--output-prefix", "p", "--append-eod", "--json-keys", "text"]
+        )
     assert left.value.code == 2
     hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Megatron's")]
-    assert sorted(hints) == [f"Megatron's --{name}: {PREPROCESS[name]}." for name in ("append-eod", "json-keys")]
+    assert sorted(hints) == [
+        f"Megatron's --{name}: {PREPROCESS[name]}." for name in ("append-eod", "json-keys")
+    ]
     options = {option.name.replace("_", "-") for option in fields(prepare_data.Options)}
     assert not options & PREPROCESS.keys()
     assert set(re.findall(r"--([a-z0-9-]+)", " ".join(PREPROCESS.values()))) <= options
@@ -93,7 +101,13 @@ def test_other_unknown_flags_have_no_hint(capsys):
 
 
 @pytest.mark.parametrize(
-    "key", ["model: {swiglu: true}", "training: {bf16: true}", "swiglu: true", "model: {moe_grouped_gemm: 1}"]
+    "key",
+    [
+        "model: {swiglu: true}",
+        "training: {bf16: true}",
+        "swiglu: true",
+        "model: {moe_grouped_gemm: 1}",
+    ],
 )
 def test_a_key_in_the_file_has_the_same_hint(key, tmp_path):
     (tmp_path / "config.yaml").write_text(key)

@@ -26,7 +26,9 @@ training: {train_iters: 4, lr_warmup_iters: 1, eval_interval: 2, eval_iters: 1, 
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess:
-    found = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=300
+    )
     found.said = found.stdout + found.stderr
     return found
 
@@ -44,7 +46,15 @@ def forked(*flags: str, ranks: int, folder: Path, config: str = "small.yaml") ->
     """What ranks say that start without a launcher and end well."""
     port = free_port()
     started = [
-        start_rank(rank, port, folder, flags, config=config, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        start_rank(
+            rank,
+            port,
+            folder,
+            flags,
+            config=config,
+            WORLD_SIZE=str(ranks),
+            LOCAL_WORLD_SIZE=str(ranks),
+        )
         for rank in range(ranks)
     ]
     said = "".join(rank.communicate(timeout=200)[0] for rank in started)
@@ -54,7 +64,9 @@ def forked(*flags: str, ranks: int, folder: Path, config: str = "small.yaml") ->
 
 def refused(*flags: str, folder: Path) -> tuple[int, str]:
     """The exit code of one process, and what it says on stderr; on stdout there is no traceback either."""
-    process = Forked([str(PROGRAM), "--config", "small.yaml", *flags], folder, os.environ, subprocess.PIPE)
+    process = Forked(
+        [str(PROGRAM), "--config", "small.yaml", *flags], folder, os.environ, subprocess.PIPE
+    )
     out, err = process.communicate(timeout=200)
     assert "Traceback" not in out + err
     return process.returncode, err
@@ -102,7 +114,10 @@ def test_the_metrics_file_has_its_public_keys(trained, folder):
     assert [record["step"] for record in validations] == [0, 2, 4]
     public = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"}
     assert all(public <= set(record) for record in steps)
-    assert all(set(record) == {"step", "validation_loss", "validation_bits_per_byte"} for record in validations)
+    assert all(
+        set(record) == {"step", "validation_loss", "validation_bits_per_byte"}
+        for record in validations
+    )
     assert [record["tokens"] for record in steps] == [64, 128, 192, 256]
 
 
@@ -139,10 +154,21 @@ def copied_store(folder: Path, name: str, tokens: Callable[[bytes], bytes] = byt
     return f"text/{name}"
 
 
-def test_a_run_is_resumed_on_the_same_data_anywhere_and_on_other_data_only_by_a_flag(trained, folder):
+def test_a_run_is_resumed_on_the_same_data_anywhere_and_on_other_data_only_by_a_flag(
+    trained, folder
+):
     moved = copied_store(folder, "moved")
     rewritten = copied_store(folder, "rewritten", lambda content: content[2048:] + content[:2048])
-    resumed = ["--load", "saved", "--train-iters", "5", "--lr-decay-style", "constant", "--eval-interval", "0"]
+    resumed = [
+        "--load",
+        "saved",
+        "--train-iters",
+        "5",
+        "--lr-decay-style",
+        "constant",
+        "--eval-interval",
+        "0",
+    ]
     code, said = refused(*resumed, "--data-path", rewritten, folder=folder)
     assert code == 4
     assert f"token store {rewritten}: not read there" in said
@@ -166,7 +192,11 @@ def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
         assert "UserWarning" not in forked(*run, ranks=4, folder=folder)
         shutil.rmtree(folder / "axes" / "step-00000004")
     expected, found = (
-        [(record["step"], record["loss"], record["grad_norm"]) for record in metrics(folder, file) if "loss" in record]
+        [
+            (record["step"], record["loss"], record["grad_norm"])
+            for record in metrics(folder, file)
+            if "loss" in record
+        ]
         for file in ("axes/straight.jsonl", "axes/resumed.jsonl")
     )
     assert [step for step, *_ in expected] == [1, 2, 3, 4]
@@ -178,13 +208,27 @@ def test_tensor_x_pipeline_ranks_go_on_where_they_were_and_stay_quiet(folder):
 
 def test_one_process_needs_no_launcher(folder):
     found = alone(
-        "--config", "small.yaml", "--data-path", "text/tokens", "--context-parallel", "striped", folder=folder
+        "--config",
+        "small.yaml",
+        "--data-path",
+        "text/tokens",
+        "--context-parallel",
+        "striped",
+        folder=folder,
     )
     assert found.returncode == 0, found.said
 
 
 def test_a_dry_run_prints_the_config_the_grid_and_the_layout(folder):
-    flags = ["--context-parallel", "striped", "--world-size", "4", "--context-parallel-size", "2", "--dry-run"]
+    flags = [
+        "--context-parallel",
+        "striped",
+        "--world-size",
+        "4",
+        "--context-parallel-size",
+        "2",
+        "--dry-run",
+    ]
     found = alone("--config", "small.yaml", *flags, folder=folder)
     assert found.returncode == 0, found.said
     assert "hidden_size: 32" in found.stdout
@@ -204,7 +248,9 @@ def test_a_dry_run_prints_the_config_the_grid_and_the_layout(folder):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_bad_input_gives_one_message_its_own_exit_code_and_no_traceback(folder, flags, code, message):
+def test_bad_input_gives_one_message_its_own_exit_code_and_no_traceback(
+    folder, flags, code, message
+):
     wanted = {"--data-path": "text/tokens", "--context-parallel": "zigzag"} | {flags[0]: flags[1]}
     found, said = refused(*(part for pair in wanted.items() for part in pair), folder=folder)
     assert (found, message in said) == (code, True), said
@@ -218,6 +264,8 @@ def test_bad_input_under_a_launcher_is_said_once_and_its_code_is_passed_on(folde
 
 
 def test_a_checkpoint_of_another_model_is_refused_size_by_size(trained, folder):
-    code, said = refused("--data-path", "text/tokens", "--load", "saved", "--num-layers", "2", folder=folder)
+    code, said = refused(
+        "--data-path", "text/tokens", "--load", "saved", "--num-layers", "2", folder=folder
+    )
     assert code == 4, said
     assert "num_layers 1 there, 2 here. Set --num-layers." in said

@@ -34,7 +34,11 @@ def said(folder) -> str:
 
 
 def test_every_step_has_its_shares_and_hops(folder, said):
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    steps = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
     assert len(steps) == 4
     for step in steps:
         shares = [step[name] for name in SHARES]
@@ -48,7 +52,9 @@ def test_every_step_has_its_shares_and_hops(folder, said):
 
 def test_bytes_are_of_two_layers_and_two_micro_batches(folder, said):
     step = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
-    kv = 2 * 32 * 32 * 4  # K and V of 32 tokens, 32 wide, in float32; with equal heads backward the queries travel
+    kv = (
+        2 * 32 * 32 * 4
+    )  # K and V of 32 tokens, 32 wide, in float32; with equal heads backward the queries travel
     queries, sums = 2 * 32 * 32 * 4 + 2 * 32 * 2 * 4, 32 * 32 * 4
     assert [hop["bytes"] for hop in step["ring_hops"]] == [4 * kv, 0, 4 * queries, 4 * sums]
 

@@ -29,15 +29,26 @@ def test_every_file_and_folder_that_is_named_exists():
 
 def test_every_flag_that_is_named_is_one():
     text = re.sub(r"tools/\S+\.py[^\n`]*", "", README).replace("--num_gpus", "")
-    fields = {field for section in vars(Config()).values() if hasattr(section, "problems") for field in vars(section)}
+    fields = {
+        field
+        for section in vars(Config()).values()
+        if hasattr(section, "problems")
+        for field in vars(section)
+    }
     known = {f"--{field.replace('_', '-')}" for field in fields | set(vars(Config()))} | {"--help"}
     assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
 
 
 def test_the_exit_codes_are_those_of_the_errors():
     told = dict(re.findall(r"^\| (\d+) \| (\w+):", README, flags=re.MULTILINE))
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__]
-    assert told == {str(kind.exit_code): kind.__name__ for kind in kinds if getattr(kind, "exit_code", 1) != 1}
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and kind.__module__ == errors.__name__
+    ]
+    assert told == {
+        str(kind.exit_code): kind.__name__ for kind in kinds if getattr(kind, "exit_code", 1) != 1
+    }
 
 
 def test_every_config_that_is_named_loads():

@@ -18,7 +18,11 @@ SLURM = ROOT / "tools" / "slurm"
 PRETRAIN = SLURM / "pretrain.sbatch"
 
 # Name: nodes of eight GPUs, tokens of a sample, parameters in billions.
-SCALES = {"llama-1.3b-32k": (1, 32_768, 1.3), "llama-7b-256k": (4, 262_144, 7.2), "llama-7b-1m": (16, 1_048_576, 7.2)}
+SCALES = {
+    "llama-1.3b-32k": (1, 32_768, 1.3),
+    "llama-7b-256k": (4, 262_144, 7.2),
+    "llama-7b-1m": (16, 1_048_576, 7.2),
+}
 TOKEN_IDS = 32_000  # of Llama 2's tokenizer
 MANY_TOKEN_IDS = 128_256  # of Llama 3's
 GIB = 2**30
@@ -50,7 +54,10 @@ def test_a_recipe_is_of_the_scale_that_its_name_says(name):
 
 @pytest.mark.parametrize("name", SCALES)
 def test_a_recipe_leaves_a_fifth_of_80_gigabytes_to_what_is_not_counted(name):
-    assert max(stage.peak for stage in memory_of_stages(setup_of(name), MANY_TOKEN_IDS)) < 0.8 * 80 * GIB
+    assert (
+        max(stage.peak for stage in memory_of_stages(setup_of(name), MANY_TOKEN_IDS))
+        < 0.8 * 80 * GIB
+    )
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -89,7 +96,12 @@ def test_a_batch_script_asks_for_the_nodes_of_its_recipe_and_else_for_what_pretr
     assert own["job-name"] == name
     assert own["signal"].startswith("B:USR1@")
     assert own.keys() == general.keys()
-    assert {key for key in own if own[key] != general[key]} <= {"job-name", "nodes", "signal", "time"}
+    assert {key for key in own if own[key] != general[key]} <= {
+        "job-name",
+        "nodes",
+        "signal",
+        "time",
+    }
 
 
 SRUN = """\
@@ -102,10 +114,19 @@ for argument; do echo "$argument"; done > arguments
 def test_a_batch_script_starts_its_recipe_with_what_else_is_asked(name, tmp_path):
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": 1, "SLURM_JOB_USER": "me", "SLURM_CPUS_PER_TASK": 8}
+    job = {
+        "SLURM_SUBMIT_DIR": ROOT,
+        "SLURM_JOB_ID": 1,
+        "SLURM_JOB_USER": "me",
+        "SLURM_CPUS_PER_TASK": 8,
+    }
     job |= {"LOGS": tmp_path, "NODE_CACHE": tmp_path, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ["bash", SLURM / f"{name}.sbatch", "--data-path", "the store"]
     environment = os.environ | {key: str(value) for key, value in job.items()}
     subprocess.run(script, cwd=tmp_path, env=environment, check=True, timeout=60)
     program = ["python", f"{ROOT}/pretrain_gpt.py", "--config", f"{ROOT}/configs/{name}.yaml"]
-    assert (tmp_path / "arguments").read_text().splitlines()[-6:] == [*program, "--data-path", "the store"]
+    assert (tmp_path / "arguments").read_text().splitlines()[-6:] == [
+        *program,
+        "--data-path",
+        "the store",
+    ]

@@ -16,15 +16,24 @@ QUOTED = set(re.findall(r"`([^`\n]+)`", TEXT))
 
 
 def test_every_tool_is_listed():
-    tools = {path.name for path in (ROOT / "tools").glob("*.py")} - {"device_trace.py", "streamed_ring.py"}  # imported
+    tools = {path.name for path in (ROOT / "tools").glob("*.py")} - {
+        "device_trace.py",
+        "streamed_ring.py",
+    }  # imported
     patterns = {word.split()[0] for word in QUOTED}
-    assert [tool for tool in sorted(tools) if not any(fnmatch.fnmatch(tool, each) for each in patterns)] == []
+    assert [
+        tool for tool in sorted(tools) if not any(fnmatch.fnmatch(tool, each) for each in patterns)
+    ] == []
 
 
 def test_files_of_the_tree_that_are_named_exist():
     named = [word for word in QUOTED if re.fullmatch(r"[\w/]+/\w+\.(?:py|sbatch)", word)]
     assert len(named) > 4
-    assert [path for path in named if not ((ROOT / path).exists() or (ROOT / "megatron_ring" / path).exists())] == []
+    assert [
+        path
+        for path in named
+        if not ((ROOT / path).exists() or (ROOT / "megatron_ring" / path).exists())
+    ] == []
 
 
 def test_flags_that_are_named_exist():
@@ -32,14 +41,26 @@ def test_flags_that_are_named_exist():
     known = {flag(each.name) for section in sections for each in fields(section)}
     known |= set(re.findall(r"--[a-z-]+", (ROOT / "README.md").read_text()))
     tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
-    for named in {word.split()[0] for word in QUOTED if word.startswith("--") and not word.startswith("--rdzv")}:
+    for named in {
+        word.split()[0]
+        for word in QUOTED
+        if word.startswith("--") and not word.startswith("--rdzv")
+    }:
         assert named in known or named in tools or named[2:].replace("-", "_") in tools, named
 
 
 def test_limits_are_those_of_the_program():
     assert f"at most {intercom._CONNECTIONS} connections" in TEXT
-    assert f"at most {intercom._BYTES_OF_A_MESSAGE} bytes and five seconds" in TEXT.replace("\n", " ")
+    assert f"at most {intercom._BYTES_OF_A_MESSAGE} bytes and five seconds" in TEXT.replace(
+        "\n", " "
+    )
     assert (intercom._SECONDS_FOR_A_REQUEST, intercom.SECONDS_TO_ANSWER) == (5, 3)
-    sizes = {"`--config`": CONFIG_BYTES, "beside the store": METADATA_BYTES, "`--tokenizer-model`": TOKENIZER_BYTES}
+    sizes = {
+        "`--config`": CONFIG_BYTES,
+        "beside the store": METADATA_BYTES,
+        "`--tokenizer-model`": TOKENIZER_BYTES,
+    }
     assert f"bounded, {CONFIG_BYTES // 1024} KiB" in TEXT
-    assert all(f"bounded, {size >> 20} MiB" in TEXT for name, size in sizes.items() if size >= 1 << 20)
+    assert all(
+        f"bounded, {size >> 20} MiB" in TEXT for name, size in sizes.items() if size >= 1 << 20
+    )

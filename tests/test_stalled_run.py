@@ -35,12 +35,31 @@ def run(tmp_path) -> subprocess.Popen:
     """Two ranks under deepspeed that would train for hours; what they say is in the file ``said``."""
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of a page" for i in range(1000)))
-    prepare = [ROOT / "tools" / "prepare_data.py", "--input", "text.txt", "--output-prefix", "tokens"]
-    subprocess.run([sys.executable, *prepare, "--vocab-size", "300"], cwd=tmp_path, check=True, capture_output=True)
+    prepare = [
+        ROOT / "tools" / "prepare_data.py",
+        "--input",
+        "text.txt",
+        "--output-prefix",
+        "tokens",
+    ]
+    subprocess.run(
+        [sys.executable, *prepare, "--vocab-size", "300"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     program = [ROOT / "pretrain_gpt.py", "--config", "small.yaml"]
-    launcher = [Path(sys.executable).parent / "deepspeed", "--master_port", free_port(), "--num_gpus", "2"]
+    launcher = [
+        Path(sys.executable).parent / "deepspeed",
+        "--master_port",
+        free_port(),
+        "--num_gpus",
+        "2",
+    ]
     with open(tmp_path / "said", "w") as said:
-        run = subprocess.Popen([*launcher, *program], cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(
+            [*launcher, *program], cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT
+        )
     yield run
     processes = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
     for process in [*processes, run]:
@@ -53,11 +72,19 @@ def test_a_stopped_rank_is_named_and_the_job_ends_to_be_started_again(run, tmp_p
     said, metrics = tmp_path / "said", tmp_path / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
     children = psutil.Process(run.pid).children(recursive=True)
-    (second,) = (child for child in children if "--local_rank=1" in child.cmdline() and "launch" not in child.cmdline())
+    (second,) = (
+        child
+        for child in children
+        if "--local_rank=1" in child.cmdline() and "launch" not in child.cmdline()
+    )
     second.send_signal(signal.SIGSTOP)
     wait_until(lambda: "RingStalled" in said.read_text())
-    second.send_signal(signal.SIGCONT)  # or the launcher waits for half a minute until it kills a stopped process
+    second.send_signal(
+        signal.SIGCONT
+    )  # or the launcher waits for half a minute until it kills a stopped process
     assert run.wait(60) == 76
     (line,) = re.findall(r"RingStalled: (rank 0 .*)", said.read_text())
-    assert re.search(r"^rank 0 \(.*, pid \d+\) has .* step \d+.*; rank 1 \(.*\) is stopped by a signal$", line)
+    assert re.search(
+        r"^rank 0 \(.*, pid \d+\) has .* step \d+.*; rank 1 \(.*\) is stopped by a signal$", line
+    )
     assert "Traceback" not in said.read_text()

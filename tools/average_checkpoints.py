@@ -23,7 +23,9 @@ class Options:
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A folder that holds no checkpoints yet; --load takes it."""
-    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
+    checkpoints: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")
+    ]
     """Folders of checkpoints, or ones given as --save, of which the checkpoint that latest names is taken."""
     last: int = 0
     """K: the last K checkpoints of the one folder that is given. 0: those that are given."""
@@ -35,13 +37,21 @@ class Options:
         given, count = len(self.checkpoints), self.last or len(self.checkpoints)
         found = []
         if count < 2:
-            found.append(f"{count} checkpoints have no mean: 2 or more are needed. Give more, or set --last.")
+            found.append(
+                f"{count} checkpoints have no mean: 2 or more are needed. Give more, or set --last."
+            )
         if self.last and given != 1:
-            found.append(f"last {self.last} is of one folder, and {given} are given. Drop --last, or give one.")
+            found.append(
+                f"last {self.last} is of one folder, and {given} are given. Drop --last, or give one."
+            )
         if self.weights and len(self.weights) != count:
-            found.append(f"{len(self.weights)} weights are given for {count} checkpoints. Set --weights.")
+            found.append(
+                f"{len(self.weights)} weights are given for {count} checkpoints. Set --weights."
+            )
         bad = [weight for weight in self.weights if not 0 < weight < math.inf]
-        return found + [f"weight {weight:g} must be above 0, and finite. Set --weights." for weight in bad]
+        return found + [
+            f"weight {weight:g} must be above 0, and finite. Set --weights." for weight in bad
+        ]
 
 
 def run(options: Options) -> str:

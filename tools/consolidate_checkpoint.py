@@ -34,9 +34,13 @@ class Options:
         """What cannot be met, each with its remedy."""
         found = []
         if self.file.suffix != _SUFFIX:
-            found.append(f"file {self.file} must end in {_SUFFIX}. Nearest: {self.file.with_suffix(_SUFFIX)}.")
+            found.append(
+                f"file {self.file} must end in {_SUFFIX}. Nearest: {self.file.with_suffix(_SUFFIX)}."
+            )
         if self.file.exists():
-            found.append(f"file {self.file} is there already. Give FILE another name, or move it away.")
+            found.append(
+                f"file {self.file} is there already. Give FILE another name, or move it away."
+            )
         return found
 
 

@@ -25,13 +25,18 @@ _OF_TORCH = "triton"  # builds of torch for CUDA name the version that they need
 def installed() -> dict[str, str]:
     """The versions in this environment by name, in pip's spelling and order."""
     found = {_spelled(each.name): each.version for each in metadata.distributions() if each.name}
-    return {name: version for name, version in sorted(found.items()) if not WITHOUT_LINE.fullmatch(name)}
+    return {
+        name: version for name, version in sorted(found.items()) if not WITHOUT_LINE.fullmatch(name)
+    }
 
 
 def pins(text: str) -> dict[str, str]:
     """The versions of a constraints file by name."""
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    return {_spelled(name): version for name, _, version in (line.partition("==") for line in lines if line)}
+    return {
+        _spelled(name): version
+        for name, _, version in (line.partition("==") for line in lines if line)
+    }
 
 
 def usable(pinned: dict[str, str], needs_of_torch: list[str]) -> dict[str, str]:
@@ -76,7 +81,11 @@ def main(command: str) -> int:
         print(text(usable(pinned, _needs_of_torch())), end="")
         return 0
     if found := differences(usable(pinned, _needs_of_torch()), installed()):
-        print(*found, "Install anew with make clean, or refresh constraints.txt with make constraints.", sep="\n")
+        print(
+            *found,
+            "Install anew with make clean, or refresh constraints.txt with make constraints.",
+            sep="\n",
+        )
     return int(bool(found))
 
 

@@ -15,7 +15,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from megatron_ring.checkpoint.hugging_face.exporting import Exported, ExportOptions, export_checkpoint
+from megatron_ring.checkpoint.hugging_face.exporting import (
+    Exported,
+    ExportOptions,
+    export_checkpoint,
+)
 from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
@@ -48,7 +52,10 @@ class Export:
     form: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExportOptions)
 
 
-Command = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, tyro.conf.subcommand("export")]
+Command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+)
 
 
 def run_import(options: Import) -> None:
@@ -59,13 +66,17 @@ def run_import(options: Import) -> None:
     print(f"{done.path}: {done.family}, {stored.parameters:,} parameters in {types}")
     sizes = f"vocab_size {stored.state.vocab_size:,}, seq_length {stored.state.seq_length:,}"
     print(f"{sizes}, RoPE {_rope(stored.config.model)}")
-    print(f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}")
+    print(
+        f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}"
+    )
     if done.dropouts:
         print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
     for note in done.notes:
         print(note)
     for tokenizer in {"tokenizer.json", "tokenizer.model"}.intersection(done.carried):
-        print(f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}")
+        print(
+            f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}"
+        )
     print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")
 
 
@@ -76,7 +87,11 @@ def _named(types: set[torch.dtype]) -> str:
 def _rope(model: ModelConfig) -> str:
     if model.position_embedding_type != "rope":
         return "none, positions are learned"
-    stretch = f", {model.rope_scaling} x {model.rope_scaling_factor:g}" if model.rope_scaling != "none" else ""
+    stretch = (
+        f", {model.rope_scaling} x {model.rope_scaling_factor:g}"
+        if model.rope_scaling != "none"
+        else ""
+    )
     return f"of base {model.rotary_base:g}{stretch}"
 
 
@@ -89,7 +104,9 @@ def run_export(options: Export) -> None:
         f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {_named(done.dtypes)}, {len(done.files)} files"
     )
     print(f"family {done.family}: {done.reason}")
-    print(f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens")
+    print(
+        f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens"
+    )
     print(_ends(done.special))
     print(f"tokenizer and generation_config.json: {_beside(done)}")
 

@@ -42,7 +42,9 @@ class Options:
 
 def run(options: Options) -> int:
     """Print what was asked for; the exit code. Raises CheckpointError."""
-    summaries = [_opened(path, options.verify) for path in (options.checkpoint, options.other) if path]
+    summaries = [
+        _opened(path, options.verify) for path in (options.checkpoint, options.other) if path
+    ]
     if options.other is None:
         return _show(*summaries, options)
     return _compare(Comparison(*summaries, options.kind, options.tensors), options.json)
@@ -62,7 +64,9 @@ def _show(summary: Summary, options: Options) -> int:
     names = summary.names(options.kind, options.tensors)
     rows = _rows(summary.rows(names, options.kind), len(names))
     if options.json:
-        print(json.dumps(report.document(summary) | {"kind": options.kind, "tensors": rows}, indent=2))
+        print(
+            json.dumps(report.document(summary) | {"kind": options.kind, "tensors": rows}, indent=2)
+        )
     else:
         print(*report.described(summary), *report.table(rows), sep="\n")
     return EQUAL
@@ -74,10 +78,19 @@ def _compare(comparison: Comparison, as_json: bool) -> int:
     different = [row["name"] for row in rows if not row["equal"]]
     equal = names.same and not different
     if as_json:
-        print(json.dumps(report.comparison_document(comparison, names) | {"tensors": rows, "equal": equal}, indent=2))
+        print(
+            json.dumps(
+                report.comparison_document(comparison, names) | {"tensors": rows, "equal": equal},
+                indent=2,
+            )
+        )
     else:
         print(*report.compared(comparison, names), *report.table(rows), sep="\n")
-        print("equal" if equal else f"different: the values of {len(different)} of {len(rows)} tensors in both")
+        print(
+            "equal"
+            if equal
+            else f"different: the values of {len(different)} of {len(rows)} tensors in both"
+        )
     return EQUAL if equal else DIFFERENT
 
 

@@ -49,7 +49,10 @@ def run(options: Options) -> None:
 def _verify(store: TokenStore, tokenizer: Tokenizer) -> None:
     manifest = read_manifest(store.prefix)
     verify(store, manifest, tokenizer)
-    print("verified: every token" + (", document end and count" if manifest else "; counts need a manifest"))
+    print(
+        "verified: every token"
+        + (", document end and count" if manifest else "; counts need a manifest")
+    )
 
 
 def _refuse_outside(options: Options, documents: int) -> None:
@@ -66,7 +69,9 @@ def _refuse_outside(options: Options, documents: int) -> None:
 
 def _print_counts(store: TokenStore) -> None:
     manifest = read_manifest(store.prefix)
-    print(f"{store.prefix}: {len(store):,} documents, {store.lengths.sum():,} tokens of {store.dtype.name}")
+    print(
+        f"{store.prefix}: {len(store):,} documents, {store.lengths.sum():,} tokens of {store.dtype.name}"
+    )
     print(f"manifest: {json.dumps(asdict(manifest), indent=2) if manifest else 'none'}")
     print(drawn(store.lengths))
 

@@ -13,10 +13,22 @@ from megatron_ring.data.documents import MAX_DOCUMENT_BYTES, Reading
 from megatron_ring.data.formats import SUFFIXES
 from megatron_ring.data.histogram import drawn
 from megatron_ring.data.manifest import Manifest, tokenizer_path
-from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE, Prepared, fit_tokenizer, prepare, work_folder
+from megatron_ring.data.prepare import (
+    DEFAULT_VOCAB_SIZE,
+    Prepared,
+    fit_tokenizer,
+    prepare,
+    work_folder,
+)
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import ConfigError, DataError, MegatronRingError, not_positive, reporting_errors
+from megatron_ring.errors import (
+    ConfigError,
+    DataError,
+    MegatronRingError,
+    not_positive,
+    reporting_errors,
+)
 from megatron_ring.other_names import PREPROCESS
 
 # Names beside a store that belong to its tokenizer.
@@ -69,16 +81,22 @@ class Options:
         if self.python_library == bool(self.input):
             found.append("one source of text is needed, no more. Set --input or --python-library.")
         if self.tokenizer_model and self.vocab_size:
-            found.append("a tokenizer that exists has its own vocabulary. Drop --vocab-size or --tokenizer-model.")
+            found.append(
+                "a tokenizer that exists has its own vocabulary. Drop --vocab-size or --tokenizer-model."
+            )
         if self.eod_token and not self.tokenizer_model:
-            found.append("a tokenizer that is trained has its own end of documents. Drop --eod-token.")
+            found.append(
+                "a tokenizer that is trained has its own end of documents. Drop --eod-token."
+            )
         if self.output_prefix.name in ("", ".."):
             found.append(
                 f"{self.output_prefix} is a folder, and the files of a store need a name. "
                 f"Set --output-prefix to a name in it, {self.output_prefix / 'tokens'} for example."
             )
         if self.output_prefix.name in _TAKEN:
-            found.append(f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name.")
+            found.append(
+                f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name."
+            )
         if self.vocab_size < 0:
             found.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
         return found + not_positive(self, "workers", "max_document_bytes")
@@ -108,7 +126,9 @@ def run(options: Options) -> Prepared:
 
 
 def _gathered(options: Options) -> Corpus:
-    inputs = keep_pipes(options.input, work_folder(options.output_prefix), _STDIN_SUFFIXES[options.stdin_format])
+    inputs = keep_pipes(
+        options.input, work_folder(options.output_prefix), _STDIN_SUFFIXES[options.stdin_format]
+    )
     reading = Reading(options.json_key, options.on_error, options.max_document_bytes)
     return gather(inputs, options.suffixes, reading)
 
@@ -121,7 +141,9 @@ def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 
 def _summary(prefix: Path, manifest: Manifest) -> str:
     begin = (
-        f"Documents begin with ids {list(manifest.begin_of_document)} (BOS).\n" if manifest.begin_of_document else ""
+        f"Documents begin with ids {list(manifest.begin_of_document)} (BOS).\n"
+        if manifest.begin_of_document
+        else ""
     )
     left_out = [f"{count:,} {reason}" for reason, count in manifest.left_out.items()]
     return (

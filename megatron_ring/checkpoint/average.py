@@ -50,7 +50,9 @@ def _mean(name: str, checkpoints: list[Summary], weights: list[float]) -> torch.
 
 def _state(newest: RunState, checkpoints: list[Summary], weights: list[float]) -> RunState:
     """Of the newest, but for the optimizer's part, which no moments go with, and for how it was made."""
-    shares = ", ".join(f"{weight:g} x {one.path}" for one, weight in zip(checkpoints, weights, strict=True))
+    shares = ", ".join(
+        f"{weight:g} x {one.path}" for one, weight in zip(checkpoints, weights, strict=True)
+    )
     return replace(
         newest,
         optimizer_steps=0,
@@ -63,7 +65,9 @@ def _state(newest: RunState, checkpoints: list[Summary], weights: list[float]) -
 
 def _check_free(folder: Path) -> None:
     if found := names.checkpoints(folder):
-        raise CheckpointError(f"{folder} holds checkpoints already, such as {found[0].name}. Give OUT another name.")
+        raise CheckpointError(
+            f"{folder} holds checkpoints already, such as {found[0].name}. Give OUT another name."
+        )
     lease.check_not_held(folder)
 
 

@@ -38,7 +38,11 @@ def cut(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     if first > last:
         return _in_row(shape, last, start, stop)
     rows = [(range(first, last), *whole(shape[1:]))] if first < last else []
-    return _in_row(shape, first - 1, start, first * row) + rows + _in_row(shape, last, last * row, stop)
+    return (
+        _in_row(shape, first - 1, start, first * row)
+        + rows
+        + _in_row(shape, last, last * row, stop)
+    )
 
 
 def _in_row(shape: tuple[int, ...], n: int, start: int, stop: int) -> list[Box]:
@@ -73,18 +77,24 @@ def _signed_corners(box: Box) -> dict[tuple[int, ...], int]:
 
 def overlap(a: Box, b: Box) -> Box | None:
     """What is in both, None where that is nothing."""
-    both = tuple(range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    both = tuple(
+        range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
+    )
     return both if all(both) else None
 
 
 def within(box: Box, outer: Box) -> Box:
     """``box`` in indices that count from the corner of ``outer``."""
-    return tuple(range(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True))
+    return tuple(
+        range(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True)
+    )
 
 
 def moved(box: Box, outer: Box) -> Box:
     """The other way around: a box in indices that count from the corner of ``outer``, in those of the whole."""
-    return tuple(range(x.start + y.start, x.stop + y.start) for x, y in zip(box, outer, strict=True))
+    return tuple(
+        range(x.start + y.start, x.stop + y.start) for x, y in zip(box, outer, strict=True)
+    )
 
 
 def slices(box: Box) -> tuple[slice, ...]:

@@ -15,7 +15,9 @@ _WITHOUT_TENSORS = {
 }  # fmt: skip
 
 
-def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_alone: bool = False) -> None:
+def check_same_model(
+    stored: Stored, config: Config, vocab_size: int, tensors_alone: bool = False
+) -> None:
     """Raise CheckpointError, naming every option that differs, when the checkpoint is of another model.
 
     ``tensors_alone``: of one that has other tensors, which is all that matters to a new run from its weights.
@@ -25,7 +27,9 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
     then = read_config(stored.path).model
     differing = [
         f"{name} {there} there, {here} here. Set {flag(name)}."
-        for name, there, here in _model_differences(then, stored.state.seq_length, now, config.data.seq_length)
+        for name, there, here in _model_differences(
+            then, stored.state.seq_length, now, config.data.seq_length
+        )
         if name not in ignored
     ]
     if stored.state.vocab_size != vocab_size:
@@ -33,7 +37,10 @@ def check_same_model(stored: Stored, config: Config, vocab_size: int, tensors_al
             f"vocab_size {stored.state.vocab_size} there, {vocab_size} here. Set --tokenizer-model or "
             "--padded-vocab-size."
         )
-    if now.position_embedding_type == "learned_absolute" and stored.state.seq_length != config.data.seq_length:
+    if (
+        now.position_embedding_type == "learned_absolute"
+        and stored.state.seq_length != config.data.seq_length
+    ):
         differing.append(
             f"seq_length {stored.state.seq_length} there, {config.data.seq_length} here. Set --seq-length."
         )
@@ -93,7 +100,11 @@ def _changed_store(name: str, there: list[dict[str, Any]], here: list[dict[str, 
 
 def _size(name: str, stores: list[dict[str, Any]]) -> str:
     found = next((store for store in stores if store.get("prefix") == name), None)
-    return f"{found.get('tokens')} tokens in {found.get('documents')} documents" if found else "not read"
+    return (
+        f"{found.get('tokens')} tokens in {found.get('documents')} documents"
+        if found
+        else "not read"
+    )
 
 
 def other_data(stored: Stored, config: Config) -> list[str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from megatron_ring.checkpoint import names
 from megatron_ring.errors import CheckpointError
 
-LITTER = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-fA-F]+|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+LITTER = re.compile(
+    r"\.DS_Store|\._.*|\.nfs[0-9a-fA-F]+|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE
+)
 """Files that operating systems and network file systems leave in folders."""
 
 _IMPORT = "tools/convert_checkpoint.py import {folder} OUT, and --load OUT, make a run from it."
@@ -33,7 +35,9 @@ class _Format:
 _FORMATS = (
     _Format(
         "a Hugging Face folder",
-        re.compile(r"(model|pytorch_model|tf_model|flax_model).*\.(safetensors|bin|h5|msgpack|index\.json)"),
+        re.compile(
+            r"(model|pytorch_model|tf_model|flax_model).*\.(safetensors|bin|h5|msgpack|index\.json)"
+        ),
         re.compile(r"config\.json"),
         _IMPORT,
     ),
@@ -46,21 +50,29 @@ _FORMATS = (
     ),
     _Format(
         "a DeepSpeed checkpoint",
-        re.compile(r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt|zero_pp_rank_.*"),
+        re.compile(
+            r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt|zero_pp_rank_.*"
+        ),
         None,
         _BY_HUGGING_FACE.format(tool="DeepSpeed's zero_to_fp32.py and the model's save_pretrained"),
     ),
     _Format(
         "a Megatron checkpoint",
-        re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|mp_rank_\d{2,3}(_\d{3})*|model_optim_rng\.pt"),
+        re.compile(
+            r"latest_checkpointed_iteration\.txt|iter_\d{7,}|mp_rank_\d{2,3}(_\d{3})*|model_optim_rng\.pt"
+        ),
         None,
-        _BY_HUGGING_FACE.format(tool="Megatron-LM's tools/checkpoint/convert.py or Megatron-Bridge"),
+        _BY_HUGGING_FACE.format(
+            tool="Megatron-LM's tools/checkpoint/convert.py or Megatron-Bridge"
+        ),
     ),
     _Format(
         "a torch.distributed checkpoint, such as Megatron's torch_dist",
         re.compile(r"\.metadata|.*\.distcp"),
         None,
-        _BY_HUGGING_FACE.format(tool="the program that wrote it, or Megatron-Bridge for Megatron's"),
+        _BY_HUGGING_FACE.format(
+            tool="the program that wrote it, or Megatron-Bridge for Megatron's"
+        ),
     ),
 )
 _WEIGHTS = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|gguf|npz|msgpack|h5|nemo)", re.IGNORECASE)
@@ -70,7 +82,9 @@ _OWN = re.compile(r"state\.json|tensors\.json|part-\d{5,}\.safetensors")
 def check_no_other(folder: Path) -> None:
     """Raise CheckpointError where ``folder`` is a file, a foreign checkpoint or a broken one."""
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file, and checkpoints are folders. Nearest: {folder.absolute().parent}.")
+        raise CheckpointError(
+            f"{folder} is a file, and checkpoints are folders. Nearest: {folder.absolute().parent}."
+        )
     found = content(folder)
     for known in _FORMATS:
         of_it = [name for name in found if known.names.fullmatch(name)]
@@ -79,7 +93,9 @@ def check_no_other(folder: Path) -> None:
                 f"{folder} is {known.title} ({of_it[0]}). {known.remedy.replace('{folder}', str(folder))}"
             )
     if of_ours := [name for name in found if _OWN.fullmatch(name)]:
-        raise CheckpointError(f"{folder} is a checkpoint that is not whole: it has {of_ours[0]}, and no state.json.")
+        raise CheckpointError(
+            f"{folder} is a checkpoint that is not whole: it has {of_ours[0]}, and no state.json."
+        )
     if weights := [name for name in found if _WEIGHTS.fullmatch(name)]:
         raise CheckpointError(
             f"{folder} holds no checkpoint, which is a folder named step-NNNNNNNN, but has {weights[0]}. Weights of "

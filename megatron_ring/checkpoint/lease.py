@@ -110,10 +110,17 @@ class Owner:
         Returns None where ``other`` cannot see it: on another host or in another container.
         """
         visible = self.boot_id and self.pid_namespace
-        if not visible or (self.boot_id, self.pid_namespace) != (other.boot_id, other.pid_namespace):
+        if not visible or (self.boot_id, self.pid_namespace) != (
+            other.boot_id,
+            other.pid_namespace,
+        ):
             return None
         found = ProcStat.read(self.pid)
-        return found.state if found and found.start == self.process_start and not found.has_ended else ""
+        return (
+            found.state
+            if found and found.start == self.process_start and not found.has_ended
+            else ""
+        )
 
     def is_earlier_start_of(self, other: "Owner") -> bool:
         """Return whether SLURM has requeued this process's job, and ``other`` is of the later start.
@@ -168,7 +175,11 @@ def newest(folder: Path) -> Found | None:
 
 
 def take(
-    folder: Path, owner: Owner, report: Report = print, looks: int = LOOKS, seconds: float = RENEWAL_SECONDS
+    folder: Path,
+    owner: Owner,
+    report: Report = print,
+    looks: int = LOOKS,
+    seconds: float = RENEWAL_SECONDS,
 ) -> "Lease":
     """Take the lease on ``folder``, which is made if it is missing, and renew it until it is released.
 
@@ -199,7 +210,9 @@ def take(
             return lease
 
 
-def check_not_held(folder: Path, report: Report = print, looks: int = LOOKS, seconds: float = RENEWAL_SECONDS) -> None:
+def check_not_held(
+    folder: Path, report: Report = print, looks: int = LOOKS, seconds: float = RENEWAL_SECONDS
+) -> None:
     """Raise CheckpointError where a run holds ``folder``, for tools that write to it once. Blocks as ``take`` does."""
     owner = Owner.here()
     with disk.write_errors(folder):
@@ -208,7 +221,9 @@ def check_not_held(folder: Path, report: Report = print, looks: int = LOOKS, sec
                 return
 
 
-def _is_free(folder: Path, found: Found, owner: Owner, report: Report, looks: int, seconds: float) -> bool:
+def _is_free(
+    folder: Path, found: Found, owner: Owner, report: Report, looks: int, seconds: float
+) -> bool:
     """Return True once the lease ``found`` may be taken over, False where another one has replaced it.
 
     Raises CheckpointError where its run is alive.
@@ -239,7 +254,9 @@ def _is_free(folder: Path, found: Found, owner: Owner, report: Report, looks: in
         if again.signature != found.signature and not (again.record and again.record.released):
             raise _in_use(folder, again)
         found = again
-    report(f"lease            {folder} was held by a run that did not renew it for {looks * seconds:.0f} s: {found}")
+    report(
+        f"lease            {folder} was held by a run that did not renew it for {looks * seconds:.0f} s: {found}"
+    )
     return True
 
 
@@ -323,7 +340,9 @@ class Lease:
 
     def keep_renewing(self, seconds: float) -> None:
         """Renew every ``seconds`` seconds, in a daemon thread, so that the length of a step does not matter."""
-        self._thread = threading.Thread(target=self._renew_until_ending, args=(seconds,), name="lease", daemon=True)
+        self._thread = threading.Thread(
+            target=self._renew_until_ending, args=(seconds,), name="lease", daemon=True
+        )
         self._thread.start()
 
     def release(self) -> None:
@@ -397,7 +416,9 @@ class Lease:
     def _continue_as(self, number: int) -> None:
         """Create the lease ``number`` and hold that instead, unless another run has been faster."""
         if number > _LARGEST_NUMBER:
-            raise OSError(errno.EOVERFLOW, f"{_path(self.folder, number - 1)} is no lease; delete it")
+            raise OSError(
+                errno.EOVERFLOW, f"{_path(self.folder, number - 1)} is no lease; delete it"
+            )
         path = _path(self.folder, number)
         try:
             descriptor = _create(path)

@@ -50,7 +50,9 @@ def verify(path: Path) -> None:
     """
     _, files = described(path)
     total = sum(record.bytes for record in files.values())
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, delay=1, disable=None, leave=False) as bar:
+    with tqdm(
+        total=total, desc=path.name, unit="B", unit_scale=True, delay=1, disable=None, leave=False
+    ) as bar:
         for name, record in files.items():
             with _named(path):
                 store.check(path, {name: record})

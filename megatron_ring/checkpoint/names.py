@@ -50,7 +50,9 @@ def kept_path(path: Path) -> Path:
     """A free name for what was in the folder of the checkpoint at ``path`` and no part of it."""
     first = path.with_name(f"{_KEPT}{path.name.removeprefix(f'{REMOVED}{_STEP}')}")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free))
+    return next(
+        free for free in (first, *itertools.islice(others, 1000)) if not os.path.lexists(free)
+    )
 
 
 def earlier_path(folder: Path) -> Path:
@@ -95,9 +97,13 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     if not os.path.lexists(pointer):
         return found, []
     name = _content(pointer)
-    up_to = [path for path in found if _NAME.fullmatch(name) and step_of(path) <= step_of(Path(name))]
+    up_to = [
+        path for path in found if _NAME.fullmatch(name) and step_of(path) <= step_of(Path(name))
+    ]
     there = name in [path.name for path in found]
-    return up_to or found, [] if there else [f"{pointer} is passed over: it names {name!r}, which is not there."]
+    return up_to or found, [] if there else [
+        f"{pointer} is passed over: it names {name!r}, which is not there."
+    ]
 
 
 def _content(pointer: Path) -> str:
@@ -113,4 +119,6 @@ def _entries(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoints in {folder}: {error.strerror}. Set --load.") from error
+        raise CheckpointError(
+            f"cannot read the checkpoints in {folder}: {error.strerror}. Set --load."
+        ) from error

@@ -31,7 +31,10 @@ def described(summary: Summary) -> Iterator[str]:
         f"processes {state.processes or 'unknown'}"
     )
     changed = differing(summary.config, Config())
-    yield from _listed("config, where it is not the default", {key: repr(value) for key, (value, _) in changed.items()})
+    yield from _listed(
+        "config, where it is not the default",
+        {key: repr(value) for key, (value, _) in changed.items()},
+    )
     yield from _listed("files", _files(summary.files))
     if summary.other_files:
         yield f"in its folder, and no part of it: {', '.join(summary.other_files)}"
@@ -56,12 +59,18 @@ def compared(comparison: Comparison, names: Names) -> Iterator[str]:
     a, b = comparison.a, comparison.b
     yield f"first: {a.path}, step {a.state.step:,}"
     yield f"second: {b.path}, step {b.state.step:,}"
-    options = {key: f"{first!r} and {second!r}" for key, (first, second) in comparison.settings.items()}
+    options = {
+        key: f"{first!r} and {second!r}" for key, (first, second) in comparison.settings.items()
+    }
     yield from _listed("config, where they differ", options)
     yield from (f"only in the first: {name}" for name in names.only_first)
     yield from (f"only in the second: {name}" for name in names.only_second)
-    shapes = {name: [_cell(list(one.tensors.shapes[name])) for one in (a, b)] for name in names.reshaped}
-    yield from (f"two shapes: {name} {first} and {second}" for name, (first, second) in shapes.items())
+    shapes = {
+        name: [_cell(list(one.tensors.shapes[name])) for one in (a, b)] for name in names.reshaped
+    }
+    yield from (
+        f"two shapes: {name} {first} and {second}" for name, (first, second) in shapes.items()
+    )
 
 
 def comparison_document(comparison: Comparison, names: Names) -> dict[str, Any]:
@@ -83,7 +92,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     cells += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for name, *others in cells:
-        yield name.ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        yield name.ljust(widths[0]) + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(others, widths[1:])
+        )
 
 
 def _files(sizes: dict[str, int]) -> dict[str, str]:

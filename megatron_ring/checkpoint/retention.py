@@ -36,7 +36,10 @@ def outdated(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
 
 
 def remove_outdated(
-    folder: Path, newest: int, config: CheckpointConfig, note: Callable[[str], None] = lambda _: None
+    folder: Path,
+    newest: int,
+    config: CheckpointConfig,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Delete what --keep-last and --keep-every let go, now that the checkpoint of step ``newest``
     is whole.
@@ -49,7 +52,9 @@ def remove_outdated(
         put_aside(names.final_path(folder, step))
     for path in names.hidden(folder, names.REMOVED):
         if kept := remove(path):
-            note(f"{kept} has what was in {path.name.removeprefix(names.REMOVED)} and is no part of a checkpoint")
+            note(
+                f"{kept} has what was in {path.name.removeprefix(names.REMOVED)} and is no part of a checkpoint"
+            )
 
 
 def put_aside(path: Path) -> None:
@@ -62,7 +67,9 @@ def clear_leftovers(folder: Path) -> None:
     """Delete what killed saves have left, but not the last checkpoint there is."""
     for path in names.hidden(folder, names.PARTIAL):
         disk.delete(path)
-    visible = [path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)]
+    visible = [
+        path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)
+    ]
     for path in names.hidden(folder, names.REMOVED) if visible else []:
         remove(path)
 
@@ -100,7 +107,9 @@ def _files(folder: Path) -> Iterator[str]:
     """Everything in ``folder`` that is no folder, and links to folders, which are not followed."""
     for parent, inner, found in os.walk(folder):
         links = [name for name in inner if os.path.islink(os.path.join(parent, name))]
-        yield from (os.path.relpath(os.path.join(parent, name), folder) for name in (*found, *links))
+        yield from (
+            os.path.relpath(os.path.join(parent, name), folder) for name in (*found, *links)
+        )
 
 
 def _own(folder: Path) -> set[str]:
@@ -112,7 +121,10 @@ def _own(folder: Path) -> set[str]:
     return {
         name
         for name in _files(folder)
-        if name in recorded or name == STATE or _OWN.fullmatch(name) or LITTER.fullmatch(os.path.basename(name))
+        if name in recorded
+        or name == STATE
+        or _OWN.fullmatch(name)
+        or LITTER.fullmatch(os.path.basename(name))
     }
 
 

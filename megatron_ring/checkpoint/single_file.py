@@ -45,10 +45,15 @@ def consolidate(checkpoint: Summary, file: Path, kind: str, dtype: torch.dtype |
     too large for ``dtype`` or the file cannot be written.
     """
     kept, shapes = checkpoint.tensors, checkpoint.tensors.shapes
-    entries = [Entry(name, dtype or kept.dtype(name, kind), shapes[name]) for name in checkpoint.names(kind, "*")]
+    entries = [
+        Entry(name, dtype or kept.dtype(name, kind), shapes[name])
+        for name in checkpoint.names(kind, "*")
+    ]
     # As safetensors has it: large types first, so that every tensor begins at a multiple of its elements' size.
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    return write(file, entries, lambda entry: kept.read(entry.name, kind), metadata(checkpoint, kind))
+    return write(
+        file, entries, lambda entry: kept.read(entry.name, kind), metadata(checkpoint, kind)
+    )
 
 
 def metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
@@ -56,10 +61,17 @@ def metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
     state = checkpoint.state
     told = {"step": state.step, "vocab_size": state.vocab_size, "seq_length": state.seq_length}
     model = json.dumps(asdict(checkpoint.config.model))
-    return {"format": "pt", "kind": kind, "model": model, **{key: str(value) for key, value in told.items()}}
+    return {
+        "format": "pt",
+        "kind": kind,
+        "model": model,
+        **{key: str(value) for key, value in told.items()},
+    }
 
 
-def write(file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor], about: dict[str, str]) -> int:
+def write(
+    file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor], about: dict[str, str]
+) -> int:
     """Write what ``read`` gives for each of ``entries``, in the entry's type; returns the bytes of the file."""
     partial = file.with_name(f".partial-{file.name}")
     try:
@@ -71,7 +83,9 @@ def write(file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor
         disk.flush(partial)
         disk.rename(partial, file)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be written: {error.strerror}. Give FILE another name.") from error
+        raise CheckpointError(
+            f"{file} cannot be written: {error.strerror}. Give FILE another name."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -83,7 +97,11 @@ def header(entries: Iterable[Entry], about: dict[str, str]) -> bytes:
     content, end = {"__metadata__": about}, 0
     for entry in entries:
         start, end = end, end + entry.bytes
-        content[entry.name] = {"dtype": _CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+        content[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

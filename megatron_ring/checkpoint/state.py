@@ -80,7 +80,11 @@ class FileRecord:
         size = path.stat().st_size
         if size != self.bytes:
             return f"has {size} bytes, {self.bytes} were written"
-        return None if FileRecord.of(path) == self else f"has other bytes than the {self.bytes} that were written"
+        return (
+            None
+            if FileRecord.of(path) == self
+            else f"has other bytes than the {self.bytes} that were written"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ def encode(state: RunState, files: dict[str, FileRecord]) -> bytes:
 
     Raises CheckpointError for values that ``decode`` would refuse.
     """
-    document = asdict(state) | {"files": {name: asdict(record) for name, record in sorted(files.items())}}
+    document = asdict(state) | {
+        "files": {name: asdict(record) for name, record in sorted(files.items())}
+    }
     body = json.dumps(document, indent=2).removesuffix("\n}").encode()
     content = body + _LAST_LINE % _sha256(body)
     decode(content)

@@ -68,7 +68,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
         apart += float(off.square().sum())
         largest = max(largest, _largest(off))
         count += len(off)
-    return Difference(equal, _ratio(math.sqrt(apart), math.sqrt(squares)), largest, a.numel() - count)
+    return Difference(
+        equal, _ratio(math.sqrt(apart), math.sqrt(squares)), largest, a.numel() - count
+    )
 
 
 def _stretches(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

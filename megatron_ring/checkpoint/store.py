@@ -120,7 +120,9 @@ def first_whole(
         except CheckpointError as fault:
             skipped.append(f"{path} is passed over: {fault}.")
     if skipped:
-        raise CheckpointError([f"{folder} holds no whole checkpoint. Set --load to another folder.", *skipped])
+        raise CheckpointError(
+            [f"{folder} holds no whole checkpoint. Set --load to another folder.", *skipped]
+        )
     return None
 
 
@@ -145,7 +147,9 @@ def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
             raise CheckpointError(f"its {STATE} is missing")
         state, files = decode(read_bytes(path / STATE))
         if names.is_checkpoint(path) and names.step_of(path) != state.step:
-            raise CheckpointError(f"its {STATE} is of step {state.step}, and its name of step {names.step_of(path)}")
+            raise CheckpointError(
+                f"its {STATE} is of step {state.step}, and its name of step {names.step_of(path)}"
+            )
         return state, files
 
 
@@ -160,7 +164,9 @@ def read_config(path: Path) -> Config:
     try:
         return load_yaml(path / CONFIG, remedy="Give another checkpoint.")
     except ConfigError as error:
-        raise CheckpointError([f"{path} has a {CONFIG} that no run writes:", *error.problems]) from error
+        raise CheckpointError(
+            [f"{path} has a {CONFIG} that no run writes:", *error.problems]
+        ) from error
 
 
 def check(path: Path, files: dict[str, FileRecord]) -> None:

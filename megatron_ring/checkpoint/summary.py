@@ -52,11 +52,17 @@ class Summary:
         """Raise CheckpointError where nothing of ``kind`` is kept."""
         if kind not in self.tensors.kinds:
             kept = ", ".join(self.tensors.kinds)
-            raise CheckpointError(f"{self.path} keeps no {kind} of its parameters, but {kept}. Set --kind.")
+            raise CheckpointError(
+                f"{self.path} keeps no {kind} of its parameters, but {kept}. Set --kind."
+            )
 
     def shapes(self, pattern: str) -> Shapes:
         """Those of the parameters whose names fit a shell pattern, in order."""
-        return {name: shape for name, shape in sorted(self.tensors.shapes.items()) if fnmatchcase(name, pattern)}
+        return {
+            name: shape
+            for name, shape in sorted(self.tensors.shapes.items())
+            if fnmatchcase(name, pattern)
+        }
 
     def names(self, kind: str, pattern: str) -> list[str]:
         """The parameters whose names fit ``pattern``; CheckpointError where there are none, or nothing of ``kind``."""
@@ -87,7 +93,11 @@ class Summary:
 def settings(config: Config) -> dict[str, Any]:
     """Every option as ``section.key``."""
     sections = {name: value for name, value in asdict(config).items() if isinstance(value, dict)}
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.items()
+    }
 
 
 def differing(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

@@ -89,5 +89,7 @@ class _Document:
 def _parts(name: str, entry: _Entry) -> list[tuple[Box, str]]:
     parts = [(boxes.parse(box), file) for box, file in entry.boxes.items()]
     if not boxes.partition([box for box, _ in parts], entry.shape):
-        raise CheckpointError(f"{INDEX}: the boxes of {name} do not make up its shape {entry.shape}")
+        raise CheckpointError(
+            f"{INDEX}: the boxes of {name} do not make up its shape {entry.shape}"
+        )
     return parts

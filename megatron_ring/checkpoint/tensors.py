@@ -22,7 +22,15 @@ from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.mapped_files import MappedFiles
 from megatron_ring.checkpoint.tensor_index import BYTES as INDEX_BYTES
-from megatron_ring.checkpoint.tensor_index import INDEX, WEIGHT, Shapes, Written, decode, encode, part_name
+from megatron_ring.checkpoint.tensor_index import (
+    INDEX,
+    WEIGHT,
+    Shapes,
+    Written,
+    decode,
+    encode,
+    part_name,
+)
 from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
 from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
 from megatron_ring.errors import CheckpointError
@@ -44,7 +52,9 @@ class Piece:
 
     def on_cpu(self) -> "Piece":
         """A copy that what becomes of the values leaves alone."""
-        return Piece(self.name, self.box, {kind: x.to("cpu", copy=True) for kind, x in self.values.items()})
+        return Piece(
+            self.name, self.box, {kind: x.to("cpu", copy=True) for kind, x in self.values.items()}
+        )
 
 
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
@@ -54,7 +64,9 @@ def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Writt
     or infinite.
     """
     pieces, path = list(pieces), folder / part_name(number)
-    content = {_key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()}
+    content = {
+        _key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()
+    }
     for key, values in content.items():
         check_finite(values, key)
     with _write_errors(path):
@@ -62,7 +74,9 @@ def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Writt
     return [(piece.name, piece.box) for piece in pieces]
 
 
-def write_index(folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]) -> None:
+def write_index(
+    folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]
+) -> None:
     """Write the index of the parts 0, 1, ..., of which ``write_part`` returned ``parts``; ``shapes``: whole ones.
 
     Raises CheckpointError, also where its boxes do not have every element of every parameter once.
@@ -77,7 +91,10 @@ def write_whole(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch
     ``tensors`` are asked for one after another, so that memory holds one part of them. Raises CheckpointError.
     """
     pieces = (Piece(name, boxes.whole(shapes[name]), {WEIGHT: values}) for name, values in tensors)
-    parts = [write_part(folder, number, part) for number, part in enumerate(_in_parts(pieces, PART_BYTES))]
+    parts = [
+        write_part(folder, number, part)
+        for number, part in enumerate(_in_parts(pieces, PART_BYTES))
+    ]
     write_index(folder, shapes, [WEIGHT], parts)
 
 
@@ -153,15 +170,24 @@ class Tensors:
             common = boxes.overlap(stored, box)
             if common is not None:
                 values = self._stored(name, kind, stored, file)
-                yield boxes.slices(boxes.within(common, box)), values, boxes.slices(boxes.within(common, stored))
+                yield (
+                    boxes.slices(boxes.within(common, box)),
+                    values,
+                    boxes.slices(boxes.within(common, stored)),
+                )
 
     def _stored(self, name: str, kind: str, box: Box, file: str) -> Any:
         """What ``file`` has of a box, unread. Raises CheckpointError where it is not what the index says."""
         key, path = _key(kind, name, box), self.path / file
         with _read_errors(path):
             values = self._files.open(file).get_slice(key)
-        if values.get_shape() != [len(indices) for indices in box] or values.get_dtype() not in TYPES:
-            raise CheckpointError(f"{path} cannot be read: {key} is {values.get_dtype()} {values.get_shape()} there")
+        if (
+            values.get_shape() != [len(indices) for indices in box]
+            or values.get_dtype() not in TYPES
+        ):
+            raise CheckpointError(
+                f"{path} cannot be read: {key} is {values.get_dtype()} {values.get_shape()} there"
+            )
         return values
 
     def _filled(self, out: torch.Tensor, pieces: Iterable[_Read]) -> torch.Tensor:
@@ -180,7 +206,9 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(
+            f"{path.name}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -75,10 +75,16 @@ class ContextParallelAttention:
         return ulysses.gather_heads(out_BLhD, lse_BhL, self.members)
 
     def _of_shards(
-        self, q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, window: int, document_starts: torch.Tensor | None
+        self,
+        q_BLHD: torch.Tensor,
+        kv_2BLGD: torch.Tensor,
+        window: int,
+        document_starts: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, length, *_ = q_BLHD.shape
-        assert length == self.layout.shard_length, "queries of another length than the layout's shard"
+        assert length == self.layout.shard_length, (
+            "queries of another length than the layout's shard"
+        )
         settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
         settings += self.place.layer, self.place.numbers, self.reduction
         arrange = functools.partial(to_kernel_layout, self.kernel)
@@ -86,7 +92,9 @@ class ContextParallelAttention:
             return ring_attention(arrange(q_BLHD), arrange(kv_2BLGD), None, 1, *settings)
         # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
         q_1NHD, kv_21NGD = q_BLHD.flatten(0, 1).unsqueeze(0), kv_2BLGD.flatten(1, 2).unsqueeze(1)
-        out_1NHD, lse_1HN = ring_attention(arrange(q_1NHD), arrange(kv_21NGD), document_starts, batch, *settings)
+        out_1NHD, lse_1HN = ring_attention(
+            arrange(q_1NHD), arrange(kv_21NGD), document_starts, batch, *settings
+        )
         return out_1NHD.view_as(q_BLHD), lse_1HN.view(-1, batch, length).transpose(0, 1)
 
 
@@ -110,7 +118,9 @@ def ring_attention(
     With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a ProgressTracker' numbers.
     """
     noted = ProgressTracker(place)
-    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
+    ring = _ring(
+        q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted
+    )
     with noted.in_ring(layer, Direction.FORWARD):
         return REDUCTIONS[reduction].forward(q_BLHD, kv_2BLGD, ring)
 
@@ -136,7 +146,9 @@ def ring_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``backward`` of ``REDUCTIONS[reduction]``, its gradients cast to the types of q and kv."""
     noted = ProgressTracker(place)
-    ring = _ring(q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted)
+    ring = _ring(
+        q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted
+    )
     with noted.in_ring(layer, Direction.BACKWARD):
         reduce = REDUCTIONS[reduction].backward
         dq_BLHD, dkv_2BLGD = reduce(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
@@ -152,7 +164,9 @@ def _(q_BLHD, kv_2BLGD, *settings):
 
 @ring_attention_backward.register_fake
 def _(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BLHD, kv_2BLGD))
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BLHD, kv_2BLGD)
+    )
 
 
 def _keep_for_backward(ctx, inputs, output):

@@ -44,14 +44,18 @@ class _Hop(NamedTuple):
     last: bool
 
 
-def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ring.forward``, and with the same bits for every size of the ring."""
     q_nBlHD, kv_n2BlGD = _blocks(q_BLHD, 1, ring), _blocks(kv_2BLGD, 2, ring)
     states = [RunningSoftmax.empty(q_BlHD) for q_BlHD in q_nBlHD]
     for hop in _hops(ring):
         travelling = None if hop.last else ring.exchange.start(kv_n2BlGD, hop.distance)
         for queries, keys, runs in hop.pairs:
-            ring.kernel.forward(q_nBlHD[queries], *kv_n2BlGD[keys], runs, ring.scale, states[queries])
+            ring.kernel.forward(
+                q_nBlHD[queries], *kv_n2BlGD[keys], runs, ring.scale, states[queries]
+            )
         if travelling:
             kv_n2BlGD = travelling.wait()
     out_BLHD = _joined([state.out_BLHD for state in states], 1)
@@ -101,7 +105,11 @@ def _pairs(ring: Ring, offsets: tuple[int, ...]) -> Iterator[_Pair]:
     for offset in offsets:
         for of_queries in range(ring.ring_rank, BLOCKS, ranks):
             of_keys = (of_queries - offset) % BLOCKS
-            yield _Pair(of_queries // ranks, of_keys // ranks, hop_runs(layout, of_queries, of_keys, ring.mask))
+            yield _Pair(
+                of_queries // ranks,
+                of_keys // ranks,
+                hop_runs(layout, of_queries, of_keys, ring.mask),
+            )
 
 
 def _blocks(x: torch.Tensor, tokens_dim: int, ring: Ring) -> torch.Tensor:

@@ -62,10 +62,21 @@ def _all_around(layout: "Layout", reach: int) -> int:
 
 
 _LAYOUTS: dict[str, _Rules] = {
-    "none": _Rules(_contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to),
-    "ring": _Rules(_contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to),
-    "striped": _Rules(_striped, lambda ring_size, stripe: ring_size * stripe, "ring size x stripe size", _all_around),
-    "zigzag": _Rules(_zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size", _all_around),
+    "none": _Rules(
+        _contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to
+    ),
+    "ring": _Rules(
+        _contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to
+    ),
+    "striped": _Rules(
+        _striped,
+        lambda ring_size, stripe: ring_size * stripe,
+        "ring size x stripe size",
+        _all_around,
+    ),
+    "zigzag": _Rules(
+        _zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size", _all_around
+    ),
 }
 
 NAMES = tuple(_LAYOUTS)
@@ -92,7 +103,9 @@ class Layout:
         """L, the tokens each ring rank owns."""
         return self.seq_length // self.ring_size
 
-    def positions(self, ring_rank: int, ulysses_rank: int = 0, ulysses_size: int = 1) -> torch.Tensor:
+    def positions(
+        self, ring_rank: int, ulysses_rank: int = 0, ulysses_size: int = 1
+    ) -> torch.Tensor:
         """The positions in the sample of a process's tokens: (l,) int64, increasing.
 
         Of the shard of ``ring_rank``, Ulysses member u of U holds the u-th of U equal runs; alone, (L,), all of it.
@@ -107,10 +120,14 @@ class Layout:
         return _LAYOUTS[self.name].hops(self, reach)
 
     @staticmethod
-    def problems(name: str, seq_length: int, ring_size: int, stripe_size: int = 1, ulysses_size: int = 1) -> list[str]:
+    def problems(
+        name: str, seq_length: int, ring_size: int, stripe_size: int = 1, ulysses_size: int = 1
+    ) -> list[str]:
         """Why these numbers make no layout, each reason with its rule, the nearest legal values and the flag."""
         if name not in _LAYOUTS:
-            return [f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. Set --context-parallel."]
+            return [
+                f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. Set --context-parallel."
+            ]
         if stripe_size < 1:
             return [f"stripe_size {stripe_size} must be at least 1. Set --stripe-size."]
         if name == "none" and ring_size > 1:
@@ -121,7 +138,9 @@ class Layout:
         return _length_problems(name, seq_length, ring_size, stripe_size, ulysses_size)
 
 
-def _length_problems(name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int) -> list[str]:
+def _length_problems(
+    name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int
+) -> list[str]:
     finest, rule = ring_size * ulysses_size, _LAYOUTS[name].rule
     multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), finest)
     if seq_length > 0 and seq_length % multiple == 0:
@@ -144,7 +163,9 @@ _ROUNDS_OF_A_PACK = 32
 _ROUND_OF_A_PACK = 2048
 
 
-def auto_stripe_size(seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0) -> int:
+def auto_stripe_size(
+    seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0
+) -> int:
     """What --stripe-size auto stands for: the widest of a kernel's favourite ``widths`` that deals out evenly, else 1.
 
     Evenly is as often forth as back. Where documents are ``packed`` it is also in many rounds, and short ones unless no

@@ -29,10 +29,14 @@ class Mask:
     window: int = 0
     document_starts: tuple[int, ...] = ()
     samples: int = 1
-    runs: dict[tuple[Layout, int, int], KeyRanges] = field(default_factory=dict, init=False, repr=False, compare=False)
+    runs: dict[tuple[Layout, int, int], KeyRanges] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self):
-        assert self.samples == 1 or self.document_starts, "samples end to end, and nothing that keeps them apart"
+        assert self.samples == 1 or self.document_starts, (
+            "samples end to end, and nothing that keeps them apart"
+        )
 
     def first_visible(self, positions: torch.Tensor) -> torch.Tensor | None:
         """first(p) of each of ``positions``, non-decreasing as they are; None where it is 0 for all."""
@@ -58,7 +62,9 @@ CAUSAL = Mask()
 
 
 def key_runs(
-    query_positions: torch.Tensor, key_positions: torch.Tensor, first_visible: torch.Tensor | None = None
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
 ) -> KeyRanges:
     """The runs of keys that queries at ``query_positions`` see among keys at ``key_positions``, both increasing.
 
@@ -79,7 +85,9 @@ def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -
     if key not in mask.runs:
         if len(mask.runs) >= _MOST_RUNS:
             mask.runs.pop(next(iter(mask.runs)))
-        queries, keys = (_end_to_end(layout.positions(rank), layout, mask) for rank in (ring_rank, source))
+        queries, keys = (
+            _end_to_end(layout.positions(rank), layout, mask) for rank in (ring_rank, source)
+        )
         mask.runs[key] = key_runs(queries, keys, mask.first_visible(queries))
     return mask.runs[key]
 

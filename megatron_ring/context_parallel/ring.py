@@ -54,7 +54,9 @@ class Ring:
     scale: float
     exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
     mask: Mask = CAUSAL
-    on_hop: Callable[[int, int], object] = lambda hop, hops: None  # told of each, for those who watch
+    on_hop: Callable[[int, int], object] = lambda hop, hops: (
+        None
+    )  # told of each, for those who watch
     # Given q and kv, whether backward sends the queries rather than the keys.
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
     # Whether backward keeps half of the work on own keys for the last message, which costs calls (docs/decisions/0013).
@@ -92,17 +94,23 @@ class Ring:
         """Send what is needed again in the next hop; the last hop's keys or queries need not come home."""
         return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
 
-    def send_grad_accumulators(self, sums: torch.Tensor, hop: int, distance: int) -> Transfer | None:
+    def send_grad_accumulators(
+        self, sums: torch.Tensor, hop: int, distance: int
+    ) -> Transfer | None:
         """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut.
 
         Not those of the first hop, in which what travels has not left its rank.
         """
         if hop == 0:
             return None
-        return self.exchange.start(sums, distance if hop < self.hops - 1 else -distance * (self.hops - 1))
+        return self.exchange.start(
+            sums, distance if hop < self.hops - 1 else -distance * (self.hops - 1)
+        )
 
 
-def forward(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of this rank's queries over the whole sequence: causal, and narrower where the mask is.
 
     ``kv_2BLGD`` holds K and V, dense, so that they travel as one message. Returns the output in q's type and
@@ -149,12 +157,17 @@ class QuerySide(NamedTuple):
     lse_BHL: torch.Tensor
 
 
-def _keys_travel(own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_travel(
+    own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(own_2BLGD, ring)
     dq_BLHD, own_sums, kv_2BLGD, sums = zero_sums(own.q_BLHD), zero_sums(own_2BLGD), own_2BLGD, None
     for hop in ring.hop_indices():
         travelling = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD, runs = zero_sums(kv_2BLGD) if hop else own_sums, ring.runs(ring.ring_rank, ring.keys_of(hop))
+        dkv_2BLGD, runs = (
+            zero_sums(kv_2BLGD) if hop else own_sums,
+            ring.runs(ring.ring_rank, ring.keys_of(hop)),
+        )
         _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
@@ -165,14 +178,19 @@ def _keys_travel(own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring) -> tuple[t
     return dq_BLHD, own_sums.add_(sums.wait()) if sums else own_sums
 
 
-def _queries_travel(own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[torch.Tensor, torch.Tensor]:
+def _queries_travel(
+    own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
     every, early, late = _heads(kv_2BLGD, ring)
     dkv_2BLGD, own_sums, rows, sums = zero_sums(kv_2BLGD), zero_sums(own.q_BLHD), own, None
     load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
     message = packed(load) if ring.hops > 1 else None
     for hop in ring.hop_indices():
         travelling = ring.send_kv_or_q(message, hop, distance=-1)
-        dq_BLHD, runs = zero_sums(own.q_BLHD) if hop else own_sums, ring.runs(ring.queries_of(hop), ring.ring_rank)
+        dq_BLHD, runs = (
+            zero_sums(own.q_BLHD) if hop else own_sums,
+            ring.runs(ring.queries_of(hop), ring.ring_rank),
+        )
         _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if sums:
             dq_BLHD = sums.wait().add_(dq_BLHD)

@@ -80,7 +80,9 @@ def all_to_all_heads(
     cut = [_as_type(x, narrowest).chunk(members, split) for x in tensors]
     pieces = [piece for of_member in zip(*cut) for piece in of_member]
     received = unpacked(_all_to_all(pieces, group), pieces)
-    return [torch.cat(received[i :: len(tensors)], join).view(x.dtype) for i, x in enumerate(tensors)]
+    return [
+        torch.cat(received[i :: len(tensors)], join).view(x.dtype) for i, x in enumerate(tensors)
+    ]
 
 
 def _all_to_all(pieces: list[torch.Tensor], group: str) -> torch.Tensor:
@@ -109,7 +111,13 @@ def _keep_for_backward(ctx, inputs, output):
 def _backward(ctx, gradients):
     given = [gradient for gradient in gradients if gradient is not None]
     traded = iter(all_to_all_heads(given, ctx.join, ctx.split, *ctx.members))
-    return [None if gradient is None else next(traded) for gradient in gradients], None, None, None, None
+    return (
+        [None if gradient is None else next(traded) for gradient in gradients],
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 all_to_all_heads.register_autograd(_backward, setup_context=_keep_for_backward)

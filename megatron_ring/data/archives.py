@@ -104,7 +104,9 @@ def _zip_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # encrypted, or a method that is not known
-        raise DataError(f"{file} cannot be read: {error}. Unpack it, or leave it out of --input.") from error
+        raise DataError(
+            f"{file} cannot be read: {error}. Unpack it, or leave it out of --input."
+        ) from error
     except (zipfile.BadZipFile, ValueError, IndexError, OverflowError, struct.error) as error:
         raise damaged(str(file), error) from error
 
@@ -180,7 +182,9 @@ def _pax_records(records: bytes, name: str) -> dict[str, bytes]:
 def _small(content: io.BufferedReader, size: int, name: str) -> bytes:
     """The content of an extended header, and its padding passed over."""
     if not 0 <= size <= _LONGEST_EXTENDED_HEADER:
-        raise damaged(name, f"an extended header of {size} bytes, {_LONGEST_EXTENDED_HEADER} at most are read")
+        raise damaged(
+            name, f"an extended header of {size} bytes, {_LONGEST_EXTENDED_HEADER} at most are read"
+        )
     found = _exactly(content, size, name)
     _skip(content, -size % _BLOCK, name)
     return found

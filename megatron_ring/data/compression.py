@@ -82,7 +82,9 @@ def opened(file: Path, limit: ExpansionLimit | None = None) -> Iterator[io.Buffe
         yield decompressed(raw, str(file), split_name(file.name)[1], limit or own)
 
 
-def decompressed(raw: io.BufferedReader, name: str, suffix: str, limit: ExpansionLimit) -> io.BufferedReader:
+def decompressed(
+    raw: io.BufferedReader, name: str, suffix: str, limit: ExpansionLimit
+) -> io.BufferedReader:
     """The content of ``raw``, whose name ends with ``suffix`` if it is that of a compression.
 
     What it expands to is counted by ``limit``.

@@ -72,7 +72,8 @@ class Corpus:
             # Plain JSON lines can be read from anywhere in a file; nothing else can.
             if size > part and is_plain_json_lines(file, self.reading.json_key):
                 yield from (
-                    Piece(file, start, min(start + part, size), part_of_lines=True) for start in range(0, size, part)
+                    Piece(file, start, min(start + part, size), part_of_lines=True)
+                    for start in range(0, size, part)
                 )
             elif size:
                 yield Piece(file, 0, size)
@@ -139,7 +140,9 @@ def python_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(_library_files(root))
     if not files:
-        raise DataError(f"Python's library in {root} comes without its source text (*.py). Set --data-path.")
+        raise DataError(
+            f"Python's library in {root} comes without its source text (*.py). Set --data-path."
+        )
     return Corpus(tuple(files))
 
 

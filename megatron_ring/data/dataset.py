@@ -50,7 +50,9 @@ class Dataset:
         Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the others, and
         for documents without ends where ``config`` wants them told apart.
         """
-        weights = config.blend or {str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)}
+        weights = config.blend or {
+            str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)
+        }
         maps = OpenMaps()
         stores = [TokenStore(prefix, maps) for prefix in weights]
         _refuse_different_tokenizers(list(weights))
@@ -68,13 +70,21 @@ def _parts(
     store: TokenStore, config: DataConfig, seed: int, vocab_size: int
 ) -> list[SampleStream | WholeDocumentStream | None]:
     """The samples of one store for each share of the split, None for a share of 0."""
-    kind = SampleStream if config.packing == "concatenate" else partial(WholeDocumentStream, fit=config.packing)
+    kind = (
+        SampleStream
+        if config.packing == "concatenate"
+        else partial(WholeDocumentStream, fit=config.packing)
+    )
     try:
         _refuse_empty_parts(config, len(store.lengths))
         parts = split_documents(store.lengths, config.shares, config.seq_length)
     except (ConfigError, DataError) as error:
-        raise type(error)(f"token store {store.prefix}: {problem}" for problem in error.problems) from error
-    return [kind(store, part, config.seq_length, seed, vocab_size) if part else None for part in parts]
+        raise type(error)(
+            f"token store {store.prefix}: {problem}" for problem in error.problems
+        ) from error
+    return [
+        kind(store, part, config.seq_length, seed, vocab_size) if part else None for part in parts
+    ]
 
 
 def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
@@ -86,7 +96,9 @@ def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
         return
     names = [
         name
-        for name, share, part in zip(PARTS, config.shares, document_ranges(documents, config.shares))
+        for name, share, part in zip(
+            PARTS, config.shares, document_ranges(documents, config.shares)
+        )
         if share > 0 and not part
     ]
     if names:
@@ -130,7 +142,9 @@ def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:
     if not packing.flags:
         return
     written = np.flatnonzero(store.lengths)
-    looked_at = written[np.linspace(0, len(written) - 1, min(_LOOKED_AT, len(written))).astype(np.int64)]
+    looked_at = written[
+        np.linspace(0, len(written) - 1, min(_LOOKED_AT, len(written))).astype(np.int64)
+    ]
     unended = [n for n in looked_at if store.document(n)[-1] != packing.end_of_document]
     if unended:
         raise DataError(

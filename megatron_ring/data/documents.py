@@ -146,7 +146,9 @@ def is_plain_json_lines(file: Path, json_key: str) -> bool:
             return False
 
 
-def _file_documents(file: Path, content: io.BufferedReader, reading: Reading, limit: ExpansionLimit) -> Iterator[Found]:
+def _file_documents(
+    file: Path, content: io.BufferedReader, reading: Reading, limit: ExpansionLimit
+) -> Iterator[Found]:
     suffix, compression = split_name(file.name)
     kind = _kind(content, str(file), suffix, reading)
     if not isinstance(kind, Kind):
@@ -194,7 +196,9 @@ def _members(
                 yield from _content_documents(kind, content, shown, reading)
 
 
-def _kind(content: io.BufferedReader, name: str, suffix: str, reading: Reading) -> Kind | DataError | LeftOut:
+def _kind(
+    content: io.BufferedReader, name: str, suffix: str, reading: Reading
+) -> Kind | DataError | LeftOut:
     try:
         return kind_of(content.peek(), suffix, reading.json_key)
     except NotJsonLines:
@@ -306,11 +310,15 @@ def _json_text(line: bytes, json_key: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from error
     if "\0" in decoded:
-        raise ValueError("byte 0x00, as UTF-16 has them: not a line of JSON in UTF-8. Convert the file.")
+        raise ValueError(
+            "byte 0x00, as UTF-16 has them: not a line of JSON in UTF-8. Convert the file."
+        )
     try:
         record = json.loads(decoded)
     except ValueError as error:
-        raise ValueError(f"not a line of JSON: {error}. Every line of JSON lines (.jsonl) is one object.") from error
+        raise ValueError(
+            f"not a line of JSON: {error}. Every line of JSON lines (.jsonl) is one object."
+        ) from error
     except RecursionError as error:
         raise ValueError("JSON nested too deep to be read. Leave the line out.") from error
     if isinstance(record, dict) and json_key in record and record[json_key] is None:
@@ -320,11 +328,15 @@ def _json_text(line: bytes, json_key: str) -> str:
         raise ValueError(f"no text under {json_key!r}; found {keys[:1000]}. Set --json-key.")
     text = record[json_key]
     if not isinstance(text, str):
-        raise ValueError(f"the value under {json_key!r} is {type(text).__name__}, not text. Set --json-key.")
+        raise ValueError(
+            f"the value under {json_key!r} is {type(text).__name__}, not text. Set --json-key."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start}, which is no text.") from error
+        raise ValueError(
+            f"half a surrogate pair at character {error.start}, which is no text."
+        ) from error
     return text
 
 
@@ -396,4 +408,6 @@ def _cell_text(row: object, arrow: object, reading: Reading, limit: ExpansionLim
 def _refuse_missing_column(file: Path, schema: object, json_key: str) -> None:
     if json_key not in schema.names:
         columns = ", ".join(map(repr, schema.names))
-        raise DataError(f"{file} has no column {json_key!r}; found {columns[:1000]}. Set --json-key.")
+        raise DataError(
+            f"{file} has no column {json_key!r}; found {columns[:1000]}. Set --json-key."
+        )

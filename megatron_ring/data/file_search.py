@@ -84,7 +84,9 @@ class FileSearch:
     def _add_empty(self, file: Path) -> None:
         suffix, compression = split_name(file.name)
         if compression or suffix in (".parquet", ".tar", ".zip"):
-            self.problems.append(f"{file} is damaged: it is empty. Fetch it again, or leave it out of --input.")
+            self.problems.append(
+                f"{file} is damaged: it is empty. Fetch it again, or leave it out of --input."
+            )
         else:
             count(self.left_out, _EMPTY_FILES)
 
@@ -102,7 +104,9 @@ class FileSearch:
                 seen.add((state.st_dev, state.st_ino))
                 entries = list(os.scandir(folder))
             except OSError as error:
-                self.problems.append(f"input {folder} cannot be read: {error.strerror}. Set --input.")
+                self.problems.append(
+                    f"input {folder} cannot be read: {error.strerror}. Set --input."
+                )
                 continue
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if not _is_broken(entry) and entry.is_dir():
@@ -135,7 +139,9 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
         return not parts
     if pattern[0] == "**":
         rest = pattern[1:] or ["*"]
-        depths = itertools.takewhile(lambda n: not n or not parts[n - 1].startswith("."), range(len(parts)))
+        depths = itertools.takewhile(
+            lambda n: not n or not parts[n - 1].startswith("."), range(len(parts))
+        )
         return any(_matches(parts[n:], rest) for n in depths)
     if not parts or parts[0].startswith(".") > pattern[0].startswith("."):
         return False

@@ -40,7 +40,9 @@ def fingerprint(prefix: str | Path) -> Fingerprint:
             "manifest_sha256": _manifest_sha256(prefix),
         }
     except (OSError, UntrustedInputError) as error:
-        raise DataError(f"token store {prefix} cannot be read: {error}. Set --data-path.") from error
+        raise DataError(
+            f"token store {prefix} cannot be read: {error}. Set --data-path."
+        ) from error
 
 
 def _sampled_sha256(*paths: Path) -> str:
@@ -53,7 +55,11 @@ def _sampled_sha256(*paths: Path) -> str:
             digest.update(size.to_bytes(8, "little"))
             last = max(0, size - _BLOCK_BYTES)
             few = size <= _BLOCKS * _BLOCK_BYTES
-            offsets = range(0, size, _BLOCK_BYTES) if few else [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+            offsets = (
+                range(0, size, _BLOCK_BYTES)
+                if few
+                else [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+            )
             for offset in offsets:
                 digest.update(os.pread(descriptor, _BLOCK_BYTES, offset))
         finally:

@@ -165,7 +165,9 @@ def _refuse_known(head: bytes, suffix: str) -> None:
     if suffix in _REFUSED_SUFFIXES:
         raise UnreadableFormat(_REFUSED_SUFFIXES[suffix])
     if head.startswith(tuple(_REFUSED_MAGIC)):
-        raise UnreadableFormat(next(name for magic, name in _REFUSED_MAGIC.items() if head.startswith(magic)))
+        raise UnreadableFormat(
+            next(name for magic, name in _REFUSED_MAGIC.items() if head.startswith(magic))
+        )
 
 
 def _first_record(head: bytes) -> tuple[dict | None, bool]:

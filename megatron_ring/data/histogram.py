@@ -17,5 +17,8 @@ def drawn(lengths: np.ndarray) -> str:
     """The histogram, a line for each power of two with a bar beside it."""
     histogram = length_histogram(lengths)
     most = max(count for _, count in histogram)
-    lines = (f"{size:>12,}  {count:>12,}  {'#' * round(_WIDTH * count / most)}" for size, count in histogram)
+    lines = (
+        f"{size:>12,}  {count:>12,}  {'#' * round(_WIDTH * count / most)}"
+        for size, count in histogram
+    )
     return "\n".join(["tokens, from   documents", *(line.rstrip() for line in lines)])

@@ -20,7 +20,14 @@ from megatron_ring.errors import DataError
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]")
 
 # What they begin one with.
-BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[BOS]", "<|startoftext|>")
+BEGINS = (
+    "<s>",
+    "<|begin_of_text|>",
+    "<bos>",
+    "<｜begin▁of▁sentence｜>",
+    "[BOS]",
+    "<|startoftext|>",
+)
 
 LARGEST_ID = (1 << 22) - 1
 """The largest token id that is read: a model has a row of its embedding for each id up to it."""
@@ -40,7 +47,9 @@ class HuggingFaceTokens:
         with _library(name, "has a vocabulary that cannot be read"):
             self._ids = self._tokens.get_vocab()
             self._added = self._tokens.get_added_tokens_decoder()
-            self._byte_level = any(part["type"] == "ByteLevel" for part in _decoders(json.loads(model)))
+            self._byte_level = any(
+                part["type"] == "ByteLevel" for part in _decoders(json.loads(model))
+            )
         # Ids may have holes.
         self.vocab_size: int = max(self._ids.values(), default=-1) + 1
         if self.vocab_size - 1 > LARGEST_ID:
@@ -71,8 +80,12 @@ class HuggingFaceTokens:
 
     def _post_processed_begin(self) -> tuple[int, ...]:
         with _library(self._name, "cannot encode 'a'"):
-            alone, framed = (self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True))
-        starts = (n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone)
+            alone, framed = (
+                self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True)
+            )
+        starts = (
+            n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone
+        )
         return tuple(framed[: next(starts, 0)])
 
     def id_of(self, token: str) -> int | None:
@@ -132,7 +145,9 @@ def _library(name: str | Path, failed: str) -> Iterator[None]:
         panicked = type(error).__name__ == "PanicException"
         if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
             raise
-        raise DataError(f"tokenizer {name} {failed}: {str(error)[:500]}. Set --tokenizer-model.") from error
+        raise DataError(
+            f"tokenizer {name} {failed}: {str(error)[:500]}. Set --tokenizer-model."
+        ) from error
 
 
 def _decoders(description: dict) -> list[dict]:

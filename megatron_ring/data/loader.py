@@ -72,7 +72,10 @@ class Loader:
         self._fill, self._last = layout.seq_length - stream.seq_length, stream.seq_length - 1
         self._positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
         # Behind the end nobody looks: what fills a ragged layout repeats the last token, and predicts nothing.
-        self._places_l, self._behind_l = self._positions_l.clip(max=self._last), self._positions_l > self._last
+        self._places_l, self._behind_l = (
+            self._positions_l.clip(max=self._last),
+            self._positions_l > self._last,
+        )
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
         self._consumed_samples = consumed_samples
@@ -86,7 +89,9 @@ class Loader:
         """The micro-batches of the next optimizer step. Raises DataError for an id outside the vocabulary."""
         across = self._micro_batch_size * self._data_size
         first = self._consumed_samples + self._data_rank * self._micro_batch_size
-        batches = [self._batch(first + offset) for offset in range(0, self._global_batch_size, across)]
+        batches = [
+            self._batch(first + offset) for offset in range(0, self._global_batch_size, across)
+        ]
         self._consumed_samples += self._global_batch_size
         return batches
 
@@ -107,7 +112,9 @@ class Loader:
         """Positions here, and where documents start: for either the ends in all of a sample have to be looked at."""
         if not self._packing.looks_at_whole_samples:
             return self._places_l, None
-        ends_BS = np.stack([text.ends(self._packing.end_of_document, self._last + 1) for text in texts])
+        ends_BS = np.stack(
+            [text.ends(self._packing.end_of_document, self._last + 1) for text in texts]
+        )
         ends_BS = np.pad(ends_BS, ((0, 0), (0, self._fill)), mode="edge")
         positions = self._packing.positions(ends_BS, self._positions_l).clip(max=self._last)
         return positions, self._packing.document_starts(ends_BS)

@@ -73,7 +73,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Set --data-path.") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Set --data-path."
+        ) from error
     except UntrustedInputError as error:
         keys = ", ".join(field.name for field in fields(Manifest))
         raise DataError(

@@ -30,14 +30,19 @@ class InterleaveSchedule:
     def of(weights: Sequence[Fraction]) -> "InterleaveSchedule":
         """For streams of these weights, above 0 and of any sum."""
         unit = lcm(*(weight.denominator for weight in weights))
-        return InterleaveSchedule(tuple(accumulate((int(weight * unit) for weight in weights), initial=0)))
+        return InterleaveSchedule(
+            tuple(accumulate((int(weight * unit) for weight in weights), initial=0))
+        )
 
     def at(self, index: int) -> tuple[int, int]:
         """The stream that sample ``index`` of the blend comes from, and its number among that stream's samples."""
         first, stop = 0, len(self.edges) - 1
         while stop - first > 1:
             middle = (first + stop) // 2
-            part, whole = self.edges[middle] - self.edges[first], self.edges[stop] - self.edges[first]
+            part, whole = (
+                self.edges[middle] - self.edges[first],
+                self.edges[stop] - self.edges[first],
+            )
             left = _rounded(part * index, whole)
             if _rounded(part * (index + 1), whole) > left:
                 stop, index = middle, left

@@ -30,7 +30,12 @@ class Packing:
     @staticmethod
     def of(config: DataConfig, end_of_document: int) -> "Packing":
         """The three flags of ``config``, for a tokenizer whose documents end with that id."""
-        return Packing(end_of_document, config.reset_attention_mask, config.reset_position_ids, config.eod_mask_loss)
+        return Packing(
+            end_of_document,
+            config.reset_attention_mask,
+            config.reset_position_ids,
+            config.eod_mask_loss,
+        )
 
     @property
     def flags(self) -> list[str]:
@@ -67,7 +72,11 @@ class Packing:
 
     def targets(self, tokens_Bl: np.ndarray, next_Bl: np.ndarray) -> np.ndarray:
         """What each token predicts: the token after it, ``next_Bl``; IGNORED at a border under eod_mask_loss."""
-        return np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl) if self.eod_mask_loss else next_Bl
+        return (
+            np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl)
+            if self.eod_mask_loss
+            else next_Bl
+        )
 
 
 NO_BORDERS = Packing(end_of_document=-1)

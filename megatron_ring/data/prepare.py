@@ -18,7 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ring.data.corpus import Corpus, python_library
-from megatron_ring.data.manifest import Manifest, manifest_path, read_manifest, tokenizer_path, write_manifest
+from megatron_ring.data.manifest import (
+    Manifest,
+    manifest_path,
+    read_manifest,
+    tokenizer_path,
+    write_manifest,
+)
 from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make
 from megatron_ring.data.sharing import made_by
 from megatron_ring.data.token_index import idx_path
@@ -95,7 +101,13 @@ def prepare_python_library(folder: str | Path, workers: int = 1, progress: bool 
             # Left by an interruption, perhaps of another Python; nothing depends on it yet.
             tokenizer_path(prefix).unlink(missing_ok=True)
             corpus = python_library()
-            prepare(corpus, prefix, fit_tokenizer(corpus, DEFAULT_VOCAB_SIZE, progress), workers, progress)
+            prepare(
+                corpus,
+                prefix,
+                fit_tokenizer(corpus, DEFAULT_VOCAB_SIZE, progress),
+                workers,
+                progress,
+            )
     return prefix
 
 
@@ -115,7 +127,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bool) -> list[ShardRecord]:
+def _make(
+    work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bool
+) -> list[ShardRecord]:
     """The record of each job in order, those that an earlier run finished taken as they are."""
     records = {job.prefix: record for job in work if (record := finished(job))}
     # A file named twice is one shard, joined twice.
@@ -131,7 +145,9 @@ def _make(work: list[ShardJob], tokenizer: Tokenizer, workers: int, progress: bo
     return [records[job.prefix] for job in work]
 
 
-def _manifest(records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer, begin: tuple[int, ...]) -> Manifest:
+def _manifest(
+    records: list[ShardRecord], corpus: Corpus, tokenizer: Tokenizer, begin: tuple[int, ...]
+) -> Manifest:
     left_out = corpus.left_out.copy()
     for record in records:
         left_out.update(record.left_out)

@@ -21,7 +21,9 @@ def pool_of(processes: int) -> Iterator[Executor]:
 
     They are spawned, since a forked copy of a program with threads may hang.
     """
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_follow_parent)
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_follow_parent
+    )
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -33,7 +35,9 @@ def pool_of(processes: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def in_order(pool: Executor, work: Callable, jobs: Iterable, ahead: float = math.inf) -> Iterator[tuple]:
+def in_order(
+    pool: Executor, work: Callable, jobs: Iterable, ahead: float = math.inf
+) -> Iterator[tuple]:
     """Each of ``jobs``, in their order, with what ``work`` of it by the processes of ``pool`` returned.
 
     So many jobs are taken ``ahead`` of the first that is not done. Raises what the first to fail raised.

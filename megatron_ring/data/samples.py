@@ -72,7 +72,9 @@ class SampleStream(Stream):
     Keeps the order of one epoch in memory, O(documents + samples), and no tokens.
     """
 
-    def __init__(self, store: TokenStore, documents: range, seq_length: int, seed: int, vocab_size: int):
+    def __init__(
+        self, store: TokenStore, documents: range, seq_length: int, seed: int, vocab_size: int
+    ):
         self.store, self.documents = store, documents
         self.seq_length, self.seed, self.vocab_size = seq_length, seed, vocab_size
         tokens = int(store.lengths[documents.start : documents.stop].sum())
@@ -92,7 +94,9 @@ class SampleStream(Stream):
         return [f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch"]
 
     def _ordered(self, number: int) -> _Epoch:
-        documents = self.documents.start + shuffled(len(self.documents), self.seed, number, "documents")
+        documents = self.documents.start + shuffled(
+            len(self.documents), self.seed, number, "documents"
+        )
         samples = shuffled(self.samples_per_epoch, self.seed, number, "samples")
         return _Epoch(number, documents, np.cumsum(self.store.lengths[documents]), samples)
 

@@ -68,7 +68,11 @@ class SentencePieces:
     def _bytes_of(self, token: int) -> int:
         if self._pieces.is_control(token) or self._pieces.is_unknown(token):
             return 0
-        return 1 if self._pieces.is_byte(token) else len(self._pieces.id_to_piece(token).replace(SPACE, " ").encode())
+        return (
+            1
+            if self._pieces.is_byte(token)
+            else len(self._pieces.id_to_piece(token).replace(SPACE, " ").encode())
+        )
 
     @cached_property
     def _space_symbol(self) -> list[int]:
@@ -77,7 +81,9 @@ class SentencePieces:
     @cached_property
     def _exact(self) -> bool:
         """Whether any text may be cut in spans."""
-        spaces_kept = "".join(self._pieces.encode("a  b ", out_type=str)) == "a  b ".replace(" ", SPACE)
+        spaces_kept = "".join(self._pieces.encode("a  b ", out_type=str)) == "a  b ".replace(
+            " ", SPACE
+        )
         return spaces_kept and all(self._pieces.is_byte(token) for token in self._space_symbol)
 
     def _spans(self, text: str) -> list[str]:

@@ -82,7 +82,10 @@ def finished(job: ShardJob) -> ShardRecord | None:
         record = parse_json(read_bytes(_record_path(job.prefix)), ShardRecord)
         # What was skipped then may have to stop us now; what had nothing to skip serves either way.
         wanted = not record.skipped or job.reading.on_error == "skip"
-        whole = bin_path(job.prefix).stat().st_size == record.stored_bytes and idx_path(job.prefix).exists()
+        whole = (
+            bin_path(job.prefix).stat().st_size == record.stored_bytes
+            and idx_path(job.prefix).exists()
+        )
     except (OSError, UntrustedInputError):
         return None
     return record if whole and wanted else None
@@ -102,7 +105,11 @@ def make(job: ShardJob, tokenizer: Tokenizer) -> ShardRecord:
         for texts in batches(job.reading.texts(job.shard, skipped, left_out), _BATCH_CHARACTERS):
             for text, ids in zip(texts, tokenizer.encode_documents(texts, job.begin)):
                 writer.add_document(ids)
-                documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
+                documents, tokens, text_bytes = (
+                    documents + 1,
+                    tokens + len(ids),
+                    text_bytes + len(text.encode()),
+                )
     return keep_record(job.prefix, documents, tokens, text_bytes, skipped, left_out)
 
 
@@ -136,7 +143,10 @@ def _record_path(prefix: Path) -> Path:
 
 
 def _name(shard: Shard, *options: str | int) -> str:
-    files = [(str(piece.file.absolute()), piece.start, piece.stop, *_state(piece.file)) for piece in shard]
+    files = [
+        (str(piece.file.absolute()), piece.start, piece.stop, *_state(piece.file))
+        for piece in shard
+    ]
     return hashlib.sha256(json.dumps((options, files)).encode()).hexdigest()[:32]
 
 

@@ -16,7 +16,15 @@ import numpy as np
 
 from megatron_ring.data.documents import Reading
 from megatron_ring.data.processes import in_order, pool_of
-from megatron_ring.data.shards import ShardJob, ShardRecord, batches, finished, keep_record, make_in_process, remove
+from megatron_ring.data.shards import (
+    ShardJob,
+    ShardRecord,
+    batches,
+    finished,
+    keep_record,
+    make_in_process,
+    remove,
+)
 from megatron_ring.data.tokens import TokenStoreWriter
 
 _PART_CHARACTERS = 4 << 20
@@ -55,7 +63,9 @@ class _Part(ShardJob):
     whole: ShardJob
 
 
-def _made_in_parts(pool: Executor, processes: int, jobs: list[ShardJob], dtype: np.dtype) -> Iterator[Made]:
+def _made_in_parts(
+    pool: Executor, processes: int, jobs: list[ShardJob], dtype: np.dtype
+) -> Iterator[Made]:
     passed_over = {job.prefix: ([], Counter()) for job in jobs}
     parts = chain.from_iterable(_parts(job, *passed_over[job.prefix]) for job in jobs)
     made = in_order(pool, _make_part, parts, _READ_AHEAD * processes)
@@ -85,7 +95,10 @@ def _joined(
     with TokenStoreWriter(job.prefix, dtype) as writer:
         for prefix in records:
             writer.add_store(prefix)
-    counts = ([getattr(record, name) for record in records.values()] for name in ("documents", "tokens", "bytes"))
+    counts = (
+        [getattr(record, name) for record in records.values()]
+        for name in ("documents", "tokens", "bytes")
+    )
     record = keep_record(job.prefix, *map(sum, counts), skipped, left_out)
     for prefix in records:
         remove(prefix)

@@ -27,7 +27,10 @@ _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 # Megatron's codes. It also has 6 and 7, float64 and float32, which are no token ids.
-_TYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
+_TYPES = {
+    code: np.dtype(name)
+    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
+}
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 
 
@@ -56,7 +59,9 @@ def read_index(prefix: str | Path) -> tuple[np.dtype, np.ndarray]:
     dtype, sequences, bounds = _header(prefix, index)
     parts = (("<i4", sequences), ("<i8", sequences), ("<i8", bounds))
     # In Python's integers, for a damaged count can be anything up to 2**64.
-    offsets = list(accumulate((np.dtype(kind).itemsize * count for kind, count in parts), initial=_HEADER.size))
+    offsets = list(
+        accumulate((np.dtype(kind).itemsize * count for kind, count in parts), initial=_HEADER.size)
+    )
     # Megatron's byte a sequence may follow, and nothing else.
     if index.size not in (offsets[-1], offsets[-1] + sequences):
         found = f"{index.size} bytes, and {sequences} sequences with {bounds} document bounds take {offsets[-1]}"
@@ -69,7 +74,9 @@ def read_index(prefix: str | Path) -> tuple[np.dtype, np.ndarray]:
         _refuse_disorder(prefix, lengths, pointers, starts * dtype.itemsize, documents)
         return dtype, starts[documents]
     except MemoryError as error:
-        raise damaged(prefix, path, f"{sequences} sequences, whose places do not fit into memory") from error
+        raise damaged(
+            prefix, path, f"{sequences} sequences, whose places do not fit into memory"
+        ) from error
 
 
 def read_counts(prefix: str | Path) -> tuple[np.dtype, int]:
@@ -84,7 +91,9 @@ def read_counts(prefix: str | Path) -> tuple[np.dtype, int]:
 
 def damaged(prefix: str | Path, path: Path, found: str) -> DataError:
     """The error for a store one of whose files has ``found`` in it."""
-    return DataError(f"token store {prefix}: {path} has {found}. Set --data-path, or {write_again(prefix)}.")
+    return DataError(
+        f"token store {prefix}: {path} has {found}. Set --data-path, or {write_again(prefix)}."
+    )
 
 
 def write_again(prefix: str | Path) -> str:
@@ -96,10 +105,16 @@ def _header(prefix: str | Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
     """The token type, N and M + 1."""
     path = idx_path(prefix)
     if index.size < _HEADER.size:
-        raise damaged(prefix, path, f"{index.size} bytes, and its header alone takes {_HEADER.size}")
+        raise damaged(
+            prefix, path, f"{index.size} bytes, and its header alone takes {_HEADER.size}"
+        )
     magic, version, code, sequences, bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
     if magic != _MAGIC:
-        raise damaged(prefix, path, f"{magic!r} for its first {len(_MAGIC)} bytes, and Megatron writes {_MAGIC!r}")
+        raise damaged(
+            prefix,
+            path,
+            f"{magic!r} for its first {len(_MAGIC)} bytes, and Megatron writes {_MAGIC!r}",
+        )
     if version != _VERSION:
         raise damaged(prefix, path, f"format version {version}, and only {_VERSION} is known")
     if code not in _TYPES:
@@ -109,12 +124,20 @@ def _header(prefix: str | Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
 
 
 def _refuse_disorder(
-    prefix: str | Path, lengths: np.ndarray, pointers: np.ndarray, expected: np.ndarray, documents: np.ndarray
+    prefix: str | Path,
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    expected: np.ndarray,
+    documents: np.ndarray,
 ) -> None:
     """A document is read as one run of tokens, so its sequences must follow each other, as Megatron writes them."""
     if np.any(lengths < 0) or np.any(pointers != expected[:-1]):
         raise damaged(prefix, idx_path(prefix), "sequences that do not lie one after another")
     # Compared and not subtracted: the difference of two damaged bounds may wrap around.
-    if list(documents[:1]) != [0] or documents[-1] != len(lengths) or np.any(documents[1:] < documents[:-1]):
+    if (
+        list(documents[:1]) != [0]
+        or documents[-1] != len(lengths)
+        or np.any(documents[1:] < documents[:-1])
+    ):
         found = f"document bounds that do not rise from 0 to its {len(lengths)} sequences"
         raise damaged(prefix, idx_path(prefix), found)

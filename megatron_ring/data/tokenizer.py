@@ -43,7 +43,14 @@ class Tokenizer:
     ``model`` is no tokenizer, or has no such token.
     """
 
-    def __init__(self, model: bytes, name: str | Path, end: str = "", begin: str = "", adds_begin: bool | None = None):
+    def __init__(
+        self,
+        model: bytes,
+        name: str | Path,
+        end: str = "",
+        begin: str = "",
+        adds_begin: bool | None = None,
+    ):
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         kind = HuggingFaceTokens if model.lstrip()[:1] == b"{" else SentencePieces
@@ -99,7 +106,9 @@ class Tokenizer:
             )
         return found
 
-    def encode_documents(self, texts: Sequence[str], begin: tuple[int, ...] = ()) -> list[np.ndarray]:
+    def encode_documents(
+        self, texts: Sequence[str], begin: tuple[int, ...] = ()
+    ) -> list[np.ndarray]:
         """The ids of each text, ``begin`` before them and the end-of-document id after them,
         int32."""
         end = self.end_of_document
@@ -138,7 +147,11 @@ class Tokenizer:
     def _end_of_document(self, name: str | Path) -> int:
         found = self._tokens.id_of(self._end) if self._end else self._tokens.default_end()
         if found is None:
-            wanted = f"token {self._end!r}" if self._end else "end-of-sentence piece or token of a usual name"
+            wanted = (
+                f"token {self._end!r}"
+                if self._end
+                else "end-of-sentence piece or token of a usual name"
+            )
             raise DataError(
                 f"tokenizer {name} has no {wanted}, and every document ends with one. Set --eod-token to a token that "
                 "it has, set --tokenizer-model to another model, or train one with tools/prepare_data.py --vocab-size."
@@ -158,14 +171,19 @@ class Tokenizer:
             replace_file(config, (json.dumps(settings) + "\n").encode())
 
     def _is_at(self, path: Path) -> bool:
-        return _content(path) == self.model and Tokenizer.load(path).end_of_document == self.end_of_document
+        return (
+            _content(path) == self.model
+            and Tokenizer.load(path).end_of_document == self.end_of_document
+        )
 
 
 def beside(path: str | Path, name: str, flag: str = "--output-prefix") -> Path:
     """``name`` in the folder of ``path``, which ``flag`` sets. Raises DataError for a path that names no file."""
     path = Path(path)
     if path.name in ("", ".."):
-        raise DataError(f"{path} is a folder, and the name of a file is needed. Set {flag} to a name in that folder.")
+        raise DataError(
+            f"{path} is a folder, and the name of a file is needed. Set {flag} to a name in that folder."
+        )
     return path.with_name(name)
 
 
@@ -191,7 +209,9 @@ def _read_config(path: Path) -> _Config:
         config = parse_json_object(read_bytes(path))
         added = config.get("add_bos_token")
         if not isinstance(added, bool | None):
-            raise UntrustedInputError(f"its add_bos_token is {shown(added)}, and must be true or false")
+            raise UntrustedInputError(
+                f"its add_bos_token is {shown(added)}, and must be true or false"
+            )
         return _Config(_spelled(config, "eos_token"), _spelled(config, "bos_token"), added)
 
 
@@ -200,7 +220,9 @@ def _spelled(config: dict, key: str) -> str:
     spelled = named.get("content") if isinstance(named, dict) else named or ""
     if isinstance(spelled, str):
         return spelled
-    raise UntrustedInputError(f"its {key} is {shown(named)}, and must be text, or an object with a content")
+    raise UntrustedInputError(
+        f"its {key} is {shown(named)}, and must be text, or an object with a content"
+    )
 
 
 def _content(path: Path) -> bytes:

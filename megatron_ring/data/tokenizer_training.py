@@ -40,7 +40,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(documents)), model_writer=model, vocab_size=vocab_size, **_TRAINING
+            sentence_iterator=iter(_sample(documents)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            **_TRAINING,
         )
     except RuntimeError as error:
         raise DataError(

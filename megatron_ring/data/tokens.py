@@ -13,7 +13,14 @@ from types import TracebackType
 import numpy as np
 
 from megatron_ring.data.open_files import FileState, OpenMaps, readable
-from megatron_ring.data.token_index import LONGEST_SEQUENCE, damaged, idx_path, index_bytes, read_index, write_again
+from megatron_ring.data.token_index import (
+    LONGEST_SEQUENCE,
+    damaged,
+    idx_path,
+    index_bytes,
+    read_index,
+    write_again,
+)
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import create
 
@@ -41,14 +48,22 @@ class TokenStoreWriter:
         self._prefix, self._dtype = prefix, np.dtype(dtype)
         # Four bytes a document, for there may be many millions.
         self._lengths = array("i")
-        self._temporary_bin, self._temporary_idx = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
+        self._temporary_bin, self._temporary_idx = (
+            Path(f"{prefix}.bin.tmp"),
+            Path(f"{prefix}.idx.tmp"),
+        )
 
     def __enter__(self) -> "TokenStoreWriter":
         self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
         self._tokens = create(self._temporary_bin)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         self._tokens.close()
         try:
             if kind is None:
@@ -81,7 +96,9 @@ class TokenStoreWriter:
         """Append every document of another store. Raises DataError where it is of another type."""
         dtype, starts = read_index(prefix)
         if dtype != self._dtype:
-            raise DataError(f"token store {prefix} has tokens of {dtype}, and is to be added to one of {self._dtype}.")
+            raise DataError(
+                f"token store {prefix} has tokens of {dtype}, and is to be added to one of {self._dtype}."
+            )
         with bin_path(prefix).open("rb") as tokens:
             shutil.copyfileobj(tokens, self._tokens, _COPIED_AT_ONCE)
         self._lengths.frombytes(np.diff(starts).astype(np.int32).tobytes())
@@ -143,7 +160,9 @@ class TokenStore:
 
 
 def _refuse_missing(prefix: str | Path) -> None:
-    if missing := [str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()]:
+    if missing := [
+        str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()
+    ]:
         raise DataError(
             f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and P.idx, and "
             f"--data-path names them by P alone. Set --data-path, or {write_again(prefix)}."

@@ -31,16 +31,22 @@ def _miscounted(store: TokenStore, manifest: Manifest | None) -> Iterator[str]:
             yield f"{found} {word}, and its manifest tells of {told}. Write it again with tools/prepare_data.py."
 
 
-def _bad_documents(store: TokenStore, manifest: Manifest | None, tokenizer: Tokenizer) -> Iterator[str]:
+def _bad_documents(
+    store: TokenStore, manifest: Manifest | None, tokenizer: Tokenizer
+) -> Iterator[str]:
     """The first few documents with ids that the tokenizer has not, or that do not end as ours do."""
     ours = manifest is not None and manifest.end_of_document is not None
     begin = manifest.begin_of_document if manifest else ()
     documents = map(store.document, range(len(store)))
     faults = (
-        _foreign(tokens, tokenizer) or (_unended(tokens, tokenizer) if ours else "") or _unbegun(tokens, begin)
+        _foreign(tokens, tokenizer)
+        or (_unended(tokens, tokenizer) if ours else "")
+        or _unbegun(tokens, begin)
         for tokens in documents
     )
-    for number, fault in islice(((number, fault) for number, fault in enumerate(faults) if fault), _NAMED):
+    for number, fault in islice(
+        ((number, fault) for number, fault in enumerate(faults) if fault), _NAMED
+    ):
         yield f"document {number} {fault}. Set --tokenizer-model, or write it again with tools/prepare_data.py."
 
 
@@ -52,7 +58,11 @@ def _foreign(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
 
 def _unbegun(tokens: np.ndarray, begin: tuple[int, ...]) -> str:
     found = tokens[: len(begin)].tolist()
-    return f"begins with ids {found}, and its manifest has {list(begin)}" if found != list(begin) else ""
+    return (
+        f"begins with ids {found}, and its manifest has {list(begin)}"
+        if found != list(begin)
+        else ""
+    )
 
 
 def _unended(tokens: np.ndarray, tokenizer: Tokenizer) -> str:

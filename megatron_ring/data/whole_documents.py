@@ -19,13 +19,29 @@ class WholeDocumentStream(Stream):
     Keeps where the pieces of documents lie and the order of one epoch, O(documents + samples), and no tokens.
     """
 
-    def __init__(self, store: TokenStore, documents: range, seq_length: int, seed: int, vocab_size: int, fit: str):
-        self.store, self.seq_length, self.seed, self.vocab_size, self.fit = store, seq_length, seed, vocab_size, fit
+    def __init__(
+        self,
+        store: TokenStore,
+        documents: range,
+        seq_length: int,
+        seed: int,
+        vocab_size: int,
+        fit: str,
+    ):
+        self.store, self.seq_length, self.seed, self.vocab_size, self.fit = (
+            store,
+            seq_length,
+            seed,
+            vocab_size,
+            fit,
+        )
         order = documents.start + shuffled(len(documents), seed, 0, "documents")
         lengths = store.lengths[order]
         piece_of, self._begins = _cut(lengths, seq_length)
         self._documents = order[piece_of]
-        self._packs = FITS[fit](np.minimum(lengths[piece_of] - self._begins, seq_length), seq_length)
+        self._packs = FITS[fit](
+            np.minimum(lengths[piece_of] - self._begins, seq_length), seq_length
+        )
         self.samples_per_epoch = len(self._packs)
         assert self.samples_per_epoch > 0, "split_documents refuses such a range"
         self.lost_share = 1 - int(lengths.sum()) / (self.samples_per_epoch * seq_length)
@@ -36,7 +52,11 @@ class WholeDocumentStream(Stream):
         epoch, n = divmod(index, self.samples_per_epoch)
         if epoch != self._epoch:
             self._ordered(epoch)
-        return Text([self._piece(piece) for piece in self._packs[self._order[n]]], self.store, self.vocab_size)
+        return Text(
+            [self._piece(piece) for piece in self._packs[self._order[n]]],
+            self.store,
+            self.vocab_size,
+        )
 
     def in_words(self) -> list[str]:
         return [
@@ -45,7 +65,10 @@ class WholeDocumentStream(Stream):
         ]
 
     def _ordered(self, epoch: int) -> None:
-        self._epoch, self._order = epoch, shuffled(self.samples_per_epoch, self.seed, epoch, "samples")
+        self._epoch, self._order = (
+            epoch,
+            shuffled(self.samples_per_epoch, self.seed, epoch, "samples"),
+        )
 
     def _piece(self, piece: int) -> np.ndarray:
         """Up to ``seq_length`` tokens of a document, and one more, a target, if it goes on behind them."""

@@ -3,4 +3,6 @@
 import logging
 
 # DeepSpeed logs this in every process when it is imported; it is no news on a machine without a GPU.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: "Setting accelerator to CPU" not in record.getMessage()
+)

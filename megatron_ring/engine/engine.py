@@ -59,10 +59,14 @@ def start_processes(environment: Environment, device: str) -> None:
         torch.set_num_threads(environment.threads)
         keep_freed_memory()
     # DeepSpeed still calls collectives by the names that torch is about to drop.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning
+    )
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for 20 s here. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
 
 
 def leave_processes() -> None:
@@ -128,7 +132,9 @@ class Engine:
         step = self.adam.step
         self.adam.step = lambda: None if self.decision.refused else step()
 
-    def train_step(self, batches: list[Batch], learning_rate: float, highest_loss: float = math.inf) -> StepResult:
+    def train_step(
+        self, batches: list[Batch], learning_rate: float, highest_loss: float = math.inf
+    ) -> StepResult:
         """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages.
 
         It is refused, and moves nothing, if its loss is above ``highest_loss`` or anything of it is not finite.
@@ -174,7 +180,10 @@ class Engine:
     def counters(self) -> dict[str, Any]:
         """What a checkpoint's state says of the optimizer, by its names there."""
         steps = [int(moments["step"]) for moments in self.adam.state.values()]
-        return {"optimizer_steps": max(steps, default=0), "loss_scale": loss_scale(self.engine.optimizer)}
+        return {
+            "optimizer_steps": max(steps, default=0),
+            "loss_scale": loss_scale(self.engine.optimizer),
+        }
 
     @torch.no_grad()
     def read(self, tensors: Tensors, state: RunState) -> None:
@@ -189,7 +198,9 @@ class Engine:
         kinds = tensors.kinds if state.optimizer_steps else [WEIGHT]
         bad = Counter[str]()
         for fragment in self._fragments(self.named_parameters()):
-            bad.update({f"{kind}/{fragment.name}": n for kind, n in fragment.fill(tensors, kinds).items()})
+            bad.update(
+                {f"{kind}/{fragment.name}": n for kind, n in fragment.fill(tensors, kinds).items()}
+            )
         if bad:
             raise NotFinite(not_finite(name, count) for name, count in sorted(bad.items()))
         for moments in self.adam.state.values():
@@ -244,7 +255,9 @@ class Engine:
 
     def _grad_norm(self) -> float:
         """Of the step at hand or the last one; not finite where DeepSpeed's -1 says so."""
-        norm = float(getattr(self.engine.optimizer, "_global_grad_norm", self.engine.get_global_grad_norm()))
+        norm = float(
+            getattr(self.engine.optimizer, "_global_grad_norm", self.engine.get_global_grad_norm())
+        )
         return norm if norm >= 0 else math.nan
 
     def _norm_to_judge(self) -> float:
@@ -256,7 +269,9 @@ class Engine:
         return self.groups.sum(sum(self._loss_sum(batch) for batch in batches))
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        tokens, positions, targets = (x.to(self.device) for x in (batch.tokens_Bl, batch.positions, batch.targets_Bl))
+        tokens, positions, targets = (
+            x.to(self.device) for x in (batch.tokens_Bl, batch.positions, batch.targets_Bl)
+        )
         return self.engine(tokens, positions, batch.document_starts, targets)
 
     def _clip_fp32_gradients(self) -> None:
@@ -280,4 +295,6 @@ def _monitors(config: dict[str, Any]) -> dict[str, Monitor]:
 
 def _targets(batches: list[Batch]) -> torch.Tensor:
     """The targets of all micro-batches, int64; there may be no micro-batches."""
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(batch.targets_Bl.flatten() for batch in batches)])
+    return torch.cat(
+        [torch.empty(0, dtype=torch.int64), *(batch.targets_Bl.flatten() for batch in batches)]
+    )

@@ -77,19 +77,26 @@ class Fragment:
             first = run.stop
 
 
-def fragments(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, adam: torch.optim.Optimizer) -> list[Fragment]:
+def fragments(
+    named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, adam: torch.optim.Optimizer
+) -> list[Fragment]:
     """What this process holds of the parameters ``named`` as in a whole GPT.
 
     ``optimizer`` is DeepSpeed's, around ``adam``, or ``adam`` itself.
     """
     where = _places(optimizer, adam)
-    return [_fragment(name, p, place, adam) for name, p in named if (place := where(p)) and place.length]
+    return [
+        _fragment(name, p, place, adam) for name, p in named if (place := where(p)) and place.length
+    ]
 
 
-def _fragment(name: str, parameter: nn.Parameter, place: Place, adam: torch.optim.Optimizer) -> Fragment:
+def _fragment(
+    name: str, parameter: nn.Parameter, place: Place, adam: torch.optim.Optimizer
+) -> Fragment:
     split = split_of(parameter)
     part = tuple(
-        split.indices if split and dim == split.dim else range(n) for dim, n in enumerate(part_shape(parameter))
+        split.indices if split and dim == split.dim else range(n)
+        for dim, n in enumerate(part_shape(parameter))
     )
     kept = {WEIGHT: place.held, **_moments(adam, place.held)}
     run = slice(place.offset, place.offset + place.length)

@@ -14,7 +14,9 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor import split_of
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float, groups: ProcessGroups) -> torch.Tensor:
+def clip(
+    parameters: Iterable[nn.Parameter], max_norm: float, groups: ProcessGroups
+) -> torch.Tensor:
     """Scale the gradients down to ``max_norm`` where they exceed it; returns the norm before.
 
     Sums over the pipe x tensor ranks that hold one copy of all parameters between them; blocks.
@@ -33,11 +35,19 @@ def counts_here(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
     Replicas count on the first tensor rank, and a tied embedding, which DeepSpeed marks, on the first stage.
     """
     first = groups.tensor is None or dist.get_rank(groups.tensor) == 0
-    return (first or split_of(parameter) is not None) and not getattr(parameter, "ds_pipe_replicated", False)
+    return (first or split_of(parameter) is not None) and not getattr(
+        parameter, "ds_pipe_replicated", False
+    )
 
 
-def _norm(gradients: list[torch.Tensor], device: torch.device, model: dist.ProcessGroup | None) -> torch.Tensor:
-    norm = torch.nn.utils.get_total_norm(gradients).to(device) if gradients else torch.zeros((), device=device)
+def _norm(
+    gradients: list[torch.Tensor], device: torch.device, model: dist.ProcessGroup | None
+) -> torch.Tensor:
+    norm = (
+        torch.nn.utils.get_total_norm(gradients).to(device)
+        if gradients
+        else torch.zeros((), device=device)
+    )
     if model is None:
         return norm
     square = norm.square()

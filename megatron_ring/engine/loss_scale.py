@@ -21,6 +21,8 @@ def set_loss_scale(optimizer: Any, counted: dict[str, float]) -> None:
 
 def _state(optimizer: Any) -> dict[str, Any]:
     """The attributes of its scaler, where that adapts; ZeRO and the half-precision optimizers name theirs apart."""
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(
+        optimizer, "loss_scale_config", None
+    )
     adapts = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
     return vars(scaler) if adapts else {}

@@ -17,7 +17,9 @@ def model_parallel_unit(grid: Grid, groups: ProcessGroups) -> "ModelParallelUnit
         return None
     data_context = groups.data_context
     if data_context is None:
-        data_context, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(grid.world_size)])
+        data_context, _ = dist.new_subgroups_by_enumeration(
+            [[rank] for rank in range(grid.world_size)]
+        )
     return ModelParallelUnit(groups.tensor, data_context)
 
 

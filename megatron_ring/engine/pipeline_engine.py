@@ -42,16 +42,23 @@ def pipelined(
     # A checkpoint holds layers that are modules. One with a forward_fn is a function: the tied copy, copied on loading.
     layers = [
         TiedLayerSpec("embedding", pipeline.StageEmbedding, "embedding", *vocabulary),
-        *(LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run) for run in stages),
+        *(
+            LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run)
+            for run in stages
+        ),
         LayerSpec(pipeline.StageOutput, "output", *vocabulary)
         if config.untie_embeddings_and_output_weights
-        else TiedLayerSpec("embedding", pipeline.StageEmbedding, "embedding", *vocabulary, forward_fn=pipeline.head),
+        else TiedLayerSpec(
+            "embedding", pipeline.StageEmbedding, "embedding", *vocabulary, forward_fn=pipeline.head
+        ),
     ]
     # It prints its layers, and copies the tied weights to the last stage in sight of autograd.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), torch.no_grad():
         return PipelineModule(
             layers,
-            topology=PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context),
+            topology=PipeModelDataParallelTopology(
+                num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context
+            ),
             loss_fn=torch.mul,  # a loss sum by the scale that comes as its label
             partition_method="type:StageLayers",
             dynamic_shape=packed,
@@ -75,7 +82,11 @@ class PipelineEngine(Engine):
 
     def _loss_of_shares(self) -> torch.Tensor:
         """Of the last stage, which alone knows them."""
-        return self.engine.total_loss if self.engine.is_last_stage() else torch.zeros((), device=self.device)
+        return (
+            self.engine.total_loss
+            if self.engine.is_last_stage()
+            else torch.zeros((), device=self.device)
+        )
 
     def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
         scale = torch.tensor(float(self.averaged_over), device=self.device)

@@ -22,7 +22,10 @@ class StepGate:
     """
 
     def __init__(
-        self, own_loss: Callable[[], torch.Tensor], grad_norm: Callable[[], torch.Tensor | float], highest_loss: float
+        self,
+        own_loss: Callable[[], torch.Tensor],
+        grad_norm: Callable[[], torch.Tensor | float],
+        highest_loss: float,
     ):
         self._own_loss, self._grad_norm, self._highest_loss = own_loss, grad_norm, highest_loss
 
@@ -44,7 +47,9 @@ class StepGate:
         """
         own_loss = self._own_loss().float()
         norm = torch.as_tensor(self._grad_norm(), dtype=torch.float32, device=own_loss.device)
-        shared = torch.stack([own_loss, torch.where(norm >= 0, norm * 0, math.nan)])  # infinity x 0 is nan, too
+        shared = torch.stack(
+            [own_loss, torch.where(norm >= 0, norm * 0, math.nan)]
+        )  # infinity x 0 is nan, too
         dist.all_reduce(shared)
         loss, norms = shared.tolist()
         return loss, norms

@@ -48,7 +48,12 @@ class CrossEntropy(Protocol):
     """The cross entropy of one chunk, outside of autograd."""
 
     def __call__(
-        self, logits_cv: Tensor, target_c1: Tensor, part: VocabularyPart, ignore_index: int, wants_gradient: bool
+        self,
+        logits_cv: Tensor,
+        target_c1: Tensor,
+        part: VocabularyPart,
+        ignore_index: int,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The chunk's sum in nats, float32 or float64, and its gradient in the logits, in their type.
 
@@ -91,7 +96,9 @@ class _HeadLossSum(torch.autograd.Function):
         dweight_vE = torch.zeros_like(weight_vE, dtype=_wide(weight_vE)) if wants_dweight else None
         for chunk in _chunks(len(hidden_NE), chunk_size):
             dhidden_cE = dhidden_NE[chunk] if wants_dhidden else None
-            loss += _chunk_loss(hidden_NE[chunk], weight_vE, targets_N1[chunk], judge, dhidden_cE, dweight_vE)
+            loss += _chunk_loss(
+                hidden_NE[chunk], weight_vE, targets_N1[chunk], judge, dhidden_cE, dweight_vE
+            )
         ctx.save_for_backward(dhidden_NE, dweight_vE)
         ctx.chunk_size, ctx.weight_dtype = chunk_size, weight_vE.dtype
         return loss
@@ -100,7 +107,9 @@ class _HeadLossSum(torch.autograd.Function):
     def backward(ctx, dloss):
         if torch.is_grad_enabled():
             # once_differentiable would pass this over where dloss is a constant.
-            raise RuntimeError("head_loss_sum has no second derivative: backward through it takes no create_graph")
+            raise RuntimeError(
+                "head_loss_sum has no second derivative: backward through it takes no create_graph"
+            )
         dhidden_NE, dweight_vE = ctx.saved_tensors
         if dhidden_NE is not None:
             for chunk in _chunks(len(dhidden_NE), ctx.chunk_size):
@@ -141,7 +150,11 @@ def _chunk_loss(
 
 
 def softmax_cross_entropy(
-    logits_cv: Tensor, target_c1: Tensor, part: VocabularyPart, ignore_index: int, wants_gradient: bool
+    logits_cv: Tensor,
+    target_c1: Tensor,
+    part: VocabularyPart,
+    ignore_index: int,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Ours, a CrossEntropy in plain torch over any part of a vocabulary."""
     targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
@@ -168,12 +181,16 @@ class _Targets:
         return _Targets(counts_c1, here_c1, torch.where(here_c1, row_c1, 0)[:, :rows])
 
 
-def _exponentiate(logits_cv: Tensor, targets: _Targets, part: VocabularyPart) -> tuple[Tensor, Tensor]:
+def _exponentiate(
+    logits_cv: Tensor, targets: _Targets, part: VocabularyPart
+) -> tuple[Tensor, Tensor]:
     """The chunk's sum, and each token's total_c1 of exp(logit - largest), into which ``logits_cv`` is turned."""
     logits_cv -= part.max(_largest(logits_cv))
     target_c1 = logits_cv.gather(1, targets.row_c1).sum(1, keepdim=True) * targets.here_c1
     total_c1 = logits_cv.exp_().sum(1, keepdim=True)
-    total_c1, target_c1, holders_c1 = part.sum(torch.stack([total_c1, target_c1, targets.here_c1.to(total_c1)]))
+    total_c1, target_c1, holders_c1 = part.sum(
+        torch.stack([total_c1, target_c1, targets.here_c1.to(total_c1)])
+    )
     # One part holds the target. Where none does, which is a fault of the data, the loss is not to look well.
     losses_c1 = (total_c1.log() - target_c1) / holders_c1
     return torch.where(targets.counts_c1, losses_c1, 0).sum(), total_c1
@@ -181,7 +198,11 @@ def _exponentiate(logits_cv: Tensor, targets: _Targets, part: VocabularyPart) ->
 
 def _largest(logits_cv: Tensor) -> Tensor:
     """Of every row, (c, 1); -inf where the part has no column."""
-    return logits_cv.amax(1, keepdim=True) if logits_cv.shape[1] else logits_cv.new_full((len(logits_cv), 1), -math.inf)
+    return (
+        logits_cv.amax(1, keepdim=True)
+        if logits_cv.shape[1]
+        else logits_cv.new_full((len(logits_cv), 1), -math.inf)
+    )
 
 
 def _gradient(exp_cv: Tensor, total_c1: Tensor, targets: _Targets) -> Tensor:

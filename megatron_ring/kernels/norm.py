@@ -14,7 +14,9 @@ NormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float]
 """(x_BlE, weight_E, bias_E or None, epsilon) -> (B, l, E) in the type of ``x_BlE``; any number of dims before E."""
 
 
-def normalize(x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+def normalize(
+    x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
+) -> torch.Tensor:
     """The last dim normalised, times the weight, plus the bias: LayerNorm if there is a bias, else RMSNorm.
 
     ``epsilon`` is added to the mean square (RMSNorm) or to the variance (LayerNorm) before the root.

@@ -64,11 +64,15 @@ def rotate(x_BlHD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """
     cos_l1P, sin_l1P = rotation.cos_lP.unsqueeze(-2), rotation.sin_lP.unsqueeze(-2)
     x_BlHP, y_BlHP = x_BlHD.chunk(2, dim=-1)
-    turned_BlHD = torch.cat([x_BlHP * cos_l1P - y_BlHP * sin_l1P, y_BlHP * cos_l1P + x_BlHP * sin_l1P], dim=-1)
+    turned_BlHD = torch.cat(
+        [x_BlHP * cos_l1P - y_BlHP * sin_l1P, y_BlHP * cos_l1P + x_BlHP * sin_l1P], dim=-1
+    )
     return turned_BlHD.type_as(x_BlHD)
 
 
-def rotate_both(q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_both(
+    q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys turned to their positions; what other libraries do in one kernel (fused/)."""
     return rotate(q_BlHD, rotation), rotate(k_BlGD, rotation)
 
@@ -111,7 +115,11 @@ def _yarn(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
 
 def _pair_that_turns(turns: float, rope: Rope) -> float:
     """The pair, as a real number, that turns ``turns`` times within the old length: f_i * length = 2 pi turns."""
-    return rope.head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
+    return (
+        rope.head_dim
+        * math.log(rope.original_length / (turns * 2 * math.pi))
+        / (2 * math.log(rope.base))
+    )
 
 
 def _llama3(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,12 @@ from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.norm import NormFunction, norm
 from megatron_ring.kernels.rope import Rotation
 from megatron_ring.model.execution import PLAIN, Execution
-from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear, mark_local_heads, split_parameter
+from megatron_ring.parallel.tensor import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    mark_local_heads,
+    split_parameter,
+)
 from megatron_ring.parallel.tensor_exchange import TensorParallel, to_tensor_region
 
 
@@ -51,7 +56,13 @@ class SelfAttention(nn.Module):
     Transformers to 22 Billion Parameters, section 2), with weights of D that all heads, and so all tensor ranks, share.
     """
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, execution: Execution = PLAIN):
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionFunction,
+        window: int,
+        execution: Execution = PLAIN,
+    ):
         super().__init__()
         self.head_dim = config.head_dim
         self.attention = attention
@@ -60,7 +71,9 @@ class SelfAttention(nn.Module):
         self.rope = execution.operations.rope
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden, bias = config.hidden_size, config.add_bias_linear or config.add_qkv_bias
-        queries, key_values = (n * config.head_dim for n in (config.num_attention_heads, config.key_value_heads))
+        queries, key_values = (
+            n * config.head_dim for n in (config.num_attention_heads, config.key_value_heads)
+        )
         self.q_proj = ColumnParallelLinear(hidden, queries, bias, tensor)
         self.k_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
         self.v_proj = ColumnParallelLinear(hidden, key_values, bias, tensor)
@@ -92,7 +105,9 @@ def _head_norm(config: ModelConfig, function: NormFunction) -> nn.Module:
     """What normalises a head, of the model's own kind; nothing without ``qk_layernorm``."""
     if not config.qk_layernorm:
         return nn.Identity()
-    return mark_local_heads(norm(config.normalization, config.head_dim, config.norm_epsilon, function))
+    return mark_local_heads(
+        norm(config.normalization, config.head_dim, config.norm_epsilon, function)
+    )
 
 
 def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:
@@ -110,6 +125,8 @@ def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tenso
 # A sink of score 0 is a buffer, so that it follows the model to its device, and follows from the config, so unsaved.
 _SINKS: dict[str, Callable[[int, TensorParallel], torch.Tensor | None]] = {
     "vanilla": lambda heads, tensor: None,
-    "off-by-one": lambda heads, tensor: nn.Buffer(torch.zeros(len(tensor.part(heads))), persistent=False),
+    "off-by-one": lambda heads, tensor: nn.Buffer(
+        torch.zeros(len(tensor.part(heads))), persistent=False
+    ),
     "learnable": lambda heads, tensor: split_parameter((heads,), 0, tensor),
 }

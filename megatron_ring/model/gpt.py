@@ -23,14 +23,24 @@ from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import in_chunks, run_block
-from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, all_reduce_replicated_grads, vocabulary_part
+from megatron_ring.parallel.tensor import (
+    VocabularyParallelEmbedding,
+    all_reduce_replicated_grads,
+    vocabulary_part,
+)
 from megatron_ring.parallel.tensor_exchange import own_tokens, to_tensor_region
 
 
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each on a normalised copy and added back."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionFunction, window: int, execution: Execution = PLAIN):
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionFunction,
+        window: int,
+        execution: Execution = PLAIN,
+    ):
         super().__init__()
         self.mlp_chunks = execution.mlp_chunks
         self.attention_norm = _norm(config, execution)
@@ -71,14 +81,18 @@ class Layers(nn.Module):
         self.execution = execution
         self.rope = None if learned else rope(config, seq_length)
         has_table, has_norm = learned and layers.start == 0, layers.stop == config.num_layers
-        self.position_embedding = nn.Embedding(seq_length, config.hidden_size) if has_table else None
+        self.position_embedding = (
+            nn.Embedding(seq_length, config.hidden_size) if has_table else None
+        )
         blocks = {str(n): Block(config, attention, config.window_of(n), execution) for n in layers}
         self.blocks = nn.ModuleDict(blocks)
         self.final_norm = _norm(config, execution) if has_norm else None
         initialize(self, config, seed)
         all_reduce_replicated_grads(self, execution.tensor)
 
-    def run(self, x_BmE: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None) -> torch.Tensor:
+    def run(
+        self, x_BmE: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None
+    ) -> torch.Tensor:
         """(B, m, E) -> (B, m, E), normalised behind the last layer."""
         if self.position_embedding is not None:
             x_BmE = x_BmE + self.position_embedding(own_tokens(positions_l, self.execution.tensor))
@@ -96,7 +110,14 @@ class Layers(nn.Module):
 class Vocabulary(VocabularyParallelEmbedding):
     """A row of E for every token id, split over the tensor ranks: the ``embedding``, or the ``output``'s matrix."""
 
-    def __init__(self, name: str, config: ModelConfig, vocab_size: int, seed: int, execution: Execution = PLAIN):
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        vocab_size: int,
+        seed: int,
+        execution: Execution = PLAIN,
+    ):
         super().__init__(vocab_size, config.hidden_size, execution.tensor)
         self.execution = execution
         initialize(self, config, seed, prefix=name)
@@ -143,14 +164,19 @@ class GPT(Layers):
         return loss_sum(hidden_BmE, self.output_weight_VE, targets_Bl, self.execution)
 
     def hidden(
-        self, tokens_Bl: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None = None
+        self,
+        tokens_Bl: torch.Tensor,
+        positions_l: torch.Tensor,
+        document_starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden_BmE, normalised: what the head reads."""
         return self.run(self.embedding(tokens_Bl), positions_l, document_starts)
 
     def head(self, hidden_BmE: torch.Tensor) -> torch.Tensor:
         """logits_Blv."""
-        return functional.linear(to_tensor_region(hidden_BmE, self.execution.tensor), self.output_weight_VE)
+        return functional.linear(
+            to_tensor_region(hidden_BmE, self.execution.tensor), self.output_weight_VE
+        )
 
     @property
     def output_weight_VE(self) -> torch.Tensor:
@@ -159,26 +185,42 @@ class GPT(Layers):
 
 
 def loss_sum(
-    hidden_BmE: torch.Tensor, weight_vE: torch.Tensor, targets_Bl: torch.Tensor, execution: Execution
+    hidden_BmE: torch.Tensor,
+    weight_vE: torch.Tensor,
+    targets_Bl: torch.Tensor,
+    execution: Execution,
 ) -> torch.Tensor:
     """Head and cross entropy as one, over the tensor ranks' parts of the vocabulary: a float32 sum in nats."""
     hidden_BlE = to_tensor_region(hidden_BmE, execution.tensor)
     part = vocabulary_part(weight_vE, execution.tensor)
     cross_entropy = execution.operations.cross_entropy
     return head_loss_sum(
-        hidden_BlE, weight_vE, targets_Bl, execution.loss_chunk_size, part, cross_entropy=cross_entropy
+        hidden_BlE,
+        weight_vE,
+        targets_Bl,
+        execution.loss_chunk_size,
+        part,
+        cross_entropy=cross_entropy,
     )
 
 
 def _norm(config: ModelConfig, execution: Execution) -> Norm:
     """One over the residual stream."""
-    return norm(config.normalization, config.hidden_size, config.norm_epsilon, execution.operations.norm)
+    return norm(
+        config.normalization, config.hidden_size, config.norm_epsilon, execution.operations.norm
+    )
 
 
 def rope(config: ModelConfig, seq_length: int) -> Rope:
     """RoPE as the config has it, stretched by the length of the whole sample."""
     original_length = config.rope_original_length or seq_length / config.rope_scaling_factor
-    return Rope(config.head_dim, config.rotary_base, config.rope_scaling, config.rope_scaling_factor, original_length)
+    return Rope(
+        config.head_dim,
+        config.rotary_base,
+        config.rope_scaling,
+        config.rope_scaling_factor,
+        original_length,
+    )
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

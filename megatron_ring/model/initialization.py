@@ -24,12 +24,17 @@ RESIDUAL_PROJECTIONS = ("attention.out_proj.weight", "mlp.down_proj.weight")
 def initialize(module: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
     """Fill every parameter in place. ``prefix`` and a parameter's name in ``module`` make its name in a whole GPT."""
     for name, parameter in module.named_parameters(prefix):
-        whole, split = initial_weight(name, whole_shape(parameter), config, seed), split_of(parameter)
+        whole, split = (
+            initial_weight(name, whole_shape(parameter), config, seed),
+            split_of(parameter),
+        )
         own = whole.narrow(split.dim, split.indices.start, len(split.indices)) if split else whole
         parameter.copy_(own)
 
 
-def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+def initial_weight(
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: int
+) -> torch.Tensor:
     """The parameter of full name ``name`` and full size ``shape``, float32 on the CPU.
 
     Names are those of a whole GPT, ``blocks.3.mlp.up_proj.weight`` for example, whatever part of it the caller holds.
@@ -39,7 +44,11 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     residual = name.endswith(RESIDUAL_PROJECTIONS)
-    deviation = config.init_method_std / (2 * config.num_layers) ** 0.5 if residual else config.init_method_std
+    deviation = (
+        config.init_method_std / (2 * config.num_layers) ** 0.5
+        if residual
+        else config.init_method_std
+    )
     return torch.randn(shape, generator=_generator(name, seed)) * deviation
 
 

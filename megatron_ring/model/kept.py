@@ -52,7 +52,10 @@ class Kept:
     def forget(self, written: torch.Tensor) -> None:
         """Drop what shares its memory with ``written``: it is not what the operator gave any more."""
         memory = written.untyped_storage().data_ptr()
-        self.results = [None if x is None or x.untyped_storage().data_ptr() == memory else x for x in self.results]
+        self.results = [
+            None if x is None or x.untyped_storage().data_ptr() == memory else x
+            for x in self.results
+        ]
 
     def take(self, count: int) -> list[torch.Tensor] | None:
         """The results of the next call, for another graph to take in; None where they were not kept."""

@@ -17,7 +17,11 @@ class SwigluMLP(nn.Module):
         super().__init__()
         self.execution, tensor = execution, execution.tensor
         self.swiglu = execution.operations.swiglu
-        hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
+        hidden, feed_forward, bias = (
+            config.hidden_size,
+            config.feed_forward_size,
+            config.add_bias_linear,
+        )
         self.gate_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
@@ -35,14 +39,20 @@ class GeluMLP(nn.Module):
     def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
         self.execution, tensor = execution, execution.tensor
-        hidden, feed_forward, bias = config.hidden_size, config.feed_forward_size, config.add_bias_linear
+        hidden, feed_forward, bias = (
+            config.hidden_size,
+            config.feed_forward_size,
+            config.add_bias_linear,
+        )
         self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
         self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
         kept = self.execution.kept_for_feed_forward(x_BmE)
-        return self.down_proj(gelu(self.up_proj(to_tensor_region(x_BmE, self.execution.tensor), kept)))
+        return self.down_proj(
+            gelu(self.up_proj(to_tensor_region(x_BmE, self.execution.tensor), kept))
+        )
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}

@@ -35,7 +35,9 @@ class Offload:
     def layer(self) -> Iterator[None]:
         """The next layer's forward: what autograd saves in it goes to CPU memory."""
         self.last = layer = _Layer(self.device, self.last)
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(self._pack, layer), self._unpack):
+        with torch.autograd.graph.saved_tensors_hooks(
+            functools.partial(self._pack, layer), self._unpack
+        ):
             yield
         layer.forward_is_over()
 
@@ -45,12 +47,16 @@ class Offload:
             # in other memory before backward.
             return tensor if tensor.is_leaf else tensor.detach()
         place = layer.send(tensor.untyped_storage())
-        return _Moved(layer, place, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Moved(
+            layer, place, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+        )
 
     def _moves(self, tensor: torch.Tensor) -> bool:
         owner = tensor if tensor._base is None else tensor._base
         large = tensor.untyped_storage().nbytes() >= self.smallest
-        return large and tensor.device.type == self.device.type and not isinstance(owner, nn.Parameter)
+        return (
+            large and tensor.device.type == self.device.type and not isinstance(owner, nn.Parameter)
+        )
 
     def _unpack(self, packed: "torch.Tensor | _Moved") -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
@@ -103,8 +109,12 @@ class _Layer:
         if storage.data_ptr() in addresses:
             return addresses.index(storage.data_ptr())
         self.sent.append(storage)  # held, so that no other storage of the layer can get its address
-        there = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        _copy(there, torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), self.device)
+        there = torch.empty(
+            storage.nbytes(), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
+        _copy(
+            there, torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), self.device
+        )
         self.copies.append(there)
         return len(self.copies) - 1
 
@@ -115,7 +125,9 @@ class _Layer:
         """Begin to bring everything back, unless that is done."""
         if self.fetched is None:
             here = [torch.empty_like(there, device=self.device) for there in self.copies]
-            self.fetched = [(x, _copy(x, there, self.device)) for x, there in zip(here, self.copies)]
+            self.fetched = [
+                (x, _copy(x, there, self.device)) for x, there in zip(here, self.copies)
+            ]
 
     def storage(self, place: int) -> torch.UntypedStorage:
         """A storage that was fetched. On CUDA the current stream waits for it, not the host."""

@@ -19,10 +19,14 @@ from megatron_ring.model.kept import Keeping, Kept, Operators, Replaying, nothin
 
 _RING = frozenset({ring_attention._opoverload})
 # What linear layers and matmul come down to, with and without a bias.
-_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+_PRODUCTS = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+)
 
 
-def run_block(block: nn.Module, execution: Execution, x_BlE: torch.Tensor, *inputs: object) -> torch.Tensor:
+def run_block(
+    block: nn.Module, execution: Execution, x_BlE: torch.Tensor, *inputs: object
+) -> torch.Tensor:
     """``block(x_BlE, *inputs)``, and backward as much of it again as ``execution.recompute`` says.
 
     A block may be anything that is a function of its inputs and parameters: nothing random, nothing counted. Tensors
@@ -31,7 +35,9 @@ def run_block(block: nn.Module, execution: Execution, x_BlE: torch.Tensor, *inpu
     if execution.recompute == "none" or not torch.is_grad_enabled():
         return block(x_BlE, *inputs)
     kept = Kept(operators_kept(execution))
-    y_BlE = _computed_again(block, x_BlE, *inputs, contexts=lambda: (Keeping(kept), Replaying(kept)))
+    y_BlE = _computed_again(
+        block, x_BlE, *inputs, contexts=lambda: (Keeping(kept), Replaying(kept))
+    )
     return saved(y_BlE, kept)
 
 
@@ -42,7 +48,9 @@ def operators_kept(execution: Execution) -> Operators:
     return frozenset() if execution.recompute_attention else _RING
 
 
-def in_chunks(layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor, chunks: int) -> torch.Tensor:
+def in_chunks(
+    layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor, chunks: int
+) -> torch.Tensor:
     """``layer(x_BlE)`` for a layer that takes every token by itself, at most ``chunks`` runs of tokens in turn.
 
     No more than one piece's inner activations exist at a time: backward computes each piece again before it is
@@ -64,5 +72,9 @@ def in_chunks(layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor
     return torch.cat(pieces, dim=1)
 
 
-def _computed_again(region: Callable[..., torch.Tensor], *inputs: object, contexts: Callable) -> torch.Tensor:
-    return checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+def _computed_again(
+    region: Callable[..., torch.Tensor], *inputs: object, contexts: Callable
+) -> torch.Tensor:
+    return checkpoint(
+        region, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )

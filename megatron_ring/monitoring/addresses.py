@@ -105,4 +105,8 @@ def _is_usable(address: str) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:  # a link-local address with its interface, as in fe80::1%eth0
         return False
-    return not (parsed.is_loopback or parsed.is_unspecified or (parsed.version == 6 and parsed.is_link_local))
+    return not (
+        parsed.is_loopback
+        or parsed.is_unspecified
+        or (parsed.version == 6 and parsed.is_link_local)
+    )

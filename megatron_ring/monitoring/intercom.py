@@ -75,14 +75,18 @@ class Intercom:
     members, networks: by rank; ranks of one network are on one host.
     """
 
-    def __init__(self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]):
+    def __init__(
+        self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]
+    ):
         """Collective: all processes create theirs at the same time. Blocks until all have."""
         self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
         self.networks: list[str] = consensus.gather(network_identity)
         listening = listen(on_one_host=len(set(self.networks)) == 1, backlog=_BACKLOG)
         self._place, self._alarmed = place, alarmed
         address, port, *_ = listening.getsockname()
-        self.own = Member(consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port)
+        self.own = Member(
+            consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port
+        )
         self.members: list[Member] = []
         self._server = _Server(listening, self._reply)
         self.members = consensus.gather(lambda: self.own)
@@ -165,7 +169,9 @@ class _Server:
         # What a stranger does wrong must not fill the run's log. If the process has no descriptor
         # left for a connection, asyncio accepts none for a second, and tries again.
         self._loop.set_exception_handler(lambda loop, context: None)
-        self._thread = threading.Thread(target=self._run, args=(listening,), name="intercom", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(listening,), name="intercom", daemon=True
+        )
         self._thread.start()
         self._is_serving.wait()
 
@@ -174,7 +180,9 @@ class _Server:
         self._thread.join()
 
     def _run(self, listening: socket.socket) -> None:
-        serving = asyncio.start_server(self._serve, sock=listening, limit=_BYTES_OF_A_MESSAGE, backlog=_BACKLOG)
+        serving = asyncio.start_server(
+            self._serve, sock=listening, limit=_BYTES_OF_A_MESSAGE, backlog=_BACKLOG
+        )
         server = self._loop.run_until_complete(serving)
         self._is_serving.set()
         self._loop.run_forever()

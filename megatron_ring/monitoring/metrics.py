@@ -71,12 +71,18 @@ class StepRecord:
     @property
     def figures(self) -> dict[str, Any]:
         """As the metrics file has them."""
-        return {name: value for name, value in vars(self).items() if name != "ring"} | self.ring.figures
+        return {
+            name: value for name, value in vars(self).items() if name != "ring"
+        } | self.ring.figures
 
     def events(self) -> Events:
         """As the monitors have them, which take single numbers."""
-        numbers = {name: value for name, value in self.figures.items() if isinstance(value, int | float)}
-        return [(f"train/{name}", value, self.step) for name, value in numbers.items() if name != "step"]
+        numbers = {
+            name: value for name, value in self.figures.items() if isinstance(value, int | float)
+        }
+        return [
+            (f"train/{name}", value, self.step) for name, value in numbers.items() if name != "step"
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,10 @@ class HeldOutRecord:
 
     def named(self, separator: str) -> dict[str, float]:
         """The figures, each under the name of its part and its own."""
-        return {f"{self.part}{separator}{name}": getattr(self, name) for name in ("loss", "bits_per_byte")}
+        return {
+            f"{self.part}{separator}{name}": getattr(self, name)
+            for name in ("loss", "bits_per_byte")
+        }
 
 
 class Report(Protocol):
@@ -175,7 +184,13 @@ class ConsoleReport:
         self.rates: Thinned[tuple[float, float, float]] = Thinned(_KEPT_RATES)
         self.step_seconds: deque[float] = deque(maxlen=min(self.interval, _KEPT_RATES))
         # disable=None: no bar where there is no terminal; the lines are printed either way.
-        self.bar = tqdm(total=self.last_step, initial=steps.start - 1, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.last_step,
+            initial=steps.start - 1,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        )
 
     def step(self, record: StepRecord) -> None:
         self.first, self.last = self.first or record, record
@@ -183,7 +198,9 @@ class ConsoleReport:
         self.step_seconds.append(record.step_seconds)
         self._on_metrics_file(lambda file: file.write(record.figures))
         self._monitor(record.events())
-        self.bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s")
+        self.bar.set_postfix_str(
+            f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s"
+        )
         self.bar.update()
         if record.step % self.interval == 0 or record.step in (self.first_step, self.last_step):
             tqdm.write(self._line(record))
@@ -200,7 +217,9 @@ class ConsoleReport:
             f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
         )
         if not math.isfinite(record.loss):
-            self.log(f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text")
+            self.log(
+                f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text"
+            )
 
     def log(self, words: str) -> None:
         """A line among those of the steps."""
@@ -234,10 +253,14 @@ class ConsoleReport:
             lines.append(f"speed            {rate:,.0f} tokens/s (median){utilisation}")
         if self.validations:
             first, last = (self.validations[i].bits_per_byte for i in (0, -1))
-            lines.append(f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})")
+            lines.append(
+                f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})"
+            )
         if self.first and self.last.skipped_steps + self.last.roll_backs:
             end = self.last
-            lines.append(f"bad steps        {end.skipped_steps} skipped, {end.roll_backs} followed by a roll back")
+            lines.append(
+                f"bad steps        {end.skipped_steps} skipped, {end.roll_backs} followed by a roll back"
+            )
         for what, times in self.best_effort.failures.items():
             lines.append(f"warning          {what} failed {times} times")
         return "\n".join(lines)

@@ -52,7 +52,8 @@ class NonFiniteDetector:
     def seen(self, rank: int, loss: torch.Tensor) -> NonFiniteReport:
         """Since ``begin``; ``loss``: this rank's own."""
         forward, backward = (
-            [place for place, total in zip(self._places, sums) if total != 0] for sums in self._sums.tolist()
+            [place for place, total in zip(self._places, sums) if total != 0]
+            for sums in self._sums.tolist()
         )
         return NonFiniteReport(rank, socket.gethostname(), bool(loss.isfinite()), forward, backward)
 
@@ -69,16 +70,17 @@ class NonFiniteDetector:
 def origin(reports: list[NonFiniteReport]) -> str:
     """Where it began, from what all ranks have seen."""
     if firsts := [min(seen.forward) for seen in reports if seen.forward]:
-        where, there = f"what {_layer(min(firsts))} gave", [s for s in reports if min(firsts) in s.forward]
+        where, there = (
+            f"what {_layer(min(firsts))} gave",
+            [s for s in reports if min(firsts) in s.forward],
+        )
     elif there := [seen for seen in reports if not seen.finite_loss]:
         where = "the loss itself"
     elif lasts := [max(seen.backward) for seen in reports if seen.backward]:
         where = f"the gradient of what {_layer(max(lasts))} gave"
         there = [seen for seen in reports if max(lasts) in seen.backward]
     else:
-        return (
-            "all that layers gave, and the gradients of that, was finite: it began in a weight's gradient or their sum"
-        )
+        return "all that layers gave, and the gradients of that, was finite: it began in a weight's gradient or their sum"
     return f"it began on {', '.join(map(str, there))}, in {where}"
 
 

@@ -103,7 +103,11 @@ def _plot_problem(value: str) -> str | None:
     if not plot.is_file():
         return None  # nothing is overwritten: where the plot cannot be drawn, the run warns
     why = picture_problem(plot, (PNG,))
-    return f"metrics_file {value}: {plot} {why}. Set --metrics-file to another folder." if why else None
+    return (
+        f"metrics_file {value}: {plot} {why}. Set --metrics-file to another folder."
+        if why
+        else None
+    )
 
 
 def _checkpoint_problem(name: str, value: str, save: str) -> str | None:
@@ -142,7 +146,9 @@ def _library_problem(name: str, value: str, library: str) -> str | None:
     )
 
 
-def _why_not(path: Path, folder: bool, content: Callable[[Path], str | None] | None = None) -> str | None:
+def _why_not(
+    path: Path, folder: bool, content: Callable[[Path], str | None] | None = None
+) -> str | None:
     """Why nothing can be written to ``path``, or made there; None if it can as far as that is
     known.
 

@@ -45,7 +45,9 @@ def draw_loss(metrics_file: Path, picture: Path) -> Path:
     profiled = [step for step in steps.values if step["waits"]]
     heights = [3, 1, 2] if profiled else [3, 1]
     size = 8, 1.5 * sum(heights)
-    figure, axes = plt.subplots(len(heights), 1, figsize=size, sharex=True, height_ratios=heights, layout="tight")
+    figure, axes = plt.subplots(
+        len(heights), 1, figsize=size, sharex=True, height_ratios=heights, layout="tight"
+    )
     _draw_losses(axes[0], steps.values, validations.values)
     speeds = [(step["step"], step["tokens_per_second"]) for step in steps.values]
     axes[1].plot(*zip(*speeds), color="tab:green")
@@ -70,10 +72,16 @@ def _waits(record: Record) -> dict[str, float]:
 
 
 def _draw_losses(axes: Axes, steps: Records, validations: Records) -> None:
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training loss (nats per token)")
+    axes.plot(
+        [r["step"] for r in steps],
+        [r["loss"] for r in steps],
+        label="training loss (nats per token)",
+    )
     if validations:
         bits = [r["validation_bits_per_byte"] for r in validations]
-        axes.plot([r["step"] for r in validations], bits, "o-", label="held-out text (bits per byte)")
+        axes.plot(
+            [r["step"] for r in validations], bits, "o-", label="held-out text (bits per byte)"
+        )
     axes.legend(frameon=False)
 
 

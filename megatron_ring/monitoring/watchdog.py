@@ -82,7 +82,9 @@ class Suspensions:
     def longest(self, seconds: float) -> float:
         """How long the longest suspension that ended within the last ``seconds`` was, or 0."""
         start = time.monotonic() - seconds
-        return max((ended - began for began, ended in tuple(self._gaps) if ended >= start), default=0.0)
+        return max(
+            (ended - began for began, ended in tuple(self._gaps) if ended >= start), default=0.0
+        )
 
 
 def watched(
@@ -103,13 +105,17 @@ class Watchdog:
     following: the global rank behind this one in the ring; ring_timeout: seconds.
     """
 
-    def __init__(self, place: ProgressTracker, following: int, ring_timeout: int, consensus: Consensus):
+    def __init__(
+        self, place: ProgressTracker, following: int, ring_timeout: int, consensus: Consensus
+    ):
         self.following = following
         self.ring_timeout = ring_timeout
         self.suspensions = Suspensions()
         self._whereabouts = place
         self.intercom = Intercom(consensus, self.read, self._alarmed)
-        self._suspect: int | None = None  # who holds this process up, or another that has told of it
+        self._suspect: int | None = (
+            None  # who holds this process up, or another that has told of it
+        )
         self._told = self._over = False
         self._answers = False  # whether the next of the ring has ever answered
         self._silent_since: float | None = None
@@ -120,15 +126,21 @@ class Watchdog:
     def read(self) -> Place:
         """Where this process is, and for how long, without the time in which it was suspended."""
         place = self._whereabouts.read()
-        return place._replace(seconds=max(0.0, place.seconds - self.suspensions.seconds_in(place.seconds)))
+        return place._replace(
+            seconds=max(0.0, place.seconds - self.suspensions.seconds_in(place.seconds))
+        )
 
     def __enter__(self) -> "Watchdog":
         self._answers = isinstance(self.intercom.ask(self.following), Place)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, RuntimeError):  # what torch raises where a process is lost, and where memory is short
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(
+            error, RuntimeError
+        ):  # what torch raises where a process is lost, and where memory is short
             self._judge()
             suspended = self.suspensions.longest(_SECONDS_AFTER_A_SUSPENSION)
             if suspended >= _SECONDS_OF_A_LONG_SUSPENSION:

@@ -38,7 +38,9 @@ class RingTransfer:
     """A tensor on its way around the ring, and its like on the way here."""
 
     works: list[tuple[int, dist.Work | Fetched]]  # each with the global rank at its other end
-    sent: torch.Tensor  # held until the transfer is over: gloo, or who receives it, reads it in the background
+    sent: (
+        torch.Tensor
+    )  # held until the transfer is over: gloo, or who receives it, reads it in the background
     received: torch.Tensor
     sender: int  # of what is received, a global rank
     sent_at: int  # as place.sends tells
@@ -82,7 +84,9 @@ class RingExchange:
         members = tuple(dist.get_process_group_ranks(links[0]))
         rank, fetcher = dist.get_rank(links[0]), reader_within(links[0])
         limit = _LONGEST_SUSPENSION if links[0].group_name in _unlimited else None
-        return RingExchange(members, links, rank, place or ProgressTracker(), fetcher=fetcher, limit=limit)
+        return RingExchange(
+            members, links, rank, place or ProgressTracker(), fetcher=fetcher, limit=limit
+        )
 
     @property
     def is_slow(self) -> bool:
@@ -93,12 +97,17 @@ class RingExchange:
         """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
         size = len(self.members)
         sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
-        received, sent_at = self.room.acquire(tensor), self.place.sends(tensor.nbytes, self.members[receiver])
+        received, sent_at = (
+            self.room.acquire(tensor),
+            self.place.sends(tensor.nbytes, self.members[receiver]),
+        )
         within_the_machine = self.fetcher is not None and tensor.device.type == "cpu"
         way = self._by_ticket if within_the_machine else self._over_the_network
         works = way(tensor, receiver, received, sender)
         peer = self.members[sender]
-        return RingTransfer(works, tensor, received, peer, sent_at, self.place, self.room, self.limit)
+        return RingTransfer(
+            works, tensor, received, peer, sent_at, self.place, self.room, self.limit
+        )
 
     def _by_ticket(
         self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
@@ -120,7 +129,11 @@ class RingExchange:
         ]
         works = []
         for link in (0, 1):
-            posted = [dist.P2POp(op, x, peer, self.links[link]) for number, op, x, peer in posts if number == link]
+            posted = [
+                dist.P2POp(op, x, peer, self.links[link])
+                for number, op, x, peer in posts
+                if number == link
+            ]
             works += self._post(posted) if posted else []
         return works
 
@@ -128,7 +141,9 @@ class RingExchange:
         """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""
         with self.place.waiting_for(posted[0].peer):
             works = dist.batch_isend_irecv(posted)
-        return [(op.peer, work) for op, work in zip(posted, works)]  # NCCL has one work for the whole batch
+        return [
+            (op.peer, work) for op, work in zip(posted, works)
+        ]  # NCCL has one work for the whole batch
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,9 @@ class ProcessGroups:
         ``ring_timeout``: seconds after which a watchdog ends a wait in the ring; torch itself would a minute later,
         NCCL's own watchdog included. 0: there is none, and torch's limit is its default.
         """
-        limit = timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG) if ring_timeout else None
+        limit = (
+            timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG) if ring_timeout else None
+        )
         return ProcessGroups(
             data_context=_own_group(grid.members("data", "ring", "ulysses"), global_rank),
             ring_links=_ring_links(grid, global_rank, limit),
@@ -194,7 +211,9 @@ def _ring_links(
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
     if grid.ring == 1:
         return None
-    links = tuple(_own_group(grid.members("ring"), global_rank, limit, _link_options(limit)) for _ in range(2))
+    links = tuple(
+        _own_group(grid.members("ring"), global_rank, limit, _link_options(limit)) for _ in range(2)
+    )
     for link in links:
         # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
         # rank 0 has no transfer on the second link.

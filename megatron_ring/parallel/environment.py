@@ -72,7 +72,9 @@ class Environment:
         """The launcher's variables. Raises ConfigError for those that are no numbers or out of range."""
         world_size = _integer("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
         # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        local_size = _integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=len(_ranks_of_node()) or world_size)
+        local_size = _integer(
+            "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=len(_ranks_of_node()) or world_size
+        )
         own_cores = max(1, len(os.sched_getaffinity(0)) // max(1, local_size))
         environment = Environment(
             global_rank=_integer("RANK", "SLURM_PROCID", default=0),
@@ -112,7 +114,9 @@ class Environment:
         _set_default("MASTER_PORT", str(_port(self.world_size)))
         port = _integer("MASTER_PORT", default=0)
         if not 0 <= port < 2**16:
-            raise ConfigError(f"MASTER_PORT is {port}, and must be from 0 to {2**16 - 1}. Set it, or unset it.")
+            raise ConfigError(
+                f"MASTER_PORT is {port}, and must be from 0 to {2**16 - 1}. Set it, or unset it."
+            )
 
 
 def slurm_job() -> tuple[str, int]:
@@ -134,7 +138,9 @@ def launched_by_torchelastic() -> bool:
 # What makes a library add up in the same order every time; the first value is given where none is.
 _FIXED_ORDER = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    "NCCL_NVLS_ENABLE": ("0",),  # sums that NVLink's switches take, which differ from call to call (NVIDIA/nccl#1497)
+    "NCCL_NVLS_ENABLE": (
+        "0",
+    ),  # sums that NVLink's switches take, which differ from call to call (NVIDIA/nccl#1497)
 }
 
 
@@ -157,7 +163,12 @@ def fix_order_of_sums() -> None:
 
 # By their numbers in glibc's malloc.h, and what the environment may say of them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+_MALLOC_SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "GLIBC_TUNABLES",
+)
 
 
 def keep_freed_memory() -> None:
@@ -200,7 +211,9 @@ def _port(world_size: int) -> int:
     """
     if not _in_step():
         return 29500 if world_size > 1 else 0
-    return _PORTS[(_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % len(_PORTS)]
+    return _PORTS[
+        (_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % len(_PORTS)
+    ]
 
 
 def socket_interfaces(names: Sequence[str]) -> list[str]:
@@ -258,7 +271,9 @@ def _whole_number(name: str, value: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise ConfigError(f"{name} is {value[:80]!r}, and must be a whole number. Set it, or unset it.") from None
+        raise ConfigError(
+            f"{name} is {value[:80]!r}, and must be a whole number. Set it, or unset it."
+        ) from None
 
 
 def _value(name: str) -> str | None:

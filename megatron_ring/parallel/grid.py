@@ -72,10 +72,22 @@ class Grid:
     def members(self, *axes: str) -> list[list[int]]:
         """The groups along ``axes``: in each, those coordinates vary and all others are fixed. Ranks in grid order."""
         free = [name in axes for name in Coordinates._fields]
-        fixed = product(*(range(1 if is_free else size) for is_free, size in zip(free, self.sizes, strict=True)))
-        inner = list(product(*(range(size if is_free else 1) for is_free, size in zip(free, self.sizes, strict=True))))
+        fixed = product(
+            *(range(1 if is_free else size) for is_free, size in zip(free, self.sizes, strict=True))
+        )
+        inner = list(
+            product(
+                *(
+                    range(size if is_free else 1)
+                    for is_free, size in zip(free, self.sizes, strict=True)
+                )
+            )
+        )
         return [
-            [self.global_rank(Coordinates(*(a + b for a, b in zip(start, step, strict=True)))) for step in inner]
+            [
+                self.global_rank(Coordinates(*(a + b for a, b in zip(start, step, strict=True))))
+                for step in inner
+            ]
             for start in fixed
         ]
 

@@ -34,7 +34,9 @@ class Launchers:
         The launcher may have died while this process was still importing: then it is of one that is gone.
         """
         ancestors = _ancestors()
-        known = [depth for depth, process in enumerate(ancestors, start=1) if _is_launcher(process.pid)]
+        known = [
+            depth for depth, process in enumerate(ancestors, start=1) if _is_launcher(process.pid)
+        ]
         if known:
             return Launchers(tuple(ancestors[: known[-1]]))
         if launched_by_deepspeed():

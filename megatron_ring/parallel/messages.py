@@ -16,7 +16,9 @@ def in_memory(x: torch.Tensor) -> torch.Tensor:
 
 def packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The tensors' bytes, one after another: (bytes,) uint8. Those of rows of whole heads go first, for alignment."""
-    message = torch.empty(sum(x.nbytes for x in tensors), dtype=torch.uint8, device=tensors[0].device)
+    message = torch.empty(
+        sum(x.nbytes for x in tensors), dtype=torch.uint8, device=tensors[0].device
+    )
     for place, x in zip(unpacked(message, tensors), tensors):
         place.copy_(x)
     return message
@@ -29,5 +31,7 @@ def unpacked(message: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.
 
 
 def _shaped(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    strides = torch.empty_like(like, device="meta").stride()  # of what is not dense, contiguous ones
+    strides = torch.empty_like(
+        like, device="meta"
+    ).stride()  # of what is not dense, contiguous ones
     return numbers.as_strided(like.shape, strides)

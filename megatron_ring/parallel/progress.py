@@ -77,7 +77,11 @@ class ProgressTracker:
     def __init__(self, numbers: torch.Tensor | None = None):
         self.numbers = _fresh_numbers(0) if numbers is None else numbers
         cells = self.numbers.numpy()  # writing there costs a tenth of writing to the tensor
-        self._cells, self._work, log = cells[:_PLACE], cells[_PLACE : _PLACE + _WORK], cells[_PLACE + _WORK :]
+        self._cells, self._work, log = (
+            cells[:_PLACE],
+            cells[_PLACE : _PLACE + _WORK],
+            cells[_PLACE + _WORK :],
+        )
         self.adds_work_up = len(self._work) > 0
         self.log = RingLog(log) if len(log) else None
 
@@ -111,7 +115,9 @@ class ProgressTracker:
         """Know from now on which of the model's ``blocks.N`` was entered last, computed again or not."""
         for name, module in model.named_modules():
             if number := re.search(r"\bblocks\.(\d+)$", name):
-                module.register_forward_pre_hook(lambda *_, layer=int(number[1]): self._write("layer", layer))
+                module.register_forward_pre_hook(
+                    lambda *_, layer=int(number[1]): self._write("layer", layer)
+                )
 
     @contextlib.contextmanager
     def in_ring(self, layer: int, direction: Direction) -> Iterator[None]:

@@ -20,7 +20,10 @@ class RecvBufferPool:
 
     def acquire(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor like this one, dense as it is, whatever is in it."""
-        fits = [(x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype) for x in self._free]
+        fits = [
+            (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
+            for x in self._free
+        ]
         tensor = self._free.pop(fits.index(True)) if any(fits) else torch.empty_like(like)
         self._taken[id(tensor)] = tensor
         return tensor

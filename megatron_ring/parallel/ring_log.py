@@ -18,7 +18,9 @@ class Event(IntEnum):
     SENT = 2  # a message was handed over. a: its bytes, b: the receiver's global rank
     WAITING = 3  # for another process. a: its global rank
     WAITED = 4  # that wait is over
-    RECEIVED = 5  # a message is here. a: the moment when its like was sent, b: the sender's global rank
+    RECEIVED = (
+        5  # a message is here. a: the moment when its like was sent, b: the sender's global rank
+    )
     LEFT = 6  # the pass is over
     OPTIMIZING = 7  # the optimizer's step began
     OPTIMIZED = 8  # and is over

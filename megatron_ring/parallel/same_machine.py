@@ -34,7 +34,9 @@ class MemoryUnreadable(RuntimeError):
 # ---- what travels ----
 
 
-def send_ticket(message: torch.Tensor, receiver: int, link: dist.ProcessGroup) -> tuple[dist.Work, dist.Work]:
+def send_ticket(
+    message: torch.Tensor, receiver: int, link: dist.ProcessGroup
+) -> tuple[dist.Work, dist.Work]:
     """Let a global rank read a dense tensor, which must stay as it is until both of these are over; does not block."""
     ticket = dist.isend(ticket_for(message), receiver, link, tag=_TICKET)
     return ticket, dist.irecv(torch.empty(1, dtype=torch.uint8), receiver, link, tag=_RECEIPT)
@@ -78,7 +80,11 @@ class PeerMemoryReader:
         threading.Thread(target=self._work, name="fetcher", daemon=True).start()
 
     def fetch(
-        self, into: torch.Tensor, sender: int, link: dist.ProcessGroup, limit: timedelta | None = None
+        self,
+        into: torch.Tensor,
+        sender: int,
+        link: dist.ProcessGroup,
+        limit: timedelta | None = None,
     ) -> Fetched:
         """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``.
 
@@ -105,7 +111,9 @@ def _carry_out(order: _Order) -> Exception | None:
     try:
         wait(order.ticket_came, order.limit)
         read(order.ticket, order.into)
-        receipt = dist.isend(torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT)
+        receipt = dist.isend(
+            torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT
+        )
         wait(receipt, order.limit)
     except Exception as error:
         return error
@@ -185,12 +193,21 @@ def read(ticket: torch.Tensor, into: torch.Tensor) -> None:
         here, there = (_Span(start + done, size - done) for start in (into.data_ptr(), address))
         copied = _readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
         if copied <= 0:
-            raise MemoryUnreadable(f"cannot read what process {pid} sent: {os.strerror(ctypes.get_errno())}")
+            raise MemoryUnreadable(
+                f"cannot read what process {pid} sent: {os.strerror(ctypes.get_errno())}"
+            )
         done += copied
 
 
 def _readv(pid: int, *spans_and_flags) -> int:
     function = _C.process_vm_readv
     function.restype = ctypes.c_ssize_t
-    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+    function.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
     return function(pid, *spans_and_flags)

@@ -14,7 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_ring.kernels.cross_entropy import VocabularyPart
-from megatron_ring.parallel.tensor_exchange import ALONE, ShardKept, TensorParallel, from_tensor_region, reduced, summed
+from megatron_ring.parallel.tensor_exchange import (
+    ALONE,
+    ShardKept,
+    TensorParallel,
+    from_tensor_region,
+    reduced,
+    summed,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ def split_parameter(whole_shape: tuple[int, ...], dim: int, tensor: TensorParall
     parameter = nn.Parameter(torch.empty(*whole_shape[:dim], len(indices), *whole_shape[dim + 1 :]))
     if tensor.size > 1:
         parameter.tensor_parallel_split = Split(dim, indices, whole_shape[dim])
-        parameter.tensor_model_parallel = True  # DeepSpeed's word for: counts on every rank in the gradient norm
+        parameter.tensor_model_parallel = (
+            True  # DeepSpeed's word for: counts on every rank in the gradient norm
+        )
     return parameter
 
 

@@ -30,7 +30,9 @@ class TensorParallel:
         """This process's place in ``group``, the tensor axis."""
         if group is None:
             return ALONE
-        return TensorParallel(group, dist.get_rank(group), dist.get_world_size(group), sequence_parallel)
+        return TensorParallel(
+            group, dist.get_rank(group), dist.get_world_size(group), sequence_parallel
+        )
 
     def part(self, whole: int) -> range:
         """The indices of ``whole`` that belong to this rank: runs in rank order, the last ones shorter if uneven."""
@@ -62,7 +64,9 @@ class ShardKept:
         self.shard_BmE = shard_BmE.detach()
         self.gather = _GatherForBackward(tensor)
 
-    def linear(self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return ``x_BlE weight^T + bias`` for ``x_BlE`` as ``to_tensor_region`` gathered it from the shard."""
         self.gather.layers += 1
         return _LinearOfGathered.apply(x_BlE, self.shard_BmE, weight, bias, self.gather)

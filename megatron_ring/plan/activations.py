@@ -64,7 +64,10 @@ def papers_bytes_per_token(hidden_size: int) -> int:
 def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> LayerBytes:
     """What one layer needs for each of a process's l tokens, as ``config.memory`` says."""
     memory, tensors = config.memory, _tensors(config, grid, dtype, device)
-    attention, feed_forward = _saved_by_attention(config, grid, tensors), _saved_by_feed_forward(config, tensors)
+    attention, feed_forward = (
+        _saved_by_attention(config, grid, tensors),
+        _saved_by_feed_forward(config, tensors),
+    )
     if memory.recompute == "none":
         taken_over = attention, tensors.shared if memory.mlp_chunks > 1 else feed_forward
         kept = attention + (tensors.residual if memory.mlp_chunks > 1 else feed_forward)
@@ -75,7 +78,9 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
     gathered_again = tensors.gathered if tensors.feed_forward_input < tensors.gathered else 0
     working = tensors.residual + max(
         (feed_forward - taken_over[1] + gradients_of_inner + gathered_again) / memory.mlp_chunks,
-        _backward_through_attention(config, grid, tensors, dtype) + tensors.residual - taken_over[1],
+        _backward_through_attention(config, grid, tensors, dtype)
+        + tensors.residual
+        - taken_over[1],
     )
     working += attention - taken_over[0]
     return LayerBytes(kept, working)
@@ -132,7 +137,9 @@ def _saved_by_attention(config: Config, grid: Grid, x: _Tensors) -> float:
 
 def _saved_by_feed_forward(config: Config, x: _Tensors) -> float:
     """Norm, its output, and of width F: gate, silu(gate), up and their product; or the product and its gelu."""
-    return x.norm + x.feed_forward_input + (4 if config.model.activation == "swiglu" else 2) * x.inner
+    return (
+        x.norm + x.feed_forward_input + (4 if config.model.activation == "swiglu" else 2) * x.inner
+    )
 
 
 def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, float]:
@@ -150,7 +157,9 @@ def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, 
     return x.residual + attention + feed_forward, attention + x.shared, feed_forward
 
 
-def _backward_through_attention(config: Config, grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
+def _backward_through_attention(
+    config: Config, grid: Grid, x: _Tensors, dtype: torch.dtype
+) -> float:
     by_blocks = config.parallel.context_parallel_reduction == "invariant"
     return (_backward_by_blocks if by_blocks else _backward_through_ring)(grid, x, dtype)
 

@@ -80,14 +80,21 @@ def peak_flops(device: str, dtype: torch.dtype) -> tuple[float | None, str]:
         return rate, "measured on a 1024 x 1024 product"
     name = torch.cuda.get_device_name()
     word = str(dtype).removeprefix("torch.")
-    peak = next((peak for peak in _PEAKS if re.fullmatch(peak.name, name.removeprefix("NVIDIA "))), None)
+    peak = next(
+        (peak for peak in _PEAKS if re.fullmatch(peak.name, name.removeprefix("NVIDIA "))), None
+    )
     rates = {torch.bfloat16: peak.bf16, torch.float16: peak.fp16 or peak.bf16} if peak else {}
     if not (rate := rates.get(dtype, 0)):
-        return None, f"no data sheet's rate is known here for {name} in {word}, so no utilisation is shown"
+        return (
+            None,
+            f"no data sheet's rate is known here for {name} in {word}, so no utilisation is shown",
+        )
     return rate * 1e12, f"{peak.sheet} data sheet"
 
 
-def _measured_product_rate(device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+def _measured_product_rate(
+    device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 5
+) -> float:
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def seconds() -> float:

@@ -49,7 +49,10 @@ def _layout_picture(layout: Layout, ulysses: int) -> list[str]:
     rows = []
     for ring_rank in ranks:
         owned = set((small.positions(ring_rank) // stripe).tolist())
-        rows.append(f"ring rank {ring_rank}  " + "".join("#" if unit in owned else "." for unit in range(pictured)))
+        rows.append(
+            f"ring rank {ring_rank}  "
+            + "".join("#" if unit in owned else "." for unit in range(pictured))
+        )
     if layout.ring_size > len(ranks):
         rows.append(f"and {layout.ring_size - len(ranks)} more ranks")
     if ulysses > 1:
@@ -108,8 +111,14 @@ def _in_tensor(setup: Setup) -> list[str]:
     ranks = setup.grid.tensor
     if ranks == 1:
         return []
-    how = "all-gathers and reduce-scatters" if setup.config.parallel.sequence_parallel else "all-reduces"
-    forward, backward = tensor_bytes(_stream_bytes(setup), ranks, inputs_gathered_again(setup.config))
+    how = (
+        "all-gathers and reduce-scatters"
+        if setup.config.parallel.sequence_parallel
+        else "all-reduces"
+    )
+    forward, backward = tensor_bytes(
+        _stream_bytes(setup), ranks, inputs_gathered_again(setup.config)
+    )
     return [
         f"bytes of tensor  {forward:,} in a layer's forward, {backward:,} in its backward without "
         f"recomputation ({how} of the residual stream)"

@@ -17,11 +17,15 @@ from megatron_ring.config import ModelConfig
 def training_flops(config: ModelConfig, vocab_size: int, document_lengths: torch.Tensor) -> int:
     """Forward and backward of samples that hold documents of these lengths; a sample without a mask is one document."""
     layers_of = Counter(config.window_of(layer) for layer in range(config.num_layers))
-    pairs = sum(layers * visible_pairs(document_lengths, window) for window, layers in layers_of.items())
+    pairs = sum(
+        layers * visible_pairs(document_lengths, window) for window, layers in layers_of.items()
+    )
     return _training_flops(config, vocab_size, int(document_lengths.sum()), pairs)
 
 
-def full_attention_flops(config: ModelConfig, vocab_size: int, seq_length: int, sequences: int) -> int:
+def full_attention_flops(
+    config: ModelConfig, vocab_size: int, seq_length: int, sequences: int
+) -> int:
     """Return ``training_flops`` by the usual convention: every query with every key of its sample.
 
     It halves nothing for the causal mask and spares nothing for windows and documents.

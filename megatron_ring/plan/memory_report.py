@@ -9,7 +9,13 @@ from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
 from megatron_ring.parallel.stages import layers_of_stage
 from megatron_ring.plan.activations import layer_bytes, papers_bytes_per_token
-from megatron_ring.plan.memory import ERROR, StageMemory, Workload, micro_batches_in_flight, stage_memory
+from megatron_ring.plan.memory import (
+    ERROR,
+    StageMemory,
+    Workload,
+    micro_batches_in_flight,
+    stage_memory,
+)
 from megatron_ring.plan.zero import Zero
 from megatron_ring.settings.setup import Setup
 
@@ -17,7 +23,17 @@ ASSUMED_VOCAB_SIZE = 32_000
 """For a text whose tokenizer is not at hand."""
 
 # The columns of the table, fields of StageMemory.
-_COLUMNS = ("parameters", "gradients", "optimizer", "bucket", "activations", "working", "update", "peak", "host")
+_COLUMNS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "bucket",
+    "activations",
+    "working",
+    "update",
+    "peak",
+    "host",
+)
 
 
 def memory_lines(setup: Setup) -> list[str]:
@@ -28,7 +44,10 @@ def memory_lines(setup: Setup) -> list[str]:
     rows = []
     for stage, memory in enumerate(stages):
         layers = len(layers_of_stage(setup.config.model.num_layers, setup.grid.pipe, stage))
-        rows.append(f"{stage:>5}{layers:>8}" + "".join(f"{human(getattr(memory, name)):>12}" for name in _COLUMNS))
+        rows.append(
+            f"{stage:>5}{layers:>8}"
+            + "".join(f"{human(getattr(memory, name)):>12}" for name in _COLUMNS)
+        )
     peaks = ", ".join(f"{memory.peak:,}" for memory in stages)
     return [
         f"memory           of a process, for {vocab_size:,} token ids, {reason}; tests hold the peak to within "
@@ -97,7 +116,9 @@ def _a_layers_share(setup: Setup) -> list[str]:
     of_layer = layer_bytes(setup.config, setup.grid, setup.precision.dtype, setup.device)
     papers = papers_bytes_per_token(setup.config.model.hidden_size)
     in_flight = micro_batches_in_flight(setup.grid.pipe, 0, setup.micro_batches)
-    flying = f", {in_flight} micro-batches in flight on the first stage" if setup.grid.pipe > 1 else ""
+    flying = (
+        f", {in_flight} micro-batches in flight on the first stage" if setup.grid.pipe > 1 else ""
+    )
     return [
         f"activations      {of_layer.kept:,.0f} bytes a token and layer with --recompute "
         f"{setup.config.memory.recompute}, {of_layer.working:,.0f} more in the layer at work{flying}; Ring Attention's "

@@ -13,13 +13,26 @@ from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.parameters import share
 
 
-def ring_tensors(config: Config, grid: Grid, layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def ring_tensors(
+    config: Config, grid: Grid, layout: Layout, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q_BLhD and kv_2BLgD of a process as its ring sees them: H/(T x U) query heads, lcm(G/T, U)/U key-value heads."""
     model, batch = config.model, config.training.micro_batch_size
-    heads, groups = share(model.num_attention_heads, grid.tensor), share(model.key_value_heads, grid.tensor)
+    heads, groups = (
+        share(model.num_attention_heads, grid.tensor),
+        share(model.key_value_heads, grid.tensor),
+    )
     q_BLhD = (batch, layout.shard_length, share(heads, grid.ulysses), model.head_dim)
-    kv_2BLgD = (2, batch, layout.shard_length, math.lcm(groups, grid.ulysses) // grid.ulysses, model.head_dim)
-    return torch.empty(q_BLhD, dtype=dtype, device="meta"), torch.empty(kv_2BLgD, dtype=dtype, device="meta")
+    kv_2BLgD = (
+        2,
+        batch,
+        layout.shard_length,
+        math.lcm(groups, grid.ulysses) // grid.ulysses,
+        model.head_dim,
+    )
+    return torch.empty(q_BLhD, dtype=dtype, device="meta"), torch.empty(
+        kv_2BLgD, dtype=dtype, device="meta"
+    )
 
 
 def ulysses_bytes(q_BLhD: torch.Tensor, kv_2BLgD: torch.Tensor, degree: int) -> tuple[int, int]:
@@ -44,7 +57,9 @@ def tensor_bytes(stream_bytes: int, ranks: int, gathers_again: int) -> tuple[int
     return 4 * shared, (4 + gathers_again) * shared
 
 
-def stage_bytes(stream_bytes: int, tokens: int, grid: Grid, sequence_parallel: bool) -> tuple[int, int]:
+def stage_bytes(
+    stream_bytes: int, tokens: int, grid: Grid, sequence_parallel: bool
+) -> tuple[int, int]:
     """Sent by a process to the next stage for a micro-batch, the stream, targets and positions; and back, gradients.
 
     Positions are one for each of the ``tokens`` of B samples, or of one sample where all have the same.

@@ -20,7 +20,9 @@ def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int
     return parameters_of_stage(model, vocab_size, seq_length, Grid(), stage=0)
 
 
-def parameters_of_stage(model: ModelConfig, vocab_size: int, seq_length: int, grid: Grid, stage: int) -> int:
+def parameters_of_stage(
+    model: ModelConfig, vocab_size: int, seq_length: int, grid: Grid, stage: int
+) -> int:
     """Parameters of a process on pipeline stage ``stage``. A tied embedding lies on the first stage and on the last."""
     first, last = stage == 0, stage == grid.pipe - 1
     layers = len(layers_of_stage(model.num_layers, grid.pipe, stage))

@@ -43,7 +43,9 @@ def counted(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
     def pairs(rank: int, hop: int) -> int:
         return hop_runs(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs
 
-    return Timeline(torch.tensor([[pairs(rank, hop) for rank in ranks] for hop in ranks], dtype=torch.float64))
+    return Timeline(
+        torch.tensor([[pairs(rank, hop) for rank in ranks] for hop in ranks], dtype=torch.float64)
+    )
 
 
 def bound_over_ring(layout_name: str, ring_size: int) -> float:

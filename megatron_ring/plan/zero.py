@@ -51,8 +51,14 @@ def model_states(count: int, dtype: torch.dtype, zero: Zero) -> ModelStates:
     gradients = dtype.itemsize * (count if zero.stage == 1 else own)
     update = _WIDE * own
     kept = dtype.itemsize * (own if zero.stage == 3 else count)
-    gathered = dtype.itemsize * min(count, zero.max_live_parameters) if zero.stage == 3 and zero.ranks > 1 else 0
-    host = (optimizer + dtype.itemsize * own + update) * zero.offload_optimizer + kept * zero.offload_param
+    gathered = (
+        dtype.itemsize * min(count, zero.max_live_parameters)
+        if zero.stage == 3 and zero.ranks > 1
+        else 0
+    )
+    host = (
+        optimizer + dtype.itemsize * own + update
+    ) * zero.offload_optimizer + kept * zero.offload_param
     return ModelStates(
         parameters=gathered + kept * (not zero.offload_param),
         gradients=gradients * (not zero.offload_optimizer),

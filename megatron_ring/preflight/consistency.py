@@ -16,10 +16,14 @@ from megatron_ring.preflight.fingerprints import Facts, code, data, options
 
 def check_options_and_code(config: Config, consensus: Consensus) -> None:
     """Raises ConfigError on every rank where any has another option or other code than another. Blocks."""
-    problems = differences(consensus, lambda: options(config), lambda name: f"Give every rank the same {flag(name)}.")
+    problems = differences(
+        consensus, lambda: options(config), lambda name: f"Give every rank the same {flag(name)}."
+    )
     if other_code := differences(consensus, code, lambda name: "Give every host the same."):
         # What git says is asked only now: it takes its time, and counts changes that compute nothing.
-        other_code += differences(consensus, lambda: {"commit": commit() or "none"}, lambda name: "Check out one.")
+        other_code += differences(
+            consensus, lambda: {"commit": commit() or "none"}, lambda name: "Check out one."
+        )
     if problems or other_code:
         raise ConfigError(problems + other_code)
 
@@ -32,7 +36,9 @@ def check_data(config: DataConfig, consensus: Consensus) -> None:
         raise ConfigError(problems)
 
 
-def differences(consensus: Consensus, facts: Callable[[], Facts], remedy: Callable[[str], str]) -> list[str]:
+def differences(
+    consensus: Consensus, facts: Callable[[], Facts], remedy: Callable[[str], str]
+) -> list[str]:
     """What to say of each fact that is not the same on all ranks, the same on every rank: its values and who has them.
 
     A user's fault in finding out the facts is raised on all.

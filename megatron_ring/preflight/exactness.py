@@ -37,7 +37,9 @@ class Errors(NamedTuple):
     dv: float
 
 
-def check_attention(setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus) -> Errors:
+def check_attention(
+    setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus
+) -> Errors:
     """The largest errors of any rank. Raises ConfigError on every rank where they are beyond what is allowed.
 
     Talks on the ring's links and in the Ulysses group; blocks until all have compared.
@@ -46,7 +48,10 @@ def check_attention(setup: Setup, groups: ProcessGroups, processes: list[Process
     of_ranks = Errors(*zip(*consensus.gather(lambda: errors(setup, groups, at))))
     if problems := list(_problems(of_ranks, setup, processes)):
         raise ConfigError(
-            [*problems, "Set --attention-kernel reference: if that is right, the kernel is not, else a host."]
+            [
+                *problems,
+                "Set --attention-kernel reference: if that is right, the kernel is not, else a host.",
+            ]
         )
     return Errors(*map(max, of_ranks))
 
@@ -61,7 +66,9 @@ def allowed(setup: Setup) -> Errors:
 
 def _problems(of_ranks: Errors, setup: Setup, processes: list[Process]) -> Iterator[str]:
     for name, found, limit in zip(Errors._fields, of_ranks, allowed(setup)):
-        wrong = [process for process, off in zip(processes, found) if not off <= limit]  # nan is not
+        wrong = [
+            process for process, off in zip(processes, found) if not off <= limit
+        ]  # nan is not
         if wrong:
             yield (
                 f"ring attention is not local attention: {name} is wrong on {in_words(wrong)}, by "
@@ -77,8 +84,14 @@ def errors(setup: Setup, groups: ProcessGroups, at: Coordinates) -> Errors:
     reduction = setup.config.parallel.context_parallel_reduction
     attend = ContextParallelAttention(layout, setup.kernel.name, groups, reduction=reduction)
     positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
-    windows = {min(model.window_of(layer), layout.seq_length // 4) for layer in range(model.num_layers)}
-    documents = [0, layout.seq_length // 3, layout.seq_length // 2] if setup.config.data.reset_attention_mask else [0]
+    windows = {
+        min(model.window_of(layer), layout.seq_length // 4) for layer in range(model.num_layers)
+    }
+    documents = (
+        [0, layout.seq_length // 3, layout.seq_length // 2]
+        if setup.config.data.reset_attention_mask
+        else [0]
+    )
     found = []
     for window in sorted(windows):
         tensors = _random_inputs(setup, layout.seq_length)
@@ -104,4 +117,6 @@ def _random_inputs(setup: Setup, tokens: int) -> list[torch.Tensor]:
     heads, groups = share(model.num_attention_heads, ranks), share(model.key_value_heads, ranks)
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(1, tokens, each, model.head_dim) for each in (heads, groups, groups, heads)]
-    return [torch.randn(s, generator=generator).to(setup.device, setup.precision.dtype) for s in shapes]
+    return [
+        torch.randn(s, generator=generator).to(setup.device, setup.precision.dtype) for s in shapes
+    ]

@@ -58,10 +58,17 @@ def data(config: DataConfig) -> Facts:
     prefixes = list(config.blend) or [str(prepare_python_library(DEFAULT_FOLDER, 2))]
     facts = {"tokenizer": _hash(Path(config.tokenizer_model or tokenizer_path(prefixes[0])))}
     for prefix in prefixes:
-        facts |= {f"size of {path}": f"{path.stat().st_size} bytes" for path in (bin_path(prefix), idx_path(prefix))}
+        facts |= {
+            f"size of {path}": f"{path.stat().st_size} bytes"
+            for path in (bin_path(prefix), idx_path(prefix))
+        }
         facts[str(manifest_path(prefix))] = _hash(manifest_path(prefix))
     return facts
 
 
 def _hash(path: Path) -> str:
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path.exists() else "no file"
+    return (
+        f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        if path.exists()
+        else "no file"
+    )

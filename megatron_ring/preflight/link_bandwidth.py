@@ -41,7 +41,9 @@ class Link(NamedTuple):
         return f"{ranks} ({self.sender.host} -> {self.receiver.host}) {megabytes(self.bytes_per_second)}"
 
 
-def measure_links(setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus) -> list[Link]:
+def measure_links(
+    setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus
+) -> list[Link]:
     """Every link of every ring, on every rank; none where rings are of one. Blocks until all have measured."""
     exchange = ring_exchange(groups)
     if exchange is None:
@@ -49,7 +51,11 @@ def measure_links(setup: Setup, groups: ProcessGroups, processes: list[Process],
     message = torch.zeros(message_bytes(setup), dtype=torch.uint8, device=setup.device)
     seconds = consensus.gather(lambda: _seconds(exchange, message, consensus))
     return [
-        Link(processes[sender], processes[receiver], message.nbytes / min(seconds[sender], seconds[receiver]))
+        Link(
+            processes[sender],
+            processes[receiver],
+            message.nbytes / min(seconds[sender], seconds[receiver]),
+        )
         for ring in setup.grid.members("ring")
         for sender, receiver in zip(ring, ring[1:] + ring[:1])
     ]
@@ -64,7 +70,8 @@ def message_bytes(setup: Setup) -> int:
 def slow(links: list[Link]) -> list[Link]:
     """Links that take more than twice as long as the median of their kind: within a host, or between two."""
     medians = {
-        link.within_host: median([each for each in links if each.within_host == link.within_host]) for link in links
+        link.within_host: median([each for each in links if each.within_host == link.within_host])
+        for link in links
     }
     return [link for link in links if link.bytes_per_second < _SLOW * medians[link.within_host]]
 

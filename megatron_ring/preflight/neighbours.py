@@ -34,10 +34,14 @@ def check_neighbours(
         for role, expected, found in met
         if found != processes[expected]
     ]
-    if problems := [problem for of_rank in consensus.gather(lambda: strangers) for problem in of_rank]:
+    if problems := [
+        problem for of_rank in consensus.gather(lambda: strangers) for problem in of_rank
+    ]:
         more = len(problems) - _NAMED_AT_MOST
         problems = problems[:_NAMED_AT_MOST] + ([f"And {more} more."] if more > 0 else [])
-        raise ConfigError([*problems, "Start the ranks in the order of their hosts, each number once."])
+        raise ConfigError(
+            [*problems, "Start the ranks in the order of their hosts, each number once."]
+        )
 
 
 def ring_exchange(groups: ProcessGroups) -> RingExchange | None:
@@ -45,14 +49,23 @@ def ring_exchange(groups: ProcessGroups) -> RingExchange | None:
     return RingExchange.over(groups.ring_links) if groups.ring_links else None
 
 
-def _met(grid: Grid, groups: ProcessGroups, here: Process, device: str) -> Iterator[tuple[str, int, Process | None]]:
+def _met(
+    grid: Grid, groups: ProcessGroups, here: Process, device: str
+) -> Iterator[tuple[str, int, Process | None]]:
     """(role, the rank that the grid has in it, who is there)."""
     papers = _identity_message(here, device)
     if exchange := ring_exchange(groups):
         ring = _own(grid, here.global_rank, "ring")
         place = ring.index(here.global_rank)
-        for role, distance in {"the rank before it in its ring": 1, "the rank after it in its ring": -1}.items():
-            yield role, ring[(place - distance) % len(ring)], _read(exchange.start(papers, distance).wait())
+        for role, distance in {
+            "the rank before it in its ring": 1,
+            "the rank after it in its ring": -1,
+        }.items():
+            yield (
+                role,
+                ring[(place - distance) % len(ring)],
+                _read(exchange.start(papers, distance).wait()),
+            )
     for name, group, axes in (
         ("Ulysses", groups.ulysses, ("ulysses",)),
         ("tensor", groups.tensor, ("tensor",)),

@@ -6,7 +6,14 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.preflight.exactness import Errors, allowed, check_attention
-from megatron_ring.preflight.link_bandwidth import Link, measure_links, median, megabytes, message_bytes, slow
+from megatron_ring.preflight.link_bandwidth import (
+    Link,
+    measure_links,
+    median,
+    megabytes,
+    message_bytes,
+    slow,
+)
 from megatron_ring.preflight.neighbours import check_neighbours
 from megatron_ring.preflight.reachability import check_reach
 from megatron_ring.settings.setup import Setup
@@ -31,7 +38,9 @@ class Report:
         said = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
         if self.links:
             size = f"{message_bytes(self.setup):,} bytes"
-            said += f"; {megabytes(median(self.links))} MB/s a hop of {size}, slowest {self.links[0]}"
+            said += (
+                f"; {megabytes(median(self.links))} MB/s a hop of {size}, slowest {self.links[0]}"
+            )
         return "\n".join([f"self-test        {said}", *self._warnings()])
 
     def in_full(self) -> str:
@@ -44,12 +53,18 @@ class Report:
             f"(allowed) {errors}",
         ]
         if self.links:
-            lines.append(f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:")
+            lines.append(
+                f"hops             {message_bytes(self.setup):,} bytes; MB/s, the slowest first:"
+            )
             lines += [f"                 {link}" for link in self.links[:_LINKS_NAMED]]
         return "\n".join([*lines, *self._warnings(), "self-test        passed"])
 
     def _equation(self) -> str:
-        return "ring = local attention" if self.setup.grid.context > 1 else "attention = plain attention"
+        return (
+            "ring = local attention"
+            if self.setup.grid.context > 1
+            else "attention = plain attention"
+        )
 
     def _warnings(self) -> list[str]:
         if not (found := slow(self.links)):

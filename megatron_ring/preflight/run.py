@@ -28,7 +28,9 @@ def run_self_test_only(config: Config, environment: Environment, consensus: Cons
         if config.data.data_path:
             run_checked(consensus, lambda: Dataset.open(config.data, config.training.seed))
             check_data(config.data, consensus)
-        tested = self_test(setup, ProcessGroups.build(setup.grid, environment.global_rank), consensus)
+        tested = self_test(
+            setup, ProcessGroups.build(setup.grid, environment.global_rank), consensus
+        )
     if consensus.rank == 0:
         print(tested.in_full())
     leave_processes()

@@ -61,7 +61,10 @@ def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[s
         # The loss is scaled for a mean over ranks and micro-batches (loss.py).
         "gradient_allreduce_op": "mean",
         "managed_gradient_accumulation": True,
-        "tensorboard": {"enabled": bool(logging.tensorboard_dir), "output_path": logging.tensorboard_dir},
+        "tensorboard": {
+            "enabled": bool(logging.tensorboard_dir),
+            "output_path": logging.tensorboard_dir,
+        },
         "wandb": {"enabled": bool(logging.wandb_project), "project": logging.wandb_project},
         "csv_monitor": {"enabled": bool(logging.csv_dir), "output_path": logging.csv_dir},
     }
@@ -78,7 +81,9 @@ def _offload(memory: MemoryConfig) -> dict[str, Any]:
     return {key: {"device": place} for key, place in kept.items() if place != "none"}
 
 
-def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+def _merged(
+    derived: dict[str, Any], extra: dict[str, Any], path: str, problems: list[str]
+) -> dict[str, Any]:
     merged = dict(derived)
     for key, value in extra.items():
         name = f"{path}{key}"
@@ -87,7 +92,9 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str, problems:
         if isinstance(derived.get(key), dict) and isinstance(value, dict):
             merged[key] = _merged(derived[key], value, f"{name}.", problems)
         elif key in derived and derived[key] != value:
-            problems.append(f"deepspeed: {name} {value!r} contradicts the derived {derived[key]!r}. {remedy}")
+            problems.append(
+                f"deepspeed: {name} {value!r} contradicts the derived {derived[key]!r}. {remedy}"
+            )
         elif key not in derived and flag:
             problems.append(f"deepspeed: {name} is not set by hand. {remedy}")
         else:

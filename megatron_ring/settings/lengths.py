@@ -19,7 +19,10 @@ def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
     parallel, length = config.parallel, laid_out_length(config, grid)
     stripe_size = parallel.stripe_size
     if stripe_size == "auto":
-        wide = parallel.context_parallel == "striped" and parallel.context_parallel_reduction == "arrival"
+        wide = (
+            parallel.context_parallel == "striped"
+            and parallel.context_parallel_reduction == "arrival"
+        )
         widths = stripe_widths(kernel, device) if wide else ()
         packed, window = config.data.reset_attention_mask, config.model.window_size
         stripe_size = auto_stripe_size(length, grid.ring, widths, packed, window)
@@ -29,7 +32,9 @@ def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
 def laid_out_length(config: Config, grid: Grid) -> int:
     """seq_length, filled up to equal parts where single tokens are striped."""
     parts = grid.context * tokens_are_shared_by(config, grid)
-    single_tokens = config.parallel.context_parallel == "striped" and config.parallel.stripe_size in ("auto", 1)
+    single_tokens = (
+        config.parallel.context_parallel == "striped" and config.parallel.stripe_size in ("auto", 1)
+    )
     return -(-config.data.seq_length // parts) * parts if single_tokens else config.data.seq_length
 
 

@@ -26,7 +26,9 @@ def device_type() -> str:
 def precision(asked: str, device: str) -> Precision:
     """The type for ``--dtype asked`` on ``device``; raises ConfigError for fp16 on a CPU."""
     if asked == "fp16" and device == "cpu":
-        raise ConfigError("dtype fp16 is emulated on a CPU, hundreds of times slower. Set --dtype auto, fp32 or bf16.")
+        raise ConfigError(
+            "dtype fp16 is emulated on a CPU, hundreds of times slower. Set --dtype auto, fp32 or bf16."
+        )
     if asked != "auto":
         return Precision(asked, DTYPES[asked], "asked for")
     native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()

@@ -85,7 +85,9 @@ def _batch(config: Config, grid: Grid) -> str | None:
 
 
 def _mlp_chunks(config: Config, grid: Grid) -> str | None:
-    tokens = lengths.laid_out_length(config, grid) // (grid.context * lengths.tokens_are_shared_by(config, grid))
+    tokens = lengths.laid_out_length(config, grid) // (
+        grid.context * lengths.tokens_are_shared_by(config, grid)
+    )
     chunks = config.memory.mlp_chunks
     if not 0 < tokens < chunks:
         return None
@@ -202,7 +204,11 @@ def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:
 def _half_without_zero(config: Config, grid: Grid, dtype: str) -> str | None:
     # Of gradients in half precision DeepSpeed's optimizer without ZeRO cannot tell whose they are. A pipeline's in
     # bfloat16 is another one, and right.
-    wrong = {"fp32": False, "bf16": grid.tensor > 1 and grid.pipe == 1, "fp16": grid.tensor * grid.pipe > 1}
+    wrong = {
+        "fp32": False,
+        "bf16": grid.tensor > 1 and grid.pipe == 1,
+        "fp16": grid.tensor * grid.pipe > 1,
+    }
     if config.training.zero_stage > 0 or not wrong[dtype]:
         return None
     return (

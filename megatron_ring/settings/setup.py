@@ -60,7 +60,9 @@ class Setup:
         grid = Grid.of(config.parallel, world_size)
         chosen = precision(config.training.dtype, device)
         features = _features(config)
-        kernel = choose(config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim, features)
+        kernel = choose(
+            config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim, features
+        )
         per_micro_batch = config.training.micro_batch_size * grid.data
         global_batch_size = config.training.global_batch_size or per_micro_batch
         micro_batches = global_batch_size // per_micro_batch
@@ -95,7 +97,8 @@ def _features(config: Config) -> list[Feature]:
         Feature.SINKS: model.softmax_type != "vanilla",
         Feature.SOFT_CAP: model.attn_logit_softcapping != 0,
         Feature.DROPOUT: model.attention_dropout != 0,
-        Feature.DETERMINISM: config.training.deterministic or config.parallel.context_parallel_reduction == "invariant",
+        Feature.DETERMINISM: config.training.deterministic
+        or config.parallel.context_parallel_reduction == "invariant",
     }
     return [feature for feature, wanted in asked.items() if wanted]
 

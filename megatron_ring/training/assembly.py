@@ -12,12 +12,21 @@ from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.settings.setup import Setup
 
 
-def build_model(setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int) -> torch.nn.Module:
+def build_model(
+    setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int
+) -> torch.nn.Module:
     """This process's part of the model; all processes build theirs at the same time."""
     config = setup.config
     tensor = TensorParallel.of(groups.tensor, config.parallel.sequence_parallel)
     execution = Execution.of(config, tensor, setup.operations.operations)
-    parts = config.model, vocab_size, config.data.seq_length, attention, config.training.seed, execution
+    parts = (
+        config.model,
+        vocab_size,
+        config.data.seq_length,
+        attention,
+        config.training.seed,
+        execution,
+    )
     if setup.grid.pipe == 1:
         return GPT(*parts)
     return pipelined(setup.grid, config.data.reset_attention_mask, *parts)

@@ -38,13 +38,17 @@ class BadSteps:
         self.guard.restore_loss_history(stored.state)
         for passed_over in stored.skipped:
             self.report.log(passed_over)
-        self.report.log("; ".join([*words, f"back to {stored.path}, and on with the samples behind these"]))
+        self.report.log(
+            "; ".join([*words, f"back to {stored.path}, and on with the samples behind these"])
+        )
         self.report.rewind_to(stored.state.step)
         return stored.state.step
 
     def _fault(self, step: int, result: StepResult, samples: range) -> list[str]:
         """What is bad about the step and, unless it is a spike of values that are finite, where that began."""
-        words = [f"step {step}, of samples {samples.start} to {samples[-1]}, is bad: {self.guard.fault(result)}"]
+        words = [
+            f"step {step}, of samples {samples.start} to {samples[-1]}, is bad: {self.guard.fault(result)}"
+        ]
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return words
         return [*words, origin(self.saver.consensus.gather(self.engine.seen))]

@@ -45,12 +45,16 @@ def find(
     folders = setup.config.checkpoint
     if not folders.load:
         return None
-    itself = consensus.run_on_rank_zero(_any_error(f"load {folders.load} cannot be read", lambda: _names_one(folders)))
+    itself = consensus.run_on_rank_zero(
+        _any_error(f"load {folders.load} cannot be read", lambda: _names_one(folders))
+    )
     own = _newest(folders.save, consensus) if folders.finetune and folders.save else None
     anew = folders.finetune and own is None
     stored = own or (_exactly if itself else _newest)(folders.load, consensus)
     if anew and stored is None:
-        raise CheckpointError(f"load {folders.load} holds no checkpoint to take weights from. Set --load.")
+        raise CheckpointError(
+            f"load {folders.load} holds no checkpoint to take weights from. Set --load."
+        )
     if stored:
         check = lambda: fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=anew)  # noqa: E731
         consensus.run_on_rank_zero(_any_error(f"{stored.path} cannot be read", check))
@@ -66,13 +70,18 @@ def resume(engine: Engine, stored: store.Stored, consensus: Consensus) -> None:
     Raises CheckpointError on every rank where one of them cannot read its part, or finds a value in
     it that is nan or infinite.
     """
-    read = _any_error(f"{stored.path} cannot be loaded", lambda: engine.read(Tensors.open(stored.path), stored.state))
+    read = _any_error(
+        f"{stored.path} cannot be loaded",
+        lambda: engine.read(Tensors.open(stored.path), stored.state),
+    )
     try:
         run_checked(consensus, read)
     except NotFinite as fault:
         problems = fault.problems
         advice = consensus.run_on_rank_zero(lambda: _advice(stored.path, problems))
-        raise CheckpointError([f"{stored.path} is not fit to go on from:", *_first(problems), advice]) from fault
+        raise CheckpointError(
+            [f"{stored.path} is not fit to go on from:", *_first(problems), advice]
+        ) from fault
     engine.update_compute_weights()
 
 
@@ -100,7 +109,9 @@ class Saver:
         """
         self._lease = lease
         self._config, self.consensus, self._begun_from = setup.config, consensus, begun_from
-        self._processes = ", ".join(f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items())
+        self._processes = ", ".join(
+            f"{axis} {size}" for axis, size in setup.grid.sizes._asdict().items()
+        )
         self._writing = Consensus.build() if setup.config.checkpoint.async_save else consensus
         self._thread: Thread | None = None
         self._saved: Path | None = None
@@ -109,7 +120,9 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, MegatronRingError) and self._thread:
             try:
                 self.finish()
@@ -127,16 +140,25 @@ class Saver:
         """
         self.finish()
         if self._begun_from is None and self._saved is None:
-            self.consensus.run_on_rank_zero(_any_error("cannot set checkpoints aside", self._set_earlier_aside))
+            self.consensus.run_on_rank_zero(
+                _any_error("cannot set checkpoints aside", self._set_earlier_aside)
+            )
         final = names.final_path(Path(self._config.checkpoint.save), state.step)
         if not retire and self.consensus.run_on_rank_zero(final.exists):
             return
         state = replace(state, **engine.counters(), processes=self._processes)
-        shapes = {name: shape for of_rank in self.consensus.gather(engine.shapes) for name, shape in of_rank.items()}
+        shapes = {
+            name: shape
+            for of_rank in self.consensus.gather(engine.shapes)
+            for name, shape in of_rank.items()
+        }
         folder = Path(self._config.checkpoint.save)
         save = _Save(folder, state, shapes, self._config, retire, self._writing, self._lease)
         if self._config.checkpoint.async_save:
-            copied = run_checked(self.consensus, _any_error(save.failed, lambda: [p.on_cpu() for p in engine.pieces()]))
+            copied = run_checked(
+                self.consensus,
+                _any_error(save.failed, lambda: [p.on_cpu() for p in engine.pieces()]),
+            )
             self._thread = Thread(target=self._write, args=(save, copied), name="save", daemon=True)
             self._thread.start()
         else:
@@ -149,7 +171,9 @@ class Saver:
             self._lease.check()
         with disk.write_errors(folder):
             if folder.is_dir() and (aside := retention.set_aside_earlier(folder)):
-                tqdm.write(f"checkpoints      those of an earlier run in {folder} are in {aside} now")
+                tqdm.write(
+                    f"checkpoints      those of an earlier run in {folder} are in {aside} now"
+                )
 
     def finish(self) -> Path | None:
         """Block until the last checkpoint is whole; its folder, if there is one. Raises what ``save`` would."""
@@ -231,7 +255,11 @@ class _Save:
             stays = self._on_rank_0(self._taken_back)
             if isinstance(error, NotFinite):
                 raise Diverged(
-                    [f"the checkpoint of step {step} is not written:", *_first(error.problems), stays]
+                    [
+                        f"the checkpoint of step {step} is not written:",
+                        *_first(error.problems),
+                        stays,
+                    ]
                 ) from error
             raise CheckpointError([*error.problems, stays]) from error
 
@@ -246,7 +274,9 @@ class _Save:
         except NotFinite:
             raise
         except CheckpointError as error:
-            raise CheckpointError(f"{self.failed}: {error}. Free some space, or set --save to another disk.") from error
+            raise CheckpointError(
+                f"{self.failed}: {error}. Free some space, or set --save to another disk."
+            ) from error
 
     def _commit(self, sealed: list[dict[str, FileRecord]]) -> Path:
         records = {name: record for share in sealed for name, record in share.items()}
@@ -274,7 +304,9 @@ def _newest(folder: str, consensus: Consensus) -> store.Stored | None:
     """``store.newest``, the reading shared out; what is there is what rank 0 sees."""
     candidates, skipped = consensus.run_on_rank_zero(lambda: names.candidates(Path(folder)))
     try:
-        return store.first_whole(Path(folder), candidates, skipped, lambda path: _verify(path, consensus))
+        return store.first_whole(
+            Path(folder), candidates, skipped, lambda path: _verify(path, consensus)
+        )
     except _NotRead as error:
         raise CheckpointError(error.problems) from error
 
@@ -287,10 +319,14 @@ def _exactly(checkpoint: str, consensus: Consensus) -> store.Stored:
     except _NotRead as error:
         raise CheckpointError(error.problems) from error
     except CheckpointError as fault:
-        others = consensus.run_on_rank_zero(lambda: [one.name for one in names.checkpoints(path.absolute().parent)])
+        others = consensus.run_on_rank_zero(
+            lambda: [one.name for one in names.checkpoints(path.absolute().parent)]
+        )
         beside = [name for name in others if name != path.absolute().name]
         advice = f"Beside it are {', '.join(beside[:5])}. " if beside else ""
-        raise CheckpointError(f"{path} is not whole: {fault}. {advice}Set --load to another.") from fault
+        raise CheckpointError(
+            f"{path} is not whole: {fault}. {advice}Set --load to another."
+        ) from fault
 
 
 def _names_one(config: CheckpointConfig) -> bool:
@@ -306,7 +342,9 @@ def _names_one(config: CheckpointConfig) -> bool:
     if not load.exists():
         if own:
             return False
-        raise CheckpointError(f"load {load} does not exist. Set --load, or leave it out to start afresh.")
+        raise CheckpointError(
+            f"load {load} does not exist. Set --load, or leave it out to start afresh."
+        )
     try:
         if (load / store.STATE).is_file():
             _check_own_run(load, config)
@@ -315,10 +353,16 @@ def _names_one(config: CheckpointConfig) -> bool:
             return False
         formats.check_no_other(load)
     except CheckpointError as fault:
-        raise CheckpointError([f"load {fault.problems[0]}", *fault.problems[1:], "Set --load."]) from fault
+        raise CheckpointError(
+            [f"load {fault.problems[0]}", *fault.problems[1:], "Set --load."]
+        ) from fault
     if inner := formats.within(load):
-        raise CheckpointError(f"load {load} holds no checkpoint, but {inner[0]} does. Set --load {inner[0]}.")
-    found = [name for name in formats.content(load) if not name.startswith(".") and name != names.LATEST]
+        raise CheckpointError(
+            f"load {load} holds no checkpoint, but {inner[0]} does. Set --load {inner[0]}."
+        )
+    found = [
+        name for name in formats.content(load) if not name.startswith(".") and name != names.LATEST
+    ]
     if found and not own:
         raise CheckpointError(
             f"load {load} holds no checkpoint, and is not empty: it has {', '.join(found[:3])}. Set --load to a folder "
@@ -342,7 +386,9 @@ def _verify(path: Path, consensus: Consensus) -> RunState:
     Raises CheckpointError where the checkpoint is damaged, and _NotRead where that is not known.
     """
     failed = f"{path} cannot be read"
-    state, files = consensus.run_on_rank_zero(_any_error(failed, lambda: store.described(path), _NotRead))
+    state, files = consensus.run_on_rank_zero(
+        _any_error(failed, lambda: store.described(path), _NotRead)
+    )
     ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
     share = {name: files[name] for name in ordered[consensus.rank :: consensus.ranks]}
     consensus.gather(_any_error(failed, lambda: store.check(path, share), _NotRead))
@@ -394,4 +440,6 @@ def _advice(path: Path, problems: list[str]) -> str:
     older = [one for one in found if names.step_of(one) < names.step_of(path)]
     where = f"an older checkpoint, such as {older[0]}" if older else "another checkpoint"
     weights_alone = ". --finetune takes the weights alone, and all that was read of them is finite"
-    return f"Set --load to {where}" + ("." if any(f"{tensors.WEIGHT}/" in one for one in problems) else weights_alone)
+    return f"Set --load to {where}" + (
+        "." if any(f"{tensors.WEIGHT}/" in one for one in problems) else weights_alone
+    )

@@ -26,7 +26,8 @@ def opening(start: Start) -> str:
     parameters = parameter_count(config.model, rows, config.data.seq_length)
     lines = [
         *_chosen(setup),
-        f"model            {parameters:,} parameters, {token_ids} token ids" + f" in {rows} rows" * (rows > token_ids),
+        f"model            {parameters:,} parameters, {token_ids} token ids"
+        + f" in {rows} rows" * (rows > token_ids),
         *(f"data             {line}" for line in dataset.training.in_words()),
     ]
     if stored:
@@ -37,7 +38,9 @@ def opening(start: Start) -> str:
             f"{len(earlier)} checkpoints there into a sub-folder; --load {config.checkpoint.save} continues that run"
         )
     elif config.checkpoint.load:
-        lines.append(f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random")
+        lines.append(
+            f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random"
+        )
     return "\n".join(lines)
 
 
@@ -69,7 +72,9 @@ def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) 
     differing = other_data(stored, config)
     if len(fingerprints) == 1 and stored.state.data and not other_stores:
         # The same store under another path.
-        differing = [difference for difference in differing if not difference.startswith("data_path ")]
+        differing = [
+            difference for difference in differing if not difference.startswith("data_path ")
+        ]
     if differing := [*differing, *other_stores]:
         goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
         stated = "; ".join(problem.removesuffix(".") for problem in differing)
@@ -81,7 +86,9 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
     """Where rank 0's steps are told. Measures what this device could reach, where no data sheet says it."""
     setup, config = start.setup, start.setup.config
     peak, source = peak_flops(setup.device, setup.precision.dtype)
-    print(f"peak             {f'{peak / 1e12:.4g} TFLOP/s a process, {source}' if peak else source}")
+    print(
+        f"peak             {f'{peak / 1e12:.4g} TFLOP/s a process, {source}' if peak else source}"
+    )
     return ConsoleReport(
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),
@@ -135,7 +142,9 @@ def _split_line(data: DataConfig) -> list[str]:
     """What shares of another sum than 1 were taken for."""
     if data.split_adds_up_to_1:
         return []
-    given, taken = (", ".join(f"{share:.6g}" for share in shares) for shares in (data.split, data.shares))
+    given, taken = (
+        ", ".join(f"{share:.6g}" for share in shares) for shares in (data.split, data.shares)
+    )
     return [f"split            {given} adds up to {sum(data.split):.6g}: shares of {taken}"]
 
 
@@ -144,7 +153,11 @@ def _window_line(model: ModelConfig) -> list[str]:
     window = model.window_size
     if not window:
         return []
-    full = f", fully in every {model.window_attn_skip_freq}th layer" if model.window_attn_skip_freq else ""
+    full = (
+        f", fully in every {model.window_attn_skip_freq}th layer"
+        if model.window_attn_skip_freq
+        else ""
+    )
     return [
         f"window           {window} keys: a token and the {window - 1} before it ({window - 1},0 in Megatron){full}"
     ]
@@ -154,7 +167,11 @@ def _layout_in_words(setup: Setup) -> str:
     layout = setup.layout
     if layout.stripe_size == 1:
         return layout.name
-    auto = f" (auto: {setup.kernel.name} likes these)" if setup.config.parallel.stripe_size == "auto" else ""
+    auto = (
+        f" (auto: {setup.kernel.name} likes these)"
+        if setup.config.parallel.stripe_size == "auto"
+        else ""
+    )
     return f"{layout.name} by {layout.stripe_size}{auto}"
 
 

@@ -29,7 +29,10 @@ def begin(is_rank_zero: bool) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # it picks by the clock
     if is_rank_zero:
-        print("deterministic    the same bits from run to run, on the same devices and as many of them", flush=True)
+        print(
+            "deterministic    the same bits from run to run, on the same devices and as many of them",
+            flush=True,
+        )
 
 
 def refusal(error: RuntimeError) -> ConfigError | None:

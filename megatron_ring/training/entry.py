@@ -35,7 +35,11 @@ def arguments(environment: Environment) -> Config:
     --deterministic holds: CUDA and NCCL read what it sets when they start.
     """
     read_files_as_utf8()
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank=", "--local-rank="))]
+    given = [
+        argument
+        for argument in sys.argv[1:]
+        if not argument.startswith(("--local_rank=", "--local-rank="))
+    ]
     config = parse(given, console=environment.global_rank == 0)
     if config.training.deterministic:
         determinism.begin(is_rank_zero=environment.global_rank == 0)
@@ -56,7 +60,9 @@ def report_once(environment: Environment) -> Iterator[None]:
         refused = determinism.refusal(error)
         if refused is None:
             raise
-        _leave(refused, environment, is_rank_zero=True)  # a pipeline's other stages have other operators
+        _leave(
+            refused, environment, is_rank_zero=True
+        )  # a pipeline's other stages have other operators
     except SystemExit as leaving:
         if leaving.code and environment.global_rank:
             time.sleep(_SECONDS_TO_SPEAK)
@@ -67,5 +73,9 @@ def _leave(error: MegatronRingError, environment: Environment, is_rank_zero: boo
     if environment.global_rank:
         time.sleep(_SECONDS_TO_SPEAK)
     if is_rank_zero:
-        print(f"\n{type(error).__name__} on rank {environment.global_rank}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"\n{type(error).__name__} on rank {environment.global_rank}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
     sys.exit(error.exit_code)

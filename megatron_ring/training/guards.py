@@ -70,7 +70,11 @@ class Guard:
     def kept(self) -> dict[str, Any]:
         """What a checkpoint's state says of it, by its names there."""
         losses = list(self._recent) if self.options.loss_spike_factor else []
-        return {"skipped_steps": self.skipped_steps, "roll_backs": self.roll_backs, "recent_losses": losses}
+        return {
+            "skipped_steps": self.skipped_steps,
+            "roll_backs": self.roll_backs,
+            "recent_losses": losses,
+        }
 
     def fault(self, result: StepResult) -> str:
         """What is bad about a step that was refused and counted."""

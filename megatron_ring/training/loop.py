@@ -62,7 +62,11 @@ def train(
 
     Returns the last checkpoint's folder. Raises DataError on every rank for data that one of them cannot read.
     """
-    training, saving, dataset = start.setup.config.training, start.setup.config.checkpoint, start.dataset
+    training, saving, dataset = (
+        start.setup.config.training,
+        start.setup.config.checkpoint,
+        start.dataset,
+    )
     validates = training.eval_interval > 0 and dataset.validation is not None
     if validates and start.state.step == 0:
         report.held_out(held_out("validation", engine, start, step=0))
@@ -84,31 +88,41 @@ def train(
             stops = not last and stopping.agreed(step)
             ends, due = last or stops, saving.save_interval and step % saving.save_interval == 0
             if saving.save and (ends or (due and guard.good_since_save)):
-                done = replace(start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept())
+                done = replace(
+                    start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept()
+                )
                 report.flush()
                 # Without a good step since the last one the weights are those of the last one: none goes for it.
                 saver.save(engine, done, retire=guard.good_since_save)
                 guard.saved()
             elif saving.save and due:
-                report.log(f"no checkpoint after step {step}: every step since the last one was bad")
+                report.log(
+                    f"no checkpoint after step {step}: every step since the last one was bad"
+                )
             if stops:
                 break
     return saver.finish()
 
 
-def held_out(part: Literal["validation", "test"], engine: Engine, start: Start, step: int) -> HeldOutRecord:
+def held_out(
+    part: Literal["validation", "test"], engine: Engine, start: Start, step: int
+) -> HeldOutRecord:
     """The loss on the same samples every time: the first eval_iters global batches of the part's stream."""
     dataset = start.dataset
     loader = _loader(start, getattr(dataset, part), consumed_samples=0)
     bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
     global_batches = range(start.setup.config.training.eval_iters)
-    batches = run_checked_each_step(start.reading, lambda: [loader.next_step() for _ in global_batches])
+    batches = run_checked_each_step(
+        start.reading, lambda: [loader.next_step() for _ in global_batches]
+    )
     total = engine.evaluate(batches, bytes_per_token)
     loss = total.loss_sum / max(1, total.tokens)
     return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
-def _step(engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard) -> StepOutcome:
+def _step(
+    engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard
+) -> StepOutcome:
     setup, first = start.setup, ahead.consumed_samples
     watch.begin()
     began = time.perf_counter()
@@ -155,17 +169,24 @@ def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
     own = float(training_flops(setup.config.model, start.vocab_size, lengths))
     if not setup.config.data.reset_attention_mask:
         return own * setup.grid.data  # the same on every data rank
-    return engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item() / setup.grid.context
+    return (
+        engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item()
+        / setup.grid.context
+    )
 
 
 def _full_attention_flops(start: Start) -> float:
     """The step's operations on all ranks as published figures count them."""
     config = start.setup.config
     sequences = start.setup.global_batch_size
-    return float(full_attention_flops(config.model, start.vocab_size, config.data.seq_length, sequences))
+    return float(
+        full_attention_flops(config.model, start.vocab_size, config.data.seq_length, sequences)
+    )
 
 
 def _loader(start: Start, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:
     setup = start.setup
     sizes = setup.config.training.micro_batch_size, setup.global_batch_size
-    return loader_of(stream, start.dataset.packing, setup.layout, setup.grid, start.at, *sizes, consumed_samples)
+    return loader_of(
+        stream, start.dataset.packing, setup.layout, setup.grid, start.at, *sizes, consumed_samples
+    )

@@ -43,7 +43,9 @@ def change_on_resume(step: int, then: TrainingConfig, now: TrainingConfig) -> st
     if math.isclose(unchanged, following, rel_tol=1e-9):
         return None
     differing = [name for name in _OPTIONS if getattr(then, name) != getattr(now, name)]
-    changes = ", ".join(f"{name} {getattr(then, name)} there, {getattr(now, name)} here" for name in differing)
+    changes = ", ".join(
+        f"{name} {getattr(then, name)} there, {getattr(now, name)} here" for name in differing
+    )
     return (
         f"{last:.3e} at step {step}, {following:.3e} at step {step + 1}, where the checkpoint's schedule has "
         f"{unchanged:.3e} ({changes}). {_remedy(differing, then, now)}"

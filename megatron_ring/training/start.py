@@ -47,8 +47,15 @@ class Start:
         """Where the run is before its first step. Samples may be of another length than those counted before."""
         seq_length, end = self.setup.config.data.seq_length, self.dataset.tokenizer.end_of_document
         if self.stored:
-            return replace(self.stored.state, seq_length=seq_length, end_of_document=end, data=self.fingerprints)
-        return RunState(0, 0, self.vocab_size, seq_length, end_of_document=end, data=self.fingerprints)
+            return replace(
+                self.stored.state,
+                seq_length=seq_length,
+                end_of_document=end,
+                data=self.fingerprints,
+            )
+        return RunState(
+            0, 0, self.vocab_size, seq_length, end_of_document=end, data=self.fingerprints
+        )
 
     @staticmethod
     def together(config: Config, environment: Environment, consensus: Consensus) -> "Start":
@@ -57,14 +64,27 @@ class Start:
         with abort_collectively():
             check_options_and_code(config, consensus)
             setup = run_checked(consensus, lambda: Setup.of(config, environment.world_size))
-            consensus.run_on_rank_zero(lambda: outputs.check(config.logging, config.checkpoint.save))
+            consensus.run_on_rank_zero(
+                lambda: outputs.check(config.logging, config.checkpoint.save)
+            )
             dataset = run_checked(
-                consensus, lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0)
+                consensus,
+                lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0),
             )
             check_data(config.data, consensus)
-            fingerprints = consensus.run_on_rank_zero(lambda: [fingerprint(store) for store in dataset.prefixes])
+            fingerprints = consensus.run_on_rank_zero(
+                lambda: [fingerprint(store) for store in dataset.prefixes]
+            )
             lease = _lease(config, rank, consensus)
-            start = Start(setup, dataset, setup.grid.coordinates(rank), None, fingerprints, lease, reading=consensus)
+            start = Start(
+                setup,
+                dataset,
+                setup.grid.coordinates(rank),
+                None,
+                fingerprints,
+                lease,
+                reading=consensus,
+            )
             stored = checkpointing.find(setup, start.vocab_size, consensus, fingerprints)
         return replace(start, stored=stored, reading=Consensus.build())
 

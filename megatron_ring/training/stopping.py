@@ -76,7 +76,11 @@ class Stopping:
     def close(self, saved: Path | None) -> None:
         """Say, if it has stopped, how it goes on. ``saved``: its last checkpoint."""
         if self.stopped_after is not None:
-            kept = f"--load {saved.parent} goes on from there" if saved else "nothing is kept: --save is not set"
+            kept = (
+                f"--load {saved.parent} goes on from there"
+                if saved
+                else "nothing is kept: --save is not set"
+            )
             self._say(f"after step {self.stopped_after}, as {self._why}; {kept}")
 
     def __enter__(self) -> "Stopping":
@@ -84,14 +88,25 @@ class Stopping:
         self._ear.setblocking(False)
         Thread(target=self._listen, args=(hearing,), name="stopping", daemon=True).start()
         if self._launchers:
-            Thread(target=self._follow, args=(self._launchers,), name="launcher", daemon=True).start()
+            Thread(
+                target=self._follow, args=(self._launchers,), name="launcher", daemon=True
+            ).start()
         signal.set_wakeup_fd(self._ear.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # without a handler of Python's the wake-up is not written
-            signal.siginterrupt(number, False)  # nor are the system calls of libraries to fail with EINTR
+            signal.signal(
+                number, lambda *_: None
+            )  # without a handler of Python's the wake-up is not written
+            signal.siginterrupt(
+                number, False
+            )  # nor are the system calls of libraries to fail with EINTR
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         """One that failed ends at a signal; one that is done, or has stopped, is not hurt by a late or second one."""
         if isinstance(error, Exception) and self._told.is_set() and not self._begun.is_set():
             self._leave()  # it was about to; those who were a moment quicker have failed it
@@ -124,11 +139,15 @@ class Stopping:
         self._told.set()
         if self._speaks_for_node:
             of = f", pid {ended.pid}," if ended.pid else ""
-            _print(f"warning: the launcher of this rank{of} has ended. The run stops after this step.")
+            _print(
+                f"warning: the launcher of this rank{of} has ended. The run stops after this step."
+            )
         if not self._begun.wait(_SECONDS_TO_HEAR):
             self._leave()
         if not self._over.wait(_SECONDS_WITHOUT_LAUNCHER):
-            _print(f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, within a step")
+            _print(
+                f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, within a step"
+            )
             os._exit(EXIT_CODE)
 
     @property
@@ -139,7 +158,9 @@ class Stopping:
 
     def _leave_at_once(self) -> None:
         """Leave at the second Ctrl-C; checkpoints that were saved before stay."""
-        _print("stopped          at once, within a step: a second Ctrl-C. Steps since the last checkpoint are lost")
+        _print(
+            "stopped          at once, within a step: a second Ctrl-C. Steps since the last checkpoint are lost"
+        )
         for act in self._before_leaving:
             act()
         os._exit(_EXIT_CODE_OF_INTERRUPT)

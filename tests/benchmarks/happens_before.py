@@ -125,7 +125,9 @@ class _Noting(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = _tensors((args, kwargs))
         there = {tensor.untyped_storage()._cdata for tensor in given}
-        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in there]
+        made = [
+            tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in there
+        ]
         if func is torch.ops.aten.copy_.default and self.device.current.kind == "messages":
             self.device.copies.append(self.device.current.record_event())
         self.device.note(given, [*made, *_written(func, args, kwargs)])
@@ -133,13 +135,19 @@ class _Noting(TorchDispatchMode):
 
 
 def _tensors(tree: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.int64]
+    return [
+        leaf
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.int64
+    ]
 
 
 def _written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """Of what is given that which the operator's schema says it writes to."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
     into = [
-        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info and argument.alias_info.is_write
     ]
     return _tensors([named.get(name) for name in into])

@@ -12,20 +12,35 @@ from megatron_ring.errors import ConfigError
 from tests.distributed import fork_processes
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--seq-length", "48", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--rounds", "1"]
+SMALL = [
+    "--seq-length",
+    "48",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "1",
+    "--head-dim",
+    "8",
+    "--rounds",
+    "1",
+]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tools" / "bench_attention.py", *SMALL, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture
 def told(monkeypatch, tmp_path, capsys):
     """What is written to the file, and what is printed; real ranks are forked."""
     monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the tool sets, no other test must find
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ)
+    )  # what the tool sets, no other test must find
 
     def run(*arguments: str) -> tuple[dict, str]:
         asked = [*arguments, "--json", str(tmp_path / "bench.json")]
@@ -112,7 +127,9 @@ def test_emulated_ranks_see_documents_and_windows(flags, single, told):
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_the_cost_of_a_pair_is_its_time_over_that_in_the_dense_ring(window, told):
-    document, printed = told("--nproc", "2", "--documents", "7", "--window", str(window), "--batch", "2")
+    document, printed = told(
+        "--nproc", "2", "--documents", "7", "--window", str(window), "--batch", "2"
+    )
     assert document["document_count"] > 4
     dense = document["dense_seconds"] / (2 * 48 * 49 / 2)
     for result in document["results"]:
@@ -121,7 +138,9 @@ def test_the_cost_of_a_pair_is_its_time_over_that_in_the_dense_ring(window, told
     assert "\ndense" in printed
 
 
-@pytest.mark.parametrize("flags", [[], ["--documents", "7", "--batch", "2"]], ids=["causal", "documents"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--documents", "7", "--batch", "2"]], ids=["causal", "documents"]
+)
 def test_the_published_ring_sends_keys_where_ours_sends_queries(flags, told):
     """With as many key-value heads as query heads; what is compared is the published one."""
     document, printed = told("--nproc", "2", "--kv-heads", "2", *flags)
@@ -147,9 +166,15 @@ def test_stripes_are_as_a_training_run_has_them_or_as_asked_for(ranks, flags, st
 
 
 def test_without_rounds_the_work_is_counted_and_nothing_timed(told):
-    document, printed = told("--emulate-ranks", "8", "--seq-length", "8192", "--documents", "500", "--rounds", "0")
+    document, printed = told(
+        "--emulate-ranks", "8", "--seq-length", "8192", "--documents", "500", "--rounds", "0"
+    )
     ring, striped, zigzag = document["results"]
-    assert striped["imbalance_counted"] <= 1.01 < min(ring["imbalance_counted"], zigzag["imbalance_counted"])
+    assert (
+        striped["imbalance_counted"]
+        <= 1.01
+        < min(ring["imbalance_counted"], zigzag["imbalance_counted"])
+    )
     assert {result["seconds"] for result in document["results"]} == {None}
     assert "counted and not timed" in printed
 

@@ -19,7 +19,14 @@ NOT_THERE = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib
 
 
 def bench(folder: Path, *flags: str) -> tuple[dict, str]:
-    command = [sys.executable, ROOT / "tools" / "bench_gpu.py", *SMALL, *flags, "--json", folder / "found.json"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "bench_gpu.py",
+        *SMALL,
+        *flags,
+        "--json",
+        folder / "found.json",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     return json.loads((folder / "found.json").read_text()), said
 
@@ -43,11 +50,17 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
 def test_it_ends_with_the_lines_of_the_table_that_auto_goes_by(run):
     found, said = run
     cases = list(itertools.product(["fp32", "bf16"], ["CAUSAL", "SPARSE"]))
-    assert [(row["dtype"], row["mask"]) for row in found["orders"] if row["kernel"] == "reference"] == cases
+    assert [
+        (row["dtype"], row["mask"]) for row in found["orders"] if row["kernel"] == "reference"
+    ] == cases
     lines = said.partition("for kernels/attention/measured.py\n")[2]
     table = eval(f"[{lines}]", vars(measured))
-    assert [(one.device, one.dtype, one.mask.name) for one in table] == [("cpu", DTYPES[d], mask) for d, mask in cases]
-    assert all(one.milliseconds.keys() == {"sdpa", "reference"} and "commit" in one.source for one in table)
+    assert [(one.device, one.dtype, one.mask.name) for one in table] == [
+        ("cpu", DTYPES[d], mask) for d, mask in cases
+    ]
+    assert all(
+        one.milliseconds.keys() == {"sdpa", "reference"} and "commit" in one.source for one in table
+    )
     assert "benchmarks/bench_gpu.py --device cpu" in lines
 
 
@@ -61,6 +74,8 @@ def test_what_there_is_no_time_for_is_named_and_so_are_kernels_left_out(tmp_path
 def test_it_needs_neither_deepspeed_nor_what_else_a_bare_machine_lacks():
     lacks = f"import sys; sys.modules |= dict.fromkeys({NOT_THERE})"
     found = subprocess.run(
-        [sys.executable, "-c", f"{lacks}; import benchmarks.bench_gpu"], cwd=ROOT, capture_output=True
+        [sys.executable, "-c", f"{lacks}; import benchmarks.bench_gpu"],
+        cwd=ROOT,
+        capture_output=True,
     )
     assert found.returncode == 0, found.stderr

@@ -23,7 +23,9 @@ def told(monkeypatch, tmp_path, capsys):
         asked = ["bench_head.py", *SMALL, *arguments, "--json", str(tmp_path / "bench.json")]
         monkeypatch.setattr(sys, "argv", asked)
         bench_head.main()
-        return json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out.splitlines()
+        return json.loads(
+            (tmp_path / "bench.json").read_text()
+        ), capsys.readouterr().out.splitlines()
 
     return run
 
@@ -83,4 +85,8 @@ def test_the_table_on_the_page_shows_what_it_says():
 
 
 def rows() -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in PAGE.splitlines() if re.match(r"\| [\d,]+ \|", line)]
+    return [
+        line.strip("| ").split(" | ")
+        for line in PAGE.splitlines()
+        if re.match(r"\| [\d,]+ \|", line)
+    ]

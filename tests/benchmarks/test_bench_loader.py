@@ -6,7 +6,18 @@ import pytest
 from benchmarks import bench_loader
 from megatron_ring.errors import ConfigError
 
-SMALL = ["--seq-length", "64", "--tokens", "4000", "--document-length", "20", "--samples", "3", "--rounds", "2"]
+SMALL = [
+    "--seq-length",
+    "64",
+    "--tokens",
+    "4000",
+    "--document-length",
+    "20",
+    "--samples",
+    "3",
+    "--rounds",
+    "2",
+]
 
 
 @pytest.fixture
@@ -17,7 +28,9 @@ def told(monkeypatch, tmp_path, capsys):
         asked = ["bench_loader.py", *SMALL, *arguments, "--json", str(tmp_path / "bench.json")]
         monkeypatch.setattr(sys, "argv", asked)
         bench_loader.main()
-        return json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out.splitlines()
+        return json.loads(
+            (tmp_path / "bench.json").read_text()
+        ), capsys.readouterr().out.splitlines()
 
     return run
 
@@ -34,7 +47,16 @@ def test_every_packing_is_timed_and_weighed(told):
 @pytest.mark.parametrize("row", [0, 1], ids=["joined", "apart"])
 def test_a_rank_holds_its_own_tokens_and_not_the_sample(told, row):
     """Of 32,768 tokens of 8 bytes an eighth lives here, and as many targets; ends are looked for in a byte a token."""
-    long = ("--seq-length", "32768", "--tokens", "70000", "--ring-size", "8", "--document-length", "5000")
+    long = (
+        "--seq-length",
+        "32768",
+        "--tokens",
+        "70000",
+        "--ring-size",
+        "8",
+        "--document-length",
+        "5000",
+    )
     peak = told(*long)[0]["results"][row]["peak_bytes"]
     assert 2 * 4096 * 8 < peak < 32768 * 8
 

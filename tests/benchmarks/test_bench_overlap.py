@@ -9,14 +9,35 @@ import pytest
 from tests.programs import free_port
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench_overlap.py"
-SMALL = ["--ratios", "--tokens", "64", "128", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--rounds", "1"]
+SMALL = [
+    "--ratios",
+    "--tokens",
+    "64",
+    "128",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "1",
+    "--head-dim",
+    "8",
+    "--rounds",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> tuple[list[dict], list[str]]:
     """The rows that two ranks write, and the lines that they print."""
     file = tmp_path_factory.mktemp("overlap") / "overlap.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
+    ]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     command = [*launcher, BENCH, *SMALL, "--json", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -41,7 +62,9 @@ def test_what_is_exposed_is_what_the_messages_add(told):
 def test_bytes_are_those_that_the_ring_sends(told):
     """Of two ranks: K and V once forward and once backward, and their gradients home, in float32."""
     for row in told[0]:
-        assert row["bytes_per_second"] * row["communication"] == pytest.approx(3 * 2 * row["tokens"] * 8 * 4)
+        assert row["bytes_per_second"] * row["communication"] == pytest.approx(
+            3 * 2 * row["tokens"] * 8 * 4
+        )
 
 
 def test_a_ring_hides_its_messages_from_the_longer_of_two_lengths_on(told):
@@ -50,7 +73,9 @@ def test_a_ring_hides_its_messages_from_the_longer_of_two_lengths_on(told):
         seconds = [sent * row["tokens"] / row["bytes_per_second"] for sent in (keys, 2 * keys)]
         flops = [products * 2 * 2 * 8 * row["tokens"] ** 2 / 2 for products in (2, 5)]
         hops = [work / rate for work, rate in zip(flops, row["flops_per_second"])]
-        assert row["needs"] == pytest.approx([row["tokens"] * link / hop for link, hop in zip(seconds, hops)])
+        assert row["needs"] == pytest.approx(
+            [row["tokens"] * link / hop for link, hop in zip(seconds, hops)]
+        )
         assert row["can_hide"] == (max(row["needs"]) <= row["tokens"])
 
 
@@ -63,6 +88,8 @@ def test_a_ring_hides_its_messages_from_the_longer_of_two_lengths_on(told):
     ],
 )
 def test_what_cannot_be_measured_is_refused(asked, said):
-    refused = subprocess.run([sys.executable, BENCH, *asked], capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        [sys.executable, BENCH, *asked], capture_output=True, text=True, check=False
+    )
     alone = "a ring of one rank sends nothing. Start it by benchmarks/slow_link.py, or by torchrun with two ranks."
     assert (refused.returncode, refused.stderr) == (2, f"ConfigError: {said}\n{alone}\n")

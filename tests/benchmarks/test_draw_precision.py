@@ -41,7 +41,8 @@ def test_no_family_of_inputs_makes_the_error_grow(family):
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    "family", ["one-hot gradient", "positive, constant gradient", "sinks, positive, constant gradient"]
+    "family",
+    ["one-hot gradient", "positive, constant gradient", "sinks, positive, constant gradient"],
 )
 def test_no_family_of_inputs_makes_the_error_grow_up_to_64_ranks(family):
     assert grown(family, tokens=1024, ring_size=64, head_dim=64).largest_growth <= 1.1
@@ -51,23 +52,34 @@ def test_no_family_of_inputs_makes_the_error_grow_up_to_64_ranks(family):
 def test_sinks_cost_no_precision_on_one_process(family):
     """Beside a kernel in float32 that takes delta as it is."""
     alone = [draw_precision.laid_out("none", 512, 1)] * 2
-    ours, wide = (family_errors(FAMILIES[family], alone, x, 32, torch.bfloat16) for x in (sdpa, reference))
+    ours, wide = (
+        family_errors(FAMILIES[family], alone, x, 32, torch.bfloat16) for x in (sdpa, reference)
+    )
     assert ours.alone["dq"] <= 1.75 * wide.alone["dq"]
 
 
 def test_the_page_claims_no_growth_that_is_not_there():
     """The committed table has every family of inputs, and no gradient's error grows by more than 1.1."""
     lines = Path("docs/precision.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
     growth = {row[0]: float(row[-1]) for row in rows if row[0] in FAMILIES}
     assert growth.keys() == FAMILIES.keys()
     assert max(growth.values()) <= 1.1
 
 
 def test_the_page_and_its_picture(tmp_path):
-    draw_precision.main(tmp_path / "page.md", seq_length=64, head_dim=16, ring_sizes=(1, 4), family_seq_length=32)
+    draw_precision.main(
+        tmp_path / "page.md", seq_length=64, head_dim=16, ring_sizes=(1, 4), family_seq_length=32
+    )
     page = (tmp_path / "page.md").read_text()
-    assert "64 tokens, 2 query and 1 key-value heads of 16, bf16, causal; layout striped, kernel sdpa on cpu" in page
+    assert (
+        "64 tokens, 2 query and 1 key-value heads of 16, bf16, causal; layout striped, kernel sdpa on cpu"
+        in page
+    )
     firsts = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
     assert firsts[:4] == ["| ranks", "| ---:", "| 1", "| 4"]
     assert firsts[4:] == ["| inputs", "| ---", *(f"| {name}" for name in FAMILIES)]

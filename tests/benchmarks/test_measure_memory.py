@@ -60,8 +60,17 @@ def test_a_further_token_costs_what_two_lengths_differ_by():
 
 def test_the_command_starts_ranks_of_its_own_and_says_what_their_memory_was():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "tools" / "measure_memory.py", "--nproc", "1", "--seq-lengths", "512"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        ROOT / "tools" / "measure_memory.py",
+        "--nproc",
+        "1",
+        "--seq-lengths",
+        "512",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     ranks, tokens, *mebibytes = done.stdout.splitlines()[1].split()
     assert (ranks, tokens) == ("1", "512")
@@ -70,13 +79,17 @@ def test_the_command_starts_ranks_of_its_own_and_says_what_their_memory_was():
     assert resident > 0
 
 
-def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_knows_it(tmp_path, monkeypatch, capsys):
+def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_knows_it(
+    tmp_path, monkeypatch, capsys
+):
     """On real ranks, with DeepSpeed: what is measured is told, written, drawn, and was planned."""
     asked = ["--nproc", "1", "2", "--budget-mib", "20", "--step", "256", "--seq-lengths", "512",
              "--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["measure_memory.py", *asked])
     monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the tool sets, no other test must find
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ)
+    )  # what the tool sets, no other test must find
     measure_memory.main()
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["longest"]["2"] > found["longest"]["1"] > 0
@@ -86,7 +99,9 @@ def test_two_ranks_hold_more_tokens_than_one_in_the_same_memory_and_the_plan_kno
         # they were once 12% too high, and otherwise within the error, as the test above has it.
         assert row["planned"] >= (1 - 2 * ERROR) * row["live"] or row["nproc"] > 1
         assert (row["resident"] is not None) == (row["seq_length"] == 512)
-    assert f"20 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in capsys.readouterr().out
+    assert (
+        f"20 MiB a rank: {found['longest']['2']:,} tokens at most on 2" in capsys.readouterr().out
+    )
     assert (tmp_path / "found.svg").stat().st_size > 1000
 
 

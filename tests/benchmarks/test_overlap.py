@@ -23,7 +23,10 @@ def forward(groups: int, pairs: float = CAUSAL, dtype: torch.dtype = torch.bfloa
 
 
 def backward(groups: int, travels: str, dtype: torch.dtype = torch.bfloat16) -> float:
-    hop = Hop(CAUSAL * operations(BACKWARD_PRODUCTS, HEADS, SIZE), backward_bytes(*shard(groups, dtype))[travels])
+    hop = Hop(
+        CAUSAL * operations(BACKWARD_PRODUCTS, HEADS, SIZE),
+        backward_bytes(*shard(groups, dtype))[travels],
+    )
     return hop.shortest_shard(FLOPS, BANDWIDTH)
 
 
@@ -43,7 +46,9 @@ def test_backward_where_two_byte_keys_travel_is_a_fifth_stricter(groups):
 
 def test_four_byte_keys_need_twice_as_much_forward_and_less_than_that_backward():
     assert forward(8, dtype=torch.float32) == pytest.approx(2 * forward(8))
-    assert backward(8, "keys", torch.float32) == pytest.approx(0.8 * forward(8, dtype=torch.float32))
+    assert backward(8, "keys", torch.float32) == pytest.approx(
+        0.8 * forward(8, dtype=torch.float32)
+    )
 
 
 def test_equal_heads_need_less_backward_where_their_queries_travel():

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str, *flags: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "tools" / name, *flags], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / name, *flags], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,11 @@ def test_documents_are_sheets_under_their_tokens(tmp_path):
 
 def boxes(svg: str) -> list[str]:
     """The lines that draw coloured boxes; fonts and sizes are matplotlib's business."""
-    return [line.split("style=")[1] for line in svg.splitlines() if "style=" in line and "fill: #" in line]
+    return [
+        line.split("style=")[1]
+        for line in svg.splitlines()
+        if "style=" in line and "fill: #" in line
+    ]
 
 
 def test_a_layout_that_cannot_be_drawn_is_one_message(tmp_path):
@@ -66,7 +72,13 @@ def test_the_loss_is_drawn_from_a_metrics_file(tmp_path):
     lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
     lines.append({"step": 2, "validation_loss": 3.0, "validation_bits_per_byte": 2.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+    found = tool(
+        "plot_metrics.py",
+        "--metrics-file",
+        tmp_path / "metrics.jsonl",
+        "--output",
+        tmp_path / "loss.png",
+    )
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -83,7 +95,9 @@ def test_a_profiled_run_has_its_waits_below_its_loss(tmp_path):
     lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
     heights = []
     for profile in ({}, {"ring_hops": hops(0.01)}):
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | profile) + "\n" for line in lines))
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(line | profile) + "\n" for line in lines)
+        )
         draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
         drawn = (tmp_path / "loss.svg").read_text()
         heights.append(float(re.search(r'height="([0-9.]+)pt"', drawn)[1]))
@@ -98,13 +112,20 @@ def slice(rank: int, kind: str, start: float, **known: object) -> dict:
 def test_the_hops_of_a_trace_are_drawn_a_row_for_each_rank(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens_per_second": 1.0}\n')
     events = [slice(rank, "hop", 1000.0 * rank, direction="forward") for rank in (0, 3)]
-    events += [slice(3, "wait", 3500.0, direction="forward"), {"ph": "M", "name": "process_name", "pid": 0, "args": {}}]
+    events += [
+        slice(3, "wait", 3500.0, direction="forward"),
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {}},
+    ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     flags = "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.svg"
     found = tool("plot_metrics.py", *flags, "--trace", tmp_path / "trace.json")
     assert found.returncode == 0, found.stderr
     drawn = (tmp_path / "loss-hops.svg").read_text()
-    assert ["<!-- rank 0 -->" in drawn, "<!-- rank 3 -->" in drawn, "<!-- rank 1 -->" in drawn] == [True, True, False]
+    assert ["<!-- rank 0 -->" in drawn, "<!-- rank 3 -->" in drawn, "<!-- rank 1 -->" in drawn] == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"traceEvents": []}'])
@@ -117,7 +138,13 @@ def test_what_is_no_trace_of_a_ring_is_refused(content, tmp_path):
 def test_a_file_without_steps_is_refused(tmp_path):
     for content in ("", "not json\n"):
         (tmp_path / "metrics.jsonl").write_text(content)
-        found = tool("plot_metrics.py", "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+        found = tool(
+            "plot_metrics.py",
+            "--metrics-file",
+            tmp_path / "metrics.jsonl",
+            "--output",
+            tmp_path / "loss.png",
+        )
         assert found.returncode == 3
         assert "Set --metrics-file" in found.stderr
 

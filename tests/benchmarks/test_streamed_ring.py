@@ -132,9 +132,16 @@ def test_a_message_does_not_wait_for_the_hop_that_it_travels_under(ranks):
 
     run(ranks, 1, device, kernel=Noted)
     for receiver in range(ranks):
-        copies = [known for stream, known in device.copies if stream.ring_rank == receiver][: ranks - 1]
+        copies = [known for stream, known in device.copies if stream.ring_rank == receiver][
+            : ranks - 1
+        ]
         sender = (receiver - 1) % ranks
-        queued = [number for known in copies for stream, number in known.items() if is_hops_of(stream, sender)]
+        queued = [
+            number
+            for known in copies
+            for stream, number in known.items()
+            if is_hops_of(stream, sender)
+        ]
         assert len(queued) == ranks - 1
         assert all(before <= hop for before, hop in zip(queued, hops[sender]))
 

@@ -16,11 +16,22 @@ NOT_THERE = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib
 
 
 def test_on_a_cpu_rings_are_run_and_compared_without_streams(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "trace_overlap.py", *SMALL, "--json", tmp_path / "found.json"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "trace_overlap.py",
+        *SMALL,
+        "--json",
+        tmp_path / "found.json",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     found = json.loads((tmp_path / "found.json").read_text())["found"]
-    assert [(case["kernel"], case["mask"]) for case in found] == [("sdpa", "causal"), ("sdpa", "documents")]
-    assert all(case["right"] and case["host_waits"] is None and case["overlap"] == [] for case in found)
+    assert [(case["kernel"], case["mask"]) for case in found] == [
+        ("sdpa", "causal"),
+        ("sdpa", "documents"),
+    ]
+    assert all(
+        case["right"] and case["host_waits"] is None and case["overlap"] == [] for case in found
+    )
     assert "sdpa, documents: right; host waits: not asked, there is no device" in said
 
 
@@ -28,9 +39,15 @@ def test_on_a_cpu_rings_are_run_and_compared_without_streams(tmp_path):
     ("flags", "message"),
     [
         (["--ranks", "1"], "ranks 1 must be at least 2: a ring of one sends nothing. Set --ranks."),
-        (["--kv-heads", "3"], "heads 4 must be a multiple of kv_heads 3. Set --heads or --kv-heads."),
+        (
+            ["--kv-heads", "3"],
+            "heads 4 must be a multiple of kv_heads 3. Set --heads or --kv-heads.",
+        ),
         (["--tokens", "0"], "tokens 0 must be at least 1. Set --tokens."),
-        (["--device", "cuda"], "torch sees no GPU. Set --device cpu to run without streams and traces."),
+        (
+            ["--device", "cuda"],
+            "torch sees no GPU. Set --device cpu to run without streams and traces.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -42,7 +59,9 @@ def test_what_cannot_be_run_is_said(flags, message, tool, monkeypatch):
 
 def test_it_needs_neither_deepspeed_nor_what_else_a_bare_machine_lacks():
     lacks = f"import sys; sys.modules |= dict.fromkeys({NOT_THERE}); sys.path.insert(0, 'tools')"
-    found = subprocess.run([sys.executable, "-c", f"{lacks}; import trace_overlap"], cwd=ROOT, capture_output=True)
+    found = subprocess.run(
+        [sys.executable, "-c", f"{lacks}; import trace_overlap"], cwd=ROOT, capture_output=True
+    )
     assert found.returncode == 0, found.stderr
 
 
@@ -74,7 +93,13 @@ class Profile:
         hops, messages, began = 2 * rank, 2 * rank + 1, 100.0 * rank
         copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)"}
         return [
-            {"cat": "kernel", "name": "forward_hop", "ts": began, "dur": 10.0, "args": {"stream": hops}},
+            {
+                "cat": "kernel",
+                "name": "forward_hop",
+                "ts": began,
+                "dur": 10.0,
+                "args": {"stream": hops},
+            },
             copy | {"ts": began + 7, "dur": 4.0, "args": {"stream": messages, "bytes": 4096}},
             copy | {"ts": 900.0, "dur": 1.0, "args": {"stream": hops, "bytes": 2 * rank + 1}},
             copy | {"ts": 901.0, "dur": 1.0, "args": {"stream": messages, "bytes": 2 * rank + 2}},
@@ -98,7 +123,13 @@ def test_a_gpu_s_trace_becomes_rows_and_is_kept(tool, modes, tmp_path, capsys):
     assert (found["right"], found["host_waits"]) == (True, [])
     rows = [(row["direction"], row["rank"]) for row in found["overlap"]]
     assert rows == [(direction, rank) for direction in ("forward", "backward") for rank in range(3)]
-    figures = {"messages": 1, "travelled_ms": 0.004, "kernels_ms": 0.01, "under_own": 0.75, "under_any": 0.75}
+    figures = {
+        "messages": 1,
+        "travelled_ms": 0.004,
+        "kernels_ms": 0.01,
+        "under_own": 0.75,
+        "under_any": 0.75,
+    }
     assert all({name: row[name] for name in figures} == figures for row in found["overlap"])
     kept = {path.name for path in (tmp_path / "traces").iterdir()}
     assert kept == {"sdpa-documents-forward.json", "sdpa-documents-backward.json"}
@@ -114,7 +145,9 @@ def test_the_line_that_makes_the_host_wait_is_told(tool, modes, monkeypatch):
             raise RuntimeError("called a synchronizing CUDA operation")
         return tensor
 
-    monkeypatch.setattr("megatron_ring.kernels.attention.state.torch.logaddexp", lambda *_, out: sum_of(out))
+    monkeypatch.setattr(
+        "megatron_ring.kernels.attention.state.torch.logaddexp", lambda *_, out: sum_of(out)
+    )
     case = tool.Case.of(tool._parser().parse_args(SMALL), "sdpa", "causal")
     (line,) = case.examined(None)["host_waits"]
     assert "state.py" in line

@@ -24,12 +24,16 @@ NOW = Blocks(128, 64, 8, 2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("now", "others"), [(Blocks(128, 128, 8, 2), 26), (Blocks(32, 16, 4, 1), 27)])
+@pytest.mark.parametrize(
+    ("now", "others"), [(Blocks(128, 128, 8, 2), 26), (Blocks(32, 16, 4, 1), 27)]
+)
 def test_the_list_has_what_is_there_and_else_gives_every_warp_rows(kernel, now, others):
     first, *tried = candidates(kernel, now)
     assert first == now
     assert len(tried) == len({*tried} - {now}) == others
-    assert all(16 * one.warps <= (one.block_k if kernel == "keys" else one.block_q) for one in tried)
+    assert all(
+        16 * one.warps <= (one.block_k if kernel == "keys" else one.block_q) for one in tried
+    )
 
 
 def test_the_fastest_that_fits_is_taken():
@@ -38,11 +42,16 @@ def test_the_fastest_that_fits_is_taken():
             too_big(kernel, head, blocks)
         return 1.0 if blocks == Blocks(64, 128, 4, 2) else 2.0
 
-    assert fastest("queries", 128, NOW, timed) == Found(Blocks(64, 128, 4, 2), 1.0, tried=27, left_out=9)
+    assert fastest("queries", 128, NOW, timed) == Found(
+        Blocks(64, 128, 4, 2), 1.0, tried=27, left_out=9
+    )
 
 
 def test_a_gpu_that_none_fits_is_named():
-    with pytest.raises(KernelUnavailable, match="none of the 28 candidates of 'keys' fits this GPU at head size 256"):
+    with pytest.raises(
+        KernelUnavailable,
+        match="none of the 28 candidates of 'keys' fits this GPU at head size 256",
+    ):
         fastest("keys", 256, Blocks(64, 32, 8, 1), too_big)
 
 
@@ -72,7 +81,9 @@ def test_a_candidate_runs_in_the_tables_place_and_leaves_it_as_it_was(kernel, mo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_it_refuses_where_there_is_no_gpu():
     command = [sys.executable, ROOT / "tools" / "tune_blocks.py"]
-    run = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert run.returncode == KernelUnavailable.exit_code
     assert "torch finds none" in run.stderr
     assert "Traceback" not in run.stderr

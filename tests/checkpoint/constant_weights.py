@@ -13,15 +13,28 @@ from megatron_ring.config import Config, ModelConfig
 VOCABULARY, LENGTH = 48, 32
 
 
-def write(folder: Path, model: ModelConfig, value: float = 0.5, left_out: str = "", narrow: str = "-", **state) -> Path:
+def write(
+    folder: Path,
+    model: ModelConfig,
+    value: float = 0.5,
+    left_out: str = "",
+    narrow: str = "-",
+    **state,
+) -> Path:
     """A checkpoint whose weights are all ``value``, in bfloat16 where ``narrow`` is in the name.
 
     ``state``: what its RunState has besides the sizes.
     """
-    shapes = {name: shape for name, shape in parameters(model, VOCABULARY, LENGTH).items() if name != left_out}
+    shapes = {
+        name: shape
+        for name, shape in parameters(model, VOCABULARY, LENGTH).items()
+        if name != left_out
+    }
     store.prepare(folder, 3)
     dtypes = {name: torch.bfloat16 if narrow in name else torch.float32 for name in shapes}
-    values = ((name, torch.full(shape, value, dtype=dtypes[name])) for name, shape in shapes.items())
+    values = (
+        (name, torch.full(shape, value, dtype=dtypes[name])) for name, shape in shapes.items()
+    )
     tensors.write_whole(folder / names.partial_name(3), shapes, values)
     sealed = store.seal(folder, 3, store.written(folder, 3))
     config = Config(model=model)

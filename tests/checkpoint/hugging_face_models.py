@@ -26,7 +26,13 @@ _SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": LENGTH,
 }
-_GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
+_GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": LENGTH,
+}
 _GPT2_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -43,8 +49,13 @@ CASES = {
     "llama": Case("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "llama tied": Case("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama with biases": Case("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "llama by linear": Case("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    "llama 3": Case("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, **_LLAMA3}}),
+    "llama by linear": Case(
+        "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+    ),
+    "llama 3": Case(
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, **_LLAMA3}},
+    ),
     "llama by yarn": Case(
         "llama",
         {
@@ -60,7 +71,13 @@ CASES = {
     "mistral without a window": Case("mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": Case("qwen2", {}),
     "qwen2 with a window": Case(
-        "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0, "tie_word_embeddings": True}
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen3": Case("qwen3", {"head_dim": 16}),
     "qwen3 with layers that see all": Case(
@@ -114,7 +131,9 @@ def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 def our_model(checkpoint: Summary) -> GPT:
     """On one process, every parameter from the checkpoint."""
     state = checkpoint.state
-    model = GPT(checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1)
+    model = GPT(
+        checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1
+    )
     parameters = dict(model.named_parameters())
     assert parameters.keys() == checkpoint.tensors.shapes.keys()
     with torch.no_grad():

@@ -19,7 +19,11 @@ TENSOR, ZERO = 2, 3
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Of odd sizes: a matrix, one with fewer rows than there are ranks, and a vector."""
     random = torch.Generator().manual_seed(seed)
-    shapes = {"embedding.weight": (7, 4), "blocks.0.mlp.down_proj.weight": (2, 5), "norm.weight": (5,)}
+    shapes = {
+        "embedding.weight": (7, 4),
+        "blocks.0.mlp.down_proj.weight": (2, 5),
+        "norm.weight": (5,),
+    }
     return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
 
 
@@ -28,7 +32,9 @@ def parts(kinds: dict[str, dict[str, torch.Tensor]]) -> list[list[Piece]]:
     shapes = {name: tuple(whole.shape) for name, whole in kinds[tensors.WEIGHT].items()}
     return [
         [
-            Piece(name, box, {kind: whole[name][boxes.slices(box)] for kind, whole in kinds.items()})
+            Piece(
+                name, box, {kind: whole[name][boxes.slices(box)] for kind, whole in kinds.items()}
+            )
             for name, shape in shapes.items()
             for box in _held(shape, tensor_rank, zero_rank)
         ]
@@ -59,13 +65,23 @@ def unchecked() -> Iterator[None]:
 
 
 def write(
-    folder: Path, step: int, kinds: dict[str, dict[str, torch.Tensor]], config: Config | None = None, **made: str
+    folder: Path,
+    step: int,
+    kinds: dict[str, dict[str, torch.Tensor]],
+    config: Config | None = None,
+    **made: str,
 ) -> Path:
     """A whole checkpoint; returns its folder. ``made``: what its state says of how it was made."""
     store.prepare(folder, step)
     partial = folder / names.partial_name(step)
-    written = [tensors.write_part(partial, number, pieces) for number, pieces in enumerate(parts(kinds))]
+    written = [
+        tensors.write_part(partial, number, pieces) for number, pieces in enumerate(parts(kinds))
+    ]
     shapes = {name: tuple(whole.shape) for name, whole in kinds[tensors.WEIGHT].items()}
     tensors.write_index(partial, shapes, kinds, written)
-    state = RunState(step, consumed_samples=4 * step, vocab_size=7, seq_length=16, optimizer_steps=step, **made)
-    return store.commit(folder, state, config or Config(), store.seal(folder, step, store.written(folder, step)))
+    state = RunState(
+        step, consumed_samples=4 * step, vocab_size=7, seq_length=16, optimizer_steps=step, **made
+    )
+    return store.commit(
+        folder, state, config or Config(), store.seal(folder, step, store.written(folder, step))
+    )

@@ -31,7 +31,9 @@ def at_random(folder: Path, times: int = 50) -> int:
     for _ in range(times):
         reported = kill_after(moment.uniform(0, 3 * seconds), save_endlessly, folder)
         found = latest(folder)
-        assert found in (reported, reported + 1), f"step {found} is the newest, {reported} was reported"
+        assert found in (reported, reported + 1), (
+            f"step {found} is the newest, {reported} was reported"
+        )
     return times
 
 
@@ -42,10 +44,14 @@ def at_every_action(folder: Path) -> int:
     What a killed process has written stays without fsync, which is left out because it takes most of the time.
     """
     os.fsync = lambda _: None
-    return before_each(folder / "new", (1, 2, 3), 4, latest) + before_each(folder / "again", (1,), 1, newest)
+    return before_each(folder / "new", (1, 2, 3), 4, latest) + before_each(
+        folder / "again", (1,), 1, newest
+    )
 
 
-def before_each(parent: Path, steps: tuple[int, ...], step: int, look: Callable[[Path], int]) -> int:
+def before_each(
+    parent: Path, steps: tuple[int, ...], step: int, look: Callable[[Path], int]
+) -> int:
     """Save ``step`` after ``steps``, cut short before its 1st, 2nd, ... action; how many actions it takes."""
     for count in range(1, 1000):
         folder = parent / str(count)
@@ -117,12 +123,18 @@ def save_in_chunks(folder: Path, step: int) -> None:
     """A checkpoint of three files of 256 KiB, written piece by piece."""
     store.prepare(folder, step)
     for rank in range(3):
-        with (folder / names.partial_name(step) / f"rank-{rank}.pt").open("wb", buffering=0) as file:
+        with (folder / names.partial_name(step) / f"rank-{rank}.pt").open(
+            "wb", buffering=0
+        ) as file:
             for chunk in range(8):
                 file.write(bytes([step % 256, rank, chunk, 0]) * 8192)
-    store.commit(folder, state(step), KEEP_TWO, store.seal(folder, step, store.written(folder, step)))
+    store.commit(
+        folder, state(step), KEEP_TWO, store.seal(folder, step, store.written(folder, step))
+    )
 
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules, "checkpoints are found and checked without torch"
-    print({"at_random": at_random, "at_every_action": at_every_action}[sys.argv[1]](Path(sys.argv[2])))
+    print(
+        {"at_random": at_random, "at_every_action": at_every_action}[sys.argv[1]](Path(sys.argv[2]))
+    )

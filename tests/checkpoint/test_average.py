@@ -14,7 +14,9 @@ from megatron_ring.errors import CheckpointError
 from tests.checkpoint import imagined
 
 
-def written(folder, step: int, whole: dict[str, torch.Tensor], config: Config | None = None) -> Summary:
+def written(
+    folder, step: int, whole: dict[str, torch.Tensor], config: Config | None = None
+) -> Summary:
     return Summary.of(imagined.write(folder, step, {"weight": whole}, config))
 
 
@@ -39,7 +41,9 @@ def test_the_mean_is_that_of_the_whole_tensors_in_the_type_of_the_first(tmp_path
 def test_the_mean_of_what_is_the_same_is_the_same(tmp_path):
     same = [written(tmp_path, step, imagined.weights()) for step in (5, 10, 15)]
     found = Summary.of(average(tmp_path / "out", same, [1.0, 1.0, 1.0]))
-    assert all(torch.equal(found.tensors.read(name), values) for name, values in imagined.weights().items())
+    assert all(
+        torch.equal(found.tensors.read(name), values) for name, values in imagined.weights().items()
+    )
 
 
 def test_it_is_a_checkpoint_of_weights_alone_where_the_newest_was(tmp_path):
@@ -53,7 +57,10 @@ def test_it_is_a_checkpoint_of_weights_alone_where_the_newest_was(tmp_path):
     newest = checkpoints[1].state
     assert (stored.state.step, stored.state.consumed_samples) == (10, newest.consumed_samples)
     assert (stored.state.optimizer_steps, Summary.of(stored.path).tensors.kinds) == (0, ("weight",))
-    assert stored.state.processes == f"1, for the mean of 1 x {checkpoints[0].path}, 3 x {checkpoints[1].path}"
+    assert (
+        stored.state.processes
+        == f"1, for the mean of 1 x {checkpoints[0].path}, 3 x {checkpoints[1].path}"
+    )
     assert Summary.of(stored.path).config == config
 
 
@@ -61,7 +68,10 @@ def test_no_mean_is_written_that_is_not_finite(tmp_path):
     whole = imagined.weights()
     whole["norm.weight"][2] = torch.nan
     with imagined.unchecked():
-        checkpoints = [written(tmp_path / "a", 5, imagined.weights()), written(tmp_path / "b", 10, whole)]
+        checkpoints = [
+            written(tmp_path / "a", 5, imagined.weights()),
+            written(tmp_path / "b", 10, whole),
+        ]
     with pytest.raises(CheckpointError, match=r"weight/norm.weight.* has 1 value that is nan"):
         average(tmp_path / "out", checkpoints, [1.0, 3.0])
     assert list((tmp_path / "out").iterdir()) == []
@@ -70,8 +80,12 @@ def test_no_mean_is_written_that_is_not_finite(tmp_path):
 def test_other_models_are_refused_with_all_that_differs(tmp_path):
     base = imagined.weights()
     first = written(tmp_path, 5, base)
-    wider = written(tmp_path, 10, base | {"norm.weight": torch.ones(4)}, Config(model=ModelConfig(num_layers=2)))
-    renamed = written(tmp_path, 15, {name.replace("mlp", "moe"): values for name, values in base.items()})
+    wider = written(
+        tmp_path, 10, base | {"norm.weight": torch.ones(4)}, Config(model=ModelConfig(num_layers=2))
+    )
+    renamed = written(
+        tmp_path, 15, {name.replace("mlp", "moe"): values for name, values in base.items()}
+    )
     renamed = replace(renamed, state=replace(renamed.state, vocab_size=8))
     with pytest.raises(CheckpointError) as refused:
         average(tmp_path / "out", [first, wider, renamed], [1.0] * 3)
@@ -88,7 +102,9 @@ def test_other_models_are_refused_with_all_that_differs(tmp_path):
 
 def test_a_folder_with_checkpoints_is_left_as_it_is(tmp_path):
     checkpoints = three(tmp_path)
-    with pytest.raises(CheckpointError, match="holds checkpoints already, such as step-00000015. Give OUT another"):
+    with pytest.raises(
+        CheckpointError, match="holds checkpoints already, such as step-00000015. Give OUT another"
+    ):
         average(tmp_path, checkpoints, [1.0] * 3)
     assert store.newest(tmp_path).state.optimizer_steps == 10
 
@@ -99,7 +115,9 @@ def test_a_mean_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     checkpoints = three(tmp_path / "runs")
     monkeypatch.setattr(tensors, "write_part", full)
-    with pytest.raises(CheckpointError, match="the mean cannot be written to .*out: part-00000.*: No space left"):
+    with pytest.raises(
+        CheckpointError, match="the mean cannot be written to .*out: part-00000.*: No space left"
+    ):
         average(tmp_path / "out", checkpoints, [1.0] * 3)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -47,7 +47,9 @@ def test_a_run_of_elements_is_its_boxes_side_by_side(drawn):
     shape, borders = drawn
     for start, stop in pairwise(borders):
         found = boxes.cut(shape, start, stop)
-        assert [place for box in found for place in elements(box, shape)] == list(range(start, stop))
+        assert [place for box in found for place in elements(box, shape)] == list(
+            range(start, stop)
+        )
         assert sum(map(boxes.size, found)) == stop - start
 
 
@@ -74,7 +76,9 @@ def test_indices_within_another_box_find_the_same_elements(data):
     common = boxes.overlap(outer, other)
     if common is not None:
         inner = boxes.within(common, outer)
-        assert numbered(shape)[boxes.slices(outer)][boxes.slices(inner)].flatten().tolist() == elements(common, shape)
+        assert numbered(shape)[boxes.slices(outer)][
+            boxes.slices(inner)
+        ].flatten().tolist() == elements(common, shape)
         assert boxes.moved(inner, outer) == common
 
 
@@ -97,7 +101,9 @@ def test_boxes_are_the_tensor_when_they_number_each_element_once(data):
     assert boxes.partition(found, shape) == (numbers == list(range(math.prod(shape))))
 
 
-@pytest.mark.parametrize("found", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"])
+@pytest.mark.parametrize(
+    "found", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"]
+)
 def test_boxes_whose_sizes_add_up_can_still_be_wrong(found):
     assert not boxes.partition([boxes.parse(box) for box in found.split()], (2, 4))
 
@@ -114,7 +120,8 @@ def test_what_is_written_is_read_back(data):
 
 
 @pytest.mark.parametrize(
-    "written", ["3", "0:3:4", "00:3", " 0:3", "0:1_0", "+0:3", "0:3,", ",", "0-3", "0:x", "0:٣", "0.0:3"]
+    "written",
+    ["3", "0:3:4", "00:3", " 0:3", "0:1_0", "+0:3", "0:3,", ",", "0-3", "0:x", "0:٣", "0.0:3"],
 )
 def test_what_was_not_written_is_refused(written):
     with pytest.raises(ValueError):  # noqa: PT011  int's own words, or ours

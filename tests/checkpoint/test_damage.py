@@ -29,7 +29,9 @@ def pristine(tmp_path_factory) -> Path:
         (partial / "zero").mkdir()
         for name in OWN[:2]:
             (partial / name).write_bytes(f"weights of step {step} in {name}".encode())
-        store.commit(folder, state(step), Config(), store.seal(folder, step, store.written(folder, step)))
+        store.commit(
+            folder, state(step), Config(), store.seal(folder, step, store.written(folder, step))
+        )
     return folder
 
 
@@ -72,7 +74,9 @@ def a_link_to_itself(file: Path, _: int, __: bytes) -> None:
 
 DAMAGES = (truncated, flipped, foreign, appended, vanished, a_folder, a_pipe, a_link_to_itself)
 OF_STEP_10 = st.sampled_from([f"step-00000010/{name}" for name in OWN])
-ANYWHERE = st.sampled_from(["latest", *(f"step-{step:08d}/{name}" for step in STEPS for name in OWN)])
+ANYWHERE = st.sampled_from(
+    ["latest", *(f"step-{step:08d}/{name}" for step in STEPS for name in OWN)]
+)
 POSITION, CONTENT = st.integers(0, 1 << 20), st.binary(max_size=300)
 
 
@@ -88,7 +92,11 @@ def newest_after(pristine: Path, damages: list[tuple[Callable, str, int, bytes]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @settings(max_examples=300)
@@ -101,7 +109,12 @@ def test_one_damage_leaves_the_one_before(pristine, damage, file, at, content):
 
 
 @settings(max_examples=300)
-@given(st.lists(st.tuples(st.sampled_from(DAMAGES), ANYWHERE, POSITION, CONTENT), unique_by=lambda damage: damage[1]))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DAMAGES), ANYWHERE, POSITION, CONTENT),
+        unique_by=lambda damage: damage[1],
+    )
+)
 def test_many_damages_leave_the_newest_without_one_or_no_other_error(pristine, damages):
     damaged = {file.partition("/")[0] for _, file, _, _ in damages}
     undamaged = [step for step in STEPS if f"step-{step:08d}" not in damaged]

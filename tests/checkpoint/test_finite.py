@@ -15,7 +15,9 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("bad", [[], [math.nan], [math.inf], [math.inf, -math.inf], [math.nan, -math.inf, math.inf]])
+@pytest.mark.parametrize(
+    "bad", [[], [math.nan], [math.inf], [math.inf, -math.inf], [math.nan, -math.inf, math.inf]]
+)
 def test_what_is_not_finite_is_counted(dtype, bad):
     values = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
     values.view(-1)[5 : 5 + len(bad)] = torch.tensor(bad, dtype=dtype)

@@ -39,8 +39,19 @@ YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}
         ({}, {"ffn_hidden_size": 704}),
         ({"activation": "gelu"}, {"activation": "gelu", "ffn_hidden_size": 1024}),
         (GROUPED, GROUPED | {"ffn_hidden_size": 704}),
-        ({}, {"num_query_groups": 4, "kv_channels": 64, "ffn_hidden_size": 704, "padded_vocab_size": 61}),
-        ({"window_size": 8}, {"window_size": 8, "window_attn_skip_freq": 5}),  # 4 layers: none is the fifth
+        (
+            {},
+            {
+                "num_query_groups": 4,
+                "kv_channels": 64,
+                "ffn_hidden_size": 704,
+                "padded_vocab_size": 61,
+            },
+        ),
+        (
+            {"window_size": 8},
+            {"window_size": 8, "window_attn_skip_freq": 5},
+        ),  # 4 layers: none is the fifth
         (YARN, YARN | {"rope_original_length": 12}),
         (
             {"position_embedding_type": "learned_absolute"},
@@ -61,7 +72,11 @@ def test_a_default_spelled_out_is_no_other_model(then, now, tmp_path):
         ({}, {"kv_channels": 32}, ["kv_channels"]),
         ({}, {"ffn_hidden_size": 1024}, ["ffn_hidden_size"]),
         ({"activation": "gelu", "ffn_hidden_size": 704}, {}, ["activation"]),
-        ({"window_size": 8}, {"window_size": 8, "window_attn_skip_freq": 2}, ["window_attn_skip_freq"]),
+        (
+            {"window_size": 8},
+            {"window_size": 8, "window_attn_skip_freq": 2},
+            ["window_attn_skip_freq"],
+        ),
         (YARN, YARN | {"rope_original_length": 24}, ["rope_original_length"]),
         ({}, {"rotary_base": 5e5}, ["rotary_base"]),
         ({}, {"num_attention_heads": 8}, ["num_attention_heads"]),
@@ -85,7 +100,10 @@ def test_a_length_that_stretches_rope_otherwise_is_refused(tmp_path):
 
 
 def test_a_learned_position_table_fixes_the_length(tmp_path):
-    learned = Config(model=ModelConfig(position_embedding_type="learned_absolute"), data=DataConfig(seq_length=64))
+    learned = Config(
+        model=ModelConfig(position_embedding_type="learned_absolute"),
+        data=DataConfig(seq_length=64),
+    )
     write(tmp_path, 5, learned)
     with pytest.raises(CheckpointError, match="seq_length 48 there, 64 here. Set --seq-length"):
         fit.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
@@ -93,8 +111,12 @@ def test_a_learned_position_table_fixes_the_length(tmp_path):
 
 def test_a_new_run_may_compute_otherwise_with_the_same_tensors(tmp_path):
     write(tmp_path, 5)
-    longer = ModelConfig(rope_scaling="yarn", rope_scaling_factor=4.0, window_size=16, padded_vocab_size=61)
-    fit.check_same_model(store.newest(tmp_path), Config(model=longer), vocab_size=61, tensors_alone=True)
+    longer = ModelConfig(
+        rope_scaling="yarn", rope_scaling_factor=4.0, window_size=16, padded_vocab_size=61
+    )
+    fit.check_same_model(
+        store.newest(tmp_path), Config(model=longer), vocab_size=61, tensors_alone=True
+    )
     with pytest.raises(CheckpointError) as refused:
         fit.check_same_model(store.newest(tmp_path), Config(model=longer), vocab_size=61)
     assert [problem.split()[0] for problem in refused.value.problems[1:]] == [
@@ -102,7 +124,10 @@ def test_a_new_run_may_compute_otherwise_with_the_same_tensors(tmp_path):
     ]  # fmt: skip
     with pytest.raises(CheckpointError, match="num_layers 4 there, 3 here"):
         fit.check_same_model(
-            store.newest(tmp_path), Config(model=ModelConfig(num_layers=3)), vocab_size=61, tensors_alone=True
+            store.newest(tmp_path),
+            Config(model=ModelConfig(num_layers=3)),
+            vocab_size=61,
+            tensors_alone=True,
         )
 
 
@@ -112,7 +137,8 @@ def test_other_data_is_told(tmp_path):
     assert fit.other_data(found, Config()) == []
     assert fit.other_data(found, Config(data=DataConfig(split=(98, 2)))) == []
     changed = Config(
-        data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64), training=TrainingConfig(seed=1)
+        data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64),
+        training=TrainingConfig(seed=1),
     )
     assert fit.other_data(found, changed) == [
         "data_path () there, ('0.7', 'a', '0.3', 'b') here",
@@ -148,10 +174,19 @@ def test_the_same_tokens_in_any_order_and_place_are_the_same_data(here, tmp_path
     ("here", "stated"),
     [
         ([store_of("a", 300), store_of("b", 200)], ["store a: 100 tokens", "300 tokens"]),
-        ([store_of("a", sampled="x"), store_of("b", 200)], ["store a: 100 tokens", "100 tokens", "other content"]),
-        ([store_of("a", manifest="x"), store_of("b", 200)], ["store a: 100 tokens", "other content"]),
+        (
+            [store_of("a", sampled="x"), store_of("b", 200)],
+            ["store a: 100 tokens", "100 tokens", "other content"],
+        ),
+        (
+            [store_of("a", manifest="x"), store_of("b", 200)],
+            ["store a: 100 tokens", "other content"],
+        ),
         ([store_of("a")], ["store b: 200 tokens", "not read here"]),
-        ([store_of("a"), store_of("b", 200), store_of("c", 7)], ["store c: not read there", "7 tokens"]),
+        (
+            [store_of("a"), store_of("b", 200), store_of("c", 7)],
+            ["store c: not read there", "7 tokens"],
+        ),
         ([store_of("a"), store_of("a2"), store_of("b", 200)], ["store a2: not read there"]),
     ],
 )

@@ -34,7 +34,9 @@ def fill(folder, names):
         (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
 
 
-@pytest.mark.parametrize(("word", "names"), [(word, names) for word, found in FOREIGN.items() for names in found])
+@pytest.mark.parametrize(
+    ("word", "names"), [(word, names) for word, found in FOREIGN.items() for names in found]
+)
 def test_a_checkpoint_of_another_program_is_named(tmp_path, word, names):
     fill(tmp_path, names)
     with pytest.raises(CheckpointError, match=word) as refused:
@@ -45,7 +47,14 @@ def test_a_checkpoint_of_another_program_is_named(tmp_path, word, names):
 
 
 @pytest.mark.parametrize(
-    "names", [[], [".DS_Store"], ["metrics.jsonl", "loss.png", "logs/"], ["config.json"], ["model.py", "notes.txt"]]
+    "names",
+    [
+        [],
+        [".DS_Store"],
+        ["metrics.jsonl", "loss.png", "logs/"],
+        ["config.json"],
+        ["model.py", "notes.txt"],
+    ],
 )
 def test_what_is_no_checkpoint_is_none(tmp_path, names):
     fill(tmp_path, names)

@@ -26,7 +26,9 @@ def checkpoint(tmp_path) -> Path:
 def seal_again(path: Path) -> None:
     """Have state.json agree with the files as they are now."""
     state, files = store.described(path)
-    (path / store.STATE).write_bytes(encode(state, {name: store.FileRecord.of(path / name) for name in files}))
+    (path / store.STATE).write_bytes(
+        encode(state, {name: store.FileRecord.of(path / name) for name in files})
+    )
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -53,7 +55,9 @@ def refusal(call: Callable[[], object]) -> str:
     ],
     ids=["date", "deep", "huge", "layers", "type", "infinite", "tag", "list", "size", "keys"],
 )
-def test_a_config_that_no_run_writes_is_a_checkpoint_error_that_names_it(content, reason, checkpoint):
+def test_a_config_that_no_run_writes_is_a_checkpoint_error_that_names_it(
+    content, reason, checkpoint
+):
     (checkpoint / store.CONFIG).write_text(content)
     seal_again(checkpoint)
     stored = store.newest(checkpoint.parent)
@@ -73,7 +77,9 @@ PART = "part-00000.safetensors"
 
 
 def entry(shape: object, boxes: object) -> Callable[[dict], None]:
-    return lambda document: document["tensors"].update({"norm.weight": {"shape": shape, "boxes": boxes}})
+    return lambda document: document["tensors"].update(
+        {"norm.weight": {"shape": shape, "boxes": boxes}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,13 +145,20 @@ def test_a_state_of_another_step_than_its_folder_is_refused(checkpoint):
     checkpoint.rename(checkpoint.with_name("step-00000009"))
     with pytest.raises(CheckpointError, match="is of step 5, and its name of step 9"):
         store.newest(checkpoint.parent)
-    assert Summary.of(checkpoint.with_name("step-00000009").rename(checkpoint.with_name("best"))).state.step == 5
+    assert (
+        Summary.of(
+            checkpoint.with_name("step-00000009").rename(checkpoint.with_name("best"))
+        ).state.step
+        == 5
+    )
 
 
 def test_a_part_that_is_a_pipe_is_not_waited_for(checkpoint):
     (checkpoint / PART).unlink()
     os.mkfifo(checkpoint / PART)
-    assert "not a regular file" in refusal(lambda: Tensors.open(checkpoint).read("embedding.weight"))
+    assert "not a regular file" in refusal(
+        lambda: Tensors.open(checkpoint).read("embedding.weight")
+    )
 
 
 def test_a_checkpoint_that_was_moved_to_another_disk_and_linked_back_is_whole(checkpoint, tmp_path):
@@ -182,7 +195,10 @@ def test_nothing_is_written_through_links_under_temporary_names(tmp_path):
     consolidate(Summary.of(path), folder / "one.safetensors", WEIGHT, None)
     assert secret.read_text() == "secret"
     assert not (tmp_path / "dangling").exists()
-    assert [(folder / name).is_symlink() for name in ("latest", "one.safetensors")] == [False, False]
+    assert [(folder / name).is_symlink() for name in ("latest", "one.safetensors")] == [
+        False,
+        False,
+    ]
 
 
 def test_a_link_under_the_name_of_a_new_checkpoint_is_removed_or_refused(tmp_path):

@@ -38,7 +38,9 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     expected, found = tensors(first), tensors(second)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
+    assert {name: x.dtype for name, x in found.items()} == {
+        name: x.dtype for name, x in expected.items()
+    }
 
 
 @pytest.fixture
@@ -53,7 +55,9 @@ def test_there_and_back(case, tmp_path, tokens_BS):
     expected = logits(theirs, tokens_BS)
     torch.testing.assert_close(our_logits(ours, tokens_BS), expected, rtol=1e-5, atol=1e-5)
 
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(max_shard_size="20KB"))
+    done = export_checkpoint(
+        tmp_path / "ours", tmp_path / "back", ExportOptions(max_shard_size="20KB")
+    )
     assert done.family == case.family
     assert_same_tensors(theirs, tmp_path / "back")
     assert config(tmp_path / "back") == config(theirs)
@@ -69,12 +73,25 @@ def test_parameters_are_those_of_a_model(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_absent_key_is_what_transformers_takes_it_for(family):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+    }
     sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
     if family == "gpt2":
-        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": LENGTH}
+        sizes = {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": VOCABULARY,
+            "n_positions": LENGTH,
+        }
     complete = transformers.AutoConfig.for_model(family, **sizes).to_dict()
-    (model, problems), (expected, none) = (read_model(FAMILIES[family], told) for told in (sizes, complete))
+    (model, problems), (expected, none) = (
+        read_model(FAMILIES[family], told) for told in (sizes, complete)
+    )
     assert problems == none == []
     assert resolved(model, LENGTH) == resolved(expected, LENGTH)
 
@@ -82,12 +99,16 @@ def test_an_absent_key_is_what_transformers_takes_it_for(family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_stay_as_they_are(dtype, tmp_path):
     theirs = save(CASES["gpt2"], tmp_path / "theirs")
-    transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype).save_pretrained(tmp_path / "narrow")
+    transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype).save_pretrained(
+        tmp_path / "narrow"
+    )
     ours = imported(tmp_path / "narrow", tmp_path / "ours")
     assert {ours.tensors.dtype(name) for name in ours.tensors.shapes} == {dtype}
     export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     assert_same_tensors(tmp_path / "narrow", tmp_path / "back")
-    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(
+        dtype
+    ).removeprefix("torch.")
 
 
 def test_another_type_is_written_when_asked_for(tmp_path):
@@ -103,13 +124,17 @@ def test_a_model_saved_without_its_head(tmp_path, tokens_BS):
     """As the first GPT-2: no prefix before the names, no head, and buffers of the mask."""
     theirs = save(CASES["gpt2"], tmp_path / "theirs")
     model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
-    base = {name.removeprefix("transformer."): x.contiguous() for name, x in model.state_dict().items()}
+    base = {
+        name.removeprefix("transformer."): x.contiguous() for name, x in model.state_dict().items()
+    }
     del base["lm_head.weight"]
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, LENGTH, LENGTH) for layer in range(2)}
     model.save_pretrained(tmp_path / "base", state_dict=base | masks)
     assert {"h.0.attn.bias", "wte.weight"} <= tensors(tmp_path / "base").keys()
     ours = imported(tmp_path / "base", tmp_path / "ours")
-    torch.testing.assert_close(our_logits(ours, tokens_BS), logits(theirs, tokens_BS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        our_logits(ours, tokens_BS), logits(theirs, tokens_BS), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
@@ -117,7 +142,9 @@ def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
     (theirs / "tokenizer.json").write_text('{"a tokenizer": true}')
     ours = imported(theirs, tmp_path / "ours")
     assert store.verify(ours.path).consumed_samples == 0
-    assert (ours.path / "hugging_face/config.json").read_bytes() == (theirs / "config.json").read_bytes()
+    assert (ours.path / "hugging_face/config.json").read_bytes() == (
+        theirs / "config.json"
+    ).read_bytes()
     done = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     assert done.carried == ["tokenizer.json", "generation_config.json"]
     assert (tmp_path / "back/tokenizer.json").read_text() == '{"a tokenizer": true}'
@@ -127,10 +154,17 @@ def test_special_tokens_come_with_the_tokenizer_or_not_at_all(tmp_path):
     """Not from the family's own defaults, which are another model's ids."""
     theirs = save(Case("llama", {"bos_token_id": 7, "eos_token_id": [8, 9]}), tmp_path / "theirs")
     import_folder(theirs, tmp_path / "ours", Stretch())
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(family="llama", tokenizer=theirs))
-    assert (config(tmp_path / "back")["bos_token_id"], config(tmp_path / "back")["eos_token_id"]) == (7, [8, 9])
+    export_checkpoint(
+        tmp_path / "ours", tmp_path / "back", ExportOptions(family="llama", tokenizer=theirs)
+    )
+    assert (
+        config(tmp_path / "back")["bos_token_id"],
+        config(tmp_path / "back")["eos_token_id"],
+    ) == (7, [8, 9])
     empty = tmp_path / "tokenizer"
     empty.mkdir()
     (empty / "tokenizer.json").write_text("{}")
-    export_checkpoint(tmp_path / "ours", tmp_path / "without", ExportOptions(family="llama", tokenizer=empty))
+    export_checkpoint(
+        tmp_path / "ours", tmp_path / "without", ExportOptions(family="llama", tokenizer=empty)
+    )
     assert config(tmp_path / "without")["eos_token_id"] is None

@@ -41,17 +41,41 @@ def refusal(source: Path, out: Path, form: ExportOptions) -> str:
     [
         (QWEN2, "llama", "as llama: add_qkv_bias is True, and can only be False."),
         (LLAMA, "qwen2", "as qwen2: add_qkv_bias is False, and can only be True."),
-        (replace(LLAMA, qk_layernorm=True), "mistral", "as mistral: qk_layernorm is True, and can only be False."),
-        (replace(QWEN2, softmax_type="learnable"), "qwen2", "softmax_type is learnable, and can only be vanilla."),
-        (replace(QWEN2, softmax_type="off-by-one"), "qwen2", "softmax_type is off-by-one, and can only be vanilla."),
-        (replace(LLAMA, window_size=8), "llama", "as llama: window by layer is [8, 8], and can only be [0, 0]."),
+        (
+            replace(LLAMA, qk_layernorm=True),
+            "mistral",
+            "as mistral: qk_layernorm is True, and can only be False.",
+        ),
+        (
+            replace(QWEN2, softmax_type="learnable"),
+            "qwen2",
+            "softmax_type is learnable, and can only be vanilla.",
+        ),
+        (
+            replace(QWEN2, softmax_type="off-by-one"),
+            "qwen2",
+            "softmax_type is off-by-one, and can only be vanilla.",
+        ),
+        (
+            replace(LLAMA, window_size=8),
+            "llama",
+            "as llama: window by layer is [8, 8], and can only be [0, 0].",
+        ),
         (
             replace(LLAMA, window_size=8, window_attn_skip_freq=2),
             "mistral",
             "as mistral: window by layer is [8, 0], and can only be [8, 8].",
         ),
-        (replace(LLAMA, num_attention_heads=3, num_query_groups=3, kv_channels=8), "llama", "32 does not divide into"),
-        (replace(LLAMA, normalization="LayerNorm"), "llama", "normalization is LayerNorm, and can only be RMSNorm."),
+        (
+            replace(LLAMA, num_attention_heads=3, num_query_groups=3, kv_channels=8),
+            "llama",
+            "32 does not divide into",
+        ),
+        (
+            replace(LLAMA, normalization="LayerNorm"),
+            "llama",
+            "normalization is LayerNorm, and can only be RMSNorm.",
+        ),
         (replace(GPT2, num_query_groups=2), "gpt2", "num_query_groups is 2, and can only be 4."),
         (replace(GPT2, kv_channels=16), "gpt2", "kv_channels is 16, and can only be 8."),
         (
@@ -87,12 +111,17 @@ def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
 )
 def test_without_a_family_the_first_that_describes_the_model_exactly(model, family, tmp_path):
     write(tmp_path / "ours", model)
-    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == family
+    assert (
+        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == family
+    )
 
 
 def test_every_family_that_is_able_is_named(tmp_path):
     write(tmp_path / "ours", LLAMA)
-    assert "llama, mistral" in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).reason
+    assert (
+        "llama, mistral"
+        in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).reason
+    )
 
 
 def test_values_that_the_type_does_not_have(tmp_path):
@@ -105,9 +134,13 @@ def test_a_folder_that_holds_something(tmp_path):
     write(tmp_path / "ours", QWEN2)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes").touch()
-    assert "theirs is there already" in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert "theirs is there already" in refusal(
+        tmp_path / "ours", tmp_path / "theirs", ExportOptions()
+    )
     (tmp_path / "theirs/notes").unlink()
-    assert export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == "qwen2"
+    assert (
+        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == "qwen2"
+    )
 
 
 def test_a_checkpoint_without_a_tensor_that_its_config_asks_for(tmp_path):
@@ -122,7 +155,9 @@ def test_a_damaged_checkpoint(tmp_path):
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    assert "part-00000.safetensors has other bytes" in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert "part-00000.safetensors has other bytes" in refusal(
+        tmp_path / "ours", tmp_path / "theirs", ExportOptions()
+    )
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
@@ -136,12 +171,17 @@ def test_without_a_tokenizer_none_is_written(tmp_path):
     write(tmp_path / "ours", QWEN2)
     done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert done.carried == []
-    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_shards_are_as_large_as_was_asked_and_have_every_tensor(tmp_path):
     write(tmp_path / "ours", GPT2)
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions(max_shard_size="20KB"))
+    done = export_checkpoint(
+        tmp_path / "ours", tmp_path / "theirs", ExportOptions(max_shard_size="20KB")
+    )
     shards = [load_file(path) for path in sorted((tmp_path / "theirs").glob("*.safetensors"))]
     sizes = [[x.nbytes for x in shard.values()] for shard in shards]
     assert all(sum(shard) <= 20_000 or len(shard) == 1 for shard in sizes)
@@ -169,7 +209,9 @@ def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_
 
 
 @pytest.mark.parametrize(("window", "first"), [(0, 2), (8, 0)])
-def test_readers_that_know_no_layer_types_find_the_first_layer_with_a_window(window, first, tmp_path):
+def test_readers_that_know_no_layer_types_find_the_first_layer_with_a_window(
+    window, first, tmp_path
+):
     write(tmp_path / "ours", replace(QWEN2, window_size=window))
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert json.loads((tmp_path / "theirs/config.json").read_text())["max_window_layers"] == first
@@ -182,7 +224,9 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
         export_checkpoint(tmp_path / "ours", tmp_path / "file/theirs", ExportOptions())
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("20KB", 20_000), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("20KB", 20_000), ("7", 7)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -38,13 +38,19 @@ def scaling(**parameters) -> dict:
     ("family", "changes"),
     [
         ("qwen3", scaling(**YARN, attn_factor=0.8782488562869419)),  # DeepSeek-R1-0528-Qwen3-8B
-        ("llama", scaling(type="yarn", factor=4.0, finetuned=True, **{ORIGINAL: 1024})),  # Yarn-Llama-2-7b-64k
+        (
+            "llama",
+            scaling(type="yarn", factor=4.0, finetuned=True, **{ORIGINAL: 1024}),
+        ),  # Yarn-Llama-2-7b-64k
         ("mistral", scaling(type="yarn", factor=4.0, finetuned=True, **{ORIGINAL: 1024})),
         ("llama", scaling(**YARN, mscale=1.0)),
         ("llama", scaling(**YARN, mscale=1.0, mscale_all_dim=0)),
         ("llama", scaling(**YARN, beta_fast=None, beta_slow=None, attention_factor=None)),
         ("llama", scaling(**YARN, beta_fast=32.0, beta_slow=1.0, truncate=True)),
-        ("llama", scaling(rope_type="yarn", factor=4.0)),  # the old length is max_position_embeddings
+        (
+            "llama",
+            scaling(rope_type="yarn", factor=4.0),
+        ),  # the old length is max_position_embeddings
         ("llama", scaling(**YARN) | {ORIGINAL: 2048}),  # outside it counts more
         ("llama", scaling(**LLAMA3) | {ORIGINAL: 2048}),
         ("llama", scaling(**LLAMA3, **{ORIGINAL: 512}, type="llama3")),
@@ -65,13 +71,36 @@ def scaling(**parameters) -> dict:
         ("llama", {"num_key_value_heads": None}),
         ("qwen2", {"num_key_value_heads": None}),
         ("qwen3", {"num_key_value_heads": None}),
-        ("llama", {"pretraining_tp": 2, "partial_rotary_factor": None, "torch_dtype": "bfloat16", "dtype": "float16"}),
+        (
+            "llama",
+            {
+                "pretraining_tp": 2,
+                "partial_rotary_factor": None,
+                "torch_dtype": "bfloat16",
+                "dtype": "float16",
+            },
+        ),
         ("llama", {"quantization_config": None, "auto_map": {"AutoModelForCausalLM": "x.Y"}}),
         ("llama", {"layer_types": ["full_attention"] * 2, "sliding_window": 16}),
         ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": None}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0, "use_mrope": False}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": False,
+                "sliding_window": 16,
+                "max_window_layers": 0,
+                "use_mrope": False,
+            },
+        ),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
-        ("qwen3", {"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "sliding_window": 16}),
+        (
+            "qwen3",
+            {
+                "layer_types": ["full_attention"] * 2,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+            },
+        ),
     ],
 )
 def test_what_transformers_computes_with_it(family, changes):
@@ -89,7 +118,11 @@ def test_what_transformers_computes_with_it(family, changes):
     model, problems = read_model(FAMILIES[family], config)
     assert problems == []
     rope = Rope(
-        model.head_dim, model.rotary_base, model.rope_scaling, model.rope_scaling_factor, model.rope_original_length
+        model.head_dim,
+        model.rotary_base,
+        model.rope_scaling,
+        model.rope_scaling_factor,
+        model.rope_original_length,
     )
     torch.testing.assert_close(rope.frequencies().float(), rotary.inv_freq, rtol=1e-5, atol=0)
     assert rope.magnitude == pytest.approx(rotary.attention_scaling)
@@ -103,9 +136,14 @@ def test_what_transformers_computes_with_it(family, changes):
 def test_what_is_passed_over_is_named(tmp_path):
     """Code of the model's own is not run, as without trust_remote_code."""
     theirs = save(
-        Case("llama", {"rope_scaling": {**YARN, "attn_factor": 0.9}, "auto_map": {"A": "x.Y"}}), tmp_path / "theirs"
+        Case("llama", {"rope_scaling": {**YARN, "attn_factor": 0.9}, "auto_map": {"A": "x.Y"}}),
+        tmp_path / "theirs",
     )
     notes = import_folder(theirs, tmp_path / "ours", Stretch()).notes
-    assert [word for word in ("attn_factor", "auto_map", "LlamaForCausalLM") if word not in " ".join(notes)] == []
+    assert [
+        word
+        for word in ("attn_factor", "auto_map", "LlamaForCausalLM")
+        if word not in " ".join(notes)
+    ] == []
     theirs = save(Case("llama", {}), tmp_path / "plain")
     assert import_folder(theirs, tmp_path / "none", Stretch()).notes == []

@@ -42,7 +42,9 @@ print(high_water_mark() - before)
 def rise(*arguments: str | Path) -> int:
     """Bytes by which the memory of a conversion's process goes up."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
     return int(done.stdout.splitlines()[-1])
 
 

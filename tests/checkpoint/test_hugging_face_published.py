@@ -58,11 +58,20 @@ GPT_2 = {
         (
             LLAMA_3_1_8B,
             8_030_261_248,
-            {"rope_scaling": "llama3", "rope_original_length": 8192, "rotary_base": 500000.0, "num_query_groups": 8},
+            {
+                "rope_scaling": "llama3",
+                "rope_original_length": 8192,
+                "rotary_base": 500000.0,
+                "num_query_groups": 8,
+            },
         ),
         (MISTRAL_7B_V0_1, 7_241_732_096, {"window_size": 4096, "norm_epsilon": 1e-5}),
         (QWEN_2_5_0_5B, 494_032_768, {"window_size": 0, "add_qkv_bias": True, "rotary_base": 1e6}),
-        (QWEN_3_0_6B, 596_049_920, {"kv_channels": 128, "qk_layernorm": True, "norm_epsilon": 1e-6}),
+        (
+            QWEN_3_0_6B,
+            596_049_920,
+            {"kv_channels": 128, "qk_layernorm": True, "norm_epsilon": 1e-6},
+        ),
         (GPT_2, 124_439_808, {"activation": "gelu", "untie_embeddings_and_output_weights": False}),
     ],
     ids=["Llama 3.1 8B", "Mistral 7B", "Qwen 2.5 0.5B", "Qwen 3 0.6B", "GPT-2"],

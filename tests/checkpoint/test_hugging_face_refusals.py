@@ -45,44 +45,124 @@ REFUSED = [
     ("llama", {"mlp_bias": True}, "attention_bias is False and mlp_bias True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and must be 'silu' or 'swish'"),
     ("llama", {"hidden_size": 30}, "hidden_size 30 does not divide into num_attention_heads 4"),
-    ("llama", {"num_key_value_heads": 3}, "num_query_groups 3 does not divide num_attention_heads 4"),
-    ("llama", {"num_hidden_layers": None}, "num_hidden_layers is None, and must be a whole number above 0"),
+    (
+        "llama",
+        {"num_key_value_heads": 3},
+        "num_query_groups 3 does not divide num_attention_heads 4",
+    ),
+    (
+        "llama",
+        {"num_hidden_layers": None},
+        "num_hidden_layers is None, and must be a whole number above 0",
+    ),
     ("llama", {"vocab_size": 0}, "vocab_size is 0, and must be a whole number above 0"),
-    ("llama", {"max_position_embeddings": "32"}, "max_position_embeddings is '32', and must be a whole"),
+    (
+        "llama",
+        {"max_position_embeddings": "32"},
+        "max_position_embeddings is '32', and must be a whole",
+    ),
     ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and must be a number"),
     ("llama", {"head_dim": 8.0}, "head_dim is 8.0, and must be a whole number"),
     ("llama", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn', and must be an object"),
     ("llama", {"rope_parameters": True}, "rope_parameters is True, and must be an object"),
     ("llama", rope(rope_type=[]), "rope_type is [], which has no counterpart here"),
-    ("llama", rope(rope_type="yarn", factor=1e308), "RoPE's factor is 1e+308, and must be at most 2147483647 / 32"),
+    (
+        "llama",
+        rope(rope_type="yarn", factor=1e308),
+        "RoPE's factor is 1e+308, and must be at most 2147483647 / 32",
+    ),
     ("llama", rope(rope_type="linear", factor=10**400), "and must be at most 2147483647 / 32"),
     ("llama", {"rope_theta": float("inf")}, "rotary_base inf must be a finite number"),
     ("llama", {"intermediate_size": 2**40}, "2147483647"),
     ("qwen3", {"layer_types": 4}, "a value is of a type that its key never has"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, and must be None"),
+    (
+        "llama",
+        {"quantization_config": {"bits": 4}},
+        "quantization_config is {'bits': 4}, and must be None",
+    ),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and must be 1"),
-    ("llama", rope(rope_type="default", partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
+    (
+        "llama",
+        rope(rope_type="default", partial_rotary_factor=0.25),
+        "partial_rotary_factor is 0.25",
+    ),
     ("llama", rope(type="dynamic"), "rope_type is 'dynamic', which has no counterpart here"),
     ("llama", rope(rope_type="longrope", long_factor=[1]), "rope_type is 'longrope'"),
-    ("llama", rope(rope_type="linear", factor=0.5), "RoPE's factor is 0.5, and must be a number of at least 1"),
-    ("llama", rope(rope_type="llama3", factor=float("nan")), "RoPE's factor is nan, and must be a number of at least"),
-    ("llama", rope(rope_type="yarn", original_max_position_embeddings=8.5), "original_max_position_embeddings is 8.5"),
+    (
+        "llama",
+        rope(rope_type="linear", factor=0.5),
+        "RoPE's factor is 0.5, and must be a number of at least 1",
+    ),
+    (
+        "llama",
+        rope(rope_type="llama3", factor=float("nan")),
+        "RoPE's factor is nan, and must be a number of at least",
+    ),
+    (
+        "llama",
+        rope(rope_type="yarn", original_max_position_embeddings=8.5),
+        "original_max_position_embeddings is 8.5",
+    ),
     ("llama", rope(rope_type="yarn", beta_fast=16), "RoPE's beta_fast is 16, and must be 32"),
     ("llama", rope(rope_type="yarn", truncate=False), "RoPE's truncate is False, and must be True"),
     ("llama", rope(rope_type="yarn", truncate=None), "RoPE's truncate is None, and must be True"),
-    ("llama", rope(rope_type="yarn", attention_factor=1.0), "RoPE's attention_factor is 1.0, and must be 1.138"),
+    (
+        "llama",
+        rope(rope_type="yarn", attention_factor=1.0),
+        "RoPE's attention_factor is 1.0, and must be 1.138",
+    ),
     ("llama", rope(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5), "mscale and mscale_all_dim"),
-    ("llama", rope(rope_type="llama3", high_freq_factor=8.0), "RoPE's high_freq_factor is 8.0, and must be 4"),
-    ("mistral", {"sliding_window": 5.0}, "sliding_window is 5.0, and must be a whole number above 0"),
-    ("qwen2", WINDOW | {"sliding_window": 0}, "sliding_window is 0, and must be a whole number above 0"),
-    ("mistral", {"layer_types": ["full_attention"] * 4}, "transformers' Mistral has one window for all layers"),
-    ("mistral", {"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "must be full_attention for each"),
-    ("qwen2", WINDOW | {"max_window_layers": 2}, "the layers with a sliding window, 2, 3 of 4, cannot be said here"),
-    ("qwen2", {"layer_types": ["full_attention"] * 3}, "must be full_attention or sliding_attention for each of"),
-    ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "must be full_attention or sliding_attention for each of"),
-    ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window and sliding_window name no window"),
+    (
+        "llama",
+        rope(rope_type="llama3", high_freq_factor=8.0),
+        "RoPE's high_freq_factor is 8.0, and must be 4",
+    ),
+    (
+        "mistral",
+        {"sliding_window": 5.0},
+        "sliding_window is 5.0, and must be a whole number above 0",
+    ),
+    (
+        "qwen2",
+        WINDOW | {"sliding_window": 0},
+        "sliding_window is 0, and must be a whole number above 0",
+    ),
+    (
+        "mistral",
+        {"layer_types": ["full_attention"] * 4},
+        "transformers' Mistral has one window for all layers",
+    ),
+    (
+        "mistral",
+        {"layer_types": ["sliding_attention"] * 4, "sliding_window": None},
+        "must be full_attention for each",
+    ),
+    (
+        "qwen2",
+        WINDOW | {"max_window_layers": 2},
+        "the layers with a sliding window, 2, 3 of 4, cannot be said here",
+    ),
+    (
+        "qwen2",
+        {"layer_types": ["full_attention"] * 3},
+        "must be full_attention or sliding_attention for each of",
+    ),
+    (
+        "qwen3",
+        {"layer_types": ["chunked_attention"] * 4},
+        "must be full_attention or sliding_attention for each of",
+    ),
+    (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 4},
+        "use_sliding_window and sliding_window name no window",
+    ),
     ("qwen3", {"attention_bias": True}, "attention_bias is True, and must be False"),
-    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', and must be 'gelu_new'"),
+    (
+        "gpt2",
+        {"activation_function": "relu"},
+        "activation_function is 'relu', and must be 'gelu_new'",
+    ),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores are scaled alike in every layer"),
     ("gpt2", {"scale_attn_weights": False}, "scores are scaled by 1 / sqrt(D)"),
     ("gpt2", {"add_cross_attention": True}, "there is no encoder"),
@@ -94,7 +174,15 @@ REFUSED = [
 
 
 KEYS = {key for _, changes, _ in REFUSED for key in changes} | LIKE_LLAMA.keys() | GPT2.keys()
-KEYS |= {"factor", "rope_type", "type", "rope_theta", "rope_parameters", "original_max_position_embeddings", "head_dim"}
+KEYS |= {
+    "factor",
+    "rope_type",
+    "type",
+    "rope_theta",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "head_dim",
+}
 
 
 def described(folder: Path, family: str, **changes) -> Path:
@@ -126,8 +214,16 @@ def test_an_adapter_is_not_the_model_that_it_belongs_to(tmp_path):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats() | st.text() | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(sorted(KEYS)) | st.text(), inner),
+    st.none()
+    | st.booleans()
+    | st.integers(-1000, 1000)
+    | st.floats()
+    | st.text()
+    | st.just(10**400),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(sorted(KEYS)) | st.text(), inner)
+    ),
 )
 
 
@@ -142,7 +238,9 @@ def test_a_config_of_any_values_is_read_or_refused(family, changes):
 
 
 def test_all_reasons_are_told_at_once(tmp_path):
-    told = refusal(described(tmp_path / "theirs", "llama", hidden_act="relu", mlp_bias=True), tmp_path / "ours")
+    told = refusal(
+        described(tmp_path / "theirs", "llama", hidden_act="relu", mlp_bias=True), tmp_path / "ours"
+    )
     assert "hidden_act is 'relu'" in told
     assert "mlp_bias True" in told
 
@@ -157,7 +255,9 @@ def theirs(tmp_path) -> Path:
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     """Change tensors, or take them away."""
     tensors = load_file(folder / "model.safetensors") | changes
-    save_file({name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors")
+    save_file(
+        {name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,10 +265,26 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     [
         ("model.norm.weight", None, "model.norm.weight is missing."),
         ("model.norm.bias", torch.zeros(32), "model.norm.bias has no place in the model."),
-        ("model.layers.4.mlp.up_proj.weight", torch.zeros(48, 32), "mlp.up_proj.weight has no place in the model."),
-        ("model.norm.weight", torch.zeros(31), "model.norm.weight has shape [31], and must have [32]."),
-        ("model.norm.weight", torch.zeros(32, dtype=torch.int8), "model.norm.weight is of type I8, and must be of"),
-        ("lm_head.weight", torch.zeros(61, 32), "is not model.embed_tokens.weight, but tie_word_embeddings is true"),
+        (
+            "model.layers.4.mlp.up_proj.weight",
+            torch.zeros(48, 32),
+            "mlp.up_proj.weight has no place in the model.",
+        ),
+        (
+            "model.norm.weight",
+            torch.zeros(31),
+            "model.norm.weight has shape [31], and must have [32].",
+        ),
+        (
+            "model.norm.weight",
+            torch.zeros(32, dtype=torch.int8),
+            "model.norm.weight is of type I8, and must be of",
+        ),
+        (
+            "lm_head.weight",
+            torch.zeros(61, 32),
+            "is not model.embed_tokens.weight, but tie_word_embeddings is true",
+        ),
     ],
 )
 def test_tensors_that_are_not_the_models(name, tensor, reason, theirs, tmp_path):
@@ -198,7 +314,12 @@ def test_a_folder_that_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"{", "is not JSON"), (b"[]", "not a JSON object"), (b"\xff", "not JSON"), (b"[" * 10**5, "not JSON")],
+    [
+        (b"{", "is not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"\xff", "not JSON"),
+        (b"[" * 10**5, "not JSON"),
+    ],
 )
 def test_a_config_that_is_none(content, reason, theirs, tmp_path):
     (theirs / "config.json").write_bytes(content)
@@ -217,19 +338,27 @@ def test_pickled_weights_are_not_read(theirs, tmp_path):
 
 def test_no_weights(theirs, tmp_path):
     (theirs / "model.safetensors").unlink()
-    assert "has neither model.safetensors nor model.safetensors.index.json. Load it" in refusal(theirs, tmp_path / "o")
+    assert "has neither model.safetensors nor model.safetensors.index.json. Load it" in refusal(
+        theirs, tmp_path / "o"
+    )
 
 
 def indexed(folder: Path, *left_out: str, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     """Put a file with an index beside model.safetensors, of the same tensors but for what is left out or changed."""
-    tensors = {name: x for name, x in load_file(folder / "model.safetensors").items() if name not in left_out} | changes
+    tensors = {
+        name: x
+        for name, x in load_file(folder / "model.safetensors").items()
+        if name not in left_out
+    } | changes
     save_file(tensors, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return tensors
 
 
-@pytest.mark.parametrize("difference", ["a value", "the sign of a zero", "a type", "a shape", "one more", "one less"])
+@pytest.mark.parametrize(
+    "difference", ["a value", "the sign of a zero", "a type", "a shape", "one more", "one less"]
+)
 def test_a_single_file_beside_an_index_with_other_weights(difference, theirs, tmp_path):
     """transformers would take the single file; whichever is meant, it is not taken without a word."""
     norm = load_file(theirs / "model.safetensors")["model.norm.weight"]
@@ -247,7 +376,14 @@ def test_a_single_file_beside_an_index_with_other_weights(difference, theirs, tm
     if difference == "one less":
         indexed(theirs, "model.norm.weight")
     else:
-        indexed(theirs, **{"model.norm.bias" if difference == "one more" else "model.norm.weight": other.clone()})
+        indexed(
+            theirs,
+            **{
+                "model.norm.bias"
+                if difference == "one more"
+                else "model.norm.weight": other.clone()
+            },
+        )
     told = refusal(theirs, tmp_path / "ours")
     assert "model.safetensors.index.json" in told
     assert "model.norm." in told
@@ -357,7 +493,10 @@ def test_what_a_killed_import_left_is_cleared_away(theirs, tmp_path):
     import_folder(theirs, tmp_path / "whole", Stretch())
     shutil.copytree(tmp_path / "whole/step-00000000", tmp_path / "ours/.partial-00000000")
     import_folder(theirs, tmp_path / "ours", Stretch())
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["latest", "step-00000000"]
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "latest",
+        "step-00000000",
+    ]
 
 
 # ---- what was made to do harm ----
@@ -368,7 +507,9 @@ def weights_elsewhere(folder: Path) -> Path:
     return (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{}", ".", "", "a\0b", "model.safetensors/../../x"])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "{}", ".", "", "a\0b", "model.safetensors/../../x"]
+)
 def test_an_index_that_names_no_file_of_the_folder(name, theirs, tmp_path):
     names, elsewhere = load_file(theirs / "model.safetensors"), weights_elsewhere(theirs)
     index = {"weight_map": dict.fromkeys(names, name.format(elsewhere))}
@@ -376,7 +517,13 @@ def test_an_index_that_names_no_file_of_the_folder(name, theirs, tmp_path):
     assert "not the name of a file inside the folder" in refusal(theirs, tmp_path / "ours")
 
 
-OF_A_FOLDER = ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "merges.txt"]
+OF_A_FOLDER = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "generation_config.json",
+    "merges.txt",
+]
 
 
 @pytest.mark.parametrize("name", OF_A_FOLDER)
@@ -394,7 +541,9 @@ def test_a_link_out_of_the_folder_is_neither_read_nor_copied(name, theirs, tmp_p
 def test_a_pipe_is_refused_and_not_waited_for(name, theirs, tmp_path):
     (theirs / name).unlink(missing_ok=True)
     os.mkfifo(theirs / name)
-    assert f"{name} cannot be read: it is not a regular file" in limited(lambda: refusal(theirs, tmp_path / "ours"))
+    assert f"{name} cannot be read: it is not a regular file" in limited(
+        lambda: refusal(theirs, tmp_path / "ours")
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
@@ -419,7 +568,11 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(theirs, tmp_path):
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ("qwen2", WINDOW | {"num_hidden_layers": 10**30}, "num_hidden_layers"),
         ("qwen3", {"num_hidden_layers": 2**16}, "describes 65536 layers"),
-        ("qwen2", WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 5000}, "layer_types"),
+        (
+            "qwen2",
+            WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 5000},
+            "layer_types",
+        ),
         ("gpt2", {"n_layer": 10**9}, "n_layer"),
         ("gpt2", {"n_layer": 2**16}, "describes 65536 layers"),
         ("llama", {"max_position_embeddings": 10**30}, "max_position_embeddings"),

@@ -25,7 +25,9 @@ def tokenizer(folder: Path, **files: dict) -> Path:
 
 
 def added(**ids: int) -> dict:
-    return {"added_tokens": [{"id": number, "content": f"<{name}>"} for name, number in ids.items()]}
+    return {
+        "added_tokens": [{"id": number, "content": f"<{name}>"} for name, number in ids.items()]
+    }
 
 
 def exported(tmp_path: Path, folder: Path | None, end_of_document: int | None = None) -> Path:
@@ -49,13 +51,25 @@ def test_a_run_keeps_the_end_of_its_documents(tmp_path):
     ("files", "expected"),
     [
         (
-            {"config": {"bos_token_id": 1, "eos_token_id": [2, 3]}, "generation_config": {"eos_token_id": 4}},
+            {
+                "config": {"bos_token_id": 1, "eos_token_id": [2, 3]},
+                "generation_config": {"eos_token_id": 4},
+            },
             (1, [2, 3], 4),
         ),
         ({"config": {"bos_token_id": 1}, "generation_config": {"eos_token_id": 4}}, (1, 4, 4)),
         ({"config": {"eos_token_id": 2}, "generation_config": {"temperature": 0.5}}, (None, 2, 2)),
-        ({"tokenizer": added(a=1, z=2), "tokenizer_config": {"eos_token": "<z>", "bos_token": "<a>"}}, (1, 2, 2)),
-        ({"tokenizer": added(z=2), "special_tokens_map": {"eos_token": {"content": "<z>"}}}, (None, 2, 2)),
+        (
+            {
+                "tokenizer": added(a=1, z=2),
+                "tokenizer_config": {"eos_token": "<z>", "bos_token": "<a>"},
+            },
+            (1, 2, 2),
+        ),
+        (
+            {"tokenizer": added(z=2), "special_tokens_map": {"eos_token": {"content": "<z>"}}},
+            (None, 2, 2),
+        ),
         ({"tokenizer": added(z=2), "tokenizer_config": {"eos_token": "<y>"}}, (None, 7, 7)),
         ({"tokenizer": {}, "tokenizer_config": {"eos_token": None}}, (None, 7, 7)),
     ],
@@ -68,14 +82,21 @@ def test_what_the_tokenizer_s_folder_has_comes_first(files, expected, tmp_path):
 def test_what_generation_config_has_besides_stays(tmp_path):
     files = {"tokenizer": {}, "generation_config": {"temperature": 0.5, "do_sample": True}}
     out = exported(tmp_path, tokenizer(tmp_path / "tokenizer", **files), end_of_document=7)
-    assert json.loads((out / "generation_config.json").read_text()) == files["generation_config"] | {"eos_token_id": 7}
+    assert json.loads((out / "generation_config.json").read_text()) == files[
+        "generation_config"
+    ] | {"eos_token_id": 7}
 
 
 def test_a_sentencepiece_model_has_ends_of_its_own(tmp_path):
     model = io.BytesIO()
     texts = (f"some {word} words" for word in ("more", "other", "such"))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, vocab_size=16, bos_id=1, eos_id=2, minloglevel=2
+        sentence_iterator=texts,
+        model_writer=model,
+        vocab_size=16,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
     )
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -91,7 +112,10 @@ def test_a_sentencepiece_model_has_ends_of_its_own(tmp_path):
         {"config": {"eos_token_id": [2, -1]}},
         {"config": {"eos_token_id": VOCABULARY}},
         {"tokenizer": added(z=VOCABULARY), "tokenizer_config": {"eos_token": "<z>"}},
-        {"tokenizer": {"added_tokens": [{"content": "<z>", "id": "x"}]}, "tokenizer_config": {"eos_token": "<z>"}},
+        {
+            "tokenizer": {"added_tokens": [{"content": "<z>", "id": "x"}]},
+            "tokenizer_config": {"eos_token": "<z>"},
+        },
     ],
 )
 def test_what_is_no_id_of_the_model_is_refused(files, tmp_path):

@@ -15,7 +15,15 @@ from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import load_yaml
 from megatron_ring.errors import ConfigError
-from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, config, logits, our_logits, save
+from tests.checkpoint.hugging_face_models import (
+    CASES,
+    LENGTH,
+    VOCABULARY,
+    config,
+    logits,
+    our_logits,
+    save,
+)
 
 LONG = 4 * LENGTH
 ORIGINAL = "original_max_position_embeddings"
@@ -47,7 +55,9 @@ def test_a_stretched_model_is_the_same_in_transformers(scaling, models, tmp_path
 
 
 def test_both_generations_of_transformers_find_their_keys(models, tmp_path):
-    import_folder(models / "qwen2", tmp_path / "ours", Stretch(rope_scaling="yarn", seq_length=LONG))
+    import_folder(
+        models / "qwen2", tmp_path / "ours", Stretch(rope_scaling="yarn", seq_length=LONG)
+    )
     export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     told = json.loads((tmp_path / "back/config.json").read_text())
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": LENGTH}
@@ -64,7 +74,11 @@ def test_the_factor_may_be_given_and_a_stretch_of_another_kind_be_replaced(model
     written = load_yaml(path / "config.yaml")
     assert written.data.seq_length == 160
     model = written.model
-    assert (model.rope_scaling, model.rope_scaling_factor, model.rope_original_length) == ("yarn", 10.0, 16)
+    assert (model.rope_scaling, model.rope_scaling_factor, model.rope_original_length) == (
+        "yarn",
+        10.0,
+        16,
+    )
     other = Summary.of(
         import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).path
     ).config
@@ -74,10 +88,17 @@ def test_the_factor_may_be_given_and_a_stretch_of_another_kind_be_replaced(model
 def test_a_config_may_name_the_old_length_beside_its_stretch(models, tmp_path):
     """As Qwen's do, and transformers before 5 takes YaRN's factor from the lengths: ours names the new one."""
     told = json.loads((models / "qwen2/config.json").read_text())
-    told["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, ORIGINAL: LENGTH}
+    told["rope_parameters"] = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 1e4,
+        ORIGINAL: LENGTH,
+    }
     shutil.copytree(models / "qwen2", tmp_path / "theirs")
     (tmp_path / "theirs/config.json").write_text(json.dumps(told))
-    path = import_folder(tmp_path / "theirs", tmp_path / "ours", Stretch(seq_length=2 * LENGTH)).path
+    path = import_folder(
+        tmp_path / "theirs", tmp_path / "ours", Stretch(seq_length=2 * LENGTH)
+    ).path
     assert load_yaml(path / "config.yaml").data.seq_length == 2 * LENGTH
     assert export_checkpoint(path, tmp_path / "back", ExportOptions()).longest == 4 * LENGTH
     assert config(tmp_path / "back")["max_position_embeddings"] == 4 * LENGTH
@@ -88,18 +109,46 @@ def test_a_config_may_name_the_old_length_beside_its_stretch(models, tmp_path):
     [
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ("yarn", 2.0, 64)),
         ({"rope_scaling": {"rope_type": "yarn", "factor": None, ORIGINAL: 16}}, ("yarn", 4.0, 16)),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 16}, ORIGINAL: 32}, ("yarn", 2.0, 32)),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 16}, ORIGINAL: 32},
+            ("yarn", 2.0, 32),
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 1.0}}, ("none", 1.0, 0)),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "yarn"}},
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "yarn"},
+            },
             ("linear", 2.0, 0),
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 32, "attn_factor": 0.9}}, ("yarn", 2.0, 32)),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, ORIGINAL: 32, "finetuned": True}}, ("yarn", 2.0, 32)),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 16, "truncate": False}}, ("linear", 2.0, 0)),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    ORIGINAL: 32,
+                    "attn_factor": 0.9,
+                }
+            },
+            ("yarn", 2.0, 32),
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, ORIGINAL: 32, "finetuned": True}},
+            ("yarn", 2.0, 32),
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 16, "truncate": False}},
+            ("linear", 2.0, 0),
+        ),
         ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, ("none", 1.0, 0)),
-        ({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ("linear", 2.0, 0)),
-        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", ORIGINAL: None}}, ("none", 1.0, 0)),
+        (
+            {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            ("linear", 2.0, 0),
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "default", ORIGINAL: None}},
+            ("none", 1.0, 0),
+        ),
     ],
 )
 def test_what_a_config_says_of_its_stretch(told, expected):
@@ -112,7 +161,9 @@ def test_what_a_config_says_of_its_stretch(told, expected):
 
 
 def test_samples_may_be_shorter_than_the_model_is_made_for(models, tmp_path):
-    config = Summary.of(import_folder(models / "qwen2", tmp_path / "ours", Stretch(seq_length=16)).path).config
+    config = Summary.of(
+        import_folder(models / "qwen2", tmp_path / "ours", Stretch(seq_length=16)).path
+    ).config
     assert (config.data.seq_length, config.model.rope_scaling) == (16, "none")
 
 
@@ -121,11 +172,27 @@ def test_samples_may_be_shorter_than_the_model_is_made_for(models, tmp_path):
     [
         ("gpt2", Stretch("yarn", seq_length=LONG), "positions are a learned table of 48 rows"),
         ("gpt2", Stretch(seq_length=16), "its seq_length is 48. Leave out --seq-length"),
-        ("qwen2", Stretch(seq_length=LONG), "seq_length 192 is longer than the 48 tokens that the model is made for"),
+        (
+            "qwen2",
+            Stretch(seq_length=LONG),
+            "seq_length 192 is longer than the 48 tokens that the model is made for",
+        ),
         ("qwen2", Stretch("yarn"), "rope_scaling yarn to which length? Set --seq-length"),
-        ("qwen2", Stretch("yarn", seq_length=LENGTH), "yarn by 1, from 48 tokens, must be by more than 1"),
-        ("qwen2", Stretch("yarn", rope_scaling_factor=0.5), "yarn by 0.5, from 48 tokens, must be by more than 1"),
-        ("qwen2", Stretch(rope_scaling_factor=4.0), "rope_scaling_factor has no effect without a stretch"),
+        (
+            "qwen2",
+            Stretch("yarn", seq_length=LENGTH),
+            "yarn by 1, from 48 tokens, must be by more than 1",
+        ),
+        (
+            "qwen2",
+            Stretch("yarn", rope_scaling_factor=0.5),
+            "yarn by 0.5, from 48 tokens, must be by more than 1",
+        ),
+        (
+            "qwen2",
+            Stretch(rope_scaling_factor=4.0),
+            "rope_scaling_factor has no effect without a stretch",
+        ),
         ("qwen2", Stretch(seq_length=-1), "must not be below 0"),
         ("llama by linear", Stretch("yarn", seq_length=LONG), "does not tell from which length"),
     ],

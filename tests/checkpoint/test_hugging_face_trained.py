@@ -11,7 +11,15 @@ from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import Config, load_yaml
-from tests.checkpoint.hugging_face_models import CASES, LENGTH, VOCABULARY, logits, our_logits, save, tensors
+from tests.checkpoint.hugging_face_models import (
+    CASES,
+    LENGTH,
+    VOCABULARY,
+    logits,
+    our_logits,
+    save,
+    tensors,
+)
 from tests.distributed import run_ranks
 from tests.training import tiny
 
@@ -41,11 +49,17 @@ def trained(tmp_path_factory) -> Path:
     assert (tiny.VOCAB, tiny.SEQ) == (VOCABULARY, LENGTH)
     root = tmp_path_factory.mktemp("trained")
     for family in FAMILIES:
-        import_folder(save(CASES[family], root / family / "theirs"), root / family / "ours", Stretch())
-    run_ranks(4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root))
+        import_folder(
+            save(CASES[family], root / family / "theirs"), root / family / "ours", Stretch()
+        )
+    run_ranks(
+        4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root)
+    )
     for family in FAMILIES:
         export_checkpoint(
-            root / family / "ours", root / family / "back", ExportOptions(family=family, max_shard_size="20KB")
+            root / family / "ours",
+            root / family / "back",
+            ExportOptions(family=family, max_shard_size="20KB"),
         )
     return root
 

@@ -68,7 +68,13 @@ def owned_by(process: subprocess.Popen) -> Owner:
 def test_a_second_run_is_refused_at_once_with_all_that_identifies_the_first(tmp_path):
     first = lease.take(tmp_path / "saved", here(slurm_job="4711"), **QUICK)
     said = refused(tmp_path / "saved", here(), **AT_ONCE)
-    for part in ("saved", f"host {Owner.here().host}", f"pid {os.getpid()}", "SLURM job 4711", "--save"):
+    for part in (
+        "saved",
+        f"host {Owner.here().host}",
+        f"pid {os.getpid()}",
+        "SLURM job 4711",
+        "--save",
+    ):
         assert part in said
     assert first._record.owner.started_at in said
     first.check()
@@ -101,7 +107,9 @@ def test_a_run_elsewhere_that_renews_is_refused_whatever_its_clock_is(tmp_path):
 
 
 @pytest.mark.parametrize("seconds_off", [-(10**6), 10**9])
-def test_a_run_elsewhere_that_does_not_renew_is_taken_over_after_so_many_looks(seconds_off, tmp_path, monkeypatch):
+def test_a_run_elsewhere_that_does_not_renew_is_taken_over_after_so_many_looks(
+    seconds_off, tmp_path, monkeypatch
+):
     left = left_by(elsewhere(), tmp_path)
     os.utime(tmp_path / ".lease-00000001", (time.time() + seconds_off,) * 2)
     waits: list[float] = []
@@ -134,7 +142,10 @@ def test_a_run_that_ends_while_another_waits_makes_way(tmp_path, monkeypatch):
 @pytest.mark.parametrize("end", ["gone", "zombie", "reused"])
 def test_a_process_that_has_ended_on_this_host_is_no_reason_to_wait(end, tmp_path, sleeper, capsys):
     owner = owned_by(sleeper)
-    left_by(replace(owner, process_start=owner.process_start - 1) if end == "reused" else owner, tmp_path)
+    left_by(
+        replace(owner, process_start=owner.process_start - 1) if end == "reused" else owner,
+        tmp_path,
+    )
     if end != "reused":
         sleeper.kill()
         os.waitid(os.P_PID, sleeper.pid, os.WEXITED | (os.WNOWAIT if end == "zombie" else 0))
@@ -142,7 +153,9 @@ def test_a_process_that_has_ended_on_this_host_is_no_reason_to_wait(end, tmp_pat
     assert "has ended" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("unknown", [{"pid_namespace": "pid:[1]"}, {"boot_id": ""}, {"boot_id": "b"}])
+@pytest.mark.parametrize(
+    "unknown", [{"pid_namespace": "pid:[1]"}, {"boot_id": ""}, {"boot_id": "b"}]
+)
 def test_a_pid_of_another_host_or_container_proves_nothing(unknown, tmp_path, monkeypatch):
     left_by(here(pid=2**22 + 1, **unknown), tmp_path)
     waits: list[float] = []
@@ -151,7 +164,9 @@ def test_a_pid_of_another_host_or_container_proves_nothing(unknown, tmp_path, mo
     assert len(waits) == 2
 
 
-def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(tmp_path, sleeper, monkeypatch):
+def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(
+    tmp_path, sleeper, monkeypatch
+):
     left = left_by(owned_by(sleeper), tmp_path)
     refused(tmp_path, here(), looks=1)
     sleeper.send_signal(signal.SIGSTOP)
@@ -176,7 +191,9 @@ def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(tmp_path, s
         (("", 0), ("", 1), 2),
     ],
 )
-def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(then, now, looks, tmp_path, monkeypatch):
+def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(
+    then, now, looks, tmp_path, monkeypatch
+):
     left_by(elsewhere(slurm_job=then[0], slurm_restarts=then[1]), tmp_path)
     waits: list[float] = []
     monkeypatch.setattr(lease.time, "sleep", waits.append)
@@ -195,7 +212,9 @@ def test_of_many_takers_at_once_exactly_one_gets_it(stale, tmp_path):
         def take(owner: Owner, folder: Path = folder, together=together, outcomes=outcomes) -> None:
             together.wait()
             try:
-                outcomes.append(lease.take(folder, owner, report=lambda _: None, looks=1, seconds=0.2))
+                outcomes.append(
+                    lease.take(folder, owner, report=lambda _: None, looks=1, seconds=0.2)
+                )
             except CheckpointError as error:
                 outcomes.append(error)
 
@@ -224,7 +243,9 @@ def test_a_taker_whose_list_of_names_is_out_of_date_steps_back(tmp_path, monkeyp
     held.release()
 
 
-def test_who_has_lost_it_neither_renews_nor_releases_that_of_the_other_even_when_that_has_ended(tmp_path):
+def test_who_has_lost_it_neither_renews_nor_releases_that_of_the_other_even_when_that_has_ended(
+    tmp_path,
+):
     left = left_by(elsewhere(), tmp_path)
     held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
     left.renew()
@@ -267,7 +288,9 @@ def test_another_run_under_the_same_number_after_the_folder_was_deleted_is_notic
         held.check()
 
 
-def test_a_disk_that_takes_no_renewal_is_reported_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_takes_no_renewal_is_reported_once_and_ends_nothing(
+    tmp_path, monkeypatch, capsys
+):
     held = left_by(here(), tmp_path)
 
     def fail(*_) -> int:
@@ -303,7 +326,9 @@ def put(kind: str, path: Path) -> None:
         path.symlink_to(path.parent / "nowhere")
     else:
         typed = Record(here()).encode().replace(b'"pid": ', b'"pid": "x", "pod": ')
-        path.write_bytes({"empty": b"", "text": b"hello", "types": typed, "huge": b"\0" * 2**20}[kind])
+        path.write_bytes(
+            {"empty": b"", "text": b"hello", "types": typed, "huge": b"\0" * 2**20}[kind]
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +354,9 @@ def still_holds(held: Lease, folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "copy"])
-def test_a_run_whose_lease_file_is_replaced_holds_the_folder_further(kind, tmp_path, capsys, monkeypatch):
+def test_a_run_whose_lease_file_is_replaced_holds_the_folder_further(
+    kind, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000001"
@@ -351,31 +378,41 @@ def test_something_with_a_higher_number_that_is_no_lease_ends_no_run(kind, tmp_p
     still_holds(held, tmp_path, 10)
 
 
-def test_a_successor_that_is_just_being_written_is_believed_at_the_second_look(tmp_path, monkeypatch):
+def test_a_successor_that_is_just_being_written_is_believed_at_the_second_look(
+    tmp_path, monkeypatch
+):
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000002"
     path.touch()
-    monkeypatch.setattr(lease.time, "sleep", lambda _: path.write_bytes(Record(elsewhere()).encode()))
-    with pytest.raises(CheckpointError, match="node7"):
-        held.check()
-    assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
-
-
-def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
-    held = left_by(here(), tmp_path)
-    path = tmp_path / ".lease-00000002"
-    path.touch()
-    flush = lease.disk.flush
     monkeypatch.setattr(
-        lease.disk, "flush", lambda folder: (path.write_bytes(Record(elsewhere()).encode()), flush(folder))
+        lease.time, "sleep", lambda _: path.write_bytes(Record(elsewhere()).encode())
     )
     with pytest.raises(CheckpointError, match="node7"):
         held.check()
     assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
 
 
-@pytest.mark.parametrize("name", [".lease-" + "9" * 18, ".lease-100000000", ".lease-0000009", ".lease-x"])
+def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    held = left_by(here(), tmp_path)
+    path = tmp_path / ".lease-00000002"
+    path.touch()
+    flush = lease.disk.flush
+    monkeypatch.setattr(
+        lease.disk,
+        "flush",
+        lambda folder: (path.write_bytes(Record(elsewhere()).encode()), flush(folder)),
+    )
+    with pytest.raises(CheckpointError, match="node7"):
+        held.check()
+    assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
+
+
+@pytest.mark.parametrize(
+    "name", [".lease-" + "9" * 18, ".lease-100000000", ".lease-0000009", ".lease-x"]
+)
 def test_a_name_without_exactly_eight_digits_is_no_lease(name, tmp_path):
     (tmp_path / name).touch()
     held = lease.take(tmp_path, here(), **AT_ONCE)
@@ -435,7 +472,9 @@ while True:
 def test_processes_that_are_killed_and_suspended(tmp_path):
     """A holder that is stopped loses the lease after its missed renewals, and ends when it goes on."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert first.stdout.readline() == "held\n"
     refused(tmp_path, here(), looks=100, seconds=0.1)
     first.send_signal(signal.SIGSTOP)

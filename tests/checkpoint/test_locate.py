@@ -30,7 +30,10 @@ def test_a_damaged_latest_is_told(tmp_path):
 
 def test_nothing_is_said_to_be_nothing(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=f"{folder} is no checkpoint, which has a state.json, and holds none"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"{folder} is no checkpoint, which has a state.json, and holds none",
+        ):
             locate(folder)
 
 
@@ -39,7 +42,10 @@ def test_a_damaged_one_is_named(tmp_path):
     verify(path)
     file = next(file for file in sorted(path.iterdir()) if file.suffix not in (".json", ".yaml"))
     file.write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=rf"{path} is not whole: {file.name} has 5 bytes, .* were written\. Give"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{path} is not whole: {file.name} has 5 bytes, .* were written\. Give",
+    ):
         verify(path)
     (path / "state.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=f"{path} is not whole: its state.json is damaged"):

@@ -61,11 +61,17 @@ def test_a_removal_that_ends_half_way_leaves_no_damaged_checkpoint(tmp_path, mon
     for step in (10, 20):
         write(tmp_path, step)
     with monkeypatch.context() as patch:
-        patch.setattr(retention, "remove", lambda path: [file.unlink() for file in path.glob("rank-*")])
+        patch.setattr(
+            retention, "remove", lambda path: [file.unlink() for file in path.glob("rank-*")]
+        )
         write(tmp_path, 30, keeping(keep_last=1))
     assert steps(tmp_path) == [30]
     write(tmp_path, 40, keeping(keep_last=2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030", "step-00000040"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-00000030",
+        "step-00000040",
+    ]
 
 
 def test_without_retiring_none_goes(tmp_path):
@@ -76,7 +82,11 @@ def test_without_retiring_none_goes(tmp_path):
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("damage", ["", "state.json", "rank-0.pt"])
@@ -90,9 +100,15 @@ def test_what_a_user_put_into_a_checkpoint_is_kept_when_that_goes(tmp_path, dama
         (path / damage).write_text("x")
     notes = []
     write(tmp_path, 20, keeping(keep_last=1), note=notes.append)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-from-00000010", "latest", "step-00000020"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "kept-from-00000010",
+        "latest",
+        "step-00000020",
+    ]
     kept = content(tmp_path / "kept-from-00000010")
-    assert (kept.pop("rank-0.pt", None) is None) or damage == "state.json", "where no record is left, nothing is lost"
+    assert (kept.pop("rank-0.pt", None) is None) or damage == "state.json", (
+        "where no record is left, nothing is lost"
+    )
     assert kept == {"export/model.bin": "exported", "notes.txt": "the best so far"}
     assert len(notes) == 1
     assert f"{tmp_path}/kept-from-00000010" in notes[0]
@@ -105,7 +121,10 @@ def test_names_of_kept_folders_are_not_taken_twice(tmp_path):
     for _ in range(2):
         (write(tmp_path, 10) / "notes.txt").write_text("mine")
         write(tmp_path, 20, keeping(keep_last=1))
-    assert sorted(path.name for path in tmp_path.glob("kept-*")) == ["kept-from-00000010", "kept-from-00000010-2"]
+    assert sorted(path.name for path in tmp_path.glob("kept-*")) == [
+        "kept-from-00000010",
+        "kept-from-00000010-2",
+    ]
 
 
 def test_a_record_that_names_files_elsewhere_deletes_none_of_them(tmp_path):
@@ -126,7 +145,10 @@ def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tmp_path):
     moved = write(tmp_path / "saved", 10).rename(tmp_path / "archived")
     (tmp_path / "saved" / "step-00000010").symlink_to(moved)
     write(tmp_path / "saved", 20, keeping(keep_last=1))
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["latest", "step-00000020"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "latest",
+        "step-00000020",
+    ]
     assert store.verify(moved) == state(10)
 
 

@@ -47,7 +47,9 @@ def test_the_tensors_are_whole_again(tmp_path, kind, dtype):
     size = consolidate(written(tmp_path, whole, kind), file, kind, dtype)
     found = contents(file)
     assert found.keys() == whole.keys()
-    assert all(same(found[name], values.to(dtype or torch.float32)) for name, values in whole.items())
+    assert all(
+        same(found[name], values.to(dtype or torch.float32)) for name, values in whole.items()
+    )
     assert size == file.stat().st_size
 
 
@@ -61,7 +63,11 @@ def test_tensors_of_several_types_begin_at_multiples_of_their_elements_size(tmp_
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    starts = [(entry["dtype"], entry["data_offsets"][0]) for name, entry in header.items() if name in whole]
+    starts = [
+        (entry["dtype"], entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name in whole
+    ]
     assert length % 8 == 0
     assert all(start % {"F32": 4, "BF16": 2}[code] == 0 for code, start in starts)
 
@@ -72,13 +78,21 @@ def test_the_metadata_are_the_model_and_the_step(tmp_path):
     with safe_open(file, framework="pt") as opened:
         about = opened.metadata()
     assert json.loads(about.pop("model")) == asdict(CONFIG.model)
-    assert about == {"format": "pt", "kind": "weight", "step": "5", "vocab_size": "7", "seq_length": "16"}
+    assert about == {
+        "format": "pt",
+        "kind": "weight",
+        "step": "5",
+        "vocab_size": "7",
+        "seq_length": "16",
+    }
 
 
 def test_scalars_and_names_beyond_ascii_are_written_too(tmp_path):
     values = {"größe": torch.tensor(3.5), "β": torch.ones(2, 1, 3, dtype=torch.float64)}
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in values.items()]
-    single_file.write(tmp_path / "a.safetensors", entries, lambda entry: values[entry.name], {"format": "pt"})
+    single_file.write(
+        tmp_path / "a.safetensors", entries, lambda entry: values[entry.name], {"format": "pt"}
+    )
     found = contents(tmp_path / "a.safetensors")
     assert all(same(found[name], tensor) for name, tensor in values.items())
 
@@ -87,7 +101,9 @@ def test_scalars_and_names_beyond_ascii_are_written_too(tmp_path):
 def test_a_value_too_large_for_the_type_is_refused_and_no_file_is_left(tmp_path, dtype, large):
     whole = imagined.weights()
     whole["norm.weight"][2] = -large
-    said = f"norm.weight has values up to {large:.4g}.*, and {str(dtype)[6:]} ends at .* Set --dtype"
+    said = (
+        f"norm.weight has values up to {large:.4g}.*, and {str(dtype)[6:]} ends at .* Set --dtype"
+    )
     with pytest.raises(CheckpointError, match=said.replace("+", r"\+")):
         consolidate(written(tmp_path / "a", whole), tmp_path / "b.safetensors", "weight", dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -99,12 +115,22 @@ def test_what_is_not_finite_stays_so(tmp_path):
     with imagined.unchecked():
         checkpoint = written(tmp_path, whole)
     consolidate(checkpoint, tmp_path / "a.safetensors", "weight", torch.float16)
-    assert contents(tmp_path / "a.safetensors")["norm.weight"].isinf().tolist() == [False, False, True, False, False]
+    assert contents(tmp_path / "a.safetensors")["norm.weight"].isinf().tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_kind_that_is_not_kept_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="keeps no exp_avg of its parameters, but weight. Set --kind"):
-        consolidate(written(tmp_path, imagined.weights()), tmp_path / "a.safetensors", "exp_avg", None)
+    with pytest.raises(
+        CheckpointError, match="keeps no exp_avg of its parameters, but weight. Set --kind"
+    ):
+        consolidate(
+            written(tmp_path, imagined.weights()), tmp_path / "a.safetensors", "exp_avg", None
+        )
 
 
 def test_a_full_disk_leaves_no_file(tmp_path):
@@ -113,7 +139,9 @@ def test_a_full_disk_leaves_no_file(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="b.safetensors cannot be written: File too large"):
+        with pytest.raises(
+            CheckpointError, match="b.safetensors cannot be written: File too large"
+        ):
             consolidate(checkpoint, tmp_path / "b.safetensors", "weight", None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -74,8 +74,14 @@ RECORD = {"bytes": 1, "sha256": "a" * 64}
         *(("recent_losses", value) for value in ("x", [float("nan")], [None])),
         *(("processes", value) for value in (None, 1)),
         *(("files", value) for value in ([1, 2], None, {"a": 1}, {"a": {"bytes": 1}})),
-        *(("files", {"a": RECORD | change}) for change in ({"bytes": "x"}, {"bytes": -1}, {"sha256": 1}, {"more": 1})),
-        *(("files", {name: RECORD}) for name in ("../x", "/etc/passwd", "a/../../x", "a\0b", "", ".")),
+        *(
+            ("files", {"a": RECORD | change})
+            for change in ({"bytes": "x"}, {"bytes": -1}, {"sha256": 1}, {"more": 1})
+        ),
+        *(
+            ("files", {name: RECORD})
+            for name in ("../x", "/etc/passwd", "a/../../x", "a\0b", "", ".")
+        ),
         ("other", 1),
     ],
 )
@@ -85,7 +91,9 @@ def test_another_value_under_a_right_checksum_is_refused(key, value):
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("body", [b"hello", b'{"a":' * 5000, b'{"step":' + b"9" * 5000, b"[]", b"{"])
+@pytest.mark.parametrize(
+    "body", [b"hello", b'{"a":' * 5000, b'{"step":' + b"9" * 5000, b"[]", b"{"]
+)
 def test_what_is_no_state_under_a_right_checksum_is_refused(body):
     with pytest.raises(CheckpointError, match=DAMAGED):
         decode(body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode())

@@ -62,10 +62,16 @@ def test_an_empty_folder_holds_none(tmp_path):
 
 
 DAMAGES = {
-    "rank-0.pt has 5 bytes, 18 were written": lambda path: (path / "rank-0.pt").write_bytes(b"short"),
-    "rank-0.pt has other bytes than the 18 that were written": lambda path: flip(path / "rank-0.pt", 3),
+    "rank-0.pt has 5 bytes, 18 were written": lambda path: (path / "rank-0.pt").write_bytes(
+        b"short"
+    ),
+    "rank-0.pt has other bytes than the 18 that were written": lambda path: flip(
+        path / "rank-0.pt", 3
+    ),
     "rank-0.pt is missing, 18 bytes were written": lambda path: (path / "rank-0.pt").unlink(),
-    "config.yaml has other bytes than the SIZE that were written": lambda path: flip(path / "config.yaml", 10),
+    "config.yaml has other bytes than the SIZE that were written": lambda path: flip(
+        path / "config.yaml", 10
+    ),
     "its state.json is missing": lambda path: (path / "state.json").unlink(),
     "its state.json is damaged or of another version": lambda path: flip(path / "state.json", 20),
 }
@@ -84,7 +90,9 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, reason):
     DAMAGES[reason](damaged)
     found = store.newest(tmp_path)
     assert found.path == good
-    assert found.skipped == (f"{tmp_path}/step-00000010 is passed over: {reason.replace('SIZE', str(size))}.",)
+    assert found.skipped == (
+        f"{tmp_path}/step-00000010 is passed over: {reason.replace('SIZE', str(size))}.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,9 @@ def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypat
     monkeypatch.setattr(FileRecord, "of", fails)
     found = store.newest(tmp_path)
     assert found.path == good
-    assert found.skipped == (f"{unreadable} is passed over: it cannot be read (Input/output error).",)
+    assert found.skipped == (
+        f"{unreadable} is passed over: it cannot be read (Input/output error).",
+    )
 
 
 def test_where_none_is_whole_all_are_named(tmp_path):
@@ -135,7 +145,8 @@ def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "step-00000012", "step-00000001", "step-10", "nonsense\n", "step-00000010/../.."]
+    "content",
+    ["", "step-00000012", "step-00000001", "step-10", "nonsense\n", "step-00000010/../.."],
 )
 def test_a_damaged_latest_is_named_and_loses_no_checkpoint(tmp_path, content):
     write(tmp_path, 5)
@@ -143,16 +154,22 @@ def test_a_damaged_latest_is_named_and_loses_no_checkpoint(tmp_path, content):
     (tmp_path / "latest").write_text(content)
     found = store.newest(tmp_path)
     assert found.path == path
-    assert found.skipped == (f"{tmp_path}/latest is passed over: it names {content.strip()!r}, which is not there.",)
+    assert found.skipped == (
+        f"{tmp_path}/latest is passed over: it names {content.strip()!r}, which is not there.",
+    )
 
 
-def test_where_the_latest_has_vanished_the_one_before_is_taken_and_not_one_of_an_earlier_run(tmp_path):
+def test_where_the_latest_has_vanished_the_one_before_is_taken_and_not_one_of_an_earlier_run(
+    tmp_path,
+):
     write(tmp_path, 20)
     before = write(tmp_path, 5)
     (write(tmp_path, 10)).rename(tmp_path / "elsewhere")
     found = store.newest(tmp_path)
     assert found.path == before
-    assert found.skipped == (f"{tmp_path}/latest is passed over: it names 'step-00000010', which is not there.",)
+    assert found.skipped == (
+        f"{tmp_path}/latest is passed over: it names 'step-00000010', which is not there.",
+    )
 
 
 def test_where_all_have_vanished_a_run_does_not_start_from_nothing(tmp_path):
@@ -168,7 +185,11 @@ def test_what_killed_saves_left_is_cleared_by_the_next(tmp_path):
     write(tmp_path, 15).rename(tmp_path / ".removed-step-00000015")
     write(tmp_path, 20)
     store.prepare(tmp_path, 25)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-00000025", "latest", "step-00000020"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".partial-00000025",
+        "latest",
+        "step-00000020",
+    ]
 
 
 def test_the_only_one_is_not_cleared_even_where_a_killed_save_had_put_it_aside(tmp_path):
@@ -182,15 +203,21 @@ def test_the_only_one_is_not_cleared_even_where_a_killed_save_had_put_it_aside(t
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(CheckpointError, match="cannot read the checkpoints in .*file: Not a directory. Set --load"):
+    with pytest.raises(
+        CheckpointError, match="cannot read the checkpoints in .*file: Not a directory. Set --load"
+    ):
         store.newest(tmp_path / "file")
 
 
 def test_names_are_flushed_after_what_they_stand_for(tmp_path, monkeypatch):
     """A power cut keeps what was flushed. Each name must be flushed after its bytes, and before what relies on it."""
     log, fsync, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (log.append(opened(descriptor)), fsync(descriptor)))
-    monkeypatch.setattr(Path, "replace", lambda path, to: (log.append(f"rename {to.name}"), replace(path, to)))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (log.append(opened(descriptor)), fsync(descriptor))
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: (log.append(f"rename {to.name}"), replace(path, to))
+    )
     write(tmp_path / "made", 5)
     assert log == [
         f"flush {tmp_path.name}",

@@ -31,20 +31,32 @@ FACTORS = {WEIGHT: 1, "exp_avg": -1, "exp_avg_sq": 2}
 Held = list[tuple[str, boxes.Box]]
 
 
-def write(folder: Path, whole: dict[str, torch.Tensor], parts: list[Held], kinds: tuple[str, ...] = (WEIGHT,)) -> None:
+def write(
+    folder: Path,
+    whole: dict[str, torch.Tensor],
+    parts: list[Held],
+    kinds: tuple[str, ...] = (WEIGHT,),
+) -> None:
     """The boxes of each part, of every kind the values of ``whole`` times its factor."""
 
     def piece(name: str, box: boxes.Box) -> Piece:
-        return Piece(name, box, {kind: FACTORS[kind] * whole[name][boxes.slices(box)] for kind in kinds})
+        return Piece(
+            name, box, {kind: FACTORS[kind] * whole[name][boxes.slices(box)] for kind in kinds}
+        )
 
-    written = [tensors.write_part(folder, n, [piece(name, box) for name, box in held]) for n, held in enumerate(parts)]
+    written = [
+        tensors.write_part(folder, n, [piece(name, box) for name, box in held])
+        for n, held in enumerate(parts)
+    ]
     tensors.write_index(folder, {name: tuple(x.shape) for name, x in whole.items()}, kinds, written)
 
 
 @st.composite
 def splits(draw, shape: tuple[int, ...]) -> list[list[boxes.Box]]:
     """The flattened elements cut anywhere: the boxes of each run."""
-    borders = sorted([0, *draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)), math.prod(shape)])
+    borders = sorted(
+        [0, *draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)), math.prod(shape)]
+    )
     return [boxes.cut(shape, start, stop) for start, stop in pairwise(borders)]
 
 
@@ -60,7 +72,12 @@ def test_any_cuts_are_read_back_by_any_box(data):
     shape, dtype = data.draw(SHAPES), data.draw(TYPES)
     whole, split, box = numbered(shape, dtype), data.draw(splits(shape)), data.draw(boxes_in(shape))
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), {"p": whole}, [[("p", one) for one in run] for run in split], tuple(FACTORS))
+        write(
+            Path(folder),
+            {"p": whole},
+            [[("p", one) for one in run] for run in split],
+            tuple(FACTORS),
+        )
         read = Tensors.open(Path(folder))
         assert (read.shapes, read.kinds) == ({"p": shape}, tuple(FACTORS))
         for kind, factor in FACTORS.items():
@@ -78,7 +95,10 @@ def test_a_box_is_read_into_a_tensor_of_another_type_and_stride(tmp_path):
     write(
         tmp_path,
         {"p": whole},
-        [[("p", box) for box in boxes.cut((4, 6), 0, 9)], [("p", box) for box in boxes.cut((4, 6), 9, 24)]],
+        [
+            [("p", box) for box in boxes.cut((4, 6), 0, 9)],
+            [("p", box) for box in boxes.cut((4, 6), 9, 24)],
+        ],
     )
     out = torch.zeros(5, 3, dtype=torch.float64).t()
     Tensors.open(tmp_path).read_into(out, "p", WEIGHT, boxes.parse("1:4,0:5"))
@@ -138,7 +158,10 @@ def changed(content: bytes, position: int, value: int) -> bytes:
 @given(st.data())
 def test_a_changed_byte_of_the_index_is_refused_or_changes_no_number(good, data):
     files, whole = good
-    position, value = data.draw(st.integers(0, len(files[INDEX]) - 1)), data.draw(st.integers(0, 255))
+    position, value = (
+        data.draw(st.integers(0, len(files[INDEX]) - 1)),
+        data.draw(st.integers(0, 255)),
+    )
     refused_or_right(files | {INDEX: changed(files[INDEX], position, value)}, whole)
 
 
@@ -163,12 +186,23 @@ def test_a_changed_byte_of_a_header_is_refused_or_changes_no_number(good, data):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["kinds", "0:2"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["kinds", "0:2"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-ENTRY = st.fixed_dictionaries({"shape": JSON, "boxes": st.dictionaries(st.text(max_size=5), JSON, max_size=2) | JSON})
-INDICES = JSON | st.fixed_dictionaries({"kinds": JSON, "tensors": st.dictionaries(st.text(), ENTRY, max_size=2) | JSON})
+ENTRY = st.fixed_dictionaries(
+    {"shape": JSON, "boxes": st.dictionaries(st.text(max_size=5), JSON, max_size=2) | JSON}
+)
+INDICES = JSON | st.fixed_dictionaries(
+    {"kinds": JSON, "tensors": st.dictionaries(st.text(), ENTRY, max_size=2) | JSON}
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -182,15 +216,36 @@ PART = "part-00000.safetensors"
 HUGE = 10**30
 FOREIGN = {
     "no tensors": {"kinds": [WEIGHT], "tensors": {}},
-    "a kind that is none": {"kinds": ["momentum"], "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART}}}},
+    "a kind that is none": {
+        "kinds": ["momentum"],
+        "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART}}},
+    },
     "an empty tensor": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [0], "boxes": {}}}},
-    "negative sizes": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [-1, -1], "boxes": {"0:1,0:1": PART}}}},
+    "negative sizes": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [-1, -1], "boxes": {"0:1,0:1": PART}}},
+    },
     "a fraction": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2.0], "boxes": {"0:2": PART}}}},
-    "more than can be counted": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [HUGE], "boxes": {f"0:{HUGE}": PART}}}},
-    "more than memory has": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2**50], "boxes": {f"0:{2**50}": PART}}}},
-    "a box in other dimensions": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2,0:1": PART}}}},
-    "a file elsewhere": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2": f"../{PART}"}}}},
-    "a file that is a number": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2], "boxes": {"0:2": 0}}}},
+    "more than can be counted": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [HUGE], "boxes": {f"0:{HUGE}": PART}}},
+    },
+    "more than memory has": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [2**50], "boxes": {f"0:{2**50}": PART}}},
+    },
+    "a box in other dimensions": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [2], "boxes": {"0:2,0:1": PART}}},
+    },
+    "a file elsewhere": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [2], "boxes": {"0:2": f"../{PART}"}}},
+    },
+    "a file that is a number": {
+        "kinds": [WEIGHT],
+        "tensors": {"p": {"shape": [2], "boxes": {"0:2": 0}}},
+    },
     "a file that is not there": {
         "kinds": [WEIGHT],
         "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART[:-20] + "77777.safetensors"}}},
@@ -230,7 +285,11 @@ def test_a_foreign_part_is_refused(good, content):
     ],
 )
 def test_a_part_whose_boxes_are_not_what_the_index_says_is_refused(tmp_path, values, said):
-    write(tmp_path, {"p": numbered((2, 4))}, [[("p", boxes.parse("1:2,0:4"))], [("p", boxes.parse("0:1,0:4"))]])
+    write(
+        tmp_path,
+        {"p": numbered((2, 4))},
+        [[("p", boxes.parse("1:2,0:4"))], [("p", boxes.parse("0:1,0:4"))]],
+    )
     save_file({"weight/p[0:1,0:4]": values}, tmp_path / "part-00001.safetensors")
     with pytest.raises(CheckpointError, match=said):
         Tensors.open(tmp_path).read("p")
@@ -239,7 +298,9 @@ def test_a_part_whose_boxes_are_not_what_the_index_says_is_refused(tmp_path, val
 def test_whole_tensors_are_written_in_parts_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PART_BYTES", 100)
     whole = {f"p{n}": numbered((n, 4)) for n in (7, 1, 2, 3, 9, 6)}
-    tensors.write_whole(tmp_path, {name: tuple(x.shape) for name, x in whole.items()}, whole.items())
+    tensors.write_whole(
+        tmp_path, {name: tuple(x.shape) for name, x in whole.items()}, whole.items()
+    )
     read = Tensors.open(tmp_path)
     assert all(same(read.read(name), values) for name, values in whole.items())
     sizes = [sum(x.nbytes for x in part) for part in parts_of(tmp_path, whole)]
@@ -249,7 +310,10 @@ def test_whole_tensors_are_written_in_parts_up_to_a_limit(tmp_path, monkeypatch)
 def parts_of(folder: Path, whole: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
     index = json.loads((folder / INDEX).read_text())["tensors"]
     files = {name: next(iter(entry["boxes"].values())) for name, entry in index.items()}
-    return [[whole[name] for name in whole if files[name] == part.name] for part in sorted(folder.glob("part-*"))]
+    return [
+        [whole[name] for name in whole if files[name] == part.name]
+        for part in sorted(folder.glob("part-*"))
+    ]
 
 
 def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -272,7 +336,9 @@ def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch)
 def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(mapped_files, "CLOSED_AFTER", 64)
     write(
-        tmp_path, {"p": numbered((8,)), "q": numbered((8,))}, [[("p", boxes.parse("0:8"))], [("q", boxes.parse("0:8"))]]
+        tmp_path,
+        {"p": numbered((8,)), "q": numbered((8,))},
+        [[("p", boxes.parse("0:8"))], [("q", boxes.parse("0:8"))]],
     )
     read = Tensors.open(tmp_path)
     found = [read.read("p")]

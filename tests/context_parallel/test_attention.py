@@ -6,12 +6,21 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from megatron_ring.context_parallel import attention
 from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.kernels.attention import KERNELS, reference, stack_to_kernel_layout, to_kernel_layout
+from megatron_ring.kernels.attention import (
+    KERNELS,
+    reference,
+    stack_to_kernel_layout,
+    to_kernel_layout,
+)
 from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups
@@ -57,7 +66,13 @@ CASES = [
     ),
 ]
 # Of Ulysses members that are as many as the groups, more, or no divisor of them.
-HEADS_AND_GROUPS = [(4, 4, SPARSE[0]), (4, 1, SPARSE[2]), (6, 3, WHOLE), (6, 3, SPARSE[2]), (12, 6, SPARSE[1])]
+HEADS_AND_GROUPS = [
+    (4, 4, SPARSE[0]),
+    (4, 1, SPARSE[2]),
+    (6, 3, WHOLE),
+    (6, 3, SPARSE[2]),
+    (12, 6, SPARSE[1]),
+]
 ULYSSES_CASES = [
     *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
     *(
@@ -75,7 +90,13 @@ ULYSSES_CASES = [
 GRIDS = {
     2: [Grid(ulysses=2)],
     3: [Grid(ring=3)],
-    4: [Grid(ring=4), Grid(data=2, ring=2), Grid(ulysses=4), Grid(data=2, ulysses=2), Grid(ring=2, ulysses=2)],
+    4: [
+        Grid(ring=4),
+        Grid(data=2, ring=2),
+        Grid(ulysses=4),
+        Grid(data=2, ulysses=2),
+        Grid(ring=2, ulysses=2),
+    ],
     6: [Grid(ring=3, ulysses=2), Grid(ring=2, ulysses=3)],
 }
 LENGTH, BATCH, HEADS, GROUPS = 12, 2, 4, 2
@@ -160,7 +181,10 @@ def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
 @pytest.mark.parametrize("kernel", FAST_KERNELS)
 def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
     case = Case("striped", 1, kernel, dtype, GROUPS, *narrowed)
-    assert beyond_tolerance(on_one_rank(case, Grid(), ALONE, 0), expected_of(case, case.shard), dtype) == {}
+    assert (
+        beyond_tolerance(on_one_rank(case, Grid(), ALONE, 0), expected_of(case, case.shard), dtype)
+        == {}
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -180,28 +204,47 @@ def test_views_are_as_good_as_contiguous_tensors(kernel):
     """Queries, keys and values cut from one projection, and a gradient that arrives transposed or expanded."""
     q, k, v, dout = oracle.random_inputs(BATCH, LENGTH, 4, 4)
     fused = torch.cat([q, k, v], dim=2).requires_grad_()
-    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(*fused.chunk(3, dim=2))
+    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(
+        *fused.chunk(3, dim=2)
+    )
     expected = oracle.attention(q, k, v, dout)
-    (dfused,) = torch.autograd.grad(out, fused, dout.transpose(0, 1).contiguous().transpose(0, 1), retain_graph=True)
+    (dfused,) = torch.autograd.grad(
+        out, fused, dout.transpose(0, 1).contiguous().transpose(0, 1), retain_graph=True
+    )
     assert (
-        beyond_tolerance(oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()), expected, torch.float64)
+        beyond_tolerance(
+            oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()),
+            expected,
+            torch.float64,
+        )
         == {}
     )
     (dfused,) = torch.autograd.grad(out.sum(), fused)
     ones = oracle.attention(q, k, v, torch.ones_like(q))
     assert (
-        beyond_tolerance(oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()), ones, torch.float64)
+        beyond_tolerance(
+            oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()),
+            ones,
+            torch.float64,
+        )
         == {}
     )
 
 
-@pytest.mark.parametrize(("document_starts", "samples"), [(None, 1), (torch.tensor([0, 2, 6]), 2)], ids=["", "packed"])
+@pytest.mark.parametrize(
+    ("document_starts", "samples"), [(None, 1), (torch.tensor([0, 2, 6]), 2)], ids=["", "packed"]
+)
 def test_torch_accepts_the_operator(document_starts, samples):
     """Schema, autograd, fake tensors and tracing, forward and backward."""
     q, k, v, _ = oracle.random_inputs(1, LENGTH, HEADS, GROUPS, torch.float32)
     packing, layout = (document_starts, samples, 4), ("striped", 1, "sdpa", "")
-    for inputs in ((q, torch.stack([k, v])), (to_kernel_layout("sdpa", q), stack_to_kernel_layout("sdpa", [k, v]))):
-        torch.library.opcheck(ring_attention, (*(x.requires_grad_() for x in inputs), *packing, *layout))
+    for inputs in (
+        (q, torch.stack([k, v])),
+        (to_kernel_layout("sdpa", q), stack_to_kernel_layout("sdpa", [k, v])),
+    ):
+        torch.library.opcheck(
+            ring_attention, (*(x.requires_grad_() for x in inputs), *packing, *layout)
+        )
 
 
 class Counting:
@@ -225,7 +268,10 @@ def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
 @pytest.mark.parametrize(
     ("context_fn", "forwards_a_layer"),
     [
-        ({"context_fn": functools.partial(create_selective_checkpoint_contexts, keep_attention)}, 1),
+        (
+            {"context_fn": functools.partial(create_selective_checkpoint_contexts, keep_attention)},
+            1,
+        ),
         ({}, 2),
     ],
     ids=["kept", "recomputed"],
@@ -265,7 +311,9 @@ def own_keys_in_halves(rank: int, world_size: int) -> dict[str, bool]:
 
     def in_halves() -> bool:
         q_BLHD, place = torch.ones(1, 4, 2, 8), ProgressTracker()
-        return attention._ring(q_BLHD, None, 1, 0, "striped", 1, "reference", names, place).in_halves
+        return attention._ring(
+            q_BLHD, None, 1, 0, "striped", 1, "reference", names, place
+        ).in_halves
 
     found = {"within the machine": in_halves()}
     with pytest.MonkeyPatch.context() as patch:
@@ -274,4 +322,7 @@ def own_keys_in_halves(rank: int, world_size: int) -> dict[str, bool]:
 
 
 def test_own_keys_are_met_in_halves_where_messages_are_slow():
-    assert run_ranks(2, own_keys_in_halves) == [{"within the machine": False, "over a network": True}] * 2
+    assert (
+        run_ranks(2, own_keys_in_halves)
+        == [{"within the machine": False, "over a network": True}] * 2
+    )

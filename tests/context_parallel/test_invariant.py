@@ -43,7 +43,11 @@ class Case(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        return Mask(self.window, tuple(self.starts.tolist()), SAMPLES) if self.lengths else Mask(self.window)
+        return (
+            Mask(self.window, tuple(self.starts.tolist()), SAMPLES)
+            if self.lengths
+            else Mask(self.window)
+        )
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """q, k, v, the output's gradient and that of the log-sum-exp."""
@@ -81,7 +85,9 @@ def differing(first: oracle.Attention, second: oracle.Attention) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_the_bits_are_the_same_and_right_for_every_size(case, by_blocks):
     found = {size: of_ring(case, size) for size in SIZES}
-    assert {size: differing(found[1], found[size]) for size in SIZES} == {size: [] for size in SIZES}
+    assert {size: differing(found[1], found[size]) for size in SIZES} == {
+        size: [] for size in SIZES
+    }
     *inputs, dlse = case.inputs()
     expected = oracle.attention(*inputs, oracle.visible(case.document_BS, case.window), dlse)
     assert beyond_tolerance(found[1], expected, case.dtype) == {}
@@ -103,7 +109,9 @@ class CountingKernel:
         self.calls["forward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
         reference.forward(q_BLHD, k_BLGD, *rest)
 
-    def backward(self, dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object) -> None:
+    def backward(
+        self, dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object
+    ) -> None:
         self.calls["backward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
         reference.backward(dout_BLHD, q_BLHD, k_BLGD, *rest)
 
@@ -123,7 +131,9 @@ def test_every_size_makes_the_same_calls_between_the_same_blocks(by_blocks):
 
 
 def test_in_order_of_arrival_the_calls_depend_on_the_size():
-    assert {size for _, size, _ in calls_of_ring(1)}.isdisjoint({size for _, size, _ in calls_of_ring(8)})
+    assert {size for _, size, _ in calls_of_ring(1)}.isdisjoint(
+        {size for _, size, _ in calls_of_ring(8)}
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)

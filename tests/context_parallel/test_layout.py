@@ -28,7 +28,9 @@ def test_sixteen_tokens_on_four_ranks(name, stripe):
 def test_single_tokens_are_dealt_as_in_the_paper():
     """Always forth: rank r owns r, r + R, r + 2R and so on (Brandon et al. 2023, section 3)."""
     for ring_rank in range(5):
-        assert Layout("striped", 35, 5).positions(ring_rank).tolist() == list(range(ring_rank, 35, 5))
+        assert Layout("striped", 35, 5).positions(ring_rank).tolist() == list(
+            range(ring_rank, 35, 5)
+        )
 
 
 def test_stripes_are_dealt_forth_and_back():
@@ -45,8 +47,16 @@ def test_a_ring_of_one_holds_the_sequence_as_it_is(name):
 
 # layouts that exist: zigzag takes even shards, striped whole stripes
 layouts = st.one_of(
-    st.builds(lambda size, length: Layout("ring", size * length, size), st.integers(1, 9), st.integers(1, 20)),
-    st.builds(lambda size, half: Layout("zigzag", 2 * size * half, size), st.integers(1, 9), st.integers(1, 10)),
+    st.builds(
+        lambda size, length: Layout("ring", size * length, size),
+        st.integers(1, 9),
+        st.integers(1, 20),
+    ),
+    st.builds(
+        lambda size, half: Layout("zigzag", 2 * size * half, size),
+        st.integers(1, 9),
+        st.integers(1, 10),
+    ),
     st.builds(
         lambda size, stripes, stripe: Layout("striped", size * stripes * stripe, size, stripe),
         st.integers(1, 9),
@@ -80,7 +90,11 @@ def test_ulysses_members_share_out_a_shard_in_order(layout, data):
 
 # layouts that share the work out evenly: whole pairs of deals forth and back, or of chunks early and late
 even_layouts = st.one_of(
-    st.builds(lambda size, half: Layout("zigzag", 2 * size * half, size), st.integers(1, 9), st.integers(1, 10)),
+    st.builds(
+        lambda size, half: Layout("zigzag", 2 * size * half, size),
+        st.integers(1, 9),
+        st.integers(1, 10),
+    ),
     st.builds(
         lambda size, pairs, stripe: Layout("striped", 2 * size * pairs * stripe, size, stripe),
         st.integers(1, 9),
@@ -111,7 +125,9 @@ def test_single_tokens_leave_a_diagonal_between_hops(ring_size, length):
     """With the diagonal for sources that are not ahead, without it for those that are."""
     layout, ranks = Layout("striped", ring_size * length, ring_size), range(ring_size)
     for rank, source in itertools.product(ranks, ranks):
-        assert 2 * hop_runs(layout, rank, source).visible_pairs == length * (length + (1 if source <= rank else -1))
+        assert 2 * hop_runs(layout, rank, source).visible_pairs == length * (
+            length + (1 if source <= rank else -1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +144,9 @@ def test_single_tokens_leave_a_diagonal_between_hops(ring_size, length):
 )
 def test_packs_are_dealt_in_many_short_rounds(seq_length, ring_size, width):
     """In 32 or more, of 2,048 tokens where a width is so narrow, else in longer ones rather than in single tokens."""
-    assert auto_stripe_size(seq_length, ring_size, (2048, 1024, 512, 256, 128), packed=True) == width
+    assert (
+        auto_stripe_size(seq_length, ring_size, (2048, 1024, 512, 256, 128), packed=True) == width
+    )
 
 
 # of four ranks with six tokens each: how far back a query looks, and how often keys must be passed on and met
@@ -144,35 +162,88 @@ def test_a_contiguous_ring_goes_as_far_as_its_queries_look(reach):
 
 
 MESSAGES = {
-    ("diagonal", 8, 2, 1): "context_parallel 'diagonal' is not a layout. Known: none, ring, striped, zigzag. "
+    (
+        "diagonal",
+        8,
+        2,
+        1,
+    ): "context_parallel 'diagonal' is not a layout. Known: none, ring, striped, zigzag. "
     "Set --context-parallel.",
     ("striped", 8, 2, 0): "stripe_size 0 must be at least 1. Set --stripe-size.",
     ("none", 8, 2, 1): "context_parallel none keeps whole sequences, but the ring has 2 ranks. "
     "Set --context-parallel striped (or ring, zigzag), or --context-parallel-size 1.",
-    ("ring", 10, 4, 1): "seq_length 10 cannot be laid out ring on 4 ring ranks: it must be a multiple of 4 "
+    (
+        "ring",
+        10,
+        4,
+        1,
+    ): "seq_length 10 cannot be laid out ring on 4 ring ranks: it must be a multiple of 4 "
     "(ring size). Nearest: 8, 12. Set --seq-length.",
-    ("striped", 10, 4, 1): "seq_length 10 cannot be laid out striped on 4 ring ranks: it must be a multiple of 4 "
+    (
+        "striped",
+        10,
+        4,
+        1,
+    ): "seq_length 10 cannot be laid out striped on 4 ring ranks: it must be a multiple of 4 "
     "(ring size x stripe size). Nearest: 8, 12. Set --seq-length.",
-    ("striped", 100, 4, 16): "seq_length 100 cannot be laid out striped on 4 ring ranks: it must be a multiple of 64 "
+    (
+        "striped",
+        100,
+        4,
+        16,
+    ): "seq_length 100 cannot be laid out striped on 4 ring ranks: it must be a multiple of 64 "
     "(ring size x stripe size). Nearest: 64, 128. Set --seq-length, or use --context-parallel striped "
     "with --stripe-size 1 (multiple of 4).",
-    ("zigzag", 8190, 4, 1): "seq_length 8190 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 "
+    (
+        "zigzag",
+        8190,
+        4,
+        1,
+    ): "seq_length 8190 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 "
     "(2 x ring size). Nearest: 8184, 8192. Set --seq-length, or use --context-parallel striped (multiple of 4).",
-    ("zigzag", 3, 4, 1): "seq_length 3 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 "
+    (
+        "zigzag",
+        3,
+        4,
+        1,
+    ): "seq_length 3 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 "
     "(2 x ring size). Nearest: 8. Set --seq-length, or use --context-parallel striped (multiple of 4).",
-    ("ring", 0, 4, 1): "seq_length 0 cannot be laid out ring on 4 ring ranks: it must be a multiple of 4 "
+    (
+        "ring",
+        0,
+        4,
+        1,
+    ): "seq_length 0 cannot be laid out ring on 4 ring ranks: it must be a multiple of 4 "
     "(ring size). Nearest: 4. Set --seq-length.",
 }
 
 
 # of processes that share a ring rank, with their number last
 MESSAGES_OF_ULYSSES = {
-    ("ring", 10, 2, 1, 2): "seq_length 10 cannot be laid out ring on 2 ring ranks of 2 Ulysses ranks: it must be a "
+    (
+        "ring",
+        10,
+        2,
+        1,
+        2,
+    ): "seq_length 10 cannot be laid out ring on 2 ring ranks of 2 Ulysses ranks: it must be a "
     "multiple of 4 (ring size, and ring size x Ulysses degree). Nearest: 8, 12. Set --seq-length.",
-    ("striped", 20, 2, 3, 2): "seq_length 20 cannot be laid out striped on 2 ring ranks of 2 Ulysses ranks: it must be "
+    (
+        "striped",
+        20,
+        2,
+        3,
+        2,
+    ): "seq_length 20 cannot be laid out striped on 2 ring ranks of 2 Ulysses ranks: it must be "
     "a multiple of 12 (ring size x stripe size, and ring size x Ulysses degree). Nearest: 12, 24. Set --seq-length, "
     "or use --context-parallel striped with --stripe-size 1 (multiple of 4).",
-    ("zigzag", 16, 2, 1, 3): "seq_length 16 cannot be laid out zigzag on 2 ring ranks of 3 Ulysses ranks: it must be a "
+    (
+        "zigzag",
+        16,
+        2,
+        1,
+        3,
+    ): "seq_length 16 cannot be laid out zigzag on 2 ring ranks of 3 Ulysses ranks: it must be a "
     "multiple of 12 (2 x ring size, and ring size x Ulysses degree). Nearest: 12, 24. Set --seq-length, "
     "or use --context-parallel striped (multiple of 6).",
 }

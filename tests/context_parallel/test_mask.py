@@ -41,7 +41,9 @@ def seen_from_everywhere(layout: Layout, first_visible: torch.Tensor) -> torch.T
     shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     for queries in shards:
         for keys in shards:
-            visible_SS[queries[:, None], keys] = dense(key_runs(queries, keys, first_visible[queries]), len(keys))
+            visible_SS[queries[:, None], keys] = dense(
+                key_runs(queries, keys, first_visible[queries]), len(keys)
+            )
     return visible_SS
 
 
@@ -68,7 +70,9 @@ def test_a_sliding_window_is_a_band(layout, window):
 def test_documents_see_only_themselves(layout, lengths):
     """Documents of these lengths, over and over, cut where the sample ends."""
     numbered = zip(range(layout.seq_length), itertools.cycle(lengths))
-    document_S = torch.tensor([number for number, length in numbered for _ in range(length)][: layout.seq_length])
+    document_S = torch.tensor(
+        [number for number, length in numbered for _ in range(length)][: layout.seq_length]
+    )
     start_S = torch.searchsorted(document_S, document_S)
     blocks_SS = (document_S[:, None] == document_S).tril()
     assert torch.equal(seen_from_everywhere(layout, start_S), blocks_SS)
@@ -173,7 +177,10 @@ def test_a_stripe_of_one_tile_needs_no_mask_but_at_home():
     layout = Layout("striped", 4 * 32, 4, stripe_size=8)
     for rank in range(4):
         for source in range(4):
-            kinds = {tile.kind for tile in hop_runs(layout, rank, source).tiles(Tiling(8, split_triangles=True))}
+            kinds = {
+                tile.kind
+                for tile in hop_runs(layout, rank, source).tiles(Tiling(8, split_triangles=True))
+            }
             assert (kinds == {TileKind.FULL}) == (rank != source)
 
 

@@ -59,10 +59,15 @@ class Kept(NamedTuple):
         return self.tensor
 
 
-def hops(kernel: HopKernel, layout: Layout, mask: Mask, groups: int, loop: ModuleType = ring_loop) -> None:
+def hops(
+    kernel: HopKernel, layout: Layout, mask: Mask, groups: int, loop: ModuleType = ring_loop
+) -> None:
     """All that one rank does, forward and backward, on tensors without values."""
     q = torch.empty(1, SHARD, HEADS, 64, dtype=torch.bfloat16, device="meta")
-    kv, dlse = q.new_empty(2, 1, SHARD, groups, 64), q.new_empty(1, HEADS, SHARD, dtype=torch.float32)
+    kv, dlse = (
+        q.new_empty(2, 1, SHARD, groups, 64),
+        q.new_empty(1, HEADS, SHARD, dtype=torch.float32),
+    )
     ring = ring_loop.Ring(layout, 1, kernel, 0.125, Kept(), mask)
     mask.runs.clear()  # what was kept of other runs is not copied again
     with NoWaiting():
@@ -96,7 +101,9 @@ each_way = pytest.mark.parametrize("groups", [HEADS, 1], ids=["queries travel", 
 
 @each_way
 @each_layout
-@pytest.mark.parametrize("mask", [CAUSAL, PACK, Mask(window=70)], ids=["causal", "documents", "window"])
+@pytest.mark.parametrize(
+    "mask", [CAUSAL, PACK, Mask(window=70)], ids=["causal", "documents", "window"]
+)
 @pytest.mark.parametrize("kernel", TRAINED_WITH)
 def test_the_host_waits_for_nothing_in_a_hop(kernel, mask, name, groups):
     hops(KERNELS[kernel], Layout(name, RANKS * SHARD, RANKS), mask, groups)
@@ -165,7 +172,9 @@ def test_copies_to_cuda_are_from_pinned_memory(monkeypatch):
     """Without it CUDA's copy is not asynchronous, whatever is said."""
     copied = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.as_subclass(Pinned))
-    monkeypatch.setattr(Pinned, "to", lambda x, device, non_blocking: copied.append((device.type, non_blocking)))
+    monkeypatch.setattr(
+        Pinned, "to", lambda x, device, non_blocking: copied.append((device.type, non_blocking))
+    )
     runs = KeyRanges(torch.zeros(8, dtype=torch.int64), torch.arange(1, 9))
     runs.bounds(torch.device("cuda"))
     runs.query_ranges(8, torch.device("cuda"))

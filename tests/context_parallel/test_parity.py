@@ -44,13 +44,17 @@ class Case:
 
     @property
     def document_BS(self) -> torch.Tensor:
-        return oracle.documents(self.samples, self.layout.seq_length, self.lengths or (self.layout.seq_length,))
+        return oracle.documents(
+            self.samples, self.layout.seq_length, self.lengths or (self.layout.seq_length,)
+        )
 
     @property
     def mask(self) -> Mask:
         if not self.lengths:
             return Mask(self.window)
-        return Mask(self.window, tuple(oracle.document_starts(self.document_BS).tolist()), self.samples)
+        return Mask(
+            self.window, tuple(oracle.document_starts(self.document_BS).tolist()), self.samples
+        )
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         q, k, v, dout = oracle.random_inputs(
@@ -69,7 +73,9 @@ class Case:
 def mistakes(case: Case) -> dict[str, float]:
     inputs = case.inputs()
     dlse = oracle.random_dlse(inputs[0]) if case.lse_read else None
-    found = simulated_ring.run(case.layout, KERNELS[case.kernel], *inputs, mask=case.mask, dlse_BHS=dlse).results
+    found = simulated_ring.run(
+        case.layout, KERNELS[case.kernel], *inputs, mask=case.mask, dlse_BHS=dlse
+    ).results
     expected = oracle.attention(*inputs, oracle.visible(case.document_BS, case.window), dlse)
     return beyond_tolerance(found, expected, case.dtype)
 
@@ -96,7 +102,10 @@ def documents_in(layout: Layout) -> st.SearchStrategy[tuple[int, ...]]:
 
 def windows_in(layout: Layout) -> st.SearchStrategy[int]:
     ring_size, shard, tokens = layout.ring_size, layout.shard_length, layout.seq_length
-    return st.one_of(st.sampled_from([1, 2, ring_size, shard, shard + 1, tokens, 2 * tokens]), st.integers(1, tokens))
+    return st.one_of(
+        st.sampled_from([1, 2, ring_size, shard, shard + 1, tokens, 2 * tokens]),
+        st.integers(1, tokens),
+    )
 
 
 @st.composite
@@ -131,7 +140,9 @@ def test_any_documents_window_and_layout(name, narrowed, travels, data):
 
 
 NAMED = {
-    "documents shorter than the ring, so that ranks hold none of them": Case(Layout("striped", 40, 8), (1, 2, 3, 5)),
+    "documents shorter than the ring, so that ranks hold none of them": Case(
+        Layout("striped", 40, 8), (1, 2, 3, 5)
+    ),
     "documents within a rank": Case(Layout("ring", 40, 4), (5,)),
     "documents across two ranks": Case(Layout("ring", 40, 4), (5, 10)),
     "documents within a stripe": Case(Layout("striped", 64, 4, stripe_size=16), (4,)),
@@ -140,9 +151,13 @@ NAMED = {
     "a window of one in chunks": Case(Layout("zigzag", 24, 4), window=1),
     "a window of one in shards": Case(Layout("ring", 24, 4), window=1),
     "documents of one token": Case(Layout("striped", 24, 4), (1,), samples=2),
-    "documents of one token in stripes": Case(Layout("striped", 24, 4, stripe_size=3), (1,), samples=2),
+    "documents of one token in stripes": Case(
+        Layout("striped", 24, 4, stripe_size=3), (1,), samples=2
+    ),
     "documents of one token in shards": Case(Layout("ring", 24, 4), (1,), samples=2),
-    "documents that the samples' edges cut": Case(Layout("striped", 24, 3, stripe_size=2), (17,), samples=3),
+    "documents that the samples' edges cut": Case(
+        Layout("striped", 24, 3, stripe_size=2), (17,), samples=3
+    ),
     "a document longer than samples": Case(Layout("zigzag", 24, 3), (60, 7), samples=3),
     "samples of one document": Case(Layout("striped", 24, 3), (24,), samples=3),
     "a prime number of tokens in each": Case(Layout("zigzag", 96, 8), (7, 13, 31), samples=2),
@@ -155,8 +170,12 @@ NAMED = {
     "a ring of one": Case(Layout("none", 40, 1), (7, 25), window=5, samples=3),
     "one token on each rank": Case(Layout("striped", 8, 8), (3, 2)),
     "tiles cut at documents": Case(Layout("striped", 600, 2), (310, 7, 283), samples=2),
-    "a window in tiles cut at documents": Case(Layout("striped", 600, 2), (310, 7, 283), window=290),
-    "a window behind a document one short of a tile": Case(Layout("none", 531, 1), (127, 404), window=400),
+    "a window in tiles cut at documents": Case(
+        Layout("striped", 600, 2), (310, 7, 283), window=290
+    ),
+    "a window behind a document one short of a tile": Case(
+        Layout("none", 531, 1), (127, 404), window=400
+    ),
     "tiles of stripes": Case(Layout("striped", 640, 2, stripe_size=16), (310, 7, 283), window=290),
 }
 
@@ -171,14 +190,24 @@ def test_what_once_needed_thought(name, travels, kernel):
 
 
 # of eight ranks with eight tokens each: window, documents and hops
-CUTS = [(1, (), 1), (9, (), 2), (10, (), 3), (0, (1,), 1), (0, (9, 2), 2), (10, (20, 3), 3), (0, (50, 64), 8)]
+CUTS = [
+    (1, (), 1),
+    (9, (), 2),
+    (10, (), 3),
+    (0, (1,), 1),
+    (0, (9, 2), 2),
+    (10, (20, 3), 3),
+    (0, (50, 64), 8),
+]
 
 
 @each_kernel
 @each_way
 @pytest.mark.parametrize(("window", "lengths", "hops"), CUTS)
 def test_a_ring_that_is_cut_is_as_exact(window, lengths, hops, travels, kernel):
-    case = Case(Layout("ring", 64, 8), lengths, window, samples=2, groups=GROUPS[travels][0], kernel=kernel)
+    case = Case(
+        Layout("ring", 64, 8), lengths, window, samples=2, groups=GROUPS[travels][0], kernel=kernel
+    )
     assert case.travels == travels
     assert case.layout.hops(case.mask.reach(case.layout.seq_length)) == hops
     assert mistakes(case) == {}
@@ -188,6 +217,8 @@ def test_a_ring_that_is_cut_is_as_exact(window, lengths, hops, travels, kernel):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("unread", [0, 3, 1], ids=["everywhere", "not everywhere", "nowhere"])
 def test_the_log_sum_exp_has_a_gradient_whether_or_not_the_output_has(unread, dtype, travels):
-    case = Case(Layout("striped", 42, 3), (20, 9), 15, dtype=dtype, groups=GROUPS[travels][0], unread=unread)
+    case = Case(
+        Layout("striped", 42, 3), (20, 9), 15, dtype=dtype, groups=GROUPS[travels][0], unread=unread
+    )
     assert case.travels == travels
     assert mistakes(case) == {}

@@ -28,7 +28,9 @@ MODES = {
     "attention too": Execution(recompute="full", recompute_attention=True),
 }
 EXECUTIONS = {
-    f"{name}, {chunks} chunks": replace(mode, mlp_chunks=chunks) for name, mode in MODES.items() for chunks in (1, 5)
+    f"{name}, {chunks} chunks": replace(mode, mlp_chunks=chunks)
+    for name, mode in MODES.items()
+    for chunks in (1, 5)
 }
 
 
@@ -50,14 +52,18 @@ def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], Step]:
     for packing, starts in DOCUMENTS.items():
         for name, execution in EXECUTIONS.items():
             layers = Layers(MODEL, layout.seq_length, attention, 1, execution).double()
-            x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)).double()
+            x_BlE = torch.randn(
+                1, LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)
+            ).double()
             found[packing, name] = step(layers, x_BlE, positions, starts)
     return found
 
 
 def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> Step:
     x_BlE.requires_grad_()
-    with patch.object(RingExchange, "start", autospec=True, side_effect=RingExchange.start) as start:
+    with patch.object(
+        RingExchange, "start", autospec=True, side_effect=RingExchange.start
+    ) as start:
         y_BlE = layers.run(x_BlE, *inputs)
         forward = start.call_count
         y_BlE.sin().sum().backward()
@@ -94,7 +100,10 @@ def test_keys_travel_once_forward_whatever_is_computed_again(world_size, packing
 @each_world
 def test_gradients_are_those_of_keeping_everything(world_size, packing, name, ranks):
     for found in ranks[world_size]:
-        expected, gradients = found[packing, "none, 1 chunks"].gradients, found[packing, name].gradients
+        expected, gradients = (
+            found[packing, "none, 1 chunks"].gradients,
+            found[packing, name].gradients,
+        )
         largest = max(float(gradient.abs().max()) for gradient in expected)
         rounding = 0 if EXECUTIONS[name].mlp_chunks == 1 else 1e-12 * largest
         for gradient, as_expected in zip(gradients, expected):

@@ -25,9 +25,13 @@ each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def mistakes(layout: str, stripe: int, ring_size: int, length: int, kernel: str, inputs: list[torch.Tensor]):
+def mistakes(
+    layout: str, stripe: int, ring_size: int, length: int, kernel: str, inputs: list[torch.Tensor]
+):
     """What differs from the oracle: output, log-sum-exp and gradients of a ring whose ranks hold ``length`` tokens."""
-    run = simulated_ring.run(Layout(layout, ring_size * length, ring_size, stripe), KERNELS[kernel], *inputs)
+    run = simulated_ring.run(
+        Layout(layout, ring_size * length, ring_size, stripe), KERNELS[kernel], *inputs
+    )
     return beyond_tolerance(run.results, oracle.attention(*inputs), inputs[0].dtype)
 
 
@@ -42,7 +46,8 @@ def test_a_ring_is_attention_over_the_whole_sequence(layout, stripe, ring_size, 
 
 @each_kernel
 @pytest.mark.parametrize(
-    ("layout", "stripe", "length"), [(*layout, length) for layout in LENGTHS for length in LENGTHS[layout]]
+    ("layout", "stripe", "length"),
+    [(*layout, length) for layout in LENGTHS for length in LENGTHS[layout]],
 )
 def test_every_shard_length(layout, stripe, length, kernel):
     inputs = oracle.random_inputs(1, 3 * length, heads=2, groups=1)
@@ -59,7 +64,9 @@ def test_grouped_heads_and_batches(groups, batch, kernel, dtype):
 
 
 @each_kernel
-@pytest.mark.parametrize(("layout", "stripe"), [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)])
+@pytest.mark.parametrize(
+    ("layout", "stripe"), [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
+)
 def test_eight_ranks(layout, stripe, kernel):
     inputs = oracle.random_inputs(1, 8 * 18, heads=2, groups=2, dtype=torch.float32)
     assert mistakes(layout, stripe, 8, 18, kernel, inputs) == {}
@@ -87,7 +94,10 @@ def test_what_travels_goes_around_once_and_its_sums_come_home(ring_size, groups)
 # of four ranks with six tokens each, window and documents, and how often keys meet queries
 HOPS_OF_A_CONTIGUOUS_RING = [
     (Mask(), 4),
-    *((Mask(window), hops) for window, hops in {1: 1, 2: 2, 7: 2, 8: 3, 13: 3, 14: 4, 24: 4, 100: 4}.items()),
+    *(
+        (Mask(window), hops)
+        for window, hops in {1: 1, 2: 2, 7: 2, 8: 3, 13: 3, 14: 4, 24: 4, 100: 4}.items()
+    ),
     (Mask(0, tuple(range(24))), 1),
     (Mask(0, (0, 7, 14, 21)), 2),
     (Mask(0, (0, 8, 16)), 3),
@@ -106,7 +116,9 @@ def test_a_contiguous_ring_is_cut_where_nobody_looks_further(mask, hops, groups)
 
 
 @each_way
-@pytest.mark.parametrize("mask", [Mask(2), Mask(0, tuple(range(24)))], ids=["a window", "documents"])
+@pytest.mark.parametrize(
+    "mask", [Mask(2), Mask(0, tuple(range(24)))], ids=["a window", "documents"]
+)
 @pytest.mark.parametrize(("name", "stripe"), [("striped", 1), ("striped", 3), ("zigzag", 1)])
 def test_the_other_layouts_go_all_the_way_around(name, stripe, mask, groups):
     assert exchanged(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [6] * 4)
@@ -117,7 +129,10 @@ def test_the_other_layouts_go_all_the_way_around(name, stripe, mask, groups):
 @each_layout
 def test_a_ring_repeats_itself_bit_for_bit(layout, stripe, kernel, dtype):
     inputs = oracle.random_inputs(1, 3 * 48, heads=4, groups=2, dtype=dtype)
-    first, again = (simulated_ring.run(Layout(layout, 3 * 48, 3, stripe), KERNELS[kernel], *inputs) for _ in range(2))
+    first, again = (
+        simulated_ring.run(Layout(layout, 3 * 48, 3, stripe), KERNELS[kernel], *inputs)
+        for _ in range(2)
+    )
     assert all(torch.equal(x, y) for x, y in zip(first.results, again.results))
 
 
@@ -129,7 +144,9 @@ def test_the_error_does_not_grow_with_the_ring(kernel, dtype):
     expected = oracle.attention(*inputs).out
 
     def typical_error(ring_size: int) -> float:
-        out = simulated_ring.run(Layout("striped", 8 * 24, ring_size), KERNELS[kernel], *inputs).results.out
+        out = simulated_ring.run(
+            Layout("striped", 8 * 24, ring_size), KERNELS[kernel], *inputs
+        ).results.out
         return (out.double() - expected).square().mean().sqrt().item()
 
     assert typical_error(8) < 1.5 * typical_error(1)
@@ -166,7 +183,9 @@ def test_the_output_is_in_the_type_of_the_queries_and_the_sums_in_float32(kernel
     inputs = oracle.random_inputs(1, 4, heads=2, groups=1, dtype=torch.bfloat16)
     results = simulated_ring.run(Layout("striped", 4, 2), KERNELS[kernel], *inputs).results
     assert results.out.dtype == torch.bfloat16
-    assert {results.lse.dtype, results.dq.dtype, results.dk.dtype, results.dv.dtype} == {torch.float32}
+    assert {results.lse.dtype, results.dq.dtype, results.dk.dtype, results.dv.dtype} == {
+        torch.float32
+    }
 
 
 def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
@@ -178,7 +197,9 @@ def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
                 raise MemoryError
 
     with pytest.raises(MemoryError):
-        simulated_ring.run(Layout("ring", 8, 4), OutOfMemory(), *oracle.random_inputs(1, 8, heads=1, groups=1))
+        simulated_ring.run(
+            Layout("ring", 8, 4), OutOfMemory(), *oracle.random_inputs(1, 8, heads=1, groups=1)
+        )
 
 
 class Diary:
@@ -216,7 +237,11 @@ def test_backward_computes_while_anything_travels_home_included(groups):
     diary, layout = Diary(), Layout("striped", 12, 3)
     q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
     ring_loop.backward(q, None, q, kv, q, lse, ring_loop.Ring(layout, 0, diary, 1.0, diary))
-    hops = ["start 0", HALF, "wait 0"], ["start 1", ALL, "start 2", "wait 1"], [ALL, "wait 2", "start 3"]
+    hops = (
+        ["start 0", HALF, "wait 0"],
+        ["start 1", ALL, "start 2", "wait 1"],
+        [ALL, "wait 2", "start 3"],
+    )
     assert diary.events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]
 
 

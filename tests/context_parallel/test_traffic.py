@@ -22,11 +22,15 @@ def test_as_many_bytes_are_sent_as_were_counted(ring_size, groups, dtype):
     """Forward, keys and values of the key-value heads; backward, the lighter load, and one hop behind it its sums."""
     batch, length, heads, head_size = 2, 6, 4, 16
     q, k, v, dout = oracle.random_inputs(batch, ring_size * length, heads, groups, dtype, head_size)
-    sent = simulated_ring.run(Layout("striped", ring_size * length, ring_size), reference, q, k, v, dout).exchanges
+    sent = simulated_ring.run(
+        Layout("striped", ring_size * length, ring_size), reference, q, k, v, dout
+    ).exchanges
     key_values = 2 * batch * length * groups * head_size
     assert sent.forward == [[key_values * dtype.itemsize] * (ring_size - 1)] * ring_size
 
-    numbers, way = (batch * length * heads * head_size, "queries") if groups == heads else (key_values, "keys")
+    numbers, way = (
+        (batch * length * heads * head_size, "queries") if groups == heads else (key_values, "keys")
+    )
     sums = numbers * accumulation_dtype(dtype).itemsize
     in_a_hop = backward_bytes(q[:, :length], torch.stack([k, v])[:, :, :length])
     assert in_a_hop[way] == min(in_a_hop.values())
@@ -61,7 +65,8 @@ def test_queries_are_lighter_below_so_many_to_a_key_value_head(dtype):
     break_even = int(BREAK_EVEN[dtype] * groups)
     kv = torch.empty(2, 1, 8, groups, head_size, dtype=dtype, device="meta")
     below, at = (
-        torch.empty(1, 8, heads, head_size, dtype=dtype, device="meta") for heads in (break_even - 1, break_even)
+        torch.empty(1, 8, heads, head_size, dtype=dtype, device="meta")
+        for heads in (break_even - 1, break_even)
     )
     assert queries_are_lighter(below, kv)
     assert not queries_are_lighter(at, kv)
@@ -71,5 +76,8 @@ def test_queries_are_lighter_below_so_many_to_a_key_value_head(dtype):
 @pytest.mark.parametrize("head_size", [8, 64, 128])
 def test_equal_heads_send_their_queries_and_grouped_heads_their_keys(head_size, dtype):
     q = torch.empty(1, 8, 4, head_size, dtype=dtype, device="meta")
-    lighter = {groups: queries_are_lighter(q, q.new_empty(2, 1, 8, groups, head_size)) for groups in (4, 2, 1)}
+    lighter = {
+        groups: queries_are_lighter(q, q.new_empty(2, 1, 8, groups, head_size))
+        for groups in (4, 2, 1)
+    }
     assert lighter == {4: True, 2: False, 1: False}

@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from megatron_ring.context_parallel import ulysses
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -21,7 +25,14 @@ from tests.distributed import run_ranks
 MEMBERS = (2, 3)
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # batch, one member's tokens, query heads for each member, key-value heads, head size
-SIZES = [(2, 5, 3, 3, 4), (3, 2, 2, 1, 5), (1, 4, 2, 2, 8), (2, 3, 4, 4, 7), (1, 1, 6, 6, 1), (2, 1, 1, 1, 1)]
+SIZES = [
+    (2, 5, 3, 3, 4),
+    (3, 2, 2, 1, 5),
+    (1, 4, 2, 2, 8),
+    (2, 3, 4, 4, 7),
+    (1, 1, 6, 6, 1),
+    (2, 1, 1, 1, 1),
+]
 BYTES_OF_A_MESSAGE = {torch.bfloat16: 2, torch.float32: 4}
 
 
@@ -32,7 +43,9 @@ def members_of(rank: int, members: int) -> ulysses.UlyssesGroup:
 def whole(members: int, size: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     """q, kv and log-sum-exp of all members' tokens."""
     batch, tokens, heads, groups, head_size = size
-    q, k, v, _ = oracle.random_inputs(batch, members * tokens, members * heads, groups, dtype, head_size)
+    q, k, v, _ = oracle.random_inputs(
+        batch, members * tokens, members * heads, groups, dtype, head_size
+    )
     return [q, torch.stack([k, v]), oracle.random_dlse(q)]
 
 
@@ -67,7 +80,9 @@ each_trade = pytest.mark.parametrize(
 
 
 @each_trade
-def test_a_member_is_given_its_query_heads_and_the_keys_they_read_of_all_tokens(members, size, dtype, traded):
+def test_a_member_is_given_its_query_heads_and_the_keys_they_read_of_all_tokens(
+    members, size, dtype, traded
+):
     q, kv, _ = whole(members, size, dtype)
     heads, groups = q.shape[2], kv.shape[3]
     for rank, found in enumerate(traded[members]):
@@ -104,7 +119,10 @@ def test_repeated_heads_are_shared_out_evenly_and_read_as_before(data):
 # ---- messages ----
 
 SHARD, HEADS, GROUPS, HEAD_SIZE, BATCH = 12, 4, 2, 8, 2
-TRAFFIC = {2: [Grid(ring=2), Grid(ulysses=2)], 4: [Grid(ring=4), Grid(ring=2, ulysses=2), Grid(ulysses=4)]}
+TRAFFIC = {
+    2: [Grid(ring=2), Grid(ulysses=2)],
+    4: [Grid(ring=4), Grid(ring=2, ulysses=2), Grid(ulysses=4)],
+}
 
 
 def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
@@ -126,19 +144,29 @@ def count_messages(rank: int, world_size: int) -> dict:
     return found
 
 
-def messages_of(groups: ProcessGroups, grid: Grid, dtype: torch.dtype, mode: str) -> list[tuple[list[int], int]]:
+def messages_of(
+    groups: ProcessGroups, grid: Grid, dtype: torch.dtype, mode: str
+) -> list[tuple[list[int], int]]:
     """Of one layer, forward and then backward."""
-    attention = ContextParallelAttention(Layout("striped", SHARD * grid.ring, grid.ring), "sdpa", groups)
+    attention = ContextParallelAttention(
+        Layout("striped", SHARD * grid.ring, grid.ring), "sdpa", groups
+    )
     inputs = oracle.random_inputs(BATCH, SHARD // grid.ulysses, HEADS, GROUPS, dtype, HEAD_SIZE)[:3]
     inputs, counted = [x.requires_grad_() for x in inputs], []
-    call = partial(checkpoint, attention, use_reentrant=False, context_fn=KEPT) if mode == "recomputed" else attention
+    call = (
+        partial(checkpoint, attention, use_reentrant=False, context_fn=KEPT)
+        if mode == "recomputed"
+        else attention
+    )
     with (
         patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as trades,
         patch.object(RingExchange, "start", autospec=True, side_effect=RingExchange.start) as hops,
     ):
 
         def count() -> None:
-            counted.append(([call.args[0].nbytes for call in trades.call_args_list], hops.call_count))
+            counted.append(
+                ([call.args[0].nbytes for call in trades.call_args_list], hops.call_count)
+            )
             trades.reset_mock()
             hops.reset_mock()
 
@@ -155,7 +183,9 @@ def counted() -> dict[int, list[dict]]:
     return {world_size: run_ranks(world_size, count_messages) for world_size in TRAFFIC}
 
 
-each_grid = pytest.mark.parametrize("grid", [grid for grids in TRAFFIC.values() for grid in grids], ids=str)
+each_grid = pytest.mark.parametrize(
+    "grid", [grid for grids in TRAFFIC.values() for grid in grids], ids=str
+)
 each_type = pytest.mark.parametrize("dtype", BYTES_OF_A_MESSAGE, ids=str)
 
 
@@ -193,7 +223,9 @@ def check_operator(rank: int, members: int) -> dict[str, str]:
     q, _, lse = whole(members, SIZES[0], torch.bfloat16)
     tensors = [q.requires_grad_(), lse.mT.unsqueeze(-1).requires_grad_()]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    return torch.library.opcheck(ulysses.all_to_all_heads, (tensors, -3, -2, here.size, here.group), test_utils=checks)
+    return torch.library.opcheck(
+        ulysses.all_to_all_heads, (tensors, -3, -2, here.size, here.group), test_utils=checks
+    )
 
 
 def test_torch_accepts_the_operator():
@@ -235,5 +267,11 @@ def test_query_heads_that_members_cannot_share_are_our_own_fault():
 def test_alone_nothing_is_copied():
     alone = ulysses.UlyssesGroup.of(None)
     q, kv, lse = whole(1, SIZES[0], torch.float32)
-    assert all(given is kept for given, kept in zip(ulysses.gather_tokens(q, kv, alone), (q, kv), strict=True))
-    assert all(given is kept for given, kept in zip(ulysses.gather_heads(q, lse, alone), (q, lse), strict=True))
+    assert all(
+        given is kept
+        for given, kept in zip(ulysses.gather_tokens(q, kv, alone), (q, kv), strict=True)
+    )
+    assert all(
+        given is kept
+        for given, kept in zip(ulysses.gather_heads(q, lse, alone), (q, lse), strict=True)
+    )

@@ -112,7 +112,13 @@ def test_links_devices_and_sparse_files_of_a_tar_are_counted_and_not_followed(tm
     (tmp_path / "secret.txt").write_text("secret")
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as archive:
-        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        kinds = (
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.CHRTYPE,
+            tarfile.FIFOTYPE,
+            tarfile.DIRTYPE,
+        )
         for number, kind in enumerate(kinds):
             info = tarfile.TarInfo(f"{number}.txt")
             info.type, info.linkname = kind, str(tmp_path / "secret.txt")
@@ -227,7 +233,9 @@ def test_an_archive_that_is_compressed_twice_is_refused(tmp_path):
 def test_an_archive_that_is_a_bomb_is_refused(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     monkeypatch.setattr(compression, "LARGEST_RATIO", 10)
-    with pytest.raises(DataError, match=r"expands to more than [\d,]+ bytes from [\d,]+, .*--input"):
+    with pytest.raises(
+        DataError, match=r"expands to more than [\d,]+ bytes from [\d,]+, .*--input"
+    ):
         read(tmp_path / name, content, on_error="skip")
 
 
@@ -295,7 +303,9 @@ def test_a_zip_with_a_name_that_cannot_be_read_is_damaged(tmp_path, name):
 
 
 @pytest.mark.parametrize(("name", "archive"), [("a.tar", tar_of), ("a.zip", zip_of)])
-def test_the_members_of_an_archive_share_one_limit_on_what_they_expand_to(tmp_path, monkeypatch, name, archive):
+def test_the_members_of_an_archive_share_one_limit_on_what_they_expand_to(
+    tmp_path, monkeypatch, name, archive
+):
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     monkeypatch.setattr(compression, "LARGEST_RATIO", 1)
     members = {f"{number}.txt.gz": gzip.compress(b"x" * 30_000) for number in range(3)}

@@ -28,7 +28,9 @@ BOS, EOS = 256, 257
 def byte_level(folder: Path, template: str = "", config: dict | None = None) -> Path:
     """A tokenizer.json with a token for each byte, <s> and </s>; ``template`` is its post-processor."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(models.BPE(vocab={spelled: n for n, spelled in enumerate(alphabet)}, merges=[]))
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab={spelled: n for n, spelled in enumerate(alphabet)}, merges=[])
+    )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<s>", "</s>"])
@@ -117,10 +119,18 @@ def test_a_begin_that_the_vocabulary_lacks_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"bos_token": 5}, {"bos_token": {"id": 3}}, {"add_bos_token": "yes"}, {"eos_token": {"content": 5}}, []],
+    [
+        {"bos_token": 5},
+        {"bos_token": {"id": 3}},
+        {"add_bos_token": "yes"},
+        {"eos_token": {"content": 5}},
+        [],
+    ],
 )
 def test_a_configuration_of_other_types_is_refused(tmp_path, config):
-    with pytest.raises(DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object).*Mend it"):
+    with pytest.raises(
+        DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object).*Mend it"
+    ):
         Tokenizer.load(byte_level(tmp_path, "", config))
 
 
@@ -136,7 +146,14 @@ def text(tmp_path) -> Path:
 def test_a_store_and_its_manifest_have_it(text, tmp_path, capsys, flags, begin):
     model = byte_level(tmp_path / "model", "<s> $A")
     prefix = tmp_path / "store" / "P"
-    arguments = ["--input", str(text), "--output-prefix", str(prefix), "--tokenizer-model", str(model)]
+    arguments = [
+        "--input",
+        str(text),
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer-model",
+        str(model),
+    ]
     assert prepare_data([*arguments, *flags]) == 0
     assert ("begin with ids [256]" in capsys.readouterr().out) == bool(begin)
     store, manifest, tokenizer = TokenStore(prefix), read_manifest(prefix), Tokenizer.load(model)
@@ -188,11 +205,15 @@ def test_a_document_without_the_begin_that_its_manifest_has_is_found(text, tmp_p
     tokenizer = Tokenizer.load(byte_level(tmp_path / "model"))
     manifest = prepare(gather([text]), tmp_path / "P", tokenizer).manifest
     other = Manifest(**{**vars(manifest), "begin_of_document": (BOS,)})
-    with pytest.raises(DataError, match=r"document 0 begins with ids \[64\], and its manifest has \[256\]"):
+    with pytest.raises(
+        DataError, match=r"document 0 begins with ids \[64\], and its manifest has \[256\]"
+    ):
         verify(TokenStore(tmp_path / "P"), other, tokenizer)
 
 
-@pytest.mark.parametrize(("id", "fits"), [((1 << 22) - 1, True), (1 << 22, False), (1 << 30, False)])
+@pytest.mark.parametrize(
+    ("id", "fits"), [((1 << 22) - 1, True), (1 << 22, False), (1 << 30, False)]
+)
 def test_token_ids_have_a_limit(tmp_path, id, fits):
     model = byte_level(tmp_path)
     described = json.loads(model.read_text())

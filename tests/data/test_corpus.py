@@ -72,12 +72,17 @@ def test_the_python_library_is_source_text_without_tests():
 
 def test_a_python_without_source_text_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=r"comes without its source text \(\*\.py\)\. Set --data-path"):
+    with pytest.raises(
+        DataError, match=r"comes without its source text \(\*\.py\)\. Set --data-path"
+    ):
         python_library()
 
 
 def test_every_missing_input_is_named_at_once(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)input .*/one does not exist.*input .*/two does not exist\. Set --input"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)input .*/one does not exist.*input .*/two does not exist\. Set --input",
+    ):
         gather([tmp_path / "one", tmp_path / "two"])
 
 
@@ -87,7 +92,9 @@ def test_a_folder_without_text_says_what_it_looked_for(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file or directory\. Set --input"):
+    with pytest.raises(
+        DataError, match=r"gone\.txt cannot be read: No such file or directory\. Set --input"
+    ):
         texts(Corpus((tmp_path / "gone.txt",)))
 
 
@@ -119,7 +126,10 @@ def test_what_is_skipped_is_told_and_the_rest_is_read(tmp_path):
     corpus = gather([tmp_path], reading=Reading(on_error="skip"))
     skipped: list[str] = []
     assert list(corpus.reading.texts(*corpus.shards(), skipped)) == ["one", "two"]
-    assert [problem.split(": ")[0] for problem in skipped] == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/a.jsonl:4"]
+    assert [problem.split(": ")[0] for problem in skipped] == [
+        f"{tmp_path}/a.jsonl:2",
+        f"{tmp_path}/a.jsonl:4",
+    ]
 
 
 def test_a_file_that_is_gone_is_never_skipped(tmp_path):
@@ -133,7 +143,9 @@ def test_a_file_that_is_gone_is_never_skipped(tmp_path):
     shard_bytes=st.integers(1, 60),
     bad=st.integers(0, 8),
 )
-def test_shards_of_any_size_have_every_line_once_and_name_the_right_one(tmp_path_factory, lines, shard_bytes, bad):
+def test_shards_of_any_size_have_every_line_once_and_name_the_right_one(
+    tmp_path_factory, lines, shard_bytes, bad
+):
     file = tmp_path_factory.getbasetemp() / "lines.jsonl"
     written = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
     written.insert(bad, "rubbish")
@@ -150,7 +162,9 @@ def test_shards_of_any_size_have_every_line_once_and_name_the_right_one(tmp_path
 
 
 @pytest.mark.parametrize("longest", [20, 40])
-def test_a_line_longer_than_shards_is_named_once_and_the_others_are_read(tmp_path, monkeypatch, longest):
+def test_a_line_longer_than_shards_is_named_once_and_the_others_are_read(
+    tmp_path, monkeypatch, longest
+):
     monkeypatch.setattr(module, "SHARD_BYTES", 25)
     written = ["one", "x" * 200, "two", "y" * 100, "three"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in written))
@@ -158,14 +172,22 @@ def test_a_line_longer_than_shards_is_named_once_and_the_others_are_read(tmp_pat
     skipped: list[str] = []
     shards = corpus.shards()
     assert len(shards) > 10
-    assert [text for shard in shards for text in corpus.reading.texts(shard, skipped)] == ["one", "two", "three"]
-    assert [problem.split(": ")[0] for problem in skipped] == [f"{tmp_path}/a.jsonl:{line}" for line in (2, 4)]
+    assert [text for shard in shards for text in corpus.reading.texts(shard, skipped)] == [
+        "one",
+        "two",
+        "three",
+    ]
+    assert [problem.split(": ")[0] for problem in skipped] == [
+        f"{tmp_path}/a.jsonl:{line}" for line in (2, 4)
+    ]
 
 
 RECORDS = b'{"text": "one", "id": 1}\n{"text": "two", "id": 2}\n'
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.jsonlines", "a.JSONL", "a.Json", "a.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.ndjson", "a.jsonlines", "a.JSONL", "a.Json", "a.jsonl"]
+)
 @pytest.mark.parametrize("compress", [None, gzip.compress])
 def test_json_lines_of_any_name_are_found_in_a_folder(tmp_path, name, compress):
     file = tmp_path / (name if compress is None else f"{name}.gz")
@@ -198,9 +220,13 @@ def test_json_of_one_value_is_refused_by_name_and_counted_in_a_folder(tmp_path, 
     assert left_out == {"*.json that are not JSON lines": 1}
 
 
-@pytest.mark.parametrize("name", ["a.7z", "a.rar", "a.npy", "a.pdf", "a.docx", "a.jsonl.lz4", "a.txt.br"])
+@pytest.mark.parametrize(
+    "name", ["a.7z", "a.rar", "a.npy", "a.pdf", "a.docx", "a.jsonl.lz4", "a.txt.br"]
+)
 def test_files_that_are_no_text_are_refused_at_once_and_counted_in_a_folder(tmp_path, name):
-    (tmp_path / name).write_bytes({".npy": b"\x93NUMPY\1", ".pdf": b"%PDF-1.4"}.get(name[1:], b"\0\1\2"))
+    (tmp_path / name).write_bytes(
+        {".npy": b"\x93NUMPY\1", ".pdf": b"%PDF-1.4"}.get(name[1:], b"\0\1\2")
+    )
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(DataError, match=rf"{name} is .*--input"):
         gather([tmp_path / name, tmp_path / "b.txt"])
@@ -273,15 +299,23 @@ def test_a_circle_of_links_does_not_make_a_glob_read_twice(tmp_path):
     assert texts(gather([tmp_path / "**" / "*.txt"])) == ["one"]
 
 
-@pytest.mark.parametrize("pattern", ["**", "**/*", "**/*.txt", "*/**/*.txt", "a/**", "**/b/*", "**/.h/*", "[ab]/**/c*"])
+@pytest.mark.parametrize(
+    "pattern", ["**", "**/*", "**/*.txt", "*/**/*.txt", "a/**", "**/b/*", "**/.h/*", "[ab]/**/c*"]
+)
 def test_a_glob_to_the_bottom_finds_what_pythons_does(tmp_path, monkeypatch, pattern):
     for name in ("a/b/c.txt", "a/c.txt", "c.txt", ".h/c.txt", "a/.c.txt", "b/b/b/c.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = [file for file in sorted(glob.glob(str(tmp_path / pattern), recursive=True)) if os.path.isfile(file)]
+    found = [
+        file
+        for file in sorted(glob.glob(str(tmp_path / pattern), recursive=True))
+        if os.path.isfile(file)
+    ]
     assert [str(file) for file in gather([tmp_path / pattern]).files] == found
     monkeypatch.chdir(tmp_path)
-    assert [str(file) for file in gather([pattern]).files] == [os.path.relpath(file) for file in found]
+    assert [str(file) for file in gather([pattern]).files] == [
+        os.path.relpath(file) for file in found
+    ]
 
 
 def test_folders_that_a_glob_finds_are_read(tmp_path):
@@ -296,7 +330,9 @@ def test_a_broken_link_is_refused(tmp_path, target):
     (tmp_path / "broken.jsonl").symlink_to(target)
     (tmp_path / "a.txt").write_text("a")
     for path in (tmp_path, tmp_path / "broken.jsonl", tmp_path / "*"):
-        with pytest.raises(DataError, match=rf"broken\.jsonl is a link to {target}, which does not exist"):
+        with pytest.raises(
+            DataError, match=rf"broken\.jsonl is a link to {target}, which does not exist"
+        ):
             gather([path])
 
 

@@ -19,7 +19,9 @@ from megatron_ring.data import compression
 from megatron_ring.data.documents import Piece, Reading
 from megatron_ring.errors import DataError
 
-zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+zstd = importlib.import_module(
+    "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+)
 
 
 def documents(file: Path, json_key: str = "text") -> list[str]:
@@ -45,16 +47,23 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 def test_a_compressed_file_is_what_it_holds(tmp_path, suffix, compress, spelled):
     suffix = spelled(suffix)
     (tmp_path / f"a.txt{suffix}").write_bytes(compress("grün\n".encode()))
-    (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n'))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(
+        compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n')
+    )
     assert documents(tmp_path / f"a.txt{suffix}") == ["grün\n"]
     assert documents(tmp_path / f"b.jsonl{suffix}") == ["one", "two"]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSED.items())
-@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"rubbish" + content])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-9], lambda content: b"rubbish" + content]
+)
 def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, compress, damage):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(damage(compress(b'{"text": "one"}\n' * 1000)))
-    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} is damaged: .*Fetch it again, or leave it out of --input"):
+    with pytest.raises(
+        DataError,
+        match=rf"a\.jsonl\{suffix} is damaged: .*Fetch it again, or leave it out of --input",
+    ):
         documents(tmp_path / f"a.jsonl{suffix}")
 
 
@@ -85,14 +94,17 @@ def test_a_zstd_frame_with_the_longest_window_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [(suffix, COMPRESSED[suffix]) for suffix in (".gz", ".zst", ".bz2", ".xz")]
+    ("suffix", "compress"),
+    [(suffix, COMPRESSED[suffix]) for suffix in (".gz", ".zst", ".bz2", ".xz")],
 )
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, suffix, compress):
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     monkeypatch.setattr(compression, "LARGEST_RATIO", 10)
     for number, content in enumerate((b"x" * (1 << 20), b'{"text": "one"}\n' * (1 << 16))):
         (tmp_path / f"{number}.jsonl{suffix}").write_bytes(compress(content))
-        with pytest.raises(DataError, match=rf"{number}\.jsonl\{suffix} expands to more than 65,536 bytes"):
+        with pytest.raises(
+            DataError, match=rf"{number}\.jsonl\{suffix} expands to more than 65,536 bytes"
+        ):
             documents(tmp_path / f"{number}.jsonl{suffix}")
 
 
@@ -122,7 +134,9 @@ def test_the_longest_document_is_counted_with_its_line_end(tmp_path):
     refused = list(piece.documents(Reading(max_document_bytes=len(line) - 2)))
     assert [str(error).split(": ")[0][-9:] for error in refused] == ["a.jsonl:1", "a.jsonl:2"]
     assert list(Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=3))) == ["one"]
-    assert isinstance(*Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=2)), DataError)
+    assert isinstance(
+        *Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=2)), DataError
+    )
 
 
 def test_cells_of_parquet_that_are_no_text_are_named_each(tmp_path):
@@ -138,7 +152,9 @@ def test_cells_of_parquet_that_are_no_text_are_named_each(tmp_path):
 
 def test_a_parquet_file_of_one_long_value_in_many_rows_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
-    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * 10_000])
+    rows = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * 10_000]
+    )
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet expands to more than"):
         documents(tmp_path / "a.parquet")
@@ -155,9 +171,13 @@ def test_a_parquet_file_is_known_by_its_content(tmp_path):
 
 
 def test_rows_of_parquet_are_documents(tmp_path):
-    parquet.write_table(pyarrow.table({"id": [1, 2], "content": ["one\n", "zwölf"]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"id": [1, 2], "content": ["one\n", "zwölf"]}), tmp_path / "a.parquet"
+    )
     assert documents(tmp_path / "a.parquet", "content") == ["one\n", "zwölf"]
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'text'; found 'id', 'content'\. Set --json-key"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet has no column 'text'; found 'id', 'content'\. Set --json-key"
+    ):
         documents(tmp_path / "a.parquet")
 
 
@@ -176,14 +196,19 @@ def test_a_damaged_parquet_is_refused(tmp_path, keep):
         documents(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow.parquet"), ("a.txt.zst", zstd.__name__)])
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow.parquet"), ("a.txt.zst", zstd.__name__)]
+)
 def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch, name, package):
     def absent(wanted: str) -> None:
         raise ImportError(wanted)
 
     monkeypatch.setattr("importlib.import_module", absent)
     (tmp_path / name).write_bytes(b"any")
-    with pytest.raises(DataError, match=rf"{name} is read with {package}, which is not installed.*megatron_ring\[data"):
+    with pytest.raises(
+        DataError,
+        match=rf"{name} is read with {package}, which is not installed.*megatron_ring\[data",
+    ):
         documents(tmp_path / name)
 
 
@@ -196,7 +221,10 @@ def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path):
 BAD_LINES = {
     "not json": (b"{'text': 1}", "not a line of JSON: .*Every line of JSON lines .* is one object"),
     "not an object": (b'["text"]', "no text under 'text'; found list. Set --json-key"),
-    "another key": (b'{"content": "a", "id": 1}', "no text under 'text'; found 'content', 'id'. Set --json-key"),
+    "another key": (
+        b'{"content": "a", "id": 1}',
+        "no text under 'text'; found 'content', 'id'. Set --json-key",
+    ),
     "null": (b'{"text": null, "id": 1}', "the text under 'text' is null. .*--on-error skip"),
     "not a string": (b'{"text": 5}', "the value under 'text' is int, not text. Set --json-key"),
     "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "byte 0x00, as UTF-16 has them"),
@@ -216,7 +244,9 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
 @pytest.mark.parametrize(("encoding", "byte"), [("utf-16-le", "0xff"), ("utf-16-be", "0xfe")])
 def test_the_byte_order_mark_of_utf16_is_named(tmp_path, encoding, byte):
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n{"text": "b"}\n'.encode(encoding))
-    with pytest.raises(DataError, match=rf"a\.jsonl:1: byte {byte} begins the byte order mark of UTF-16"):
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl:1: byte {byte} begins the byte order mark of UTF-16"
+    ):
         documents(tmp_path / "a.jsonl")
 
 

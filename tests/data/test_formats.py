@@ -66,7 +66,9 @@ def test_the_name_decides_or_else_the_content(head, suffix, kind):
     assert kind_of(head, suffix, "text") is kind
 
 
-@pytest.mark.parametrize("head", [PRETTY, b'[{"text": "one"}]', b"[\n", b"one", b"5\n", b"[" * (2 * HEAD_BYTES)])
+@pytest.mark.parametrize(
+    "head", [PRETTY, b'[{"text": "one"}]', b"[\n", b"one", b"5\n", b"[" * (2 * HEAD_BYTES)]
+)
 def test_a_json_file_of_one_value_is_no_json_lines(head):
     with pytest.raises(NotJsonLines, match="jq -c"):
         kind_of(head[:HEAD_BYTES], ".json", "text")

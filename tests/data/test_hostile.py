@@ -61,7 +61,9 @@ def test_a_configuration_of_other_types_or_depth_is_refused(content, saved):
     assert f"{CONFIG} cannot be read" in refusal(saved)
 
 
-@pytest.mark.parametrize("content", [b'{"eos_token": "</s>"}', b'{"eos_token": {"content": "</s>"}}', b"{}"])
+@pytest.mark.parametrize(
+    "content", [b'{"eos_token": "</s>"}', b'{"eos_token": {"content": "</s>"}}', b"{}"]
+)
 def test_the_spellings_of_an_end_are_read(content, saved, tokenizer):
     saved.with_name(CONFIG).write_bytes(content)
     assert Tokenizer.load(saved).end_of_document == tokenizer.end_of_document
@@ -73,7 +75,9 @@ def test_a_model_with_a_piece_that_is_not_utf8_is_refused_when_it_is_loaded(toke
         Tokenizer(tokenizer.model.replace(b"</s>", b"</\xff>"), "x")
 
 
-@pytest.mark.parametrize("content", [b'{"a":' * 5000, b'{"model": {"type": ["BPE"]}}', b"{" + b" " * 10**6])
+@pytest.mark.parametrize(
+    "content", [b'{"a":' * 5000, b'{"model": {"type": ["BPE"]}}', b"{" + b" " * 10**6]
+)
 def test_a_tokenizer_json_of_other_types_or_depth_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     assert "is not a tokenizer.json" in refusal(tmp_path / "tokenizer.json")
@@ -87,7 +91,9 @@ def tokenizer_json(**parts) -> bytes:
 
 def test_a_panic_of_the_tokenizers_library_is_one_error():
     panics = tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
-    with pytest.raises(DataError, match="tokenizer x .* is not a tokenizer.json: .*--tokenizer-model"):
+    with pytest.raises(
+        DataError, match="tokenizer x .* is not a tokenizer.json: .*--tokenizer-model"
+    ):
         Tokenizer(panics, "x")
 
 
@@ -101,7 +107,9 @@ def test_a_panic_of_the_tokenizers_library_is_one_error():
 def test_a_text_that_the_tokenizers_library_cannot_encode_is_one_error(model):
     made = Tokenizer(tokenizer_json(model=model), "x")
     assert made.encode("a") == [1]
-    with pytest.raises(DataError, match="tokenizer x cannot encode a text that begins 'word': .*--tokenizer-model"):
+    with pytest.raises(
+        DataError, match="tokenizer x cannot encode a text that begins 'word': .*--tokenizer-model"
+    ):
         made.encode("word")
 
 

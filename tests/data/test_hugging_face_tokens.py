@@ -25,7 +25,10 @@ def byte_level(special: list[str]) -> bytes:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     made.train_from_iterator([TEXT], trainer)
     return made.to_str().encode()
@@ -57,15 +60,21 @@ def test_the_end_is_the_first_usual_name_or_the_one_asked_for():
     assert Tokenizer(byte_level(["<s>", "</s>"]), "a").end_of_document == 1
     assert Tokenizer(byte_level(["</s>", "<|endoftext|>"]), "a").end_of_document == 1
     assert Tokenizer(byte_level(["</s>", "<stop>"]), "a", end="<stop>").end_of_document == 1
-    with pytest.raises(DataError, match="tokenizer a has no end-of-sentence piece or token .*Set --eod-token"):
+    with pytest.raises(
+        DataError, match="tokenizer a has no end-of-sentence piece or token .*Set --eod-token"
+    ):
         Tokenizer(byte_level(["<stop>"]), "a")
 
 
 def test_llamas_kind_of_spelling_is_counted_in_bytes():
     vocabulary = {"</s>": 0, "▁": 1, "▁ä": 2, "<0x0A>": 3, "ä": 4, "<unk>": 5}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "ä")], unk_token="<unk>", byte_fallback=True))
+    made = tokenizers.Tokenizer(
+        models.BPE(vocabulary, [("▁", "ä")], unk_token="<unk>", byte_fallback=True)
+    )
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    made.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback()])
+    made.decoder = decoders.Sequence(
+        [decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback()]
+    )
     llama = Tokenizer(made.to_str().encode(), "llama")
     assert llama.encode("ä ä\n") == [4, 2, 3]
     assert llama.bytes_per_token[[4, 2, 3]].tolist() == [2, 3, 1]
@@ -86,7 +95,9 @@ def test_a_store_is_opened_for_training_with_the_end_that_it_was_written_with(tm
     (tmp_path / "b.txt").write_text(TEXT * 9)
     prefix = tmp_path / "store" / "P"
     prepare(gather([tmp_path]), prefix, Tokenizer(model, "a", end="<stop>"))
-    config = DataConfig(data_path=(str(prefix),), seq_length=64, split=(1.0, 0.0), reset_attention_mask=True)
+    config = DataConfig(
+        data_path=(str(prefix),), seq_length=64, split=(1.0, 0.0), reset_attention_mask=True
+    )
     assert Dataset.open(config, seed=1).tokenizer.end_of_document == 1
     (tmp_path / "store" / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match="ends documents with id 1, and the tokenizer given with 0"):
@@ -104,10 +115,15 @@ def test_hugging_faces_own_configuration_names_the_end(tmp_path, eos_token):
 def test_a_configuration_that_names_another_end_is_neither_followed_nor_overwritten(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>", "chat": 1}')
     tokenizer = Tokenizer(byte_level(["<|endoftext|>", "<stop>"]), "a")
-    with pytest.raises(DataError, match="ends documents with '<stop>', .* with id 0. Set --eod-token <stop>"):
+    with pytest.raises(
+        DataError, match="ends documents with '<stop>', .* with id 0. Set --eod-token <stop>"
+    ):
         tokenizer.save(tmp_path / "tokenizer.json")
     Tokenizer(tokenizer.model, "a", end="<stop>").save(tmp_path / "tokenizer.json")
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"eos_token": "<stop>", "chat": 1}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "eos_token": "<stop>",
+        "chat": 1,
+    }
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
@@ -125,5 +141,7 @@ def test_a_folder_has_one_kind_of_tokenizer(tmp_path, tokenizer, gpt2):
 
 @pytest.mark.parametrize("content", [b"{}", b"{", b'{"model": {"type": "BPE", "vocab": 5}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(content):
-    with pytest.raises(DataError, match=rf"tokenizer a \({len(content)} bytes\) is not a tokenizer\.json: "):
+    with pytest.raises(
+        DataError, match=rf"tokenizer a \({len(content)} bytes\) is not a tokenizer\.json: "
+    ):
         Tokenizer(content, "a")

@@ -16,7 +16,11 @@ S = 16
 GLOBAL_BATCH = 8
 END = 0
 # flag -> what it changes in a batch
-FLAGS = {"reset_attention_mask": "document_starts", "reset_position_ids": "positions", "eod_mask_loss": "targets_Bl"}
+FLAGS = {
+    "reset_attention_mask": "document_starts",
+    "reset_position_ids": "positions",
+    "eod_mask_loss": "targets_Bl",
+}
 EVERY_FLAG = dict.fromkeys(FLAGS, True)
 
 
@@ -29,15 +33,25 @@ def stream(store_of) -> SampleStream:
 
 def channels(batch: Batch) -> torch.Tensor:
     """What is known of each token, (B, l, 3): itself, its target, its position."""
-    return torch.stack([batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1)
+    return torch.stack(
+        [batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1
+    )
 
 
 def steps_of(
-    stream, layout: Layout, data_size: int, micro_batch_size: int, consumed: int, steps: int, ulysses: int = 1
+    stream,
+    layout: Layout,
+    data_size: int,
+    micro_batch_size: int,
+    consumed: int,
+    steps: int,
+    ulysses: int = 1,
 ) -> torch.Tensor:
     """Inputs, targets and positions of every rank put back in their places: (steps x global batch, S, 3)."""
     whole = torch.full((steps * GLOBAL_BATCH, layout.seq_length, 3), -1)
-    for data_rank, ring_rank, member in product(range(data_size), range(layout.ring_size), range(ulysses)):
+    for data_rank, ring_rank, member in product(
+        range(data_size), range(layout.ring_size), range(ulysses)
+    ):
         loader = Loader(
             stream, layout, ring_rank, data_rank, data_size, micro_batch_size, GLOBAL_BATCH, consumed,
             ulysses_rank=member, ulysses_size=ulysses,
@@ -62,7 +76,15 @@ def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
     stream = SampleStream(store_of([range(9)]), range(1), seq_length=8, seed=1, vocab_size=9)
     layout = Layout(name, seq_length=8, ring_size=4)
     for ring_rank in range(4):
-        loader = Loader(stream, layout, ring_rank, data_rank=0, data_size=1, micro_batch_size=1, global_batch_size=1)
+        loader = Loader(
+            stream,
+            layout,
+            ring_rank,
+            data_rank=0,
+            data_size=1,
+            micro_batch_size=1,
+            global_batch_size=1,
+        )
         (batch,) = loader.next_step()
         assert batch.tokens_Bl.tolist() == [tokens[ring_rank]]
         assert batch.targets_Bl.tolist() == [targets[ring_rank]]
@@ -80,7 +102,9 @@ def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
 def test_tokens_0_to_7_on_two_ring_ranks_of_two_ulysses_members(store_of, name, tokens):
     stream = SampleStream(store_of([range(9)]), range(1), seq_length=8, seed=1, vocab_size=9)
     for (ring_rank, member), held in zip(product(range(2), range(2)), tokens):
-        loader = Loader(stream, Layout(name, 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2)
+        loader = Loader(
+            stream, Layout(name, 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2
+        )
         (batch,) = loader.next_step()
         assert batch.tokens_Bl.tolist() == [held]
         assert batch.targets_Bl.tolist() == [[token + 1 for token in held]]
@@ -112,15 +136,23 @@ def test_one_process_gets_the_samples_as_they_are(stream):
     ],
     ids=lambda layout: f"{layout.name}{layout.ring_size}",
 )
-def test_all_ranks_together_hold_what_one_process_holds(stream, layout, ulysses, data_size, micro_batch_size):
-    alone = steps_of(stream, Layout("none", S, 1), data_size=1, micro_batch_size=1, consumed=0, steps=5)
-    together = steps_of(stream, layout, data_size, micro_batch_size, consumed=0, steps=5, ulysses=ulysses)
+def test_all_ranks_together_hold_what_one_process_holds(
+    stream, layout, ulysses, data_size, micro_batch_size
+):
+    alone = steps_of(
+        stream, Layout("none", S, 1), data_size=1, micro_batch_size=1, consumed=0, steps=5
+    )
+    together = steps_of(
+        stream, layout, data_size, micro_batch_size, consumed=0, steps=5, ulysses=ulysses
+    )
     assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("done", [1, 3, 4])
 def test_a_run_resumed_on_another_grid_meets_what_it_would_have_met(stream, done):
-    through = steps_of(stream, Layout("striped", S, 4), data_size=1, micro_batch_size=2, consumed=0, steps=6)
+    through = steps_of(
+        stream, Layout("striped", S, 4), data_size=1, micro_batch_size=2, consumed=0, steps=6
+    )
     resumed = steps_of(
         stream,
         Layout("zigzag", S, 2),
@@ -140,7 +172,9 @@ def test_consumed_samples_count_the_whole_global_batch_on_every_rank(stream):
 
 
 def test_the_second_epoch_has_another_order(stream):
-    loader = Loader(stream, Layout("none", S, 1), 0, 0, 1, 1, global_batch_size=stream.samples_per_epoch)
+    loader = Loader(
+        stream, Layout("none", S, 1), 0, 0, 1, 1, global_batch_size=stream.samples_per_epoch
+    )
     first, second = ([batch.tokens_Bl.tolist() for batch in loader.next_step()] for _ in range(2))
     assert first != second
     assert len(first) == len(second) == stream.samples_per_epoch
@@ -167,23 +201,52 @@ def packed_stream(store_of, lengths: list[int]) -> SampleStream:
     numbers = count(1)
     documents = ([*islice(numbers, length - 1), END] for _ in count() for length in lengths)
     tokens = list(islice(chain.from_iterable(documents), 2 * PACKED_S + 1))
-    return SampleStream(store_of([tokens]), range(1), seq_length=PACKED_S, seed=1, vocab_size=len(tokens) + 1)
+    return SampleStream(
+        store_of([tokens]), range(1), seq_length=PACKED_S, seed=1, vocab_size=len(tokens) + 1
+    )
 
 
 def packed_batch(
-    stream: SampleStream, layout: Layout, ring_rank: int = 0, member: int = 0, ulysses: int = 1, **flags: bool
+    stream: SampleStream,
+    layout: Layout,
+    ring_rank: int = 0,
+    member: int = 0,
+    ulysses: int = 1,
+    **flags: bool,
 ) -> Batch:
     packing = Packing(END, **flags)
-    loader = Loader(stream, layout, ring_rank, 0, 1, 2, 2, packing=packing, ulysses_rank=member, ulysses_size=ulysses)
+    loader = Loader(
+        stream,
+        layout,
+        ring_rank,
+        0,
+        1,
+        2,
+        2,
+        packing=packing,
+        ulysses_rank=member,
+        ulysses_size=ulysses,
+    )
     (batch,) = loader.next_step()
     return batch
 
 
 def test_packed_documents_0_to_7_on_four_striped_ranks(store_of):
-    stream = SampleStream(store_of([[1, 2, END, 4, END, END, 7, 8, 9]]), range(1), seq_length=8, seed=1, vocab_size=10)
+    stream = SampleStream(
+        store_of([[1, 2, END, 4, END, END, 7, 8, 9]]), range(1), seq_length=8, seed=1, vocab_size=10
+    )
     starts, targets, positions = [], [], []
     for ring_rank in range(4):
-        loader = Loader(stream, Layout("striped", 8, 4), ring_rank, 0, 1, 1, 1, packing=Packing(END, **EVERY_FLAG))
+        loader = Loader(
+            stream,
+            Layout("striped", 8, 4),
+            ring_rank,
+            0,
+            1,
+            1,
+            1,
+            packing=Packing(END, **EVERY_FLAG),
+        )
         (batch,) = loader.next_step()
         starts += [batch.document_starts.tolist()]
         targets += batch.targets_Bl.tolist()
@@ -233,20 +296,39 @@ def test_packed_documents_do_not_depend_on_the_layout(store_of, layout, ulysses,
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_each_flag_changes_only_its_own_thing(store_of, flag):
-    stream, layout = packed_stream(store_of, LENGTHS["of prime length"]), Layout("striped", PACKED_S, 4)
+    stream, layout = (
+        packed_stream(store_of, LENGTHS["of prime length"]),
+        Layout("striped", PACKED_S, 4),
+    )
     for ring_rank in range(4):
-        none, one, every = (packed_batch(stream, layout, ring_rank, **on) for on in ({}, {flag: True}, EVERY_FLAG))
+        none, one, every = (
+            packed_batch(stream, layout, ring_rank, **on) for on in ({}, {flag: True}, EVERY_FLAG)
+        )
         for field in fields(Batch):
             expected = every if field.name == FLAGS[flag] else none
-            torch.testing.assert_close(getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0)
+            torch.testing.assert_close(
+                getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0
+            )
 
 
 def test_what_fills_a_layout_is_the_last_ulysses_members(store_of):
     """Five tokens on two ring ranks of two members: of eight places the last three repeat the last token."""
-    stream = SampleStream(store_of([[1, 2, 3, 4, 5, 6]]), range(1), seq_length=5, seed=1, vocab_size=10)
+    stream = SampleStream(
+        store_of([[1, 2, 3, 4, 5, 6]]), range(1), seq_length=5, seed=1, vocab_size=10
+    )
     tokens, targets = [], []
     for ring_rank, member in product(range(2), range(2)):
-        loader = Loader(stream, Layout("striped", 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2)
+        loader = Loader(
+            stream,
+            Layout("striped", 8, 2),
+            ring_rank,
+            0,
+            1,
+            1,
+            1,
+            ulysses_rank=member,
+            ulysses_size=2,
+        )
         (batch,) = loader.next_step()
         tokens += batch.tokens_Bl.tolist()
         targets += batch.targets_Bl.tolist()
@@ -256,10 +338,21 @@ def test_what_fills_a_layout_is_the_last_ulysses_members(store_of):
 
 def test_a_layout_longer_than_the_samples_is_filled_behind_their_end(store_of):
     """Seven tokens on four ranks: the eighth place repeats the last token, predicts nothing and has no new position."""
-    stream = SampleStream(store_of([[1, 2, END, 4, 5, 6, 7, 8]]), range(1), seq_length=7, seed=1, vocab_size=10)
+    stream = SampleStream(
+        store_of([[1, 2, END, 4, 5, 6, 7, 8]]), range(1), seq_length=7, seed=1, vocab_size=10
+    )
     tokens, targets, positions = [], [], []
     for ring_rank in range(4):
-        loader = Loader(stream, Layout("striped", 8, 4), ring_rank, 0, 1, 1, 1, packing=Packing(END, **EVERY_FLAG))
+        loader = Loader(
+            stream,
+            Layout("striped", 8, 4),
+            ring_rank,
+            0,
+            1,
+            1,
+            1,
+            packing=Packing(END, **EVERY_FLAG),
+        )
         (batch,) = loader.next_step()
         assert batch.document_starts.tolist() == [0, 3]
         tokens += batch.tokens_Bl.tolist()

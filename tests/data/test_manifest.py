@@ -32,14 +32,17 @@ def test_a_store_without_a_manifest_takes_any_tokenizer(tmp_path, tokenizer):
 def test_another_tokenizer_than_the_stores_is_refused(tmp_path, tokenizer):
     write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, tokenizer.vocab_size, 1, 2, 3))
     check_tokenizer(tmp_path / "P", tokenizer)
-    with pytest.raises(DataError, match=r"written with a tokenizer of 320 ids .*has 300 .*Set --tokenizer-model"):
+    with pytest.raises(
+        DataError, match=r"written with a tokenizer of 320 ids .*has 300 .*Set --tokenizer-model"
+    ):
         check_tokenizer(tmp_path / "P", train_tokenizer([TEXT], 300))
 
 
 def test_another_end_of_documents_than_the_stores_is_refused(tmp_path, tokenizer):
     write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, 320, 1, 2, 3, end_of_document=0))
     with pytest.raises(
-        DataError, match=r"ends documents with id 0, and the tokenizer given with 1\. Set --tokenizer-mod"
+        DataError,
+        match=r"ends documents with id 0, and the tokenizer given with 1\. Set --tokenizer-mod",
     ):
         check_tokenizer(tmp_path / "P", tokenizer)
 
@@ -65,11 +68,14 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"tokens": 5}', '{"tokens": ', "[" * 100_000, *BAD_VALUES])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"tokens": 5}', '{"tokens": ', "[" * 100_000, *BAD_VALUES]
+)
 def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
     manifest_path(tmp_path / "P").write_text(content)
     with pytest.raises(
-        DataError, match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document.*Delete it"
+        DataError,
+        match=r"P\.json is not one JSON object of tokenizer_sha256, .*end_of_document.*Delete it",
     ):
         read_manifest(tmp_path / "P")
 

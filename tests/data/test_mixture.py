@@ -11,7 +11,9 @@ from megatron_ring.data.mixture import Blend, InterleaveSchedule
 from megatron_ring.data.stream import Stream, Text
 from megatron_ring.data.tokens import TokenStore
 
-weights_of = st.fractions(min_value=0, max_value=10, max_denominator=1000).filter(lambda weight: weight > 0)
+weights_of = st.fractions(min_value=0, max_value=10, max_denominator=1000).filter(
+    lambda weight: weight > 0
+)
 
 
 class Numbered(Stream):
@@ -65,7 +67,10 @@ def test_a_blend_gives_the_streams_samples_and_tells_its_shares(store_of):
     store = store_of([[1]])
     blend = Blend([Numbered(store, 0), Numbered(store, 1)], [Fraction(3), Fraction(1)])
     assert [blend.sample(index).tolist() for index in range(4)] == [[0, 0], [0, 1], [1, 0], [0, 2]]
-    assert blend.in_words() == ["75.00% of the samples from stream 0", "25.00% of the samples from stream 1"]
+    assert blend.in_words() == [
+        "75.00% of the samples from stream 0",
+        "25.00% of the samples from stream 1",
+    ]
 
 
 def test_streams_of_two_lengths_make_no_blend(store_of):

@@ -30,7 +30,9 @@ def descriptors() -> int:
 def few_open_files():
     """A limit that leaves this process ten descriptors more than it has."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1])
+    )
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -127,4 +129,6 @@ def test_a_file_without_permission_is_one_error(tmp_path):
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o755)
-    assert subprocess.run([sys.executable, "-c", code, str(prefix)]).returncode == DataError.exit_code
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(prefix)]).returncode == DataError.exit_code
+    )

@@ -39,10 +39,14 @@ def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]]
     ("tokens", "starts", "positions"),
     [
         pytest.param([1, 2, 3, 4, 5, 6], [0], [0, 1, 2, 3, 4, 5], id="no end"),
-        pytest.param([1, 2, 3, 4, 5, END], [0], [0, 1, 2, 3, 4, 5], id="fills the sample: no start behind it"),
+        pytest.param(
+            [1, 2, 3, 4, 5, END], [0], [0, 1, 2, 3, 4, 5], id="fills the sample: no start behind it"
+        ),
         pytest.param([1, 2, 3, 4, END, 6], [0, 5], [0, 1, 2, 3, 4, 0], id="one token of the next"),
         pytest.param([1, 2, END, 4, 5, 6], [0, 3], [0, 1, 2, 0, 1, 2], id="cut at both edges"),
-        pytest.param([END, 2, 3, END, 5, 6], [0, 1, 4], [0, 0, 1, 2, 0, 1], id="ends with the first token"),
+        pytest.param(
+            [END, 2, 3, END, 5, 6], [0, 1, 4], [0, 0, 1, 2, 0, 1], id="ends with the first token"
+        ),
         pytest.param([1, END, END, 4, 5, 6], [0, 2, 3], [0, 1, 0, 0, 1, 2], id="two ends in a row"),
         pytest.param([END] * 6, [0, 1, 2, 3, 4, 5], [0] * 6, id="one token each"),
         pytest.param([1], [0], [0], id="a sample of one token"),
@@ -67,7 +71,10 @@ def test_an_end_predicts_nothing_and_is_itself_predicted():
 
 
 def test_without_flags_a_sample_is_one_document():
-    tokens_BS, next_BS = np.array([[1, END, 3, 4], [5, 6, 7, END]]), np.array([[END, 3, 4, 5], [6, 7, END, 8]])
+    tokens_BS, next_BS = (
+        np.array([[1, END, 3, 4], [5, 6, 7, END]]),
+        np.array([[END, 3, 4, 5], [6, 7, END, 8]]),
+    )
     for packing in (NO_BORDERS, Packing(END)):
         assert packing.document_starts(tokens_BS == END) is None
         assert everywhere(packing, tokens_BS).tolist() == [0, 1, 2, 3]
@@ -76,12 +83,24 @@ def test_without_flags_a_sample_is_one_document():
 
 def test_everything_is_int64():
     tokens_BS = np.array([[1, END, 3, 4]])
-    made = ALL.document_starts(tokens_BS == END), everywhere(ALL, tokens_BS), ALL.targets(tokens_BS, tokens_BS)
-    assert {array.dtype for array in (*made, everywhere(NO_BORDERS, tokens_BS))} == {np.dtype(np.int64)}
+    made = (
+        ALL.document_starts(tokens_BS == END),
+        everywhere(ALL, tokens_BS),
+        ALL.targets(tokens_BS, tokens_BS),
+    )
+    assert {array.dtype for array in (*made, everywhere(NO_BORDERS, tokens_BS))} == {
+        np.dtype(np.int64)
+    }
 
 
 # One end in three tokens: with runs of ends, and with long documents.
-@given(arrays(np.int64, array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=40), elements=st.integers(0, 2)))
+@given(
+    arrays(
+        np.int64,
+        array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=40),
+        elements=st.integers(0, 2),
+    )
+)
 def test_any_samples_are_what_they_are_token_by_token(samples):
     tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
     starts, positions, targets = token_by_token(samples.tolist())

@@ -33,7 +33,9 @@ def test_a_store_gives_back_the_documents_each_with_its_end(corpus, tokenizer, t
     prepare(corpus, tmp_path / "store" / "P", tokenizer)
     store = TokenStore(tmp_path / "store" / "P")
     documents = [store.document(i) for i in range(len(store))]
-    assert [tokenizer.decode(document) for document in documents] == [f"{name}\n{TEXT}" for name in "abc"]
+    assert [tokenizer.decode(document) for document in documents] == [
+        f"{name}\n{TEXT}" for name in "abc"
+    ]
     assert {int(document[-1]) for document in documents} == {tokenizer.end_of_document}
 
 
@@ -41,7 +43,9 @@ def test_the_counts_are_those_of_the_store_and_the_text(corpus, tokenizer, tmp_p
     manifest = prepare(corpus, tmp_path / "store" / "P", tokenizer).manifest
     tokens = int(TokenStore(tmp_path / "store" / "P").lengths.sum())
     counts = {"documents": 3, "tokens": tokens, "bytes": corpus.file_bytes, "skipped": 0}
-    assert manifest == Manifest(tokenizer.fingerprint, 320, **counts, end_of_document=tokenizer.end_of_document)
+    assert manifest == Manifest(
+        tokenizer.fingerprint, 320, **counts, end_of_document=tokenizer.end_of_document
+    )
     assert read_manifest(tmp_path / "store" / "P") == manifest
 
 
@@ -49,7 +53,9 @@ def test_the_folder_has_the_store_its_manifest_and_its_tokenizer(corpus, tokeniz
     prepare(corpus, tmp_path / "store" / "P", tokenizer)
     names = sorted(path.name for path in (tmp_path / "store").iterdir())
     assert names == ["P.bin", "P.idx", "P.json", "tokenizer.model"]
-    assert Tokenizer.load(tmp_path / "store" / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert (
+        Tokenizer.load(tmp_path / "store" / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    )
 
 
 def content(prefix: Path) -> dict[str, bytes]:
@@ -107,7 +113,9 @@ def test_what_is_left_out_of_archives_is_counted_whatever_the_processes(tokenize
                 archive.writestr(f"{number}.txt", f"{number} {TEXT}")
                 archive.writestr(f"{number}.png", "picture")
     corpus = gather([tmp_path / "in"])
-    found = [prepare(corpus, tmp_path / str(n) / "P", tokenizer, workers=n).manifest for n in (1, 2)]
+    found = [
+        prepare(corpus, tmp_path / str(n) / "P", tokenizer, workers=n).manifest for n in (1, 2)
+    ]
     assert found[0] == found[1]
     assert found[0].documents == 40
     assert found[0].left_out == {"*.png in archives": 40}
@@ -132,7 +140,9 @@ def test_after_an_interruption_only_what_is_left_is_made(corpus, tokenizer, tmp_
 
 @pytest.mark.usefixtures("many_shards")
 @pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost", "cut", "record"])
-def test_a_shard_of_other_things_is_made_again(corpus, tokenizer, tmp_path, made, monkeypatch, change):
+def test_a_shard_of_other_things_is_made_again(
+    corpus, tokenizer, tmp_path, made, monkeypatch, change
+):
     monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(corpus, tmp_path / "P", tokenizer)
@@ -165,7 +175,9 @@ def test_skipping_goes_on_from_where_a_bad_line_stopped_and_stopping_takes_nothi
     made.clear()
     monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare(gather([tmp_path / "text"], reading=Reading(on_error="skip")), tmp_path / "P", tokenizer)
+        prepare(
+            gather([tmp_path / "text"], reading=Reading(on_error="skip")), tmp_path / "P", tokenizer
+        )
     assert made == ["c.txt"]
     with pytest.raises(DataError, match=r"c\.txt:1"):
         prepare(corpus, tmp_path / "P", tokenizer)
@@ -190,7 +202,9 @@ def test_a_failure_leaves_the_store_that_was_there(corpus, tokenizer, tmp_path):
 
 def test_a_corpus_of_empty_documents_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"nothing to write to .*P: every document is empty\. Set --input"):
+    with pytest.raises(
+        DataError, match=r"nothing to write to .*P: every document is empty\. Set --input"
+    ):
         prepare(gather([tmp_path / "a.txt"]), tmp_path / "P", tokenizer)
 
 
@@ -217,7 +231,8 @@ def test_the_library_is_prepared_once_by_processes_that_start_together(tmp_path,
     monkeypatch.setattr(module, "prepare", counted)
     # Forked, so that the processes see the small library.
     processes = [
-        get_context("fork").Process(target=prepare_python_library, args=(tmp_path / "data",)) for _ in range(3)
+        get_context("fork").Process(target=prepare_python_library, args=(tmp_path / "data",))
+        for _ in range(3)
     ]
     for process in processes:
         process.start()

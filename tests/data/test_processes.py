@@ -36,7 +36,9 @@ def test_results_come_in_the_order_of_the_jobs_each_with_its_own(ahead):
 def test_no_more_jobs_are_taken_ahead_than_asked_for():
     taken = []
     with pool_of(1) as pool:
-        results = in_order(pool, slow_first, (taken.append(number) or number for number in range(9)), ahead=2)
+        results = in_order(
+            pool, slow_first, (taken.append(number) or number for number in range(9)), ahead=2
+        )
         for number in range(3):
             assert next(results) == (number, number)
             assert taken == list(range(number + 3))
@@ -52,7 +54,9 @@ def test_the_first_job_to_fail_is_the_one_that_is_told():
 
 def test_a_killed_process_is_told():
     with (
-        pytest.raises(DataError, match=r"was killed, perhaps for want of memory\. Set --workers lower"),
+        pytest.raises(
+            DataError, match=r"was killed, perhaps for want of memory\. Set --workers lower"
+        ),
         pool_of(2) as pool,
     ):
         list(in_order(pool, die, range(2)))
@@ -73,7 +77,9 @@ if __name__ == "__main__":
 
 def test_processes_end_with_a_killed_parent(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    told = subprocess.run([sys.executable, str(tmp_path / "parent.py")], capture_output=True, text=True, timeout=60)
+    told = subprocess.run(
+        [sys.executable, str(tmp_path / "parent.py")], capture_output=True, text=True, timeout=60
+    )
     child = int(told.stdout)
     deadline = time.monotonic() + 20
     while is_running(child) and time.monotonic() < deadline:

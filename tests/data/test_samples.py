@@ -15,7 +15,9 @@ def stream_of(store, seq_length: int, seed: int = 1, vocab_size: int = 65536) ->
 
 def epoch(stream: SampleStream, number: int = 0) -> list[list[int]]:
     first = number * stream.samples_per_epoch
-    return [stream.sample(index).tolist() for index in range(first, first + stream.samples_per_epoch)]
+    return [
+        stream.sample(index).tolist() for index in range(first, first + stream.samples_per_epoch)
+    ]
 
 
 def test_split_gives_the_first_documents_to_training():
@@ -52,12 +54,16 @@ def test_a_part_without_documents_says_its_numbers():
 
 
 def test_a_test_share_without_documents_is_named():
-    with pytest.raises(DataError, match=r"^test: a share of 0.01 of 10 documents is 0 documents with 0 tokens"):
+    with pytest.raises(
+        DataError, match=r"^test: a share of 0.01 of 10 documents is 0 documents with 0 tokens"
+    ):
         split_documents(np.full(10, 100), (0.79, 0.2, 0.01), seq_length=16)
 
 
 def test_every_part_with_too_few_tokens_is_named_with_the_longest_it_can_give():
-    with pytest.raises(DataError, match=r"(?s)^training: .*--seq-length to at most 79.*validation: .*at most 19"):
+    with pytest.raises(
+        DataError, match=r"(?s)^training: .*--seq-length to at most 79.*validation: .*at most 19"
+    ):
         split_documents(np.full(10, 10), (0.8, 0.2), seq_length=128)
 
 
@@ -81,10 +87,15 @@ def test_documents_are_joined_whole(store_of):
     assert joined.index(5) == joined.index(4) + 1
 
 
-@given(lengths=st.lists(st.integers(0, 12)).filter(lambda lengths: sum(lengths) > 5), seed=st.integers(0, 2**32))
+@given(
+    lengths=st.lists(st.integers(0, 12)).filter(lambda lengths: sum(lengths) > 5),
+    seed=st.integers(0, 2**32),
+)
 def test_an_epoch_holds_every_token_once_but_the_last_few(store_of, lengths, seed):
     tokens = iter(range(sum(lengths)))
-    stream = stream_of(store_of([[next(tokens) for _ in range(length)] for length in lengths]), 5, seed)
+    stream = stream_of(
+        store_of([[next(tokens) for _ in range(length)] for length in lengths]), 5, seed
+    )
     for number in (0, 1):
         inputs = [token for sample in epoch(stream, number) for token in sample[:-1]]
         assert len(set(inputs)) == len(inputs) == 5 * stream.samples_per_epoch
@@ -93,7 +104,9 @@ def test_an_epoch_holds_every_token_once_but_the_last_few(store_of, lengths, see
 
 def test_the_second_epoch_has_another_order_of_documents_and_of_samples(store_of):
     documents = [range(100 * i, 100 * i + 10) for i in range(20)]
-    first, second = (epoch(stream_of(store_of(documents), seq_length=20), number) for number in (0, 1))
+    first, second = (
+        epoch(stream_of(store_of(documents), seq_length=20), number) for number in (0, 1)
+    )
     assert [sample[0] for sample in first] != [sample[0] for sample in second]
     assert sorted(first) != sorted(second)
 
@@ -102,7 +115,9 @@ def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before(store_of
     store = store_of([range(50), range(100, 150), range(200, 250)])
     stream = stream_of(store, 10, seed=7)
     last_first = [stream.sample(index).tolist() for index in reversed(range(30))]
-    assert [stream_of(store, 10, seed=7).sample(index).tolist() for index in range(30)] == last_first[::-1]
+    assert [
+        stream_of(store, 10, seed=7).sample(index).tolist() for index in range(30)
+    ] == last_first[::-1]
     assert epoch(stream_of(store, 10, seed=8)) != epoch(stream)
 
 
@@ -112,7 +127,9 @@ def test_the_order_is_the_same_on_every_machine(store_of):
 
 
 def test_only_the_documents_of_the_range_are_met(store_of):
-    stream = SampleStream(store_of([[1] * 9, [2] * 9, [3] * 9]), range(1, 2), seq_length=4, seed=1, vocab_size=10)
+    stream = SampleStream(
+        store_of([[1] * 9, [2] * 9, [3] * 9]), range(1, 2), seq_length=4, seed=1, vocab_size=10
+    )
     assert {token for sample in epoch(stream) for token in sample} == {2}
 
 
@@ -120,5 +137,7 @@ def test_only_the_documents_of_the_range_are_met(store_of):
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(store_of, foreign):
     stream = stream_of(store_of([[1, 2], [3, foreign, 5]], np.int32), seq_length=4, vocab_size=320)
     where = r"in document 1 at byte 12 of .*P\.bin"
-    with pytest.raises(DataError, match=rf"P has id {foreign}, {where}, .* has 320 ids, 0 to 319\. .* --verify"):
+    with pytest.raises(
+        DataError, match=rf"P has id {foreign}, {where}, .* has 320 ids, 0 to 319\. .* --verify"
+    ):
         stream.sample(0)

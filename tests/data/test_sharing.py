@@ -47,7 +47,9 @@ def small_parts(monkeypatch):
 def made(monkeypatch) -> list[Path]:
     """The prefixes of what is made, here instead of in other processes."""
     prefixes, make = [], sharing.make_in_process
-    monkeypatch.setattr(sharing, "make_in_process", lambda job: prefixes.append(job.prefix) or make(job))
+    monkeypatch.setattr(
+        sharing, "make_in_process", lambda job: prefixes.append(job.prefix) or make(job)
+    )
     monkeypatch.setattr(sharing, "pool_of", _this_process)
     return prefixes
 
@@ -65,7 +67,9 @@ def content(prefix: Path) -> dict[str, bytes]:
     return {suffix: Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")}
 
 
-def prepared_by(workers: int, corpus: Corpus, tokenizer, folder: Path) -> tuple[Prepared, dict[str, bytes]]:
+def prepared_by(
+    workers: int, corpus: Corpus, tokenizer, folder: Path
+) -> tuple[Prepared, dict[str, bytes]]:
     found = prepare(corpus, folder / str(workers) / "P", tokenizer, workers)
     return found, content(folder / str(workers) / "P")
 
@@ -106,10 +110,14 @@ def test_parts_are_gone_when_they_are_joined(corpus, tokenizer, tmp_path, made):
     records = dict(sharing.made_by(2, work, np.dtype(np.uint16)))
     assert set(records) == set(work)
     left = {path.name for path in (tmp_path / "work").iterdir()}
-    assert left == {f"{job.prefix.name}.{suffix}" for job in work for suffix in ("bin", "idx", "json")}
+    assert left == {
+        f"{job.prefix.name}.{suffix}" for job in work for suffix in ("bin", "idx", "json")
+    }
 
 
-def test_after_an_interruption_only_missing_parts_are_made(corpus, tokenizer, tmp_path, made, monkeypatch):
+def test_after_an_interruption_only_missing_parts_are_made(
+    corpus, tokenizer, tmp_path, made, monkeypatch
+):
     expected = prepared_by(1, corpus, tokenizer, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(sharing, "_joined", lambda *_: 1 / 0)
@@ -133,6 +141,8 @@ def test_a_bad_line_stops_what_is_made_in_parts(corpus, tokenizer, tmp_path, mad
 def test_a_long_file_without_documents_is_made_too(tokenizer, tmp_path, made):
     empty = write_lines(tmp_path / "a.jsonl.gz", [f"rubbish {number}" for number in range(200)])
     one = write_lines(tmp_path / "b.jsonl.gz", lines_of(1))
-    found, _ = prepared_by(2, gather([empty, one], reading=Reading(on_error="skip")), tokenizer, tmp_path)
+    found, _ = prepared_by(
+        2, gather([empty, one], reading=Reading(on_error="skip")), tokenizer, tmp_path
+    )
     assert (found.manifest.documents, found.manifest.skipped) == (1, 200)
     assert any("-" in prefix.name for prefix in made)

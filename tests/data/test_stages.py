@@ -48,15 +48,28 @@ def taken(monkeypatch) -> list[int]:
 @pytest.fixture
 def stream(store_of) -> SampleStream:
     """Tokens of 2 bytes."""
-    return SampleStream(store_of([range(1000 * i, 1000 * i + 50) for i in range(10)]), range(10), S, 5, 65536)
+    return SampleStream(
+        store_of([range(1000 * i, 1000 * i + 50) for i in range(10)]), range(10), S, 5, 65536
+    )
 
 
-def bytes_of_ranks(stream: SampleStream, packing: Packing, grid: Grid, taken: list[int]) -> list[int]:
+def bytes_of_ranks(
+    stream: SampleStream, packing: Packing, grid: Grid, taken: list[int]
+) -> list[int]:
     """What every rank reads in STEPS optimizer steps."""
     layout, found = Layout("striped", S, grid.ring), []
     for rank in range(grid.world_size):
         taken.clear()
-        loader = loader_of(stream, packing, layout, grid, grid.coordinates(rank), 2, GLOBAL_BATCH, consumed_samples=0)
+        loader = loader_of(
+            stream,
+            packing,
+            layout,
+            grid,
+            grid.coordinates(rank),
+            2,
+            GLOBAL_BATCH,
+            consumed_samples=0,
+        )
         for _ in range(STEPS):
             loader.next_step()
         found.append(sum(taken))
@@ -66,7 +79,12 @@ def bytes_of_ranks(stream: SampleStream, packing: Packing, grid: Grid, taken: li
 def test_a_context_rank_reads_its_own_tokens_and_a_later_stage_none(stream, taken):
     own = STEPS * GLOBAL_BATCH * S // 2 * 2
     tokens_and_targets = 2 * own
-    assert bytes_of_ranks(stream, NO_BORDERS, GRID, taken) == [tokens_and_targets, tokens_and_targets, 0, 0]
+    assert bytes_of_ranks(stream, NO_BORDERS, GRID, taken) == [
+        tokens_and_targets,
+        tokens_and_targets,
+        0,
+        0,
+    ]
 
 
 def test_where_documents_are_kept_apart_the_first_stage_looks_at_whole_samples_and_a_later_one_still_at_none(
@@ -79,14 +97,26 @@ def test_where_documents_are_kept_apart_the_first_stage_looks_at_whole_samples_a
 
 def test_tensor_ranks_read_the_same_tokens_each(stream, taken):
     own = STEPS * GLOBAL_BATCH * S // 2 * 2
-    assert bytes_of_ranks(stream, NO_BORDERS, replace(GRID, tensor=2), taken) == [2 * own] * 4 + [0] * 4
+    assert (
+        bytes_of_ranks(stream, NO_BORDERS, replace(GRID, tensor=2), taken)
+        == [2 * own] * 4 + [0] * 4
+    )
 
 
 def test_a_later_stage_counts_the_samples_that_the_first_consumes(stream):
     for rank in range(GRID.world_size):
         at = GRID.coordinates(rank)
         with Prefetcher(
-            loader_of(stream, NO_BORDERS, Layout("striped", S, 2), GRID, at, 2, GLOBAL_BATCH, consumed_samples=24)
+            loader_of(
+                stream,
+                NO_BORDERS,
+                Layout("striped", S, 2),
+                GRID,
+                at,
+                2,
+                GLOBAL_BATCH,
+                consumed_samples=24,
+            )
         ) as ahead:
             batches = [ahead.next_step() for _ in range(STEPS)]
             assert ahead.consumed_samples == 24 + STEPS * GLOBAL_BATCH

@@ -10,7 +10,10 @@ from megatron_ring.data.stream import Text
 from megatron_ring.errors import DataError
 
 
-@given(st.lists(st.lists(st.integers(0, 99), max_size=6), max_size=6), st.lists(st.integers(0, 40)).map(sorted))
+@given(
+    st.lists(st.lists(st.integers(0, 99), max_size=6), max_size=6),
+    st.lists(st.integers(0, 40)).map(sorted),
+)
 def test_any_places_are_those_of_the_whole(pieces, places):
     text = Text([np.array(piece, np.uint16) for piece in pieces], store=None, vocab_size=100)
     whole = np.array([token for piece in pieces for token in piece] + [IGNORED] * 41)
@@ -30,5 +33,7 @@ def test_only_the_places_asked_for_are_looked_at(store_of):
     store = store_of([[1, 500, 3], [4, 5]])
     text = Text([store.document(0), store.document(1)], store, vocab_size=100)
     assert text.at(np.array([0, 2, 3])).tolist() == [1, 3, 4]
-    with pytest.raises(DataError, match=r"P has id 500, .* has 100 ids, 0 to 99\. Set --tokenizer-model"):
+    with pytest.raises(
+        DataError, match=r"P has id 500, .* has 100 ids, 0 to 99\. Set --tokenizer-model"
+    ):
         text.at(np.array([1]))

@@ -44,7 +44,10 @@ def said(index: bytes) -> list[list[int]]:
     values = struct.unpack_from(f"<{sequences}i{sequences}q{bounds}q", index, 34)
     lengths, pointers = values[:sequences], values[sequences : 2 * sequences]
     first = values[2 * sequences :]
-    read = [list(struct.unpack_from(f"<{n}{kind}", TOKENS.tobytes(), at)) for n, at in zip(lengths, pointers)]
+    read = [
+        list(struct.unpack_from(f"<{n}{kind}", TOKENS.tobytes(), at))
+        for n, at in zip(lengths, pointers)
+    ]
     return [joined(read[start:stop]) for start, stop in pairwise(first)]
 
 
@@ -110,12 +113,16 @@ def test_foreign_bytes_are_refused_or_read_as_they_are(prefix, content, header):
 def test_bounds_whose_differences_wrap_around_are_refused(prefix):
     bounds = struct.pack("<5q", 0, 2**63 - 1, -(2**63), -1, len(DOCUMENTS))
     counts = struct.pack("<QQ", len(DOCUMENTS), 5)
-    Path(f"{prefix}.idx").write_bytes(INDEX[:18] + counts + INDEX[34 : 34 + 12 * len(DOCUMENTS)] + bounds)
+    Path(f"{prefix}.idx").write_bytes(
+        INDEX[:18] + counts + INDEX[34 : 34 + 12 * len(DOCUMENTS)] + bounds
+    )
     with pytest.raises(DataError, match="bounds that do not rise"):
         TokenStore(prefix)
 
 
-@pytest.mark.parametrize("counts", [(2**40, 2**40 + 1), (2**64 - 1, 2**64 - 1), (5, 2**61), (2**61, 6)])
+@pytest.mark.parametrize(
+    "counts", [(2**40, 2**40 + 1), (2**64 - 1, 2**64 - 1), (5, 2**61), (2**61, 6)]
+)
 def test_a_huge_count_takes_no_memory(prefix, counts):
     Path(f"{prefix}.idx").write_bytes(INDEX[:18] + struct.pack("<QQ", *counts) + INDEX[34:])
     tracemalloc.start()

@@ -44,7 +44,12 @@ def base(store_of, tokenizer, tmp_path_factory) -> DataConfig:
     """A small and a large store of documents of 1 to 60 tokens; the small one goes round within the test."""
     generator, end = np.random.default_rng(0), tokenizer.end_of_document
     stores = [
-        store_of([[*generator.integers(4, 300, size=n), end] for n in generator.integers(0, 60, size=documents)])
+        store_of(
+            [
+                [*generator.integers(4, 300, size=n), end]
+                for n in generator.integers(0, 60, size=documents)
+            ]
+        )
         for documents in (9, 60)
     ]
     model = tmp_path_factory.mktemp("tokenizer") / "the.model"
@@ -61,7 +66,9 @@ def config(request, base) -> DataConfig:
     return replace(base, data_path=path, **dict.fromkeys(flags, asked.pop("apart", False)), **asked)
 
 
-def opened(config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, consumed: int) -> Loader | LaterStageLoader:
+def opened(
+    config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, consumed: int
+) -> Loader | LaterStageLoader:
     dataset = Dataset.open(config, seed=3)
     sizes = GLOBAL_BATCH // grid.data // 2, GLOBAL_BATCH
     return loader_of(dataset.training, dataset.packing, layout, grid, at, *sizes, consumed)
@@ -69,7 +76,9 @@ def opened(config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, cons
 
 def known(batch: Batch) -> torch.Tensor:
     """What a rank knows of each of its tokens, (B, l, 3): itself, its target, its position."""
-    return torch.stack([batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1)
+    return torch.stack(
+        [batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1
+    )
 
 
 def starts_of_samples(batch: Batch) -> list[list[int]]:
@@ -95,7 +104,9 @@ def put_together(
         assert loader.consumed_samples == steps.stop * GLOBAL_BATCH
         assert bool(batches) == (at.pipe == 0), "what later stages need travels to them"
         for micro, batch in enumerate(batches):
-            rows = torch.arange(len(batch.tokens_Bl)) + (micro * grid.data + at.data) * len(batch.tokens_Bl)
+            rows = torch.arange(len(batch.tokens_Bl)) + (micro * grid.data + at.data) * len(
+                batch.tokens_Bl
+            )
             held = whole[rows[:, None], places]
             # Tensor ranks have the same tokens as their fellows.
             assert (held == -1).all() or torch.equal(held, known(batch))
@@ -138,10 +149,16 @@ def test_a_run_resumed_from_what_a_prefetcher_handed_out_meets_the_rest(config):
 
 def test_the_blend_has_both_stores_as_often_as_they_weigh(base):
     """22 of the 32 samples, 0.7 of them to within one half, are the small store's, which has been round by then."""
-    alone = [Dataset.open(replace(base, data_path=base.data_path[n : n + 1]), seed=3).training for n in (1, 3)]
+    alone = [
+        Dataset.open(replace(base, data_path=base.data_path[n : n + 1]), seed=3).training
+        for n in (1, 3)
+    ]
     blended = Dataset.open(base, seed=3).training
     samples = [blended.sample(index).tolist() for index in range(STEPS * GLOBAL_BATCH)]
-    taken = [[stream.sample(index).tolist() for index in range(count)] for stream, count in zip(alone, (22, 10))]
+    taken = [
+        [stream.sample(index).tolist() for index in range(count)]
+        for stream, count in zip(alone, (22, 10))
+    ]
     assert sorted(samples) == sorted(taken[0] + taken[1])
     assert alone[0].samples_per_epoch < 22
 
@@ -151,7 +168,11 @@ def test_fill_predicts_nothing_and_is_seen_by_nothing(base, tokenizer):
     flags = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), True)
     config = replace(base, data_path=base.data_path[3:], packing="greedy", **flags)
     stream = Dataset.open(config, seed=3).training
-    filled = next(index for index in range(stream.samples_per_epoch) if (stream.sample(index)[:-1] < 0).sum() > 2)
+    filled = next(
+        index
+        for index in range(stream.samples_per_epoch)
+        if (stream.sample(index)[:-1] < 0).sum() > 2
+    )
     text = int((stream.sample(filled) >= 0).sum())
     first = filled // GLOBAL_BATCH * GLOBAL_BATCH
     loader = opened(config, Layout("none", S, 1), Grid(), Coordinates(0, 0, 0, 0, 0), first)

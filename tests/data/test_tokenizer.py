@@ -13,7 +13,9 @@ from megatron_ring.errors import DataError
 from tests.data.text import TEXT
 
 # Characters that sentencepiece is known to treat specially, drawn more often than the rest of Unicode.
-ANY_TEXT = st.text(st.sampled_from(" \n\t\r\0▁▅a<s>⁇\u00a0\ufeff\ufffd") | st.characters(codec="utf-8"))
+ANY_TEXT = st.text(
+    st.sampled_from(" \n\t\r\0▁▅a<s>⁇\u00a0\ufeff\ufffd") | st.characters(codec="utf-8")
+)
 
 
 @settings(max_examples=300)
@@ -40,7 +42,12 @@ def test_bytes_per_token_of_each_kind_of_id(tokenizer):
 
 
 def test_the_end_of_document_has_no_text_and_no_text_has_it(tokenizer):
-    assert tokenizer.decode([*tokenizer.encode("one"), tokenizer.end_of_document, *tokenizer.encode("two")]) == "onetwo"
+    assert (
+        tokenizer.decode(
+            [*tokenizer.encode("one"), tokenizer.end_of_document, *tokenizer.encode("two")]
+        )
+        == "onetwo"
+    )
     assert tokenizer.end_of_document not in tokenizer.encode("</s>")
 
 
@@ -58,7 +65,10 @@ def test_documents_end_with_the_end_of_document(tokenizer):
 def test_a_document_may_end_with_any_token_of_the_model(tokenizer):
     named = Tokenizer(tokenizer.model, "named", end="<unk>")
     assert named.encode_documents(["a"])[0].tolist() == [*tokenizer.encode("a"), 0]
-    with pytest.raises(DataError, match="tokenizer named has no token '<stop>', .*Set --eod-token to a token that it"):
+    with pytest.raises(
+        DataError,
+        match="tokenizer named has no token '<stop>', .*Set --eod-token to a token that it",
+    ):
         Tokenizer(tokenizer.model, "named", end="<stop>")
 
 
@@ -73,7 +83,9 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tokenizer, tmp_path):
 def test_saving_over_another_tokenizer_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.model")
     tokenizer.save(tmp_path / "tokenizer.model")
-    with pytest.raises(DataError, match=r"tokenizer\.model is another tokenizer.*Set --tokenizer-model"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.model is another tokenizer.*Set --tokenizer-model"
+    ):
         train_tokenizer([TEXT], 300).save(tmp_path / "tokenizer.model")
 
 
@@ -81,7 +93,12 @@ def trained_elsewhere(**options) -> bytes:
     """A model with sentencepiece's own defaults, as older ones have: a space put in front, no bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT]), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2, **options
+        sentence_iterator=iter([TEXT]),
+        model_writer=model,
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+        **options,
     )
     return model.getvalue()
 
@@ -94,17 +111,24 @@ def test_a_model_trained_elsewhere_keeps_its_own_habits():
 
 
 def test_a_model_without_an_end_is_refused():
-    with pytest.raises(DataError, match=r"tokenizer endless has no end-of-sentence piece.*Set --eod-token"):
+    with pytest.raises(
+        DataError, match=r"tokenizer endless has no end-of-sentence piece.*Set --eod-token"
+    ):
         Tokenizer(trained_elsewhere(eos_id=-1), "endless")
 
 
 def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.model cannot be read: No such file.*Set --tokenizer-model, or train"):
+    with pytest.raises(
+        DataError,
+        match=r"none\.model cannot be read: No such file.*Set --tokenizer-model, or train",
+    ):
         Tokenizer.load(tmp_path / "none.model")
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a README"])
 def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "a.model").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.model \({len(content)} bytes\) is not a sentencepiece model"):
+    with pytest.raises(
+        DataError, match=rf"a\.model \({len(content)} bytes\) is not a sentencepiece model"
+    ):
         Tokenizer.load(tmp_path / "a.model")

@@ -30,5 +30,7 @@ def test_indentation_is_one_token(tokenizer):
     ],
 )
 def test_a_vocabulary_that_the_text_cannot_give_is_refused(text, vocab_size, reason):
-    with pytest.raises(DataError, match=f"no tokenizer of {vocab_size} ids .*: .*{reason}.*Set --vocab-size"):
+    with pytest.raises(
+        DataError, match=f"no tokenizer of {vocab_size} ids .*: .*{reason}.*Set --vocab-size"
+    ):
         train_tokenizer([text], vocab_size)

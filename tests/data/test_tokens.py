@@ -52,12 +52,16 @@ def test_megatrons_files_are_read(prefix):
 
 def test_a_document_kept_as_several_sequences_is_read_whole(prefix):
     Path(f"{prefix}.idx").write_bytes(
-        MEGATRON_IDX[:18] + struct.pack("<QQ", 3, 3) + struct.pack("<3i3q3q", 1, 2, 2, 0, 2, 6, 0, 2, 3)
+        MEGATRON_IDX[:18]
+        + struct.pack("<QQ", 3, 3)
+        + struct.pack("<3i3q3q", 1, 2, 2, 0, 2, 6, 0, 2, 3)
     )
     assert TokenStore(prefix).document(0).tolist() == [5, 6, 7]
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "uint16"), (65499, "uint16"), (65500, "int32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(300, "uint16"), (65499, "uint16"), (65500, "int32")]
+)
 def test_token_type_follows_megatrons_rule(vocab_size, dtype):
     assert token_dtype(vocab_size).name == dtype
 
@@ -94,64 +98,101 @@ def test_an_interrupted_writer_leaves_the_old_store(prefix):
 def test_a_document_too_long_for_the_format_is_refused(tmp_path):
     endless = np.broadcast_to(np.uint16(1), LONGEST_SEQUENCE + 1)
     message = r"a document of 2147483648 tokens does not fit .*up to 2147483647"
-    with TokenStoreWriter(tmp_path / "P", token_dtype(4096)) as writer, pytest.raises(DataError, match=message):
+    with (
+        TokenStoreWriter(tmp_path / "P", token_dtype(4096)) as writer,
+        pytest.raises(DataError, match=message),
+    ):
         writer.add_document(endless)
 
 
 @pytest.mark.parametrize("ids", [[0, 65536], [-1]])
 def test_ids_that_the_type_cannot_hold_are_refused(ids, tmp_path):
-    with TokenStoreWriter(tmp_path / "P", np.uint16) as writer, pytest.raises(DataError, match="0 to 65535"):
+    with (
+        TokenStoreWriter(tmp_path / "P", np.uint16) as writer,
+        pytest.raises(DataError, match="0 to 65535"),
+    ):
         writer.add_document(ids)
 
 
 def test_a_store_of_another_type_is_not_added(prefix, tmp_path):
-    with TokenStoreWriter(tmp_path / "P", np.int32) as writer, pytest.raises(DataError, match="uint16"):
+    with (
+        TokenStoreWriter(tmp_path / "P", np.int32) as writer,
+        pytest.raises(DataError, match="uint16"),
+    ):
         writer.add_store(prefix)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_missing_file_is_named(prefix, suffix):
     Path(f"{prefix}.{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"no .*P\.{suffix}\. .*Set --data-path, or write it with .*prepare_data\.py"):
+    with pytest.raises(
+        DataError,
+        match=rf"no .*P\.{suffix}\. .*Set --data-path, or write it with .*prepare_data\.py",
+    ):
         TokenStore(prefix)
 
 
 def test_a_path_with_its_suffix_is_told_to_go_without(prefix):
-    with pytest.raises(DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*names them by P alone"):
+    with pytest.raises(
+        DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*names them by P alone"
+    ):
         TokenStore(f"{prefix}.bin")
 
 
 DAMAGED_INDICES = {
     "empty": (b"", r"P\.idx has 0 bytes, and its header alone takes 34"),
     "cut in the header": (MEGATRON_IDX[:33], r"P\.idx has 33 bytes, and its header alone takes 34"),
-    "cut in the parts": (MEGATRON_IDX[:-1], r"81 bytes, and 2 sequences with 3 document bounds take 82"),
+    "cut in the parts": (
+        MEGATRON_IDX[:-1],
+        r"81 bytes, and 2 sequences with 3 document bounds take 82",
+    ),
     "bad magic": (b"PK" + MEGATRON_IDX[2:], r"b'PKIDIDX.*Megatron writes b'MMIDIDX"),
-    "version": (MEGATRON_IDX[:9] + struct.pack("<Q", 2) + MEGATRON_IDX[17:], "format version 2, and only 1 is known"),
-    "float tokens": (MEGATRON_IDX[:17] + b"\x07" + MEGATRON_IDX[18:], "token type 7, .*one of: 1 uint8, .*8 uint16"),
-    "a gap": (MEGATRON_IDX[:-32] + struct.pack("<q", 8) + MEGATRON_IDX[-24:], "do not lie one after another"),
-    "bounds": (MEGATRON_IDX[:-8] + struct.pack("<q", 1), "bounds that do not rise from 0 to its 2 sequences"),
+    "version": (
+        MEGATRON_IDX[:9] + struct.pack("<Q", 2) + MEGATRON_IDX[17:],
+        "format version 2, and only 1 is known",
+    ),
+    "float tokens": (
+        MEGATRON_IDX[:17] + b"\x07" + MEGATRON_IDX[18:],
+        "token type 7, .*one of: 1 uint8, .*8 uint16",
+    ),
+    "a gap": (
+        MEGATRON_IDX[:-32] + struct.pack("<q", 8) + MEGATRON_IDX[-24:],
+        "do not lie one after another",
+    ),
+    "bounds": (
+        MEGATRON_IDX[:-8] + struct.pack("<q", 1),
+        "bounds that do not rise from 0 to its 2 sequences",
+    ),
     "no tokens": (MEGATRON_IDX[:18] + struct.pack("<QQq", 0, 1, 0), r"P\.idx has no tokens"),
 }
 
 
-@pytest.mark.parametrize(("content", "message"), DAMAGED_INDICES.values(), ids=DAMAGED_INDICES.keys())
+@pytest.mark.parametrize(
+    ("content", "message"), DAMAGED_INDICES.values(), ids=DAMAGED_INDICES.keys()
+)
 def test_a_damaged_index_is_described(prefix, content, message):
     Path(f"{prefix}.idx").write_bytes(content)
     with pytest.raises(DataError, match=f"(?s){message}.*Set --data-path"):
         TokenStore(prefix)
 
 
-@pytest.mark.parametrize("content", [b"", MEGATRON_BIN[:-1], MEGATRON_BIN + b"\x00"], ids=["empty", "cut", "longer"])
+@pytest.mark.parametrize(
+    "content", [b"", MEGATRON_BIN[:-1], MEGATRON_BIN + b"\x00"], ids=["empty", "cut", "longer"]
+)
 def test_tokens_of_another_size_are_refused(prefix, content):
     Path(f"{prefix}.bin").write_bytes(content)
-    with pytest.raises(DataError, match=rf"P\.bin has {len(content)} bytes, .* tells of 10 \(5 tokens of uint16\)"):
+    with pytest.raises(
+        DataError, match=rf"P\.bin has {len(content)} bytes, .* tells of 10 \(5 tokens of uint16\)"
+    ):
         TokenStore(prefix)
 
 
 def test_tokens_that_are_cut_while_they_are_read_are_refused(prefix):
     store = TokenStore(prefix)
     os.truncate(f"{prefix}.bin", 4)
-    with pytest.raises(DataError, match=r"P\.bin has 4 bytes, and had 10 when it was opened: .*Set --data-path"):
+    with pytest.raises(
+        DataError, match=r"P\.bin has 4 bytes, and had 10 when it was opened: .*Set --data-path"
+    ):
         store.document(0)
 
 
@@ -165,7 +206,8 @@ def test_a_wrong_byte_in_the_index_is_refused_or_leaves_a_whole_store(tmp_path_f
     still_whole = (
         content == MEGATRON_IDX,
         content[17] == 3,  # int16 is as wide as uint16, and nothing else tells them apart
-        content[-16] in (0, 2) and at == len(MEGATRON_IDX) - 16,  # another bound between the documents, but a bound
+        content[-16] in (0, 2)
+        and at == len(MEGATRON_IDX) - 16,  # another bound between the documents, but a bound
     )
     if any(still_whole):
         assert TokenStore(prefix).lengths.sum() == 5

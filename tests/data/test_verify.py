@@ -20,7 +20,10 @@ def test_a_store_that_megatron_wrote_may_end_documents_in_any_way(store_of, toke
 
 
 def test_another_count_than_the_manifests_is_named(store_of, tokenizer):
-    with pytest.raises(DataError, match=r"(?s)2 documents, and its manifest tells of 3.*5 tokens, and .* tells of 6"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)2 documents, and its manifest tells of 3.*5 tokens, and .* tells of 6",
+    ):
         verify(store_of([[5, 6, 1], [7, 1]]), manifest(3, 6), tokenizer)
 
 

@@ -16,13 +16,17 @@ S = 6
 every_fit = pytest.mark.parametrize("fit", FITS)
 
 
-def stream_of(store, fit: str, seq_length: int = S, seed: int = 1, vocab_size: int = 65536) -> WholeDocumentStream:
+def stream_of(
+    store, fit: str, seq_length: int = S, seed: int = 1, vocab_size: int = 65536
+) -> WholeDocumentStream:
     return WholeDocumentStream(store, range(len(store)), seq_length, seed, vocab_size, fit)
 
 
 def epoch(stream: WholeDocumentStream, number: int = 0) -> list[list[int]]:
     first = number * stream.samples_per_epoch
-    return [stream.sample(index).tolist() for index in range(first, first + stream.samples_per_epoch)]
+    return [
+        stream.sample(index).tolist() for index in range(first, first + stream.samples_per_epoch)
+    ]
 
 
 @every_fit
@@ -61,14 +65,21 @@ def test_best_fit_finds_what_goes_together(store_of):
 @given(lengths=st.lists(st.integers(0, 15), min_size=1).filter(any), seed=st.integers(0, 2**32))
 def test_an_epoch_holds_every_token_once_in_whole_documents(store_of, fit, lengths, seed):
     starts = np.cumsum([0, *lengths])
-    stream = stream_of(store_of([range(start, start + n) for start, n in zip(starts, lengths)]), fit, seed=seed)
+    stream = stream_of(
+        store_of([range(start, start + n) for start, n in zip(starts, lengths)]), fit, seed=seed
+    )
     for number in (0, 1):
-        texts = [[token for token in sample[:-1] if token != IGNORED] for sample in epoch(stream, number)]
+        texts = [
+            [token for token in sample[:-1] if token != IGNORED] for sample in epoch(stream, number)
+        ]
         assert sorted(chain.from_iterable(texts)) == list(range(sum(lengths)))
         for text in texts:
             # A run of text begins where a document does, or S tokens, a whole sample, behind that.
             breaks = [0, *(i for i in range(1, len(text)) if text[i] != text[i - 1] + 1)]
-            begins = [text[at] - starts[np.searchsorted(starts, text[at], side="right") - 1] for at in breaks]
+            begins = [
+                text[at] - starts[np.searchsorted(starts, text[at], side="right") - 1]
+                for at in breaks
+            ]
             assert all(begin % S == 0 for begin in begins)
     assert stream.lost_share == pytest.approx(1 - sum(lengths) / (stream.samples_per_epoch * S))
 
@@ -80,21 +91,27 @@ def test_epochs_differ_in_order_and_any_sample_is_found_at_once(store_of, fit):
     first, second = epoch(stream, 0), epoch(stream, 1)
     assert first != second
     assert sorted(first) == sorted(second)
-    backwards = [stream.sample(index).tolist() for index in reversed(range(2 * stream.samples_per_epoch))]
+    backwards = [
+        stream.sample(index).tolist() for index in reversed(range(2 * stream.samples_per_epoch))
+    ]
     assert backwards[::-1] == first + second
     assert epoch(stream_of(store, fit, seed=8)) != first
 
 
 @every_fit
 def test_only_the_documents_of_the_range_are_met(store_of, fit):
-    stream = WholeDocumentStream(store_of([[1] * 9, [2] * 9, [3] * 9]), range(1, 2), 4, seed=1, vocab_size=10, fit=fit)
+    stream = WholeDocumentStream(
+        store_of([[1] * 9, [2] * 9, [3] * 9]), range(1, 2), 4, seed=1, vocab_size=10, fit=fit
+    )
     assert {token for sample in epoch(stream) for token in sample} == {2, IGNORED}
 
 
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(store_of):
     """Even -100, which stands for a place without text."""
     stream = stream_of(store_of([[1, IGNORED, 3]], np.int32), "greedy", vocab_size=320)
-    with pytest.raises(DataError, match=r"P has id -100, .* has 320 ids, 0 to 319\. Set --tokenizer-model"):
+    with pytest.raises(
+        DataError, match=r"P has id -100, .* has 320 ids, 0 to 319\. Set --tokenizer-model"
+    ):
         stream.sample(0)
 
 

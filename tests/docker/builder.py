@@ -32,7 +32,12 @@ class Builder:
     def __enter__(self) -> "Builder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         for process in self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -48,9 +53,15 @@ class Builder:
     def ask(self, command: str, *arguments: str) -> str:
         """What one of buildah's commands says; raises, with all that it said, if it fails."""
         done = subprocess.run(
-            self._buildah(command, *arguments), capture_output=True, text=True, env=os.environ | CHROOT, timeout=1800
+            self._buildah(command, *arguments),
+            capture_output=True,
+            text=True,
+            env=os.environ | CHROOT,
+            timeout=1800,
         )
-        assert done.returncode == 0, f"buildah {command} {arguments}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        assert done.returncode == 0, (
+            f"buildah {command} {arguments}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        )
         return done.stdout.strip()
 
     def pack(self, tree: Path, image: str) -> None:
@@ -83,7 +94,9 @@ class Builder:
         flags += [f"--volume={folder}:{place}" for folder, place in volumes.items()]
         run = self._buildah("run", *flags, container, "--", *command)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self._running.append(subprocess.Popen(run, env=os.environ | CHROOT, start_new_session=True, **pipes))
+        self._running.append(
+            subprocess.Popen(run, env=os.environ | CHROOT, start_new_session=True, **pipes)
+        )
         return self._running[-1]
 
     def _buildah(self, command: str, *arguments: str) -> list[str]:

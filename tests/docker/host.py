@@ -27,7 +27,9 @@ def pip_arguments(folder: Path) -> list[str]:
     lines = [f"{name} = {' '.join(map(_as_lent, words))}" for name, words in settings.items()]
     (folder / "pip.conf").write_text("\n".join(["[global]", *lines]))
     local = {_local(word) for words in settings.values() for word in words} - {""}
-    volumes = [f"--volume=/{top}:{LENT}/{top}:ro" for top in sorted({path.split("/")[1] for path in local})]
+    volumes = [
+        f"--volume=/{top}:{LENT}/{top}:ro" for top in sorted({path.split("/")[1] for path in local})
+    ]
     return [f"--secret=id=pip.conf,src={folder}/pip.conf", *volumes]
 
 
@@ -41,8 +43,12 @@ def pip_settings() -> dict[str, list[str]]:
 
 
 def _mirror(release: str) -> str:
-    targets = _said("apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages")
-    return next(uri for codename, uri in map(str.split, targets.splitlines()) if codename == release)
+    targets = _said(
+        "apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages"
+    )
+    return next(
+        uri for codename, uri in map(str.split, targets.splitlines()) if codename == release
+    )
 
 
 def _local(word: str) -> str:

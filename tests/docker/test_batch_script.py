@@ -28,7 +28,12 @@ def given(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/srun").write_text(SRUN)
     (tmp_path / "bin/srun").chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_USER": "me", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_USER": "me",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
     job |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_TMPDIR": str(tmp_path / "scratch")}
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
 
@@ -37,9 +42,15 @@ def given(tmp_path, monkeypatch):
     def run(code: int = 0, **variables: str) -> list[str]:
         environment = os.environ | job | {"PATH": path} | variables
         command = ["bash", SCRIPT, "--save", "my runs"]
-        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
+        )
         assert ended.returncode == code, ended.stderr
-        return (tmp_path / "ranks").read_text().splitlines() if code == 0 else ended.stderr.splitlines()
+        return (
+            (tmp_path / "ranks").read_text().splitlines()
+            if code == 0
+            else ended.stderr.splitlines()
+        )
 
     for name in "IMAGE", "MOUNTS", "NODE_CACHE", "TRITON_CACHE_DIR":
         monkeypatch.delenv(name, raising=False)
@@ -67,12 +78,29 @@ def test_pyxis_is_given_an_image_with_the_caches_and_the_folder(given, tmp_path)
 def test_apptainer_runs_within_the_rank(given, tmp_path):
     *words, cache = given(IMAGE="/shared/ring.sif")
     mounts = f"{tmp_path}/scratch/megatron_ring-me:/cache,{tmp_path}:{tmp_path}"
-    exec_ = ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(tmp_path), "/shared/ring.sif"]
-    assert words[-len(exec_) - 4 :] == [*exec_, "python", f"{tmp_path}/pretrain_gpt.py", "--save", "my runs"]
+    exec_ = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        mounts,
+        "--pwd",
+        str(tmp_path),
+        "/shared/ring.sif",
+    ]
+    assert words[-len(exec_) - 4 :] == [
+        *exec_,
+        "python",
+        f"{tmp_path}/pretrain_gpt.py",
+        "--save",
+        "my runs",
+    ]
     assert cache == "TRITON_CACHE_DIR="
 
 
-@pytest.mark.parametrize("variables", [{}, {"IMAGE": "/shared/ring.sif"}], ids=["node", "container"])
+@pytest.mark.parametrize(
+    "variables", [{}, {"IMAGE": "/shared/ring.sif"}], ids=["node", "container"]
+)
 def test_the_cache_is_made_first_on_every_node_for_its_user_alone(variables, given, tmp_path):
     given(**variables)
     *words, folder = (tmp_path / "before").read_text().splitlines()

@@ -14,11 +14,17 @@ ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docker/Dockerfile", ROOT / "docker/Dockerfile.cpu"
 CONSTRAINTS = runpy.run_path(str(ROOT / "tools/constraints.py"))
 PINS = CONSTRAINTS["pins"]((ROOT / "constraints.txt").read_text())
-IGNORE = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+IGNORE = [
+    line
+    for line in (ROOT / ".dockerignore").read_text().splitlines()
+    if line and not line.startswith("#")
+]
 COMPOSE = ROOT / "docker/compose.yaml"
 
 # By path: another package may well be named docker.
-BASE, REQUIREMENTS = (runpy.run_path(str(ROOT / "docker" / name)) for name in ("base.py", "requirements.py"))
+BASE, REQUIREMENTS = (
+    runpy.run_path(str(ROOT / "docker" / name)) for name in ("base.py", "requirements.py")
+)
 
 
 def lint(program: str, *arguments: str | Path) -> None:
@@ -31,7 +37,13 @@ def lint(program: str, *arguments: str | Path) -> None:
 
 
 def test_hadolint_has_nothing_to_say():
-    lint("hadolint", "--config", ROOT / "docker/hadolint.yaml", *IMAGES, ROOT / "tests/docker/Dockerfile.stand-in")
+    lint(
+        "hadolint",
+        "--config",
+        ROOT / "docker/hadolint.yaml",
+        *IMAGES,
+        ROOT / "tests/docker/Dockerfile.stand-in",
+    )
 
 
 def test_shellcheck_has_nothing_to_say_of_any_script():
@@ -56,7 +68,11 @@ def test_a_build_is_given_the_program_and_nothing_else():
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
 def test_what_an_image_copies_is_there_and_given(image):
-    copied = [path for line in re.findall(r"^COPY (.*)", image.read_text(), re.MULTILINE) for path in line.split()[:-1]]
+    copied = [
+        path
+        for line in re.findall(r"^COPY (.*)", image.read_text(), re.MULTILINE)
+        for path in line.split()[:-1]
+    ]
     assert len(copied) > 3
     for path in set(copied) - {"."}:
         assert (ROOT / path).is_file()
@@ -82,7 +98,9 @@ def test_no_folder_of_an_image_is_for_everybody_to_write_to(image):
 
 def test_every_requirement_of_the_images_has_a_pin_that_satisfies_it():
     wanted = list(map(Requirement, REQUIREMENTS["requirements"](ROOT / "pyproject.toml")))
-    assert {"torch", "deepspeed", "wandb", "pyarrow"} <= {requirement.name for requirement in wanted}
+    assert {"torch", "deepspeed", "wandb", "pyarrow"} <= {
+        requirement.name for requirement in wanted
+    }
     for requirement in wanted:
         if requirement.name != "torch":  # which the base or an argument has
             assert PINS[CONSTRAINTS["_spelled"](requirement.name)] in requirement.specifier
@@ -101,7 +119,10 @@ def test_the_nodes_of_the_compose_file_are_one_world():
     assert [world["RANK"] for world in worlds] == [str(rank) for rank in range(len(services))]
     assert {world["WORLD_SIZE"] for world in worlds} == {str(len(services))}
     assert {world["MASTER_ADDR"] for world in worlds} == {next(iter(services))}
-    alike = [{key: value for key, value in service.items() if key != "environment"} for service in services.values()]
+    alike = [
+        {key: value for key, value in service.items() if key != "environment"}
+        for service in services.values()
+    ]
     assert all(service == alike[0] for service in alike)
     build = alike[0]["build"]
     assert (COMPOSE.parent / build["context"] / build["dockerfile"]).is_file()

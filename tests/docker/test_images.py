@@ -23,7 +23,9 @@ HERE = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 WORK = "/opt/megatron_ring"
 
 
-DEBIAN, CPU, STAND_IN, CUDA = (f"localhost/{name}" for name in ("debian", "cpu", "stand-in", "cuda"))
+DEBIAN, CPU, STAND_IN, CUDA = (
+    f"localhost/{name}" for name in ("debian", "cpu", "stand-in", "cuda")
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def losses(runs: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def test_the_cpu_image_trains_the_small_recipe_on_two_ranks_as_a_user_without_rights(builder, cpu, runs):
+def test_the_cpu_image_trains_the_small_recipe_on_two_ranks_as_a_user_without_rights(
+    builder, cpu, runs
+):
     deepspeed, *recipe = builder.settings(cpu)["Cmd"]
     command = [deepspeed, "--master_port", free_port(), *recipe, *SHORT]
     said = output(builder.start(cpu, command, HERE, {runs: f"{WORK}/runs"}))
@@ -85,7 +89,9 @@ def test_the_two_nodes_of_the_compose_file_train_one_sequence(builder, cpu, runs
     assert losses(runs)[-1] < losses(runs)[0] - 1
 
 
-def start(builder: Builder, image: str, service: dict, volumes: Path, environment: dict[str, str]) -> subprocess.Popen:
+def start(
+    builder: Builder, image: str, service: dict, volumes: Path, environment: dict[str, str]
+) -> subprocess.Popen:
     """A service of the compose file, its volumes folders of ``volumes``, on this machine's network."""
     command = shlex.split(service["command"].replace("${ARGS:-}", shlex.join(SHORT)))
     mounted = dict(volume.split(":") for volume in service["volumes"])
@@ -106,13 +112,22 @@ def test_other_users_may_write_nowhere_in_the_image(builder, cpu):
 def test_nothing_of_this_machines_pip_stays_in_the_image(builder, cpu):
     assert output(builder.start(cpu, ["sh", "-c", "pip config list; ls /run/secrets"])) == ""
     said = json.dumps(builder.settings(cpu))
-    assert not [word for words in host.pip_settings().values() for word in words if "/" in word and word in said]
+    assert not [
+        word
+        for words in host.pip_settings().values()
+        for word in words
+        if "/" in word and word in said
+    ]
 
 
 def test_what_the_base_of_the_gpu_image_has_for_its_torch_stays(builder, cuda):
     names = "torch", "numpy", "PyYAML", "deepspeed"
     look = f"from importlib.metadata import version; print(*map(version, {names}))"
-    ours = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    ours = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
     torch, *others = output(builder.start(cuda, ["python", "-c", look])).split()
     assert torch.startswith("2.13.0")
     assert others == ["2.3.5", "6.0.2", ours["deepspeed"]]

@@ -22,7 +22,9 @@ def test_gradients_beyond_the_largest_norm_are_scaled_down_to_it():
     assert clip(parameters, 10.0, ProcessGroups()) == pytest.approx(5.0)
     assert parameters[0].grad.item() == 3.0
     assert clip(parameters, 1.0, ProcessGroups()) == pytest.approx(5.0)
-    torch.testing.assert_close(torch.cat([parameters[0].grad, parameters[1].grad]), torch.tensor([0.6, 0.0, 0.8]))
+    torch.testing.assert_close(
+        torch.cat([parameters[0].grad, parameters[1].grad]), torch.tensor([0.6, 0.0, 0.8])
+    )
 
 
 def test_a_tied_copy_on_a_later_stage_is_clipped_and_not_counted():
@@ -34,7 +36,10 @@ def test_a_tied_copy_on_a_later_stage_is_clipped_and_not_counted():
 def unclipped(rank: int, world_size: int, prefix, parallel: dict) -> list[list[float]]:
     runs = [
         tiny.Run(
-            tiny.config(parallel=parallel, training={"clip_grad": 0.0, "zero_stage": stage}), prefix, rank, world_size
+            tiny.config(parallel=parallel, training={"clip_grad": 0.0, "zero_stage": stage}),
+            prefix,
+            rank,
+            world_size,
         )
         for stage in (0, 1)
     ]

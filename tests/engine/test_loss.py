@@ -14,7 +14,12 @@ TARGETS = torch.tensor([[1, 2, 3, IGNORED, 5, 6], [IGNORED, 8, 9, 10, 0, 1]])
 
 def expected_mean() -> torch.Tensor:
     log_probability = (HIDDEN @ WEIGHT.T).log_softmax(-1)
-    seen = [-log_probability[b, t, TARGETS[b, t]] for b in range(2) for t in range(6) if TARGETS[b, t] != IGNORED]
+    seen = [
+        -log_probability[b, t, TARGETS[b, t]]
+        for b in range(2)
+        for t in range(6)
+        if TARGETS[b, t] != IGNORED
+    ]
     return torch.stack(seen).mean()
 
 
@@ -34,7 +39,9 @@ def test_shares_of_uneven_ranks_average_to_the_token_mean():
 
 def test_a_rank_whose_tokens_all_predict_nothing_gives_zero_and_zero_gradients():
     hidden, nothing = HIDDEN.clone().requires_grad_(), torch.full((2, 6), IGNORED)
-    share = head_loss_sum(hidden, WEIGHT, nothing) * share_of_mean(counted_tokens(nothing), averaged_over=4)
+    share = head_loss_sum(hidden, WEIGHT, nothing) * share_of_mean(
+        counted_tokens(nothing), averaged_over=4
+    )
     share.backward()
     assert share == 0
     assert (hidden.grad == 0).all()

@@ -12,7 +12,9 @@ from megatron_ring.engine.loss_scale import loss_scale, set_loss_scale
 def zero_optimizer() -> SimpleNamespace:
     """What ZeRO's optimizers have in fp16; no processor here computes in it."""
     return SimpleNamespace(
-        loss_scaler=DynamicLossScaler(2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+        loss_scaler=DynamicLossScaler(
+            2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
     )
 
 

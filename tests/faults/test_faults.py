@@ -112,7 +112,10 @@ class Ended:
 
 
 def run(
-    folder: Path, flags: Sequence[str] = (), of_rank_1: Sequence[str] = (), fault: Fault | None = None
+    folder: Path,
+    flags: Sequence[str] = (),
+    of_rank_1: Sequence[str] = (),
+    fault: Fault | None = None,
 ) -> list[Ended]:
     """Both ranks of the program, one of which has a ``fault``, from start to end."""
     port, program = free_port(), STRUCK if fault else PROGRAM
@@ -138,7 +141,15 @@ def _ended(rank: subprocess.Popen) -> Ended:
 
 def losses(folder: Path) -> list[dict]:
     """The metrics file without what depends on the clock."""
-    timeless = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss", "validation_bits_per_byte")
+    timeless = (
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "validation_loss",
+        "validation_bits_per_byte",
+    )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: record[key] for key in timeless if key in record} for record in records]
 
@@ -149,7 +160,9 @@ def undisturbed(tmp_path_factory) -> Path:
     folder = working_folder(tmp_path_factory.mktemp("undisturbed"), SMALL)
     found = run(folder)
     assert [(rank.code, rank.err) for rank in found] == [(0, ""), (0, "")]
-    assert [record["step"] for record in losses(folder) if "loss" in record] == [*range(1, STEPS + 1)]
+    assert [record["step"] for record in losses(folder) if "loss" in record] == [
+        *range(1, STEPS + 1)
+    ]
     return folder
 
 
@@ -161,7 +174,9 @@ def folder(undisturbed, tmp_path) -> Path:
     return tmp_path
 
 
-def ends_as_if_nothing_had_happened(folder: Path, undisturbed: Path, flags: Sequence[str] = ()) -> list[Ended]:
+def ends_as_if_nothing_had_happened(
+    folder: Path, undisturbed: Path, flags: Sequence[str] = ()
+) -> list[Ended]:
     """Start the same command again, now without a fault."""
     found = run(folder, flags)
     assert [rank.code for rank in found] == [0, 0], found
@@ -176,7 +191,9 @@ def test_a_fault_in_a_run(case, folder, undisturbed):
     assert re.fullmatch(case.err.format(**WORDS), first.err.strip(), re.S)
     assert not case.out or case.out in first.out.splitlines()
     assert second.err == ""
-    shutil.copytree(undisturbed / "text", folder / "text", dirs_exist_ok=True)  # what mends spoilt data
+    shutil.copytree(
+        undisturbed / "text", folder / "text", dirs_exist_ok=True
+    )  # what mends spoilt data
     again, _ = ends_as_if_nothing_had_happened(folder, undisturbed, case.flags)
     assert "\nresuming         saved/step-0000000" in again.out
 

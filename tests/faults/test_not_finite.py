@@ -48,7 +48,10 @@ def run(folder: Path, *flags: str, poison: Poison | None = None) -> tuple[list[i
     """Exit codes of two ranks, and all that they said."""
     port, variables = free_port(), poison.environment() if poison else {}
     program = POISONED if poison else PROGRAM
-    ranks = [start_rank(rank, port, folder, ["--self-test", "none", *flags], program, **variables) for rank in (0, 1)]
+    ranks = [
+        start_rank(rank, port, folder, ["--self-test", "none", *flags], program, **variables)
+        for rank in (0, 1)
+    ]
     said = "".join(rank.communicate(timeout=120)[0] for rank in ranks)
     assert "Traceback" not in said
     return [rank.returncode for rank in ranks], said
@@ -97,7 +100,9 @@ def test_roll_back_takes_the_newest_checkpoint_and_the_samples_behind(folder, qu
     steps = metrics(folder)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step["roll_backs"] for step in steps] == [0, 0, 1, 1, 1, 1]
-    assert [step["tokens"] // 64 for step in steps] == [1, 2, 5, 6, 7, 8], "the samples of steps 3 and 4 are left out"
+    assert [step["tokens"] // 64 for step in steps] == [1, 2, 5, 6, 7, 8], (
+        "the samples of steps 3 and 4 are left out"
+    )
     assert losses(folder)[:2] == quiet[:2]
     assert losses(folder)[2] != quiet[2]
 

@@ -104,7 +104,13 @@ def test_a_suspended_run_that_was_replaced_ends_and_writes_nothing_more(folder):
 
 
 def test_ranks_of_a_killed_deepspeed_stop_in_order_with_a_checkpoint(folder):
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port(), "--num_gpus", "2"]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--master_port",
+        free_port(),
+        "--num_gpus",
+        "2",
+    ]
     with (folder / "log").open("w") as log:
         command = [*launcher, str(PROGRAM), "--config", "small.yaml", "--save-interval", "0"]
         process = subprocess.Popen(
@@ -121,9 +127,14 @@ def test_ranks_of_a_killed_deepspeed_stop_in_order_with_a_checkpoint(folder):
         process.wait()
         until(lambda: lease.newest(folder / "saved").record.released)
         said = (folder / "log").read_text()
-        assert said.count("the launcher of this rank") <= 1, "where another rank sees it first the run just stops"
+        assert said.count("the launcher of this rank") <= 1, (
+            "where another rank sees it first the run just stops"
+        )
         step = int(latest(folder).removeprefix("step-"))
-        assert f"stopped          after step {step}, as its launcher has ended; --load saved goes on from there" in said
+        assert (
+            f"stopped          after step {step}, as its launcher has ended; --load saved goes on from there"
+            in said
+        )
         assert "Traceback" not in said
     finally:
         with contextlib.suppress(ProcessLookupError):

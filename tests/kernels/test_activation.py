@@ -10,7 +10,9 @@ X = torch.linspace(-6, 6, 101)
 def test_swiglu_agrees_with_the_formula():
     up = torch.randn(101, generator=torch.Generator().manual_seed(0))
     gate = X.double()
-    torch.testing.assert_close(swiglu(X, up).double(), gate / (1 + (-gate).exp()) * up.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        swiglu(X, up).double(), gate / (1 + (-gate).exp()) * up.double(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_gelu_agrees_with_the_tanh_formula():

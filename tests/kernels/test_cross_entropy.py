@@ -24,7 +24,9 @@ IGNORED = -100
 FACTOR = 0.3
 
 each_chunk_size = pytest.mark.parametrize("chunk_size", [1, 5, B * L, 100, 0])
-each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str
+)
 
 
 class Head(NamedTuple):
@@ -42,7 +44,9 @@ class Outcome(NamedTuple):
 def head(dtype: torch.dtype = torch.float64, tokens: int = L) -> Head:
     """Of every seven tokens one is ignored."""
     random = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(shape, generator=random).to(dtype) for shape in ((B, tokens, E), (V, E)))
+    hidden, weight = (
+        torch.randn(shape, generator=random).to(dtype) for shape in ((B, tokens, E), (V, E))
+    )
     targets = torch.randint(V, (B, tokens), generator=random)
     targets.view(-1)[3::7] = IGNORED
     return Head(hidden, weight, targets)
@@ -76,7 +80,9 @@ def test_loss_and_gradients_are_torchs(chunk_size, dtype):
     assert not beyond_tolerance(found, expected(given), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
+)
 @each_chunk_size
 def test_chunks_change_nothing_but_rounding(chunk_size, dtype, tolerance):
     given = head(dtype)
@@ -91,7 +97,9 @@ def test_gradients_are_finite_differences():
         # Recomputed for each backward, of which one graph allows one.
         return checkpoint(head_loss_sum, hidden, weight, given.targets, 5, use_reentrant=False)
 
-    assert torch.autograd.gradcheck(sum_of, (given.hidden.requires_grad_(), given.weight.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        sum_of, (given.hidden.requires_grad_(), given.weight.requires_grad_())
+    )
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
@@ -103,9 +111,15 @@ def test_large_logits_overflow_nowhere(scale):
 
 def test_a_weight_in_bfloat16_gets_every_chunk_of_its_gradient():
     """Added up in bfloat16, a thousand tokens of the same target would stop to count at 256."""
-    hidden, weight, targets = torch.ones(1, 1024, 1), torch.zeros(4, 1), torch.zeros(1, 1024, dtype=torch.int64)
+    hidden, weight, targets = (
+        torch.ones(1, 1024, 1),
+        torch.zeros(4, 1),
+        torch.zeros(1, 1024, dtype=torch.int64),
+    )
     found = outcome(head_loss_sum, hidden.bfloat16(), weight.bfloat16(), targets, 1)
-    assert found.dweight.flatten().tolist() == pytest.approx([-768 * FACTOR, *[256 * FACTOR] * 3], rel=2**-8)
+    assert found.dweight.flatten().tolist() == pytest.approx(
+        [-768 * FACTOR, *[256 * FACTOR] * 3], rel=2**-8
+    )
 
 
 def test_the_factor_is_not_rounded_to_bfloat16():
@@ -114,7 +128,9 @@ def test_the_factor_is_not_rounded_to_bfloat16():
     def dhidden(factor):
         given = head(torch.bfloat16)
         hidden = given.hidden.requires_grad_()
-        return torch.autograd.grad(head_loss_sum(hidden, given.weight, given.targets, 5) * factor, hidden)[0]
+        return torch.autograd.grad(
+            head_loss_sum(hidden, given.weight, given.targets, 5) * factor, hidden
+        )[0]
 
     assert torch.equal(dhidden(factor), (dhidden(1.0).float() * factor).bfloat16())
 
@@ -136,7 +152,9 @@ def test_ignored_tokens_leave_no_trace(dtype):
 @each_chunk_size
 def test_without_a_token_that_counts_all_is_zero(chunk_size, tokens):
     given = head(tokens=tokens)
-    found = outcome(head_loss_sum, given.hidden, given.weight, torch.full((B, tokens), IGNORED), chunk_size)
+    found = outcome(
+        head_loss_sum, given.hidden, given.weight, torch.full((B, tokens), IGNORED), chunk_size
+    )
     assert all((x == 0).all() for x in found)
     assert found.dhidden.shape == given.hidden.shape
 
@@ -214,7 +232,9 @@ def test_parts_of_the_vocabulary_make_the_whole(split, chunk_size, dtype):
 def test_large_logits_overflow_in_no_part():
     given = head(torch.float32)
     given.hidden.mul_(1e4)
-    assert not beyond_tolerance(joined(in_parts(given, (20, 0, 17), 5)), expected(given), torch.float32)
+    assert not beyond_tolerance(
+        joined(in_parts(given, (20, 0, 17), 5)), expected(given), torch.float32
+    )
 
 
 def test_a_target_of_no_part_cannot_look_well():
@@ -229,14 +249,18 @@ def rank_outcome(rank: int, world_size: int, split: tuple[int, ...]) -> Outcome:
         return x
 
     given, start = head(), sum(split[:rank])
-    part = VocabularyPart(start, lambda x: reduce(x, dist.ReduceOp.SUM), lambda x: reduce(x, dist.ReduceOp.MAX))
+    part = VocabularyPart(
+        start, lambda x: reduce(x, dist.ReduceOp.SUM), lambda x: reduce(x, dist.ReduceOp.MAX)
+    )
     weight = given.weight[start : start + split[rank]]
     return outcome(head_loss_sum, given.hidden, weight, given.targets, 5, part)
 
 
 @pytest.mark.parametrize("split", [(30, 7), (20, 0, 17)], ids=str)
 def test_parts_may_be_real_ranks(split):
-    assert not beyond_tolerance(joined(run_ranks(len(split), rank_outcome, split)), expected(head()), torch.float64)
+    assert not beyond_tolerance(
+        joined(run_ranks(len(split), rank_outcome, split)), expected(head()), torch.float64
+    )
 
 
 # ---- inside a model ----
@@ -261,7 +285,9 @@ def test_the_weight_may_be_freed_before_backward():
     loss = head_loss_sum(hidden, weight, given.targets, 5)
     weight.data = weight.new_empty(0)
     dhidden, dweight = torch.autograd.grad(loss * FACTOR, (hidden, weight))
-    assert not beyond_tolerance(Outcome(loss.detach(), dhidden, dweight), expected(given), torch.float64)
+    assert not beyond_tolerance(
+        Outcome(loss.detach(), dhidden, dweight), expected(given), torch.float64
+    )
 
 
 def test_a_gradient_of_the_gradient_is_refused():
@@ -304,7 +330,8 @@ class Watch(TorchDispatchMode):
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("wanted", "products"), [((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)]
+    ("wanted", "products"),
+    [((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)],
 )
 def test_a_chunk_takes_the_products_that_are_asked_for(wanted, products, dtype):
     given = head(dtype)
@@ -356,6 +383,9 @@ def test_more_tokens_take_memory_for_their_gradient_alone(dtype):
 def test_the_host_never_waits_for_a_number():
     """Fake tensors have none: reading one, or a shape that depends on one, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
-        hidden, weight = torch.randn(B, L, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
+        hidden, weight = (
+            torch.randn(B, L, E, requires_grad=True),
+            torch.randn(V, E, requires_grad=True),
+        )
         head_loss_sum(hidden, weight, torch.randint(V, (B, L)), 5).backward()
     assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)

@@ -35,7 +35,9 @@ def expected(name, module, x):
 @pytest.mark.parametrize("name", FORMULAS)
 def test_float32_agrees_with_the_formula(name):
     module, x_BlE = trained(name, 96), 5 * normal(2, 3, 96) + 1
-    torch.testing.assert_close(module(x_BlE).double(), expected(name, module, x_BlE), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        module(x_BlE).double(), expected(name, module, x_BlE), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -47,6 +49,8 @@ def test_bfloat16_is_rounded_once(name):
     assert differ.double().mean() < 1e-4
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("RMSNorm", ["weight"]), ("LayerNorm", ["weight", "bias"])])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("RMSNorm", ["weight"]), ("LayerNorm", ["weight", "bias"])]
+)
 def test_only_layer_norm_has_a_bias(name, parameters):
     assert [key for key, _ in norm(name, 8, 1e-5).named_parameters()] == parameters

@@ -59,12 +59,21 @@ def llama3(base, pair, dim, factor, length):
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
 @pytest.mark.parametrize(
     ("formula", "stretch"),
-    [(none, ()), (linear, (4.0,)), (ntk, (4.0,)), (yarn, (4.0, 4096)), (yarn, (32.0, 500)), (llama3, (8.0, 8192))],
+    [
+        (none, ()),
+        (linear, (4.0,)),
+        (ntk, (4.0,)),
+        (yarn, (4.0, 4096)),
+        (yarn, (32.0, 500)),
+        (llama3, (8.0, 8192)),
+    ],
 )
 def test_frequencies_agree_with_the_published_formula(formula, stretch, base, dim):
     expected = [formula(base, pair, dim, *stretch) for pair in range(dim // 2)]
     rope = Rope(dim, base, formula.__name__, *stretch)
-    torch.testing.assert_close(rope.frequencies(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        rope.frequencies(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,11 +81,23 @@ def test_frequencies_agree_with_the_published_formula(formula, stretch, base, di
     [
         (
             Rope(128, 500000.0, "llama3", 8.0, 8192),
-            {20: 1.6560440883e-2, 30: 1.3718936825e-3, 32: 5.2484602202e-4, 34: 1.7850779113e-4, 63: 3.0689258779e-7},
+            {
+                20: 1.6560440883e-2,
+                30: 1.3718936825e-3,
+                32: 5.2484602202e-4,
+                34: 1.7850779113e-4,
+                63: 3.0689258779e-7,
+            },
         ),
         (
             Rope(128, 10000.0, "yarn", 16.0, 4096),
-            {20: 5.6234128773e-2, 25: 2.2447140887e-2, 30: 8.5268439725e-3, 45: 1.5177164460e-4, 63: 7.2173870649e-6},
+            {
+                20: 5.6234128773e-2,
+                25: 2.2447140887e-2,
+                30: 8.5268439725e-3,
+                45: 1.5177164460e-4,
+                63: 7.2173870649e-6,
+            },
         ),
     ],
     ids=["llama 3.1", "yarn-llama-2-64k"],
@@ -90,11 +111,23 @@ def test_frequencies_are_those_of_transformers(rope, known):
 # What a published config.json says of its rope_scaling, the head size and rope_theta beside it, and our words for it.
 PUBLISHED = {
     "Llama 3.1": (
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            ORIGINAL: 8192,
+        },
         Rope(128, 500000.0, "llama3", 8.0, 8192),
     ),
     "Llama 3.2": (
-        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            ORIGINAL: 8192,
+        },
         Rope(64, 500000.0, "llama3", 32.0, 8192),
     ),
     "Qwen 2.5 and 3": (
@@ -102,7 +135,14 @@ PUBLISHED = {
         Rope(128, 1000000.0, "yarn", 4.0, 32768),
     ),
     "what YaRN takes for granted": (
-        {"rope_type": "yarn", "factor": 16.0, ORIGINAL: 4096, "beta_fast": 32, "beta_slow": 1, "truncate": True},
+        {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            ORIGINAL: 4096,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "truncate": True,
+        },
         Rope(128, 10000.0, "yarn", 16.0, 4096),
     ),
     "linear": ({"rope_type": "linear", "factor": 4.0}, Rope(128, 10000.0, "linear", 4.0)),
@@ -134,7 +174,9 @@ def test_published_stretches_are_expressed_exactly(rope_scaling, rope):
 def test_a_dynamic_stretch_is_ntk_s_at_one_length(length, factor):
     """transformers stretches by the length at hand: 2 x length / 4096 - 1 with its factor of 2."""
     rope = Rope(128, 10000.0, "ntk", factor)
-    frequency_P, magnitude = of_transformers({"rope_type": "dynamic", "factor": 2.0}, rope, seq_len=length)
+    frequency_P, magnitude = of_transformers(
+        {"rope_type": "dynamic", "factor": 2.0}, rope, seq_len=length
+    )
     torch.testing.assert_close(rope.frequencies(), frequency_P, rtol=1e-6, atol=0)
     assert rope.magnitude == magnitude
 
@@ -168,7 +210,9 @@ def test_the_pairs_are_the_two_halves_of_a_head():
 @every_rope
 def test_position_zero_turns_nothing(rope):
     x_BlHD = normal(1, 1, 2, 64)
-    torch.testing.assert_close(rotate(x_BlHD, rope.rotation(torch.tensor([0]))), x_BlHD * rope.magnitude)
+    torch.testing.assert_close(
+        rotate(x_BlHD, rope.rotation(torch.tensor([0]))), x_BlHD * rope.magnitude
+    )
 
 
 @every_rope
@@ -178,16 +222,22 @@ def test_scores_depend_on_the_distance_alone(rope, query, key, shift):
     q_BlHD, k_BlHD = normal(2, 1, 1, 1, 64).double()
 
     def score(query, key):
-        turned_q, turned_k = (rotate(x, rope.rotation(torch.tensor([p]))) for x, p in ((q_BlHD, query), (k_BlHD, key)))
+        turned_q, turned_k = (
+            rotate(x, rope.rotation(torch.tensor([p]))) for x, p in ((q_BlHD, query), (k_BlHD, key))
+        )
         return (turned_q * turned_k).sum()
 
-    torch.testing.assert_close(score(query, key), score(query + shift, key + shift), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        score(query, key), score(query + shift, key + shift), rtol=0, atol=1e-5
+    )
 
 
 def test_yarn_lengthens_queries_and_keys_by_its_temperature():
     x_BlHD = normal(1, 5, 2, 64)
     turned_BlHD = rotate(x_BlHD, ROPES["yarn"].rotation(torch.arange(5)))
-    torch.testing.assert_close(turned_BlHD.norm(dim=-1), x_BlHD.norm(dim=-1) * (0.1 * math.log(4) + 1))
+    torch.testing.assert_close(
+        turned_BlHD.norm(dim=-1), x_BlHD.norm(dim=-1) * (0.1 * math.log(4) + 1)
+    )
 
 
 @every_rope
@@ -203,7 +253,10 @@ def test_cos_and_sin_are_right_to_float32_at_a_million(rope):
 
 
 def test_bfloat16_is_turned_in_float32_and_rounded_once():
-    x_BlHD, rotation = normal(2, 5, 3, 64).bfloat16(), ROPES["none"].rotation(torch.arange(5) * 1000)
+    x_BlHD, rotation = (
+        normal(2, 5, 3, 64).bfloat16(),
+        ROPES["none"].rotation(torch.arange(5) * 1000),
+    )
     turned_BlHD = rotate(x_BlHD, rotation)
     assert turned_BlHD.dtype == torch.bfloat16
     assert torch.equal(turned_BlHD, rotate(x_BlHD.float(), rotation).bfloat16())

@@ -30,7 +30,10 @@ def main() -> None:
     check_reach(consensus)
     intercom = Intercom(consensus, ProgressTracker().read, lambda rank: None)
     other = 1 - consensus.rank
-    found = {"address": intercom.own.address, "on loopback": _is_open("127.0.0.1", intercom.own.port)}
+    found = {
+        "address": intercom.own.address,
+        "on loopback": _is_open("127.0.0.1", intercom.own.port),
+    }
     found["answers"] = not isinstance(intercom.ask(other), NoAnswer)
     dist.barrier()
     subprocess.run(["ip", "link", "set", "ring0", "down"], check=True)

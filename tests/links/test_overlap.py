@@ -25,7 +25,11 @@ RATIOS = ["0.35", "1.6"]
 def rows(tmp_path_factory) -> list[dict]:
     """The benchmark's rows: without a limit, over the faster link and over the slower one."""
     file = tmp_path_factory.mktemp("overlap") / "overlap.json"
-    flags = [text for name, value in SETTING.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        text
+        for name, value in SETTING.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     bench = [*SLOW_LINK, sys.executable, ROOT / "tools" / "bench_overlap.py", *flags]
     subprocess.run([*bench, "--ratios", *RATIOS, "--json", file], check=True)
     return json.loads(file.read_text())["rows"]

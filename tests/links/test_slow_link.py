@@ -35,13 +35,19 @@ def launch(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     started = []
 
     def start(*command: str) -> subprocess.Popen:
-        started.append(subprocess.Popen([*SLOW_LINK, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                [*SLOW_LINK, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+            )
+        )
         return started[-1]
 
     yield start
     for launcher in started:
         launcher.communicate(timeout=60)
-        left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+        left = subprocess.run(
+            ["ip", "netns", "list"], capture_output=True, text=True, check=True
+        ).stdout
         assert f"slow-link-{launcher.pid}-" not in left
 
 
@@ -55,7 +61,9 @@ def test_a_rank_at_either_end(flags, rule, launch, tmp_path):
 
 
 def test_a_rank_that_fails_ends_the_other_and_its_code_is_passed_on(launch):
-    fails = "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 1000); sys.exit(7)"
+    fails = (
+        "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 1000); sys.exit(7)"
+    )
     assert launch(sys.executable, "-c", fails).wait(timeout=60) == 7
 
 
@@ -86,7 +94,12 @@ def test_what_cannot_be_is_refused(asked, said, launch):
 
 
 def test_ranks_of_two_hosts_ask_each_other_at_the_address_of_the_link_alone(launch, tmp_path):
-    assert launch(sys.executable, str(Path(__file__).with_name("asking_over_link.py"))).wait(timeout=100) == 0
+    assert (
+        launch(sys.executable, str(Path(__file__).with_name("asking_over_link.py"))).wait(
+            timeout=100
+        )
+        == 0
+    )
     found = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
     expected = {"on loopback": False, "answers": True, "after the cut": True}
     assert found == [{"address": address} | expected for address in ("10.0.0.1", "10.0.0.2")]

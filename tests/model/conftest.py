@@ -57,18 +57,28 @@ def plain_attention(
     repeats = q_BHSD.shape[1] // k_BGSD.shape[1]
     k_BHSD, v_BHSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
     hidden_BSS = ~visible(*q_BSHD.shape[:2], window, document_starts)
-    scores_BHSS = (q_BHSD @ k_BHSD.mT / q_BHSD.shape[-1] ** 0.5).masked_fill(hidden_BSS[:, None], -torch.inf)
+    scores_BHSS = (q_BHSD @ k_BHSD.mT / q_BHSD.shape[-1] ** 0.5).masked_fill(
+        hidden_BSS[:, None], -torch.inf
+    )
     out_BHSD = scores_BHSS.softmax(-1) @ v_BHSD
     return out_BHSD.transpose(1, 2).type_as(q_BSHD), scores_BHSS.logsumexp(-1)
 
 
-def visible(batch: int, length: int, window: int, document_starts: torch.Tensor | None) -> torch.Tensor:
+def visible(
+    batch: int, length: int, window: int, document_starts: torch.Tensor | None
+) -> torch.Tensor:
     """visible_BSS[sample, query, key]."""
     starts = torch.arange(batch) * length if document_starts is None else document_starts
-    document_BS = torch.searchsorted(starts, torch.arange(batch * length), right=True).view(batch, length)
+    document_BS = torch.searchsorted(starts, torch.arange(batch * length), right=True).view(
+        batch, length
+    )
     behind_SS = torch.arange(length)[:, None] - torch.arange(length)
     reach = window or length
-    return (behind_SS >= 0) & (behind_SS < reach) & (document_BS[:, :, None] == document_BS[:, None, :])
+    return (
+        (behind_SS >= 0)
+        & (behind_SS < reach)
+        & (document_BS[:, :, None] == document_BS[:, None, :])
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +98,9 @@ def attention() -> AttentionFunction:
 
 @pytest.fixture
 def build() -> Callable[..., GPT]:
-    def build(config: ModelConfig, attention: AttentionFunction = plain_attention, seed: int = 1) -> GPT:
+    def build(
+        config: ModelConfig, attention: AttentionFunction = plain_attention, seed: int = 1
+    ) -> GPT:
         return GPT(config, VOCABULARY, LENGTH, attention, seed)
 
     return build

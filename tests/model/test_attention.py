@@ -18,7 +18,11 @@ SEEN = {
     "itself": (1, None, ["x.... .x... ..x.. ...x. ....x"] * 2),
     "window": (3, None, ["x.... xx... xxx.. .xxx. ..xxx"] * 2),
     "wider than all": (9, None, [CAUSAL, CAUSAL]),
-    "documents": (0, [0, 3, 5, 6], ["x.... xx... xxx.. ...x. ...xx", "x.... .x... .xx.. .xxx. .xxxx"]),
+    "documents": (
+        0,
+        [0, 3, 5, 6],
+        ["x.... xx... xxx.. ...x. ...xx", "x.... .x... .xx.. .xxx. .xxxx"],
+    ),
     "both": (2, [0, 3, 5, 6], ["x.... xx... .xx.. ...x. ...xx", "x.... .x... .xx.. ..xx. ...xx"]),
 }
 
@@ -30,7 +34,9 @@ def test_the_attention_of_these_tests_sees_what_is_drawn(attention, window, star
     for sample in (0, 1):
         one = slice(sample, sample + 1)
         visible_SS = torch.tensor([[mark == "x" for mark in row] for row in drawn[sample].split()])
-        expected = oracle.attention(q_BSHD[one], k_BSGD[one], v_BSGD[one], dout_BSHD[one], visible_SS)
+        expected = oracle.attention(
+            q_BSHD[one], k_BSGD[one], v_BSGD[one], dout_BSHD[one], visible_SS
+        )
         torch.testing.assert_close(out_BSHD[one], expected.out)
         torch.testing.assert_close(lse_BHS[one], expected.lse)
 
@@ -73,11 +79,15 @@ def test_heads_are_normalised_each_by_itself_before_they_are_turned(qwen, normal
     for normalised in (layer.q_norm, layer.k_norm):
         nn.init.normal_(normalised.weight)
     layer(x_BlE, rotation, None)
-    for found_BlHD, proj, normalised in zip(seen[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)):
+    for found_BlHD, proj, normalised in zip(
+        seen[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)
+    ):
         head_BlHD = proj(x_BlE).unflatten(-1, (-1, 16))
         head_BlHD = head_BlHD - head_BlHD.mean(-1, keepdim=True) * (normalization == "LayerNorm")
         root_BlH1 = (head_BlHD.square().mean(-1, keepdim=True) + 0.5).sqrt()
-        torch.testing.assert_close(found_BlHD, rotate(head_BlHD / root_BlH1 * normalised.weight, rotation))
+        torch.testing.assert_close(
+            found_BlHD, rotate(head_BlHD / root_BlH1 * normalised.weight, rotation)
+        )
 
 
 def test_heads_may_be_wider_together_than_the_stream(qwen, attention):
@@ -96,7 +106,9 @@ def test_heads_may_be_wider_together_than_the_stream(qwen, attention):
     assert layer(torch.randn(2, 5, 32), None, None).shape == (2, 5, 32)
 
 
-def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(llama, build, tokens_BS, positions_S):
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
+    llama, build, tokens_BS, positions_S
+):
     grouped = build(llama)
     full = build(replace(llama, num_query_groups=0))
     weights = grouped.state_dict()
@@ -113,7 +125,9 @@ def test_half_the_rows_of_every_projection_are_half_the_heads(llama, attention):
     for half in (0, 1):
         part = initialized(llama, attention, window=3)
         for name in ("q_proj", "k_proj", "v_proj"):
-            getattr(part, name).weight = torch.nn.Parameter(getattr(whole, name).weight.chunk(2, dim=0)[half])
+            getattr(part, name).weight = torch.nn.Parameter(
+                getattr(whole, name).weight.chunk(2, dim=0)[half]
+            )
         part.out_proj.weight = torch.nn.Parameter(whole.out_proj.weight.chunk(2, dim=1)[half])
         partial.append(part(x_BlE, None, None))
     torch.testing.assert_close(partial[0] + partial[1], whole(x_BlE, None, None))
@@ -148,8 +162,12 @@ def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, atten
     learnable = initialized(replace(llama, softmax_type="learnable"), attention, window=0)
     off_by_one = initialized(replace(llama, softmax_type="off-by-one"), attention, window=0)
     assert dict(learnable.named_parameters())["sink_H"].shape == (4,)
-    assert "sink_H" not in off_by_one.state_dict().keys() | dict(off_by_one.named_parameters()).keys()
-    off_by_one.load_state_dict({name: value for name, value in learnable.state_dict().items() if name != "sink_H"})
+    assert (
+        "sink_H" not in off_by_one.state_dict().keys() | dict(off_by_one.named_parameters()).keys()
+    )
+    off_by_one.load_state_dict(
+        {name: value for name, value in learnable.state_dict().items() if name != "sink_H"}
+    )
     x_BlE = torch.randn(2, 5, 32)
     torch.testing.assert_close(off_by_one(x_BlE, None, None), learnable(x_BlE, None, None))
 
@@ -163,7 +181,9 @@ def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attenti
 
 
 @pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
-def test_a_sink_follows_the_model_to_bfloat16_and_is_computed_in_float32(llama, attention, softmax_type):
+def test_a_sink_follows_the_model_to_bfloat16_and_is_computed_in_float32(
+    llama, attention, softmax_type
+):
     layer = initialized(replace(llama, softmax_type=softmax_type), attention, window=0).bfloat16()
     assert layer.sink_H.dtype == torch.bfloat16
     assert layer(torch.randn(2, 5, 32, dtype=torch.bfloat16), None, None).dtype == torch.bfloat16

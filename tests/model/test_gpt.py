@@ -30,14 +30,18 @@ def test_no_token_sees_a_later_one(config, build, tokens_BS, positions_S):
     assert not same_BS[:, 10:].any()
 
 
-@pytest.mark.parametrize("order_S", [torch.arange(16).view(4, 4).T.flatten(), torch.arange(16) * 5 % 16])
+@pytest.mark.parametrize(
+    "order_S", [torch.arange(16).view(4, 4).T.flatten(), torch.arange(16) * 5 % 16]
+)
 def test_shuffled_tokens_with_their_positions_give_the_logits_shuffled(
     config, build, attention, tokens_BS, positions_S, order_S
 ):
     back_S = order_S.argsort()
 
     def attention_in_order(q_BSHD, k_BSGD, v_BSGD, *mask):
-        out_BSHD, lse_BHS = attention(q_BSHD[:, back_S], k_BSGD[:, back_S], v_BSGD[:, back_S], *mask)
+        out_BSHD, lse_BHS = attention(
+            q_BSHD[:, back_S], k_BSGD[:, back_S], v_BSGD[:, back_S], *mask
+        )
         return out_BSHD[:, order_S], lse_BHS[:, :, order_S]
 
     expected_BSV = build(config).double()(tokens_BS, positions_S)[:, order_S]
@@ -57,14 +61,19 @@ def test_each_sample_may_number_its_own_tokens(config, build, tokens_BS, positio
     torch.testing.assert_close(each_BSV[1], model(tokens_BS, positions_S.flip(0))[1])
 
 
-def test_layers_have_their_windows_and_all_of_them_the_documents(gpt_oss, build, attention, tokens_BS, positions_S):
+def test_layers_have_their_windows_and_all_of_them_the_documents(
+    gpt_oss, build, attention, tokens_BS, positions_S
+):
     seen = []
 
     def watched(q_BSHD, k_BSGD, v_BSGD, window, document_starts):
         seen.append((window, document_starts))
         return attention(q_BSHD, k_BSGD, v_BSGD, window, document_starts)
 
-    model, starts = build(replace(gpt_oss, num_layers=5, window_attn_skip_freq=3), watched), torch.tensor([0, 5, 16])
+    model, starts = (
+        build(replace(gpt_oss, num_layers=5, window_attn_skip_freq=3), watched),
+        torch.tensor([0, 5, 16]),
+    )
     model(tokens_BS, positions_S, starts)
     assert [window for window, _ in seen] == [6, 6, 0, 6, 6]
     assert all(document_starts is starts for _, document_starts in seen)
@@ -125,7 +134,9 @@ def test_rotation_survives_a_cast_to_bfloat16(llama, build):
     torch.testing.assert_close(rotation.sin_lP, angles_lP.sin().float(), rtol=0, atol=1e-7)
 
 
-def test_bfloat16_model_gives_bfloat16_logits_near_the_float32_ones(config, build, tokens_BS, positions_S):
+def test_bfloat16_model_gives_bfloat16_logits_near_the_float32_ones(
+    config, build, tokens_BS, positions_S
+):
     model = build(replace(config, init_method_std=0.1))
     expected_BSV = model(tokens_BS, positions_S)
     logits_BSV = model.bfloat16()(tokens_BS, positions_S)
@@ -133,12 +144,16 @@ def test_bfloat16_model_gives_bfloat16_logits_near_the_float32_ones(config, buil
     torch.testing.assert_close(logits_BSV.float(), expected_BSV, rtol=0, atol=0.03)
 
 
-def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is_given(llama, attention):
+def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is_given(
+    llama, attention
+):
     stretched = replace(llama, rope_scaling="yarn", rope_scaling_factor=4.0)
     assert GPT(stretched, 48, 4096, attention, seed=1).rope == Rope(8, 10000.0, "yarn", 4.0, 1024)
     given_length = replace(stretched, rope_original_length=2048)
     for seq_length in (512, 4096, 8192, 10_000):
-        assert GPT(given_length, 48, seq_length, attention, seed=1).rope == Rope(8, 10000.0, "yarn", 4.0, 2048)
+        assert GPT(given_length, 48, seq_length, attention, seed=1).rope == Rope(
+            8, 10000.0, "yarn", 4.0, 2048
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,7 +172,9 @@ def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is
 def test_parameter_count_is_that_of_the_model(head_dim, **options):
     config = ModelConfig(hidden_size=4 * head_dim, num_attention_heads=4, **options)
     model = GPT(config, vocab_size=11, seq_length=7, attention=None, seed=1)
-    assert parameter_count(config, vocab_size=11, seq_length=7) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(config, vocab_size=11, seq_length=7) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_parameter_count_of_published_models():

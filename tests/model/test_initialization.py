@@ -12,7 +12,9 @@ def test_the_seed_alone_decides(config, build):
     torch.manual_seed(2)
     second, other = build(config, seed=5).state_dict(), build(config, seed=6).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in first if first[name].dim() == 2)
+    assert not any(
+        torch.equal(first[name], other[name]) for name in first if first[name].dim() == 2
+    )
 
 
 def test_a_parameter_can_be_drawn_without_the_others(config, build):
@@ -22,7 +24,9 @@ def test_a_parameter_can_be_drawn_without_the_others(config, build):
 
 def test_the_numbers_are_these_on_every_machine(llama):
     drawn = initial_weight("embedding.weight", (4, 8), llama, seed=1234)[0, :4]
-    torch.testing.assert_close(drawn, torch.tensor([0.0081591, 0.0197974, -0.0196235, -0.0301428]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        drawn, torch.tensor([0.0081591, 0.0197974, -0.0196235, -0.0301428]), rtol=0, atol=1e-6
+    )
 
 
 def test_no_two_matrices_are_alike(config, build):

@@ -22,7 +22,9 @@ def test_swiglu_gates_one_projection_by_another(llama):
 
 def test_gelu_has_one_projection_up(llama):
     layer, x_BlE = initialized(replace(llama, activation="gelu")), torch.randn(2, 3, 32)
-    torch.testing.assert_close(layer(x_BlE), gelu(x_BlE @ layer.up_proj.weight.T) @ layer.down_proj.weight.T)
+    torch.testing.assert_close(
+        layer(x_BlE), gelu(x_BlE @ layer.up_proj.weight.T) @ layer.down_proj.weight.T
+    )
 
 
 def test_the_width_is_the_config_s(config):
@@ -31,4 +33,6 @@ def test_the_width_is_the_config_s(config):
 
 
 def test_biases_are_the_config_s(config):
-    assert all((layer.bias is not None) == config.add_bias_linear for layer in mlp(config).children())
+    assert all(
+        (layer.bias is not None) == config.add_bias_linear for layer in mlp(config).children()
+    )

@@ -55,7 +55,9 @@ def forward(layers: Layers, x_BSE: torch.Tensor, layer: Callable) -> torch.Tenso
 def gradients(config: ModelConfig, execution: Execution, layer: Callable) -> list[torch.Tensor]:
     attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
     blocks = Layers(config, LENGTH, attention, 1, execution)
-    x_BSE = torch.randn(2, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x_BSE = torch.randn(
+        2, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     forward(blocks, x_BSE, layer).sin().sum().backward()
     return [x_BSE.grad, *(parameter.grad for parameter in blocks.blocks.parameters())]
 
@@ -66,7 +68,9 @@ def test_no_number_changes(execution, chunks, config, events):
     execution = replace(execution, mlp_chunks=chunks)
     expected = gradients(config, execution, contextlib.nullcontext)
     assert events == []
-    assert all(map(torch.equal, gradients(config, execution, Offload(CPU, smallest=0).layer), expected))
+    assert all(
+        map(torch.equal, gradients(config, execution, Offload(CPU, smallest=0).layer), expected)
+    )
     assert events != []
 
 
@@ -75,7 +79,9 @@ def test_of_a_layer_computed_again_its_input_and_attention_go_and_come_once(llam
     tokens = 2 * LENGTH
     x = out = tokens * llama.hidden_size * 4
     lse = tokens * llama.num_attention_heads * 4
-    assert sorted(events) == sorted([("copy", size) for size in (x, out, lse)] * llama.num_layers * 2)
+    assert sorted(events) == sorted(
+        [("copy", size) for size in (x, out, lse)] * llama.num_layers * 2
+    )
 
 
 @each_mode
@@ -87,9 +93,14 @@ def test_memory_is_free_between_a_layers_forward_and_its_backward(execution, lla
     with LiveMemory() as memory:
         x_BSE = torch.randn(2, LENGTH, llama.hidden_size).requires_grad_()
         y_BSE = forward(layers, x_BSE, kept.layer)
-        copies = sum(copy.numel() for layer in (kept.last, kept.last.before) for copy in layer.copies)
+        copies = sum(
+            copy.numel() for layer in (kept.last, kept.last.before) for copy in layer.copies
+        )
         assert copies > 0
-        assert memory.alive() - copies <= x_BSE.nbytes + y_BSE.nbytes + 2 * LENGTH * llama.head_dim // 2 * 4
+        assert (
+            memory.alive() - copies
+            <= x_BSE.nbytes + y_BSE.nbytes + 2 * LENGTH * llama.head_dim // 2 * 4
+        )
 
 
 class Saving(torch.autograd.Function):
@@ -113,7 +124,9 @@ def test_a_layer_is_fetched_before_backward_comes_to_it(events):
         with kept.layer():
             # The n-th layer saves n + 1 bytes.
             saved = torch.zeros(number + 1, dtype=torch.uint8)
-            y = Saving.apply(y, lambda _, number=number: events.append(("backward", number + 1)), saved)
+            y = Saving.apply(
+                y, lambda _, number=number: events.append(("backward", number + 1)), saved
+            )
     assert events == [("copy", 1), ("copy", 2), ("copy", 3), ("copy", 4)]
     events.clear()
     y.backward()
@@ -140,14 +153,23 @@ def test_no_more_than_two_layers_are_fetched_at_a_time():
 def saved_and_given_back(kept: Offload, *tensors: torch.Tensor) -> list[torch.Tensor]:
     given = []
     with kept.layer():
-        y = Saving.apply(torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), *tensors)
+        y = Saving.apply(
+            torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), *tensors
+        )
     y.backward()
     return given
 
 
 def test_views_of_one_storage_are_one_copy_and_views_again(events):
     whole = torch.randn(4, 6)
-    views = [whole, whole.t(), whole[1:3, ::2], whole.chunk(2)[1], whole.flatten(), whole.view(torch.int32)]
+    views = [
+        whole,
+        whole.t(),
+        whole[1:3, ::2],
+        whole.chunk(2)[1],
+        whole.flatten(),
+        whole.view(torch.int32),
+    ]
     back = saved_and_given_back(Offload(CPU, smallest=0), *views)
     assert all(map(torch.equal, back, views))
     assert [x.stride() for x in back] == [x.stride() for x in views]
@@ -166,7 +188,9 @@ def test_parameters_stay_and_may_be_elsewhere_in_backward(events):
     """ZeRO 3 takes a parameter apart after forward, and puts it together in other memory before backward."""
     weight, given = nn.Parameter(torch.zeros(8, 8)), []
     with Offload(CPU, smallest=0).layer():
-        y = Saving.apply(torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), weight)
+        y = Saving.apply(
+            torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), weight
+        )
     weight.data = torch.ones(8, 8)
     y.backward()
     assert storage_of(given[0]) == storage_of(weight)

@@ -37,7 +37,9 @@ AGAIN = {
 }
 
 
-def results(name: str, execution: Execution, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def results(
+    name: str, execution: Execution, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """The loss sum of a sample, with targets that do not count, and the parameters' gradients; one layer, few tokens.
 
     Few, because the interpreter takes a millisecond or so for every token of every operation.
@@ -55,7 +57,10 @@ def results(name: str, execution: Execution, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
 def test_a_model_by_liger_has_the_numbers_of_one_by_torch(model, interpreted):  # noqa: F811
     """RMSNorm of tokens and of heads, RoPE and SwiGLU in the one, LayerNorm in the other."""
-    found, expected = results(model, Execution(operations=LIGER)), results(model, Execution(), torch.float64)
+    found, expected = (
+        results(model, Execution(operations=LIGER)),
+        results(model, Execution(), torch.float64),
+    )
     assert max(map(error, found, expected)) <= TOLERANCE[torch.float32]
 
 
@@ -77,14 +82,20 @@ def counted() -> tuple[Operations, Counter]:
     def counting(name, function):
         return lambda *arguments: calls.update([name]) or function(*arguments)
 
-    return Operations(*(counting(field.name, getattr(TORCH, field.name)) for field in fields(Operations))), calls
+    return Operations(
+        *(counting(field.name, getattr(TORCH, field.name)) for field in fields(Operations))
+    ), calls
 
 
 def test_operations_reach_every_stage_of_a_pipeline(counted, llama, tokens_BS, positions_S):
     operations, calls = counted
     execution = Execution(operations=operations)
-    stages = [StageLayers(llama, LENGTH, plain_attention, 1, execution, range(n, n + 1)) for n in range(2)]
-    parcel = StageEmbedding("embedding", llama, VOCABULARY, 1, execution)((tokens_BS, tokens_BS, positions_S))
+    stages = [
+        StageLayers(llama, LENGTH, plain_attention, 1, execution, range(n, n + 1)) for n in range(2)
+    ]
+    parcel = StageEmbedding("embedding", llama, VOCABULARY, 1, execution)(
+        (tokens_BS, tokens_BS, positions_S)
+    )
     for stage in stages:
         parcel = stage(parcel)
     StageOutput("output", llama, VOCABULARY, 1, execution)(parcel)

@@ -38,15 +38,21 @@ def ring_of_one(length: int = LENGTH, kernel: str = "reference") -> AttentionFun
 ATTENTION = {"the ring": ring_of_one(), "a plain function": plain_attention}
 
 
-def run(layers: Layers, dtype: torch.dtype, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    layers: Layers, dtype: torch.dtype, length: int = LENGTH
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The input, two samples of it, and what the layers make of it."""
     generator = torch.Generator().manual_seed(0)
-    x_BSE = torch.randn(2, length, layers.blocks["0"].mlp_norm.weight.numel(), generator=generator).to(dtype)
+    x_BSE = torch.randn(
+        2, length, layers.blocks["0"].mlp_norm.weight.numel(), generator=generator
+    ).to(dtype)
     starts = torch.tensor([0, 5, length, length + 3])
     return x_BSE.requires_grad_(), layers.run(x_BSE, torch.arange(length), starts)
 
 
-def results(config: ModelConfig, attention: AttentionFunction, execution: Execution) -> list[torch.Tensor]:
+def results(
+    config: ModelConfig, attention: AttentionFunction, execution: Execution
+) -> list[torch.Tensor]:
     """Output, gradient of the input and gradients of the parameters, in float64."""
     layers = Layers(config, LENGTH, attention, 1, execution).double()
     x_BSE, y_BSE = run(layers, torch.float64)
@@ -94,7 +100,9 @@ def calls(config: ModelConfig, attention: AttentionFunction, execution: Executio
     return seen
 
 
-@pytest.mark.parametrize(("mode", "runs"), [("none", 1), ("selective", 1), ("full", 1), ("attention too", 2)])
+@pytest.mark.parametrize(
+    ("mode", "runs"), [("none", 1), ("selective", 1), ("full", 1), ("attention too", 2)]
+)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_ring_runs_once_a_layer_unless_attention_is_recomputed(mode, runs, chunks, config):
     seen = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
@@ -104,7 +112,9 @@ def test_the_ring_runs_once_a_layer_unless_attention_is_recomputed(mode, runs, c
 
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 def test_selective_computes_activations_again_and_no_product(attention, config):
-    plain, selective, full = (calls(config, attention, MODES[mode]) for mode in ("none", "selective", "full"))
+    plain, selective, full = (
+        calls(config, attention, MODES[mode]) for mode in ("none", "selective", "full")
+    )
     assert plain.products == selective.products < full.products
     for activation in ("silu", "gelu"):
         assert 2 * plain.count[activation] == selective.count[activation] == full.count[activation]
@@ -162,7 +172,9 @@ def test_a_graph_that_is_retained_gives_its_gradients_again(execution, chunks, l
     with LiveMemory() as memory:
         x_BSE, y_BSE = run(layers, torch.float64)
         before = memory.alive()
-        gradients = [torch.autograd.grad(y_BSE.sin().sum(), x_BSE, retain_graph=True)[0] for _ in range(2)]
+        gradients = [
+            torch.autograd.grad(y_BSE.sin().sum(), x_BSE, retain_graph=True)[0] for _ in range(2)
+        ]
         assert memory.alive() == before + 2 * x_BSE.nbytes
     assert torch.equal(*gradients)
 
@@ -196,14 +208,18 @@ def test_a_parameter_is_handed_its_gradient_once(execution, llama):
     layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=4))
     handed_over = Counter()
     for name, parameter in layers.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: handed_over.update([name]))
+        parameter.register_post_accumulate_grad_hook(
+            lambda _, name=name: handed_over.update([name])
+        )
     run(layers, torch.float32)[1].sum().backward()
     assert handed_over == {name: 1 for name, _ in layers.named_parameters()}
 
 
 # ---- memory ----
 
-WIDE = ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192)
+WIDE = ModelConfig(
+    num_layers=3, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192
+)
 E, F, H, KV, BF16, FP32 = 64, 192, 4, 32, 2, 4
 TOKENS = 48  # of each of the two samples
 
@@ -219,7 +235,9 @@ KEPT = {
 
 
 def alive_after_forward(layers: int, execution: Execution) -> int:
-    model = Layers(replace(WIDE, num_layers=layers), TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution).bfloat16()
+    model = Layers(
+        replace(WIDE, num_layers=layers), TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution
+    ).bfloat16()
     with LiveMemory() as memory:
         step = run(model, torch.bfloat16, TOKENS)
         alive = memory.alive()
@@ -272,7 +290,10 @@ def test_one_piece_at_a_time_has_inner_activations(execution):
 def test_backward_leaves_nothing_behind(execution, chunks):
     """As much is alive after a step as without recomputation, though the graph, and so what it holds, is."""
     left = {}
-    for name, each in {"plain": MODES["none"], "recomputed": replace(execution, mlp_chunks=chunks)}.items():
+    for name, each in {
+        "plain": MODES["none"],
+        "recomputed": replace(execution, mlp_chunks=chunks),
+    }.items():
         model = Layers(WIDE, TOKENS, ring_of_one(TOKENS), 1, each)
         with LiveMemory() as memory:
             step = run(model, torch.float32, TOKENS)

@@ -85,7 +85,9 @@ class Ring:
         start = multiprocessing.get_context("forkserver").Process
         self.folder = folder
         self.ends = [rank != 1 or fault.signal != signal.SIGSTOP for rank in range(RANKS)]
-        self.processes = [start(target=_rank, args=(rank, folder, fault, ring_timeout)) for rank in range(RANKS)]
+        self.processes = [
+            start(target=_rank, args=(rank, folder, fault, ring_timeout)) for rank in range(RANKS)
+        ]
         for process in self.processes:
             process.start()
 
@@ -109,7 +111,9 @@ class Ring:
         for process in self.processes:
             process.kill()
             process.join()
-        return [Ended(code, self._losses(rank), self._said(rank)) for rank, code in enumerate(codes)]
+        return [
+            Ended(code, self._losses(rank), self._said(rank)) for rank, code in enumerate(codes)
+        ]
 
     def _losses(self, rank: int) -> list[float]:
         return json.loads((self.folder / f"{rank}.losses").read_text() or "[]")
@@ -123,7 +127,9 @@ def _rank(rank: int, folder: Path, fault: Fault, ring_timeout: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
     (folder / f"{rank}.losses").touch()
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), RANKS, rank)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), RANKS, rank
+    )
     place, groups = ProgressTracker(), ProcessGroups.build(Grid(ring=RANKS), rank, ring_timeout)
     own_fault = fault if rank == 1 else Fault(step=0)
     KERNELS["faulty"] = Faulty(own_fault, place, folder)

@@ -25,15 +25,20 @@ def host(monkeypatch):
             return [(0, 0, 0, "", (NAMES[name], 0))]
 
         found = {
-            interface: [SimpleNamespace(family=socket.AF_INET, address=address)] for interface, address in OWN.items()
+            interface: [SimpleNamespace(family=socket.AF_INET, address=address)]
+            for interface, address in OWN.items()
         }
         monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
         monkeypatch.setattr(
-            psutil, "net_if_stats", lambda: {name: SimpleNamespace(isup=name != "down0") for name in OWN}
+            psutil,
+            "net_if_stats",
+            lambda: {name: SimpleNamespace(isup=name != "down0") for name in OWN},
         )
         monkeypatch.setattr(socket, "gethostname", lambda: name)
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
-        monkeypatch.setattr(addresses, "_source_towards", lambda address: [address] if address == "10.0.0.1" else [])
+        monkeypatch.setattr(
+            addresses, "_source_towards", lambda address: [address] if address == "10.0.0.1" else []
+        )
         monkeypatch.setattr(environment.os, "environ", {"MASTER_ADDR": master} | variables)
         return list(candidates())
 
@@ -61,7 +66,8 @@ def test_loopback_and_interfaces_that_are_down_are_no_candidates(host):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "127.0.1.1", "::1", "0.0.0.0", "::", "fe80::1", "fe80::1%eth0", "no address"]
+    "address",
+    ["127.0.0.1", "127.0.1.1", "::1", "0.0.0.0", "::", "fe80::1", "fe80::1%eth0", "no address"],
 )
 def test_other_hosts_cannot_use(address):
     assert not addresses._is_usable(address)

@@ -60,7 +60,9 @@ def test_an_alarm_of_a_rank_that_does_not_exist_is_none(intercom, rank):
     assert intercom.heard.empty()
 
 
-@pytest.mark.parametrize("words", ["where", "guessed stalled 0", "guessed where", "", "\xff" * 300, "x" * 100_000])
+@pytest.mark.parametrize(
+    "words", ["where", "guessed stalled 0", "guessed where", "", "\xff" * 300, "x" * 100_000]
+)
 def test_a_stranger_reads_nothing_and_ends_nothing(intercom, words):
     assert call(intercom, words) == b""
     assert intercom.heard.empty()
@@ -75,7 +77,9 @@ def own_threads() -> int:
     return sum(thread.name == "intercom" for thread in threading.enumerate())
 
 
-def test_connections_of_strangers_take_no_threads_few_descriptors_and_no_answers_from_members(intercom):
+def test_connections_of_strangers_take_no_threads_few_descriptors_and_no_answers_from_members(
+    intercom,
+):
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.ExitStack() as strangers:
         for _ in range(400):
@@ -98,7 +102,11 @@ def test_a_request_has_one_deadline_however_it_arrives(monkeypatch):
             time.sleep(0.1)
 
     address = "127.0.0.1", intercom.own.port
-    with contextlib.closing(intercom), socket.create_connection(address, 5) as slow, pytest.raises(ConnectionError):
+    with (
+        contextlib.closing(intercom),
+        socket.create_connection(address, 5) as slow,
+        pytest.raises(ConnectionError),
+    ):
         send_slowly(slow)
 
 
@@ -161,7 +169,9 @@ def test_one_that_is_silent_elsewhere_has_not_ended(intercom, monkeypatch):
     monkeypatch.setattr(intercom_module, "SECONDS_TO_ANSWER", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         elsewhere(intercom, silent.getsockname()[1])
-        assert intercom.ask(1) == NoAnswer("does not answer: it is stopped, or its host cannot be reached")
+        assert intercom.ask(1) == NoAnswer(
+            "does not answer: it is stopped, or its host cannot be reached"
+        )
 
 
 def test_one_to_which_there_is_no_way_has_not_ended(intercom):

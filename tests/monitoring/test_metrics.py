@@ -108,14 +108,21 @@ def test_the_summary_says_what_was_gained_on_the_validation_text(report):
     assert "960 tokens/s (median), 10% of peak, MFU 15%" in summary
 
 
-def test_what_is_not_finite_is_null_in_the_file_and_itself_to_the_monitors(report, monitored, tmp_path, capsys):
+def test_what_is_not_finite_is_null_in_the_file_and_itself_to_the_monitors(
+    report, monitored, tmp_path, capsys
+):
     report.step(StepRecord(**STEP | {"loss": math.nan, "grad_norm": math.inf}))
     report.held_out(HeldOutRecord(1, "validation", math.nan, math.nan))
-    step, validation = map(json.loads, (tmp_path / "new" / "metrics.jsonl").read_text().splitlines())
+    step, validation = map(
+        json.loads, (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    )
     assert step == STEP | {"loss": None, "grad_norm": None}
     assert validation == {"step": 1, "validation_loss": None, "validation_bits_per_byte": None}
     assert ("train/grad_norm", math.inf, 1) in monitored
-    assert "the validation loss is not finite, though no bad step has moved a weight" in capsys.readouterr().out
+    assert (
+        "the validation loss is not finite, though no bad step has moved a weight"
+        in capsys.readouterr().out
+    )
     draw_loss(tmp_path / "new" / "metrics.jsonl", tmp_path / "loss.png")
 
 

@@ -95,7 +95,9 @@ def test_the_plot_beside_the_metrics_replaces_a_picture_and_no_other_file(tmp_pa
     check(LoggingConfig(metrics_file=metrics))
 
 
-@pytest.mark.parametrize("name", ["metrics_file", "profile_ring_trace", "csv_dir", "tensorboard_dir"])
+@pytest.mark.parametrize(
+    "name", ["metrics_file", "profile_ring_trace", "csv_dir", "tensorboard_dir"]
+)
 @pytest.mark.parametrize(
     "own",
     [

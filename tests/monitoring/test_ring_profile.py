@@ -34,7 +34,11 @@ from megatron_ring.plan.timeline import counted
 from tests.distributed import run_ranks
 
 SECOND = 10**9
-STRIPED, CUT, SHARED_HEADS = ("striped", 0, 4), ("ring", 9, 4), ("ring", 0, 2)  # layout, window, key-value heads
+STRIPED, CUT, SHARED_HEADS = (
+    ("striped", 0, 4),
+    ("ring", 9, 4),
+    ("ring", 0, 2),
+)  # layout, window, key-value heads
 RINGS = list(itertools.product((2, 3), (STRIPED, CUT, SHARED_HEADS)))
 
 
@@ -42,9 +46,13 @@ def config(groups: int) -> Config:
     return Config(model=ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=groups))
 
 
-def passes(layout: Layout, window: int, groups: int, place: ProgressTracker, links: ProcessGroups) -> None:
+def passes(
+    layout: Layout, window: int, groups: int, place: ProgressTracker, links: ProcessGroups
+) -> None:
     """A layer's attention, forward and backward, with the kernel that is called "noted"."""
-    q_BLHD, k_BLGD, v_BLGD = (torch.randn(1, layout.shard_length, heads, 8) for heads in (4, groups, groups))
+    q_BLHD, k_BLGD, v_BLGD = (
+        torch.randn(1, layout.shard_length, heads, 8) for heads in (4, groups, groups)
+    )
     q_BLHD.requires_grad_()
     attention = ContextParallelAttention(layout, "noted", links, place)
     out_BLHD, _ = attention(q_BLHD, k_BLGD, v_BLGD, window)
@@ -72,10 +80,16 @@ def in_a_ring(rank: int, world_size: int, folder: Path) -> dict:
         place = ProgressTracker.with_work(log_rows=1000)
         passes(Layout(name, 24 * world_size, world_size), window, groups, place, links)
         found[name, window, groups] = sums(place.log.rows, world_size), place.work.products
-    return found | slow_second(rank, world_size, links, consensus, folder) | {"clock": apart(rank, consensus)}
+    return (
+        found
+        | slow_second(rank, world_size, links, consensus, folder)
+        | {"clock": apart(rank, consensus)}
+    )
 
 
-def slow_second(rank: int, world_size: int, links: ProcessGroups, consensus: Consensus, folder: Path) -> dict:
+def slow_second(
+    rank: int, world_size: int, links: ProcessGroups, consensus: Consensus, folder: Path
+) -> dict:
     KERNELS["noted"] = Slow() if rank == 1 else reference
     place, ring = ProgressTracker.with_work(log_rows=1000), list(range(world_size))
     stragglers = Stragglers(place, 1.25, consensus)
@@ -190,7 +204,9 @@ def test_a_slow_rank_is_named_once_a_log_interval(size, found):
     assert third.figures["slowest_rank"] == 1
     assert 1.25 < third.figures["slowest_over_mean"] <= size
     assert third.lines[0].startswith("straggler        rank 1 (")
-    assert all(of_rank["reports"] == [RingReport()] * 3 for of_rank in found[size][1:]), "rank 0 speaks"
+    assert all(of_rank["reports"] == [RingReport()] * 3 for of_rank in found[size][1:]), (
+        "rank 0 speaks"
+    )
 
 
 def test_who_has_more_to_do_may_take_longer():
@@ -207,7 +223,10 @@ def test_who_has_less_to_do_holds_nobody_up():
 
 
 def test_equal_work_shows_the_slower_rank():
-    assert slowest(np.array([1.0, 1.0, 2.5, 1.0]), np.full(4, 7.0)) == (2, pytest.approx(2.5 / 1.375))
+    assert slowest(np.array([1.0, 1.0, 2.5, 1.0]), np.full(4, 7.0)) == (
+        2,
+        pytest.approx(2.5 / 1.375),
+    )
 
 
 def step_of(compute: list[list[float]]) -> StepSums:
@@ -217,7 +236,9 @@ def step_of(compute: list[list[float]]) -> StepSums:
 
 def test_figures_are_means_over_ranks_and_imbalance_is_of_the_worst_ring():
     own = [step_of([[seconds, 0], [0, 1]]) for seconds in (1, 1, 1, 3)]
-    told = figures(np.stack([as_numbers(each, 0, 10.0, 0.1) for each in own]), rings=[[0, 1], [2, 3]])
+    told = figures(
+        np.stack([as_numbers(each, 0, 10.0, 0.1) for each in own]), rings=[[0, 1], [2, 3]]
+    )
     assert [told[name] for name in SHARES] == pytest.approx([0.25, 0.0625, 0.01, 0.05])
     assert told["ring_hops"] == [
         {"direction": "forward", "hop": 1, "compute_seconds": 1.5, "wait_seconds": 0.375, "bytes": 1500,
@@ -245,7 +266,9 @@ def test_rank_0_says_where_the_trace_is_once_it_is_whole_or_the_run_is_over(size
     tell = "ring trace       {}, 1 steps; https://ui.perfetto.dev opens it"
     assert said["whole"] == [[], [], [tell.format(whole)], []]
     assert said["cut short"] == [[], [], [], [tell.format(short)]]
-    assert said["unwritable"][2][0].startswith("ring trace       not written: /dev/null/trace.json: ")
+    assert said["unwritable"][2][0].startswith(
+        "ring trace       not written: /dev/null/trace.json: "
+    )
     assert whole.exists()
     assert short.exists()
     assert all(lines == {name: [[]] * 4 for name in said} for lines in others)
@@ -253,7 +276,11 @@ def test_rank_0_says_where_the_trace_is_once_it_is_whole_or_the_run_is_over(size
 
 def test_a_run_too_short_for_a_trace_says_so():
     recorder = Recorder("trace.json", 1, [0], consensus=None)
-    assert recorder.keep(log := StepLog(StepTime(1, 0, 1.0, 0.0, is_told=True), None)) == recorder.keep(log) == []
+    assert (
+        recorder.keep(log := StepLog(StepTime(1, 0, 1.0, 0.0, is_told=True), None))
+        == recorder.keep(log)
+        == []
+    )
     assert recorder.finish() == [
         "ring trace       none: it begins with the third step of a run, and there was no third"
     ]
@@ -268,40 +295,63 @@ def test_the_trace_has_every_hop_of_every_rank_and_arrows_between_transfers(size
     for rank in range(size):
         assert [kinds[rank, kind] for kind in ("step", "pass", "hop")] == [1, 2, 2 * size]
         assert kinds[rank, "exchange"] == 3 * (size - 1)
-    hops = [event["args"] for event in slices if event["cat"] == "hop" and event["args"]["hop"] == 2]
+    hops = [
+        event["args"] for event in slices if event["cat"] == "hop" and event["args"]["hop"] == 2
+    ]
     assert {hop["direction"] for hop in hops} == {"forward", "backward"}
-    starts, ends = (sorted(event["id"] for event in events if event["ph"] == phase) for phase in "sf")
+    starts, ends = (
+        sorted(event["id"] for event in events if event["ph"] == phase) for phase in "sf"
+    )
     assert starts == ends
     assert len(set(starts)) == len(starts) == size * 3 * (size - 1)
-    assert set(trace["otherData"]["clock_error_microseconds_by_rank"]) == {str(rank) for rank in range(size)}
+    assert set(trace["otherData"]["clock_error_microseconds_by_rank"]) == {
+        str(rank) for rank in range(size)
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_slices_of_a_thread_lie_within_or_beside_each_other(size, found, folder):
-    slices = [event for event in json.loads((folder / f"{size}.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    slices = [
+        event
+        for event in json.loads((folder / f"{size}.json").read_text())["traceEvents"]
+        if event["ph"] == "X"
+    ]
     for thread in {(event["pid"], event["tid"]) for event in slices}:
         of_thread = [event for event in slices if (event["pid"], event["tid"]) == thread]
-        spans = [(round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)) for event in of_thread]
-        for (began, ended), (later, end) in itertools.combinations(sorted(spans, key=lambda s: (s[0], -s[1])), 2):
+        spans = [
+            (round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3))
+            for event in of_thread
+        ]
+        for (began, ended), (later, end) in itertools.combinations(
+            sorted(spans, key=lambda s: (s[0], -s[1])), 2
+        ):
             assert later >= ended or end <= ended, (thread, began)
         assert thread[1] == COMPUTE or {event["cat"] for event in of_thread} == {"exchange"}
 
 
 @pytest.mark.parametrize("size", [3])
 def test_a_hop_names_the_ring_rank_that_visits(size, found, folder):
-    slices = [event for event in json.loads((folder / f"{size}.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    slices = [
+        event
+        for event in json.loads((folder / f"{size}.json").read_text())["traceEvents"]
+        if event["ph"] == "X"
+    ]
     forward = {
         (event["pid"], event["args"]["hop"]): event["args"]["source"]
         for event in slices
         if event["cat"] == "hop" and event["args"]["direction"] == "forward"
     }
-    assert forward == {(rank, hop + 1): (rank - hop) % size for rank in range(size) for hop in range(size)}
+    assert forward == {
+        (rank, hop + 1): (rank - hop) % size for rank in range(size) for hop in range(size)
+    }
     backward = {  # with a key-value head for each query head the queries travel
         (event["pid"], event["args"]["hop"]): event["args"]["source"]
         for event in slices
         if event["cat"] == "hop" and event["args"]["direction"] == "backward"
     }
-    assert backward == {(rank, hop + 1): (rank + hop) % size for rank in range(size) for hop in range(size)}
+    assert backward == {
+        (rank, hop + 1): (rank + hop) % size for rank in range(size) for hop in range(size)
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])

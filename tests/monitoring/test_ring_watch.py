@@ -11,7 +11,8 @@ from megatron_ring.settings import rules
 from megatron_ring.settings.setup import Setup
 
 CONFIG = Config(
-    model=ModelConfig(hidden_size=32, num_attention_heads=4), parallel=ParallelConfig(context_parallel="striped")
+    model=ModelConfig(hidden_size=32, num_attention_heads=4),
+    parallel=ParallelConfig(context_parallel="striped"),
 )
 
 
@@ -20,7 +21,10 @@ CONFIG = Config(
     [
         ({"straggler_threshold": 0.9}, "straggler_threshold 0.9 must be above 1, the mean, or 0"),
         ({"profile_ring_steps": 0}, "profile_ring_steps 0 must be at least 1"),
-        ({"profile_ring_trace": "x.json"}, "profile_ring_trace x.json has no effect without profile_ring"),
+        (
+            {"profile_ring_trace": "x.json"},
+            "profile_ring_trace x.json has no effect without profile_ring",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused(changes, message):
@@ -29,14 +33,20 @@ def test_options_that_mean_nothing_are_refused(changes, message):
 
 def test_a_device_that_waits_by_itself_is_not_profiled():
     profiled = replace(CONFIG, logging=LoggingConfig(profile_ring=True))
-    told = [[m for m in rules.problems(profiled, Grid(), device) if "profile_ring" in m] for device in ("cpu", "cuda")]
+    told = [
+        [m for m in rules.problems(profiled, Grid(), device) if "profile_ring" in m]
+        for device in ("cpu", "cuda")
+    ]
     assert told[0] == []
     assert "CUDA, the device waits for transfers and not the host" in told[1][0]
 
 
 def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_said():
     here = Setup.of(CONFIG, world_size=2)
-    there, not_wanted = replace(here, device="cuda"), replace(CONFIG, logging=LoggingConfig(straggler_threshold=0))
+    there, not_wanted = (
+        replace(here, device="cuda"),
+        replace(CONFIG, logging=LoggingConfig(straggler_threshold=0)),
+    )
     assert progress_tracker(here).adds_work_up
     assert not progress_tracker(there).adds_work_up
     assert in_words(here) == in_words(replace(there, config=not_wanted)) == []
@@ -45,6 +55,8 @@ def test_where_the_host_does_not_wait_stragglers_are_not_looked_for_and_that_is_
 
 @pytest.mark.parametrize(("ring", "threshold"), [(1, 1.25), (2, 0)])
 def test_nobody_looks_where_there_is_no_ring_or_no_threshold(ring, threshold):
-    setup = Setup.of(replace(CONFIG, logging=LoggingConfig(straggler_threshold=threshold)), world_size=ring)
+    setup = Setup.of(
+        replace(CONFIG, logging=LoggingConfig(straggler_threshold=threshold)), world_size=ring
+    )
     assert progress_tracker(setup).log is None
     assert not progress_tracker(setup).adds_work_up

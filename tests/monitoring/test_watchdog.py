@@ -50,17 +50,26 @@ def line(rank: Ended) -> str:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_every_rank_that_runs_says_one_line_and_leaves_with_the_code_of_a_stall(name, ended):
-    assert {rank.exit_code for rank in ended[name]} - {None, -signal.SIGKILL} == {RingStalled.exit_code}
+    assert {rank.exit_code for rank in ended[name]} - {None, -signal.SIGKILL} == {
+        RingStalled.exit_code
+    }
     for rank in (0, 2):
-        assert line(ended[name][rank]).startswith(f"RingStalled: rank {rank} has waited N s for rank ")
+        assert line(ended[name][rank]).startswith(
+            f"RingStalled: rank {rank} has waited N s for rank "
+        )
         assert ended[name][rank].losses == []
 
 
 @pytest.mark.parametrize(
     ("name", "fate"),
-    [("stopped", "is stopped by a signal"), ("killed", "does not live: (there is no such process|it has ended)")],
+    [
+        ("stopped", "is stopped by a signal"),
+        ("killed", "does not live: (there is no such process|it has ended)"),
+    ],
 )
-def test_neighbours_tell_where_they_wait_and_what_became_of_the_one_they_wait_for(name, fate, ended):
+def test_neighbours_tell_where_they_wait_and_what_became_of_the_one_they_wait_for(
+    name, fate, ended
+):
     # Whether what rank 1 has posted for the next hop still arrives is a matter of moments, and so is whether its parent
     # has taken notice of its end.
     for rank in (0, 2):
@@ -81,7 +90,10 @@ def test_one_that_only_dawdles_is_told_from_one_that_is_stopped(ended):
     said = [line(rank) for rank in ended["asleep"]]
     assert said[1] == f"RingStalled: rank 1 {dawdles}"
     for rank in (0, 2):
-        assert re.search(f"; (rank 1|.* the chain of waits ends at rank 1, which) lives and {dawdles}$", said[rank])
+        assert re.search(
+            f"; (rank 1|.* the chain of waits ends at rank 1, which) lives and {dawdles}$",
+            said[rank],
+        )
 
 
 def test_the_wait_is_as_long_as_the_option_says_and_little_longer(ended):
@@ -106,7 +118,11 @@ def waiting(for_rank: int) -> Place:
 
 
 def test_a_long_chain_of_waits_is_told_by_its_ends():
-    waits = {member(2): waiting(1), member(1): waiting(0), member(0): Place(12, 5, 0, 0, 0, 31.4, NO_RANK)}
+    waits = {
+        member(2): waiting(1),
+        member(1): waiting(0),
+        member(0): Place(12, 5, 0, 0, 0, 31.4, NO_RANK),
+    }
     assert report(member(3), waiting(2), waits) == (
         "rank 3 (node3, pid 4243) has waited 31 s for rank 2 in step 12, layer 5, backward, hop 2 of 4; "
         "rank 2 (node2, pid 4242) lives and has waited 31 s for rank 1 in step 12, layer 5, backward, hop 2 of 4; "
@@ -117,7 +133,9 @@ def test_a_long_chain_of_waits_is_told_by_its_ends():
 
 def test_waits_that_go_round_are_called_a_circle():
     waits = {member(1): waiting(0), member(0): waiting(1)}
-    assert report(member(0), waiting(1), waits).endswith("; these waits close in a circle of 2 ranks")
+    assert report(member(0), waiting(1), waits).endswith(
+        "; these waits close in a circle of 2 ranks"
+    )
 
 
 def test_a_limit_below_0_is_refused():
@@ -219,7 +237,9 @@ def test_the_time_of_a_suspension_is_no_time_of_a_wait():
 
 
 @pytest.mark.parametrize(("suspended", "ends"), [(3600, True), (30, False), (0, False)])
-def test_an_error_of_torch_after_a_long_suspension_starts_the_job_again(suspended, ends, monkeypatch, capsys):
+def test_an_error_of_torch_after_a_long_suspension_starts_the_job_again(
+    suspended, ends, monkeypatch, capsys
+):
     monkeypatch.setattr(watchdog_module, "_SECONDS_TO_SPEAK", 0.1)
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
@@ -241,7 +261,9 @@ def test_an_error_of_torch_after_a_long_suspension_starts_the_job_again(suspende
     [((SILENT, SILENT, DEAD), True), ((SILENT, LIVES), False), ((SILENT,), False)],
     ids=["ends", "lives", "silent"],
 )
-def test_after_an_error_of_torch_a_neighbour_that_is_ending_is_suspected(answers, suspected, monkeypatch):
+def test_after_an_error_of_torch_a_neighbour_that_is_ending_is_suspected(
+    answers, suspected, monkeypatch
+):
     monkeypatch.setattr(watchdog_module, "_SECONDS_TO_SPEAK", 0.5)
     monkeypatch.setattr(watchdog_module, "_SECONDS_BETWEEN_QUESTIONS", 0.01)
     with looking(*answers) as watchdog:

@@ -8,14 +8,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel import collectives, same_machine
-from megatron_ring.parallel.collectives import ProcessGroups, RingExchange, let_links_outlast_suspensions
+from megatron_ring.parallel.collectives import (
+    ProcessGroups,
+    RingExchange,
+    let_links_outlast_suspensions,
+)
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
 
 # By world size; the rings have two, three and four members.
 GRIDS = {3: [Grid(ring=3)], 4: [Grid(ring=4), Grid(data=2, ring=2), Grid(data=4)]}
 
-each_grid = pytest.mark.parametrize("grid", [grid for grids in GRIDS.values() for grid in grids], ids=str)
+each_grid = pytest.mark.parametrize(
+    "grid", [grid for grids in GRIDS.values() for grid in grids], ids=str
+)
 each_way = pytest.mark.parametrize("way", ["network", "tickets"])
 each_ring = pytest.mark.parametrize(
     "grid", [grid for grids in GRIDS.values() for grid in grids if grid.ring > 1], ids=str
@@ -31,7 +37,10 @@ def talk(rank: int, world_size: int) -> dict[Grid, dict]:
         returned = groups.sum(summed)
         heard[grid] = {"sum": returned.tolist(), "in place": returned is summed}
         if groups.ring_links:
-            heard[grid] |= {way: send_kv_or_q(exchange, rank) for way, exchange in exchanges(groups.ring_links).items()}
+            heard[grid] |= {
+                way: send_kv_or_q(exchange, rank)
+                for way, exchange in exchanges(groups.ring_links).items()
+            }
     return heard
 
 
@@ -47,9 +56,15 @@ def send_kv_or_q(exchange: RingExchange, rank: int) -> dict:
     transfers = [exchange.start(tensor) for tensor in sent]
     received = [transfer.wait() for transfer in reversed(transfers)][::-1]
     distances = [each for each in range(1 - len(members), len(members)) if each]
-    farther = [exchange.start(torch.full((1000,), 10.0 * rank + distance), distance) for distance in distances]
+    farther = [
+        exchange.start(torch.full((1000,), 10.0 * rank + distance), distance)
+        for distance in distances
+    ]
     return go_around(exchange, rank) | {
-        "from afar": {distance: transfer.wait().unique().tolist() for distance, transfer in zip(distances, farther)},
+        "from afar": {
+            distance: transfer.wait().unique().tolist()
+            for distance, transfer in zip(distances, farther)
+        },
         "members": members,
         "by tickets": exchange.fetcher is not None,
         "received": [tensor.unique().tolist() for tensor in received],
@@ -66,7 +81,11 @@ def go_around(exchange: RingExchange, rank: int) -> dict:
         tensor = exchange.start(tensor).wait()
         values.append(tensor.unique().tolist())
         arrived.append(tensor)  # held, so that another has another id
-    return {"around": values, "places": len({id(tensor) for tensor in arrived}), "own": own.unique().tolist()}
+    return {
+        "around": values,
+        "places": len({id(tensor) for tensor in arrived}),
+        "own": own.unique().tolist(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +117,10 @@ def test_a_tensor_goes_any_way_on_and_back(grid, way, heard):
     """All distances around the ring in flight together, as when a ring that is cut sends its sums home."""
     for rank, found in enumerate(heard[grid.world_size]):
         ring = next(members for members in grid.members("ring") if rank in members)
-        assert set(found[grid][way]["from afar"]) == {*range(1 - grid.ring, 0), *range(1, grid.ring)}
+        assert set(found[grid][way]["from afar"]) == {
+            *range(1 - grid.ring, 0),
+            *range(1, grid.ring),
+        }
         for distance, received in found[grid][way]["from afar"].items():
             sender = ring[(ring.index(rank) - distance) % grid.ring]
             assert received == [10.0 * sender + distance]
@@ -111,7 +133,9 @@ def test_what_goes_around_arrives_in_two_places_in_turn(grid, way, heard):
     for rank, found in enumerate(heard[grid.world_size]):
         ring = next(members for members in grid.members("ring") if rank in members)
         at = ring.index(rank)
-        assert found[grid][way]["around"] == [[float(ring[(at - hop) % grid.ring])] for hop in range(1, 7)]
+        assert found[grid][way]["around"] == [
+            [float(ring[(at - hop) % grid.ring])] for hop in range(1, 7)
+        ]
         assert found[grid][way]["places"] == 2
         assert found[grid][way]["own"] == [float(rank)]
 
@@ -173,7 +197,9 @@ def test_with_nccl_each_link_has_a_high_priority_stream_and_nothing_else_has(
     assert [first.ranks, second.ranks] == [[[0, 1], [2, 3]]] * 2
     assert first.options.is_high_priority_stream
     assert second.options.is_high_priority_stream
-    assert first.options is not second.options, "torch notes a group's name and ranks in its options"
+    assert first.options is not second.options, (
+        "torch notes a group's name and ranks in its options"
+    )
     assert {first.options._timeout, second.options._timeout} == {timedelta(seconds=seconds)}
     assert {first.timeout, second.timeout} == {timedelta(seconds=seconds) if ring_timeout else None}
     assert everybody.options is None

@@ -17,7 +17,11 @@ def agree(rank: int, world_size: int) -> list[int]:
         consensus.gather(lambda: fail_on(1, rank, DataError("by 1")))
     with pytest.raises(CheckpointError, match="by 0"):
         consensus.run_on_rank_zero(lambda: fail_on(0, rank, CheckpointError("by 0")))
-    assert [consensus.any_rank(rank in them) for them in ((), (1,), range(world_size))] == [False, True, True]
+    assert [consensus.any_rank(rank in them) for them in ((), (1,), range(world_size))] == [
+        False,
+        True,
+        True,
+    ]
     return consensus.gather(lambda: rank * 10)
 
 

@@ -14,7 +14,9 @@ NOT_MADE = [
     (
         ParallelConfig(world_size=8),
         4,
-        ["world_size 8 is what this config is meant for, but 4 processes run. Start 8, or set --world-size 0."],
+        [
+            "world_size 8 is what this config is meant for, but 4 processes run. Start 8, or set --world-size 0."
+        ],
     ),
     (
         ParallelConfig(context_parallel_size=2),
@@ -57,7 +59,9 @@ NOT_MADE = [
         ],
     ),
     (
-        striped(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, context_parallel_size=4),
+        striped(
+            pipeline_model_parallel_size=2, tensor_model_parallel_size=2, context_parallel_size=4
+        ),
         8,
         [
             "context_parallel_size 4 does not divide the 2 processes that pipeline_model_parallel_size 2 and "
@@ -83,7 +87,10 @@ NOT_MADE = [
     ),
     (
         striped(
-            pipeline_model_parallel_size=5, tensor_model_parallel_size=3, context_parallel_size=2, ulysses_degree=4
+            pipeline_model_parallel_size=5,
+            tensor_model_parallel_size=3,
+            context_parallel_size=2,
+            ulysses_degree=4,
         ),
         8,
         [
@@ -107,7 +114,9 @@ def test_a_grid_that_cannot_be_made_says_why_and_what_could(config, world_size, 
 
 
 def test_sizes_that_are_illegal_in_themselves_are_said_before_they_divide_anything():
-    config = ParallelConfig(context_parallel="ring", tensor_model_parallel_size=0, context_parallel_size=-1)
+    config = ParallelConfig(
+        context_parallel="ring", tensor_model_parallel_size=0, context_parallel_size=-1
+    )
     with pytest.raises(ConfigError) as raised:
         Grid.of(config, 2)
     assert raised.value.problems == config.problems() != []
@@ -115,4 +124,6 @@ def test_sizes_that_are_illegal_in_themselves_are_said_before_they_divide_anythi
 
 def test_a_dry_run_names_the_option_for_the_number_of_processes():
     found = degrees.problems(ParallelConfig(tensor_model_parallel_size=2), 1, dry_run=True)
-    assert [problem.split("Set ")[-1] for problem in found] == ["--tensor-model-parallel-size, or --world-size."]
+    assert [problem.split("Set ")[-1] for problem in found] == [
+        "--tensor-model-parallel-size, or --world-size."
+    ]

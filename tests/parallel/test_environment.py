@@ -39,17 +39,27 @@ def environ(monkeypatch) -> dict[str, str]:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_is_understood(launcher, environ):
     environ.update(LAUNCHERS[launcher])
-    assert Environment.read() == Environment(global_rank=5, local_rank=1, world_size=8, local_size=4, threads=4)
+    assert Environment.read() == Environment(
+        global_rank=5, local_rank=1, world_size=8, local_size=4, threads=4
+    )
 
 
 def test_alone_a_process_is_the_whole_world_and_has_all_cores(environ):
-    assert Environment.read() == Environment(global_rank=0, local_rank=0, world_size=1, local_size=1, threads=16)
+    assert Environment.read() == Environment(
+        global_rank=0, local_rank=0, world_size=1, local_size=1, threads=16
+    )
 
 
 def test_torchrun_within_slurm_is_believed(environ):
     """srun starts a torchrun on each node, whatever way it deals them out."""
-    environ.update(LAUNCHERS["srun"] | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_GTIDS": "0,2"} | LAUNCHERS["torchrun"])
-    assert Environment.read() == Environment(global_rank=5, local_rank=1, world_size=8, local_size=4, threads=4)
+    environ.update(
+        LAUNCHERS["srun"]
+        | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_GTIDS": "0,2"}
+        | LAUNCHERS["torchrun"]
+    )
+    assert Environment.read() == Environment(
+        global_rank=5, local_rank=1, world_size=8, local_size=4, threads=4
+    )
     Environment.read().complete()
 
 
@@ -64,12 +74,15 @@ def test_threads_that_are_asked_for_are_given(environ):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "address", "port"), [("deepspeed", "127.0.0.1", "29500"), ("srun", "node07", str(15000 + 5043))]
+    ("launcher", "address", "port"),
+    [("deepspeed", "127.0.0.1", "29500"), ("srun", "node07", str(15000 + 5043))],
 )
 def test_what_the_launcher_left_out_is_completed(launcher, address, port, environ):
     environ.update(LAUNCHERS[launcher])
     Environment.read().complete()
-    told = [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    told = [
+        environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ]
     assert told == ["5", "1", "8", address, port]
 
 
@@ -86,7 +99,9 @@ def test_ranks_of_a_step_meet_where_they_are_told_to(environ):
 
 def test_ranks_that_srun_deals_out_in_turn_are_refused(environ):
     environ.update(LAUNCHERS["srun"] | {"SLURM_GTIDS": "1,3,5,7"})
-    with pytest.raises(ConfigError, match=r"srun runs ranks 1, 3, 5, 7 on this node.* srun --distribution=block"):
+    with pytest.raises(
+        ConfigError, match=r"srun runs ranks 1, 3, 5, 7 on this node.* srun --distribution=block"
+    ):
         Environment.read().complete()
 
 
@@ -113,7 +128,9 @@ def test_what_the_launcher_said_is_kept(environ):
 
 
 def test_a_batch_script_that_carries_slurms_names_is_still_alone(environ):
-    environ.update({name: value for name, value in LAUNCHERS["srun"].items() if name != "SLURM_STEP_ID"})
+    environ.update(
+        {name: value for name, value in LAUNCHERS["srun"].items() if name != "SLURM_STEP_ID"}
+    )
     assert Environment.read().world_size == 1
 
 
@@ -141,11 +158,25 @@ print(-faults() + [faults() for _ in range(8)][-1])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
-@pytest.mark.parametrize(("said", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like"
+)
+@pytest.mark.parametrize(
+    ("said", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)]
+)
 def test_freed_memory_is_kept_unless_the_environment_says_how_it_should_be(said, kept):
-    environ = {name: value for name, value in os.environ.items() if name not in environment._MALLOC_SETTINGS}
-    run = subprocess.run([sys.executable, "-c", FAULTS], env=environ | said, capture_output=True, text=True, check=True)
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in environment._MALLOC_SETTINGS
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=environ | said,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     pages = 8 * (1 << 26) // resource.getpagesize()
     assert (int(run.stdout) < pages / 1000) == kept  # huge pages are 512 of them
 
@@ -163,7 +194,15 @@ def test_where_every_port_is_taken_that_is_said(monkeypatch):
             free_port()
 
 
-EMPTY = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+EMPTY = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+]
 EMPTY += ["OMP_NUM_THREADS", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_GTIDS", "SLURM_CPUS_PER_TASK"]
 EMPTY += ["CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"]
 
@@ -175,7 +214,12 @@ def test_empty_variables_count_as_unset(environ):
     Environment.read().complete()
     environment.fix_order_of_sums()
     assert environ["MASTER_ADDR"] == "127.0.0.1"
-    assert [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")] == ["0", "0", "1", "0"]
+    assert [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")] == [
+        "0",
+        "0",
+        "1",
+        "0",
+    ]
     assert environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert environment.socket_interfaces(["eth0", "lo"]) == []
 
@@ -187,7 +231,9 @@ def test_an_empty_variable_of_slurm_is_no_traceback(name, environ):
 
 
 def test_empty_variables_of_libraries_are_removed_and_others_are_not(environ):
-    environ.update({"DS_ACCELERATOR": "", "DEEPSPEED_TIMEOUT": "", "OMP_NUM_THREADS": "", "RANK": ""})
+    environ.update(
+        {"DS_ACCELERATOR": "", "DEEPSPEED_TIMEOUT": "", "OMP_NUM_THREADS": "", "RANK": ""}
+    )
     kept = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "MASTER_PORT": "1234", "NO_COLOR": ""}
     environ.update(kept)
     environment.remove_empty_variables()
@@ -196,8 +242,12 @@ def test_empty_variables_of_libraries_are_removed_and_others_are_not(environ):
 
 def test_the_package_removes_them_before_it_imports_a_library():
     code = "import megatron_ring.engine.engine, os; print(sorted(n for n, v in os.environ.items() if not v))"
-    empty = dict.fromkeys(["DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "TRITON_CACHE_DIR", "SLURM_STEP_ID"], "")
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | empty, capture_output=True, text=True)
+    empty = dict.fromkeys(
+        ["DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "TRITON_CACHE_DIR", "SLURM_STEP_ID"], ""
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | empty, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert not set(empty) & set(re.findall(r"\w+", run.stdout.splitlines()[-1]))
 
@@ -219,7 +269,9 @@ def test_the_package_removes_them_before_it_imports_a_library():
         (LAUNCHERS["srun"] | {"SLURM_GTIDS": "4-7"}, "SLURM_GTIDS"),
     ],
 )
-def test_variables_that_are_no_numbers_or_out_of_range_are_refused_by_name(variables, named, environ):
+def test_variables_that_are_no_numbers_or_out_of_range_are_refused_by_name(
+    variables, named, environ
+):
     environ.update(variables)
     with pytest.raises(ConfigError, match=rf"^{named} is "):
         Environment.read().complete()

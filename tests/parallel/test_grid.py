@@ -29,13 +29,18 @@ def test_ranks_follow_the_formula(grid):
     for rank in range(grid.world_size):
         at = grid.coordinates(rank)
         context = at.ring * grid.ulysses + at.ulysses
-        assert rank == ((at.pipe * grid.data + at.data) * grid.context + context) * grid.tensor + at.tensor
+        assert (
+            rank
+            == ((at.pipe * grid.data + at.data) * grid.context + context) * grid.tensor + at.tensor
+        )
 
 
 @given(grids)
 def test_every_place_on_the_grid_has_one_rank(grid):
     places = itertools.product(*(range(size) for size in grid.sizes))
-    assert [grid.global_rank(Coordinates(*place)) for place in places] == list(range(grid.world_size))
+    assert [grid.global_rank(Coordinates(*place)) for place in places] == list(
+        range(grid.world_size)
+    )
     assert all(grid.global_rank(grid.coordinates(rank)) == rank for rank in range(grid.world_size))
 
 
@@ -44,7 +49,10 @@ def test_members_share_all_other_coordinates_and_part_the_world_among_them(grid,
     groups = grid.members(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
     fixed = [name for name in Coordinates._fields if name not in axes]
-    places = [{tuple(getattr(grid.coordinates(rank), name) for name in fixed) for rank in group} for group in groups]
+    places = [
+        {tuple(getattr(grid.coordinates(rank), name) for name in fixed) for rank in group}
+        for group in groups
+    ]
     assert all(len(place) == 1 for place in places)
     assert len(set.union(*places)) == len(groups)
     assert all(group == sorted(group) for group in groups)
@@ -65,13 +73,24 @@ MADE = [
     (ParallelConfig(context_parallel="zigzag", context_parallel_size=2), 8, Grid(data=4, ring=2)),
     (ParallelConfig(context_parallel="ring", context_parallel_size=1), 3, Grid(data=3)),
     (ParallelConfig(context_parallel="ring", world_size=2), 2, Grid(ring=2)),
-    (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3), 12, Grid(pipe=3, data=2, tensor=2)),
-    (striped(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 16, Grid(pipe=2, ring=4, tensor=2)),
+    (
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3),
+        12,
+        Grid(pipe=3, data=2, tensor=2),
+    ),
+    (
+        striped(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        16,
+        Grid(pipe=2, ring=4, tensor=2),
+    ),
     (striped(tensor_model_parallel_size=2, ulysses_degree=2), 8, Grid(ring=2, ulysses=2, tensor=2)),
     (striped(context_parallel_size=4, ulysses_degree=4), 8, Grid(data=2, ulysses=4)),
     (
         striped(
-            context_parallel_size=4, ulysses_degree=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+            context_parallel_size=4,
+            ulysses_degree=2,
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
         ),
         32,
         Grid(pipe=2, data=2, ring=2, ulysses=2, tensor=2),

@@ -32,9 +32,13 @@ def programs(tmp_path) -> dict[str, list[str]]:
         path.parent.mkdir(parents=True)
         path.write_text(STARTS)
         for folder in (path.parent, path.parents[1]):
-            (folder / "__init__.py").touch()  # without it the installed package would be found first
+            (
+                folder / "__init__.py"
+            ).touch()  # without it the installed package would be found first
     python = sys.executable
-    by_name = {name: [python, str(tmp_path / "bin" / name)] for name in os.listdir(tmp_path / "bin")}
+    by_name = {
+        name: [python, str(tmp_path / "bin" / name)] for name in os.listdir(tmp_path / "bin")
+    }
     modules = ("deepspeed.launcher.launch", "torch.distributed.run", "pkg.runner")
     return by_name | {module: [python, "-u", "-m", module] for module in modules} | {
         "shell": ["sh", "-c", '"$@"; exit $?', "torchrun"],  # its $0 is a name, and no program
@@ -59,7 +63,9 @@ def programs(tmp_path) -> dict[str, list[str]]:
 def test_the_processes_up_to_the_outermost_launcher_are_watched(chain, watched, programs, tmp_path):
     command = [word for name in chain for word in programs[name]] + [sys.executable, "-c", RANK]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}"}
-    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     assert said.split() == [str(watched), "True" if watched else "None"]
 
 
@@ -68,8 +74,14 @@ def test_the_processes_up_to_the_outermost_launcher_are_watched(chain, watched, 
     [
         ({}, None),
         ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "0"}, None),
-        ({"TORCHELASTIC_RUN_ID": "x"}, os.getpid()),  # an elastic agent in a program of the user's own
-        ({"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"}, 0),  # gone before we looked
+        (
+            {"TORCHELASTIC_RUN_ID": "x"},
+            os.getpid(),
+        ),  # an elastic agent in a program of the user's own
+        (
+            {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"},
+            0,
+        ),  # gone before we looked
     ],
     ids=["nothing", "srun", "elastic agent", "deepspeed"],
 )
@@ -81,7 +93,9 @@ def test_what_started_it_shows_in_the_environment_where_no_launcher_is_there(var
     """
     environment = {"PATH": os.environ["PATH"]} | variables
     command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert said.strip() == ("None" if found is None else f"[{found}] {found != 0}")
 
 

@@ -12,7 +12,9 @@ from tests.tolerances import TOLERANCE
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def rows_of_heads(dtype: torch.dtype, length: int, heads: int, head_size: int) -> list[torch.Tensor]:
+def rows_of_heads(
+    dtype: torch.dtype, length: int, heads: int, head_size: int
+) -> list[torch.Tensor]:
     """q, dout, lse and delta of two samples: what the queries carry."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, length, heads, head_size)] * 2 + [(2, heads, length)] * 2
@@ -36,7 +38,9 @@ def test_tensors_of_several_types_travel_as_one_message(sizes, dtype):
 def test_what_was_received_is_not_copied():
     rows = rows_of_heads(torch.bfloat16, 5, 3, 7)
     message = packed(rows)
-    assert {x.untyped_storage().data_ptr() for x in unpacked(message, rows)} == {message.untyped_storage().data_ptr()}
+    assert {x.untyped_storage().data_ptr() for x in unpacked(message, rows)} == {
+        message.untyped_storage().data_ptr()
+    }
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)

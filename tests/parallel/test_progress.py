@@ -47,11 +47,15 @@ class Noting:
     ],
     ids=["kept", "selective", "full", "attention too"],
 )
-def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(execution, backward, monkeypatch):
+def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(
+    execution, backward, monkeypatch
+):
     place = ProgressTracker()
     kernel = Noting(place)
     monkeypatch.setitem(KERNELS, "noting", kernel)
-    attention = ContextParallelAttention(Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place)
+    attention = ContextParallelAttention(
+        Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place
+    )
     layers = Layers(MODEL, LENGTH, attention, 1, execution, STAGE)
     place.follow(layers)
     for _ in place.steps([7]):
@@ -66,7 +70,9 @@ def test_a_wait_is_noted_until_it_is_over():
     with place.in_ring(5, Direction.BACKWARD):
         place.begin_hop(1, 4)
         with place.waiting_for(2):
-            assert place.read()._replace(seconds=0) == Place(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
+            assert place.read()._replace(seconds=0) == Place(
+                0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2
+            )
         assert place.read().waits_for == NO_RANK
     assert place.read().hops == 0
 

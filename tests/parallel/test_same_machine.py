@@ -15,7 +15,9 @@ from megatron_ring.parallel.same_machine import MemoryUnreadable, read, reader_w
 from tests.distributed import run_ranks
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8], ids=str
+)
 def test_a_tensor_is_read_as_it_lies(dtype):
     sent = torch.arange(120).view(2, 3, 4, 5).to(dtype).transpose(1, 2)
     received = torch.empty_like(sent)
@@ -64,7 +66,9 @@ def within(rank: int, world_size: int) -> RingExchange:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_who_is_busy_keeps_nobody_waiting_and_what_was_sent_may_be_written_to_once_it_is_over(world_size):
+def test_who_is_busy_keeps_nobody_waiting_and_what_was_sent_may_be_written_to_once_it_is_over(
+    world_size,
+):
     for rank, found in enumerate(run_ranks(world_size, in_turns)):
         previous = (rank - 1) % world_size
         assert found == [[10.0 * previous + hop] for hop in range(4)]
@@ -74,15 +78,23 @@ def crossing(rank: int, world_size: int) -> list:
     """What arrives where ranks wait for their transfers in different orders, over every distance."""
     exchange = within(rank, world_size)
     distances = [*range(1, world_size), *range(1 - world_size, 0)] * 2
-    transfers = [exchange.start(torch.full((50, 3), 10.0 * rank + i), each) for i, each in enumerate(distances)]
+    transfers = [
+        exchange.start(torch.full((50, 3), 10.0 * rank + i), each)
+        for i, each in enumerate(distances)
+    ]
     order = torch.randperm(len(transfers), generator=torch.Generator().manual_seed(rank)).tolist()
     arrived = {i: transfers[i].wait().unique().tolist() for i in order}
-    return [arrived[i] == [10.0 * ((rank - each) % world_size) + i] for i, each in enumerate(distances)]
+    return [
+        arrived[i] == [10.0 * ((rank - each) % world_size) + i] for i, each in enumerate(distances)
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_transfers_end_in_any_order(world_size):
-    assert all(all(found) and len(found) == 4 * (world_size - 1) for found in run_ranks(world_size, crossing))
+    assert all(
+        all(found) and len(found) == 4 * (world_size - 1)
+        for found in run_ranks(world_size, crossing)
+    )
 
 
 def unlike(rank: int, world_size: int) -> list[str]:
@@ -118,7 +130,9 @@ def hindered(rank: int, world_size: int) -> dict:
         "nothing to be told from others by": {"_machine": lambda: None},
         "no such call": {"_readv": without_the_call},
         "no leave to read": {"_readv": lambda *arguments: -1},
-        "another's memory at that address": {"ticket_for": lambda message: ticket_for(torch.zeros_like(message))},
+        "another's memory at that address": {
+            "ticket_for": lambda message: ticket_for(torch.zeros_like(message))
+        },
     }
     found = {}
     for hindrance, replaced in hindrances.items():

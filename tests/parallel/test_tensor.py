@@ -18,7 +18,9 @@ from tests.model.conftest import plain_attention
 VOCABULARY, LENGTH = 61, 12
 SHAPE = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "ffn_hidden_size": 36}
 CONFIGS = {
-    "llama": ModelConfig(**SHAPE, softmax_type="learnable", untie_embeddings_and_output_weights=True),
+    "llama": ModelConfig(
+        **SHAPE, softmax_type="learnable", untie_embeddings_and_output_weights=True
+    ),
     "gpt2": ModelConfig(
         **SHAPE,
         normalization="LayerNorm",
@@ -35,7 +37,9 @@ def loss_and_gradients(config: ModelConfig, tensor: TensorParallel) -> tuple[flo
     """The loss, and by parameter its gradient with the range of it that is here (None: all)."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS, targets_BS = torch.randint(VOCABULARY, (2, 2, LENGTH), generator=generator)
-    model = GPT(config, VOCABULARY, LENGTH, plain_attention, 1, Execution(tensor, loss_chunk_size=5)).double()
+    model = GPT(
+        config, VOCABULARY, LENGTH, plain_attention, 1, Execution(tensor, loss_chunk_size=5)
+    ).double()
     # Biases and norms start where a forgotten gradient of theirs would not show.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,8 +68,12 @@ def test_loss_and_gradients_are_those_of_the_whole_model(size, sequence_parallel
             if split:
                 found = torch.cat([of_rank[parameter][0] for of_rank in gradients], dim=split.dim)
             else:
-                assert all(torch.equal(of_rank[parameter][0], found) for of_rank in gradients), parameter
-            torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12, msg=lambda m, p=parameter: f"{p}: {m}")
+                assert all(torch.equal(of_rank[parameter][0], found) for of_rank in gradients), (
+                    parameter
+                )
+            torch.testing.assert_close(
+                found, whole, rtol=1e-10, atol=1e-12, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
 
 
 def test_an_uneven_vocabulary_is_split_in_runs_and_covers_itself():

@@ -81,7 +81,11 @@ def test_a_device_without_bfloat16_has_a_rate_in_float16(monkeypatch):
 
 def test_no_name_is_two_devices():
     for name, _ in KNOWN:
-        matching = [peak for peak in device_peaks._PEAKS if re.fullmatch(peak.name, name.removeprefix("NVIDIA "))]
+        matching = [
+            peak
+            for peak in device_peaks._PEAKS
+            if re.fullmatch(peak.name, name.removeprefix("NVIDIA "))
+        ]
         assert len(matching) == 1
 
 

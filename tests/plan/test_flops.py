@@ -20,7 +20,13 @@ LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_que
     "config",
     [
         LLAMA,
-        ModelConfig(num_layers=3, hidden_size=48, num_attention_heads=4, activation="gelu", normalization="LayerNorm"),
+        ModelConfig(
+            num_layers=3,
+            hidden_size=48,
+            num_attention_heads=4,
+            activation="gelu",
+            normalization="LayerNorm",
+        ),
         replace(LLAMA, kv_channels=24, qk_layernorm=True, add_qkv_bias=True),
     ],
     ids=["like Llama", "like GPT-2", "like Qwen"],
@@ -28,11 +34,15 @@ LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_que
 def test_six_for_each_weight_of_a_product_and_half_of_the_square(config):
     model = GPT(config, VOCAB, SEQ, attention=None, seed=0)
     products = (ColumnParallelLinear, RowParallelLinear)
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, products))
+    weights = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, products)
+    )
     head = VOCAB * config.hidden_size  # tied: a product with the embedding
     pairs = sum(position + 1 for position in range(SEQ))
     attention = 2 * 2 * 3 * config.num_layers * config.num_attention_heads * config.head_dim * pairs
-    assert training_flops(config, VOCAB, torch.tensor([SEQ])) == 6 * SEQ * (weights + head) + attention
+    assert (
+        training_flops(config, VOCAB, torch.tensor([SEQ])) == 6 * SEQ * (weights + head) + attention
+    )
 
 
 @given(lengths=st.lists(st.integers(0, 20), max_size=5), window=st.integers(0, 25))
@@ -70,7 +80,13 @@ def test_two_samples_cost_twice_as_much_and_documents_cost_less():
 def test_the_usual_convention_counts_the_full_square_and_neither_window_nor_documents():
     """6 for each weight of a product and token, and 12 L H D S a token: as in PaLM, appendix B."""
     model = replace(LLAMA, window_size=8)
-    weights = training_flops(model, VOCAB, torch.tensor([1])) - 12 * 2 * 32  # of one token, that sees itself
-    expected = 3 * SEQ * (weights + 12 * model.num_layers * model.num_attention_heads * model.head_dim * SEQ)
+    weights = (
+        training_flops(model, VOCAB, torch.tensor([1])) - 12 * 2 * 32
+    )  # of one token, that sees itself
+    expected = (
+        3
+        * SEQ
+        * (weights + 12 * model.num_layers * model.num_attention_heads * model.head_dim * SEQ)
+    )
     assert full_attention_flops(model, VOCAB, SEQ, sequences=3) == expected
     assert full_attention_flops(LLAMA, VOCAB, SEQ, 3) == expected

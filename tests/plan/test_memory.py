@@ -15,7 +15,11 @@ from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.tensor_exchange import ALONE
-from megatron_ring.plan.activations import inputs_gathered_again, layer_bytes, papers_bytes_per_token
+from megatron_ring.plan.activations import (
+    inputs_gathered_again,
+    layer_bytes,
+    papers_bytes_per_token,
+)
 from megatron_ring.plan.memory import ERROR, Workload, bubble, micro_batches_in_flight, stage_memory
 from megatron_ring.plan.zero import Zero
 
@@ -48,7 +52,12 @@ MODES = {
 
 
 def config(model: ModelConfig = LLAMA, memory: MemoryConfig = MODES["none"], **parallel) -> Config:
-    return Config(model=model, data=DataConfig(seq_length=LENGTH), memory=memory, parallel=ParallelConfig(**parallel))
+    return Config(
+        model=model,
+        data=DataConfig(seq_length=LENGTH),
+        memory=memory,
+        parallel=ParallelConfig(**parallel),
+    )
 
 
 ONE = Grid()
@@ -78,7 +87,10 @@ def test_a_layer_keeps_what_autograd_saves(model, dtype):
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in of_all:
-            saved[storage.data_ptr()] = storage.nbytes(), x  # held, so that no other gets its address
+            saved[storage.data_ptr()] = (
+                storage.nbytes(),
+                x,
+            )  # held, so that no other gets its address
         return x
 
     x_BlE = torch.randn(1, LENGTH, model.hidden_size, dtype=dtype, requires_grad=True)
@@ -86,7 +98,9 @@ def test_a_layer_keeps_what_autograd_saves(model, dtype):
         block(x_BlE, rotation, None)
     norms = 2 + model.qk_layernorm * (model.num_attention_heads + model.key_value_heads)
     # Two numbers of each, which are in bfloat16 on a CPU.
-    statistics = 2 * 2 * norms if model.normalization == "LayerNorm" and dtype != torch.float32 else 0
+    statistics = (
+        2 * 2 * norms if model.normalization == "LayerNorm" and dtype != torch.float32 else 0
+    )
     measured = sum(nbytes for nbytes, _ in saved.values()) / LENGTH + statistics
     assert layer_bytes(config(model), Grid(), dtype, "cpu").kept == measured
 
@@ -106,7 +120,9 @@ def test_the_peak_of_a_step_is_what_was_planned(mode, model, dtype):
 
 
 def test_split_over_tensor_ranks_only_the_stream_and_the_norms_are_whole():
-    whole, half = (layer_bytes(config(), Grid(tensor=ranks), torch.float32, "cpu").kept for ranks in (1, 2))
+    whole, half = (
+        layer_bytes(config(), Grid(tensor=ranks), torch.float32, "cpu").kept for ranks in (1, 2)
+    )
     replicated = 2 * (8 * 64 + 4) + 2 * 4 * 64  # what norms keep, and their outputs
     assert half - replicated == (whole - replicated) / 2
 
@@ -114,7 +130,9 @@ def test_split_over_tensor_ranks_only_the_stream_and_the_norms_are_whole():
 def test_sequence_parallel_splits_what_norms_keep_and_the_input():
     memory = MODES["attention too"]
     whole = layer_bytes(config(memory=memory), Grid(tensor=4), torch.bfloat16, "cuda")
-    split = layer_bytes(config(memory=memory, sequence_parallel=True), Grid(tensor=4), torch.bfloat16, "cuda")
+    split = layer_bytes(
+        config(memory=memory, sequence_parallel=True), Grid(tensor=4), torch.bfloat16, "cuda"
+    )
     assert (whole.kept, split.kept) == (2 * 64, 2 * 64 / 4)
     assert split.working < whole.working
 
@@ -130,9 +148,16 @@ def test_sequence_parallel_splits_what_norms_keep_and_the_input():
         ("attention too", 128, 0),
     ],
 )
-def test_sequence_parallel_keeps_a_shard_of_inputs_unless_they_are_computed_again(mode, split_bytes, gathers):
-    without, with_it = (config(memory=MODES[mode], sequence_parallel=enabled) for enabled in (False, True))
-    whole, shards = (layer_bytes(each, Grid(tensor=4), torch.bfloat16, "cuda").kept for each in (without, with_it))
+def test_sequence_parallel_keeps_a_shard_of_inputs_unless_they_are_computed_again(
+    mode, split_bytes, gathers
+):
+    without, with_it = (
+        config(memory=MODES[mode], sequence_parallel=enabled) for enabled in (False, True)
+    )
+    whole, shards = (
+        layer_bytes(each, Grid(tensor=4), torch.bfloat16, "cuda").kept
+        for each in (without, with_it)
+    )
     assert whole - shards == split_bytes * 3 / 4
     assert inputs_gathered_again(with_it) == gathers
     assert inputs_gathered_again(without) == 0
@@ -140,7 +165,9 @@ def test_sequence_parallel_keeps_a_shard_of_inputs_unless_they_are_computed_agai
 
 def test_ulysses_keeps_the_output_twice_and_repeated_keys():
     grouped = config(MODELS["grouped"])
-    alone, members = (layer_bytes(grouped, Grid(ulysses=n), torch.float32, "cpu").kept for n in (1, 4))
+    alone, members = (
+        layer_bytes(grouped, Grid(ulysses=n), torch.float32, "cpu").kept for n in (1, 4)
+    )
     assert members - alone == 4 * 64 + 2 * 3 * 4 * 16
 
 
@@ -151,7 +178,9 @@ def test_the_paper_counts_six_blocks_of_one_byte_pairs():
 def test_a_stage_keeps_the_micro_batches_that_are_in_flight():
     assert [micro_batches_in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert [micro_batches_in_flight(4, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
-    first, middle, last = (stage_memory(workload(config(), Grid(pipe=3), 8), stage) for stage in range(3))
+    first, middle, last = (
+        stage_memory(workload(config(), Grid(pipe=3), 8), stage) for stage in range(3)
+    )
     assert first.activations > middle.activations > last.activations
     assert first.parameters == last.parameters - 4 * LLAMA.hidden_size  # the final norm
     assert middle.parameters == first.parameters - 4 * VOCABULARY * LLAMA.hidden_size
@@ -170,7 +199,9 @@ def test_gradients_meet_the_activations_from_the_second_micro_batch_on():
 def test_offloaded_activations_leave_two_layers_on_the_device():
     deep = replace(LLAMA, num_layers=10)
     here, away = (
-        stage_memory(workload(config(deep, MemoryConfig(offload_activations=away)), device="cuda"), 0)
+        stage_memory(
+            workload(config(deep, MemoryConfig(offload_activations=away)), device="cuda"), 0
+        )
         for away in (False, True)
     )
     assert (here.host, away.host) == (0, here.activations - away.activations)
@@ -184,11 +215,16 @@ def test_offloaded_activations_leave_two_layers_on_the_device():
         ("--recompute none --mlp-chunks 8", MemoryConfig(mlp_chunks=8)),
         ("--recompute selective", MemoryConfig(recompute="selective")),
         ("--recompute full", MemoryConfig(recompute="full")),
-        ("--recompute full --recompute-attention", MemoryConfig(recompute="full", recompute_attention=True)),
+        (
+            "--recompute full --recompute-attention",
+            MemoryConfig(recompute="full", recompute_attention=True),
+        ),
     ],
 )
 def test_the_table_of_the_documentation(flags, memory):
-    model = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008)
+    model = ModelConfig(
+        num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008
+    )
     kept = layer_bytes(config(model, memory), Grid(ring=8), torch.bfloat16, "cuda").kept
     documented = Path(__file__).parents[2] / "docs" / "memory.md"
     assert f"| `{flags}` | {kept:,.0f} | {kept / 4096:.1f} |\n" in documented.read_text()

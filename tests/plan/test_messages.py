@@ -14,7 +14,9 @@ STRIPED = Layout("striped", 48, 2)
 
 
 def test_a_ring_sees_the_heads_that_tensor_ranks_and_ulysses_members_leave():
-    q_BLhD, kv_2BLgD = ring_tensors(CONFIG, Grid(ring=2, ulysses=2, tensor=2), STRIPED, torch.bfloat16)
+    q_BLhD, kv_2BLgD = ring_tensors(
+        CONFIG, Grid(ring=2, ulysses=2, tensor=2), STRIPED, torch.bfloat16
+    )
     assert q_BLhD.shape == (3, 24, 2, 8)
     assert kv_2BLgD.shape == (2, 3, 24, 1, 8)
 

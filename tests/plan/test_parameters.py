@@ -55,9 +55,18 @@ def test_a_tensor_rank_holds_its_part_and_the_replicas(config):
 def test_stages_hold_their_layers_and_the_vocabulary_at_both_ends(config, tensor):
     execution = Execution(tensor=TensorParallel(rank=0, size=tensor))
     for stage in range(3):
-        layers = Layers(config, LENGTH, lambda *_: None, 0, execution, layers_of_stage(config.num_layers, 3, stage))
+        layers = Layers(
+            config,
+            LENGTH,
+            lambda *_: None,
+            0,
+            execution,
+            layers_of_stage(config.num_layers, 3, stage),
+        )
         rows = share(VOCABULARY, tensor) if stage != 1 else 0
-        planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(pipe=3, tensor=tensor), stage)
+        planned = parameters_of_stage(
+            config, VOCABULARY, LENGTH, Grid(pipe=3, tensor=tensor), stage
+        )
         assert planned == held(layers) + rows * config.hidden_size
 
 

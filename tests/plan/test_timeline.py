@@ -15,7 +15,12 @@ SMALL = [
 ]
 
 
-MASKS = [CAUSAL, Mask(window=4), Mask(document_starts=(0, 1, 7)), Mask(window=4, document_starts=(0, 1, 7))]
+MASKS = [
+    CAUSAL,
+    Mask(window=4),
+    Mask(document_starts=(0, 1, 7)),
+    Mask(window=4, document_starts=(0, 1, 7)),
+]
 
 
 def sees(query: int, key: int, mask: Mask) -> bool:
@@ -55,7 +60,9 @@ def test_a_hop_ends_with_its_slowest_rank():
 @pytest.mark.parametrize("ring_size", [2, 4, 8])
 @pytest.mark.parametrize("name", ["striped", "zigzag"])
 def test_balance_gains_nearly_what_it_can_over_the_contiguous_ring_and_never_more(name, ring_size):
-    ring, balanced = (counted(Layout(layout, ring_size * 4096, ring_size)) for layout in ("ring", name))
+    ring, balanced = (
+        counted(Layout(layout, ring_size * 4096, ring_size)) for layout in ("ring", name)
+    )
     gain, bound = ring.critical_path / balanced.critical_path, bound_over_ring(name, ring_size)
     assert bound == 2 - 1 / ring_size
     assert 0.999 * bound < gain <= bound
@@ -83,6 +90,9 @@ def test_contiguous_shards_leave_the_last_rank_nearly_twice_the_mean():
 def test_stripes_share_packed_documents_evenly_where_other_layouts_cannot():
     seq_length, ring_size = 65536, 8
     mask = Mask(document_starts=random_starts(1024, seq_length))
-    imbalance = {n: counted(Layout(n, seq_length, ring_size), mask).imbalance for n in ("ring", "striped", "zigzag")}
+    imbalance = {
+        n: counted(Layout(n, seq_length, ring_size), mask).imbalance
+        for n in ("ring", "striped", "zigzag")
+    }
     assert imbalance["striped"] <= 1.01
     assert min(imbalance["ring"], imbalance["zigzag"]) > 1.2

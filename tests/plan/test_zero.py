@@ -30,7 +30,10 @@ def test_what_lasts_is_what_deepspeed_was_seen_to_hold(dtype, stage, measured):
 
 
 def test_more_ranks_split_the_state_the_gradients_and_the_parameters_in_turn():
-    stages = [model_states(COUNT, torch.bfloat16, replace(LEAN, stage=stage, ranks=10)) for stage in range(4)]
+    stages = [
+        model_states(COUNT, torch.bfloat16, replace(LEAN, stage=stage, ranks=10))
+        for stage in range(4)
+    ]
     assert [states.optimizer for states in stages] == [12_000, 1200, 1200, 1200]
     assert [states.gradients for states in stages] == [2000, 2000, 200, 200]
     assert [states.parameters for states in stages] == [2000, 2000, 2000, 200]
@@ -41,7 +44,9 @@ def test_a_bucket_and_gathered_parameters_are_counted_as_deepspeed_has_them():
     assert model_states(COUNT, torch.bfloat16, zero).bucket == 70 * 4
     assert model_states(COUNT, torch.bfloat16, replace(zero, stage=2)).bucket == 70 * 2
     assert model_states(COUNT, torch.bfloat16, zero).parameters == 2 * (500 + 300)
-    assert model_states(COUNT, torch.bfloat16, replace(zero, max_live_parameters=10**9)).parameters == 2 * (500 + 1000)
+    assert model_states(
+        COUNT, torch.bfloat16, replace(zero, max_live_parameters=10**9)
+    ).parameters == 2 * (500 + 1000)
 
 
 def test_what_is_offloaded_leaves_the_device_for_the_host():

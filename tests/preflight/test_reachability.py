@@ -51,6 +51,8 @@ def test_the_pairs_that_do_not_are_named_on_all_ranks_with_the_remedy():
     assert first == second == third
     assert len(first) == 3
     for problem, other in zip(first, "02"):
-        assert re.match(rf"rank 1 \(\S+, pid \d+\) cannot reach rank {other} .* No route to host", problem)
+        assert re.match(
+            rf"rank 1 \(\S+, pid \d+\) cannot reach rank {other} .* No route to host", problem
+        )
     assert "GLOO_SOCKET_IFNAME" in first[-1]
     assert "--ring-timeout 0" in first[-1]

@@ -48,14 +48,20 @@ CONFIG = Config(
 
 
 def changed(**sections: dict) -> Config:
-    return replace(CONFIG, **{name: replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()})
+    return replace(
+        CONFIG,
+        **{name: replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()},
+    )
 
 
 # Four ranks each: (config, links in its rings).
 PASSING = {
     "ring of 4, striped": (changed(), 4),
     "wide stripes, bf16": (changed(data={"seq_length": 4096}, training={"dtype": "bf16"}), 4),
-    "zigzag x Ulysses 2": (changed(parallel={"context_parallel": "zigzag", "ulysses_degree": 2}), 4),
+    "zigzag x Ulysses 2": (
+        changed(parallel={"context_parallel": "zigzag", "ulysses_degree": 2}),
+        4,
+    ),
     "tensor 2 x pipe 2": (
         changed(parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
         0,
@@ -70,7 +76,8 @@ PASSING = {
     ),
     "one key-value head, bf16": (
         changed(
-            model={"num_attention_heads": 64, "num_query_groups": 1, "kv_channels": 32}, training={"dtype": "bf16"}
+            model={"num_attention_heads": 64, "num_query_groups": 1, "kv_channels": 32},
+            training={"dtype": "bf16"},
         ),
         4,
     ),
@@ -113,7 +120,9 @@ def test_one_line_says_it(passed):
     report = passed[0]["zigzag x Ulysses 2"].in_full()
     off = ", ".join(rf"{name} \S+e-0[67] \(2.5e-06\)" for name in ("out", "dq", "dk", "dv"))
     assert re.search(
-        rf"^attention        ring = local attention by sdpa in fp32: off by \(allowed\) {off}", report, re.M
+        rf"^attention        ring = local attention by sdpa in fp32: off by \(allowed\) {off}",
+        report,
+        re.M,
     )
     assert len(re.findall(rf"\d -> \d \({host} -> {host}\) \S+$", report, re.M)) == 4
     assert report.endswith("self-test        passed")
@@ -216,7 +225,9 @@ FAULTS = {
         "rank 0 (HOST, process PID) meets rank 2 (HOST, process PID) as member 1 of its tensor group, where the grid "
         "has rank 1 (HOST, process PID).",
     ],
-    a_kernel_that_is_wrong: ["ring attention is not local attention: out is wrong on rank 1 (HOST), by "],
+    a_kernel_that_is_wrong: [
+        "ring attention is not local attention: out is wrong on rank 1 (HOST), by "
+    ],
 }
 
 
@@ -251,7 +262,9 @@ def test_a_fault_is_named_alike_on_every_rank(fault, met):
     errors = [of_rank[fault.__name__] for of_rank in met]
     assert len({str(error) for error in errors}) == 1
     assert {error.exit_code for error in errors} == {3 if fault is no_data else 2}
-    said = re.sub(r"process \d+", "process PID", str(errors[0]).replace(socket.gethostname(), "HOST"))
+    said = re.sub(
+        r"process \d+", "process PID", str(errors[0]).replace(socket.gethostname(), "HOST")
+    )
     said = said.replace(version("deepspeed"), "DEEPSPEED")
     assert said.startswith("\n".join(FAULTS[fault]))
 
@@ -273,7 +286,11 @@ def one_is_late(rank: int, world_size: int) -> Report:
 
 def test_what_makes_a_link_slow_is_at_one_of_its_ends():
     """A rank that sends late delays whom it sends to, and often, because it receives late, who sends to it."""
-    (said,) = (line for line in run_ranks(4, one_is_late)[0].line().splitlines() if line.startswith("slow links"))
+    (said,) = (
+        line
+        for line in run_ranks(4, one_is_late)[0].line().splitlines()
+        if line.startswith("slow links")
+    )
     named = set(re.findall(r"(\d) -> (\d) \(", said))
     assert {("2", "3")} <= named <= {("1", "2"), ("2", "3")}
 
@@ -283,7 +300,12 @@ def link(sender: int, receiver: int, rate: float, hosts: str = "aa") -> hops.Lin
 
 
 def test_a_link_between_hosts_is_compared_with_others_between_hosts():
-    links = [link(0, 1, 100.0), link(1, 2, 9.0, "ab"), link(2, 3, 90.0, "bb"), link(3, 0, 10.0, "ba")]
+    links = [
+        link(0, 1, 100.0),
+        link(1, 2, 9.0, "ab"),
+        link(2, 3, 90.0, "bb"),
+        link(3, 0, 10.0, "ba"),
+    ]
     assert hops.slow(links) == []
     weak = link(5, 6, 40.0, "bb")
     assert hops.slow([*links, weak]) == [weak]
@@ -291,7 +313,12 @@ def test_a_link_between_hosts_is_compared_with_others_between_hosts():
 
 
 def test_rates_are_said_in_megabytes():
-    assert [hops.megabytes(rate) for rate in (2.514e9, 15.6e6, 1.26e6, 40e3)] == ["2,514", "16", "1.3", "0.04"]
+    assert [hops.megabytes(rate) for rate in (2.514e9, 15.6e6, 1.26e6, 40e3)] == [
+        "2,514",
+        "16",
+        "1.3",
+        "0.04",
+    ]
 
 
 def test_ranks_are_named_in_runs_and_many_hosts_are_counted():

@@ -16,7 +16,10 @@ def derived(world_size: int = 4, **sections) -> dict:
 
 
 def test_sizes_are_in_deepspeeds_terms_where_context_ranks_are_data_ranks():
-    sizes = derived(parallel={"context_parallel_size": 2}, training={"global_batch_size": 12, "micro_batch_size": 3})
+    sizes = derived(
+        parallel={"context_parallel_size": 2},
+        training={"global_batch_size": 12, "micro_batch_size": 3},
+    )
     assert sizes["train_micro_batch_size_per_gpu"] == 3
     assert sizes["gradient_accumulation_steps"] == 2
     assert sizes["train_batch_size"] == 3 * 2 * 4
@@ -30,11 +33,17 @@ def test_extras_are_merged_section_by_section():
 
 
 def test_an_extra_that_agrees_is_no_contradiction():
-    assert derived(training={"deepspeed": {"zero_optimization": {"stage": 1}}})["zero_optimization"] == {"stage": 1}
+    assert derived(training={"deepspeed": {"zero_optimization": {"stage": 1}}})[
+        "zero_optimization"
+    ] == {"stage": 1}
 
 
 def test_every_extra_that_contradicts_names_the_flag_to_set_instead():
-    extras = {"train_batch_size": 7, "zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}
+    extras = {
+        "train_batch_size": 7,
+        "zero_optimization": {"stage": 3},
+        "communication_data_type": "bf16",
+    }
     with pytest.raises(ConfigError) as refused:
         derived(training={"deepspeed": extras})
     assert refused.value.problems == [
@@ -59,10 +68,22 @@ def test_what_is_kept_in_cpu_memory_is_told_deepspeed_and_may_be_tuned():
 @pytest.mark.parametrize(
     ("extras", "said"),
     [
-        ({"optimizer": {"type": "Lamb"}}, "optimizer is not set by hand. Set --lr, --weight-decay, --adam-beta1,"),
-        ({"scheduler": {}}, "scheduler is not set by hand. Set --lr, --min-lr, --lr-warmup-iters or --lr-decay-style"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not set by hand. Set --tensor-model-parallel-s"),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size is not set by hand. Set --context-parallel-size or "),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            "optimizer is not set by hand. Set --lr, --weight-decay, --adam-beta1,",
+        ),
+        (
+            {"scheduler": {}},
+            "scheduler is not set by hand. Set --lr, --min-lr, --lr-warmup-iters or --lr-decay-style",
+        ),
+        (
+            {"tensor_parallel": {"autotp_size": 2}},
+            "tensor_parallel is not set by hand. Set --tensor-model-parallel-s",
+        ),
+        (
+            {"sequence_parallel_size": 2},
+            "sequence_parallel_size is not set by hand. Set --context-parallel-size or ",
+        ),
         (
             {"pipeline": {"stages": 2}},
             "pipeline.stages is not set by hand. Set --pipeline-model-parallel-size instead.",
@@ -71,11 +92,23 @@ def test_what_is_kept_in_cpu_memory_is_told_deepspeed_and_may_be_tuned():
             {"pipeline": {"activation_checkpoint_interval": 1}},
             "pipeline.activation_checkpoint_interval is not set by hand. Set --recompute instead.",
         ),
-        ({"activation_checkpointing": {}}, "activation_checkpointing is not set by hand. Set --recompute or --offload"),
-        ({"elasticity": {"enabled": True}}, "elasticity is not set by hand. Set --global-batch-size instead."),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast is not set by hand. Set --dtype instead."),
+        (
+            {"activation_checkpointing": {}},
+            "activation_checkpointing is not set by hand. Set --recompute or --offload",
+        ),
+        (
+            {"elasticity": {"enabled": True}},
+            "elasticity is not set by hand. Set --global-batch-size instead.",
+        ),
+        (
+            {"torch_autocast": {"enabled": True}},
+            "torch_autocast is not set by hand. Set --dtype instead.",
+        ),
         ({"amp": {"enabled": True}}, "amp is not set by hand. Set --dtype instead."),
-        ({"curriculum_learning": {}}, "curriculum_learning is not set by hand. Set --seq-length instead."),
+        (
+            {"curriculum_learning": {}},
+            "curriculum_learning is not set by hand. Set --seq-length instead.",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer is not set by hand. Set --offload-optimizer instead.",
@@ -84,7 +117,10 @@ def test_what_is_kept_in_cpu_memory_is_told_deepspeed_and_may_be_tuned():
             {"zero_optimization": {"offload_param": {"device": "cpu"}}},
             "zero_optimization.offload_param is not set by hand. Set --offload-param instead.",
         ),
-        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op 'sum' contradicts the derived 'mean'. It is fixed."),
+        (
+            {"gradient_allreduce_op": "sum"},
+            "gradient_allreduce_op 'sum' contradicts the derived 'mean'. It is fixed.",
+        ),
         (
             {"managed_gradient_accumulation": False},
             "managed_gradient_accumulation False contradicts the derived True. It is fixed.",
@@ -95,7 +131,9 @@ def test_what_is_kept_in_cpu_memory_is_told_deepspeed_and_may_be_tuned():
 def test_an_extra_that_a_flag_settles_names_the_flag(extras, said):
     with pytest.raises(ConfigError) as refused:
         derived(training={"deepspeed": extras})
-    assert [problem.startswith(f"deepspeed: {said}") for problem in refused.value.problems] == [True]
+    assert [problem.startswith(f"deepspeed: {said}") for problem in refused.value.problems] == [
+        True
+    ]
 
 
 def test_another_place_than_the_one_asked_for_contradicts_it():
@@ -136,5 +174,8 @@ def test_what_lies_in_cpu_memory_trains_alike(tmp_path):
         for of_rank in run_ranks(world_size, train_offloaded, prefix):
             for found in of_rank:
                 torch.testing.assert_close(
-                    torch.tensor(found, dtype=torch.float64), torch.tensor(at_home).double(), rtol=1e-5, atol=0
+                    torch.tensor(found, dtype=torch.float64),
+                    torch.tensor(at_home).double(),
+                    rtol=1e-5,
+                    atol=0,
                 )

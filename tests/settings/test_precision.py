@@ -8,7 +8,8 @@ from megatron_ring.settings.precision import precision
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+    ("avx512", "amx", "expected"),
+    [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")],
 )
 def test_auto_follows_the_instructions_of_the_cpu(monkeypatch, avx512, amx, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -22,5 +23,7 @@ def test_what_is_asked_for_is_taken():
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="hundreds of times slower. Set --dtype auto, fp32 or bf16"):
+    with pytest.raises(
+        ConfigError, match="hundreds of times slower. Set --dtype auto, fp32 or bf16"
+    ):
         precision("fp16", "cpu")

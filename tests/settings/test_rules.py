@@ -73,7 +73,13 @@ REFUSED = {
     ),
     "blocks that no rank has": (
         4,
-        {"parallel": {"context_parallel_reduction": "invariant", "context_parallel": "zigzag", "stripe_size": 1}},
+        {
+            "parallel": {
+                "context_parallel_reduction": "invariant",
+                "context_parallel": "zigzag",
+                "stripe_size": 1,
+            }
+        },
         "context_parallel_reduction invariant adds up over 8 blocks of a sample, each whole on a rank, but "
         "context_parallel is zigzag with stripe_size 1 on 4 ring ranks. Legal: striped with 1 on 1, 2, 4, 8 ring "
         "ranks. Set --context-parallel striped with --stripe-size 1, --context-parallel-size, or "
@@ -81,7 +87,10 @@ REFUSED = {
     ),
     "blocks of other lengths": (
         4,
-        {"parallel": {"context_parallel_reduction": "invariant", "stripe_size": 1}, "data": {"seq_length": 44}},
+        {
+            "parallel": {"context_parallel_reduction": "invariant", "stripe_size": 1},
+            "data": {"seq_length": 44},
+        },
         "seq_length 44 does not divide into the 8 blocks of context_parallel_reduction invariant. Nearest: 40, 48. "
         "Set --seq-length, or --context-parallel-reduction arrival.",
     ),
@@ -99,7 +108,10 @@ REFUSED = {
     ),
     "a batch that data ranks cannot share": (
         4,
-        {"parallel": {"context_parallel": "none"}, "training": {"global_batch_size": 6, "micro_batch_size": 1}},
+        {
+            "parallel": {"context_parallel": "none"},
+            "training": {"global_batch_size": 6, "micro_batch_size": 1},
+        },
         "global_batch_size 6 must be a positive multiple of 4 (micro_batch_size 1 x 4 data ranks). Nearest: 4, 8. "
         "Set --global-batch-size.",
     ),
@@ -164,7 +176,9 @@ REFUSED = {
     "tokens that tensor ranks cannot share": (
         8,
         {
-            "parallel": tensor(2, sequence_parallel=True, context_parallel="zigzag", ulysses_degree=2),
+            "parallel": tensor(
+                2, sequence_parallel=True, context_parallel="zigzag", ulysses_degree=2
+            ),
             "data": {"seq_length": 44},
         },
         "seq_length 44 cannot be cut into 8 equal parts (2 ring x 2 Ulysses x 2 tensor ranks, by sequence_parallel) "
@@ -180,7 +194,9 @@ def on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("world_size", "sections", "message"), REFUSED.values(), ids=REFUSED)
-def test_an_illegal_combination_is_refused_with_its_rule_and_its_remedy(world_size, sections, message):
+def test_an_illegal_combination_is_refused_with_its_rule_and_its_remedy(
+    world_size, sections, message
+):
     assert problems(tiny.config(**sections), world_size) == [message]
 
 
@@ -195,16 +211,26 @@ def test_every_rule_is_broken_by_an_input_above():
 
 def test_rules_broken_together_are_said_together():
     config = tiny.config(
-        parallel=tensor(4, ulysses_degree=2, pipeline_model_parallel_size=2, context_parallel="ring"),
+        parallel=tensor(
+            4, ulysses_degree=2, pipeline_model_parallel_size=2, context_parallel="ring"
+        ),
         model={"num_layers": 1, "ffn_hidden_size": 99},
         data={"seq_length": 47},
         training={"zero_stage": 3, "dtype": "fp16", "global_batch_size": 0},
         memory={"offload_param": "cpu", "mlp_chunks": 64},
     )
     found = problems(config, 16)
-    asked = ["seq_length 47", "num_attention_heads 4", "num_query_groups 2", "ffn_hidden_size 99", "num_layers 1"]
+    asked = [
+        "seq_length 47",
+        "num_attention_heads 4",
+        "num_query_groups 2",
+        "ffn_hidden_size 99",
+        "num_layers 1",
+    ]
     asked += ["mlp_chunks 64", "zero_stage 3", "offload_param cpu", "dtype fp16"]
-    assert [problem.startswith(name) for problem, name in zip(found, asked, strict=True)] == [True] * len(asked)
+    assert [problem.startswith(name) for problem, name in zip(found, asked, strict=True)] == [
+        True
+    ] * len(asked)
 
 
 def test_a_device_that_activations_can_be_moved_from(monkeypatch):
@@ -224,12 +250,24 @@ LEGAL = {
     ),
     "a filled shard": (
         8,
-        {"parallel": tensor(2, sequence_parallel=True, ulysses_degree=2), "data": {"seq_length": 41}},
+        {
+            "parallel": tensor(2, sequence_parallel=True, ulysses_degree=2),
+            "data": {"seq_length": 41},
+        },
     ),
     "fewer micro-batches than stages": (2, {"parallel": pipe(2)}),
-    "an optimizer moved out of a pipeline": (2, {"parallel": pipe(2), "memory": {"offload_optimizer": "cpu"}}),
-    "blocks of the sample on eight ranks": (8, {"parallel": {"context_parallel_reduction": "invariant"}}),
-    "blocks of the sample on one rank": (1, {"parallel": {"context_parallel_reduction": "invariant"}}),
+    "an optimizer moved out of a pipeline": (
+        2,
+        {"parallel": pipe(2), "memory": {"offload_optimizer": "cpu"}},
+    ),
+    "blocks of the sample on eight ranks": (
+        8,
+        {"parallel": {"context_parallel_reduction": "invariant"}},
+    ),
+    "blocks of the sample on one rank": (
+        1,
+        {"parallel": {"context_parallel_reduction": "invariant"}},
+    ),
     "as many chunks as tokens": (4, {"memory": {"mlp_chunks": 12}}),
 }
 
@@ -241,7 +279,11 @@ def test_a_legal_combination_near_an_illegal_one(world_size, sections):
 
 def test_a_ragged_sample_is_filled_up_to_equal_parts():
     setup = Setup.of(tiny.config(**LEGAL["a filled shard"][1]), 8)
-    assert (setup.layout.seq_length, setup.layout.shard_length, setup.resident_length) == (48, 24, 12)
+    assert (setup.layout.seq_length, setup.layout.shard_length, setup.resident_length) == (
+        48,
+        24,
+        12,
+    )
 
 
 def mostly(usual, *others) -> st.SearchStrategy:
@@ -288,7 +330,9 @@ def requests(draw) -> tuple[dict, int]:
     return fields, pipe * tensor * context * draw(st.integers(1, 2)) + draw(mostly(0, 0, 0, 1))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(requests())
 def test_whatever_is_asked_for_is_refused_with_a_flag_or_comes_out_even(request_and_world_size):
     sections, world_size = request_and_world_size
@@ -308,30 +352,55 @@ def assert_even(setup: Setup) -> None:
     """Every process has as much of everything as every other, and together they have it all."""
     config, grid, layout = setup.config, setup.grid, setup.layout
     assert config.model.num_attention_heads % (grid.tensor * grid.ulysses) == 0
-    assert config.model.key_value_heads % grid.tensor == config.model.feed_forward_size % grid.tensor == 0
+    assert (
+        config.model.key_value_heads % grid.tensor
+        == config.model.feed_forward_size % grid.tensor
+        == 0
+    )
     assert config.model.num_layers >= grid.pipe
-    runs = [layout.positions(r, u, grid.ulysses) for r in range(grid.ring) for u in range(grid.ulysses)]
+    runs = [
+        layout.positions(r, u, grid.ulysses) for r in range(grid.ring) for u in range(grid.ulysses)
+    ]
     assert {len(run) for run in runs} == {setup.resident_length}
     assert sorted(torch.cat(runs).tolist()) == list(range(layout.seq_length))
     assert 0 <= layout.seq_length - config.data.seq_length < grid.context * grid.tensor
     assert setup.resident_length % (grid.tensor if config.parallel.sequence_parallel else 1) == 0
-    assert setup.micro_batches * config.training.micro_batch_size * grid.data == setup.global_batch_size
+    assert (
+        setup.micro_batches * config.training.micro_batch_size * grid.data
+        == setup.global_batch_size
+    )
     assert setup.deepspeed["train_batch_size"] == setup.global_batch_size * grid.context
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--tensor-model-parallel-size 3", "tensor_model_parallel_size 3 does not divide the 8 processes that run."),
-        ("--pipeline-model-parallel-size 8", "num_layers 4 leaves stages of pipeline_model_parallel_size 8"),
+        (
+            "--tensor-model-parallel-size 3",
+            "tensor_model_parallel_size 3 does not divide the 8 processes that run.",
+        ),
+        (
+            "--pipeline-model-parallel-size 8",
+            "num_layers 4 leaves stages of pipeline_model_parallel_size 8",
+        ),
         ("--tensor-model-parallel-size 8", "num_attention_heads 4 must be a multiple of 8"),
-        ("--ulysses-degree 2", "ulysses_degree 2 splits sequences, but context_parallel none keeps them whole."),
+        (
+            "--ulysses-degree 2",
+            "ulysses_degree 2 splits sequences, but context_parallel none keeps them whole.",
+        ),
         ("--pipeline-model-parallel-size 2 --zero-stage 3", "zero_stage 3 splits gradients"),
-        ("--offload-param cpu", "offload_param cpu moves parameters that ZeRO 3 has split, and zero_stage is 1."),
+        (
+            "--offload-param cpu",
+            "offload_param cpu moves parameters that ZeRO 3 has split, and zero_stage is 1.",
+        ),
     ],
 )
-def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()])
+def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(
+    flags, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()]
+    )
     environment = Environment.read()
     with pytest.raises(SystemExit) as left, report_once(environment):
         pretrain_gpt.main(arguments(environment), environment, Stopping(speaks=True))
@@ -341,9 +410,7 @@ def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(flags, message
 
 
 def test_the_program_leaves_with_all_that_is_wrong_and_its_exit_code():
-    command = (
-        "pretrain_gpt.py --dry-run --world-size 4 --tensor-model-parallel-size 4 --num-query-groups 2 --mlp-chunks 2000"
-    )
+    command = "pretrain_gpt.py --dry-run --world-size 4 --tensor-model-parallel-size 4 --num-query-groups 2 --mlp-chunks 2000"
     process = Forked(command.split(), ROOT, os.environ, subprocess.PIPE)
     _, said = process.communicate(timeout=60)
     assert process.returncode == ConfigError.exit_code

@@ -38,11 +38,23 @@ def test_a_stripe_without_stripes():
 
 def test_single_striped_tokens_are_dealt_out_whatever_their_number():
     assert Setup.of(tiny.config(data={"seq_length": 47}), 4).layout.seq_length == 48
-    assert Setup.of(tiny.config(data={"seq_length": 47}, parallel={"stripe_size": 1}), 3).layout.seq_length == 48
+    assert (
+        Setup.of(
+            tiny.config(data={"seq_length": 47}, parallel={"stripe_size": 1}), 3
+        ).layout.seq_length
+        == 48
+    )
     assert Setup.of(tiny.config(data={"seq_length": 48}), 4).layout.seq_length == 48
-    assert Setup.of(tiny.config(data={"seq_length": 47}, parallel={"ulysses_degree": 4}), 8).layout.seq_length == 48
+    assert (
+        Setup.of(
+            tiny.config(data={"seq_length": 47}, parallel={"ulysses_degree": 4}), 8
+        ).layout.seq_length
+        == 48
+    )
     (said,) = problems(4, parallel={"stripe_size": 2}, data={"seq_length": 47})
-    assert said.startswith("seq_length 47 cannot be laid out striped on 4 ring ranks: it must be a multiple of 8")
+    assert said.startswith(
+        "seq_length 47 cannot be laid out striped on 4 ring ranks: it must be a multiple of 8"
+    )
 
 
 def test_all_problems_are_said_at_once():
@@ -54,13 +66,22 @@ def test_all_problems_are_said_at_once():
         training={"min_lr": 1.0, "lr_warmup_iters": 20},
         checkpoint={"save_interval": 5},
     )
-    named = ["hidden_size 30", "min_lr 1.0", "lr_warmup_iters 20", "save_interval 5", "seq_length 47"]
-    assert [problem.startswith(name) for problem, name in zip(found, named, strict=True)] == [True] * 5
+    named = [
+        "hidden_size 30",
+        "min_lr 1.0",
+        "lr_warmup_iters 20",
+        "save_interval 5",
+        "seq_length 47",
+    ]
+    assert [problem.startswith(name) for problem, name in zip(found, named, strict=True)] == [
+        True
+    ] * 5
 
 
 def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
     config = tiny.config(
-        parallel={"context_parallel_size": 2}, training={"global_batch_size": 0, "micro_batch_size": 3}
+        parallel={"context_parallel_size": 2},
+        training={"global_batch_size": 0, "micro_batch_size": 3},
     )
     setup = Setup.of(config, 4)
     assert (setup.grid.data, setup.grid.ring) == (2, 2)
@@ -72,20 +93,31 @@ def test_context_ranks_default_to_all_that_is_left():
 
 
 def test_what_a_process_is_handed_of_a_sequence():
-    setup = Setup.of(tiny.config(parallel={"ulysses_degree": 2, "tensor_model_parallel_size": 2}), 8)
+    setup = Setup.of(
+        tiny.config(parallel={"ulysses_degree": 2, "tensor_model_parallel_size": 2}), 8
+    )
     assert (setup.layout.shard_length, setup.resident_length) == (24, 12)
 
 
 def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(SUPPORT[Feature.FLOAT32], ("sdpa", "cpu"), Unsupported("this test took it away", "Set another"))
-    with pytest.raises(KernelUnavailable, match="sdpa cannot do float32: this test took it away. Set another."):
+    monkeypatch.setitem(
+        SUPPORT[Feature.FLOAT32],
+        ("sdpa", "cpu"),
+        Unsupported("this test took it away", "Set another"),
+    )
+    with pytest.raises(
+        KernelUnavailable, match="sdpa cannot do float32: this test took it away. Set another."
+    ):
         Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
     assert Setup.of(tiny.config(), 2).kernel.name == "reference"
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [({"attention_dropout": 0.1}, "Set --attention-dropout 0"), ({"attn_logit_softcapping": 50.0}, "softcapping 0")],
+    [
+        ({"attention_dropout": 0.1}, "Set --attention-dropout 0"),
+        ({"attn_logit_softcapping": 50.0}, "softcapping 0"),
+    ],
 )
 def test_what_no_kernel_does_is_refused(model, said):
     with pytest.raises(KernelUnavailable, match=said):
@@ -104,9 +136,17 @@ def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it
     assert stripe(data={"seq_length": 2048}, parallel={"attention_kernel": "reference"}) == 1
     assert stripe(data={"seq_length": 2048, "reset_attention_mask": True}) == 1
     assert stripe(data={"seq_length": 8192, "reset_attention_mask": True}) == 128, "32 rounds"
-    assert stripe(data={"seq_length": 131072, "reset_attention_mask": True}) == 1024, "a round of 2,048 tokens"
-    assert stripe(data={"seq_length": 8192}, model={"window_size": 2048}) == 512, "two rounds in a window"
-    assert stripe(data={"seq_length": 8192}, model={"window_size": 100}) == 128, "no width is narrow enough"
+    assert stripe(data={"seq_length": 131072, "reset_attention_mask": True}) == 1024, (
+        "a round of 2,048 tokens"
+    )
+    assert stripe(data={"seq_length": 8192}, model={"window_size": 2048}) == 512, (
+        "two rounds in a window"
+    )
+    assert stripe(data={"seq_length": 8192}, model={"window_size": 100}) == 128, (
+        "no width is narrow enough"
+    )
     assert stripe(data={"seq_length": 500}, model={"window_size": 100}) == 1
     assert stripe(data={"seq_length": 2048}, parallel={"context_parallel": "zigzag"}) == 1
-    assert stripe(data={"seq_length": 2048}, parallel={"context_parallel_reduction": "invariant"}) == 1
+    assert (
+        stripe(data={"seq_length": 2048}, parallel={"context_parallel_reduction": "invariant"}) == 1
+    )

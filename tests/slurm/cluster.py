@@ -61,20 +61,31 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         self._stop()
 
     def ask(self, *command: str, environment: dict[str, str] | None = None) -> str:
         """What one of SLURM's commands says; raises if it fails."""
         environment = self.environment | (environment or {})
-        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def kill_node(self, node: str) -> None:
         """As if its power had failed: SIGKILL to its slurmd, and to all that it started, from the parents down."""
         self._daemons.pop(node).kill()
-        tasks = [process for process, variables in self._processes() if f"SLURMD_NODENAME={node}" in variables]
+        tasks = [
+            process
+            for process, variables in self._processes()
+            if f"SLURMD_NODENAME={node}" in variables
+        ]
         for process in sorted({parent_of(task) for task in tasks} & set(self._own())) + tasks:
             end(process)
 
@@ -91,7 +102,11 @@ class Cluster:
     def _munge_flags(self) -> list[str]:
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
         flags = [f"--{flag}={self.folder}/munge.{file}" for flag, file in files.items()]
-        return ["--foreground", "--force", *flags]  # --force: it would have its socket in no folder of pytest's
+        return [
+            "--foreground",
+            "--force",
+            *flags,
+        ]  # --force: it would have its socket in no folder of pytest's
 
     def _start_node(self, node: str) -> None:
         """Start its slurmd, for which the names of the nodes are this machine's."""
@@ -100,7 +115,9 @@ class Cluster:
 
     def _start(self, name: str, *command: str) -> None:
         log = (self.folder / f"{name}.log").open("a")
-        self._daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self._daemons[name] = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=log
+        )
 
     def _stop(self) -> None:
         for daemon in reversed(self._daemons.values()):

@@ -32,15 +32,47 @@ ENOUGH = 1_000_000
 class Job:
     """A run under the batch script of this repository, in a folder of its own; it saves and resumes there."""
 
-    def __init__(self, cluster: Cluster, text: Path, folder: Path, last_step: int, sbatch: list[str], *flags: str):
+    def __init__(
+        self,
+        cluster: Cluster,
+        text: Path,
+        folder: Path,
+        last_step: int,
+        sbatch: list[str],
+        *flags: str,
+    ):
         self.cluster, self.folder = cluster, folder
         folder.mkdir()
         (folder / "text").symlink_to(text)
         self.end_at(last_step)
-        environment = {"PYTHON": sys.executable, "PROGRAM": str(ROOT / "pretrain_gpt.py"), "LOGS": "logs"}
-        environment |= {"NODE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        command = ["sbatch", "--parsable", f"--chdir={folder}", *SBATCH, *sbatch, f"{ROOT}/tools/slurm/pretrain.sbatch"]
-        run = ["--config", "run.yaml", "--save", "saved", "--load", "saved", "--metrics-file", "metrics.jsonl"]
+        environment = {
+            "PYTHON": sys.executable,
+            "PROGRAM": str(ROOT / "pretrain_gpt.py"),
+            "LOGS": "logs",
+        }
+        environment |= {
+            "NODE_CACHE": str(folder / "cache"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--chdir={folder}",
+            *SBATCH,
+            *sbatch,
+            f"{ROOT}/tools/slurm/pretrain.sbatch",
+        ]
+        run = [
+            "--config",
+            "run.yaml",
+            "--save",
+            "saved",
+            "--load",
+            "saved",
+            "--metrics-file",
+            "metrics.jsonl",
+        ]
         self.number = cluster.ask(*command, *run, *flags, environment=environment)
 
     @property
@@ -57,14 +89,21 @@ class Job:
     def losses(self) -> list[tuple[int, float, float]]:
         """(step, loss, gradient norm) of each step, in the order of the file."""
         file = self.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        records = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
         return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
 
     def end_at(self, last_step: int) -> None:
         (self.folder / "run.yaml").write_text(RECIPE % last_step)
 
     def until(self, state: str, seconds: float) -> None:
-        until(lambda: self.state in (state, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
+        until(
+            lambda: (
+                self.state in (state, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            ),
+            seconds,
+        )
         assert self.state == state, self.said
 
     def start_again(self) -> None:
@@ -72,7 +111,9 @@ class Job:
 
         Not at once either: a node refuses a job that it was told to end within the same second.
         """
-        self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now+5", "TimeLimit=5")
+        self.cluster.ask(
+            "scontrol", "update", f"JobId={self.number}", "StartTime=now+5", "TimeLimit=5"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +127,14 @@ def text(tmp_path_factory) -> Path:
     """A folder with a store of tokens."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "page.txt").write_text("\n".join(f"line {i} of the page" for i in range(800)))
-    prepare = [sys.executable, f"{ROOT}/tools/prepare_data.py", "--input", "page.txt", "--output-prefix", "tokens"]
+    prepare = [
+        sys.executable,
+        f"{ROOT}/tools/prepare_data.py",
+        "--input",
+        "page.txt",
+        "--output-prefix",
+        "tokens",
+    ]
     subprocess.run([*prepare, "--vocab-size", "300"], cwd=folder, check=True)
     return folder
 
@@ -107,7 +155,13 @@ def stopped(cluster, text, tmp_path_factory) -> Job:
 @pytest.fixture(scope="module")
 def straight(cluster, text, stopped, tmp_path_factory) -> list[tuple[int, float, float]]:
     """The losses of a job that nothing has stopped."""
-    job = Job(cluster, text, tmp_path_factory.mktemp("jobs") / "straight", stopped.losses[-1][0], ["--time=5"])
+    job = Job(
+        cluster,
+        text,
+        tmp_path_factory.mktemp("jobs") / "straight",
+        stopped.losses[-1][0],
+        ["--time=5"],
+    )
     job.until("COMPLETED", seconds=240)
     return job.losses
 
@@ -119,7 +173,9 @@ def test_a_time_limit_requeues_a_job_that_has_lost_and_repeated_no_step(stopped,
     assert "Traceback" not in stopped.said
 
 
-def test_after_a_node_has_failed_a_job_goes_on_from_the_newest_checkpoint_on_another(cluster, text, straight, tmp_path):
+def test_after_a_node_has_failed_a_job_goes_on_from_the_newest_checkpoint_on_another(
+    cluster, text, straight, tmp_path
+):
     job = Job(cluster, text, tmp_path / "failed", ENOUGH, ["--time=5"], "--save-interval", "20")
     until(lambda: len(names.checkpoints(tmp_path / "failed" / "saved")) > 1)
     cluster.kill_node("node2")
@@ -137,9 +193,18 @@ def newest_step(job: Job) -> int:
 
 
 def test_ranks_that_are_dealt_out_in_turn_are_refused(cluster, text):
-    srun = ["srun", "--nodes=2", "--ntasks=4", "--overcommit", "--distribution=cyclic", sys.executable]
+    srun = [
+        "srun",
+        "--nodes=2",
+        "--ntasks=4",
+        "--overcommit",
+        "--distribution=cyclic",
+        sys.executable,
+    ]
     flags = [f"{ROOT}/pretrain_gpt.py", "--data-path", f"{text}/tokens", "--split", "1", "0", "0"]
-    refused = subprocess.run([*srun, *flags], env=cluster.environment, cwd=text, capture_output=True, text=True)
+    refused = subprocess.run(
+        [*srun, *flags], env=cluster.environment, cwd=text, capture_output=True, text=True
+    )
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("srun runs ranks 0, 2 on this node") == 1
     assert "Traceback" not in refused.stderr

@@ -24,7 +24,9 @@ def averaged(out: Path, weights: dict[int, float]) -> bool:
     """Whether ``out`` has the mean of the checkpoints of these steps."""
     found = Summary.of(out / f"step-{max(weights):08d}").tensors
     means = {
-        name: sum(weight * imagined.weights(step)[name].double() for step, weight in weights.items())
+        name: sum(
+            weight * imagined.weights(step)[name].double() for step, weight in weights.items()
+        )
         / sum(weights.values())
         for name in imagined.weights()
     }
@@ -63,11 +65,20 @@ def failure(capsys, *arguments: str) -> tuple[int, str]:
         (["A"], "1 checkpoints have no mean: 2 or more are needed. Give more, or set --last."),
         (["A", "--last", "1"], "1 checkpoints have no mean"),
         (["A", "--last", "-2"], "-2 checkpoints have no mean"),
-        (["A", "B", "--last", "2"], "last 2 is of one folder, and 2 are given. Drop --last, or give one."),
+        (
+            ["A", "B", "--last", "2"],
+            "last 2 is of one folder, and 2 are given. Drop --last, or give one.",
+        ),
         (["A", "B", "--weights", "1"], "1 weights are given for 2 checkpoints. Set --weights."),
-        (["A", "--last", "3", "--weights", "1", "1"], "2 weights are given for 3 checkpoints. Set --weights."),
+        (
+            ["A", "--last", "3", "--weights", "1", "1"],
+            "2 weights are given for 3 checkpoints. Set --weights.",
+        ),
         (["A", "B", "--weights", "1", "0"], "weight 0 must be above 0, and finite. Set --weights."),
-        (["A", "B", "--weights", "nan", "inf"], "weight inf must be above 0, and finite. Set --weights."),
+        (
+            ["A", "B", "--weights", "nan", "inf"],
+            "weight inf must be above 0, and finite. Set --weights.",
+        ),
     ],
 )
 def test_what_cannot_be_averaged_is_said(arguments, said, tmp_path, capsys):

@@ -18,7 +18,9 @@ from tools.consolidate_checkpoint import main
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    imagined.write(tmp_path / "run", 5, {"weight": imagined.weights(), "exp_avg": imagined.weights(1)})
+    imagined.write(
+        tmp_path / "run", 5, {"weight": imagined.weights(), "exp_avg": imagined.weights(1)}
+    )
     return tmp_path / "run"
 
 
@@ -34,8 +36,13 @@ def test_a_file_of_whole_tensors_is_written(folder, tmp_path, arguments, seed, d
     file = tmp_path / "model.safetensors"
     main([str(folder), str(file), *arguments])
     found = load_file(file)
-    assert {name: values.dtype for name, values in found.items()} == dict.fromkeys(imagined.weights(), dtype)
-    assert all(torch.equal(found[name], values.to(dtype)) for name, values in imagined.weights(seed).items())
+    assert {name: values.dtype for name, values in found.items()} == dict.fromkeys(
+        imagined.weights(), dtype
+    )
+    assert all(
+        torch.equal(found[name], values.to(dtype))
+        for name, values in imagined.weights(seed).items()
+    )
     shown = capsys.readouterr().out
     assert shown.startswith(f"{file}: {file.stat().st_size:,} bytes, the ")
     assert f"of every parameter of {folder}/step-00000005.\n" in shown
@@ -44,7 +51,9 @@ def test_a_file_of_whole_tensors_is_written(folder, tmp_path, arguments, seed, d
 def test_the_file_of_a_mean_is_a_gpt_of_the_options_in_its_metadata(tmp_path):
     """As a reader has it who knows our model and nothing of checkpoints."""
     config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, add_qkv_bias=True)
-    models = [GPT(config, vocab_size=7, seq_length=16, attention=None, seed=seed) for seed in (1, 2)]
+    models = [
+        GPT(config, vocab_size=7, seq_length=16, attention=None, seed=seed) for seed in (1, 2)
+    ]
     for step, model in enumerate(models):
         imagined.write(tmp_path / "run", step, {"weight": model.state_dict()}, Config(model=config))
     average([str(tmp_path / "mean"), str(tmp_path / "run"), "--last", "2"])
@@ -54,7 +63,9 @@ def test_the_file_of_a_mean_is_a_gpt_of_the_options_in_its_metadata(tmp_path):
     sizes = {name: int(about[name]) for name in ("vocab_size", "seq_length")}
     mean = GPT(ModelConfig(**json.loads(about["model"])), **sizes, attention=None, seed=0)
     mean.load_state_dict(load_file(tmp_path / "mean.safetensors"), strict=True)
-    for found, first, second in zip(*(model.parameters() for model in (mean, *models)), strict=True):
+    for found, first, second in zip(
+        *(model.parameters() for model in (mean, *models)), strict=True
+    ):
         torch.testing.assert_close(found, (first + second) / 2)
 
 

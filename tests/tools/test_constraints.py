@@ -26,7 +26,10 @@ def test_every_requirement_of_a_developer_has_a_pin_that_satisfies_it():
     ]
     for requirement in map(Requirement, wanted):
         if requirement.name not in ("torch", "megatron_ring"):
-            assert PINS[requirement.name.lower().replace("_", "-").replace(".", "-")] in requirement.specifier
+            assert (
+                PINS[requirement.name.lower().replace("_", "-").replace(".", "-")]
+                in requirement.specifier
+            )
 
 
 def test_torch_and_what_belongs_to_its_build_have_no_line():
@@ -35,8 +38,12 @@ def test_torch_and_what_belongs_to_its_build_have_no_line():
 
 def test_the_triton_of_a_cuda_build_stays():
     pinned = {"numpy": "2.4.6", "triton": "3.9.0"}
-    assert TOOL.usable(pinned, ["filelock", "triton==3.7.1; platform_system == 'Linux'"]) == {"numpy": "2.4.6"}
-    assert TOOL.usable(pinned, []) == {"numpy": "2.4.6"}, "before torch is there it may bring its own"
+    assert TOOL.usable(pinned, ["filelock", "triton==3.7.1; platform_system == 'Linux'"]) == {
+        "numpy": "2.4.6"
+    }
+    assert TOOL.usable(pinned, []) == {"numpy": "2.4.6"}, (
+        "before torch is there it may bring its own"
+    )
     assert TOOL.usable(pinned, ["filelock", "tritonclient"]) == pinned
 
 

@@ -24,7 +24,17 @@ def test_there_and_back(qwen2, tmp_path, capsys):
     assert "carried along in hugging_face/: generation_config.json" in told
     assert f"--config {tmp_path}/ours/step-00000000/config.yaml --load {tmp_path}/ours" in told
 
-    main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "bf16", "--max-shard-size", "30KB"])
+    main(
+        [
+            "export",
+            str(tmp_path / "ours"),
+            str(tmp_path / "back"),
+            "--dtype",
+            "bf16",
+            "--max-shard-size",
+            "30KB",
+        ]
+    )
     told = capsys.readouterr().out
     assert "ours: the latest is step-00000000" in told
     assert "step-00000000 as qwen2 in bfloat16, 5 files" in told
@@ -33,10 +43,24 @@ def test_there_and_back(qwen2, tmp_path, capsys):
 
 
 def test_options_of_an_import(qwen2, tmp_path, capsys):
-    main(["import", str(qwen2), str(tmp_path / "ours"), "--rope-scaling", "yarn", "--seq-length", "192"])
+    main(
+        [
+            "import",
+            str(qwen2),
+            str(tmp_path / "ours"),
+            "--rope-scaling",
+            "yarn",
+            "--seq-length",
+            "192",
+        ]
+    )
     assert "seq_length 192, RoPE of base 10000, yarn x 4" in capsys.readouterr().out
     written = load_yaml(tmp_path / "ours/step-00000000/config.yaml")
-    assert (written.data.seq_length, written.model.rope_scaling, written.model.padded_vocab_size) == (192, "yarn", 61)
+    assert (
+        written.data.seq_length,
+        written.model.rope_scaling,
+        written.model.padded_vocab_size,
+    ) == (192, "yarn", 61)
 
 
 def test_what_is_not_carried_along_is_told(tmp_path, capsys):
@@ -52,7 +76,10 @@ def test_what_is_not_carried_along_is_told(tmp_path, capsys):
     main(["export", str(tmp_path / "ours"), str(tmp_path / "back")])
     assert (tmp_path / "back/generation_config.json").is_file()
     told = capsys.readouterr().out
-    assert "json: generation_config.json alone, the checkpoint has no tokenizer. Set --tokenizer" in told
+    assert (
+        "json: generation_config.json alone, the checkpoint has no tokenizer. Set --tokenizer"
+        in told
+    )
 
 
 def test_an_export_without_a_tokenizer_or_an_end_prints_none(tmp_path, capsys):
@@ -72,10 +99,16 @@ def test_an_export_without_a_tokenizer_or_an_end_prints_none(tmp_path, capsys):
         (["import", "nowhere", "ours"], CheckpointError, "nowhere is not a folder"),
         (["import", "{qwen2}", "ours", "--seq-length", "4096"], ConfigError, "Set --rope-scaling"),
         (["export", "nowhere", "theirs"], CheckpointError, "nowhere is no checkpoint"),
-        (["export", "nowhere", "theirs", "--max-shard-size", "5XB"], ConfigError, "max_shard_size '5XB' is no size"),
+        (
+            ["export", "nowhere", "theirs", "--max-shard-size", "5XB"],
+            ConfigError,
+            "max_shard_size '5XB' is no size",
+        ),
     ],
 )
-def test_errors_leave_with_their_exit_code(arguments, error, message, qwen2, tmp_path, monkeypatch, capsys):
+def test_errors_leave_with_their_exit_code(
+    arguments, error, message, qwen2, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main([argument.format(qwen2=qwen2) for argument in arguments])

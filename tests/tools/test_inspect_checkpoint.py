@@ -21,7 +21,9 @@ def folder(tmp_path) -> Path:
     config = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(lr=0.25))
     for step in (5, 10):
         moments = {"exp_avg": imagined.weights(1), "exp_avg_sq": imagined.weights(2)}
-        imagined.write(tmp_path / "run", step, {"weight": imagined.weights()} | moments, config, **MADE)
+        imagined.write(
+            tmp_path / "run", step, {"weight": imagined.weights()} | moments, config, **MADE
+        )
     return tmp_path / "run"
 
 
@@ -38,11 +40,21 @@ def test_the_checkpoint_that_latest_names_is_told(folder, capsys):
     assert said == f"{folder}: the latest is step-00000010.\n"
     assert shown.startswith(f"{folder}/step-00000010: 9 files, ")
     assert "\nstep 10: 40 samples, 640 tokens seen, 10 optimizer steps\n" in shown
-    assert "\nmodel: 43 parameters, 1 layers, hidden size 256, 4 query and 4 key-value heads of 64" in shown
+    assert (
+        "\nmodel: 43 parameters, 1 layers, hidden size 256, 4 query and 4 key-value heads of 64"
+        in shown
+    )
     assert "\nkept of each parameter: weight, exp_avg, exp_avg_sq\n" in shown
-    assert "\nmade at 2026-11-22 17:56:19 (UTC), by commit 0ca56ca, processes pipe 1, data 2\n" in shown
+    assert (
+        "\nmade at 2026-11-22 17:56:19 (UTC), by commit 0ca56ca, processes pipe 1, data 2\n"
+        in shown
+    )
     assert "default:\n  model.num_layers: 1\n  training.lr: 0.25\nfiles:\n  config.yaml: " in shown
-    assert table(shown)["embedding.weight"][:3] == ["7x4", "float32", f"{norm('embedding.weight'):.6g}"]
+    assert table(shown)["embedding.weight"][:3] == [
+        "7x4",
+        "float32",
+        f"{norm('embedding.weight'):.6g}",
+    ]
 
 
 def test_files_that_are_no_part_of_it_are_named(folder, capsys):
@@ -72,26 +84,47 @@ def test_all_files_are_counted_with_all_their_bytes(folder, capsys):
 
 
 def test_moments_are_told_of_the_parameters_whose_names_fit(folder, capsys):
-    assert main([str(folder / "step-00000005"), "--kind", "exp_avg_sq", "--tensors", "*s.0*", "--json"]) == 0
+    assert (
+        main(
+            [str(folder / "step-00000005"), "--kind", "exp_avg_sq", "--tensors", "*s.0*", "--json"]
+        )
+        == 0
+    )
     shown, said = capsys.readouterr()
     assert said == ""
     told = json.loads(shown)
-    assert (told["step"], told["kind"], told["parameters"], told["consumed_tokens"]) == (5, "exp_avg_sq", 43, 320)
-    assert (told["not_default"], told["config"]["training.lr"]) == (["model.num_layers", "training.lr"], 0.25)
+    assert (told["step"], told["kind"], told["parameters"], told["consumed_tokens"]) == (
+        5,
+        "exp_avg_sq",
+        43,
+        320,
+    )
+    assert (told["not_default"], told["config"]["training.lr"]) == (
+        ["model.num_layers", "training.lr"],
+        0.25,
+    )
     [row] = told["tensors"]
-    assert (row["name"], row["shape"], row["type"]) == ("blocks.0.mlp.down_proj.weight", [2, 5], "float32")
+    assert (row["name"], row["shape"], row["type"]) == (
+        "blocks.0.mlp.down_proj.weight",
+        [2, 5],
+        "float32",
+    )
     assert math.isclose(row["norm"], norm("blocks.0.mlp.down_proj.weight", seed=2), rel_tol=1e-12)
 
 
 def test_what_is_not_known_of_how_it_was_made_is_said_to_be_so(other, capsys):
     main([str(other)])
-    assert "\nmade at unknown (UTC), by commit unknown, processes unknown\n" in capsys.readouterr().out
+    assert (
+        "\nmade at unknown (UTC), by commit unknown, processes unknown\n" in capsys.readouterr().out
+    )
 
 
 def test_equal_checkpoints_leave_with_0(folder, capsys):
     assert main([str(folder / "step-00000005"), str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert f"first: {folder}/step-00000005, step 5\nsecond: {folder}/step-00000010, step 10\n" in shown
+    assert (
+        f"first: {folder}/step-00000005, step 5\nsecond: {folder}/step-00000010, step 10\n" in shown
+    )
     assert "config, where they differ: nowhere\n" in shown
     assert shown.endswith("\nequal\n")
 
@@ -111,10 +144,20 @@ def test_different_checkpoints_leave_with_1_and_what_differs(folder, other, caps
     assert main([str(folder), str(other)]) == 1
     shown = capsys.readouterr().out
     assert (
-        "where they differ:\n  training.lr: 0.25 and 0.5\nonly in the first: blocks.0.mlp.down_proj.weight\n" in shown
+        "where they differ:\n  training.lr: 0.25 and 0.5\nonly in the first: blocks.0.mlp.down_proj.weight\n"
+        in shown
     )
-    assert "only in the second: blocks.1.mlp.down_proj.weight\ntwo shapes: norm.weight 5 and 4\n" in shown
-    assert table(shown)["embedding.weight"] == ["float32", "no", f"{1 / norm('embedding.weight'):.6g}", "1", "0"]
+    assert (
+        "only in the second: blocks.1.mlp.down_proj.weight\ntwo shapes: norm.weight 5 and 4\n"
+        in shown
+    )
+    assert table(shown)["embedding.weight"] == [
+        "float32",
+        "no",
+        f"{1 / norm('embedding.weight'):.6g}",
+        "1",
+        "0",
+    ]
     assert shown.endswith("\ndifferent: the values of 1 of 1 tensors in both\n")
 
 
@@ -122,7 +165,11 @@ def test_what_differs_is_told_to_machines_too(folder, other, capsys):
     assert main([str(folder), str(other), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     names = (told["only_first"], told["only_second"], told["two_shapes"])
-    assert names == (["blocks.0.mlp.down_proj.weight"], ["blocks.1.mlp.down_proj.weight"], ["norm.weight"])
+    assert names == (
+        ["blocks.0.mlp.down_proj.weight"],
+        ["blocks.1.mlp.down_proj.weight"],
+        ["norm.weight"],
+    )
     assert (told["config"], told["equal"]) == ({"training.lr": [0.25, 0.5]}, False)
     assert [(row["name"], row["equal"]) for row in told["tensors"]] == [("embedding.weight", False)]
 
@@ -133,7 +180,10 @@ def test_a_difference_in_names_alone_leaves_with_1(folder, other):
 
 def test_every_byte_is_verified_when_asked(folder, capsys):
     assert main([str(folder), "--verify", "--tensors", "norm*"]) == 0
-    assert f"{folder}/step-00000010: verified, every byte is as it was written.\n" in capsys.readouterr().err
+    assert (
+        f"{folder}/step-00000010: verified, every byte is as it was written.\n"
+        in capsys.readouterr().err
+    )
     part = folder / "step-00000010" / "part-00003.safetensors"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1

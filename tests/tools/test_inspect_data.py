@@ -18,7 +18,19 @@ WORDS = ["one and another", "two and the others", "three and so on", "four and n
 def prefix(tmp_path) -> Path:
     for number, words in enumerate(WORDS):
         (tmp_path / f"{number}.txt").write_text(words)
-    assert prepare_data(["--input", str(tmp_path), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "280"]) == 0
+    assert (
+        prepare_data(
+            [
+                "--input",
+                str(tmp_path),
+                "--output-prefix",
+                str(tmp_path / "P"),
+                "--vocab-size",
+                "280",
+            ]
+        )
+        == 0
+    )
     return tmp_path / "P"
 
 
@@ -36,7 +48,9 @@ def test_documents_are_shown_by_number_and_cut(prefix, capsys):
     capsys.readouterr()
     main([str(prefix), "--documents", "3", "1", "--characters", "4"])
     shown = capsys.readouterr().out
-    assert shown.index("\nfour\n... 12 characters more") < shown.index("\ntwo \n... 14 characters more")
+    assert shown.index("\nfour\n... 12 characters more") < shown.index(
+        "\ntwo \n... 14 characters more"
+    )
 
 
 def test_a_whole_store_is_verified(prefix, capsys):

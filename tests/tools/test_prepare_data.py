@@ -29,27 +29,57 @@ def test_a_folder_becomes_a_store_and_a_summary(text, tmp_path, capsys):
     prefix = tmp_path / "store" / "P"
     assert main(["--input", str(text), "--output-prefix", str(prefix), "--vocab-size", "320"]) == 0
     tokens = TokenStore(prefix).lengths.sum()
-    assert f"2 documents, {tokens} tokens, {2 * len(TEXT) / tokens:.2f} bytes per token" in capsys.readouterr().out
+    assert (
+        f"2 documents, {tokens} tokens, {2 * len(TEXT) / tokens:.2f} bytes per token"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_tokenizer_that_exists_is_used_and_copied(text, tmp_path):
     first, second = tmp_path / "first" / "P", tmp_path / "second" / "P"
     assert main(["--input", str(text), "--output-prefix", str(first), "--vocab-size", "320"]) == 0
     model = first.parent / "tokenizer.model"
-    assert main(["--input", str(text), "--output-prefix", str(second), "--tokenizer-model", str(model)]) == 0
+    assert (
+        main(
+            ["--input", str(text), "--output-prefix", str(second), "--tokenizer-model", str(model)]
+        )
+        == 0
+    )
     assert (second.parent / "tokenizer.model").read_bytes() == model.read_bytes()
 
 
 def test_standard_input_is_read_as_lines_and_left_nowhere(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps({"text": TEXT}).encode())))
-    assert main(["--input", "-", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    monkeypatch.setattr(
+        "sys.stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps({"text": TEXT}).encode()))
+    )
+    assert (
+        main(
+            [
+                "--input",
+                "-",
+                str(text),
+                "--output-prefix",
+                str(tmp_path / "P"),
+                "--vocab-size",
+                "320",
+            ]
+        )
+        == 0
+    )
     assert "3 documents" in capsys.readouterr().out
     assert not list(tmp_path.glob("P.work*"))
 
 
 def test_what_is_skipped_is_told_by_line_and_counted(text, tmp_path, capsys):
     (text / "c.jsonl").write_text("rubbish\n")
-    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]
+    arguments = [
+        "--input",
+        str(text),
+        "--output-prefix",
+        str(tmp_path / "P"),
+        "--vocab-size",
+        "320",
+    ]
     assert main(arguments) == DataError.exit_code
     assert f"{text}/c.jsonl:1: not a line of JSON" in capsys.readouterr().err
     assert main([*arguments, "--on-error", "skip"]) == 0
@@ -60,9 +90,17 @@ def test_what_is_skipped_is_told_by_line_and_counted(text, tmp_path, capsys):
 
 
 def test_what_is_left_out_is_counted_in_the_summary_and_in_the_manifest(text, tmp_path, capsys):
-    for name, content in (("c.png", "x"), ("d.json", "[1]"), ("e.jsonl", '{"text": ""}\n'), ("f.txt", "")):
+    for name, content in (
+        ("c.png", "x"),
+        ("d.json", "[1]"),
+        ("e.jsonl", '{"text": ""}\n'),
+        ("f.txt", ""),
+    ):
         (text / name).write_text(content)
-    assert main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    assert (
+        main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"])
+        == 0
+    )
     assert read_manifest(tmp_path / "P").left_out == {
         "*.json that are not JSON lines": 1,
         "*.png": 1,
@@ -73,13 +111,25 @@ def test_what_is_left_out_is_counted_in_the_summary_and_in_the_manifest(text, tm
 
 
 def test_a_document_beyond_the_limit_stops_or_is_skipped(text, tmp_path, capsys):
-    (text / "c.jsonl").write_text(json.dumps({"text": "x" * 500}) + "\n" + json.dumps({"text": "short"}) + "\n")
-    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]
+    (text / "c.jsonl").write_text(
+        json.dumps({"text": "x" * 500}) + "\n" + json.dumps({"text": "short"}) + "\n"
+    )
+    arguments = [
+        "--input",
+        str(text),
+        "--output-prefix",
+        str(tmp_path / "P"),
+        "--vocab-size",
+        "320",
+    ]
     arguments += ["--max-document-bytes", "400"]
     assert main(arguments) == DataError.exit_code
     assert "c.jsonl:1" in capsys.readouterr().err
     assert main([*arguments, "--on-error", "skip"]) == 0
-    assert (read_manifest(tmp_path / "P").documents, read_manifest(tmp_path / "P").skipped) == (3, 1)
+    assert (read_manifest(tmp_path / "P").documents, read_manifest(tmp_path / "P").skipped) == (
+        3,
+        1,
+    )
     # What was skipped under one limit is read under another.
     tokenizer = ["--tokenizer-model", str(tmp_path / "tokenizer.model")]
     assert main([*arguments[:4], *tokenizer, "--max-document-bytes", "600"]) == 0
@@ -91,7 +141,16 @@ def test_pipes_and_standard_input_are_read_beside_files(text, tmp_path, monkeypa
     read, write = os.pipe()
     os.write(write, json.dumps({"text": TEXT}).encode())
     os.close(write)
-    arguments = ["--input", f"/dev/fd/{read}", str(text), "-", "--stdin-format", "txt", "--vocab-size", "320"]
+    arguments = [
+        "--input",
+        f"/dev/fd/{read}",
+        str(text),
+        "-",
+        "--stdin-format",
+        "txt",
+        "--vocab-size",
+        "320",
+    ]
     assert main([*arguments, "--output-prefix", str(tmp_path / "P")]) == 0
     os.close(read)
     manifest = read_manifest(tmp_path / "P")
@@ -100,7 +159,10 @@ def test_pipes_and_standard_input_are_read_beside_files(text, tmp_path, monkeypa
 
 
 def test_the_summary_has_the_histogram_of_lengths(text, tmp_path, capsys):
-    assert main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"]) == 0
+    assert (
+        main(["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--vocab-size", "320"])
+        == 0
+    )
     assert "tokens, from   documents\n" in capsys.readouterr().out
 
 
@@ -112,7 +174,10 @@ def test_an_error_is_one_message_and_its_exit_code(tmp_path, capsys):
 
 def test_a_place_that_cannot_be_written_is_named(text, tmp_path, capsys):
     prefix = text / "a.txt" / "P"
-    assert main(["--input", str(text), "--output-prefix", str(prefix), "--vocab-size", "320"]) == DataError.exit_code
+    assert (
+        main(["--input", str(text), "--output-prefix", str(prefix), "--vocab-size", "320"])
+        == DataError.exit_code
+    )
     assert f"{prefix} cannot be written: " in capsys.readouterr().err
 
 
@@ -121,10 +186,22 @@ def test_a_place_that_cannot_be_written_is_named(text, tmp_path, capsys):
     [
         ([], "one source of text is needed, no more. Set --input or --python-library."),
         (["--input", "a", "--python-library"], "one source of text is needed, no more"),
-        (["--input", "a", "--vocab-size", "9", "--tokenizer-model", "m"], "Drop --vocab-size or --tokenizer-model."),
-        (["--input", "a", "--vocab-size", "-9"], "vocab_size -9 must be above 0. Set --vocab-size."),
-        (["--input", "a", "--eod-token", "</s>"], "has its own end of documents. Drop --eod-token."),
-        (["--input", "a", "--max-document-bytes", "0"], "must be at least 1. Set --max-document-bytes."),
+        (
+            ["--input", "a", "--vocab-size", "9", "--tokenizer-model", "m"],
+            "Drop --vocab-size or --tokenizer-model.",
+        ),
+        (
+            ["--input", "a", "--vocab-size", "-9"],
+            "vocab_size -9 must be above 0. Set --vocab-size.",
+        ),
+        (
+            ["--input", "a", "--eod-token", "</s>"],
+            "has its own end of documents. Drop --eod-token.",
+        ),
+        (
+            ["--input", "a", "--max-document-bytes", "0"],
+            "must be at least 1. Set --max-document-bytes.",
+        ),
         (["--input", "a", "--workers", "0"], "workers 0 must be at least 1. Set --workers."),
     ],
 )
@@ -142,25 +219,51 @@ def test_help_names_the_default_vocabulary(capsys):
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config"])
 def test_a_prefix_whose_manifest_would_be_the_tokenizers_file_is_refused(tmp_path, capsys, name):
     assert main(["--input", "a", "--output-prefix", str(tmp_path / name)]) == ConfigError.exit_code
-    assert f"{name}.json is the tokenizer's own file. Set --output-prefix" in capsys.readouterr().err
+    assert (
+        f"{name}.json is the tokenizer's own file. Set --output-prefix" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("folder", [".", "/", ".."])
-def test_a_folder_in_the_place_of_a_prefix_or_a_tokenizer_is_refused(text, tmp_path, capsys, folder):
+def test_a_folder_in_the_place_of_a_prefix_or_a_tokenizer_is_refused(
+    text, tmp_path, capsys, folder
+):
     assert main(["--input", str(text), "--output-prefix", folder]) == ConfigError.exit_code
-    assert f"{folder} is a folder, and the files of a store need a name. Set --output-prefix" in capsys.readouterr().err
-    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "P"), "--tokenizer-model", folder]
+    assert (
+        f"{folder} is a folder, and the files of a store need a name. Set --output-prefix"
+        in capsys.readouterr().err
+    )
+    arguments = [
+        "--input",
+        str(text),
+        "--output-prefix",
+        str(tmp_path / "P"),
+        "--tokenizer-model",
+        folder,
+    ]
     assert main(arguments) == DataError.exit_code
-    assert f"{folder} is a folder, and the name of a file is needed. Set --tokenizer-model" in capsys.readouterr().err
+    assert (
+        f"{folder} is a folder, and the name of a file is needed. Set --tokenizer-model"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_number_of_documents_is_named_when_all_were_skipped(text, tmp_path, capsys, trained):
     first, other = tmp_path / "first" / "P", tmp_path / "other.jsonl"
     other.write_text('{"content": "a"}\n' * 3)
-    arguments = ["--input", str(other), "--output-prefix", str(tmp_path / "P"), "--on-error", "skip"]
+    arguments = [
+        "--input",
+        str(other),
+        "--output-prefix",
+        str(tmp_path / "P"),
+        "--on-error",
+        "skip",
+    ]
     if not trained:
-        assert main(["--input", str(text), "--output-prefix", str(first), "--vocab-size", "320"]) == 0
+        assert (
+            main(["--input", str(text), "--output-prefix", str(first), "--vocab-size", "320"]) == 0
+        )
         arguments += ["--tokenizer-model", str(first.with_name("tokenizer.model"))]
     assert main(arguments) == DataError.exit_code
     assert "3 were skipped. Set --json-key (now 'text')" in capsys.readouterr().err

@@ -20,7 +20,9 @@ Legal = Callable[[Assignment], bool]
 _BEGINNINGS = 6
 
 
-def covering(factors: Factors, legal: Legal, strength: int = 2, changes: int = 2) -> list[Assignment]:
+def covering(
+    factors: Factors, legal: Legal, strength: int = 2, changes: int = 2
+) -> list[Assignment]:
     """Legal assignments in which every feasible combination of ``strength`` values occurs; the same every time."""
     witnesses = _witnesses(factors, legal, strength, changes)
     missing = {_key(c): row for c, row in witnesses if row}
@@ -34,12 +36,20 @@ def covering(factors: Factors, legal: Legal, strength: int = 2, changes: int = 2
     return _without_spare(rows, strength)
 
 
-def infeasible(factors: Factors, legal: Legal, strength: int = 2, changes: int = 2) -> list[Assignment]:
+def infeasible(
+    factors: Factors, legal: Legal, strength: int = 2, changes: int = 2
+) -> list[Assignment]:
     """The combinations of ``strength`` values that no legal assignment has, as far as ``witness`` looks."""
-    return [combination for combination, row in _witnesses(factors, legal, strength, changes) if row is None]
+    return [
+        combination
+        for combination, row in _witnesses(factors, legal, strength, changes)
+        if row is None
+    ]
 
 
-def witness(combination: Assignment, factors: Factors, legal: Legal, changes: int) -> Assignment | None:
+def witness(
+    combination: Assignment, factors: Factors, legal: Legal, changes: int
+) -> Assignment | None:
     """A legal assignment with ``combination``, plain but for it and for at most ``changes`` more factors.
 
     The product of all values is too large to search; rules tie few factors, so a few changes meet what they ask.
@@ -77,7 +87,9 @@ def _gain(row: Assignment, missing: Collection[tuple], strength: int) -> int:
     return sum(combination in missing for combination in _combinations_of(row, strength))
 
 
-def _grown(row: Assignment, factors: Factors, legal: Legal, missing: Collection[tuple], strength: int) -> Assignment:
+def _grown(
+    row: Assignment, factors: Factors, legal: Legal, missing: Collection[tuple], strength: int
+) -> Assignment:
     """``row`` with one value after another changed for what covers most of ``missing``, until no change helps.
 
     Of equally good values the first in its list stays, so that rows are as plain as may be.
@@ -95,7 +107,9 @@ def _without_spare(rows: list[Assignment], strength: int) -> list[Assignment]:
     """``rows`` less those whose combinations all occur in others."""
     kept = list(rows)
     for row in rows:
-        others = {c for other in kept if other is not row for c in _combinations_of(other, strength)}
+        others = {
+            c for other in kept if other is not row for c in _combinations_of(other, strength)
+        }
         if all(c in others for c in _combinations_of(row, strength)):
             kept.remove(row)
     return kept

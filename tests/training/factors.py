@@ -42,7 +42,16 @@ FACTORS: Factors = {
 }
 
 # These say what is computed; all the others how, which must make no difference.
-MATHEMATICS = ("documents", "kind", "tied", "key_value_heads", "head_size", "qk_layernorm", "window", "softmax")
+MATHEMATICS = (
+    "documents",
+    "kind",
+    "tied",
+    "key_value_heads",
+    "head_size",
+    "qk_layernorm",
+    "window",
+    "softmax",
+)
 
 # Shards, stripes, chunks and the parts of sequence_parallel all divide it, whatever the grid.
 SEQ = 72
@@ -69,7 +78,9 @@ def plain_but_for(**changes: Hashable) -> Assignment:
 
 def alone(row: Assignment) -> Assignment:
     """One process that computes what ``row`` does."""
-    return {name: row[name] if name in MATHEMATICS else values[0] for name, values in FACTORS.items()}
+    return {
+        name: row[name] if name in MATHEMATICS else values[0] for name, values in FACTORS.items()
+    }
 
 
 def world_size(row: Assignment) -> int:
@@ -113,12 +124,21 @@ def each_pair() -> list[Assignment]:
 
 def described(row: Assignment) -> str:
     """What is not plain about ``row``."""
-    return ", ".join(f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]) or "plain"
+    return (
+        ", ".join(
+            f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]
+        )
+        or "plain"
+    )
 
 
 def config(row: Assignment) -> Config:
     return tiny.config(
-        model=_model(row), parallel=_parallel(row), data=_data(row), training=_training(row), memory=_memory(row)
+        model=_model(row),
+        parallel=_parallel(row),
+        data=_data(row),
+        training=_training(row),
+        memory=_memory(row),
     )
 
 

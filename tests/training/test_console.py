@@ -25,7 +25,9 @@ def lines(folder: Path, load: Path, save: Path, train_iters: int = 20) -> str:
         ("a", "b", False),
     ],
 )
-def test_a_restart_that_would_return_to_the_same_checkpoint_is_announced(tmp_path, load, save, warned):
+def test_a_restart_that_would_return_to_the_same_checkpoint_is_announced(
+    tmp_path, load, save, warned
+):
     write(tmp_path / "a", 10)
     printed = lines(tmp_path / "a", tmp_path / load, tmp_path / save)
     assert (f"--load {tmp_path / 'a'} continues from the newest" in printed) == warned

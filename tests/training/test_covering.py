@@ -16,7 +16,11 @@ def everything_goes(row: dict) -> bool:
 
 def odd_needs_company(row: dict) -> bool:
     """Ties factors pair by pair and three at a time: a = 1 with c = 1 only, b = 2 with d or e, never c with d."""
-    return (row["a"] != 1 or row["c"] == 1) and (row["b"] != 2 or row["d"] + row["e"] > 0) and row["c"] + row["d"] < 2
+    return (
+        (row["a"] != 1 or row["c"] == 1)
+        and (row["b"] != 2 or row["d"] + row["e"] > 0)
+        and row["c"] + row["d"] < 2
+    )
 
 
 def by_brute_force(legal, strength: int) -> set[tuple]:
@@ -30,7 +34,9 @@ def by_brute_force(legal, strength: int) -> set[tuple]:
 def test_every_combination_that_is_legal_anywhere_is_in_a_row(legal, strength):
     rows = covering(FREE, legal, strength, changes=len(FREE))
     assert all(legal(row) for row in rows)
-    assert {c for row in rows for c in itertools.combinations(row.items(), strength)} == by_brute_force(legal, strength)
+    assert {
+        c for row in rows for c in itertools.combinations(row.items(), strength)
+    } == by_brute_force(legal, strength)
 
 
 def test_what_no_legal_assignment_has_is_infeasible():
@@ -55,8 +61,12 @@ REFUSED = {
         *(("ring", ring, "layout", "none") for ring in (2, 3, 4)),
         *(("ulysses", ulysses, "layout", "none") for ulysses in (2, 4)),
     },
-    "has no effect while tensor_model_parallel_size is 1": {("tensor", 1, "sequence_parallel", True)},
-    "key-value heads are split over tensor ranks, not repeated": {("tensor", 4, "key_value_heads", 2)},
+    "has no effect while tensor_model_parallel_size is 1": {
+        ("tensor", 1, "sequence_parallel", True)
+    },
+    "key-value heads are split over tensor ranks, not repeated": {
+        ("tensor", 4, "key_value_heads", 2)
+    },
     "splits gradients, but stages of pipeline_model_parallel_size": {
         ("pipe", pipe, "zero", zero) for pipe in (2, 4) for zero in (2, 3)
     },
@@ -87,7 +97,9 @@ def pairs_of(row: dict) -> set[tuple]:
 
 def test_the_matrix_has_every_pair_that_is_not_refused():
     names = itertools.combinations(factors.FACTORS, 2)
-    every = {((a, x), (b, y)) for a, b in names for x in factors.FACTORS[a] for y in factors.FACTORS[b]}
+    every = {
+        ((a, x), (b, y)) for a, b in names for x in factors.FACTORS[a] for y in factors.FACTORS[b]
+    }
     never = {tuple(pair.items()) for pair in infeasible(factors.FACTORS, factors.legal)}
     rows = factors.each_pair()
     assert all(map(factors.legal, rows))

@@ -79,14 +79,20 @@ def test_another_error_is_none_of_its_business():
 
 @pytest.mark.parametrize("asked", ["auto", "sdpa"])
 def test_a_kernel_that_does_not_repeat_itself_is_passed_over_or_refused(asked, monkeypatch):
-    monkeypatch.setitem(SUPPORT[Feature.DETERMINISM], ("sdpa", "cpu"), Unsupported("it adds at random", "Set another"))
+    monkeypatch.setitem(
+        SUPPORT[Feature.DETERMINISM],
+        ("sdpa", "cpu"),
+        Unsupported("it adds at random", "Set another"),
+    )
     parallel = {"attention_kernel": asked}
     assert Setup.of(tiny.config(parallel=parallel), 2).kernel.name == "sdpa"
     deterministic = tiny.config(parallel=parallel, training={"deterministic": True})
     if asked == "auto":
         assert Setup.of(deterministic, 2).kernel.name == "reference"
     else:
-        with pytest.raises(KernelUnavailable, match="cannot do the same bits every time: it adds at random"):
+        with pytest.raises(
+            KernelUnavailable, match="cannot do the same bits every time: it adds at random"
+        ):
             Setup.of(deterministic, 2)
 
 
@@ -100,19 +106,27 @@ def test_on_cuda_cudnn_is_refused(monkeypatch):
 def run(folder: Path, *flags: str, program: Path = PROGRAM) -> list[tuple[int, str]]:
     """Exit code and words of both ranks."""
     port = free_port()
-    ranks = [start_rank(rank, port, folder, ["--self-test", "none", *flags], program) for rank in (0, 1)]
+    ranks = [
+        start_rank(rank, port, folder, ["--self-test", "none", *flags], program) for rank in (0, 1)
+    ]
     said = [rank.communicate(timeout=200)[0] for rank in ranks]
     return [(rank.returncode, words) for rank, words in zip(ranks, said)]
 
 
 def metrics(file: Path) -> list[dict]:
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in OF_THE_CLOCK} for record in records]
+    return [
+        {name: value for name, value in record.items() if name not in OF_THE_CLOCK}
+        for record in records
+    ]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
     """The bytes of a checkpoint's tensors, by file."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +137,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.whole
 def test_the_whole_program_gives_the_same_bits_twice(folder):
     for name in ("first", "again"):
-        ended = run(folder, "--deterministic", "--save", name, "--metrics-file", f"{name}/metrics.jsonl")
+        ended = run(
+            folder, "--deterministic", "--save", name, "--metrics-file", f"{name}/metrics.jsonl"
+        )
         assert [code for code, _ in ended] == [0, 0], ended
         assert "".join(words for _, words in ended).count("deterministic    the same bits") == 1
     first, again = folder / "first", folder / "again"
@@ -136,7 +152,9 @@ def test_the_whole_program_gives_the_same_bits_twice(folder):
 def test_training_ends_on_every_rank_at_an_operator_that_does_not_repeat_itself(folder):
     for code, words in run(folder, "--deterministic", program=UNREPEATABLE):
         assert code == ConfigError.exit_code
-        assert words.count("deterministic cannot be had: torch has no form of its operator put_") == 1
+        assert (
+            words.count("deterministic cannot be had: torch has no form of its operator put_") == 1
+        )
         assert "Traceback" not in words
 
 
@@ -149,9 +167,13 @@ def test_the_reduction_that_is_asked_for_is_the_one_that_runs(folder):
         ended = run(folder, *flags, reduction, "--metrics-file", metrics_file, program=COUNTED)
         assert [code for code, _ in ended] == [0, 0], ended
         for _, output in ended:
-            passes = dict(re.findall(r"(arrival|invariant) (\d+)", output.split("forward passes:")[1]))
+            passes = dict(
+                re.findall(r"(arrival|invariant) (\d+)", output.split("forward passes:")[1])
+            )
             assert int(passes[reduction]) > 0
             assert int(passes[other]) == 0
-    by_hops, by_blocks = (metrics(folder / name / "metrics.jsonl") for name in ("arrival", "invariant"))
+    by_hops, by_blocks = (
+        metrics(folder / name / "metrics.jsonl") for name in ("arrival", "invariant")
+    )
     for one, other in zip(by_hops, by_blocks, strict=True):
         assert one == pytest.approx(other, rel=1e-4)

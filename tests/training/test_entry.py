@@ -23,6 +23,11 @@ def test_files_are_utf_8_in_an_ascii_locale_too(tmp_path):
     (tmp_path / "text").write_bytes("größe".encode())
     environment = {**os.environ, **ASCII, "PYTHONPATH": os.getcwd()}
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.split() == ["None", "5"]

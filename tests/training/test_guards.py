@@ -51,7 +51,9 @@ def gradient_of(where: str, run: tiny.Run) -> list:
 
 def one_step(run: tiny.Run, **how: float) -> StepResult:
     run.step += 1
-    return run.engine.train_step(run.loader.next_step(), learning_rate(run.step, run.config.training), **how)
+    return run.engine.train_step(
+        run.loader.next_step(), learning_rate(run.step, run.config.training), **how
+    )
 
 
 def bad_step(run: tiny.Run, rank: int) -> StepResult:
@@ -73,7 +75,11 @@ def same(run: tiny.Run, other: tiny.Run) -> bool:
     pieces = zip(run.engine.pieces(), other.engine.pieces(), strict=True)
     held = all(torch.equal(a.values[kind], b.values[kind]) for a, b in pieces for kind in KINDS)
     parameters = zip(run.parameters().values(), other.parameters().values(), strict=True)
-    return held and all(torch.equal(a, b) for a, b in parameters) and run.engine.counters() == other.engine.counters()
+    return (
+        held
+        and all(torch.equal(a, b) for a, b in parameters)
+        and run.engine.counters() == other.engine.counters()
+    )
 
 
 # ---- a refused step moves nothing ----
@@ -81,14 +87,20 @@ def same(run: tiny.Run, other: tiny.Run) -> bool:
 
 def refuse(rank: int, world_size: int, prefix: Path, cases: dict[str, dict]) -> None:
     for name, sections in cases.items():
-        disturbed, quiet = (tiny.Run(tiny.config(**sections), prefix, rank, world_size) for _ in range(2))
+        disturbed, quiet = (
+            tiny.Run(tiny.config(**sections), prefix, rank, world_size) for _ in range(2)
+        )
         for step in ("bad", "good", "bad", "spike", "good", "good"):
             if step == "good":
                 found = one_step(disturbed)
                 assert found == one_step(quiet), name
                 assert not found.refused
                 continue
-            found = bad_step(disturbed, rank) if step == "bad" else one_step(disturbed, highest_loss=0.1)
+            found = (
+                bad_step(disturbed, rank)
+                if step == "bad"
+                else one_step(disturbed, highest_loss=0.1)
+            )
             miss_step(quiet)
             assert found.refused
             assert math.isfinite(found.loss), "the gradient alone is bad"
@@ -138,7 +150,10 @@ def going_back(folder: Path, **sections: dict) -> Config:
 
 def go_back(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]) -> None:
     for name, sections in cases.items():
-        run, report = tiny.Run(going_back(folder / name, **sections), prefix, rank, world_size), Said()
+        run, report = (
+            tiny.Run(going_back(folder / name, **sections), prefix, rank, world_size),
+            Said(),
+        )
         guard, bad_steps = guarded(run, report)
         run.steps(2)
         path = run.save()
@@ -146,7 +161,10 @@ def go_back(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[
         answered(run, rank, guard, bad_steps)
         assert (run.step, report.step, guard.roll_backs) == (2, 2, 1)
         assert guard.kept()["recent_losses"] == [], "it is measured as at the checkpoint"
-        assert f"its gradient norm is inf; it began on rank {0 if run.setup.grid.pipe > 1 else 1} (" in report.lines[0]
+        assert (
+            f"its gradient norm is inf; it began on rank {0 if run.setup.grid.pipe > 1 else 1} ("
+            in report.lines[0]
+        )
         assert report.lines[0].endswith(f"back to {path}, and on with the samples behind these")
 
         resumed = tiny.Run(run.config, prefix, rank, world_size)
@@ -157,12 +175,16 @@ def go_back(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[
         assert same(run, resumed), name
 
         answered(run, rank, guard, bad_steps)
-        with pytest.raises(Diverged, match=r"more than max_bad_steps 2 .*\.\n?.*--load .* goes on from step-00000002"):
+        with pytest.raises(
+            Diverged,
+            match=r"more than max_bad_steps 2 .*\.\n?.*--load .* goes on from step-00000002",
+        ):
             answered(run, rank, guard, bad_steps)
 
 
 @pytest.mark.parametrize(
-    "cases", [{name: ZERO[name] for name in ("fp32-1", "bf16-3")}, {"pipe-bf16-1": PIPE["pipe-bf16-1"]}]
+    "cases",
+    [{name: ZERO[name] for name in ("fp32-1", "bf16-3")}, {"pipe-bf16-1": PIPE["pipe-bf16-1"]}],
 )
 def test_a_run_goes_back_as_it_resumes_but_behind_the_samples_and_not_for_ever(cases, tmp_path):
     run_ranks(2, go_back, tmp_path, tiny.write_store(tmp_path), cases)
@@ -173,7 +195,9 @@ def go_back_to_weights(rank: int, world_size: int, folder: Path, prefix: Path) -
     first.steps(2)
     first.save()
     config = going_back(folder / "second")
-    weights = replace(config, checkpoint=replace(config.checkpoint, load=str(folder), finetune=True))
+    weights = replace(
+        config, checkpoint=replace(config.checkpoint, load=str(folder), finetune=True)
+    )
     run = tiny.Run(weights, prefix, rank, world_size)
     guard, bad_steps = guarded(run, Said(), run.saver)
     with pytest.raises(Diverged, match="no checkpoint to go back to yet"):
@@ -229,7 +253,11 @@ def test_a_checkpoint_keeps_the_measure_and_the_counts_where_there_is_a_factor()
     assert again.kept() == kept
     assert guard([2.0] * 20).kept()["recent_losses"] == []
     new_run = Stored(Path("step-00000001"), replace(RunState(1, 1, 1, 1), **kept), ()).for_new_run()
-    assert Guard(judge.options, new_run.state).kept() == {"skipped_steps": 0, "roll_backs": 0, "recent_losses": []}
+    assert Guard(judge.options, new_run.state).kept() == {
+        "skipped_steps": 0,
+        "roll_backs": 0,
+        "recent_losses": [],
+    }
 
 
 @pytest.mark.parametrize("allowed", [0, 3])
@@ -272,7 +300,10 @@ def test_the_weights_of_a_checkpoint_that_is_gone_back_to_are_not_new():
         ({"loss": math.nan, "grad_norm": math.inf}, "its loss is nan"),
         ({"loss": math.inf}, "its loss is inf"),
         ({"grad_norm": math.inf}, "its gradient norm is inf"),
-        ({"loss": 9.0}, "its loss 9.0000 is above 4.0000, 2 x the median of the last 16 good steps"),
+        (
+            {"loss": 9.0},
+            "its loss 9.0000 is above 4.0000, 2 x the median of the last 16 good steps",
+        ),
     ],
 )
 def test_what_is_bad_is_said(bad, fault):
@@ -281,8 +312,14 @@ def test_what_is_bad_is_said(bad, fault):
 
 OPTIONS = {
     "max_bad_steps": (-1, "max_bad_steps -1 must not be below 0. Set --max-bad-steps."),
-    "loss_spike_factor": (0.5, "loss_spike_factor 0.5 would refuse every other step: it must be above 1, or 0"),
-    "loss_spike_window": (15, "loss_spike_window 15 is too short .* at least 16. Set --loss-spike-window."),
+    "loss_spike_factor": (
+        0.5,
+        "loss_spike_factor 0.5 would refuse every other step: it must be above 1, or 0",
+    ),
+    "loss_spike_window": (
+        15,
+        "loss_spike_window 15 is too short .* at least 16. Set --loss-spike-window.",
+    ),
 }
 
 
@@ -297,17 +334,28 @@ def test_options_that_cannot_be_met(name):
 # ---- where it began ----
 
 
-def seen(rank: int, loss: bool = True, forward: tuple = (), backward: tuple = ()) -> NonFiniteReport:
+def seen(
+    rank: int, loss: bool = True, forward: tuple = (), backward: tuple = ()
+) -> NonFiniteReport:
     return NonFiniteReport(rank, "node", loss, list(forward), list(backward))
 
 
 @pytest.mark.parametrize(
     ("of_ranks", "words"),
     [
-        ([seen(0, False, (3, 3.5)), seen(1, False, (2.5, 3))], "rank 1 (node), in what the attention of layer 3 gave"),
-        ([seen(0, False, (2,)), seen(1, False, (2,))], "rank 0 (node), rank 1 (node), in what layer 2 gave"),
+        (
+            [seen(0, False, (3, 3.5)), seen(1, False, (2.5, 3))],
+            "rank 1 (node), in what the attention of layer 3 gave",
+        ),
+        (
+            [seen(0, False, (2,)), seen(1, False, (2,))],
+            "rank 0 (node), rank 1 (node), in what layer 2 gave",
+        ),
         ([seen(0, True, (), (0,)), seen(1, False, (), (0,))], "rank 1 (node), in the loss itself"),
-        ([seen(0, True, (), (0, 1)), seen(1, True, (), (0,))], "rank 0 (node), in the gradient of what layer 1 gave"),
+        (
+            [seen(0, True, (), (0, 1)), seen(1, True, (), (0,))],
+            "rank 0 (node), in the gradient of what layer 1 gave",
+        ),
     ],
 )
 def test_it_began_where_it_was_first(of_ranks, words):
@@ -330,5 +378,8 @@ def test_the_lookout_sees_layers_and_attentions_in_both_directions():
 
     assert (passed(torch.ones(2), 1).forward, passed(torch.ones(2), 1).backward) == ([], [])
     assert passed(torch.tensor([math.inf, 0]), 1).forward == [5, 4.5]
-    assert (passed(torch.ones(2), math.nan).forward, passed(torch.ones(2), math.nan).backward) == ([], [5, 4.5])
+    assert (passed(torch.ones(2), math.nan).forward, passed(torch.ones(2), math.nan).backward) == (
+        [],
+        [5, 4.5],
+    )
     assert passed(torch.ones(2), 1) == NonFiniteReport(3, socket.gethostname(), True, [], [])

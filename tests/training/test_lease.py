@@ -54,5 +54,7 @@ def taken_over_afterwards(rank: int, saved: Path):
     return write
 
 
-def test_a_save_whose_lease_is_lost_is_one_error_on_all_ranks_and_touches_nothing_of_the_other_run(tmp_path):
+def test_a_save_whose_lease_is_lost_is_one_error_on_all_ranks_and_touches_nothing_of_the_other_run(
+    tmp_path,
+):
     run_ranks(2, lose_it_while_saving, tmp_path, tiny.write_store(tmp_path))

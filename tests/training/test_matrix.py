@@ -77,12 +77,16 @@ def one_process_of_pairs(corpora, pytestconfig) -> OneProcess:
     return OneProcess(corpora, pytestconfig.getoption("steps_of_pairs"))
 
 
-def assert_all_like_one_process(rows: list[Assignment], world_size: int, one_process: OneProcess) -> None:
+def assert_all_like_one_process(
+    rows: list[Assignment], world_size: int, one_process: OneProcess
+) -> None:
     one_process.train(rows)  # all at once, since each number of processes would start another one
     own = [row for row in rows if factors.world_size(row) == world_size]
     of_ranks = run_ranks(world_size, train, one_process.corpora, own, one_process.steps)
     found = {
-        factors.described(row): faults([of_rank[key(row)] for of_rank in of_ranks], one_process.counterpart(row))
+        factors.described(row): faults(
+            [of_rank[key(row)] for of_rank in of_ranks], one_process.counterpart(row)
+        )
         for row in own
     }
     assert not {row: wrong for row, wrong in found.items() if wrong}
@@ -102,7 +106,9 @@ def test_each_pair_of_values(world_size, one_process_of_pairs):
 def test_the_norms_of_heads_over_tensor_ranks(one_process):
     """What each rank's heads ask of them is summed, whoever sees which tokens: three values, and pairs are two."""
     rows = [
-        factors.plain_but_for(tensor=2, qk_layernorm=True, sequence_parallel=sequence_parallel, zero=zero)
+        factors.plain_but_for(
+            tensor=2, qk_layernorm=True, sequence_parallel=sequence_parallel, zero=zero
+        )
         for sequence_parallel, zero in ((False, 0), (False, 3), (True, 3))
     ]
     assert_all_like_one_process(rows, 2, one_process)

@@ -19,11 +19,17 @@ PACKED = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_lo
 PACKED_MODELS = {
     "grouped": {},
     "equal heads": {"num_query_groups": 4},
-    "windows and sinks": {"window_size": 7, "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+    "windows and sinks": {
+        "window_size": 7,
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+    },
 }
 
 
-def train_all(rank: int, world_size: int, prefix: Path, cases: dict) -> dict[str, list[tuple[float, float]]]:
+def train_all(
+    rank: int, world_size: int, prefix: Path, cases: dict
+) -> dict[str, list[tuple[float, float]]]:
     return {
         name: tiny.Run(tiny.config(**sections), prefix, rank, world_size).steps(STEPS)
         for name, sections in cases.items()
@@ -56,7 +62,9 @@ def packed(model: dict, **parallel) -> dict:
 
 def ragged(**parallel) -> dict:
     """Samples of 47 tokens, packed: neither 2, 3 nor 4 ranks have equally many of them."""
-    model = {"position_embedding_type": "learned_absolute"}  # whose table has no row for a token behind the end
+    model = {
+        "position_embedding_type": "learned_absolute"
+    }  # whose table has no row for a token behind the end
     return {"model": model, "data": PACKED | {"seq_length": 47}, "parallel": parallel}
 
 
@@ -70,9 +78,13 @@ def packed_cases() -> dict[str, dict]:
     } | {"striped, ragged": ragged(context_parallel="striped")}
 
 
-def train_packed_alone(rank: int, world_size: int, prefix: Path) -> dict[str, list[tuple[float, float]]]:
+def train_packed_alone(
+    rank: int, world_size: int, prefix: Path
+) -> dict[str, list[tuple[float, float]]]:
     alone = {"context_parallel": "none", "attention_kernel": "reference"}
-    cases = {kind: packed(model, **alone) for kind, model in PACKED_MODELS.items()} | {"ragged": ragged(**alone)}
+    cases = {kind: packed(model, **alone) for kind, model in PACKED_MODELS.items()} | {
+        "ragged": ragged(**alone)
+    }
     return train_all(rank, world_size, prefix, cases)
 
 
@@ -87,17 +99,23 @@ def packed_alone(short_documents) -> dict[str, torch.Tensor]:
     return {kind: torch.tensor(steps, dtype=torch.float64) for kind, steps in found.items()}
 
 
-@pytest.mark.parametrize("world_size", [3, *(pytest.param(size, marks=pytest.mark.whole) for size in (2, 4))])
+@pytest.mark.parametrize(
+    "world_size", [3, *(pytest.param(size, marks=pytest.mark.whole) for size in (2, 4))]
+)
 def test_packed_documents_train_as_on_one_process(world_size, packed_alone, short_documents):
     cases = packed_cases()
     for of_rank in run_ranks(world_size, train_all, short_documents, cases):
         for name, found in of_rank.items():
             expected = packed_alone[name.split(", ")[1]]
             found = torch.tensor(found, dtype=torch.float64)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found, expected, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
-def train_half_unlabelled(rank: int, world_size: int, prefix: Path, layout: str) -> list[tuple[float, float]]:
+def train_half_unlabelled(
+    rank: int, world_size: int, prefix: Path, layout: str
+) -> list[tuple[float, float]]:
     """Steps that predict only the first half of each sample: of contiguous shards, some have nothing to count."""
     run = tiny.Run(tiny.config(parallel={"context_parallel": layout}), prefix, rank, world_size)
     results = []
@@ -111,18 +129,32 @@ def train_half_unlabelled(rank: int, world_size: int, prefix: Path, layout: str)
 
 
 def test_ranks_without_a_label_change_nothing(prefix):
-    alone = torch.tensor(run_ranks(1, train_half_unlabelled, prefix, "none")[0], dtype=torch.float64)
+    alone = torch.tensor(
+        run_ranks(1, train_half_unlabelled, prefix, "none")[0], dtype=torch.float64
+    )
     for found in run_ranks(4, train_half_unlabelled, prefix, "ring"):
-        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), alone, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(found, dtype=torch.float64), alone, rtol=1e-5, atol=0
+        )
 
 
-TENSOR, PIPE, MICRO = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"micro_batch_size": 2}
+TENSOR, PIPE, MICRO = (
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"micro_batch_size": 2},
+)
 BF16 = {
     **{f"ring, ZeRO {stage}": {"training": {"zero_stage": stage}} for stage in (0, 1, 2, 3)},
-    **{f"tensor, ZeRO {stage}": {"parallel": TENSOR, "training": {"zero_stage": stage}} for stage in (1, 2, 3)},
+    **{
+        f"tensor, ZeRO {stage}": {"parallel": TENSOR, "training": {"zero_stage": stage}}
+        for stage in (1, 2, 3)
+    },
     "tensor, tokens shared": {"parallel": TENSOR | {"sequence_parallel": True}},
     "ulysses": {"parallel": {"ulysses_degree": 2}},
-    **{f"pipe, ZeRO {stage}": {"parallel": PIPE, "training": {"zero_stage": stage, **MICRO}} for stage in (0, 1)},
+    **{
+        f"pipe, ZeRO {stage}": {"parallel": PIPE, "training": {"zero_stage": stage, **MICRO}}
+        for stage in (0, 1)
+    },
 }
 
 
@@ -141,5 +173,7 @@ def test_bf16_follows_fp32(of, bf16, one_process):
 @pytest.fixture(scope="module")
 def bf16(prefix) -> dict[str, torch.Tensor]:
     """(steps, 2) of each case, on two ranks: loss and gradient norm."""
-    found = run_ranks(2, train_all, prefix, {name: in_bf16(sections) for name, sections in BF16.items()})[0]
+    found = run_ranks(
+        2, train_all, prefix, {name: in_bf16(sections) for name, sections in BF16.items()}
+    )[0]
     return {name: torch.tensor(steps, dtype=torch.float64) for name, steps in found.items()}

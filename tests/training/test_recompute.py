@@ -11,7 +11,11 @@ from tests.distributed import run_ranks
 from tests.training import tiny
 
 STEPS = 3
-PARTITIONED = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+PARTITIONED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
 MODES = {
     "none": {},
     "selective": {"recompute": "selective"},
@@ -23,24 +27,36 @@ KINDS = {
     # With biases, which DeepSpeed's own linear layer adds in place.
     "GPT-2": {"normalization": "LayerNorm", "activation": "gelu", "add_bias_linear": True},
 }
-CASES = [(*case, chunks) for case in [("Llama", 2), ("Llama", 3), ("GPT-2", 3)] for chunks in (1, 3)]
+CASES = [
+    (*case, chunks) for case in [("Llama", 2), ("Llama", 3), ("GPT-2", 3)] for chunks in (1, 3)
+]
 
 
 def train_all(rank: int, world_size: int, prefix: Path) -> dict[tuple, list[tuple[float, float]]]:
     """Losses and gradient norms, by case and mode."""
     return {
-        (case, mode): train(tiny.Run(config(*case, mode), prefix, rank, world_size)) for case in CASES for mode in MODES
+        (case, mode): train(tiny.Run(config(*case, mode), prefix, rank, world_size))
+        for case in CASES
+        for mode in MODES
     }
 
 
 def train(run: tiny.Run) -> list[tuple[float, float]]:
-    assert not any(getattr(parameter, "ds_persist", False) for parameter in run.engine.engine.module.parameters())
+    assert not any(
+        getattr(parameter, "ds_persist", False)
+        for parameter in run.engine.engine.module.parameters()
+    )
     return run.steps(STEPS)
 
 
 def config(kind: str, stage: int, chunks: int, mode: str):
-    training = {"zero_stage": stage, "deepspeed": {"zero_optimization": PARTITIONED} if stage == 3 else {}}
-    return tiny.config(model=KINDS[kind], training=training, memory={**MODES[mode], "mlp_chunks": chunks})
+    training = {
+        "zero_stage": stage,
+        "deepspeed": {"zero_optimization": PARTITIONED} if stage == 3 else {},
+    }
+    return tiny.config(
+        model=KINDS[kind], training=training, memory={**MODES[mode], "mlp_chunks": chunks}
+    )
 
 
 @pytest.fixture(scope="module")

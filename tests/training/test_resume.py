@@ -29,7 +29,14 @@ N = 4
 
 DTYPES_AND_STAGES = {
     f"{dtype}-{stage}": {"training": {"dtype": dtype, "zero_stage": stage}}
-    for dtype, stage in (("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 1))
+    for dtype, stage in (
+        ("fp32", 0),
+        ("fp32", 1),
+        ("fp32", 2),
+        ("fp32", 3),
+        ("bf16", 0),
+        ("bf16", 1),
+    )
 }
 
 TENSOR = {"tensor_model_parallel_size": 2}
@@ -42,13 +49,21 @@ OTHER_GRIDS = {
         "parallel": TENSOR_AND_PIPE | {"sequence_parallel": True},
         "training": {"zero_stage": 0, **MICRO},
     },
-    "tensor-pipe-bf16": {"parallel": TENSOR_AND_PIPE, "training": {"zero_stage": 1, "dtype": "bf16", **MICRO}},
-    "tensor-ring": {"parallel": TENSOR | {"sequence_parallel": True}, "training": {"zero_stage": 1}},
+    "tensor-pipe-bf16": {
+        "parallel": TENSOR_AND_PIPE,
+        "training": {"zero_stage": 1, "dtype": "bf16", **MICRO},
+    },
+    "tensor-ring": {
+        "parallel": TENSOR | {"sequence_parallel": True},
+        "training": {"zero_stage": 1},
+    },
     "tensor-ring-3": {"parallel": TENSOR, "training": {"zero_stage": 3}},
 }
 
 
-def stop_and_resume(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]) -> None:
+def stop_and_resume(
+    rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]
+) -> None:
     for name, sections in cases.items():
         saving = {"save": str(folder / name), "load": str(folder / name)}
         stop_and_resume_one(tiny.config(**sections, checkpoint=saving), rank, world_size, prefix)
@@ -71,7 +86,9 @@ def stop_and_resume_one(config: Config, rank: int, world_size: int, prefix: Path
     assert all(torch.equal(resumed_at[name], straight_at[name]) for name in straight_at)
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, DTYPES_AND_STAGES), (4, OTHER_GRIDS)], ids=["ring", "others"])
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, DTYPES_AND_STAGES), (4, OTHER_GRIDS)], ids=["ring", "others"]
+)
 def test_resuming_is_bit_for_bit(world_size, cases, tmp_path):
     run_ranks(world_size, stop_and_resume, tmp_path, tiny.write_store(tmp_path), cases)
 
@@ -97,7 +114,11 @@ def ranks_of(grid: str) -> int:
 def on_grid(grid: str, folder: Path) -> Config:
     parallel, zero_stage = GRIDS[grid]
     saving = {"save": str(folder), "load": str(folder)}
-    return tiny.config(parallel=parallel, training={"micro_batch_size": 1, "zero_stage": zero_stage}, checkpoint=saving)
+    return tiny.config(
+        parallel=parallel,
+        training={"micro_batch_size": 1, "zero_stage": zero_stage},
+        checkpoint=saving,
+    )
 
 
 def save_and_go_on(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
@@ -127,19 +148,30 @@ def test_on_any_other_grid_a_run_goes_on_as_if_nothing_had_happened(tmp_path):
             followed.update(run_ranks(world_size, act, tmp_path, prefix)[0])
     assert expected.keys() == resumed.keys() == GRIDS.keys()
     for grid in GRIDS:
-        torch.testing.assert_close(torch.tensor(resumed[grid]), torch.tensor(expected[grid]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(resumed[grid]), torch.tensor(expected[grid]), rtol=1e-5, atol=0
+        )
 
 
 def finetune(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
-    first = tiny.Run(tiny.config(checkpoint={"save": str(folder / "first")}), prefix, rank, world_size)
+    first = tiny.Run(
+        tiny.config(checkpoint={"save": str(folder / "first")}), prefix, rank, world_size
+    )
     before = first.steps(N)
     first.save()
-    stretched = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_length": tiny.SEQ // 2}
+    stretched = {
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 2.0,
+        "rope_original_length": tiny.SEQ // 2,
+    }
     folders = {"load": str(folder / "first"), "save": str(folder / "second"), "finetune": True}
     second = tiny.Run(tiny.config(model=stretched, checkpoint=folders), prefix, rank, world_size)
     second.resume(second.find())
     assert second.step == second.loader.consumed_samples == 0
-    assert all(torch.equal(second.parameters()[name], trained) for name, trained in first.parameters().items())
+    assert all(
+        torch.equal(second.parameters()[name], trained)
+        for name, trained in first.parameters().items()
+    )
     after = second.steps(N)
     assert after[0][0] < before[0][0], "it begins with what was learned"
     second.save()
@@ -155,14 +187,21 @@ def test_a_new_run_takes_weights_alone_and_goes_on_from_its_own_checkpoints(tmp_
 
 
 def save_while_training(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
-    saving = {"save": str(folder / "saved"), "load": str(folder / "saved"), "async_save": True, "keep_last": 2}
+    saving = {
+        "save": str(folder / "saved"),
+        "load": str(folder / "saved"),
+        "async_save": True,
+        "keep_last": 2,
+    }
     config = tiny.config(checkpoint=saving)
     straight = tiny.Run(config, prefix, rank, world_size)
     with slow_files():
         for _ in range(3):
             straight.steps(1)
             straight.saver.save(straight.engine, straight.state())
-        assert not (folder / "saved" / "step-00000003").exists(), "what is saved aside is still on its way"
+        assert not (folder / "saved" / "step-00000003").exists(), (
+            "what is saved aside is still on its way"
+        )
         expected = straight.steps(N)
     assert straight.saver.finish().name == "step-00000003"
 
@@ -191,7 +230,10 @@ def test_a_checkpoint_taken_aside_holds_what_was_when_it_was_taken(tmp_path):
 
 def fail_aside(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     run = tiny.Run(
-        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}), prefix, rank, world_size
+        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}),
+        prefix,
+        rank,
+        world_size,
     )
     run.steps(1)
     with files_of_at_most(20_000 if rank == 1 else 1 << 40):
@@ -210,29 +252,44 @@ ERRORS = {
     "RuntimeError": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     "SystemExit": SystemExit(3),
 }
-ACTS = {"write_part": (tensors, 1), "seal": (store, 1), "write_index": (tensors, 0), "commit": (store, 0)}
+ACTS = {
+    "write_part": (tensors, 1),
+    "seal": (store, 1),
+    "write_index": (tensors, 0),
+    "commit": (store, 0),
+}
 
 
 def fail_anyhow(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     """One rank meets an error in each act of a save, in the thread and without it; no rank is left waiting."""
     runs = {
         aside: tiny.Run(
-            tiny.config(checkpoint={"save": str(folder / str(aside)), "async_save": aside}), prefix, rank, world_size
+            tiny.config(checkpoint={"save": str(folder / str(aside)), "async_save": aside}),
+            prefix,
+            rank,
+            world_size,
         )
         for aside in (False, True)
     }
     for aside, run in runs.items():
         run.steps(1)
         first = run.save()
-        for (act, (module, failing)), (name, error) in zip(ACTS.items(), [*ERRORS.items(), *ERRORS.items()]):
+        for (act, (module, failing)), (name, error) in zip(
+            ACTS.items(), [*ERRORS.items(), *ERRORS.items()]
+        ):
             run.steps(1)
             with pytest.MonkeyPatch.context() as patch:
                 if rank == failing:
                     patch.setattr(module, act, lambda *_, error=error: _raise(error))
-                with pytest.raises(CheckpointError, match=f"of step {run.step} to .*: {name}: ") as failure:
+                with pytest.raises(
+                    CheckpointError, match=f"of step {run.step} to .*: {name}: "
+                ) as failure:
                     run.save()
             assert "step-00000001 stays the newest" in str(failure.value)
-            causes = [failure.value.__cause__, failure.value.__cause__.__cause__ if failure.value.__cause__ else None]
+            causes = [
+                failure.value.__cause__,
+                failure.value.__cause__.__cause__ if failure.value.__cause__ else None,
+            ]
             assert rank != failing or error in causes
             assert store.newest(folder / str(aside)).path == first
             # The group of the main threads is in step.
@@ -257,7 +314,10 @@ def save_and_end(run: tiny.Run) -> None:
 
 def fail_while_saving(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     run = tiny.Run(
-        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}), prefix, rank, world_size
+        tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}),
+        prefix,
+        rank,
+        world_size,
     )
     run.steps(1)
     with slow_files(), pytest.raises(DataError, match="^no more data$"):
@@ -269,7 +329,9 @@ def test_a_save_on_its_way_is_finished_where_the_run_ends_with_an_error_of_all(t
     run_ranks(2, fail_while_saving, tmp_path, tiny.write_store(tmp_path))
 
 
-def spoil_weights(rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]) -> None:
+def spoil_weights(
+    rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]
+) -> None:
     """Weights and moments that are not finite are neither saved nor loaded, on whichever rank they are."""
     for name, sections in cases.items():
         kind = sections["kind"]
@@ -281,7 +343,9 @@ def spoil_weights(rank: int, world_size: int, folder: Path, prefix: Path, cases:
         run.steps(1)
         if rank == 1:
             run.engine.pieces()[0].values[kind].view(-1)[:2] = torch.tensor([math.nan, math.inf])
-        with pytest.raises(Diverged, match=f"{kind}/.* has 2 values that are nan or infinite") as ended:
+        with pytest.raises(
+            Diverged, match=f"{kind}/.* has 2 values that are nan or infinite"
+        ) as ended:
             run.save()
         assert f"{first.name} stays the newest" in str(ended.value)
         assert store.newest(folder / name).path == first
@@ -317,12 +381,18 @@ def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) 
     run.steps(1)
     first = run.save()
     run.steps(1)
-    with files_of_at_most(20_000 if rank == 1 else 1 << 40), pytest.raises(CheckpointError) as failure:
+    with (
+        files_of_at_most(20_000 if rank == 1 else 1 << 40),
+        pytest.raises(CheckpointError) as failure,
+    ):
         run.save()
     assert "cannot write the checkpoint of step 2" in str(failure.value)
     assert "step-00000001 stays the newest" in str(failure.value)
     assert store.newest(folder / "saved").path == first
-    assert sorted(path.name for path in (folder / "saved").iterdir()) == ["latest", "step-00000001"], "no leftovers"
+    assert sorted(path.name for path in (folder / "saved").iterdir()) == [
+        "latest",
+        "step-00000001",
+    ], "no leftovers"
     run.resume(run.find())
 
 
@@ -350,7 +420,9 @@ def save_until_killed(rank: int, world_size: int, folder: Path, prefix: Path) ->
             threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
 
-def resume_as_if_nothing_had_happened(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+def resume_as_if_nothing_had_happened(
+    rank: int, world_size: int, folder: Path, prefix: Path
+) -> None:
     resumed = tiny.Run(kept_twice(folder), prefix, rank, world_size)
     stored = resumed.find()
     [reason] = stored.skipped
@@ -362,10 +434,14 @@ def resume_as_if_nothing_had_happened(rank: int, world_size: int, folder: Path, 
 
 
 def kept_twice(folder: Path) -> Config:
-    return tiny.config(checkpoint={"save": str(folder / "saved"), "load": str(folder / "saved"), "keep_last": 2})
+    return tiny.config(
+        checkpoint={"save": str(folder / "saved"), "load": str(folder / "saved"), "keep_last": 2}
+    )
 
 
-def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_the_one_before(tmp_path):
+def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_the_one_before(
+    tmp_path,
+):
     prefix = tiny.write_store(tmp_path)
     with pytest.raises(RankFailed):
         run_ranks(2, save_until_killed, tmp_path, prefix)
@@ -384,7 +460,9 @@ def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr(store, "check", lambda *_: _raise(MemoryError("cannot allocate")))
-            with pytest.raises(CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"):
+            with pytest.raises(
+                CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"
+            ):
                 checkpointing.find(setup, tiny.VOCAB, consensus)
         assert checkpointing.find(setup, tiny.VOCAB, consensus).state.step == 10
 
@@ -420,12 +498,21 @@ LOADS = [
     ({"load": "run/step-00000005", "save": "other"}, "run/step-00000005 5"),
     ({"load": "run/step-00000005", "save": "run"}, "run/step-00000005 5"),
     ({"load": "run/step-00000005", "save": "other", "finetune": True}, "run/step-00000005 0"),
-    ({"load": "run/step-00000005", "save": "run", "finetune": True}, "Set --save to another folder"),
-    ({"load": "run/step-00000007"}, "run/step-00000007 is not whole: .*Beside it are .*step-00000005"),
+    (
+        {"load": "run/step-00000005", "save": "run", "finetune": True},
+        "Set --save to another folder",
+    ),
+    (
+        {"load": "run/step-00000007"},
+        "run/step-00000007 is not whole: .*Beside it are .*step-00000005",
+    ),
     ({"load": "run/latest"}, r"run/latest is a file.*\n?Set --load"),
     ({"load": "run/step-00000005/state.json"}, "is a file"),
     ({"load": "empty"}, "afresh"),
-    ({"load": "empty", "finetune": True, "save": "other"}, "holds no checkpoint to take weights from"),
+    (
+        {"load": "empty", "finetune": True, "save": "other"},
+        "holds no checkpoint to take weights from",
+    ),
     ({"load": "litter"}, "afresh"),
     ({"load": "killed"}, "afresh"),
     ({"load": "nowhere"}, "nowhere does not exist"),

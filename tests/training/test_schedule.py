@@ -10,13 +10,22 @@ from megatron_ring.training.schedule import change_on_resume, learning_rate
 
 def rates(style: str, **changes) -> list[float]:
     config = TrainingConfig(
-        **{"train_iters": 10, "lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 2, "lr_decay_style": style} | changes
+        **{
+            "train_iters": 10,
+            "lr": 1.0,
+            "min_lr": 0.1,
+            "lr_warmup_iters": 2,
+            "lr_decay_style": style,
+        }
+        | changes
     )
     return [learning_rate(step, config) for step in range(1, 11)]
 
 
 def test_linear_warms_up_and_falls_by_equal_steps_to_the_floor():
-    assert rates("linear") == pytest.approx([0.5, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1])
+    assert rates("linear") == pytest.approx(
+        [0.5, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1]
+    )
 
 
 def test_cosine_is_halfway_down_in_the_middle_and_ends_at_the_floor():
@@ -56,7 +65,9 @@ def test_a_horizon_within_the_warm_up_or_without_decay_is_refused(changes, flags
 
 
 def schedule(**changes) -> TrainingConfig:
-    return TrainingConfig(**{"train_iters": 10, "lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 2} | changes)
+    return TrainingConfig(
+        **{"train_iters": 10, "lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 2} | changes
+    )
 
 
 def test_a_longer_run_under_decay_states_both_rates_and_the_flag_that_keeps_the_schedule():
@@ -83,7 +94,13 @@ def test_any_other_schedule_is_stated_with_the_flags_that_undo_it(now, flags):
 
 @pytest.mark.parametrize(
     "now",
-    [{}, {"lr_decay_iters": 10}, {"lr_decay_iters": 10, "train_iters": 30}, {"train_iters": 4}, {"weight_decay": 0.5}],
+    [
+        {},
+        {"lr_decay_iters": 10},
+        {"lr_decay_iters": 10, "train_iters": 30},
+        {"train_iters": 4},
+        {"weight_decay": 0.5},
+    ],
 )
 def test_the_same_rate_is_not_mentioned(now):
     assert change_on_resume(4, schedule(), schedule(**now)) is None

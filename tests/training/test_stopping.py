@@ -33,7 +33,9 @@ def folder(tmp_path_factory) -> Path:
     return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
-def start(folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: str = "") -> list[subprocess.Popen]:
+def start(
+    folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: str = ""
+) -> list[subprocess.Popen]:
     """These ranks of two, without a launcher."""
     port = port or free_port()
     return [start_rank(rank, port, folder, flags) for rank in ranks]
@@ -58,8 +60,17 @@ def metrics(file: Path) -> list[dict]:
 
 def figures(file: Path) -> list[dict]:
     """What does not depend on the clock, line by line."""
-    timed = {"tokens_per_second", "step_seconds", "data_seconds", "slowest_rank", "slowest_over_mean"}
-    return [{key: value for key, value in record.items() if key not in timed} for record in metrics(file)]
+    timed = {
+        "tokens_per_second",
+        "step_seconds",
+        "data_seconds",
+        "slowest_rank",
+        "slowest_over_mean",
+    }
+    return [
+        {key: value for key, value in record.items() if key not in timed}
+        for record in metrics(file)
+    ]
 
 
 def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_started_again(folder):
@@ -77,7 +88,12 @@ def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_starte
     assert "Traceback" not in said
     stopped_after = metrics(folder / "stopped.jsonl")[-1]["step"]
     assert stopped_after < STEPS
-    assert said.count(f"after step {stopped_after}, as a signal asked; --load saved goes on from there") == 1
+    assert (
+        said.count(
+            f"after step {stopped_after}, as a signal asked; --load saved goes on from there"
+        )
+        == 1
+    )
 
     codes, said = ended(start(folder, *flags))
     assert codes == {0}, said
@@ -85,7 +101,15 @@ def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_starte
 
 
 def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
-    ranks = start(folder, "--metrics-file", "lost.jsonl", "--pipeline-model-parallel-size", "2", "--num-layers", "2")
+    ranks = start(
+        folder,
+        "--metrics-file",
+        "lost.jsonl",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--num-layers",
+        "2",
+    )
     until(lambda: metrics(folder / "lost.jsonl"))
     ranks[1].send_signal(signal.SIGINT)
     codes, said = ended(ranks)
@@ -120,7 +144,9 @@ with stopping.Stopping(is_rank_zero=True) as stop:
 
 
 def test_a_second_ctrl_c_leaves_at_once():
-    left = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE], cwd=ROOT, capture_output=True, text=True)
+    left = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TWICE], cwd=ROOT, capture_output=True, text=True
+    )
     assert left.returncode == 130, left.stderr
     assert left.stdout.splitlines()[0] == "still at work"
     assert "Traceback" not in left.stderr
@@ -137,7 +163,9 @@ with Stopping(is_rank_zero=True):
 
 
 def test_told_while_others_leave_before_it_it_fails_no_more_than_they_do():
-    left = subprocess.run([sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True)
+    left = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True
+    )
     assert left.returncode == 75, left.stderr
     assert "Traceback" not in left.stderr
 

@@ -40,12 +40,16 @@ def test_a_figure_that_is_off_on_the_second_rank(changed, fault):
 
 
 def test_an_entry_that_is_off_is_measured_by_the_largest():
-    off = dataclasses.replace(SECOND, parts=SECOND.parts | {"matrix": Part(1, 3, WHOLE[:, 3:] + 0.0012)})
+    off = dataclasses.replace(
+        SECOND, parts=SECOND.parts | {"matrix": Part(1, 3, WHOLE[:, 3:] + 0.0012)}
+    )
     assert faults([FIRST, off], ALONE) == ["matrix: off by 1.0e-04"]
 
 
 def test_copies_are_the_same_to_the_last_bit():
-    assert faults([FIRST, of_rank(slice(3, 4), NORM.nextafter(2 * NORM))], ALONE) == ["copies of norm.weight differ"]
+    assert faults([FIRST, of_rank(slice(3, 4), NORM.nextafter(2 * NORM))], ALONE) == [
+        "copies of norm.weight differ"
+    ]
 
 
 def test_a_parameter_that_nobody_has():

@@ -9,7 +9,14 @@ import torch
 
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored
-from megatron_ring.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_ring.config import (
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
@@ -47,7 +54,10 @@ def config(**sections: dict) -> Config:
         ),
         logging=LoggingConfig(),
     )
-    return replace(base, **{name: replace(getattr(base, name), **changes) for name, changes in sections.items()})
+    return replace(
+        base,
+        **{name: replace(getattr(base, name), **changes) for name, changes in sections.items()},
+    )
 
 
 def write_store(folder: Path) -> Path:
@@ -79,8 +89,12 @@ class Run:
     """A tiny run on this rank; ``world_size`` ranks must build it together. The processes must have joined."""
 
     def __init__(self, config: Config, prefix: Path, global_rank: int, world_size: int):
-        start_processes(Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu")
-        deepspeed.utils.groups.mpu = None  # DeepSpeed keeps a tensor axis for the engines that come after it
+        start_processes(
+            Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu"
+        )
+        deepspeed.utils.groups.mpu = (
+            None  # DeepSpeed keeps a tensor axis for the engines that come after it
+        )
         self.config = config
         self.setup = Setup.of(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
@@ -103,7 +117,9 @@ class Run:
         results = []
         for _ in range(count):
             self.step += 1
-            result = self.engine.train_step(self.loader.next_step(), learning_rate(self.step, self.config.training))
+            result = self.engine.train_step(
+                self.loader.next_step(), learning_rate(self.step, self.config.training)
+            )
             results.append((result.loss, result.grad_norm))
         return results
 

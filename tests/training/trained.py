@@ -37,7 +37,9 @@ class Trained:
 def _parts(run: tiny.Run) -> dict[str, Part]:
     splits = {name: split_of(parameter) for name, parameter in run.named_parameters().items()}
     return {
-        name: Part(split.dim, split.indices.start, values) if (split := splits[name]) else Part(0, 0, values)
+        name: Part(split.dim, split.indices.start, values)
+        if (split := splits[name])
+        else Part(0, 0, values)
         for name, values in run.parameters().items()
     }
 
@@ -46,11 +48,17 @@ def faults(of_ranks: list[Trained], alone: Trained) -> list[str]:
     """Every figure that is not ``alone``'s on some rank, and every parameter whose copies differ in a bit."""
     copies, expected = _copies(of_ranks), _copies([alone])
     if copies.keys() != expected.keys():
-        return [f"parameters of some ranks, or of one process, alone: {sorted(copies.keys() ^ expected.keys())}"]
+        return [
+            f"parameters of some ranks, or of one process, alone: {sorted(copies.keys() ^ expected.keys())}"
+        ]
     actual, figures = _figures(of_ranks), _figures([alone])
     errors = {name: _relative(actual[name], figures[name]) for name in figures}
-    errors |= {name: parameter_error(_whole(copies[name]), _whole(expected[name])) for name in expected}
-    off = [f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+    errors |= {
+        name: parameter_error(_whole(copies[name]), _whole(expected[name])) for name in expected
+    }
+    off = [
+        f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE
+    ]
     return off + [f"copies of {name} differ" for name, parts in copies.items() if not _alike(parts)]
 
 
@@ -86,7 +94,9 @@ def _copies(of_ranks: list[Trained]) -> dict[str, dict[int, list[Part]]]:
 
 
 def _alike(parts: dict[int, list[Part]]) -> bool:
-    return all(torch.equal(copies[0].values, copy.values) for copies in parts.values() for copy in copies)
+    return all(
+        torch.equal(copies[0].values, copy.values) for copies in parts.values() for copy in copies
+    )
 
 
 def _whole(parts: dict[int, list[Part]]) -> torch.Tensor:

@@ -36,7 +36,9 @@ def missing_sizes(config: Fields, *keys: str) -> list[str]:
     for key in keys:
         value, limit = config.get(key), _LARGEST.get(key, 2**31 - 1)
         if type(value) is not int or not 1 <= value <= limit:
-            found.append(f"{key} is {shown(value)}, and must be a whole number above 0, {limit} at most.")
+            found.append(
+                f"{key} is {shown(value)}, and must be a whole number above 0, {limit} at most."
+            )
     return found
 
 
@@ -74,7 +76,9 @@ def key(name: str, field: str, default: int | float) -> Aspect:
         value = get_or(config, name, default)
         if type(value) in (int, type(default)):
             return {field: type(default)(value)}
-        problems.append(f"{name} is {shown(value)}, and must be a{' whole' * isinstance(default, int)} number.")
+        problems.append(
+            f"{name} is {shown(value)}, and must be a{' whole' * isinstance(default, int)} number."
+        )
         return {}
 
     return Aspect(read, lambda model: {name: getattr(model, field)})
@@ -118,7 +122,9 @@ def tied(default: bool) -> Aspect:
     """Whether the head's matrix is the embedding."""
     untied = "untie_embeddings_and_output_weights"
     return Aspect(
-        lambda config, problems: {untied: not truth(config, "tie_word_embeddings", default, problems)},
+        lambda config, problems: {
+            untied: not truth(config, "tie_word_embeddings", default, problems)
+        },
         lambda model: {"tie_word_embeddings": not getattr(model, untied)},
     )
 
@@ -128,7 +134,9 @@ def whole_heads(width: str, heads: str) -> Aspect:
 
     def read(config: Fields, problems: list[str]) -> Fields:
         if not missing_sizes(config, width, heads) and config[width] % config[heads]:
-            problems.append(f"{width} {config[width]} does not divide into {heads} {config[heads]}.")
+            problems.append(
+                f"{width} {config[width]} does not divide into {heads} {config[heads]}."
+            )
         return {}
 
     return Aspect(read, lambda model: {})
@@ -138,11 +146,15 @@ def linear_biases() -> Aspect:
     """Llama's two keys for what is one field here: biases in every linear layer, or in none."""
 
     def read(config: Fields, problems: list[str]) -> Fields:
-        attention, mlp = (truth(config, name, False, problems) for name in ("attention_bias", "mlp_bias"))
+        attention, mlp = (
+            truth(config, name, False, problems) for name in ("attention_bias", "mlp_bias")
+        )
         if attention != mlp:
             problems.append(
                 f"attention_bias is {attention} and mlp_bias {mlp}: biases are in all linear layers or none."
             )
         return {"add_bias_linear": attention and mlp}
 
-    return Aspect(read, lambda model: dict.fromkeys(("attention_bias", "mlp_bias"), model.add_bias_linear))
+    return Aspect(
+        read, lambda model: dict.fromkeys(("attention_bias", "mlp_bias"), model.add_bias_linear)
+    )

@@ -13,7 +13,13 @@ from megatron_ring.checkpoint import disk, locate
 from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
-from megatron_ring.checkpoint.hugging_face.folder import BESIDE, CARRIED, CONFIG, copy_beside, read_json
+from megatron_ring.checkpoint.hugging_face.folder import (
+    BESIDE,
+    CARRIED,
+    CONFIG,
+    copy_beside,
+    read_json,
+)
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
@@ -65,24 +71,38 @@ def export_checkpoint(checkpoint: Path, out: Path, form: ExportOptions) -> Expor
     beside = _beside(located.path, form.tokenizer)
     locate.verify(located.path)
     stored = Summary.of(located.path)
-    model, vocab_size, seq_length = stored.config.model, stored.state.vocab_size, stored.state.seq_length
+    model, vocab_size, seq_length = (
+        stored.config.model,
+        stored.state.vocab_size,
+        stored.state.seq_length,
+    )
     stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
-    family, reason = choose_family(form.family, model, seq_length, imported_from=_imported_from(located.path))
+    family, reason = choose_family(
+        form.family, model, seq_length, imported_from=_imported_from(located.path)
+    )
     special = SpecialTokens.find(beside, stored.state.end_of_document)
     if form.tokenizer:
         special.check_rows(vocab_size)
     weights = Weights.of(stored.tensors, FAMILIES[family].modules, form.dtype)
     entries = weights.entries()
     dtypes = {entry.dtype for entry in entries}
-    config = _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize)) | special.ids
+    config = (
+        _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize)) | special.ids
+    )
     config |= write_model(FAMILIES[family], model, seq_length)
     with _whole_or_not(out) as partial:
         files = write_shards(partial, entries, limit, weights.read)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         carried = copy_beside(beside, partial) if beside else []
-        made = [GENERATION] if special.write_generation_config(partial) and GENERATION not in carried else []
+        made = (
+            [GENERATION]
+            if special.write_generation_config(partial) and GENERATION not in carried
+            else []
+        )
     longest = config[FAMILIES[family].length]
-    return Exported(located, family, reason, special, dtypes, longest, [CONFIG, *files, *made], carried)
+    return Exported(
+        located, family, reason, special, dtypes, longest, [CONFIG, *files, *made], carried
+    )
 
 
 def _check_empty(out: Path) -> None:
@@ -95,7 +115,9 @@ def _beside(checkpoint: Path, asked: Path | None) -> Path | None:
     if asked is None:
         return checkpoint / CARRIED if (checkpoint / CARRIED).is_dir() else None
     if not any((asked / name).is_file() for name in BESIDE):
-        raise CheckpointError(f"{asked} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out.")
+        raise CheckpointError(
+            f"{asked} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out."
+        )
     return asked
 
 
@@ -108,7 +130,11 @@ def _imported_from(checkpoint: Path) -> str:
 def _config(family: str, vocab_size: int, dtype: torch.dtype) -> Fields:
     """What config.json has besides the model: transformers before 5 reads torch_dtype, later ones dtype."""
     word = str(dtype).removeprefix("torch.")
-    named = {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": vocab_size}
+    named = {
+        "model_type": family,
+        "architectures": [FAMILIES[family].architecture],
+        "vocab_size": vocab_size,
+    }
     return named | {"dtype": word, "torch_dtype": word, "use_cache": True}
 
 
@@ -126,6 +152,8 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
         disk.flush_names(partial)
         disk.rename(partial, out)
     except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror}. Give it another name or disk.") from error
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror}. Give it another name or disk."
+        ) from error
     finally:
         disk.delete(partial)

@@ -23,7 +23,10 @@ def read_model(family: Family, config: Fields) -> tuple[ModelConfig, list[str]]:
         model = ModelConfig(**fields)
         return model, problems or Config(model=model).problems()
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return ModelConfig(), [*problems, f"a value is of a type that its key never has ({shown(error)})."]
+        return ModelConfig(), [
+            *problems,
+            f"a value is of a type that its key never has ({shown(error)}).",
+        ]
 
 
 def write_model(family: Family, model: ModelConfig, seq_length: int) -> Fields:
@@ -46,26 +49,35 @@ def unsupported_by_family(family: Family, model: ModelConfig, seq_length: int) -
     ]
 
 
-def choose_family(name: str, model: ModelConfig, seq_length: int, imported_from: str = "") -> tuple[str, str]:
+def choose_family(
+    name: str, model: ModelConfig, seq_length: int, imported_from: str = ""
+) -> tuple[str, str]:
     """The family to write ``model`` as, and why: ``name``, else ``imported_from``, else the first that is able.
 
     Able is a family whose words describe the model exactly, so that it computes the same in each of them. Raises
     CheckpointError with the reasons where the one asked for, or without one every one, is not.
     """
     reasons = {
-        each: unsupported_by_family(FAMILIES[each], model, seq_length) for each in ([name] if name else FAMILIES)
+        each: unsupported_by_family(FAMILIES[each], model, seq_length)
+        for each in ([name] if name else FAMILIES)
     }
     able = [each for each, problems in reasons.items() if not problems]
     if not able:
-        listed = [f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems]
-        raise CheckpointError(["the model cannot be said exactly in Hugging Face's words:", *listed])
+        listed = [
+            f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems
+        ]
+        raise CheckpointError(
+            ["the model cannot be said exactly in Hugging Face's words:", *listed]
+        )
     if name:
         return name, "as --family asks"
     if imported_from in able:
         return imported_from, "from which it was imported"
     if len(able) == 1:
         return able[0], "the only family that describes it exactly"
-    return able[0], f"the first of those that describe it exactly: {', '.join(able)}; --family takes another"
+    return able[
+        0
+    ], f"the first of those that describe it exactly: {', '.join(able)}; --family takes another"
 
 
 def resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
@@ -109,7 +121,9 @@ def _original_length(model: ModelConfig, seq_length: int) -> int:
 
 def _compared(model: ModelConfig) -> dict[str, Any]:
     """What makes a difference: RoPE's base where there is RoPE, windows layer by layer; rows are what they are."""
-    fields = asdict(model) | {"window by layer": [model.window_of(layer) for layer in range(model.num_layers)]}
+    fields = asdict(model) | {
+        "window by layer": [model.window_of(layer) for layer in range(model.num_layers)]
+    }
     without = {"window_size", "window_attn_skip_freq", "padded_vocab_size"}
     without |= set() if model.position_embedding_type == "rope" else {"rotary_base"}
     return {name: value for name, value in fields.items() if name not in without}

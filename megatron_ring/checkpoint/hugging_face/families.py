@@ -32,7 +32,9 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
-_UNKNOWN = (only("quantization_config", None, because="quantised weights have no counterpart here"),)
+_UNKNOWN = (
+    only("quantization_config", None, because="quantised weights have no counterpart here"),
+)
 
 _LIKE_LLAMA = (
     size("hidden_size", "hidden_size"),
@@ -63,7 +65,10 @@ _LLAMA_LAYER = {
 
 _LLAMA_MODULES = {
     "model.embed_tokens": module("embedding"),
-    **{f"model.layers.{{}}.{theirs}": module(f"blocks.{{}}.{ours}") for theirs, ours in _LLAMA_LAYER.items()},
+    **{
+        f"model.layers.{{}}.{theirs}": module(f"blocks.{{}}.{ours}")
+        for theirs, ours in _LLAMA_LAYER.items()
+    },
     "model.norm": module("final_norm"),
     "lm_head": module("output"),
 }
@@ -126,7 +131,9 @@ FAMILIES = {
             key("head_dim", "kv_channels", 128),
             always(qk_layernorm=True),
             only(
-                "attention_bias", False, because="biases in attention alone, its output too, have no counterpart here"
+                "attention_bias",
+                False,
+                because="biases in attention alone, its output too, have no counterpart here",
             ),
             layer_windows.QWEN,
         ),
@@ -150,9 +157,18 @@ FAMILIES = {
             ),
             whole_heads("n_embd", "n_head"),
             written(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-            only("activation_function", "gelu_new", "gelu_pytorch_tanh", because="gelu here is the tanh form"),
+            only(
+                "activation_function",
+                "gelu_new",
+                "gelu_pytorch_tanh",
+                because="gelu here is the tanh form",
+            ),
             only("scale_attn_weights", True, because="scores are scaled by 1 / sqrt(D)"),
-            only("scale_attn_by_inverse_layer_idx", False, because="scores are scaled alike in every layer"),
+            only(
+                "scale_attn_by_inverse_layer_idx",
+                False,
+                because="scores are scaled alike in every layer",
+            ),
             only("add_cross_attention", False, because="there is no encoder"),
             *_UNKNOWN,
         ),

@@ -32,7 +32,12 @@ BESIDE = (
 )  # fmt: skip
 """What belongs to a model besides its weights and its config, and is carried along as it is."""
 
-_SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"}
+_SETTINGS = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+}
 _REMEDY = "Give another folder, or write this one again with transformers' save_pretrained."
 
 CARRIED = "hugging_face"
@@ -60,7 +65,9 @@ class Folder:
     def open(path: Path) -> "Folder":
         """Read everything but the tensors. Raises CheckpointError where it is not whole."""
         if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder. Give one that transformers' save_pretrained has written.")
+            raise CheckpointError(
+                f"{path} is not a folder. Give one that transformers' save_pretrained has written."
+            )
         if (path / ADAPTER).is_file():
             raise CheckpointError(
                 f"{path} holds an adapter ({ADAPTER}), whose weights are added to those of another model. Merge them "
@@ -114,7 +121,11 @@ def _headers(path: Path) -> dict[str, Header]:
     pickled = [found.name for found in path.glob("pytorch_model*.bin")]
     raise CheckpointError(
         f"{path} has neither {WEIGHTS} nor {INDEX}"
-        + (f", but {pickled[0]}: only safetensors are read, which run no code. " if pickled else ". ")
+        + (
+            f", but {pickled[0]}: only safetensors are read, which run no code. "
+            if pickled
+            else ". "
+        )
         + "Load it with transformers and write it again with save_pretrained."
     )
 
@@ -125,10 +136,16 @@ def _indexed(path: Path) -> dict[str, Header]:
         index = validate(found, dict[str, dict[str, str]])["weight_map"]
         for file in set(index.values()):
             path_inside(path, file)
-    found = {(name, file): header for file in sorted(set(index.values())) for name, header in _headers_of(path, file)}
+    found = {
+        (name, file): header
+        for file in sorted(set(index.values()))
+        for name, header in _headers_of(path, file)
+    }
     if found.keys() != index.items():
         differing = ", ".join(sorted({name for name, _ in found.keys() ^ index.items()})[:3])
-        raise CheckpointError(f"{path / INDEX} and the files that it names do not have the same tensors: {differing}.")
+        raise CheckpointError(
+            f"{path / INDEX} and the files that it names do not have the same tensors: {differing}."
+        )
     return {name: header for (name, _), header in found.items()}
 
 
@@ -138,7 +155,9 @@ def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str
     Compares bytes, one tensor at a time. Raises CheckpointError with the first tensors that differ.
     """
     names = sorted(indexed.keys() | single.keys())
-    differing = (name for name in names if not _is_same(path, name, indexed.get(name), single.get(name)))
+    differing = (
+        name for name in names if not _is_same(path, name, indexed.get(name), single.get(name))
+    )
     if first := list(itertools.islice(differing, 3)):
         raise CheckpointError(
             f"{path} has both {WEIGHTS} and {INDEX}, and they do not hold the same weights ({', '.join(first)}): "
@@ -148,7 +167,11 @@ def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str
 
 
 def _is_same(path: Path, name: str, indexed: Header | None, single: Header | None) -> bool:
-    if indexed is None or single is None or (indexed.shape, indexed.dtype) != (single.shape, single.dtype):
+    if (
+        indexed is None
+        or single is None
+        or (indexed.shape, indexed.dtype) != (single.shape, single.dtype)
+    ):
         return False
     if indexed.file == single.file:
         return True

@@ -85,9 +85,15 @@ def _check_empty(out: Path) -> None:
     What a killed import has left, the lease of a run and files of operating systems do not count.
     """
     ignored = (names.PARTIAL, names.LEASE)
-    others = [name for name in formats.content(out) if not name.startswith(ignored)] if out.is_dir() else []
+    others = (
+        [name for name in formats.content(out) if not name.startswith(ignored)]
+        if out.is_dir()
+        else []
+    )
     if others or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder.")
+        raise CheckpointError(
+            f"{out} is there already{f', and has {others[0]}' if others else ''}. Name a new folder."
+        )
     lease.check_not_held(out)
 
 
@@ -106,7 +112,9 @@ def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, i
     model, problems = read_model(family, folder.config)
     if problems := missing_sizes(folder.config, "vocab_size", family.length) + problems:
         path = folder.path / hugging_face.CONFIG
-        raise CheckpointError([f"{path} describes a model that cannot be said exactly here:", *problems])
+        raise CheckpointError(
+            [f"{path} describes a model that cannot be said exactly here:", *problems]
+        )
     if model.num_layers > len(folder.headers):
         raise CheckpointError(
             f"{folder.path / hugging_face.CONFIG} describes {model.num_layers} layers, and the folder has "
@@ -118,12 +126,19 @@ def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, i
     config = Config(model=replace(model, padded_vocab_size=vocab_size))
     config = replace(config, data=replace(config.data, seq_length=seq_length))
     if problems := config.problems():
-        raise ConfigError(["the config of the checkpoint would be one that --load refuses:", *problems])
+        raise ConfigError(
+            ["the config of the checkpoint would be one that --load refuses:", *problems]
+        )
     return config, vocab_size
 
 
 def _write(
-    folder: Folder, out: Path, state: RunState, config: Config, shapes: Shapes, found: dict[str, Tensor]
+    folder: Folder,
+    out: Path,
+    state: RunState,
+    config: Config,
+    shapes: Shapes,
+    found: dict[str, Tensor],
 ) -> tuple[Path, list[str]]:
     store.prepare(out, state.step)
     partial = out / names.partial_name(state.step)

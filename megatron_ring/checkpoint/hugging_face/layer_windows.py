@@ -1,6 +1,12 @@
 """Which layers have the sliding window: Mistral's all, Qwen's those that layer_types or max_window_layers name."""
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Fields, get_or, missing_sizes, truth
+from megatron_ring.checkpoint.hugging_face.aspects import (
+    Aspect,
+    Fields,
+    get_or,
+    missing_sizes,
+    truth,
+)
 from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 
@@ -24,7 +30,9 @@ def _read_mistral(config: Fields, problems: list[str]) -> Fields:
     types = config.get("layer_types")
     expected = _SLIDING if window else _FULL
     layers = config.get("num_hidden_layers")
-    agrees = isinstance(types, list) and len(types) == layers and all(kind == expected for kind in types)
+    agrees = (
+        isinstance(types, list) and len(types) == layers and all(kind == expected for kind in types)
+    )
     if types is not None and not agrees:
         problems.append(
             f"layer_types is {shown(types)}, and must be {expected} for each of num_hidden_layers, or null: "
@@ -40,14 +48,18 @@ MISTRAL = Aspect(
 
 
 def _read_qwen(config: Fields, problems: list[str]) -> Fields:
-    window = _window(config, problems) if truth(config, "use_sliding_window", False, problems) else 0
+    window = (
+        _window(config, problems) if truth(config, "use_sliding_window", False, problems) else 0
+    )
     types = get_or(config, "layer_types", _types_from(config, window))
     if len(types) != config.get("num_hidden_layers") or not set(types) <= {_FULL, _SLIDING}:
         problems.append(
             f"layer_types is {shown(types)}, and must be {_FULL} or {_SLIDING} for each of num_hidden_layers."
         )
     elif _SLIDING in types and not window:
-        problems.append(f"layer_types has {_SLIDING}, but use_sliding_window and sliding_window name no window.")
+        problems.append(
+            f"layer_types has {_SLIDING}, but use_sliding_window and sliding_window name no window."
+        )
     elif (fields := _fields([window if kind == _SLIDING else 0 for kind in types])) is None:
         problems.append(
             f"the layers with a sliding window, {_numbers(types)} of {len(types)}, cannot be said here: all must have "
@@ -72,7 +84,10 @@ def _fields(windows: list[int]) -> Fields | None:
     if not any(windows):
         return {}
     # The first layer without a window is layer N - 1.
-    fields = {"window_size": max(windows), "window_attn_skip_freq": windows.index(0) + 1 if 0 in windows else 0}
+    fields = {
+        "window_size": max(windows),
+        "window_attn_skip_freq": windows.index(0) + 1 if 0 in windows else 0,
+    }
     model = ModelConfig(**fields)
     return fields if [model.window_of(layer) for layer in range(len(windows))] == windows else None
 
@@ -88,7 +103,9 @@ def _write_qwen(model: ModelConfig) -> Fields:
         "sliding_window": model.window_size or None,
         # All that transformers before 4.53 reads: it cannot say that full layers lie between others.
         "max_window_layers": 0 if model.window_size else model.num_layers,
-        "layer_types": [_SLIDING if model.window_of(layer) else _FULL for layer in range(model.num_layers)],
+        "layer_types": [
+            _SLIDING if model.window_of(layer) else _FULL for layer in range(model.num_layers)
+        ],
     }
 
 

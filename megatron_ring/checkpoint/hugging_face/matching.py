@@ -18,12 +18,21 @@ def matched(folder: Folder, family: Family, shapes: Shapes) -> dict[str, Tensor]
     Raises CheckpointError with everything that does not fit.
     """
     wanted = _named_as_there(folder, family, modules.tensors(family.modules, shapes))
-    found = {name: header for name, header in folder.headers.items() if not name.endswith(family.buffers)}
+    found = {
+        name: header for name, header in folder.headers.items() if not name.endswith(family.buffers)
+    }
     problems = [f"{name} is missing." for name in wanted if name not in found]
-    problems += [problem for name in wanted if name in found for problem in _misfits(name, found[name], wanted[name])]
+    problems += [
+        problem
+        for name in wanted
+        if name in found
+        for problem in _misfits(name, found[name], wanted[name])
+    ]
     problems += [_left_over(folder, name, wanted) for name in found if name not in wanted]
     if problems := [problem for problem in problems if problem]:
-        raise CheckpointError([f"the tensors in {folder.path} are not those of its config.json:", *problems])
+        raise CheckpointError(
+            [f"the tensors in {folder.path} are not those of its config.json:", *problems]
+        )
     return wanted
 
 

@@ -55,15 +55,21 @@ def tensors(table: dict[str, Module], shapes: Shapes) -> dict[str, Tensor]:
 
     What is in no layer comes first, then layer by layer.
     """
-    layers = range(1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")))
+    layers = range(
+        1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    )
     found: dict[str, Tensor] = {}
     for layer in (None, *layers):
         for theirs, ours in table.items():
             if ("{}" in theirs) == (layer is not None):
-                found |= _of_module(theirs.format(layer), [name.format(layer) for name in ours.ours], ours, shapes)
+                found |= _of_module(
+                    theirs.format(layer), [name.format(layer) for name in ours.ours], ours, shapes
+                )
     left = shapes.keys() - {name for tensor in found.values() for name in tensor.parts}
     if left:
-        raise CheckpointError(f"the Hugging Face family has no tensors for {', '.join(sorted(left))}. Set --family.")
+        raise CheckpointError(
+            f"the Hugging Face family has no tensors for {', '.join(sorted(left))}. Set --family."
+        )
     return found
 
 
@@ -75,5 +81,7 @@ def _of_module(theirs: str, ours: list[str], module: Module, shapes: Shapes) -> 
             parts = {f"{name}.{kind}": shapes[f"{name}.{kind}"][0] for name in ours}
             shape = (sum(parts.values()), *shapes[f"{ours[0]}.{kind}"][1:])
             transposed = module.transposed and kind == "weight"
-            found[f"{theirs}.{kind}"] = Tensor(shape[::-1] if transposed else shape, parts, transposed)
+            found[f"{theirs}.{kind}"] = Tensor(
+                shape[::-1] if transposed else shape, parts, transposed
+            )
     return found

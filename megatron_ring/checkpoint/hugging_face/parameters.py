@@ -27,20 +27,30 @@ def _of_layer(model: ModelConfig) -> Shapes:
 
 def _attention(model: ModelConfig) -> Shapes:
     hidden, bias = model.hidden_size, model.add_bias_linear
-    queries, key_values = (n * model.head_dim for n in (model.num_attention_heads, model.key_value_heads))
+    queries, key_values = (
+        n * model.head_dim for n in (model.num_attention_heads, model.key_value_heads)
+    )
     shapes = _linear("attention.q_proj", queries, hidden, bias or model.add_qkv_bias)
     for name in ("attention.k_proj", "attention.v_proj"):
         shapes |= _linear(name, key_values, hidden, bias or model.add_qkv_bias)
     for name in ("attention.q_norm", "attention.k_norm") if model.qk_layernorm else ():
         shapes |= _norm(name, model, model.head_dim)
-    sinks = {"attention.sink_H": (model.num_attention_heads,)} if model.softmax_type == "learnable" else {}
+    sinks = (
+        {"attention.sink_H": (model.num_attention_heads,)}
+        if model.softmax_type == "learnable"
+        else {}
+    )
     return shapes | _linear("attention.out_proj", hidden, queries, bias) | sinks
 
 
 def _feed_forward(model: ModelConfig) -> Shapes:
     hidden, width, bias = model.hidden_size, model.feed_forward_size, model.add_bias_linear
     gate = _linear("mlp.gate_proj", width, hidden, bias) if model.activation == "swiglu" else {}
-    return gate | _linear("mlp.up_proj", width, hidden, bias) | _linear("mlp.down_proj", hidden, width, bias)
+    return (
+        gate
+        | _linear("mlp.up_proj", width, hidden, bias)
+        | _linear("mlp.down_proj", hidden, width, bias)
+    )
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
@@ -48,4 +58,6 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 
 
 def _norm(name: str, model: ModelConfig, width: int) -> Shapes:
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if model.normalization == "LayerNorm" else {})
+    return {f"{name}.weight": (width,)} | (
+        {f"{name}.bias": (width,)} if model.normalization == "LayerNorm" else {}
+    )

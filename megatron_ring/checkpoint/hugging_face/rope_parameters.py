@@ -25,7 +25,13 @@ _STRETCHES: dict[str, set[str]] = {
     },
 }  # fmt: skip
 # Where kernels/rope.py has no choice.
-_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+_CONSTANTS = {
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
 
 
 def _read(config: Fields, problems: list[str]) -> Fields:
@@ -35,10 +41,16 @@ def _read(config: Fields, problems: list[str]) -> Fields:
     problems += _partial(config, rope)
     for name in ("rope_scaling", "rope_parameters"):
         if config.get(name) and not isinstance(config[name], dict):
-            return _problem(problems, f"{name} is {shown(config[name])}, and must be an object of keys and values.")
+            return _problem(
+                problems,
+                f"{name} is {shown(config[name])}, and must be an object of keys and values.",
+            )
     if not isinstance(kind, str) or kind not in _STRETCHES:
         known = ", ".join(_STRETCHES)
-        return _problem(problems, f"RoPE's rope_type is {shown(kind)}, which has no counterpart here. Known: {known}.")
+        return _problem(
+            problems,
+            f"RoPE's rope_type is {shown(kind)}, which has no counterpart here. Known: {known}.",
+        )
     stretch = _read_stretch(kind, rope, config, problems) if kind != "default" else {}
     return {"rotary_base": base, **stretch}
 
@@ -83,10 +95,17 @@ def _read_stretch(kind: str, rope: Fields, config: Fields, problems: list[str]) 
     if factor is None and kind == "yarn":
         factor = config["max_position_embeddings"] / original
     if not isinstance(factor, (int, float)) or not factor >= 1:
-        return _problem(problems, f"RoPE's factor is {shown(factor)}, and must be a number of at least 1.")
+        return _problem(
+            problems, f"RoPE's factor is {shown(factor)}, and must be a number of at least 1."
+        )
     if type(original) is not int or original < 1:
-        return _problem(problems, f"original_max_position_embeddings is {shown(original)}, and must be a whole number.")
-    problems += _differing_constants({name: rope[name] for name in _STRETCHES[kind] & rope.keys()}, factor)
+        return _problem(
+            problems,
+            f"original_max_position_embeddings is {shown(original)}, and must be a whole number.",
+        )
+    problems += _differing_constants(
+        {name: rope[name] for name in _STRETCHES[kind] & rope.keys()}, factor
+    )
     if factor == 1:
         return {}  # of every kind the same as none
     if factor > LONGEST / original:
@@ -102,7 +121,11 @@ def _read_stretch(kind: str, rope: Fields, config: Fields, problems: list[str]) 
 
 def original_length(config: Fields) -> int:
     """The tokens that the model was trained on before its RoPE was stretched, as far as its config.json tells."""
-    inside = get_or(config_of_rope(config), "original_max_position_embeddings", config["max_position_embeddings"])
+    inside = get_or(
+        config_of_rope(config),
+        "original_max_position_embeddings",
+        config["max_position_embeddings"],
+    )
     return get_or(config, "original_max_position_embeddings", inside)
 
 
@@ -116,9 +139,13 @@ def _differing_constants(rope: Fields, factor: float) -> list[str]:
     ]
     # Of these keys only this one has a null that is not the default: transformers takes it for false.
     if "truncate" in rope and rope["truncate"] is None:
-        found.append("RoPE's truncate is None, and must be True or left out: kernels/rope.py has no other.")
+        found.append(
+            "RoPE's truncate is None, and must be True or left out: kernels/rope.py has no other."
+        )
     if rope.get("mscale") and rope.get("mscale_all_dim") and rope.get("attention_factor") is None:
-        found.append("RoPE's mscale and mscale_all_dim, which change YaRN's temperature, have no counterpart here.")
+        found.append(
+            "RoPE's mscale and mscale_all_dim, which change YaRN's temperature, have no counterpart here."
+        )
     return found
 
 
@@ -126,7 +153,10 @@ def _write(model: ModelConfig) -> Fields:
     stretch = _WRITTEN[model.rope_scaling](model)
     kind = {"rope_type": "default"} | stretch
     old = {"rope_scaling": stretch} if stretch else {}
-    return {"rope_theta": model.rotary_base, "rope_parameters": kind | {"rope_theta": model.rotary_base}} | old
+    return {
+        "rope_theta": model.rotary_base,
+        "rope_parameters": kind | {"rope_theta": model.rotary_base},
+    } | old
 
 
 def _stretched(model: ModelConfig) -> Fields:
@@ -138,9 +168,16 @@ def _from_original(model: ModelConfig) -> Fields:
 
 
 def _llama3(model: ModelConfig) -> Fields:
-    return _from_original(model) | {name: float(_CONSTANTS[name]) for name in ("low_freq_factor", "high_freq_factor")}
+    return _from_original(model) | {
+        name: float(_CONSTANTS[name]) for name in ("low_freq_factor", "high_freq_factor")
+    }
 
 
-_WRITTEN = {"none": lambda model: {}, "linear": _stretched, "yarn": _from_original, "llama3": _llama3}
+_WRITTEN = {
+    "none": lambda model: {},
+    "linear": _stretched,
+    "yarn": _from_original,
+    "llama3": _llama3,
+}
 
 ROPE = Aspect(_read, _write)

@@ -15,7 +15,9 @@ _ABOUT = {"format": "pt"}  # transformers refuses a file that does not say so
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def write_shards(folder: Path, entries: list[Entry], limit: int, read: Callable[[Entry], torch.Tensor]) -> list[str]:
+def write_shards(
+    folder: Path, entries: list[Entry], limit: int, read: Callable[[Entry], torch.Tensor]
+) -> list[str]:
     """Write ``entries`` to files of at most ``limit`` bytes of tensors, a larger one alone; returns the files' names.
 
     ``read`` is asked for one tensor after another, and memory holds no other. Raises CheckpointError.
@@ -44,7 +46,9 @@ def parse_size(text: str) -> int:
     except (OverflowError, ValueError):
         size = 0
     if size < 1:
-        raise ConfigError(f"max_shard_size {text!r} is no size, such as 500MB or 5GB. Set --max-shard-size.")
+        raise ConfigError(
+            f"max_shard_size {text!r} is no size, such as 500MB or 5GB. Set --max-shard-size."
+        )
     return size
 
 

@@ -62,7 +62,10 @@ class SpecialTokens:
         if self.ids[_END] is None or (there is not None and there.get(_END) is not None):
             return False
         known = {key: value for key, value in self.ids.items() if value is not None}
-        path.write_text(json.dumps(known | (there or {}) | {_END: self.ids[_END]}, indent=2, sort_keys=True) + "\n")
+        path.write_text(
+            json.dumps(known | (there or {}) | {_END: self.ids[_END]}, indent=2, sort_keys=True)
+            + "\n"
+        )
         return True
 
 
@@ -80,7 +83,9 @@ def _checked(key: str, value: Any, source: str) -> Any:
     ids = value if key == _END and isinstance(value, list) and value else [value]
     # A padding id of -1 is what the first Llamas have for none.
     if not all(type(found) is int and (-1 if key == _PAD else 0) <= found < 2**31 for found in ids):
-        raise CheckpointError(f"{key} is {shown(value)} in {source}, and must be the id of a token.")
+        raise CheckpointError(
+            f"{key} is {shown(value)} in {source}, and must be the id of a token."
+        )
     return value
 
 
@@ -90,9 +95,13 @@ def _of_tokenizer(folder: Path) -> Fields:
     named: Fields = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            named = {key: value for key, value in read_json(folder / name).items() if value is not None} | named
+            named = {
+                key: value for key, value in read_json(folder / name).items() if value is not None
+            } | named
     spelled = {key: _spelling(named.get(key.removesuffix("_id"))) for key in (_BEGIN, _END)}
-    return own | {key: found for key, token in spelled.items() if (found := id_of(token)) is not None}
+    return own | {
+        key: found for key, token in spelled.items() if (found := id_of(token)) is not None
+    }
 
 
 def _spelling(token: Any) -> Any:
@@ -112,8 +121,14 @@ def _vocabulary(folder: Path) -> tuple[Callable[[Any], int | None], Fields]:
 def _ids_of_json(document: Fields) -> dict[Any, int]:
     """The added tokens, among which are all special ones."""
     added = document.get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return {token.get("content"): token.get("id") for token in tokens if isinstance(token.get("content"), str)}
+    tokens = (
+        [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    )
+    return {
+        token.get("content"): token.get("id")
+        for token in tokens
+        if isinstance(token.get("content"), str)
+    }
 
 
 def _sentencepiece(path: Path) -> tuple[Callable[[Any], int | None], Fields]:
@@ -121,7 +136,9 @@ def _sentencepiece(path: Path) -> tuple[Callable[[Any], int | None], Fields]:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path) or b"\0")
         pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is not UTF-8
     except (OSError, RuntimeError, UnicodeDecodeError, UntrustedInputError) as error:
-        raise CheckpointError(f"{path} cannot be read as a sentencepiece model: {error}. Set --tokenizer.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a sentencepiece model: {error}. Set --tokenizer."
+        ) from error
 
     def id_of(token: Any) -> int | None:
         found = pieces.piece_to_id(token) if isinstance(token, str) else None

@@ -20,7 +20,9 @@ class Stretch:
     """Tokens of a sample in the config that is written. 0: the longest that the model is made for."""
 
 
-def stretched(model: ModelConfig, config: Fields, longest: int, asked: Stretch) -> tuple[ModelConfig, int]:
+def stretched(
+    model: ModelConfig, config: Fields, longest: int, asked: Stretch
+) -> tuple[ModelConfig, int]:
     """The model as ``asked`` for, and its seq_length; ``longest`` is what ``config``, a config.json, is made for.
 
     Raises ConfigError.
@@ -32,8 +34,12 @@ def stretched(model: ModelConfig, config: Fields, longest: int, asked: Stretch) 
     if asked.rope_scaling == "unchanged":
         return model, asked.seq_length or longest
     original = original_length(config)
-    if problems := missing_sizes({"original_max_position_embeddings": original}, "original_max_position_embeddings"):
-        raise ConfigError([f"rope_scaling {asked.rope_scaling} has no length to begin from. {problems[0]}"])
+    if problems := missing_sizes(
+        {"original_max_position_embeddings": original}, "original_max_position_embeddings"
+    ):
+        raise ConfigError(
+            [f"rope_scaling {asked.rope_scaling} has no length to begin from. {problems[0]}"]
+        )
     factor = asked.rope_scaling_factor or asked.seq_length / original
     if factor <= 1:
         raise ConfigError(
@@ -47,7 +53,12 @@ def stretched(model: ModelConfig, config: Fields, longest: int, asked: Stretch) 
         )
     # Kept as a number, so that it stays what it is when a run sets another seq_length.
     lengths = original if asked.rope_scaling in ("yarn", "llama3") else 0
-    model = replace(model, rope_scaling=asked.rope_scaling, rope_scaling_factor=factor, rope_original_length=lengths)
+    model = replace(
+        model,
+        rope_scaling=asked.rope_scaling,
+        rope_scaling_factor=factor,
+        rope_original_length=lengths,
+    )
     return model, asked.seq_length or int(original * factor)
 
 
@@ -57,7 +68,9 @@ def _problem(model: ModelConfig, longest: int, asked: Stretch) -> str:
         return "seq_length and rope_scaling_factor must not be below 0. Set --seq-length, --rope-scaling-factor."
     if asked.seq_length > LONGEST:
         return f"seq_length {shown(asked.seq_length)} must be at most {LONGEST}. Set --seq-length."
-    if model.position_embedding_type == "learned_absolute" and (stretches or asked.seq_length not in (0, longest)):
+    if model.position_embedding_type == "learned_absolute" and (
+        stretches or asked.seq_length not in (0, longest)
+    ):
         return (
             f"the model's positions are a learned table of {longest} rows, which no --rope-scaling stretches: its "
             f"seq_length is {longest}. Leave out --seq-length and --rope-scaling."

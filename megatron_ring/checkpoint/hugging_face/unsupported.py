@@ -61,7 +61,9 @@ _KNOWN = {
     "baichuan": _Family("llama", (FUSED, "ALiBi position biases in the 13B model")),
     "bamba": _Family("llama", (RECURRENT,)),
     "bert": _Family("gpt2", (ENCODER,)),
-    "bitnet": _Family("llama", (QUANTISED, SQUARED_RELU, "norms inside attention and feed-forward")),
+    "bitnet": _Family(
+        "llama", (QUANTISED, SQUARED_RELU, "norms inside attention and feed-forward")
+    ),
     "bloom": _Family("gpt2", (ALIBI, EMBEDDING_NORM, FUSED)),
     "chatglm": _Family("llama", (PARTIAL, INTERLEAVED, FUSED)),
     "codegen": _Family("gpt2", (PARALLEL, PARTIAL, INTERLEAVED, FUSED)),
@@ -76,14 +78,18 @@ _KNOWN = {
     "ernie4_5_moe": _Family("llama", (EXPERTS, INTERLEAVED)),
     "exaone": _Family("llama", ("tensors of other names",)),
     "exaone4": _Family("qwen3", (POST_NORM, NO_ROPE)),
-    "falcon": _Family("gpt2", (PARALLEL, FUSED, "linear layers without biases beside LayerNorm with them")),
+    "falcon": _Family(
+        "gpt2", (PARALLEL, FUSED, "linear layers without biases beside LayerNorm with them")
+    ),
     "falcon_h1": _Family("llama", (RECURRENT, MULTIPLIERS)),
     "falcon_mamba": _Family("llama", (RECURRENT,)),
     "gemma": _Family("llama", _GEMMA),
     "gemma2": _Family("llama", (*_GEMMA, SOFT_CAP, POST_NORM, MULTIPLIERS)),
     "gemma3": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, MULTIPLIERS, INPUTS)),
     "gemma3_text": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, MULTIPLIERS)),
-    "gemma3n": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, "embeddings of every layer", INPUTS)),
+    "gemma3n": _Family(
+        "qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, "embeddings of every layer", INPUTS)
+    ),
     "gemma3n_text": _Family("qwen3", (*_GEMMA, POST_NORM, LOCAL_BASE, "embeddings of every layer")),
     "glm": _Family("llama", (PARTIAL, INTERLEAVED, FUSED)),
     "glm4": _Family("llama", (PARTIAL, INTERLEAVED, FUSED, POST_NORM)),
@@ -118,7 +124,9 @@ _KNOWN = {
     "mixtral": _Family("mistral", (EXPERTS,)),
     "mllama": _Family("llama", (INPUTS,)),
     "mpt": _Family("gpt2", (ALIBI, FUSED, EXACT_GELU)),
-    "nemotron": _Family("llama", (SQUARED_RELU, PARTIAL, "LayerNorm that multiplies by 1 + weight")),
+    "nemotron": _Family(
+        "llama", (SQUARED_RELU, PARTIAL, "LayerNorm that multiplies by 1 + weight")
+    ),
     "olmo": _Family("llama", (PLAIN_NORM,)),
     "olmo2": _Family("llama", (POST_NORM, WIDE_QK_NORM)),
     "olmo3": _Family("mistral", (POST_NORM, WIDE_QK_NORM)),
@@ -140,8 +148,12 @@ _KNOWN = {
     "rwkv": _Family("llama", (RECURRENT,)),
     "seed_oss": _Family("qwen2", ("a config of its own for biases, without a table of keys here",)),
     "smollm3": _Family("llama", (NO_ROPE,)),
-    "stablelm": _Family("llama", (PARTIAL, "SwiGLU beside LayerNorm, without a table of keys here")),
-    "starcoder2": _Family("mistral", ("LayerNorm and biases beside RoPE, without a table of keys here",)),
+    "stablelm": _Family(
+        "llama", (PARTIAL, "SwiGLU beside LayerNorm, without a table of keys here")
+    ),
+    "starcoder2": _Family(
+        "mistral", ("LayerNorm and biases beside RoPE, without a table of keys here",)
+    ),
     "t5": _Family("gpt2", (ENCODER,)),
     "zamba2": _Family("llama", (RECURRENT,)),
 }
@@ -193,7 +205,11 @@ def _rope_kind(config: Fields) -> object:
 
 
 def _activations(config: Fields) -> Iterable[object]:
-    return [config.get(key) for key in ("hidden_act", "hidden_activation", "activation_function") if config.get(key)]
+    return [
+        config.get(key)
+        for key in ("hidden_act", "hidden_activation", "activation_function")
+        if config.get(key)
+    ]
 
 
 def _rotary_part(config: Fields) -> object:

@@ -31,7 +31,9 @@ class Weights:
 
     def entries(self) -> list[Entry]:
         """What there is to be written, layer by layer."""
-        return [Entry(name, self._type(tensor), tensor.shape) for name, tensor in self.theirs.items()]
+        return [
+            Entry(name, self._type(tensor), tensor.shape) for name, tensor in self.theirs.items()
+        ]
 
     def read(self, entry: Entry) -> torch.Tensor:
         """One of ``entries``, in the type that it has in the checkpoint."""

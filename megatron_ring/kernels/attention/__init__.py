@@ -11,7 +11,11 @@ import torch
 
 from megatron_ring.kernels.attention import cudnn, flash, reference, sdpa
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
-from megatron_ring.kernels.attention.preferences import stack_to_kernel_layout, stripe_widths, to_kernel_layout
+from megatron_ring.kernels.attention.preferences import (
+    stack_to_kernel_layout,
+    stripe_widths,
+    to_kernel_layout,
+)
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax
 
@@ -61,7 +65,12 @@ class HopKernel(Protocol):
         """
 
 
-KERNELS: dict[str, HopKernel] = {"flash": flash, "cudnn": cudnn.KERNEL, "sdpa": sdpa, "reference": reference}
+KERNELS: dict[str, HopKernel] = {
+    "flash": flash,
+    "cudnn": cudnn.KERNEL,
+    "sdpa": sdpa,
+    "reference": reference,
+}
 if importlib.util.find_spec("triton"):
     from megatron_ring.kernels.attention import triton
 

@@ -10,7 +10,14 @@ from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import Order, order
 from megatron_ring.kernels.attention.missing import missing
-from megatron_ring.kernels.attention.support import INTERPRETED, UNPROVEN, Feature, Unsupported, of_tensors, support
+from megatron_ring.kernels.attention.support import (
+    INTERPRETED,
+    UNPROVEN,
+    Feature,
+    Unsupported,
+    of_tensors,
+    support,
+)
 
 # What of the features asked for a kernel refuses, by the reason for it; none are named where it cannot run at all.
 Refusals = dict[Unsupported, list[Feature]]
@@ -72,7 +79,9 @@ def _refusals(kernel: str, wanted: _Wanted) -> Refusals:
 
 def _messages(refusals: dict[str, Refusals]) -> list[str]:
     """One message for every reason, though several kernels may have it."""
-    features = {refused: names for of_kernel in refusals.values() for refused, names in of_kernel.items()}
+    features = {
+        refused: names for of_kernel in refusals.values() for refused, names in of_kernel.items()
+    }
     return [
         f"attention_kernel {_cannot(' and '.join(name for name in refusals if refused in refusals[name]), asked_for)}: "
         f"{refused.reason}. {refused.instead}."
@@ -80,7 +89,9 @@ def _messages(refusals: dict[str, Refusals]) -> list[str]:
     ]
 
 
-def _reasons(chosen: str, candidates: Order, refusals: dict[str, Refusals], wanted: _Wanted) -> Iterator[str]:
+def _reasons(
+    chosen: str, candidates: Order, refusals: dict[str, Refusals], wanted: _Wanted
+) -> Iterator[str]:
     """Why this kernel, and what of it no test has seen."""
     yield candidates.reason
     for name in candidates.kernels[: candidates.kernels.index(chosen)]:
@@ -89,7 +100,9 @@ def _reasons(chosen: str, candidates: Order, refusals: dict[str, Refusals], want
     if chosen == "flash":
         yield flash_version(wanted.machine, wanted.head_dim, wanted.deterministic).reason
     for proof in (INTERPRETED, UNPROVEN):
-        unseen = [one for one in wanted.features if support(chosen, wanted.device_type, one) is proof]
+        unseen = [
+            one for one in wanted.features if support(chosen, wanted.device_type, one) is proof
+        ]
         if unseen:
             yield f"{proof.value}: {_named(unseen)}"
 

@@ -39,7 +39,11 @@ def forward(
         out, lse = library.forward(*map(_end_to_end, (q, k, v)), *_sequences(runs, pack, q), scale)
         lse_BHL = lse.unflatten(1, (batch, -1)).transpose(0, 1)
         # Version 2 answers +inf for a row that sees nothing, and would so win every merge.
-        state.merge(pack.queries, out.unflatten(0, (batch, -1)), lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf))
+        state.merge(
+            pack.queries,
+            out.unflatten(0, (batch, -1)),
+            lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf),
+        )
     _LEFT.forward(q_BLHD, k_BLGD, v_BLGD, runs, scale, state)
 
 
@@ -61,9 +65,13 @@ def backward(
     library, deterministic = _library(q_BLHD), torch.are_deterministic_algorithms_enabled()
     for pack in runs.packs(_TILING):
         rows, keys = pack.queries, pack.keys
-        tensors = [_end_to_end(x[:, part]) for x, part in zip(inputs, (rows, rows, keys, keys, rows))]
+        tensors = [
+            _end_to_end(x[:, part]) for x, part in zip(inputs, (rows, rows, keys, keys, rows))
+        ]
         lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1).contiguous()
-        gradients = library.backward(*tensors, lse_HT, *_sequences(runs, pack, q_BLHD), scale, deterministic)
+        gradients = library.backward(
+            *tensors, lse_HT, *_sequences(runs, pack, q_BLHD), scale, deterministic
+        )
         for whole, part, gradient in zip(sums, (rows, keys, keys), gradients):
             whole[:, part] += gradient.unflatten(0, (len(q_BLHD), -1))
     _LEFT.backward(*inputs, lse_BHL, runs, scale, *sums)
@@ -71,7 +79,9 @@ def backward(
 
 def _library(q: torch.Tensor) -> ModuleType:
     """The version for such queries; ``choose`` has made sure that there is one."""
-    version = flash_version(Machine.here(), q.shape[-1], torch.are_deterministic_algorithms_enabled())
+    version = flash_version(
+        Machine.here(), q.shape[-1], torch.are_deterministic_algorithms_enabled()
+    )
     return {2: flash2, 3: flash3}[version.number]
 
 
@@ -80,6 +90,8 @@ def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
     return x_BLHD.flatten(0, 1)
 
 
-def _sequences(runs: KeyRanges, pack: Pack, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], bool]:
+def _sequences(
+    runs: KeyRanges, pack: Pack, q: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int], bool]:
     """The cumulative lengths (2, sequences + 1), the longest sequences of queries and keys, and whether triangles."""
     return runs.pack_bounds(pack, len(q), q.device), pack.longest, pack.kind is TileKind.CAUSAL

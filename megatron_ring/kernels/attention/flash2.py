@@ -8,7 +8,9 @@ these parameters. The library is imported when first called, for it loads CUDA.
 import torch
 
 
-def forward(q_THD, k_UGD, v_UGD, bounds: torch.Tensor, longest: tuple[int, int], causal: bool, scale: float):
+def forward(
+    q_THD, k_UGD, v_UGD, bounds: torch.Tensor, longest: tuple[int, int], causal: bool, scale: float
+):
     """out_THD, and lse_HT in float32, +inf where a query sees nothing."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 

@@ -8,7 +8,9 @@ Dao-AILab/flash-attention). Never run on a GPU; the tests have a stand-in with t
 import torch
 
 
-def forward(q_THD, k_UGD, v_UGD, bounds: torch.Tensor, longest: tuple[int, int], causal: bool, scale: float):
+def forward(
+    q_THD, k_UGD, v_UGD, bounds: torch.Tensor, longest: tuple[int, int], causal: bool, scale: float
+):
     """out_THD, and lse_HT in float32, -inf or +inf where a query sees nothing."""
     out, lse, *_ = _operators().fwd(
         q_THD, k_UGD, v_UGD, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1],

@@ -16,7 +16,9 @@ class FlashVersion:
     reason: str
 
 
-def flash_version(machine: Machine, head_dim: int, deterministic: bool) -> FlashVersion | Unsupported:
+def flash_version(
+    machine: Machine, head_dim: int, deterministic: bool
+) -> FlashVersion | Unsupported:
     """Version 3 where it can serve, else version 2, else what is missing."""
     if not (why_not_3 := _why_not_3(machine, head_dim, deterministic)):
         return FlashVersion(3, "flash-attn 3 is installed and made for compute capability 9.0")
@@ -25,7 +27,9 @@ def flash_version(machine: Machine, head_dim: int, deterministic: bool) -> Flash
     if not machine.flash_2:
         return Unsupported(f"flash-attn 2 is not installed, and {why_not_3}", _INSTALL)
     if _numbers(machine.flash_2) < _OLDEST:
-        return Unsupported(f"flash-attn {machine.flash_2} is older than 2.7, and {why_not_3}", _INSTALL)
+        return Unsupported(
+            f"flash-attn {machine.flash_2} is older than 2.7, and {why_not_3}", _INSTALL
+        )
     return FlashVersion(2, f"flash-attn {machine.flash_2}: {why_not_3}")
 
 
@@ -33,7 +37,9 @@ def _why_not_3(machine: Machine, head_dim: int, deterministic: bool) -> str:
     if not machine.flash_3:
         return "flash-attn 3 (the package flash_attn_3) is not installed"
     if machine.capability != (9, 0):
-        return "flash-attn 3 is made for compute capability 9.0, not {}.{}".format(*machine.capability)
+        return "flash-attn 3 is made for compute capability 9.0, not {}.{}".format(
+            *machine.capability
+        )
     if deterministic and head_dim > 192:
         return f"flash-attn 3 repeats itself for head sizes up to 192, not {head_dim}"
     return ""

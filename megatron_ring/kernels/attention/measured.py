@@ -57,16 +57,23 @@ MEASURED = (
 )
 
 
-def order(device_type: str, dtype: torch.dtype, features: Iterable[Feature], machine: Machine) -> Order:
+def order(
+    device_type: str, dtype: torch.dtype, features: Iterable[Feature], machine: Machine
+) -> Order:
     """What was measured on such a device, else what others have published for GPUs."""
     mask = mask_kind(features)
     device, case = machine.named(device_type), f"{dtype} with {mask.value}"
     for entry in MEASURED:
         if device.startswith(entry.device) and (entry.dtype, entry.mask) == (dtype, mask):
-            return Order(entry.order, f"{entry.order[0]} is the fastest in {case}, as measured ({entry.source})")
+            return Order(
+                entry.order,
+                f"{entry.order[0]} is the fastest in {case}, as measured ({entry.source})",
+            )
     unmeasured = f"no measurement for {device} in {case}"
     if device_type == "cuda":
-        return Order(_published(mask, machine), f"{unmeasured}: the order is that of published figures")
+        return Order(
+            _published(mask, machine), f"{unmeasured}: the order is that of published figures"
+        )
     return Order(("sdpa", "reference"), f"{unmeasured}: a fused kernel before a plain one")
 
 

@@ -10,7 +10,9 @@ _OTHERWISE = "Set --attention-kernel sdpa, or auto"
 _NEWER_TORCH = f"Install a torch for CUDA with cuDNN 9.0 or later. {_OTHERWISE}"
 
 
-def missing(kernel: str, machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
+def missing(
+    kernel: str, machine: Machine, head_dim: int, deterministic: bool
+) -> Unsupported | None:
     """Why ``kernel`` cannot run on the GPU of ``machine``, None where it can."""
     return _LOOKED_UP[kernel](machine, head_dim, deterministic) if kernel in _LOOKED_UP else None
 
@@ -30,14 +32,18 @@ def _cudnn(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported 
         return too_low
     if head_dim > 128 and not (machine.capability == (9, 0) and machine.cudnn >= 91000):
         only_there = "for larger ones it needs compute capability 9.0 and cuDNN 9.10"
-        return Unsupported(f"it takes head sizes up to 128, not {head_dim}; {only_there}", _OTHERWISE)
+        return Unsupported(
+            f"it takes head sizes up to 128, not {head_dim}; {only_there}", _OTHERWISE
+        )
     return None
 
 
 def _triton(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
     if machine.triton:
         return None
-    return Unsupported("triton is not installed", "pip install triton, or set --attention-kernel auto")
+    return Unsupported(
+        "triton is not installed", "pip install triton, or set --attention-kernel auto"
+    )
 
 
 _LOOKED_UP: dict[str, Callable[[Machine, int, bool], Unsupported | None]] = {

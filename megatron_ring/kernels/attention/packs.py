@@ -32,7 +32,10 @@ class Pack:
 
     def bounds(self, samples: int) -> list[list[int]]:
         """Where each sequence of queries, and of keys, begins and ends in ``samples`` such rectangles end to end."""
-        return [list(itertools.accumulate(lengths * samples, initial=0)) for lengths in zip(*self.lengths)]
+        return [
+            list(itertools.accumulate(lengths * samples, initial=0))
+            for lengths in zip(*self.lengths)
+        ]
 
 
 def packed(tiles: Iterable[Tile]) -> Iterator[Pack]:
@@ -57,10 +60,16 @@ def _pack(row: list[Tile]) -> Pack:
     first, last = row[0], row[-1]
     lengths = [_lengths(first)]
     for before, tile in itertools.pairwise(row):
-        unseeing, unseen = tile.queries.start - before.queries.stop, tile.keys.start - before.keys.stop
+        unseeing, unseen = (
+            tile.queries.start - before.queries.stop,
+            tile.keys.start - before.keys.stop,
+        )
         lengths += [gap for gap in ((unseeing, 0), (0, unseen)) if any(gap)]
         lengths.append(_lengths(tile))
-    queries, keys = slice(first.queries.start, last.queries.stop), slice(first.keys.start, last.keys.stop)
+    queries, keys = (
+        slice(first.queries.start, last.queries.stop),
+        slice(first.keys.start, last.keys.stop),
+    )
     return Pack(queries, keys, first.kind, tuple(lengths))
 
 

@@ -56,7 +56,9 @@ def backward(
     dv_BLGD += _per_key_head(torch.einsum("bhlm,blhd->bmhd", p_BHLM, dout_BLHD), v_BLGD)
 
 
-def _scores(q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRanges, scale: float) -> torch.Tensor:
+def _scores(
+    q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, runs: KeyRanges, scale: float
+) -> torch.Tensor:
     k_BMHD = _per_query_head(k_BLGD, q_BLHD)
     everything = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
     visible_LM = runs.visible(everything, q_BLHD.device)

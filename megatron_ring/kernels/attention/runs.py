@@ -44,7 +44,9 @@ class KeyRanges:
 
     def pack_bounds(self, pack: Pack, samples: int, device: torch.device) -> torch.Tensor:
         """Where the sequences of ``pack`` begin and end, (2, sequences + 1) int32, on ``device``; put there once."""
-        return self._kept(("pack", pack, samples, device), lambda: torch.tensor(pack.bounds(samples)))
+        return self._kept(
+            ("pack", pack, samples, device), lambda: torch.tensor(pack.bounds(samples))
+        )
 
     def bounds(self, device: torch.device) -> torch.Tensor:
         """lo and hi, (2, L) int32, on ``device``; put there once, on the current stream, and kept."""
@@ -58,7 +60,9 @@ class KeyRanges:
 
         def found() -> torch.Tensor:
             key = torch.arange(keys)
-            return torch.stack([torch.searchsorted(bound, key, right=True) for bound in (self.hi, self.lo)])
+            return torch.stack(
+                [torch.searchsorted(bound, key, right=True) for bound in (self.hi, self.lo)]
+            )
 
         return self._kept(("query_ranges", keys, device), found)
 

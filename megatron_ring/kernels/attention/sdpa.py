@@ -14,7 +14,9 @@ from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 # 768 queries on it takes them in blocks of 256 instead of 64.
 ON_CPU = Tiled(Tiling(rows=128, split_triangles=True, tall=768), lambda tile: torch_cpu)
 _WHOLE = Tiling(rows=1024, split_triangles=False)
-ON_CUDA = Tiled(_WHOLE, lambda tile: torch_efficient if tile.kind is TileKind.MASKED else torch_flash)
+ON_CUDA = Tiled(
+    _WHOLE, lambda tile: torch_efficient if tile.kind is TileKind.MASKED else torch_flash
+)
 ON_CUDA_IN_FLOAT32 = Tiled(_WHOLE, lambda tile: torch_efficient)
 
 

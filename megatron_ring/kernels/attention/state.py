@@ -47,7 +47,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def zero_sums(like: torch.Tensor) -> torch.Tensor:
     """Contiguous zeros, in which to add up gradients of ``like`` over blocks."""
-    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format)
+    return torch.zeros_like(
+        like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
+    )
 
 
 def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:

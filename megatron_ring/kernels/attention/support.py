@@ -49,20 +49,26 @@ TESTED, INTERPRETED, UNPROVEN = Validation
 
 _ON_CUDA = "torch's fused operators on cuda do not take it"
 _OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
-_OF_EIGHTS = "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
+_OF_EIGHTS = (
+    "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
+)
 _REFERENCE = "Set --attention-kernel reference, or auto"
 _REPEATING = "Set --attention-kernel flash, sdpa, triton or reference"
 _NO_CAP = Unsupported(
     "the gradient through a capped score is in none of torch's operators",
     "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
 )
-_NO_CAP_AT_EDGES = Unsupported("flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead)
+_NO_CAP_AT_EDGES = Unsupported(
+    "flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead
+)
 _NO_DROPOUT = Unsupported(
     "each hop would have to draw the whole sequence's dropout again, by position",
     "Set --attention-dropout 0, and regularise by --weight-decay",
 )
 
-_TWO_BYTES_ONLY = Unsupported("it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto")
+_TWO_BYTES_ONLY = Unsupported(
+    "it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto"
+)
 _HEADS_OF_EIGHTS_ONLY = Unsupported(
     "its head sizes end at 256, in steps of 8",
     f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
@@ -121,8 +127,14 @@ _ROWS: dict[Feature, tuple[Support, ...]] = {
         TESTED,
         _HEADS_OF_EIGHTS_ONLY,
         _HEADS_OF_EIGHTS_ONLY,
-        Unsupported(_ON_CUDA, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
-        Unsupported(_OF_EIGHTS, f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size"),
+        Unsupported(
+            _ON_CUDA,
+            f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
+        ),
+        Unsupported(
+            _OF_EIGHTS,
+            f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
+        ),
         UNPROVEN,
     ),
 }

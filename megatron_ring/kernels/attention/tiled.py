@@ -27,7 +27,16 @@ class Operator(Protocol):
         """out_BLHD and lse_BHL; what lse is where a row sees nothing does not matter."""
 
     def backward(
-        self, dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM, scale: float
+        self,
+        dout_BLHD,
+        q_BLHD,
+        k_BMGD,
+        v_BMGD,
+        out_BLHD,
+        lse_BHL,
+        causal: bool,
+        bias_LM,
+        scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq_BLHD, dk_BMGD, dv_BMGD from the final, merged ``out`` and ``lse``."""
 
@@ -55,7 +64,9 @@ class Tiled:
             bias, blind_rows = _bias(runs, tile, q_BLHD)
             q, k, v = q_BLHD[:, tile.queries], k_BLGD[:, tile.keys], v_BLGD[:, tile.keys]
             out, lse = operator.forward(q, k, v, tile.kind is TileKind.CAUSAL, bias, scale)
-            if blind_rows is not None:  # torch's operators answer 0, not -inf, for a row that sees nothing
+            if (
+                blind_rows is not None
+            ):  # torch's operators answer 0, not -inf, for a row that sees nothing
                 lse = lse.masked_fill(blind_rows, -torch.inf)
             state.merge(tile.queries, out, lse)
 
@@ -87,10 +98,14 @@ class Tiled:
             dv_BLGD[:, keys] += dv
 
 
-def _bias(runs: KeyRanges, tile: Tile, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _bias(
+    runs: KeyRanges, tile: Tile, q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """For a masked tile: 0 where visible and -inf elsewhere, (queries, keys); and which queries see nothing."""
     if tile.kind is not TileKind.MASKED:
         return None, None
     visible = runs.visible(tile, q.device)
-    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
+    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(
+        ~visible, -torch.inf
+    )
     return bias, ~visible.any(-1)

@@ -70,7 +70,12 @@ class _Cover:
 
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
-        stops = torch.cat([torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1, torch.tensor([len(lo)])])
+        stops = torch.cat(
+            [
+                torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1,
+                torch.tensor([len(lo)]),
+            ]
+        )
         causal_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
         borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
         return _Cover(lo.tolist(), hi.tolist(), causal_until.tolist(), borders.tolist(), tiling)
@@ -94,14 +99,19 @@ class _Cover:
             yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
         elif small:
             seen_by_any = (self.lo[start], self.hi[stop - 1])
-            yield from (Tile(slice(start, stop), keys, TileKind.MASKED) for keys in _outside(seen_by_any, done))
+            yield from (
+                Tile(slice(start, stop), keys, TileKind.MASKED)
+                for keys in _outside(seen_by_any, done)
+            )
         else:
             middle = self._middle(start, stop)
             yield from self._node(start, middle, done)
             yield from self._node(middle, stop, done)
 
     def _is_small(self, start: int, stop: int) -> bool:
-        return stop - start <= self.tiling.rows and not (self.tiling.part_documents and self._near(start, stop))
+        return stop - start <= self.tiling.rows and not (
+            self.tiling.part_documents and self._near(start, stop)
+        )
 
     @staticmethod
     def _is_wide_enough(start: int, stop: int, new: list[slice]) -> bool:
@@ -130,7 +140,9 @@ class _Cover:
             early = min(early, stop - start - self.tiling.tall)
         return start + max(early // rows, 1) * rows
 
-    def _trim_masked_rows(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int]:
+    def _trim_masked_rows(
+        self, start: int, stop: int, done: tuple[int, int] | None
+    ) -> tuple[int, int]:
         """The queries left when those at either end that see nothing outside ``done`` are dropped."""
 
         def blind(query: int) -> bool:
@@ -146,9 +158,15 @@ class _Cover:
     def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
         """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
         left, first = done or (self.lo[start], self.lo[start])
-        return self.lo[start] == left and self.hi[start] == first + 1 and self.causal_until[start] >= stop
+        return (
+            self.lo[start] == left
+            and self.hi[start] == first + 1
+            and self.causal_until[start] >= stop
+        )
 
-    def _seen_by_all(self, start: int, stop: int, done: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _seen_by_all(
+        self, start: int, stop: int, done: tuple[int, int] | None
+    ) -> tuple[int, int] | None:
         """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs climb.
 
         Not where they climb by stairs, at which an edge is as good as any: what rounding leaves would be a tile more.

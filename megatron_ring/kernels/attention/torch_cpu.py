@@ -16,7 +16,9 @@ def forward(q_BLHD, k_BMGD, v_BMGD, causal: bool, bias_LM: torch.Tensor | None, 
     return out.transpose(1, 2), lse
 
 
-def backward(dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM, scale: float):
+def backward(
+    dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM, scale: float
+):
     """As in ``Operator``."""
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD))
     gradients = _backward(dout, q, k, v, out, lse_BHL, 0.0, causal, attn_mask=bias_LM, scale=scale)

@@ -13,11 +13,15 @@ aten = torch.ops.aten
 def forward(q_BLHD, k_BMGD, v_BMGD, causal: bool, bias_LM: None, scale: float):
     """As in ``Operator``."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMGD, v_BMGD))
-    out, lse_BHL1, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    out, lse_BHL1, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
     return out.transpose(1, 2), lse_BHL1.squeeze(-1)
 
 
-def backward(dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM: None, scale: float):
+def backward(
+    dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM: None, scale: float
+):
     """As in ``Operator``."""
     inputs = dout_BLHD.contiguous(), q_BLHD, k_BMGD, v_BMGD, out_BLHD.contiguous()
     dout, q, k, v, out = (x.transpose(1, 2) for x in inputs)

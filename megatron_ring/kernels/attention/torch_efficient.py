@@ -12,9 +12,13 @@ aten = torch.ops.aten
 
 def forward(q_BLHD, k_BMGD, v_BMGD, causal: bool, bias_LM: torch.Tensor | None, scale: float):
     """As in ``Operator``."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, *(_repeated(x, q_BLHD) for x in (k_BMGD, v_BMGD))))
+    q, k, v = (
+        x.transpose(1, 2) for x in (q_BLHD, *(_repeated(x, q_BLHD) for x in (k_BMGD, v_BMGD)))
+    )
     bias = _aligned(bias_LM, q)
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, 0.0, causal, scale=scale
+    )
     return out.transpose(1, 2), lse[:, :, : q.shape[2]]  # this operator pads its lse to whole warps
 
 

@@ -16,7 +16,9 @@ def forward(q_BLHD, k_BMGD, v_BMGD, causal: bool, bias_LM: None, scale: float):
     return out.transpose(1, 2), lse
 
 
-def backward(dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM: None, scale: float):
+def backward(
+    dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal: bool, bias_LM: None, scale: float
+):
     """As in ``Operator``."""
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD))
     # Without dropout the random state is not read, and without packing neither are the cumulative lengths.

@@ -14,7 +14,14 @@ from packaging.version import Version
 
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.kernels.fused.support import LIBRARIES, OFFERS, PREFERENCE, Library, Operation, refusal
+from megatron_ring.kernels.fused.support import (
+    LIBRARIES,
+    OFFERS,
+    PREFERENCE,
+    Library,
+    Operation,
+    refusal,
+)
 
 _FIELDS = {
     Operation.RMS_NORM: "norm",
@@ -49,11 +56,18 @@ class Choice:
         groups: dict[tuple[str, str], list[str]] = {}
         for choice in self.settled:
             groups.setdefault((choice.library, choice.reason), []).append(choice.operation.value)
-        return [f"{library} for {', '.join(names)}: {reason}" for (library, reason), names in groups.items()]
+        return [
+            f"{library} for {', '.join(names)}: {reason}"
+            for (library, reason), names in groups.items()
+        ]
 
 
 def choose(
-    asked: str, device_type: str, dtype: torch.dtype, wanted: Iterable[Operation], deterministic: bool = False
+    asked: str,
+    device_type: str,
+    dtype: torch.dtype,
+    wanted: Iterable[Operation],
+    deterministic: bool = False,
 ) -> Choice:
     """Who computes ``wanted`` for ``--fused-operations asked``, on such a device, in such a type.
 
@@ -63,7 +77,10 @@ def choose(
     absent = {name: _absence(name, device_type) for name in candidates}
     settled = []
     for operation in wanted:
-        refusals = {name: absent[name] or refusal(operation, name, dtype, deterministic) for name in candidates}
+        refusals = {
+            name: absent[name] or refusal(operation, name, dtype, deterministic)
+            for name in candidates
+        }
         settled.append(_settled(operation, asked, refusals))
     if asked not in ("auto", "torch") and all(choice.library == "torch" for choice in settled):
         raise KernelUnavailable(_message(asked, absent[asked], settled))
@@ -76,7 +93,9 @@ def _settled(operation: Operation, asked: str, refusals: dict[str, str | None]) 
     return Settled(operation, library, "; ".join(_reasons(operation, library, asked, refusals)))
 
 
-def _reasons(operation: Operation, library: str, asked: str, refusals: dict[str, str | None]) -> Iterator[str]:
+def _reasons(
+    operation: Operation, library: str, asked: str, refusals: dict[str, str | None]
+) -> Iterator[str]:
     """Why this library, why none of those before it, and what of it no test has seen."""
     if library == asked:
         yield "asked for"
@@ -104,7 +123,9 @@ def missing(library: Library) -> str | None:
     try:
         found = importlib.metadata.version(library.distribution)
         if Version(found) < Version(library.oldest):
-            return f"{library.distribution} {found} is older than {library.oldest} ({library.install})"
+            return (
+                f"{library.distribution} {found} is older than {library.oldest} ({library.install})"
+            )
         importlib.import_module(library.module)
     except importlib.metadata.PackageNotFoundError:
         return f"not installed ({library.install})"
@@ -114,7 +135,10 @@ def missing(library: Library) -> str | None:
 
 
 def _message(asked: str, absent: str | None, settled: list[Settled]) -> str:
-    refused = [f"{choice.operation.value}: {choice.reason.removeprefix(f'{asked}: ')}" for choice in settled]
+    refused = [
+        f"{choice.operation.value}: {choice.reason.removeprefix(f'{asked}: ')}"
+        for choice in settled
+    ]
     return (
         f"fused_operations {asked} is not to be had: {absent or '; '.join(refused)}. "
         "Set --fused-operations auto or torch."

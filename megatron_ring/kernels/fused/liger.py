@@ -18,15 +18,23 @@ from megatron_ring.kernels.fused.targets import within_rows
 from megatron_ring.kernels.rope import Rotation
 
 
-def norm(x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+def norm(
+    x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
+) -> torch.Tensor:
     """``gemma`` has all in float32, rounded once; ``llama``, the default, rounds before the weight."""
     if bias_E is not None:
         return LigerLayerNormFunction.apply(x_BlE, weight_E, bias_E, epsilon)
-    offset, casting_mode, in_place = 0.0, "gemma", False  # in place would write to the gradient that it is given
+    offset, casting_mode, in_place = (
+        0.0,
+        "gemma",
+        False,
+    )  # in place would write to the gradient that it is given
     return LigerRMSNormFunction.apply(x_BlE, weight_E, epsilon, offset, casting_mode, in_place)
 
 
-def rope(q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(
+    q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Products in float32, because cos and sin are.
 
     It turns in place and no operator says so: --recompute selective would keep turned products and turn them again.

@@ -24,7 +24,9 @@ class Operations:
     """
 
     norm: NormFunction = normalize
-    rope: Callable[[torch.Tensor, torch.Tensor, Rotation], tuple[torch.Tensor, torch.Tensor]] = rotate_both
+    rope: Callable[[torch.Tensor, torch.Tensor, Rotation], tuple[torch.Tensor, torch.Tensor]] = (
+        rotate_both
+    )
     swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = activation.swiglu
     cross_entropy: CrossEntropy = softmax_cross_entropy
 

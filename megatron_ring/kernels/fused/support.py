@@ -42,7 +42,12 @@ class Library:
 
 
 LIBRARIES = {
-    "liger": Library("liger-kernel", "0.8.5", "pip install 'liger-kernel>=0.8.5'", "megatron_ring.kernels.fused.liger"),
+    "liger": Library(
+        "liger-kernel",
+        "0.8.5",
+        "pip install 'liger-kernel>=0.8.5'",
+        "megatron_ring.kernels.fused.liger",
+    ),
     "flash-attn": Library(
         "flash-attn",
         "2.8.3",
@@ -80,7 +85,9 @@ _TESTED, _INTERPRETED, _STAND_IN = Validation
 _TORCH = Offer(_TESTED, _SMALL | {torch.float64}, "")
 _LIGER = Offer(_INTERPRETED, _SMALL, "it computes in float32")
 _FLASH = Offer(_STAND_IN, _SMALL, "it computes in float32")
-_TIMED = Offer(_STAND_IN, _SMALL, "it computes in float32", varies="it times its kernels and takes the fastest")
+_TIMED = Offer(
+    _STAND_IN, _SMALL, "it computes in float32", varies="it times its kernels and takes the fastest"
+)
 
 
 def _refused(reason: str) -> Offer:
@@ -89,10 +96,16 @@ def _refused(reason: str) -> Offer:
 
 _NONE = _refused("it has none")
 _SPLIT = _refused("it meets the other ranks itself, over equal parts, and ours may be uneven")
-_ROUNDED = Offer(_STAND_IN, _FLOAT32, "smaller types are rounded before the weight, where ours are rounded once")
-_ANGLES = Offer(_STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' type, where ours stay float32")
+_ROUNDED = Offer(
+    _STAND_IN, _FLOAT32, "smaller types are rounded before the weight, where ours are rounded once"
+)
+_ANGLES = Offer(
+    _STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' type, where ours stay float32"
+)
 _UNGUARDED = _refused("it reads the logit of a target that does not count, outside of the row")
-_STEPS = _refused("it counts steps by group, where checkpoints and refused steps count them by parameter")
+_STEPS = _refused(
+    "it counts steps by group, where checkpoints and refused steps count them by parameter"
+)
 _WIDE = _refused("its heads end at 256")
 
 COLUMNS = ("torch", "liger", "flash-attn", "apex")
@@ -111,7 +124,9 @@ OFFERS: dict[Operation, dict[str, Offer]] = {
 }
 
 
-def refusal(operation: Operation, library: str, dtype: torch.dtype, deterministic: bool) -> str | None:
+def refusal(
+    operation: Operation, library: str, dtype: torch.dtype, deterministic: bool
+) -> str | None:
     """Why a library that is there does not compute this operation; None if it does."""
     offer = OFFERS[operation][library]
     if dtype not in offer.dtypes:

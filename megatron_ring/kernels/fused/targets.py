@@ -5,7 +5,9 @@ import math
 import torch
 
 
-def within_rows(target_c1: torch.Tensor, rows: int, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def within_rows(
+    target_c1: torch.Tensor, rows: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """target_c, with ``ignore_index`` for those that are no row, and what to add to the sum: infinity if there are any.
 
     Nothing is copied to the host.

@@ -23,7 +23,9 @@ def as_numbers(own: StepSums, missed: int, seconds: float, data_seconds: float) 
 def figures(of_ranks: np.ndarray, rings: list[list[int]]) -> dict[str, Any]:
     """What the metrics file has of a step, from the numbers of all ranks. ``rings``: the global ranks of each."""
     shares, missed, hops = np.split(of_ranks, [len(SHARES), len(SHARES) + 1], axis=1)
-    compute_N2R, wait_N2R, bytes_N2R = hops.reshape(len(of_ranks), 3, len(Direction), -1).swapaxes(0, 1)
+    compute_N2R, wait_N2R, bytes_N2R = hops.reshape(len(of_ranks), 3, len(Direction), -1).swapaxes(
+        0, 1
+    )
     told = dict(zip(SHARES, shares.mean(axis=0).tolist()))
     if missed.any():
         told["missed_rows"] = int(missed.sum())
@@ -44,13 +46,18 @@ def figures(of_ranks: np.ndarray, rings: list[list[int]]) -> dict[str, Any]:
 
 def _imbalance(seconds_N: np.ndarray, rings: list[list[int]]) -> float:
     """The slowest rank over the mean of its ring, in the worst ring: only ranks of one ring wait for each other."""
-    slowest = (seconds_N[ring].max() / seconds_N[ring].mean() for ring in rings if seconds_N[ring].any())
+    slowest = (
+        seconds_N[ring].max() / seconds_N[ring].mean() for ring in rings if seconds_N[ring].any()
+    )
     return float(max(slowest))
 
 
 def in_words(steps: list[dict[str, Any]]) -> str:
     """The line on the console: the mean of some steps' figures."""
-    shares = (f"{name.removesuffix('_share').replace('_', ' ')} {_mean(steps, name):.1%}" for name in SHARES)
+    shares = (
+        f"{name.removesuffix('_share').replace('_', ' ')} {_mean(steps, name):.1%}"
+        for name in SHARES
+    )
     missed = sum(step.get("missed_rows", 0) for step in steps)
     lost = f"; too little, for {missed} rows did not fit into the log" if missed else ""
     return f"ring             {', '.join(shares)}{_least_even_hop(steps)}{lost}"

@@ -43,7 +43,9 @@ class Profile:
 
     def end(self, time: StepTime) -> RingReport:
         rows = self._log.rows
-        own = as_numbers(sums(rows, len(self._rings[0])), self._log.missed, time.seconds, time.data_seconds)
+        own = as_numbers(
+            sums(rows, len(self._rings[0])), self._log.missed, time.seconds, time.data_seconds
+        )
         of_ranks = gathered(own, self._consensus)
         lines = self._recorder.keep(StepLog(time, rows)) if self._recorder else []
         if of_ranks is None:

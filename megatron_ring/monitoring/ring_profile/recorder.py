@@ -41,7 +41,9 @@ class Recorder:
         if self._after == 0:
             return []
         if not self._logs:
-            return ["ring trace       none: it begins with the third step of a run, and there was no third"]
+            return [
+                "ring trace       none: it begins with the third step of a run, and there was no third"
+            ]
         return self._written()
 
     def _written(self) -> list[str]:
@@ -56,4 +58,6 @@ class Recorder:
         except Exception as error:  # a run is worth more than its picture
             why = f"{self._file}: {reason(error)}"
             return [f"ring trace       not written: {why}. Set --profile-ring-trace."]
-        return [f"ring trace       {self._file}, {len(self._logs)} steps; https://ui.perfetto.dev opens it"]
+        return [
+            f"ring trace       {self._file}, {len(self._logs)} steps; https://ui.perfetto.dev opens it"
+        ]

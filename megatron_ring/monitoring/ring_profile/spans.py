@@ -43,12 +43,16 @@ class _Reader:
 
     def read(self, row: Row) -> Iterator[Span]:
         if row.event in (Event.HOP, Event.LEFT) and (hop := self.begun.pop(Event.HOP, None)):
-            yield Span("hop", hop.moment, row.moment, self._place(hop) | {"source": self._source(hop.a)})
+            yield Span(
+                "hop", hop.moment, row.moment, self._place(hop) | {"source": self._source(hop.a)}
+            )
         if row.event in _ENDS:
             began, kind = _ENDS[row.event]
             yield Span(kind, self.begun[began].moment, row.moment, self._known(kind))
         elif row.event == Event.RECEIVED:
-            yield Span("exchange", row.a, row.moment, self.sent.pop(row.a) | {"received_from": row.b})
+            yield Span(
+                "exchange", row.a, row.moment, self.sent.pop(row.a) | {"received_from": row.b}
+            )
         elif row.event == Event.SENT:
             self._send(row)
         self.begun[row.event] = row
@@ -66,7 +70,9 @@ class _Reader:
 
     def _send(self, row: Row) -> None:
         hop = self.begun[Event.HOP]
-        if hop.a == 1:  # what a pass sends first says which way it goes; where both are one, it does not matter
+        if (
+            hop.a == 1
+        ):  # what a pass sends first says which way it goes; where both are one, it does not matter
             self.onward = 1 if row.b == self.ring[(self.ring_rank + 1) % len(self.ring)] else -1
         self.sent[row.moment] = self._place(hop) | {"bytes": row.a, "sent_to": row.b}
 

@@ -46,7 +46,9 @@ class Stragglers:
             return RingReport()
         rank, over_mean = slowest(*work_N2.T)
         found = {"slowest_rank": rank, "slowest_over_mean": over_mean}
-        return RingReport(found, [self._warning(rank, over_mean)] if over_mean > self._threshold else [])
+        return RingReport(
+            found, [self._warning(rank, over_mean)] if over_mean > self._threshold else []
+        )
 
     def _warning(self, rank: int, over_mean: float) -> str:
         return (

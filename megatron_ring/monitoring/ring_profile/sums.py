@@ -38,7 +38,9 @@ def sums(rows: np.ndarray, ring_size: int) -> StepSums:
 
     def by_hop(chosen: np.ndarray, amounts: np.ndarray) -> np.ndarray:
         cells = direction[chosen] * ring_size + hop[chosen]
-        return np.bincount(cells, amounts[chosen], len(Direction) * ring_size).reshape(-1, ring_size)
+        return np.bincount(cells, amounts[chosen], len(Direction) * ring_size).reshape(
+            -1, ring_size
+        )
 
     return StepSums(
         compute_2R=by_hop(~np.isin(event, _NOT_COMPUTING), seconds),

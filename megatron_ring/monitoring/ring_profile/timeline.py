@@ -35,12 +35,16 @@ def draw_timeline(trace: Path, picture: Path) -> None:
         raise DataError(f"{trace} holds no hop of a ring. Set --trace.")
     ranks = sorted({slice["pid"] for slice in slices})
     if len(ranks) > _MOST_RANKS:
-        raise DataError(f"{trace} has {len(ranks)} ranks, and a picture has room for {_MOST_RANKS}. Set --trace.")
+        raise DataError(
+            f"{trace} has {len(ranks)} ranks, and a picture has room for {_MOST_RANKS}. Set --trace."
+        )
     figure, rows = plt.subplots(figsize=(12, 1.5 + 0.5 * len(ranks)), layout="tight")
     for drawn, colour in _COLOURS.items():
         of_kind = [slice for slice in slices if _drawn_as(slice) == drawn]
         for rank in ranks:
-            spans = [(slice["ts"] / 1e3, slice["dur"] / 1e3) for slice in of_kind if slice["pid"] == rank]
+            spans = [
+                (slice["ts"] / 1e3, slice["dur"] / 1e3) for slice in of_kind if slice["pid"] == rank
+            ]
             rows.broken_barh(spans, (ranks.index(rank) - 0.4, 0.8), color=colour, linewidth=0)
         rows.broken_barh([], (0, 0), color=colour, label=drawn)
     rows.set(xlabel="ms", yticks=range(len(ranks)), yticklabels=[f"rank {rank}" for rank in ranks])
@@ -54,7 +58,9 @@ def draw_timeline(trace: Path, picture: Path) -> None:
 def _slices(trace: Path) -> list[dict[str, Any]]:
     with errors_as(DataError, f"{trace}, as a trace of --profile-ring-trace,", "Set --trace."):
         events = parse_json_object(read_bytes(trace, _TRACE_BYTES)).get("traceEvents")
-        slices = [event for event in validate(events, list[dict[str, Any]]) if event.get("ph") == "X"]
+        slices = [
+            event for event in validate(events, list[dict[str, Any]]) if event.get("ph") == "X"
+        ]
         for slice in slices:
             _check(slice)
         return slices

@@ -55,7 +55,9 @@ class RankLog(NamedTuple):
 def as_json(ranks: list[RankLog]) -> str:
     """The whole file."""
     began = min(step.time.began + of.offset.nanoseconds for of in ranks for step in of.steps)
-    about = {"clock_error_microseconds_by_rank": {str(of.rank): of.offset.error / 1e3 for of in ranks}}
+    about = {
+        "clock_error_microseconds_by_rank": {str(of.rank): of.offset.error / 1e3 for of in ranks}
+    }
     events = [event for of in ranks for event in _events(of, began)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about})
 
@@ -64,10 +66,18 @@ def _events(of: RankLog, began: int) -> Iterator[TraceEvent]:
     def event(span: Span, thread: int) -> TraceEvent:
         start = (span.began + of.offset.nanoseconds - began) / 1e3
         said = {"name": _name(span), "cat": span.kind, "args": span.known}
-        return said | {"ph": "X", "pid": of.rank, "tid": thread, "ts": start, "dur": (span.ended - span.began) / 1e3}
+        return said | {
+            "ph": "X",
+            "pid": of.rank,
+            "tid": thread,
+            "ts": start,
+            "dur": (span.ended - span.began) / 1e3,
+        }
 
     all_spans = of.spans()
-    transfers = sorted((span for span in all_spans if span.kind == "exchange"), key=lambda span: span.began)
+    transfers = sorted(
+        (span for span in all_spans if span.kind == "exchange"), key=lambda span: span.began
+    )
     threads = _side_by_side(transfers)
     yield from _names(of, max(threads, default=COMPUTE))
     yield from (event(span, COMPUTE) for span in all_spans if span.kind != "exchange")
@@ -91,13 +101,22 @@ def _arrows(slices: list[TraceEvent]) -> Iterator[TraceEvent]:
     """From each transfer and to it. The n-th that a rank sends to another is the n-th that this receives from it."""
     sent, received = Counter(), Counter()
     for slice in slices:
-        rank, receiver, sender = slice["pid"], slice["args"]["sent_to"], slice["args"]["received_from"]
+        rank, receiver, sender = (
+            slice["pid"],
+            slice["args"]["sent_to"],
+            slice["args"]["received_from"],
+        )
         sent[receiver] += 1
         received[sender] += 1
         arrow = {"name": "ring", "cat": "exchange", "pid": rank, "tid": slice["tid"]}
         yield arrow | {"ph": "s", "id": f"{rank}-{receiver}-{sent[receiver]}", "ts": slice["ts"]}
         within = slice["ts"] + slice["dur"] - 1e-3  # at its end it would be out of the slice
-        yield arrow | {"ph": "f", "bp": "e", "id": f"{sender}-{rank}-{received[sender]}", "ts": within}
+        yield arrow | {
+            "ph": "f",
+            "bp": "e",
+            "id": f"{sender}-{rank}-{received[sender]}",
+            "ts": within,
+        }
 
 
 def _names(of: RankLog, threads: int) -> Iterator[TraceEvent]:

@@ -48,7 +48,9 @@ class RingWatch:
         profiles, looks = logging.profile_ring, _looks_for_stragglers(setup)
         consensus = Consensus.build() if profiles or looks else None
         self._profile = Profile(setup, place, consensus) if profiles else None
-        self._stragglers = Stragglers(place, logging.straggler_threshold, consensus) if looks else None
+        self._stragglers = (
+            Stragglers(place, logging.straggler_threshold, consensus) if looks else None
+        )
         self._began = 0
 
     def begin(self) -> None:

@@ -19,7 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
+from megatron_ring.kernels.attention.triton.backward_kernels import (
+    backward_hop_keys,
+    backward_hop_queries,
+)
 from megatron_ring.kernels.attention.triton.blocks import blocks_for
 from megatron_ring.kernels.attention.triton.forward_kernel import forward_hop
 
@@ -35,7 +38,9 @@ def compiled(kernel: str, head: int, architecture: int, dtype: str) -> CompiledK
     names = KERNELS[kernel].arg_names
     signature = {name: "constexpr" if name in settings else type_of(name, dtype) for name in names}
     # As at a launch: torch's memory begins at 16 bytes, and lengths of shards are mostly multiples of 16.
-    multiples = [name for name in names if signature[name].startswith("*") or name in ("queries", "keys")]
+    multiples = [
+        name for name in names if signature[name].startswith("*") or name in ("queries", "keys")
+    ]
     source = ASTSource(
         KERNELS[kernel],
         signature,
@@ -80,7 +85,11 @@ def type_of(name: str, dtype: str) -> str:
 def spills(machine_code: bytes) -> int:
     """Loads and stores of the stack within loops that hold no other loop."""
     instructions = disassembled(machine_code)
-    jumps = [(int(found[1], 16), at) for at, text in instructions if (found := re.search(r"BRA.* 0x(\w+)", text))]
+    jumps = [
+        (int(found[1], 16), at)
+        for at, text in instructions
+        if (found := re.search(r"BRA.* 0x(\w+)", text))
+    ]
     loops = [(start, stop) for start, stop in jumps if start < stop]
     innermost = [loop for loop in loops if not any(loop[0] <= x < y < loop[1] for x, y in loops)]
     assert innermost, "a kernel that walks has loops"
@@ -93,7 +102,9 @@ def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        said = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", said)]
 
 

@@ -29,9 +29,17 @@ def _flash_attn_varlen_forward(
     seqused_k=None,
     zero_tensors: bool = False,
 ):
-    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (0.0, -1, -1, 0.0, False)
+    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (
+        0.0,
+        -1,
+        -1,
+        0.0,
+        False,
+    )
     if max_seqlen_q == 1 and q.shape[1] > k.shape[1]:
-        assert len(q) == len(cu_seqlens_q) - 1, "it lays the heads of a group out as queries, one for each sequence"
+        assert len(q) == len(cu_seqlens_q) - 1, (
+            "it lays the heads of a group out as queries, one for each sequence"
+        )
     shape = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     out, lse = packed_forward(q, k, v, *shape, causal, softmax_scale, blind=torch.inf)
     return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
@@ -104,7 +112,9 @@ def _bwd_3(*options, **named):
     given = _arguments(BWD_3, options, named)
     DETERMINISTIC.append(given["deterministic"])
     dout, q, k, v, out, lse, *gradients = list(given.values())[:9]
-    assert q.shape[2] <= 192 or not given["deterministic"], "Deterministic backward not supported for hdim 256."
+    assert q.shape[2] <= 192 or not given["deterministic"], (
+        "Deterministic backward not supported for hdim 256."
+    )
     packed_backward(dout, q, k, v, out, lse, gradients, *_shape(given))
     return *gradients, *(torch.empty(0) for _ in range(5))
 
@@ -120,4 +130,8 @@ def _arguments(schema: str, given: tuple, named: dict) -> dict:
 
 def _shape(given: dict) -> tuple:
     bounds, longest = ("cu_seqlens_q", "cu_seqlens_k"), ("max_seqlen_q", "max_seqlen_k")
-    return *(given[name] for name in (*bounds, *longest)), given["is_causal"], given["softmax_scale"]
+    return (
+        *(given[name] for name in (*bounds, *longest)),
+        given["is_causal"],
+        given["softmax_scale"],
+    )

@@ -23,7 +23,10 @@ def attend_backward(dout, q, k, v, out, lse_HL, causal: bool, scale: float, bias
     weight = (_scores(q, k, causal, scale, bias_LM) - lse_HL[..., None].double()).exp()
     dout, delta = dout.double(), (dout.double() * out.double()).sum(-1).T[..., None]
     dscore = weight * (torch.einsum("lhd,mhd->hlm", dout, _per_head(v, q)) - delta) * scale
-    dk, dv = torch.einsum("hlm,lhd->mhd", dscore, q.double()), torch.einsum("hlm,lhd->mhd", weight, dout)
+    dk, dv = (
+        torch.einsum("hlm,lhd->mhd", dscore, q.double()),
+        torch.einsum("hlm,lhd->mhd", weight, dout),
+    )
     dq = torch.einsum("hlm,mhd->lhd", dscore, _per_head(k, q))
     return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
 
@@ -31,7 +34,9 @@ def attend_backward(dout, q, k, v, out, lse_HL, causal: bool, scale: float, bias
 def _scores(q, k, causal, scale, bias) -> torch.Tensor:
     scores = torch.einsum("lhd,mhd->hlm", q.double(), _per_head(k, q)) * scale
     if causal:
-        unseen = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        unseen = torch.ones(scores.shape[1:], dtype=torch.bool).triu(
+            1 + scores.shape[2] - scores.shape[1]
+        )
         scores = scores.masked_fill(unseen, -torch.inf)
     return scores if bias is None else scores + bias
 
@@ -41,7 +46,16 @@ def _per_head(kv_MGD, q_LHD) -> torch.Tensor:
 
 
 def packed_forward(
-    q, k, v, bounds_q, bounds_k, longest_q: int, longest_k: int, causal: bool, scale: float, blind: float
+    q,
+    k,
+    v,
+    bounds_q,
+    bounds_k,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+    blind: float,
 ):
     """What either version of flash-attn answers for sequences end to end: out_THD and lse_HT."""
     _demand(q, k, v, bounds_q, bounds_k)
@@ -52,7 +66,19 @@ def packed_forward(
 
 
 def packed_backward(
-    dout, q, k, v, out, lse, gradients, bounds_q, bounds_k, longest_q: int, longest_k: int, causal: bool, scale: float
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    gradients,
+    bounds_q,
+    bounds_k,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
 ) -> None:
     """Write dq, dk and dv of sequences end to end into ``gradients``."""
     _demand(q, k, v, bounds_q, bounds_k, dout, out, *gradients)
@@ -61,13 +87,17 @@ def packed_backward(
     for gradient in gradients:
         gradient.fill_(torch.nan)
     for rows, keys in _sequences(bounds_q, bounds_k, longest_q, longest_k):
-        found = attend_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], causal, scale)
+        found = attend_backward(
+            dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], causal, scale
+        )
         for gradient, part, value in zip(gradients, (rows, keys, keys), found):
             gradient[part] = value
 
 
 def _demand(q, k, v, bounds_q, bounds_k, *others) -> None:
-    assert all(x.dtype in TWO_BYTES and x.dtype == q.dtype for x in (q, k, v, *others)), "fp16 or bf16, all alike"
+    assert all(x.dtype in TWO_BYTES and x.dtype == q.dtype for x in (q, k, v, *others)), (
+        "fp16 or bf16, all alike"
+    )
     assert all(x.stride(-1) == 1 and x.dim() == 3 for x in (q, k, v, *others))
     assert q.shape[2] % 8 == 0
     assert q.shape[2] <= 256
@@ -81,5 +111,7 @@ def _demand(q, k, v, bounds_q, bounds_k, *others) -> None:
 
 def _sequences(bounds_q, bounds_k, longest_q: int, longest_k: int) -> Iterator[tuple[slice, slice]]:
     """Queries and keys of each sequence, as far as a grid of blocks over the longest reaches."""
-    for (start, stop), (first, last) in zip(bounds_q.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()):
+    for (start, stop), (first, last) in zip(
+        bounds_q.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()
+    ):
         yield slice(start, min(stop, start + longest_q)), slice(first, min(last, first + longest_k))

@@ -73,7 +73,9 @@ def test_rings(mask, groups):
     """Two samples, keys or queries on their way, and a gradient of lse."""
     inputs = oracle.random_inputs(2, 60, 4, groups, torch.float16)
     dlse = oracle.random_dlse(inputs[0])
-    found = simulated_ring.run(Layout("striped", 60, 3), cudnn.KERNEL, *inputs, mask=mask, dlse_BHS=dlse).results
+    found = simulated_ring.run(
+        Layout("striped", 60, 3), cudnn.KERNEL, *inputs, mask=mask, dlse_BHS=dlse
+    ).results
     visible = oracle.visible(oracle.documents(2, 60, (60,)), mask.window)
     assert beyond_tolerance(found, oracle.attention(*inputs, visible, dlse), torch.float16) == {}
 
@@ -86,7 +88,8 @@ def test_torch_itself_takes_every_call(layout, first_visible, kernel):
     at, source = layout.positions(layout.ring_size - 1), layout.positions(0)
     runs = key_runs(at, source, first_visible[at])
     q, dout, k, v = (
-        torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta") for n in (4, 4, 2, 2)
+        torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta")
+        for n in (4, 4, 2, 2)
     )
     state = RunningSoftmax.empty(q)
     kernel.forward(q, k, v, runs, 0.25, state)

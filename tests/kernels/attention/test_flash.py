@@ -37,7 +37,9 @@ def library(request, monkeypatch):
     """One of the versions is here, and torch's operators for what is left."""
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: request.param))
     modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": vars(flash_stand_ins)}
-    for name, members in ({"flash_attn_3": {}, "flash_attn_3._C": {}} if request.param.flash_3 else modules).items():
+    for name, members in (
+        {"flash_attn_3": {}, "flash_attn_3._C": {}} if request.param.flash_3 else modules
+    ).items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
     with (
         torchs_operators_for_cuda(),
@@ -55,7 +57,9 @@ def test_hops(layout, first_visible):
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("first_visible", [window(1400, 1400), window(1400, 100)], ids=["causal", "a window"])
+@pytest.mark.parametrize(
+    "first_visible", [window(1400, 1400), window(1400, 100)], ids=["causal", "a window"]
+)
 @pytest.mark.parametrize("layout", LONG, ids=str)
 def test_tiles_of_the_size_that_gpus_get(layout, first_visible):
     assert mistakes(layout, flash, first_visible, 1, 1, torch.bfloat16) == {}
@@ -65,7 +69,10 @@ PACK = oracle.documents(2, 60, (13, 1, 46))
 RINGS = {
     "causal": (Mask(), oracle.documents(2, 60, (60,))),
     "a window": (Mask(window=11), oracle.documents(2, 60, (60,))),
-    "documents": (Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2), PACK),
+    "documents": (
+        Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2),
+        PACK,
+    ),
 }
 
 
@@ -75,9 +82,14 @@ RINGS = {
 @pytest.mark.parametrize("groups", [1, 4])
 def test_rings(layout, mask, groups):
     """Several samples, keys or queries on their way, and a gradient of lse."""
-    inputs, (given, document_BS) = oracle.random_inputs(2, 60, 4, groups, torch.float16), RINGS[mask]
+    inputs, (given, document_BS) = (
+        oracle.random_inputs(2, 60, 4, groups, torch.float16),
+        RINGS[mask],
+    )
     dlse = oracle.random_dlse(inputs[0])
-    found = simulated_ring.run(Layout(layout, 60, 3), flash, *inputs, mask=given, dlse_BHS=dlse).results
+    found = simulated_ring.run(
+        Layout(layout, 60, 3), flash, *inputs, mask=given, dlse_BHS=dlse
+    ).results
     expected = oracle.attention(*inputs, oracle.visible(document_BS, given.window), dlse)
     assert beyond_tolerance(found, expected, torch.float16) == {}
 
@@ -86,7 +98,9 @@ def test_rings(layout, mask, groups):
 def test_rows_that_see_nothing_keep_what_they_had():
     """Here and in the packs: between two documents there are queries without keys."""
     q, k, v, dout = oracle.random_inputs(2, 8, 2, 1, torch.float16)
-    lo, hi = torch.tensor([[0, 1], [0, 2], [2, 2], [2, 2], [4, 5], [4, 6], [4, 7], [8, 8]]).T.contiguous()
+    lo, hi = torch.tensor(
+        [[0, 1], [0, 2], [2, 2], [2, 2], [4, 5], [4, 6], [4, 7], [8, 8]]
+    ).T.contiguous()
     runs, state = KeyRanges(lo, hi), RunningSoftmax.empty(q)
     flash.forward(q, k, v, runs, 0.25, state)
     blind = [2, 3, 7]
@@ -135,13 +149,48 @@ def test_gradients_are_asked_for_in_a_fixed_order_where_torch_is(deterministic):
 @pytest.mark.parametrize(
     ("machine", "head_dim", "deterministic", "expected"),
     [
-        (HOPPER, 128, True, FlashVersion(3, "flash-attn 3 is installed and made for compute capability 9.0")),
-        (AMPERE, 128, True, "flash-attn 2.8.3.post2: flash-attn 3 (the package flash_attn_3) is not installed"),
-        (Machine("B200", (10, 0), 0, "2.7.0", True), 64, False, "made for compute capability 9.0, not 10.0"),
-        (Machine("H100", (9, 0), 0, "2.7.0", True), 256, True, "repeats itself for head sizes up to 192, not 256"),
-        (HOPPER, 256, True, "flash-attn 2 is not installed, and flash-attn 3 repeats itself for head sizes up to 192"),
-        (Machine("A100", (8, 0), 0, "2.6.3"), 64, False, "flash-attn 2.6.3 is older than 2.7, and flash-attn 3 (th"),
-        (Machine("V100", (7, 0), 0, "2.8.3"), 64, False, "compute capability 8.0, and this one has 7.0"),
+        (
+            HOPPER,
+            128,
+            True,
+            FlashVersion(3, "flash-attn 3 is installed and made for compute capability 9.0"),
+        ),
+        (
+            AMPERE,
+            128,
+            True,
+            "flash-attn 2.8.3.post2: flash-attn 3 (the package flash_attn_3) is not installed",
+        ),
+        (
+            Machine("B200", (10, 0), 0, "2.7.0", True),
+            64,
+            False,
+            "made for compute capability 9.0, not 10.0",
+        ),
+        (
+            Machine("H100", (9, 0), 0, "2.7.0", True),
+            256,
+            True,
+            "repeats itself for head sizes up to 192, not 256",
+        ),
+        (
+            HOPPER,
+            256,
+            True,
+            "flash-attn 2 is not installed, and flash-attn 3 repeats itself for head sizes up to 192",
+        ),
+        (
+            Machine("A100", (8, 0), 0, "2.6.3"),
+            64,
+            False,
+            "flash-attn 2.6.3 is older than 2.7, and flash-attn 3 (th",
+        ),
+        (
+            Machine("V100", (7, 0), 0, "2.8.3"),
+            64,
+            False,
+            "compute capability 8.0, and this one has 7.0",
+        ),
     ],
 )
 def test_the_version_and_why_not_the_other(machine, head_dim, deterministic, expected):

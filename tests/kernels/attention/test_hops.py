@@ -23,7 +23,11 @@ SHORT = [
 ]
 
 # Longer than a kernel's tile of 128 queries and its blocks of 512 keys.
-LONG = [Layout("none", 1400, 1), Layout("striped", 1400, 2, stripe_size=7), Layout("zigzag", 1400, 2)]
+LONG = [
+    Layout("none", 1400, 1),
+    Layout("striped", 1400, 2, stripe_size=7),
+    Layout("zigzag", 1400, 2),
+]
 
 each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS.values(), ids=FAST_KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -43,31 +47,57 @@ def documents(tokens: int, *lengths: int) -> torch.Tensor:
     return torch.tensor(list(itertools.islice(starts, tokens)))
 
 
-def hop_by_hop(layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, q, k, v, dout) -> oracle.Attention:
+def hop_by_hop(
+    layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, q, k, v, dout
+) -> oracle.Attention:
     """What a ring computes, rank after rank and without any communication."""
-    scale, shards = q.shape[-1] ** -0.5, [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
+    scale, shards = (
+        q.shape[-1] ** -0.5,
+        [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)],
+    )
     whole = RunningSoftmax.empty(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=whole.out_BLHD.dtype) for x in (q, k, v))
     for at in shards:
         hops = [(source, key_runs(at, source, first_visible[at])) for source in shards]
-        own_q, own_dout, own_dq, state = q[:, at], dout[:, at], dq[:, at], RunningSoftmax.empty(q[:, at])
+        own_q, own_dout, own_dq, state = (
+            q[:, at],
+            dout[:, at],
+            dq[:, at],
+            RunningSoftmax.empty(q[:, at]),
+        )
         for source, runs in hops:
             kernel.forward(own_q, k[:, source], v[:, source], runs, scale, state)
         out, lse = state.out_BLHD.to(q.dtype), state.lse_BHL
         for source, runs in hops:
             own_dk, own_dv = dk[:, source], dv[:, source]
-            kernel.backward(own_dout, own_q, k[:, source], v[:, source], out, lse, runs, scale, own_dq, own_dk, own_dv)
+            kernel.backward(
+                own_dout,
+                own_q,
+                k[:, source],
+                v[:, source],
+                out,
+                lse,
+                runs,
+                scale,
+                own_dq,
+                own_dk,
+                own_dv,
+            )
             dk[:, source], dv[:, source] = own_dk, own_dv
         dq[:, at], whole.out_BLHD[:, at], whole.lse_BHL[:, :, at] = own_dq, out.to(dq.dtype), lse
     return oracle.Attention(whole.out_BLHD, dq, dk, dv, whole.lse_BHL)
 
 
-def mistakes(layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, heads: int, groups: int, dtype):
+def mistakes(
+    layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, heads: int, groups: int, dtype
+):
     inputs = oracle.random_inputs(1, layout.seq_length, heads, groups, dtype)
     p = torch.arange(layout.seq_length)
     visible_SS = (first_visible[:, None] <= p) & (p <= p[:, None])
     return beyond_tolerance(
-        hop_by_hop(layout, kernel, first_visible, *inputs), oracle.attention(*inputs, visible_SS), dtype
+        hop_by_hop(layout, kernel, first_visible, *inputs),
+        oracle.attention(*inputs, visible_SS),
+        dtype,
     )
 
 
@@ -133,7 +163,9 @@ def test_gradients_are_added_to_what_is_there(kernel):
 @each_kernel
 def test_views_are_as_good_as_contiguous_tensors(kernel):
     """Queries, keys and values are often slices of one fused projection."""
-    fused_BLHD = torch.randn(1, 40, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fused_BLHD = torch.randn(
+        1, 40, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     q, k, v = fused_BLHD[:, :, :2], fused_BLHD[:, :, 2:4], fused_BLHD[:, :, 4:]
     runs, results = key_runs(torch.arange(40), torch.arange(40)), []
     for inputs in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):

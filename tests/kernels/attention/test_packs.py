@@ -19,19 +19,25 @@ def packed_pairs(pack: Pack, shape: torch.Size) -> torch.Tensor:
     for (start, stop), (first, last) in zip(itertools.pairwise(queries), itertools.pairwise(keys)):
         sequence = inside[start:stop, first:last]
         surplus = sequence.shape[1] - sequence.shape[0]
-        sequence += torch.ones_like(sequence).tril(surplus if pack.kind is TileKind.CAUSAL else sequence.shape[1])
+        sequence += torch.ones_like(sequence).tril(
+            surplus if pack.kind is TileKind.CAUSAL else sequence.shape[1]
+        )
     assert (queries[-1], keys[-1]) == inside.shape, "every query and key is in a sequence"
     return computed_LM
 
 
 @given(any_runs, tilings)
 @example(causal(9), Tiling(4, False))
-@example(packed([(3, 0, False), (0, 1, False), (5, 0, True)]), Tiling(8, False, part_documents=True))
+@example(
+    packed([(3, 0, False), (0, 1, False), (5, 0, True)]), Tiling(8, False, part_documents=True)
+)
 @example(runs_of([0, 2, 2, 2], [2, 2, 2, 4]), Tiling(8, False, part_documents=True))
 def test_packs_and_masked_tiles_cover_what_the_tiles_do(runs: KeyRanges, tiling: Tiling):
     whole = covered(runs, tiling, max(runs.hi.tolist(), default=0))
     masked = [tile for tile in runs.tiles(tiling) if tile.kind is TileKind.MASKED]
-    found = sum((packed_pairs(pack, whole.shape) for pack in runs.packs(tiling)), torch.zeros_like(whole))
+    found = sum(
+        (packed_pairs(pack, whole.shape) for pack in runs.packs(tiling)), torch.zeros_like(whole)
+    )
     for tile in masked:
         found[tile.queries, tile.keys] += runs.visible(tile)
     assert torch.equal(found, whole)

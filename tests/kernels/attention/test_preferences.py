@@ -14,10 +14,15 @@ def heads_first(x: torch.Tensor) -> bool:
 
 
 def test_the_cpu_kernel_has_each_heads_tokens_together():
-    for arranged_x in (to_kernel_layout("sdpa", X_BLHD), stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD])):
+    for arranged_x in (
+        to_kernel_layout("sdpa", X_BLHD),
+        stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD]),
+    ):
         assert heads_first(arranged_x)
     assert torch.equal(to_kernel_layout("sdpa", X_BLHD), X_BLHD)
-    assert torch.equal(stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD]), torch.stack([X_BLHD, Y_BLHD]))
+    assert torch.equal(
+        stack_to_kernel_layout("sdpa", [X_BLHD, Y_BLHD]), torch.stack([X_BLHD, Y_BLHD])
+    )
 
 
 def test_what_lies_so_already_is_not_copied():

@@ -20,7 +20,10 @@ def causal(length: int, strict: bool = False) -> KeyRanges:
 
 
 def window(length: int, width: int) -> KeyRanges:
-    return runs_of([max(0, query - width + 1) for query in range(length)], [query + 1 for query in range(length)])
+    return runs_of(
+        [max(0, query - width + 1) for query in range(length)],
+        [query + 1 for query in range(length)],
+    )
 
 
 def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRanges:
@@ -37,7 +40,10 @@ def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRang
 
 def area(tiles: tuple[Tile, ...]) -> int:
     """The pairs that a kernel computes."""
-    return sum((tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start) for tile in tiles)
+    return sum(
+        (tile.queries.stop - tile.queries.start) * (tile.keys.stop - tile.keys.start)
+        for tile in tiles
+    )
 
 
 def covered(runs: KeyRanges, tiling: Tiling, keys: int) -> torch.Tensor:
@@ -54,7 +60,10 @@ def covered(runs: KeyRanges, tiling: Tiling, keys: int) -> torch.Tensor:
 
 
 def visible_by_definition(runs: KeyRanges, keys: int) -> torch.Tensor:
-    pairs = [[lo <= key < hi for key in range(keys)] for lo, hi in zip(runs.lo.tolist(), runs.hi.tolist())]
+    pairs = [
+        [lo <= key < hi for key in range(keys)]
+        for lo, hi in zip(runs.lo.tolist(), runs.hi.tolist())
+    ]
     return torch.tensor(pairs, dtype=torch.int64).view(len(runs.lo), keys)
 
 
@@ -63,11 +72,17 @@ def climbing(steps: list[int]) -> list[int]:
 
 
 # steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and windows
-steps = st.lists(st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40)
-stepped = steps.map(lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), climbing([hi for _, hi in pairs])))
+steps = st.lists(
+    st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40
+)
+stepped = steps.map(
+    lambda pairs: runs_of(climbing([lo for lo, _ in pairs]), climbing([hi for _, hi in pairs]))
+)
 # documents as a striped ring cuts them: ranks differ by a token at most, and may hold none of a document
 documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
-any_runs = st.one_of(stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12))))
+any_runs = st.one_of(
+    stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12)))
+)
 tilings = st.builds(
     Tiling,
     rows=st.integers(1, 9),
@@ -82,7 +97,9 @@ tilings = st.builds(
 @example(causal(17, strict=True), Tiling(4, False))
 @example(window(30, 3), Tiling(4, True))
 @example(window(30, 11), Tiling(4, True))
-@example(runs_of([0, 0, 5, 5, 9], [5, 5, 9, 9, 9]), Tiling(2, False))  # documents, and a query that sees nothing
+@example(
+    runs_of([0, 0, 5, 5, 9], [5, 5, 9, 9, 9]), Tiling(2, False)
+)  # documents, and a query that sees nothing
 @example(packed([(9, 0, False), (1, 0, True), (5, 1, True), (8, -1, False)]), Tiling(4, True))
 @example(packed([(1, 0, False)] * 20), Tiling(4, False))
 @example(packed([(12, 0, False), (7, 1, True)], width=5), Tiling(4, True))
@@ -96,7 +113,10 @@ def test_tiles_cover_every_visible_pair_once_and_no_other(runs, tiling):
 def test_no_tile_is_blind_and_only_narrow_ones_are_masked(runs, tiling):
     for tile in runs.tiles(tiling):
         assert runs.visible(tile).any()
-        assert tile.kind is not TileKind.MASKED or tile.queries.stop - tile.queries.start <= tiling.rows
+        assert (
+            tile.kind is not TileKind.MASKED
+            or tile.queries.stop - tile.queries.start <= tiling.rows
+        )
 
 
 @given(any_runs, tilings)
@@ -137,7 +157,10 @@ def test_a_triangle_needs_no_mask(length, strict):
 def test_a_triangle_is_cut_so_that_its_rectangle_is_tall(length, queries):
     """In the middle, or before it where three quarters of the queries are tall."""
     tiles = causal(length).tiles(Tiling(128, split_triangles=True, tall=768))
-    assert max(tile.queries.stop - tile.queries.start for tile in tiles if tile.kind is TileKind.FULL) == queries
+    assert (
+        max(tile.queries.stop - tile.queries.start for tile in tiles if tile.kind is TileKind.FULL)
+        == queries
+    )
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 500])
@@ -153,7 +176,11 @@ def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
     starts = tuple(itertools.accumulate(lengths[:-1], initial=0))
     layout = Layout("striped", sum(lengths) + -sum(lengths) % ring_size, ring_size)
     ranks = range(ring_size)
-    return [hop_runs(layout, rank, source, Mask(document_starts=starts)) for rank in ranks for source in ranks]
+    return [
+        hop_runs(layout, rank, source, Mask(document_starts=starts))
+        for rank in ranks
+        for source in ranks
+    ]
 
 
 @given(

@@ -26,7 +26,9 @@ def blocks() -> tuple[torch.Tensor, torch.Tensor]:
 def merged(scores: torch.Tensor, values: torch.Tensor, order: list[int]) -> RunningSoftmax:
     state = RunningSoftmax.empty(torch.empty(B, L, H, D, dtype=torch.float64))
     for block in order:
-        out_BLHD = torch.einsum("bhlk,bhkd->blhd", scores[:, :, :, block].softmax(-1), values[:, :, block])
+        out_BLHD = torch.einsum(
+            "bhlk,bhkd->blhd", scores[:, :, :, block].softmax(-1), values[:, :, block]
+        )
         state.merge(slice(0, L), out_BLHD, scores[:, :, :, block].logsumexp(-1))
     return state
 
@@ -39,7 +41,9 @@ def test_blocks_merge_to_the_softmax_over_all_of_them(blocks, shift, order):
     state = merged(scores + shift, values, order)
     expected = torch.einsum("bhlk,bhkd->blhd", scores.flatten(3).softmax(-1), values.flatten(2, 3))
     torch.testing.assert_close(state.out_BLHD, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(state.lse_BHL, (scores + shift).flatten(3).logsumexp(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        state.lse_BHL, (scores + shift).flatten(3).logsumexp(-1), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_only_the_given_queries_are_touched(blocks):
@@ -47,7 +51,9 @@ def test_only_the_given_queries_are_touched(blocks):
     state = merged(scores, values, [0])
     before = state.out_BLHD.clone(), state.lse_BHL.clone()
     state.merge(
-        slice(1, 3), torch.ones(B, 2, H, D, dtype=torch.float64), torch.full((B, H, 2), 50.0, dtype=torch.float64)
+        slice(1, 3),
+        torch.ones(B, 2, H, D, dtype=torch.float64),
+        torch.full((B, H, 2), 50.0, dtype=torch.float64),
     )
     untouched = [0, 3, 4]
     assert torch.equal(state.out_BLHD[:, untouched], before[0][:, untouched])
@@ -58,14 +64,18 @@ def test_only_the_given_queries_are_touched(blocks):
 def test_a_block_without_visible_keys_weighs_nothing(blocks):
     state = merged(*blocks, [0])
     before = state.out_BLHD.clone(), state.lse_BHL.clone()
-    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf))
+    state.merge(
+        slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf)
+    )
     assert torch.equal(state.out_BLHD, before[0])
     assert torch.equal(state.lse_BHL, before[1])
 
 
 def test_rows_that_have_seen_nothing_stay_empty_until_they_see_something():
     state = RunningSoftmax.empty(torch.empty(B, L, H, D))
-    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf))
+    state.merge(
+        slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf)
+    )
     assert (state.out_BLHD == 0).all()
     assert (state.lse_BHL == -torch.inf).all()
     state.merge(slice(0, L), torch.ones_like(state.out_BLHD), torch.zeros_like(state.lse_BHL))
@@ -77,11 +87,15 @@ def test_rows_that_have_seen_nothing_stay_empty_until_they_see_something():
 def test_a_diverged_block_is_not_hidden(blocks, seen_before):
     """Not-a-number must reach the loss, where loss scaling and the user look for it."""
     state = merged(*blocks, [0] if seen_before else [])
-    state.merge(slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, torch.nan))
+    state.merge(
+        slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, torch.nan)
+    )
     assert state.out_BLHD.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_the_state_is_float32_unless_the_queries_are_float64(dtype):
     state = RunningSoftmax.empty(torch.empty(B, L, H, D, dtype=dtype))
     expected = torch.float64 if dtype == torch.float64 else torch.float32
@@ -92,7 +106,9 @@ def test_the_state_is_float32_unless_the_queries_are_float64(dtype):
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
     """An output and a gradient of it, (B, L, H, D); the gradient of every third query's is 0, as of unused labels'."""
     generator = torch.Generator().manual_seed(0)
-    out, dout = (torch.randn(B, L, H, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    out, dout = (
+        torch.randn(B, L, H, D, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     dout[:, ::3] = 0
     return out, dout
 

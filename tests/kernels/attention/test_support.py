@@ -28,7 +28,9 @@ STARTS = tuple(oracle.document_starts(PACK).tolist())
 WHOLE = oracle.documents(1, 60, (60,))
 
 
-def parity(kernel: str, dtype=torch.float32, groups=4, head_size=16, mask: Mask = CAUSAL, visible=None) -> None:
+def parity(
+    kernel: str, dtype=torch.float32, groups=4, head_size=16, mask: Mask = CAUSAL, visible=None
+) -> None:
     inputs = oracle.random_inputs(1, 60, 4, groups, dtype, head_size)
     found = simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs, mask=mask).results
     assert beyond_tolerance(found, oracle.attention(*inputs, visible), dtype) == {}
@@ -54,7 +56,9 @@ def sinks(kernel: str) -> None:
     out, lse = (x.requires_grad_() for x in _forward(kernel, q, k, v, dout))
     sink_H = torch.linspace(-2, 2, 4).requires_grad_()
     given, dout_of_ring, dlse, dsink = _expected_and_gradients(q, k, v, dout, out, lse, sink_H)
-    found = simulated_ring.run(LAYOUT, KERNELS[kernel], q, k, v, dout_of_ring, dlse_BHS=dlse).results
+    found = simulated_ring.run(
+        LAYOUT, KERNELS[kernel], q, k, v, dout_of_ring, dlse_BHS=dlse
+    ).results
     for name, expected in given["gradients"].items():
         assert error(getattr(found, name), expected) <= TOLERANCE[torch.float32]
     assert error(with_sink(out, lse, sink_H).detach(), given["out"]) <= TOLERANCE[torch.float32]
@@ -68,7 +72,9 @@ def _forward(kernel: str, q, k, v, dout) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
     """What the definition gives, and what autograd sends back to the ring through ``with_sink``."""
-    dout_of_ring, dlse, dsink = torch.autograd.grad(with_sink(out, lse, sink_H), (out, lse, sink_H), dout)
+    dout_of_ring, dlse, dsink = torch.autograd.grad(
+        with_sink(out, lse, sink_H), (out, lse, sink_H), dout
+    )
     inputs = [x.double().requires_grad_() for x in (q, k, v, sink_H.detach())]
     scores = torch.einsum("bqhd,bkhd->bhqk", inputs[0], inputs[1]) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(oracle.visible(WHOLE)[:, None].logical_not(), -torch.inf)
@@ -76,7 +82,11 @@ def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
     weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     expected = torch.einsum("bhqk,bkhd->bqhd", weights, inputs[2])
     dq, dk, dv, expected_dsink = torch.autograd.grad(expected, inputs, dout.double())
-    given = {"out": expected.detach(), "gradients": {"dq": dq, "dk": dk, "dv": dv}, "dsink": expected_dsink}
+    given = {
+        "out": expected.detach(),
+        "gradients": {"dq": dq, "dk": dk, "dv": dv},
+        "dsink": expected_dsink,
+    }
     return given, dout_of_ring, dlse, dsink
 
 
@@ -115,7 +125,11 @@ CELLS = [(feature, *column) for feature in SUPPORT for column in SUPPORT[feature
 each_cell = pytest.mark.parametrize(("feature", "kernel", "device"), CELLS)
 # What a run of such a feature has besides it: a type and a head size that every kernel takes.
 USUAL = {"flash": torch.bfloat16, "cudnn": torch.bfloat16, "triton": torch.bfloat16}
-DTYPES = {Feature.FLOAT64: torch.float64, Feature.BFLOAT16: torch.bfloat16, Feature.FLOAT16: torch.float16}
+DTYPES = {
+    Feature.FLOAT64: torch.float64,
+    Feature.BFLOAT16: torch.bfloat16,
+    Feature.FLOAT16: torch.float16,
+}
 
 
 COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True, triton=True)
@@ -124,7 +138,11 @@ COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True
 def ask(kernel: str, feature: Feature, device: str):
     """Ask for the feature in the way a run does: types and head sizes by the tensors, the rest by name."""
     head_dim = 257 if feature is Feature.OTHER_HEADS else 64
-    of_tensors = feature in DTYPES or feature in (Feature.FLOAT32, Feature.HEAD_DIM_MULTIPLE_OF_8, Feature.OTHER_HEADS)
+    of_tensors = feature in DTYPES or feature in (
+        Feature.FLOAT32,
+        Feature.HEAD_DIM_MULTIPLE_OF_8,
+        Feature.OTHER_HEADS,
+    )
     features = [] if of_tensors else [feature]
     usual = torch.float32 if feature is Feature.FLOAT32 else USUAL.get(kernel, torch.float32)
     return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features, COMPLETE)
@@ -145,22 +163,30 @@ def test_a_tested_cell_has_its_parity_test_and_a_refused_one_its_error(feature, 
         PROOFS[feature](kernel)
     elif cell is INTERPRETED:
         assert device == "cuda"
-        assert feature.value in ask(kernel, feature, device).reason.partition(f"{INTERPRETED.value}: ")[2]
+        assert (
+            feature.value
+            in ask(kernel, feature, device).reason.partition(f"{INTERPRETED.value}: ")[2]
+        )
     elif cell is UNPROVEN:
         assert device != "cpu"
-        unproven = ask(kernel, feature, "cuda").reason.partition("written and never run on such a device: ")[2]
+        unproven = ask(kernel, feature, "cuda").reason.partition(
+            "written and never run on such a device: "
+        )[2]
         assert feature.value in unproven
     else:
         with pytest.raises(KernelUnavailable) as refused:
             ask(kernel, feature, device)
-        assert f"attention_kernel {kernel} cannot do {feature.value}: {cell.reason}. {cell.instead}." in str(
-            refused.value
+        assert (
+            f"attention_kernel {kernel} cannot do {feature.value}: {cell.reason}. {cell.instead}."
+            in str(refused.value)
         )
         assert "--" in cell.instead
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is INTERPRETED])
+@pytest.mark.parametrize(
+    "feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is INTERPRETED]
+)
 def test_an_interpreted_cell_has_its_parity_test(feature, monkeypatch):
     monkeypatch.setitem(KERNELS, "triton", OneAtATime(KERNELS["triton"]))
     PROOFS[feature]("triton")
@@ -168,7 +194,8 @@ def test_an_interpreted_cell_has_its_parity_test(feature, monkeypatch):
 
 def test_a_kernel_that_does_not_exist_on_a_device_says_where_it_does():
     with pytest.raises(
-        KernelUnavailable, match="sdpa cannot do float32, a head .*: it exists for cpu and cuda, not mps"
+        KernelUnavailable,
+        match="sdpa cannot do float32, a head .*: it exists for cpu and cuda, not mps",
     ):
         choose("sdpa", "mps", torch.float32, 64)
     assert choose("auto", "mps", torch.float32, 64).name == "reference"
@@ -184,6 +211,11 @@ def test_what_no_kernel_does_is_said_once():
 
 
 def test_every_refusal_is_a_reason_and_a_flag():
-    refused = {cell for cells in SUPPORT.values() for cell in cells.values() if isinstance(cell, Unsupported)}
+    refused = {
+        cell
+        for cells in SUPPORT.values()
+        for cell in cells.values()
+        if isinstance(cell, Unsupported)
+    }
     assert refused
     assert all(cell.reason and "--" in cell.instead for cell in refused)

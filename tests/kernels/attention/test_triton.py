@@ -30,7 +30,9 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("layout", [SHORT[0], SHORT[2]], ids=str)
-@pytest.mark.parametrize("first_visible", [window(60, 60), documents(60, 40, 2, 5, 1)], ids=["causal", "documents"])
+@pytest.mark.parametrize(
+    "first_visible", [window(60, 60), documents(60, 40, 2, 5, 1)], ids=["causal", "documents"]
+)
 def test_hops(layout, first_visible):
     assert mistakes(layout, triton, first_visible, 2, 1, torch.bfloat16) == {}
 
@@ -39,7 +41,12 @@ def test_hops(layout, first_visible):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "first_visible",
-    [window(60, 60), window(60, 7), documents(60, 40, 2, 5, 1), torch.maximum(window(60, 6), documents(60, 4, 17))],
+    [
+        window(60, 60),
+        window(60, 7),
+        documents(60, 40, 2, 5, 1),
+        torch.maximum(window(60, 6), documents(60, 4, 17)),
+    ],
     ids=["causal", "a window", "documents", "windows within documents"],
 )
 @pytest.mark.parametrize("layout", SHORT, ids=str)
@@ -61,7 +68,10 @@ PACK = oracle.documents(2, 60, (13, 1, 46))
 MASKS = {
     "causal": (Mask(), oracle.documents(2, 60, (60,))),
     "a window": (Mask(window=11), oracle.documents(2, 60, (60,))),
-    "documents": (Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2), PACK),
+    "documents": (
+        Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2),
+        PACK,
+    ),
 }
 
 
@@ -72,7 +82,9 @@ def test_rings(ring_size, mask):
     inputs, (given, document_BS) = oracle.random_inputs(2, 60, 4, 2, torch.bfloat16), MASKS[mask]
     dlse = oracle.random_dlse(inputs[0])
     layout = Layout("striped", 60, ring_size)
-    found = simulated_ring.run(layout, OneAtATime(triton), *inputs, mask=given, dlse_BHS=dlse).results
+    found = simulated_ring.run(
+        layout, OneAtATime(triton), *inputs, mask=given, dlse_BHS=dlse
+    ).results
     expected = oracle.attention(*inputs, oracle.visible(document_BS, given.window), dlse)
     assert beyond_tolerance(found, expected, torch.bfloat16) == {}
 
@@ -87,7 +99,9 @@ def test_queries_that_see_nothing_keep_what_they_had():
     assert (state.lse_BHL[..., blind] == -torch.inf).all()
     assert state.lse_BHL[..., [2, 4]].isfinite().all()
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    triton.backward(dout, q, k, v, state.out_BLHD, state.lse_BHL, KeyRanges(lo, hi), 0.25, *gradients)
+    triton.backward(
+        dout, q, k, v, state.out_BLHD, state.lse_BHL, KeyRanges(lo, hi), 0.25, *gradients
+    )
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert (gradients[0][:, blind] == 0).all()
 
@@ -125,7 +139,13 @@ def test_head_sizes_between_take_the_tiles_of_the_next(kernel, head, larger):
 
 @pytest.mark.parametrize(
     ("capability", "generation"),
-    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 0), "hopper"), ((12, 0), "ampere")],
+    [
+        ((8, 0), "ampere"),
+        ((8, 9), "ampere"),
+        ((9, 0), "hopper"),
+        ((10, 0), "hopper"),
+        ((12, 0), "ampere"),
+    ],
 )
 def test_a_gpu_has_the_tiles_that_its_shared_memory_holds(capability, generation, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

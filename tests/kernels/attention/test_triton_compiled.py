@@ -23,7 +23,11 @@ ROWS_OF_A_WARP = 16  # of a product, in mma.sync and, four warps together, in wg
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_machine_code_of_every_head_size(architecture, tmp_path):
     run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kernels" / "attention" / "compiled_triton.py", str(architecture)],
+        [
+            sys.executable,
+            ROOT / "tests" / "kernels" / "attention" / "compiled_triton.py",
+            str(architecture),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -19,7 +19,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def converted(argument):
         if isinstance(argument, float):
-            return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+            return tl.tensor(
+                interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32),
+                tl.float32,
+            )
         return convert(argument)
 
     def unseen(executor, *arguments, **options):

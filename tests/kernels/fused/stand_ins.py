@@ -27,22 +27,37 @@ def stood_in(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict], ours: st
 
 def _statistics(x, weight, bias, eps, rms):
     x = x if rms else x - x.mean(-1, keepdim=True)
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + (0 if bias is None else bias)
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + (
+        0 if bias is None else bias
+    )
 
 
 # ---- flash-attn ----
 
 
-def rms_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0):
+def rms_norm_fn(
+    x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0
+):
     widened = (None if p is None else p.float() for p in (weight, bias))
     return _statistics(x.float(), *widened, eps, rms=True).type_as(x)
 
 
-def layer_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0):
+def layer_norm_fn(
+    x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0
+):
     return _statistics(x.float(), weight.float(), bias.float(), eps, rms=False).type_as(x)
 
 
-def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None):
+def apply_rotary_emb(
+    x,
+    cos,
+    sin,
+    interleaved=False,
+    inplace=False,
+    seqlen_offsets=0,
+    cu_seqlens=None,
+    max_seqlen=None,
+):
     seqlen_ro, half = cos.shape
     assert sin.shape == cos.shape
     assert x.shape[-1] == 2 * half <= 256
@@ -64,7 +79,9 @@ class _FlashCrossEntropy(torch.autograd.Function):
         own = logits.float().gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
         ctx.save_for_backward(logits, lse, labels)
         ctx.ignore_index, ctx.inplace_backward = ignore_index, inplace_backward
-        return torch.where(counts & inside, lse - own, 0.0)  # a label that is no column costs nothing
+        return torch.where(
+            counts & inside, lse - own, 0.0
+        )  # a label that is no column costs nothing
 
     @staticmethod
     def backward(ctx, grad_losses):
@@ -96,7 +113,10 @@ FLASH_ATTN = {
     "flash_attn.layers.rotary": {"apply_rotary_emb": apply_rotary_emb},
     "flash_attn.ops.activations": {"swiglu": swiglu},
     "flash_attn.ops.triton.cross_entropy": {"cross_entropy_loss": cross_entropy_loss},
-    "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn},
+    "flash_attn.ops.triton.layer_norm": {
+        "layer_norm_fn": layer_norm_fn,
+        "rms_norm_fn": rms_norm_fn,
+    },
 }
 
 
@@ -108,16 +128,25 @@ def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_effi
     return functional.rms_norm(input.float(), weight.shape, None, eps).type_as(input) * weight
 
 
-def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
+def fused_layer_norm_affine(
+    input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False
+):
     assert tuple(normalized_shape) == weight.shape
-    return functional.layer_norm(input.float(), weight.shape, None, None, eps).type_as(input) * weight + bias
+    return (
+        functional.layer_norm(input.float(), weight.shape, None, None, eps).type_as(input) * weight
+        + bias
+    )
 
 
 def fused_apply_rotary_pos_emb_cached(t, cos_, sin_, transpose_output_memory=False):
     assert cos_.shape == sin_.shape == (t.shape[0], 1, 1, t.shape[3])
     first, second = t.chunk(2, -1)
     turned = t * cos_.type_as(t) + torch.cat([-second, first], -1) * sin_.type_as(t)
-    return turned.transpose(0, 1).contiguous().transpose(0, 1) if transpose_output_memory else turned.contiguous()
+    return (
+        turned.transpose(0, 1).contiguous().transpose(0, 1)
+        if transpose_output_memory
+        else turned.contiguous()
+    )
 
 
 APEX = {
@@ -125,7 +154,9 @@ APEX = {
         "fused_layer_norm_affine": fused_layer_norm_affine,
         "fused_rms_norm_affine": fused_rms_norm_affine,
     },
-    "apex.transformer.functional.fused_rope": {"fused_apply_rotary_pos_emb_cached": fused_apply_rotary_pos_emb_cached},
+    "apex.transformer.functional.fused_rope": {
+        "fused_apply_rotary_pos_emb_cached": fused_apply_rotary_pos_emb_cached
+    },
     "fused_layer_norm_cuda": {},
     "fused_rotary_positional_embedding": {},
 }

@@ -14,7 +14,13 @@ from megatron_ring.kernels.fused.operations import TORCH
 from megatron_ring.kernels.fused.support import COLUMNS, LIBRARIES, OFFERS, PREFERENCE, Operation
 from tests.kernels.fused.stand_ins import APEX, FLASH_ATTN, stood_in
 
-LLAMA = [Operation.RMS_NORM, Operation.ROPE, Operation.SWIGLU, Operation.CROSS_ENTROPY, Operation.ADAMW]
+LLAMA = [
+    Operation.RMS_NORM,
+    Operation.ROPE,
+    Operation.SWIGLU,
+    Operation.CROSS_ENTROPY,
+    Operation.ADAMW,
+]
 VERSIONS = {"flash-attn": "2.8.3", "apex": "0.1"}
 
 
@@ -37,7 +43,9 @@ def installed(monkeypatch):
     return install
 
 
-def libraries(asked: str, wanted=LLAMA, device="cuda", dtype=torch.bfloat16, **options) -> list[str]:
+def libraries(
+    asked: str, wanted=LLAMA, device="cuda", dtype=torch.bfloat16, **options
+) -> list[str]:
     return [settled.library for settled in choose(asked, device, dtype, wanted, **options).settled]
 
 
@@ -89,12 +97,20 @@ def test_what_was_asked_for_computes_what_it_can_and_torch_the_rest(installed):
 def test_a_split_vocabulary_is_torchs(installed):
     installed("liger", "flash-attn")
     (said,) = choose("auto", "cuda", torch.bfloat16, [Operation.SPLIT_CROSS_ENTROPY]).in_words()
-    assert said.startswith("torch for cross entropy of a split vocabulary: liger, flash-attn: it meets the other ranks")
+    assert said.startswith(
+        "torch for cross entropy of a split vocabulary: liger, flash-attn: it meets the other ranks"
+    )
 
 
 def test_sums_that_are_to_be_the_same_in_every_run_are_not_timed(installed):
     installed("flash-attn")
-    assert libraries("auto", deterministic=True) == ["torch", "flash-attn", "flash-attn", "flash-attn", "torch"]
+    assert libraries("auto", deterministic=True) == [
+        "torch",
+        "flash-attn",
+        "flash-attn",
+        "flash-attn",
+        "torch",
+    ]
 
 
 def test_apex_in_float32_has_norms_and_rope(installed):
@@ -105,7 +121,9 @@ def test_apex_in_float32_has_norms_and_rope(installed):
 def test_a_library_that_can_do_nothing_of_it_is_refused_with_every_reason(installed):
     installed("apex")
     said = refused("apex")
-    assert said.startswith("fused_operations apex is not to be had: RMSNorm: smaller types are rounded before the")
+    assert said.startswith(
+        "fused_operations apex is not to be had: RMSNorm: smaller types are rounded before the"
+    )
     for operation in ("RoPE", "SwiGLU", "cross entropy", "AdamW"):
         assert f"; {operation}: " in said
     assert said.endswith("Set --fused-operations auto or torch.")
@@ -134,7 +152,9 @@ def test_on_a_cpu_no_library_is_looked_for():
 
 def test_a_library_that_is_too_old_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda distribution: "0.8.3")
-    assert missing(LIBRARIES["liger"]) == ("liger-kernel 0.8.3 is older than 0.8.5 (pip install 'liger-kernel>=0.8.5')")
+    assert missing(LIBRARIES["liger"]) == (
+        "liger-kernel 0.8.3 is older than 0.8.5 (pip install 'liger-kernel>=0.8.5')"
+    )
 
 
 def test_the_apex_that_pip_finds_is_not_taken_for_nvidias(installed, monkeypatch):

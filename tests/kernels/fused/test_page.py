@@ -18,7 +18,9 @@ WORDS = {
 def cell(offer: Offer, notes: list[str]) -> str:
     """One word, what it is limited to, and the numbers of its notes."""
     reasons = [
-        reason for reason in (offer.reason if torch.bfloat16 not in offer.dtypes else "", offer.varies) if reason
+        reason
+        for reason in (offer.reason if torch.bfloat16 not in offer.dtypes else "", offer.varies)
+        if reason
     ]
     notes += [reason for reason in reasons if reason not in notes]
     limit = " in float32" if offer.dtypes == {torch.float32} else ""
@@ -28,7 +30,10 @@ def cell(offer: Offer, notes: list[str]) -> str:
 
 def test_the_table_is_the_one_that_the_program_asks():
     notes: list[str] = []
-    rows = [[operation.value, *(cell(offers[name], notes) for name in COLUMNS)] for operation, offers in OFFERS.items()]
+    rows = [
+        [operation.value, *(cell(offers[name], notes) for name in COLUMNS)]
+        for operation, offers in OFFERS.items()
+    ]
     table = ["| " + " | ".join(row) + " |" for row in [["operation", *COLUMNS], ["---"] * 5, *rows]]
     written = "\n".join([*table, "", *(f"{n}. {note}." for n, note in enumerate(notes, 1))])
     assert written in PAGE, written

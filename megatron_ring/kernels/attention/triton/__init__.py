@@ -9,7 +9,10 @@ import triton
 
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
-from megatron_ring.kernels.attention.triton.backward_kernels import backward_hop_keys, backward_hop_queries
+from megatron_ring.kernels.attention.triton.backward_kernels import (
+    backward_hop_keys,
+    backward_hop_queries,
+)
 from megatron_ring.kernels.attention.triton.blocks import blocks_for, generation_of
 from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forward_hop
 
@@ -24,7 +27,9 @@ def forward(
 ) -> None:
     """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
     q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
-    assert all(x.is_contiguous() for x in (state.out_BLHD, state.lse_BHL)), "a state that can be continued in place"
+    assert all(x.is_contiguous() for x in (state.out_BLHD, state.lse_BHL)), (
+        "a state that can be continued in place"
+    )
     batch, queries, heads, head = q.shape
     sizes = blocks_for("forward", head, generation_of(q.device))
     forward_hop[triton.cdiv(queries, sizes.block_q), heads, batch](
@@ -71,8 +76,13 @@ def _log2(lse_BHL: torch.Tensor) -> torch.Tensor:
 
 def _heads_of_a_token(*sums_BLHD: torch.Tensor) -> int:
     """How many heads lie between two tokens in memory: sums may be some heads of contiguous ones."""
-    (batch, tokens, _, head), (of_sample, of_token, of_head, of_element) = sums_BLHD[0].shape, sums_BLHD[0].stride()
-    assert (of_head, of_element, of_token % head) == (head, 1, 0), "sums whose heads lie side by side"
+    (batch, tokens, _, head), (of_sample, of_token, of_head, of_element) = (
+        sums_BLHD[0].shape,
+        sums_BLHD[0].stride(),
+    )
+    assert (of_head, of_element, of_token % head) == (head, 1, 0), (
+        "sums whose heads lie side by side"
+    )
     assert batch == 1 or of_sample == tokens * of_token, "sums whose samples lie end to end"
     assert all(x.stride() == sums_BLHD[0].stride() for x in sums_BLHD), "sums that lie alike"
     return of_token // head

@@ -30,7 +30,9 @@ def backward_hop_queries(
         rows = start + tl.arange(0, BLOCK_Q)
         lo_Q, hi_Q = runs_of(lo, hi, rows, queries)
         q_QD = load(q, sample, queries, heads, head, start, BLOCK_Q, False, HEAD, PADDED, UPCAST)
-        dout_QD = load(dout, sample, queries, heads, head, start, BLOCK_Q, False, HEAD, PADDED, UPCAST)
+        dout_QD = load(
+            dout, sample, queries, heads, head, start, BLOCK_Q, False, HEAD, PADDED, UPCAST
+        )
         lse_Q, delta_Q = _of_rows(log2_lse, delta, sample, heads, head, queries, rows)
         group = head // (heads // groups)
         dq_QD = tl.zeros((BLOCK_Q, PADDED), tl.float32)
@@ -56,8 +58,12 @@ def _walk_keys(
 ):  # fmt: skip
     for block in range(start, stop, BLOCK_K):
         columns = block + tl.arange(0, BLOCK_K)
-        k_KD = load(k, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
-        v_KD = load(v, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
+        k_KD = load(
+            k, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST
+        )
+        v_KD = load(
+            v, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST
+        )
         score_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee")
         p_QK = tl.exp2(tl.fma(score_QK, scale * LOG2_E, -lse_Q[:, None]))
         if MASKED:
@@ -81,7 +87,9 @@ def backward_hop_keys(
     """
     start = tl.program_id(0) * BLOCK_K
     group, sample = tl.program_id(1), tl.program_id(2)
-    first, unmasked_from, unmasked_to, stop = walk_of(seen_from, seen_to, start, keys, BLOCK_K, BLOCK_Q)
+    first, unmasked_from, unmasked_to, stop = walk_of(
+        seen_from, seen_to, start, keys, BLOCK_K, BLOCK_Q
+    )
     if first < stop:
         from_K, to_K = runs_of(seen_from, seen_to, start + tl.arange(0, BLOCK_K), keys)
         k_KD = load(k, sample, keys, groups, group, start, BLOCK_K, False, HEAD, PADDED, UPCAST)
@@ -113,8 +121,12 @@ def _walk_queries(
 ):  # fmt: skip
     for block in range(start, stop, BLOCK_Q):
         rows = block + tl.arange(0, BLOCK_Q)
-        q_QD = load(q, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST)
-        dout_QD = load(dout, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST)
+        q_QD = load(
+            q, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST
+        )
+        dout_QD = load(
+            dout, sample, queries, heads, head, block, BLOCK_Q, not MASKED, HEAD, PADDED, UPCAST
+        )
         lse_Q, delta_Q = _of_rows(log2_lse, delta, sample, heads, head, queries, rows)
         score_KQ = tl.dot(k_KD, tl.trans(q_QD), input_precision="ieee")
         p_KQ = tl.exp2(tl.fma(score_KQ, scale * LOG2_E, -lse_Q[None, :]))
@@ -132,4 +144,6 @@ def _of_rows(log2_lse, delta, sample, heads, head, queries, rows):
     """The log-sum-exp and delta of these queries. A row that is no query weighs nothing: its sum is infinite."""
     at = (sample.to(tl.int64) * heads + head) * queries + rows
     there = rows < queries
-    return tl.load(log2_lse + at, mask=there, other=float("inf")), tl.load(delta + at, mask=there, other=0.0)
+    return tl.load(log2_lse + at, mask=there, other=float("inf")), tl.load(
+        delta + at, mask=there, other=0.0
+    )

@@ -35,13 +35,29 @@ class Blocks(NamedTuple):
 # asked of them). Which is the fastest has not been measured, for want of a GPU: benchmarks/tune_blocks.py does.
 TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
     "ampere": {
-        "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
-        "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(32, 32, 4, 1)},
+        "forward": {
+            64: Blocks(128, 64, 8, 3),
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(64, 32, 8, 2),
+        },
+        "queries": {
+            64: Blocks(128, 64, 8, 2),
+            128: Blocks(128, 32, 8, 2),
+            256: Blocks(32, 32, 4, 1),
+        },
         "keys": {64: Blocks(32, 128, 8, 2), 128: Blocks(32, 128, 8, 2), 256: Blocks(64, 32, 8, 1)},
     },
     "hopper": {
-        "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
-        "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+        "forward": {
+            64: Blocks(128, 64, 8, 3),
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(128, 32, 8, 2),
+        },
+        "queries": {
+            64: Blocks(128, 64, 8, 2),
+            128: Blocks(128, 64, 8, 2),
+            256: Blocks(128, 32, 8, 2),
+        },
         "keys": {64: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2), 256: Blocks(64, 32, 8, 1)},
     },
 }

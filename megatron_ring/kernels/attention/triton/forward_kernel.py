@@ -7,7 +7,14 @@ section 3) carried from hop to hop in float32, so that nothing is rounded or mer
 import triton
 import triton.language as tl
 
-from megatron_ring.kernels.attention.triton.tiles import inside, load, pointers, runs_of, visible, walk_of
+from megatron_ring.kernels.attention.triton.tiles import (
+    inside,
+    load,
+    pointers,
+    runs_of,
+    visible,
+    walk_of,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -51,8 +58,12 @@ def forward_hop(
 
         seen = sum_Q > 0
         sum_Q = tl.where(seen, sum_Q, 1.0)
-        tl.store(out_at, acc_QD / sum_Q[:, None], mask=inside(queries, start, BLOCK_Q, HEAD, PADDED))
-        tl.store(lse_at, tl.where(seen, (max_Q + tl.log2(sum_Q)) / LOG2_E, float("-inf")), mask=there)
+        tl.store(
+            out_at, acc_QD / sum_Q[:, None], mask=inside(queries, start, BLOCK_Q, HEAD, PADDED)
+        )
+        tl.store(
+            lse_at, tl.where(seen, (max_Q + tl.log2(sum_Q)) / LOG2_E, float("-inf")), mask=there
+        )
 
 
 @triton.jit
@@ -66,17 +77,25 @@ def _attend(
     """
     for block in range(start, stop, BLOCK_K):
         columns = block + tl.arange(0, BLOCK_K)
-        k_KD = load(k, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
-        v_KD = load(v, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST)
+        k_KD = load(
+            k, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST
+        )
+        v_KD = load(
+            v, sample, keys, groups, group, block, BLOCK_K, not MASKED, HEAD, PADDED, UPCAST
+        )
         score_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee")
         if MASKED:
-            score_QK = tl.where(visible(lo_Q[:, None], hi_Q[:, None], columns[None, :]), score_QK, float("-inf"))
+            score_QK = tl.where(
+                visible(lo_Q[:, None], hi_Q[:, None], columns[None, :]), score_QK, float("-inf")
+            )
         new_max_Q = tl.maximum(max_Q, tl.max(score_QK, 1) * log2_scale)
         # A row that has seen nothing has no maximum to be relative to.
         base_Q = tl.where(new_max_Q == float("-inf"), 0.0, new_max_Q)
         p_QK = tl.exp2(tl.fma(score_QK, log2_scale, -base_Q[:, None]))
         shrunk_Q = tl.exp2(max_Q - base_Q)
         sum_Q = sum_Q * shrunk_Q + tl.sum(p_QK, 1)
-        acc_QD = tl.dot(p_QK.to(v_KD.dtype), v_KD, acc_QD * shrunk_Q[:, None], input_precision="ieee")
+        acc_QD = tl.dot(
+            p_QK.to(v_KD.dtype), v_KD, acc_QD * shrunk_Q[:, None], input_precision="ieee"
+        )
         max_Q = new_max_Q
     return acc_QD, sum_Q, max_Q

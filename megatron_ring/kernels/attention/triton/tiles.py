@@ -9,7 +9,17 @@ import triton.language as tl
 
 
 @triton.jit
-def pointers(base, sample, tokens, heads, head, start, BLOCK: tl.constexpr, HEAD: tl.constexpr, PADDED: tl.constexpr):
+def pointers(
+    base,
+    sample,
+    tokens,
+    heads,
+    head,
+    start,
+    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """To one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
 
     The first in 64 bits, since a shard may have more than 2**31 elements; the others, from there, in 32.
@@ -42,7 +52,18 @@ def load(
 
 
 @triton.jit
-def add(base, sample, tokens, heads, head, start, tile, BLOCK: tl.constexpr, HEAD: tl.constexpr, PADDED: tl.constexpr):
+def add(
+    base,
+    sample,
+    tokens,
+    heads,
+    head,
+    start,
+    tile,
+    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Add ``tile`` to what lies there. Nobody else may write there meanwhile."""
     at = pointers(base, sample, tokens, heads, head, start, BLOCK, HEAD, PADDED)
     there = inside(tokens, start, BLOCK, HEAD, PADDED)
