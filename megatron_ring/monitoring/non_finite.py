@@ -80,7 +80,10 @@ def origin(reports: list[NonFiniteReport]) -> str:
         where = f"the gradient of what {_layer(max(lasts))} gave"
         there = [seen for seen in reports if max(lasts) in seen.backward]
     else:
-        return "all that layers gave, and the gradients of that, was finite: it began in a weight's gradient or their sum"
+        return (
+            "every layer's output and its gradient were finite: "
+            "it began in a weight's gradient or their sum"
+        )
     return f"it began on {', '.join(map(str, there))}, in {where}"
 
 

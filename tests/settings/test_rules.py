@@ -410,7 +410,10 @@ def test_a_dry_run_of_what_cannot_work_says_so_and_starts_nothing(
 
 
 def test_the_program_leaves_with_all_that_is_wrong_and_its_exit_code():
-    command = "pretrain_gpt.py --dry-run --world-size 4 --tensor-model-parallel-size 4 --num-query-groups 2 --mlp-chunks 2000"
+    command = (
+        "pretrain_gpt.py --dry-run --world-size 4 "
+        "--tensor-model-parallel-size 4 --num-query-groups 2 --mlp-chunks 2000"
+    )
     process = Forked(command.split(), ROOT, os.environ, subprocess.PIPE)
     _, said = process.communicate(timeout=60)
     assert process.returncode == ConfigError.exit_code
