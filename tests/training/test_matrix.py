@@ -4,7 +4,7 @@ The rows are generated (covering.py) from the options (factors.py): a few in whi
 those in which each pair of values does; one test has rows of three values that must meet. Rows of equally many
 processes share these.
 
-Where pairs meet, --steps-of-pairs are trained: 8, as many in the warm-up as behind it, or 20 by ``make test-all``. A
+Where pairs meet, --steps-of-pairs are trained: 4, or 20 by ``make test-all``. A
 wrong gradient shows in the first norm and a wrong update in the second loss. The comparison is of losses, gradient
 norms, a validation and all parameters in fp32, to 1e-5 (trained.py).
 """
