@@ -1,8 +1,8 @@
 """Measure how readable the tree is: file sizes, importers, line lengths and words of the old dialect.
 
-    python benchmarks/code_metrics.py
+    python -m benchmarks.code_metrics
     git worktree add /tmp/before 12b39ab
-    python benchmarks/code_metrics.py --root /tmp/before --root .
+    python -m benchmarks.code_metrics --root /tmp/before --root .
 
 Each root becomes a column, so that two checkouts can be compared. Only tracked files count.
 """

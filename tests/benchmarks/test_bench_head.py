@@ -72,7 +72,7 @@ def test_what_cannot_be_run_is_said(flags, message, told):
 
 
 def test_the_command_on_the_page_is_one():
-    (command,) = re.findall(r"^    python benchmarks/bench_head.py(.*)$", PAGE, flags=re.MULTILINE)
+    (command,) = re.findall(r"^    python -m benchmarks.bench_head(.*)$", PAGE, flags=re.MULTILINE)
     options = tyro.cli(Options, args=shlex.split(command))
     assert [int(row[0].replace(",", "")) for row in rows()] == list(options.tokens)
 
