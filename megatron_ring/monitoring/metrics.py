@@ -35,7 +35,7 @@ from tqdm import tqdm
 from megatron_ring.config import LoggingConfig
 from megatron_ring.monitoring.metrics_file import MetricsFile
 from megatron_ring.monitoring.outputs import BestEffort
-from megatron_ring.monitoring.ring_profile.step import RingReport
+from megatron_ring.monitoring.ring_profile.report import RingReport
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from megatron_ring.config import LoggingConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring.outputs import BestEffort, check
 from megatron_ring.monitoring.ring_profile import trace
-from megatron_ring.monitoring.ring_profile.clocks import Offset
-from megatron_ring.monitoring.ring_profile.step import StepTime
+from megatron_ring.monitoring.ring_profile.recording import Offset
+from megatron_ring.monitoring.ring_profile.report import StepTime
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """\

@@ -16,13 +16,18 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
 from megatron_ring.kernels.attention import KERNELS, reference
-from megatron_ring.monitoring.ring_profile import clocks
-from megatron_ring.monitoring.ring_profile.clocks import offset_to_rank_0
-from megatron_ring.monitoring.ring_profile.figures import SHARES, as_numbers, figures, in_words
-from megatron_ring.monitoring.ring_profile.recorder import Recorder
-from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
-from megatron_ring.monitoring.ring_profile.straggler import Stragglers, slowest
-from megatron_ring.monitoring.ring_profile.sums import StepSums, sums
+from megatron_ring.monitoring.ring_profile import recording
+from megatron_ring.monitoring.ring_profile.hop_statistics import (
+    SHARES,
+    StepSums,
+    as_numbers,
+    figures,
+    summary_line,
+    sums,
+)
+from megatron_ring.monitoring.ring_profile.recording import Recorder, offset_to_rank_0
+from megatron_ring.monitoring.ring_profile.report import RingReport, StepTime
+from megatron_ring.monitoring.ring_profile.stragglers import Stragglers, slowest
 from megatron_ring.monitoring.ring_profile.trace import COMPUTE, StepLog
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
@@ -112,14 +117,14 @@ def slow_second(
     return {"reports": reports, "lines": lines, "slow": sums(place.log.rows, world_size)}
 
 
-def apart(rank: int, consensus: Consensus) -> clocks.Offset:
+def apart(rank: int, consensus: Consensus) -> recording.Offset:
     """The offset that is found where the last rank's clock is a minute fast."""
     true, last = time.monotonic_ns, consensus.ranks - 1
-    clocks.time.monotonic_ns = lambda: true() + (60 * SECOND if rank == last else 0)
+    recording.time.monotonic_ns = lambda: true() + (60 * SECOND if rank == last else 0)
     try:
         return offset_to_rank_0(consensus)
     finally:
-        clocks.time.monotonic_ns = true
+        recording.time.monotonic_ns = true
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +251,7 @@ def test_figures_are_means_over_ranks_and_imbalance_is_of_the_worst_ring():
         {"direction": "backward", "hop": 2, "compute_seconds": 1.0, "wait_seconds": 0.25, "bytes": 1000,
          "imbalance": 1.0},
     ]  # fmt: skip
-    line = in_words([told])
+    line = summary_line([told])
     assert (
         "attention 25.0%, exposed communication 6.2%, data 1.0%, optimizer 5.0%; least even: forward hop 1, 1.50"
         in line
@@ -256,7 +261,7 @@ def test_figures_are_means_over_ranks_and_imbalance_is_of_the_worst_ring():
 def test_rows_that_were_missed_are_told():
     told = figures(as_numbers(step_of([[1, 0], [0, 1]]), 3, 10.0, 0.1)[None], rings=[[0]])
     assert told["missed_rows"] == 3
-    assert "too little, for 3 rows did not fit" in in_words([told])
+    assert "too little, for 3 rows did not fit" in summary_line([told])
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -7,8 +7,7 @@ import socket
 
 import numpy as np
 
-from megatron_ring.monitoring.ring_profile.gathered import gathered
-from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
+from megatron_ring.monitoring.ring_profile.report import RingReport, StepTime, gathered
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import ProgressTracker
 
