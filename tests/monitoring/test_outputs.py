@@ -12,7 +12,6 @@ from megatron_ring.config import LoggingConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring.outputs import BestEffort, check
 from megatron_ring.monitoring.ring_profile import trace
-from megatron_ring.monitoring.ring_profile.recording import Offset
 from megatron_ring.monitoring.ring_profile.report import StepTime
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +75,9 @@ def test_a_trace_replaces_an_earlier_trace_and_no_other_file(tmp_path):
     assert "Set --profile-ring-trace" in problem
     assert index.read_bytes() == b"MRIDX" + bytes(100)
     step = trace.StepLog(StepTime(1, 0, 0.1, 0.0, False), np.zeros((0, 4), np.int64))
-    earlier.write_text(trace.as_json([trace.RankLog(0, "node", Offset(0, 0), [0], [step])]))
+    earlier.write_text(
+        trace.as_json([trace.RankLog(0, "node", trace.ClockOffset(0, 0), [0], [step])])
+    )
     (tmp_path / "empty.json").touch()
     for path in (earlier, tmp_path / "empty.json", tmp_path / "new.json"):
         check(LoggingConfig(profile_ring_trace=str(path)))

@@ -1,6 +1,10 @@
-"""The sums of all ranks as the figures of a step: shares of its time, and what each hop costs.
+"""Statistics of one step's ring hops: compute, wait and bytes a hop, and shares of the step's time.
 
-The four shares do not overlap; what they leave is the rest of the model, and communication outside of the ring.
+Each rank reduces its event log (parallel/ring_log.py) to sums; rank 0 averages the sums of all
+ranks into the step's metrics. Between two rows of the log a process does exactly one thing, named
+by the first of them. So every stretch of time is counted once, and within a pass of the ring, time
+that is not waiting is computing. The four shares do not overlap; the remainder of a step is the
+rest of the model and communication outside the ring.
 """
 
 from dataclasses import dataclass
@@ -11,21 +15,18 @@ import numpy as np
 from megatron_ring.parallel.progress import Direction
 from megatron_ring.parallel.ring_log import Event
 
-# A process's log of a step (parallel/ring_log.py) as sums: what each hop computed, waited and sent.
-#
-# Between two rows a process does one thing, which the first of them says. So every stretch of time is counted once, and
-# in a pass of the ring what is not waiting is computing.
-#
+SHARES = ("attention_share", "exposed_communication_share", "data_share", "optimizer_share")
 
-# After these a process is outside of the ring's passes, or not at work there.
-_NOT_COMPUTING = Event.WAITING, Event.LEFT, Event.OPTIMIZING, Event.OPTIMIZED
+# After these events a process is outside the ring's passes, or inside one but not computing.
+_NOT_COMPUTING = (Event.WAITING, Event.LEFT, Event.OPTIMIZING, Event.OPTIMIZED)
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """compute_2R, wait_2R, bytes_2R: seconds and bytes sent, by direction and hop; float64.
+    """One rank's sums over a step.
 
-    optimizer_seconds: in DeepSpeed's step.
+    compute_2R, wait_2R: seconds by direction and hop. bytes_2R: bytes sent by direction and hop.
+    All three are float64. optimizer_seconds: time in DeepSpeed's optimizer step.
     """
 
     compute_2R: np.ndarray
@@ -34,19 +35,22 @@ class StepSums:
     optimizer_seconds: float
 
 
-def sums(rows: np.ndarray, ring_size: int) -> StepSums:
-    """Of a log's rows, (rows, 4) int64. A pass begins with its first hop: what it prepares belongs to that."""
+def sum_log(rows: np.ndarray, ring_size: int) -> StepSums:
+    """Reduce a step's log, (rows, 4) int64, to sums.
+
+    Preparation between entering a pass and its first hop counts towards that hop.
+    """
     moment, event, a, b = rows.T
     seconds = np.diff(moment, append=moment[-1:]) / 1e9
-    direction = _latest(event == Event.ENTERED, b)
+    direction = _forward_fill(event == Event.ENTERED, b)
     begins_hop = np.isin(event, (Event.ENTERED, Event.HOP))
-    hop = _latest(begins_hop, np.where(event == Event.HOP, a, 1)) - 1
+    hop = _forward_fill(begins_hop, np.where(event == Event.HOP, a, 1)) - 1
+    cell = direction * ring_size + hop
 
-    def by_hop(chosen: np.ndarray, amounts: np.ndarray) -> np.ndarray:
-        cells = direction[chosen] * ring_size + hop[chosen]
-        return np.bincount(cells, amounts[chosen], len(Direction) * ring_size).reshape(
-            -1, ring_size
-        )
+    def by_hop(selected: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+        cells = len(Direction) * ring_size
+        totals = np.bincount(cell[selected], amounts[selected], cells)
+        return totals.reshape(-1, ring_size)
 
     return StepSums(
         compute_2R=by_hop(~np.isin(event, _NOT_COMPUTING), seconds),
@@ -56,74 +60,82 @@ def sums(rows: np.ndarray, ring_size: int) -> StepSums:
     )
 
 
-def _latest(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each row, the value of the last chosen one up to it; before the first, that of row 0."""
-    at = np.maximum.accumulate(np.where(chosen, np.arange(len(chosen)), 0))
+def _forward_fill(selected: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return for each row the value of the last selected row up to it, or row 0's before any."""
+    at = np.maximum.accumulate(np.where(selected, np.arange(len(selected)), 0))
     return values[at]
 
 
-SHARES = ("attention_share", "exposed_communication_share", "data_share", "optimizer_share")
+def pack_sums(sums: StepSums, missed_rows: int, seconds: float, data_seconds: float) -> np.ndarray:
+    """Pack a rank's sums of a step of ``seconds`` into one float64 vector of length 5 + 6R.
+
+    The order is: the four shares, the log rows that did not fit, then compute, wait and bytes.
+    """
+    spent = [sums.compute_2R.sum(), sums.wait_2R.sum(), data_seconds, sums.optimizer_seconds]
+    hops_32R = np.stack([sums.compute_2R, sums.wait_2R, sums.bytes_2R])
+    return np.concatenate([np.array(spent) / seconds, [missed_rows], hops_32R.ravel()])
 
 
-def as_numbers(own: StepSums, missed: int, seconds: float, data_seconds: float) -> np.ndarray:
-    """(5 + 6 x R,) float64: what a rank tells of a step that took it ``seconds``: shares, rows missed, hops."""
-    spent = own.compute_2R.sum(), own.wait_2R.sum(), data_seconds, own.optimizer_seconds
-    hops_32R = np.stack([own.compute_2R, own.wait_2R, own.bytes_2R])
-    return np.concatenate([np.array(spent) / seconds, [missed], hops_32R.ravel()])
+def step_metrics(packed: np.ndarray, rings: list[list[int]]) -> dict[str, Any]:
+    """Average the packed sums of all ranks, (ranks, 5 + 6R), into the step's metrics.
 
-
-def figures(of_ranks: np.ndarray, rings: list[list[int]]) -> dict[str, Any]:
-    """What the metrics file has of a step, from the numbers of all ranks. ``rings``: the global ranks of each."""
-    shares, missed, hops = np.split(of_ranks, [len(SHARES), len(SHARES) + 1], axis=1)
-    compute_N2R, wait_N2R, bytes_N2R = hops.reshape(len(of_ranks), 3, len(Direction), -1).swapaxes(
-        0, 1
-    )
-    told = dict(zip(SHARES, shares.mean(axis=0).tolist()))
+    rings: the global ranks of each ring.
+    """
+    ranks = len(packed)
+    shares, missed, hops = np.split(packed, [len(SHARES), len(SHARES) + 1], axis=1)
+    # The leading axis of each is the global rank.
+    by_quantity = hops.reshape(ranks, 3, len(Direction), -1).swapaxes(0, 1)
+    compute, wait, sent = by_quantity
+    metrics: dict[str, Any] = dict(zip(SHARES, shares.mean(axis=0).tolist()))
     if missed.any():
-        told["missed_rows"] = int(missed.sum())
-    return told | {
-        "ring_hops": [
-            {
-                "direction": Direction(direction).name.lower(),
-                "hop": int(hop) + 1,
-                "compute_seconds": float(compute_N2R[:, direction, hop].mean()),
-                "wait_seconds": float(wait_N2R[:, direction, hop].mean()),
-                "bytes": int(bytes_N2R[:, direction, hop].mean()),
-                "imbalance": _imbalance(compute_N2R[:, direction, hop], rings),
-            }
-            for direction, hop in np.argwhere(compute_N2R.any(axis=0))
-        ]
-    }
+        metrics["missed_rows"] = int(missed.sum())
+    metrics["ring_hops"] = [
+        {
+            "direction": Direction(direction).name.lower(),
+            "hop": int(hop) + 1,
+            "compute_seconds": float(compute[:, direction, hop].mean()),
+            "wait_seconds": float(wait[:, direction, hop].mean()),
+            "bytes": int(sent[:, direction, hop].mean()),
+            "imbalance": _imbalance(compute[:, direction, hop], rings),
+        }
+        for direction, hop in np.argwhere(compute.any(axis=0))
+    ]
+    return metrics
 
 
-def _imbalance(seconds_N: np.ndarray, rings: list[list[int]]) -> float:
-    """The slowest rank over the mean of its ring, in the worst ring: only ranks of one ring wait for each other."""
-    slowest = (
-        seconds_N[ring].max() / seconds_N[ring].mean() for ring in rings if seconds_N[ring].any()
-    )
-    return float(max(slowest))
+def _imbalance(seconds: np.ndarray, rings: list[list[int]]) -> float:
+    """Return the slowest rank's time over its ring's mean, for the least balanced ring.
+
+    The comparison stays within a ring because only ranks of one ring wait for each other.
+    """
+    ratios = [seconds[ring].max() / seconds[ring].mean() for ring in rings if seconds[ring].any()]
+    return float(max(ratios))
 
 
 def summary_line(steps: list[dict[str, Any]]) -> str:
-    """The line on the console: the mean of some steps' figures."""
-    shares = (
-        f"{name.removesuffix('_share').replace('_', ' ')} {_mean(steps, name):.1%}"
-        for name in SHARES
-    )
+    """Format the console line for the mean of several steps' metrics."""
+    shares = ", ".join(f"{_label(name)} {_mean(steps, name):.1%}" for name in SHARES)
     missed = sum(step.get("missed_rows", 0) for step in steps)
-    lost = f"; too little, for {missed} rows did not fit into the log" if missed else ""
-    return f"ring             {', '.join(shares)}{_least_even_hop(steps)}{lost}"
+    truncated = f"; incomplete: {missed} rows did not fit into the log" if missed else ""
+    return f"ring             {shares}{_least_balanced_hop(steps)}{truncated}"
+
+
+def _label(share: str) -> str:
+    return share.removesuffix("_share").replace("_", " ")
 
 
 def _mean(steps: list[dict[str, Any]], name: str) -> float:
     return sum(step[name] for step in steps) / len(steps)
 
 
-def _least_even_hop(steps: list[dict[str, Any]]) -> str:
-    uneven: dict[str, list[float]] = {}
+def _least_balanced_hop(steps: list[dict[str, Any]]) -> str:
+    imbalances: dict[str, list[float]] = {}
     for step in steps:
         for hop in step["ring_hops"]:
-            uneven.setdefault(f"{hop['direction']} hop {hop['hop']}", []).append(hop["imbalance"])
-    means = {name: sum(found) / len(found) for name, found in uneven.items()}
+            name = f"{hop['direction']} hop {hop['hop']}"
+            imbalances.setdefault(name, []).append(hop["imbalance"])
+    means = {name: sum(values) / len(values) for name, values in imbalances.items()}
     worst = max(means, key=means.get, default=None)
-    return f"; least even: {worst}, {means[worst]:.2f}" if worst and means[worst] > 1 else ""
+    if worst is None or means[worst] <= 1:
+        return ""
+    return f"; least balanced: {worst}, {means[worst]:.2f}"

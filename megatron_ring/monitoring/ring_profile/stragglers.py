@@ -1,56 +1,75 @@
-"""Stragglers: the rank that takes longest for its hops, held against the mean and against its share of the work.
+"""Straggler detection: compare each rank's compute time in the ring with the mean of all ranks.
 
-Waits are not counted, so that only a rank that is slow itself is slow here, not those that it holds up.
+Waits are not counted, so a rank that is itself slow is reported, and not the ranks it delays.
 """
 
 import socket
 
 import numpy as np
 
-from megatron_ring.monitoring.ring_profile.report import RingReport, StepTime, gathered
+from megatron_ring.monitoring.ring_profile.report import (
+    RingReport,
+    StepTime,
+    gather_to_rank_zero,
+)
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import ProgressTracker
 
 
-def slowest(seconds_N: np.ndarray, products_N: np.ndarray) -> tuple[int, float]:
-    """The rank that is slowest, and its time over what it should be: the mean, or more where its work is more.
+def find_slowest(seconds: np.ndarray, products: np.ndarray) -> tuple[int, float]:
+    """Return the slowest rank and its compute time over its expected time. Both inputs: (ranks,).
 
-    Less work than the mean is no reproach: such a rank holds nobody up, and what its hops cost besides is not work.
+    The expected time is the mean, scaled up for ranks with more than the mean number of query-key
+    products. It is not scaled down for less work: such a rank delays no other, and a hop has costs
+    that do not depend on the work.
     """
-    should_be = seconds_N.mean() * np.maximum(1, products_N / products_N.mean())
-    rank = int((seconds_N / should_be).argmax())
-    return rank, float((seconds_N / should_be)[rank])
+    relative_work = products / products.mean()
+    expected = seconds.mean() * np.maximum(1, relative_work)
+    over_expected = seconds / expected
+    rank = int(over_expected.argmax())
+    return rank, float(over_expected[rank])
 
 
-class Stragglers:
-    """Looks once a log interval at what all ranks have done since. Building it is collective, and so is ``end``."""
+class StragglerDetector:
+    """Compares the work of all ranks once per log interval.
 
-    def __init__(self, place: ProgressTracker, threshold: float, consensus: Consensus):
-        self._place, self._threshold, self._consensus = place, threshold, consensus
+    The constructor and ``end`` are collective over all processes.
+    """
+
+    def __init__(self, progress: ProgressTracker, threshold: float, consensus: Consensus):
+        self._progress = progress
+        self._threshold = threshold
+        self._consensus = consensus
         self._nodes: list[str] = consensus.gather(socket.gethostname)
-        self._seen: np.ndarray | None = None
+        self._last_work: np.ndarray | None = None
 
     def end(self, time: StepTime) -> RingReport:
-        """The first step, in which much is touched for the first time, is not looked at."""
-        work = np.array(self._place.work, dtype=np.float64)
-        if self._seen is None:
-            self._seen = work
-        elif time.is_told:
-            since, self._seen = work - self._seen, work
-            return self._report(gathered(since, self._consensus))
-        return RingReport()
+        """Report the slowest rank at the end of a log interval.
 
-    def _report(self, work_N2: np.ndarray | None) -> RingReport:
-        if work_N2 is None or not work_N2.any(axis=0).all():
+        The first step is excluded because it pays one-time costs.
+        """
+        work = np.array(self._progress.work, dtype=np.float64)
+        if self._last_work is None:
+            self._last_work = work
             return RingReport()
-        rank, over_mean = slowest(*work_N2.T)
-        found = {"slowest_rank": rank, "slowest_over_mean": over_mean}
-        return RingReport(
-            found, [self._warning(rank, over_mean)] if over_mean > self._threshold else []
-        )
+        if not time.ends_log_interval:
+            return RingReport()
+        in_interval = work - self._last_work
+        self._last_work = work
+        return self._report(gather_to_rank_zero(in_interval, self._consensus))
+
+    def _report(self, work: np.ndarray | None) -> RingReport:
+        """Report on the gathered (ranks, 2) of seconds and products; None: not rank 0."""
+        if work is None or not work.any(axis=0).all():
+            return RingReport()
+        rank, over_mean = find_slowest(*work.T)
+        figures = {"slowest_rank": rank, "slowest_over_mean": over_mean}
+        lines = [self._warning(rank, over_mean)] if over_mean > self._threshold else []
+        return RingReport(figures, lines)
 
     def _warning(self, rank: int, over_mean: float) -> str:
         return (
-            f"straggler        rank {rank} ({self._nodes[rank]}) computes {over_mean:.2f} times as long in its hops as "
-            f"the ranks' mean for such work; --straggler-threshold is {self._threshold}"
+            f"straggler        rank {rank} ({self._nodes[rank]}) takes {over_mean:.2f} times the "
+            "mean compute time of its ring hops, adjusted for its share of the work "
+            f"(--straggler-threshold {self._threshold})"
         )
