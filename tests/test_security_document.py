@@ -13,14 +13,16 @@ from megatron_ring.untrusted import CONFIG_BYTES, METADATA_BYTES, TOKENIZER_BYTE
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/security.md").read_text()
 QUOTED = set(re.findall(r"`([^`\n]+)`", TEXT))
+PROGRAMS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
 
-def test_every_tool_is_listed():
-    imported_only = {"device_trace.py", "streamed_ring.py"}
-    tools = {path.name for path in (ROOT / "tools").glob("*.py")} - imported_only
+def test_every_program_is_listed():
+    programs = {path.name for path in PROGRAMS if "__main__" in path.read_text()}
     patterns = {word.split()[0] for word in QUOTED}
     missing = [
-        tool for tool in sorted(tools) if not any(fnmatch.fnmatch(tool, each) for each in patterns)
+        program
+        for program in sorted(programs)
+        if not any(fnmatch.fnmatch(program, pattern) for pattern in patterns)
     ]
     assert missing == []
 
@@ -40,13 +42,12 @@ def test_named_flags_exist():
     sections = Config, CheckpointConfig, DataConfig, LoggingConfig, ParallelConfig
     known = {flag(option.name) for section in sections for option in fields(section)}
     known |= set(re.findall(r"--[a-z-]+", (ROOT / "README.md").read_text()))
-    programs = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    tools = "".join(path.read_text() for path in programs)
+    sources = "".join(path.read_text() for path in PROGRAMS)
     named = {word.split()[0] for word in QUOTED if word.startswith("--")}
     for name in named:
         is_of_torchrun = name.startswith("--rdzv")
-        is_of_a_tool = name in tools or name[2:].replace("-", "_") in tools
-        assert is_of_torchrun or name in known or is_of_a_tool, name
+        is_of_a_program = name in sources or name[2:].replace("-", "_") in sources
+        assert is_of_torchrun or name in known or is_of_a_program, name
 
 
 def test_stated_limits_match_the_code():
