@@ -33,7 +33,7 @@ SHARD_LENGTH = 8
 
 @dataclass(frozen=True)
 class Fault:
-    """What rank 1 does to itself in the given hop: a signal, or a sleep in seconds; else nothing."""
+    """A fault of rank 1 in the given hop: a signal or a sleep in seconds, by default nothing."""
 
     step: int = 2
     layer: int = 1

@@ -77,7 +77,7 @@ class SlowKernel:
 
 
 def profile_ring(rank: int, world_size: int, folder: Path) -> dict:
-    """Return the sums of each of ``RINGS`` of this size, those with a slow rank 1, and the offset."""
+    """Return the sums of each of ``RINGS`` of this size, those of a slow rank 1, and the offset."""
     links = ProcessGroups.build(Grid(ring=world_size), rank)
     consensus = Consensus.build()
     KERNELS["profiled"] = reference

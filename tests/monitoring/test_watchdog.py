@@ -1,4 +1,4 @@
-"""With a rank stopped, killed or slow, every other rank reports it and the job ends with code 76."""
+"""With a rank stopped, killed or slow, every other rank reports it and exits with code 76."""
 
 import contextlib
 import os
