@@ -9,8 +9,7 @@ import transformers
 
 from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
-from megatron_ring.checkpoint.hugging_face.express import read_model, resolved
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model, resolved
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
