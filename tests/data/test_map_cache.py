@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ring.data.open_files import OpenMaps
+from megatron_ring.data.map_cache import OpenMaps
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.errors import DataError
 

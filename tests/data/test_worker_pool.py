@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ring.data import corpus as cutting
 from megatron_ring.data import prepare as preparing
-from megatron_ring.data import sharing
+from megatron_ring.data import worker_pool
 from megatron_ring.data.corpus import Corpus, gather
 from megatron_ring.data.documents import Reading
 from megatron_ring.data.prepare import Prepared, prepare, work_folder
@@ -39,18 +39,18 @@ def _this_process(processes: int) -> Iterator[Executor]:
 def small_parts(monkeypatch):
     """Parts of two or three documents, every file a shard, and processes that any work is enough for."""
     monkeypatch.setattr(cutting, "SHARD_BYTES", 1)
-    monkeypatch.setattr(sharing, "_PART_CHARACTERS", 2 * len(TEXT))
+    monkeypatch.setattr(worker_pool, "_PART_CHARACTERS", 2 * len(TEXT))
     monkeypatch.setattr(preparing, "_BYTES_FOR_A_PROCESS", 1)
 
 
 @pytest.fixture
 def made(monkeypatch) -> list[Path]:
     """The prefixes of what is made, here instead of in other processes."""
-    prefixes, make = [], sharing.make_in_process
+    prefixes, make = [], worker_pool.make_in_process
     monkeypatch.setattr(
-        sharing, "make_in_process", lambda job: prefixes.append(job.prefix) or make(job)
+        worker_pool, "make_in_process", lambda job: prefixes.append(job.prefix) or make(job)
     )
-    monkeypatch.setattr(sharing, "pool_of", _this_process)
+    monkeypatch.setattr(worker_pool, "pool_of", _this_process)
     return prefixes
 
 
@@ -107,7 +107,7 @@ def test_parts_are_gone_when_they_are_joined(corpus, tokenizer, tmp_path, made):
     tokenizer.save(tmp_path / "the.model")
     (tmp_path / "work").mkdir()
     work = jobs(corpus, tokenizer, tmp_path / "the.model", tmp_path / "work")
-    records = dict(sharing.made_by(2, work, np.dtype(np.uint16)))
+    records = dict(worker_pool.made_by(2, work, np.dtype(np.uint16)))
     assert set(records) == set(work)
     left = {path.name for path in (tmp_path / "work").iterdir()}
     assert left == {
@@ -120,7 +120,7 @@ def test_after_an_interruption_only_missing_parts_are_made(
 ):
     expected = prepared_by(1, corpus, tokenizer, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "_joined", lambda *_: 1 / 0)
+        patch.setattr(worker_pool, "_joined", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepared_by(2, corpus, tokenizer, tmp_path)
     lost = made[3]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_ring.data.inspection import verify
 from megatron_ring.data.manifest import Manifest
-from megatron_ring.data.verify import verify
 from megatron_ring.errors import DataError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from megatron_ring.data.sentencepieces import SPACE
+from megatron_ring.data.sentencepiece_tokenizer import SPACE
 from megatron_ring.errors import DataError
 
 # What published models end a text with, in the order they are looked for.

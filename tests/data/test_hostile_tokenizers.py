@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ring.data import hugging_face_tokens
+from megatron_ring.data import hugging_face_tokenizer
 from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
@@ -115,7 +115,7 @@ def test_a_text_that_the_tokenizers_library_cannot_encode_is_one_error(model):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_what_is_no_error_of_the_tokenizers_library_passes_through(stop):
-    with pytest.raises(stop), hugging_face_tokens._library("x", "cannot"):
+    with pytest.raises(stop), hugging_face_tokenizer._library("x", "cannot"):
         raise stop
 
 

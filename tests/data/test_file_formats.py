@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ring.data.formats import (
+from megatron_ring.data.file_formats import (
     HEAD_BYTES,
     Kind,
     NotJsonLines,
