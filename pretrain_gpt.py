@@ -19,7 +19,7 @@ from megatron_ring.parallel.collective_errors import abort_collectively
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.preflight.run import run_self_test_only, run_startup_check
+from megatron_ring.preflight.self_test import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing, console

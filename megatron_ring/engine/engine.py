@@ -26,18 +26,21 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
-from megatron_ring.engine.fragments import Fragment, fragments, update_compute_weights
-from megatron_ring.engine.gradient_norm import clip, counts_here
-from megatron_ring.engine.loss import counted_tokens, share_of_mean
-from megatron_ring.engine.loss_scale import loss_scale, set_loss_scale
-from megatron_ring.engine.model_parallel_unit import model_parallel_unit
-from megatron_ring.engine.step_gate import StepGate
+from megatron_ring.engine.loss import StepGate, clip, counted_tokens, counts_here, share_of_mean
+from megatron_ring.engine.optimizer_state import (
+    Fragment,
+    fragments,
+    loss_scale,
+    set_loss_scale,
+    update_compute_weights,
+)
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
 from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, keep_freed_memory
+from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.tensor import whole_shape
 from megatron_ring.settings.setup import Setup
 
@@ -298,3 +301,47 @@ def _targets(batches: list[Batch]) -> torch.Tensor:
     return torch.cat(
         [torch.empty(0, dtype=torch.int64), *(batch.targets_Bl.flatten() for batch in batches)]
     )
+
+
+def model_parallel_unit(grid: Grid, groups: ProcessGroups) -> "ModelParallelUnit | None":
+    """What tells DeepSpeed's engine of the tensor axis; None where there is none.
+
+    Every process calls it in the same place. A pipeline's module tells of both axes itself.
+    """
+    if grid.tensor == 1 or grid.pipe > 1:
+        return None
+    data_context = groups.data_context
+    if data_context is None:
+        data_context, _ = dist.new_subgroups_by_enumeration(
+            [[rank] for rank in range(grid.world_size)]
+        )
+    return ModelParallelUnit(groups.tensor, data_context)
+
+
+@dataclass(frozen=True)
+class ModelParallelUnit:
+    """Model parallel is the tensor axis, data parallel is data x context."""
+
+    tensor: dist.ProcessGroup
+    data_context: dist.ProcessGroup
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tensor)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.tensor)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_context
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.data_context)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data_context)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data_context)

@@ -15,7 +15,7 @@ from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.process_id import Process
 from megatron_ring.plan.messages import ring_tensors
-from megatron_ring.preflight.neighbours import ring_exchange
+from megatron_ring.preflight.reachability import ring_exchange
 from megatron_ring.settings.setup import Setup
 
 _LARGEST_MESSAGE = 64 << 20

@@ -3,15 +3,47 @@
 import codecs
 import contextlib
 import locale
+import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+import torch
+
 from megatron_ring.config import Config, parse
-from megatron_ring.errors import MegatronRingError
-from megatron_ring.parallel.environment import Environment
-from megatron_ring.training import determinism
+from megatron_ring.errors import ConfigError, MegatronRingError
+from megatron_ring.parallel.environment import Environment, fix_order_of_sums
+
+# So torch begins what it raises, a RuntimeError without a class of its own (Context::alertNotDeterministic).
+_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
+
+
+def begin(is_rank_zero: bool) -> None:
+    """Bind this process to what repeats itself, before CUDA and process groups start; ``is_rank_zero``: and say so.
+
+    From here on an operator that does not repeat itself raises, and torch fills the memory that it hands out.
+    """
+    fix_order_of_sums()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it picks by the clock
+    if is_rank_zero:
+        print(
+            "deterministic    the same bits from run to run, on the same devices and as many of them",
+            flush=True,
+        )
+
+
+def refusal(error: RuntimeError) -> ConfigError | None:
+    """What to tell the user where ``error`` is torch's, for an operator that only knows how not to repeat itself."""
+    refused = _REFUSED.match(str(error))
+    if not refused:
+        return None
+    return ConfigError(
+        f"deterministic cannot be had: torch has no form of its operator {refused[1]} that adds up in the same order "
+        "every time on this device. Leave --deterministic out."
+    )
+
 
 # A launcher kills all ranks once one has left, so those that keep silent give rank 0 the time to speak.
 _SECONDS_TO_SPEAK = 3
@@ -42,7 +74,7 @@ def arguments(environment: Environment) -> Config:
     ]
     config = parse(given, console=environment.global_rank == 0)
     if config.training.deterministic:
-        determinism.begin(is_rank_zero=environment.global_rank == 0)
+        begin(is_rank_zero=environment.global_rank == 0)
     return config
 
 
@@ -57,7 +89,7 @@ def report_once(environment: Environment) -> Iterator[None]:
     except MegatronRingError as error:
         _leave(error, environment, is_rank_zero=environment.global_rank == 0)
     except RuntimeError as error:
-        refused = determinism.refusal(error)
+        refused = refusal(error)
         if refused is None:
             raise
         _leave(

@@ -20,9 +20,8 @@ from megatron_ring.monitoring.ring_profile.watch import RingWatch
 from megatron_ring.parallel.collective_errors import run_checked_each_step
 from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.plan.flops import full_attention_flops, training_flops
-from megatron_ring.training.bad_steps import BadSteps
+from megatron_ring.training.bad_steps import BadSteps, Guard
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.guards import Guard
 from megatron_ring.training.schedule import learning_rate
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping

@@ -1,10 +1,14 @@
 """One rule: summed token losses over the number of tokens that count, wherever they lie."""
 
+import pytest
 import torch
 
 from megatron_ring.data.packing import IGNORED
-from megatron_ring.engine.loss import counted_tokens, share_of_mean
+from megatron_ring.engine.loss import clip, counted_tokens, share_of_mean
 from megatron_ring.kernels.cross_entropy import head_loss_sum
+from megatron_ring.parallel.collectives import ProcessGroups
+from tests.distributed import run_ranks
+from tests.training import tiny
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(2, 6, 4, generator=GENERATOR, dtype=torch.float64)
@@ -45,3 +49,49 @@ def test_a_rank_whose_tokens_all_predict_nothing_gives_zero_and_zero_gradients()
     share.backward()
     assert share == 0
     assert (hidden.grad == 0).all()
+
+
+def parameter(gradient: list[float], **marks: object) -> torch.nn.Parameter:
+    made = torch.nn.Parameter(torch.zeros(len(gradient)))
+    made.grad = torch.tensor(gradient)
+    for name, value in marks.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_gradients_beyond_the_largest_norm_are_scaled_down_to_it():
+    parameters = [parameter([3.0]), parameter([0.0, 4.0]), torch.nn.Parameter(torch.zeros(1))]
+    assert clip(parameters, 10.0, ProcessGroups()) == pytest.approx(5.0)
+    assert parameters[0].grad.item() == 3.0
+    assert clip(parameters, 1.0, ProcessGroups()) == pytest.approx(5.0)
+    torch.testing.assert_close(
+        torch.cat([parameters[0].grad, parameters[1].grad]), torch.tensor([0.6, 0.0, 0.8])
+    )
+
+
+def test_a_tied_copy_on_a_later_stage_is_clipped_and_not_counted():
+    first, copy = parameter([3.0]), parameter([4.0], ds_pipe_replicated=True)
+    assert clip([first, copy], 1.5, ProcessGroups()) == pytest.approx(3.0)
+    torch.testing.assert_close(copy.grad, torch.tensor([2.0]))
+
+
+def unclipped(rank: int, world_size: int, prefix, parallel: dict) -> list[list[float]]:
+    runs = [
+        tiny.Run(
+            tiny.config(parallel=parallel, training={"clip_grad": 0.0, "zero_stage": stage}),
+            prefix,
+            rank,
+            world_size,
+        )
+        for stage in (0, 1)
+    ]
+    return [[norm for _, norm in run.steps(2)] for run in runs]
+
+
+@pytest.mark.parametrize("axis", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_the_norm_is_told_where_nothing_is_clipped(axis, tmp_path):
+    prefix = tiny.write_store(tmp_path)
+    ((alone, _),) = run_ranks(1, unclipped, prefix, {})
+    for without_zero, with_zero in run_ranks(2, unclipped, prefix, {axis: 2}):
+        assert without_zero == pytest.approx(alone, rel=1e-5)
+        assert with_zero == pytest.approx(alone, rel=1e-5)

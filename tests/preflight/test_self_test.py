@@ -24,11 +24,11 @@ from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.preflight import consistency as alike
-from megatron_ring.preflight import fingerprints as facts
+from megatron_ring.preflight import consistency as facts
 from megatron_ring.preflight import link_bandwidth as hops
-from megatron_ring.preflight import neighbours
+from megatron_ring.preflight import reachability as neighbours
 from megatron_ring.preflight.exactness import allowed
-from megatron_ring.preflight.report import Report, self_test
+from megatron_ring.preflight.self_test import Report, self_test
 from megatron_ring.settings.setup import Setup
 from tests.distributed import run_ranks
 from tests.programs import free_port, start_rank, working_folder

@@ -13,7 +13,7 @@ from megatron_ring.errors import ConfigError, KernelUnavailable
 from megatron_ring.kernels.attention.support import SUPPORT, Feature, Unsupported
 from megatron_ring.parallel.environment import fix_order_of_sums
 from megatron_ring.settings.setup import Setup
-from megatron_ring.training import determinism
+from megatron_ring.training import entry as determinism
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 from tests.training import tiny
 

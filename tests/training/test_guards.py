@@ -19,9 +19,8 @@ from megatron_ring.config import Config, GuardsConfig
 from megatron_ring.engine.engine import StepResult
 from megatron_ring.errors import Diverged
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport, origin
-from megatron_ring.training.bad_steps import BadSteps
+from megatron_ring.training.bad_steps import BadSteps, Guard
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.guards import Guard
 from megatron_ring.training.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.training import tiny

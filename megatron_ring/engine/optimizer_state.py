@@ -157,3 +157,25 @@ def update_compute_weights(optimizer: Any) -> None:
     elif hasattr(optimizer, "fp16_groups"):
         for half, single in _copies(optimizer):
             half.copy_(single)
+
+
+_COUNTED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scale(optimizer: Any) -> dict[str, float]:
+    """What ``optimizer``'s scaler has counted; nothing in other types, whose losses are not scaled."""
+    return {name: value for name, value in _state(optimizer).items() if name in _COUNTED}
+
+
+def set_loss_scale(optimizer: Any, counted: dict[str, float]) -> None:
+    """Go on from what ``loss_scale`` gave; without effect in other types."""
+    _state(optimizer).update(counted)
+
+
+def _state(optimizer: Any) -> dict[str, Any]:
+    """The attributes of its scaler, where that adapts; ZeRO and the half-precision optimizers name theirs apart."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(
+        optimizer, "loss_scale_config", None
+    )
+    adapts = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+    return vars(scaler) if adapts else {}

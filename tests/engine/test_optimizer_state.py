@@ -6,7 +6,7 @@ import torch
 from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
 
-from megatron_ring.engine.loss_scale import loss_scale, set_loss_scale
+from megatron_ring.engine.optimizer_state import loss_scale, set_loss_scale
 
 
 def zero_optimizer() -> SimpleNamespace:

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass
 
+from megatron_ring.config import Config
+from megatron_ring.data.dataset import Dataset
+from megatron_ring.engine.engine import leave_processes
+from megatron_ring.parallel.collective_errors import abort_collectively, run_checked
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.preflight.consistency import check_data, check_options_and_code
 from megatron_ring.preflight.exactness import Errors, allowed, check_attention
 from megatron_ring.preflight.link_bandwidth import (
     Link,
@@ -14,8 +20,7 @@ from megatron_ring.preflight.link_bandwidth import (
     message_bytes,
     slow,
 )
-from megatron_ring.preflight.neighbours import check_neighbours
-from megatron_ring.preflight.reachability import check_reach
+from megatron_ring.preflight.reachability import check_neighbours, check_reach
 from megatron_ring.settings.setup import Setup
 
 _LINKS_NAMED = 16
@@ -88,3 +93,27 @@ def self_test(setup: Setup, groups: ProcessGroups, consensus: Consensus) -> Repo
     errors = check_attention(setup, groups, processes, consensus)
     links = measure_links(setup, groups, processes, consensus)
     return Report(setup, processes, errors, sorted(links, key=lambda link: link.bytes_per_second))
+
+
+def run_startup_check(setup: Setup, groups: ProcessGroups, consensus: Consensus) -> None:
+    """Rank 0 says what was found. Raises on every rank, once all have left their groups, what is wrong on any."""
+    with abort_collectively():
+        tested = self_test(setup, groups, consensus)
+    if consensus.rank == 0:
+        print(tested.line())
+
+
+def run_self_test_only(config: Config, environment: Environment, consensus: Consensus) -> None:
+    """Says and raises as above, and leaves the processes. Data is looked at if it was named."""
+    with abort_collectively():
+        check_options_and_code(config, consensus)
+        setup = run_checked(consensus, lambda: Setup.of(config, environment.world_size))
+        if config.data.data_path:
+            run_checked(consensus, lambda: Dataset.open(config.data, config.training.seed))
+            check_data(config.data, consensus)
+        tested = self_test(
+            setup, ProcessGroups.build(setup.grid, environment.global_rank), consensus
+        )
+    if consensus.rank == 0:
+        print(tested.in_full())
+    leave_processes()
