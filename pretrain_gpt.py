@@ -56,7 +56,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     place.follow(model)
     engine = start_engine(model, setup, groups)
     if config.logging.profile_ring:
-        engine.within_optimizer_step(place.optimizing)
+        engine.wrap_optimizer_step(place.optimizing)
     if start.stored:
         with abort_collectively():
             checkpointing.resume(engine, start.stored, consensus)

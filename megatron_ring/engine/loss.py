@@ -1,9 +1,17 @@
-"""The loss, by one rule: the sum of token losses over the number of tokens that count, of the whole global batch.
+"""Loss and gradient norm of the global batch, and the gate that refuses a bad optimizer step.
 
-Ranks and micro-batches may hold unequal numbers of counted tokens, none included, so a mean of means is wrong. Each
-micro-batch gives its local sum (model/gpt.py); the count is taken over all micro-batches and all data x context ranks
-before the first backward. DeepSpeed averages gradients over its data axis (D x C) and over micro-batches, hence the
-factor. Tensor ranks and pipeline stages share a loss and are counted once.
+Every token and every parameter counts exactly once, on whichever rank it lies.
+
+The loss is the sum of token losses over the number of counted tokens of the whole global batch.
+Ranks and micro-batches may hold different numbers of counted tokens, including none, so a mean of
+means would be wrong. Each micro-batch gives a local sum (model/gpt.py); the tokens are counted over
+all micro-batches and all data x context ranks before the first backward pass. DeepSpeed averages
+gradients over its data axis (data x context) and over micro-batches; ``token_mean_factor``
+compensates for that. Tensor ranks and pipeline stages share a loss, which counts once.
+
+DeepSpeed computes the gradient norm in its ZeRO and half-precision optimizers. In fp32 without ZeRO
+it reports none, and over pipeline stages it would leave out what only later stages hold, so
+``clip_gradients`` replaces it there.
 """
 
 import math
@@ -20,64 +28,73 @@ from megatron_ring.parallel.tensor import split_of
 
 
 def counted_tokens(targets_Bl: torch.Tensor) -> torch.Tensor:
-    """How many targets count: a scalar, int64."""
+    """Return the number of targets that count towards the loss: an int64 scalar."""
     return (targets_Bl != IGNORED).sum()
 
 
-def share_of_mean(global_count: torch.Tensor, averaged_over: int) -> torch.Tensor:
-    """What to multiply local sums by, so that a mean over ``averaged_over`` such shares is the true token mean.
+def token_mean_factor(global_count: torch.Tensor, averaged_over: int) -> torch.Tensor:
+    """Return the factor for local loss sums whose average is the mean over all counted tokens.
 
-    ``averaged_over`` is D x C x micro-batches of a step: what DeepSpeed divides by.
+    ``averaged_over``: data x context ranks times micro-batches of a step, which DeepSpeed divides
+    by.
     """
     return averaged_over / global_count.clamp(min=1)
 
 
-def clip(
+def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, groups: ProcessGroups
 ) -> torch.Tensor:
-    """Scale the gradients down to ``max_norm`` where they exceed it; returns the norm before.
+    """Scale gradients down to a global norm of at most ``max_norm``; return the norm before.
 
-    Sums over the pipe x tensor ranks that hold one copy of all parameters between them; blocks.
+    All-reduces over the pipe x tensor ranks, which together hold every parameter once; blocks.
     """
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = _norm([p.grad for p in held if counts_here(p, groups)], held[0].device, groups.model)
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    counted = [p.grad for p in with_gradient if is_counted_here(p, groups)]
+    norm = _global_norm(counted, with_gradient[0].device, groups.model)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in held:
+    for parameter in with_gradient:
         parameter.grad.mul_(factor)
     return norm
 
 
-def counts_here(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
-    """Whether this process is the one of pipe x tensor where what ``parameter`` holds counts.
+def is_counted_here(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
+    """Return whether this rank is the one of its pipe x tensor group that counts ``parameter``.
 
-    Replicas count on the first tensor rank, and a tied embedding, which DeepSpeed marks, on the first stage.
+    A parameter replicated over tensor ranks counts on the first of them. A tied embedding counts on
+    the first pipeline stage; DeepSpeed marks its copy on the last stage as ``ds_pipe_replicated``.
     """
-    first = groups.tensor is None or dist.get_rank(groups.tensor) == 0
-    return (first or split_of(parameter) is not None) and not getattr(
-        parameter, "ds_pipe_replicated", False
-    )
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    is_first_tensor_rank = groups.tensor is None or dist.get_rank(groups.tensor) == 0
+    return is_first_tensor_rank or split_of(parameter) is not None
 
 
-def _norm(
-    gradients: list[torch.Tensor], device: torch.device, model: dist.ProcessGroup | None
+def _global_norm(
+    gradients: list[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    norm = (
-        torch.nn.utils.get_total_norm(gradients).to(device)
-        if gradients
-        else torch.zeros((), device=device)
-    )
-    if model is None:
+    norm = torch.zeros((), device=device)
+    if gradients:
+        norm = torch.nn.utils.get_total_norm(gradients).to(device)
+    if group is None:
         return norm
     square = norm.square()
-    dist.all_reduce(square, group=model)
+    dist.all_reduce(square, group=group)
     return square.sqrt()
 
 
 class StepGate:
-    """One step's: refused, if its loss or gradient norm is not finite, or its loss is above ``highest_loss``.
+    """Decides for one step, with the same result on all ranks, whether its update is applied.
 
-    ``own_loss``: gives this process's share of the global mean, so that the sum over all processes is the mean.
-    ``grad_norm``: gives the norm of the whole gradient; DeepSpeed has -1 for some that are not finite.
+    A step is refused if its loss or gradient norm is not finite, or its loss is above
+    ``highest_loss``. Adam's ``step`` checks the gate: every DeepSpeed engine calls it, whatever its
+    ZeRO stage, dtype or pipeline, once the norm of the whole gradient is known and before any
+    weight changes (ZeRO 1, 2 and 3 once for each of their parameter groups). A refused step leaves
+    weights, moments, step counts and low-precision copies of the weights bit for bit as they were.
+    Where DeepSpeed itself finds that the norm is not finite, it does not call Adam at all.
+
+    ``own_loss`` returns this rank's share of the global mean; the shares of all ranks add up to it.
+    ``grad_norm`` returns the norm of the whole gradient; DeepSpeed reports some non-finite ones
+    as -1.
     """
 
     def __init__(
@@ -86,29 +103,34 @@ class StepGate:
         grad_norm: Callable[[], torch.Tensor | float],
         highest_loss: float,
     ):
-        self._own_loss, self._grad_norm, self._highest_loss = own_loss, grad_norm, highest_loss
+        self._own_loss = own_loss
+        self._grad_norm = grad_norm
+        self._highest_loss = highest_loss
 
     @property
     def loss(self) -> float:
-        """The mean over the global batch's counted tokens, nats."""
-        return self._shared[0]
+        """The mean over the global batch's counted tokens, in nats."""
+        loss, _ = self._reduced
+        return loss
 
     @property
     def refused(self) -> bool:
-        loss, norms = self._shared
-        return not (math.isfinite(loss) and math.isfinite(norms) and loss <= self._highest_loss)
+        """Whether the step must not change any weight."""
+        loss, norm_check = self._reduced
+        is_finite = math.isfinite(loss) and math.isfinite(norm_check)
+        return not (is_finite and loss <= self._highest_loss)
 
     @cached_property
-    def _shared(self) -> tuple[float, float]:
-        """(loss, 0 or nan), from one all-reduce of two numbers: all ranks get its bits, so all decide the same.
+    def _reduced(self) -> tuple[float, float]:
+        """(loss, 0 or nan) from one all-reduce of two numbers, so that all ranks decide the same.
 
-        The first to ask blocks until all processes have, and until the device is done with the gradient.
+        The second is nan if any rank's gradient norm is not finite. The first access blocks until
+        all ranks have made theirs and the device has computed the gradient.
         """
         own_loss = self._own_loss().float()
         norm = torch.as_tensor(self._grad_norm(), dtype=torch.float32, device=own_loss.device)
-        shared = torch.stack(
-            [own_loss, torch.where(norm >= 0, norm * 0, math.nan)]
-        )  # infinity x 0 is nan, too
-        dist.all_reduce(shared)
-        loss, norms = shared.tolist()
-        return loss, norms
+        norm_check = torch.where(norm >= 0, norm * 0, math.nan)  # infinity x 0 is nan, too
+        reduced = torch.stack([own_loss, norm_check])
+        dist.all_reduce(reduced)
+        loss, norm_check = reduced.tolist()
+        return loss, norm_check

@@ -128,7 +128,7 @@ class BadSteps:
         ]
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return words
-        return [*words, origin(self.saver.consensus.gather(self.engine.seen))]
+        return [*words, origin(self.saver.consensus.gather(self.engine.non_finite_report))]
 
     def _ending(self, newest: Path | None) -> list[str]:
         """Why the run ends, and how it goes on."""

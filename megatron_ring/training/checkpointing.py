@@ -72,7 +72,7 @@ def resume(engine: Engine, stored: store.Stored, consensus: Consensus) -> None:
     """
     read = _any_error(
         f"{stored.path} cannot be loaded",
-        lambda: engine.read(Tensors.open(stored.path), stored.state),
+        lambda: engine.load(Tensors.open(stored.path), stored.state),
     )
     try:
         run_checked(consensus, read)
@@ -146,7 +146,7 @@ class Saver:
         final = names.final_path(Path(self._config.checkpoint.save), state.step)
         if not retire and self.consensus.run_on_rank_zero(final.exists):
             return
-        state = replace(state, **engine.counters(), processes=self._processes)
+        state = replace(state, **engine.optimizer_state(), processes=self._processes)
         shapes = {
             name: shape
             for of_rank in self.consensus.gather(engine.shapes)

@@ -1,4 +1,4 @@
-"""The scale that a run has tuned goes on; types that have none are left alone."""
+"""A resumed run continues the loss scale; dtypes without one are left alone."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from megatron_ring.engine.optimizer_state import loss_scale, set_loss_scale
 
 
 def zero_optimizer() -> SimpleNamespace:
-    """What ZeRO's optimizers have in fp16; no processor here computes in it."""
+    """The part of ZeRO's fp16 optimizers that holds the scale; fp16 does not train on a CPU."""
     return SimpleNamespace(
         loss_scaler=DynamicLossScaler(
             2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
@@ -19,31 +19,31 @@ def zero_optimizer() -> SimpleNamespace:
 
 
 def half_precision_optimizer() -> SimpleNamespace:
-    """What the optimizer without ZeRO has in fp16."""
+    """The part of the fp16 optimizer without ZeRO that holds the scale."""
     return SimpleNamespace(loss_scale_config=LossScaleConfig(torch.float16, True, 1.0, None))
 
 
-def test_a_scaler_goes_on_where_the_other_was(monkeypatch):
+def test_a_restored_scaler_continues_as_the_original_does(monkeypatch):
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # rank 0 reports each overflow
-    straight, resumed = zero_optimizer(), zero_optimizer()
+    original, resumed = zero_optimizer(), zero_optimizer()
     for overflow in (True, True, False):
-        straight.loss_scaler.update_scale(overflow)
-    set_loss_scale(resumed, loss_scale(straight))
+        original.loss_scaler.update_scale(overflow)
+    set_loss_scale(resumed, loss_scale(original))
     for overflow in (False, False, True, False, True, False, False):
-        straight.loss_scaler.update_scale(overflow)
+        original.loss_scaler.update_scale(overflow)
         resumed.loss_scaler.update_scale(overflow)
-        assert vars(resumed.loss_scaler) == vars(straight.loss_scaler)
-    assert straight.loss_scaler.cur_scale != 2**16
+        assert vars(resumed.loss_scaler) == vars(original.loss_scaler)
+    assert original.loss_scaler.cur_scale != 2**16
 
 
-def test_the_other_optimizer_s_scale_is_found_too():
-    straight, resumed = half_precision_optimizer(), half_precision_optimizer()
-    straight.loss_scale_config.cur_scale, straight.loss_scale_config.cur_iter = 128.0, 7
-    set_loss_scale(resumed, loss_scale(straight))
-    assert vars(resumed.loss_scale_config) == vars(straight.loss_scale_config)
+def test_the_scale_of_the_optimizer_without_zero_is_restored():
+    original, resumed = half_precision_optimizer(), half_precision_optimizer()
+    original.loss_scale_config.cur_scale, original.loss_scale_config.cur_iter = 128.0, 7
+    set_loss_scale(resumed, loss_scale(original))
+    assert vars(resumed.loss_scale_config) == vars(original.loss_scale_config)
 
 
-def test_a_run_in_another_type_takes_nothing_from_it():
+def test_a_bf16_optimizer_ignores_the_state():
     bfloat16 = SimpleNamespace(loss_scaler=LossScaler(scale=1.0))
     set_loss_scale(bfloat16, loss_scale(zero_optimizer()))
     assert bfloat16.loss_scaler.cur_scale == 1.0

@@ -77,7 +77,7 @@ def same(run: tiny.Run, other: tiny.Run) -> bool:
     return (
         held
         and all(torch.equal(a, b) for a, b in parameters)
-        and run.engine.counters() == other.engine.counters()
+        and run.engine.optimizer_state() == other.engine.optimizer_state()
     )
 
 
