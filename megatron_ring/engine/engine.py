@@ -211,7 +211,7 @@ class Engine:
             pieces += fragment.pieces_to_save(rank, ranks)
         return pieces
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def optimizer_counters(self) -> dict[str, Any]:
         """Return the optimizer's counters for a checkpoint's RunState, by its field names."""
         steps = [int(moments["step"]) for moments in self.adam.state.values()]
         return {

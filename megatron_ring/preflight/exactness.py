@@ -2,8 +2,8 @@
 
 The sample is short and drawn identically on every rank. Layout, groups, kernel, dtype, heads,
 windows and documents are the run's own; stripes are narrower where a short sample would not have
-enough of them. The reference is plain torch in float64 over the whole sample. It shares no code with
-the kernels, the masks and the ring, so that the same bug cannot be in both.
+enough of them. The reference is plain torch in float64 over the whole sample. It shares no code
+with the kernels, the masks and the ring, so that the same bug cannot be in both.
 """
 
 import math

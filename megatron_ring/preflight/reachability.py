@@ -1,8 +1,8 @@
 """Checks that ranks reach each other and that each process group has the members the grid says.
 
 Every process sends its identity (global rank, host name, process id) through each of its groups,
-the way the run's own tensors travel: around the ring in both directions by the ring exchange, in the
-other groups by an all-gather, which returns them in member order. Apart from these groups, the
+the way the run's own tensors travel: around the ring in both directions by the ring exchange, in
+the other groups by an all-gather, which returns them in member order. Apart from these groups, the
 watchdog needs TCP connections between ranks; one rank of each host tries every other host.
 """
 
@@ -29,9 +29,10 @@ _MAX_PROBLEMS_SHOWN = 8
 
 
 class _Member(NamedTuple):
-    """A member of one of this process's groups: its role, the rank the grid has there, and who answered.
+    """A member of one of this process's groups, as expected and as found.
 
-    process: None where the group is too small to have this member.
+    role: its place in the group. expected_rank: its global rank by the grid. process: the process
+    that was found there, None where the group is too small to have this member.
     """
 
     role: str
@@ -146,9 +147,9 @@ def check_reach(consensus: Consensus) -> None:
         problems = _from_all_ranks(failures, consensus)
     if problems:
         remedy = (
-            "Ranks connect to each other by TCP to find out which of them is stuck or has died. Set "
-            "GLOO_SOCKET_IFNAME to the interface that connects the hosts, open the ports between "
-            "them, or set --ring-timeout 0."
+            "Ranks connect to each other by TCP to find out which of them is stuck or has died. "
+            "Set GLOO_SOCKET_IFNAME to the interface that connects the hosts, open the ports "
+            "between them, or set --ring-timeout 0."
         )
         raise ConfigError([*_shortened(problems, " pairs"), remedy])
 

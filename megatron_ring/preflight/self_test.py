@@ -112,8 +112,8 @@ class SelfTestReport:
         if more > 0:
             shown += f" and {more} more"
         return [
-            f"slow links       {shown}: MB/s, less than half of the median within a host or between "
-            "hosts; check the network, and what else uses it"
+            f"slow links       {shown}: MB/s, less than half of the median within a host or "
+            "between hosts; check the network, and what else uses it"
         ]
 
 

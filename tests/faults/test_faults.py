@@ -79,12 +79,12 @@ CASES = {
     "a rank is told to end in a save": Case(
         Fault("is told to end", step=6, hop=0),
         (STOPPED, STOPPED),
-        out="stopped          after step 7, as a signal asked; --load saved goes on from there",
+        out="stopped          after step 7, on a signal; --load saved continues from there",
     ),
     "a rank is told to end in a save aside": Case(
         Fault("is told to end", step=6, hop=0),
         (STOPPED, STOPPED),
-        out="stopped          after step 7, as a signal asked; --load saved goes on from there",
+        out="stopped          after step 7, on a signal; --load saved continues from there",
         flags=("--async-save",),
     ),
     "the data file is cut": Case(

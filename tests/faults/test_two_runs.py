@@ -132,7 +132,7 @@ def test_ranks_of_a_killed_deepspeed_stop_in_order_with_a_checkpoint(folder):
         )
         step = int(latest(folder).removeprefix("step-"))
         assert (
-            f"stopped          after step {step}, as its launcher has ended; --load saved goes on from there"
+            f"stopped          after step {step}, as its launcher has ended; --load saved continues from there"
             in said
         )
         assert "Traceback" not in said

@@ -13,7 +13,7 @@ from tests.checkpoint.small import write
 def lines(folder: Path, load: Path, save: Path, train_iters: int = 20) -> str:
     checkpoint = CheckpointConfig(load=str(load), save=str(save))
     config = Config(checkpoint=checkpoint, training=TrainingConfig(train_iters=train_iters))
-    return "\n".join(console._beginning(store.newest(folder), config, []))
+    return "\n".join(console._resume_lines(store.newest(folder), config, []))
 
 
 @pytest.mark.parametrize(

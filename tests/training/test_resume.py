@@ -19,7 +19,7 @@ from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, DataError, Diverged
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.settings.setup import Setup
-from megatron_ring.training import checkpointing
+from megatron_ring.training.checkpoint_selection import select_checkpoint
 from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
@@ -463,8 +463,8 @@ def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
             with pytest.raises(
                 CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"
             ):
-                checkpointing.find(setup, tiny.VOCAB, consensus)
-        assert checkpointing.find(setup, tiny.VOCAB, consensus).state.step == 10
+                select_checkpoint(setup, tiny.VOCAB, consensus)
+        assert select_checkpoint(setup, tiny.VOCAB, consensus).state.step == 10
 
 
 def test_a_checkpoint_that_cannot_be_read_for_want_of_memory_is_not_passed_over(tmp_path):
@@ -483,7 +483,7 @@ def found(rank: int, world_size: int, cases: list[dict], cwd: Path) -> list[str]
     for folders in cases:
         setup = Setup.of(tiny.config(checkpoint=folders), world_size)
         try:
-            stored = checkpointing.find(setup, tiny.VOCAB, consensus)
+            stored = select_checkpoint(setup, tiny.VOCAB, consensus)
             told.append(f"{stored.path} {stored.state.step}" if stored else "afresh")
         except CheckpointError as error:
             told.append(str(error))
@@ -504,7 +504,7 @@ LOADS = [
     ),
     (
         {"load": "run/step-00000007"},
-        "run/step-00000007 is not whole: .*Beside it are .*step-00000005",
+        "run/step-00000007 is not complete: .*The same folder has .*step-00000005",
     ),
     ({"load": "run/latest"}, r"run/latest is a file.*\n?Set --load"),
     ({"load": "run/step-00000005/state.json"}, "is a file"),

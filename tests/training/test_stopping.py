@@ -89,9 +89,7 @@ def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_starte
     stopped_after = metrics(folder / "stopped.jsonl")[-1]["step"]
     assert stopped_after < STEPS
     assert (
-        said.count(
-            f"after step {stopped_after}, as a signal asked; --load saved goes on from there"
-        )
+        said.count(f"after step {stopped_after}, on a signal; --load saved continues from there")
         == 1
     )
 
@@ -114,7 +112,7 @@ def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
     ranks[1].send_signal(signal.SIGINT)
     codes, said = ended(ranks)
     assert codes == {75}, said
-    assert said.count("nothing is kept: --save is not set") == 1
+    assert said.count("nothing is saved: --save is not set") == 1
     assert "Traceback" not in said
 
 
@@ -125,7 +123,7 @@ def test_told_while_it_waits_for_others_it_leaves_at_once(folder):
     ranks[0].send_signal(signal.SIGUSR1)
     codes, said = ended(ranks)
     assert codes == {75}, said
-    assert said.count("stopped          before the first step, as a signal asked") == 1
+    assert said.count("stopped          before the first step, on a signal") == 1
 
 
 INTERRUPTED_TWICE = """\

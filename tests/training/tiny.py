@@ -29,6 +29,7 @@ from megatron_ring.parallel.environment import Environment
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
+from megatron_ring.training.checkpoint_selection import select_checkpoint
 from megatron_ring.training.schedule import learning_rate
 
 VOCAB = 61
@@ -132,7 +133,7 @@ class Run:
         return self.saver.finish()
 
     def find(self) -> Stored | None:
-        return checkpointing.find(self.setup, VOCAB, self.consensus)
+        return select_checkpoint(self.setup, VOCAB, self.consensus)
 
     def resume(self, stored: Stored) -> None:
         checkpointing.resume(self.engine, stored, self.consensus)
