@@ -31,7 +31,7 @@ from megatron_ring.training.stopping import Stopping
 
 
 def main(config: Config, environment: Environment, stopping: Stopping) -> None:
-    """Run the program that ``config`` asks for: a dry run, the self-test, or training."""
+    """Run a dry run, the self-test, or training, as ``config`` selects."""
     is_rank_zero = environment.global_rank == 0
     if config.dry_run:
         world_size = config.parallel.world_size or environment.world_size

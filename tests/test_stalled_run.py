@@ -1,4 +1,4 @@
-"""The program with one rank stopped: the message, and the exit code behind the launcher."""
+"""The program with one rank stopped: the message, and the launcher's exit code."""
 
 import re
 import signal

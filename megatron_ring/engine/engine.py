@@ -356,7 +356,7 @@ def _targets(batches: list[Batch]) -> torch.Tensor:
 def _model_parallel_unit(grid: Grid, groups: ProcessGroups) -> "_ModelParallelUnit | None":
     """Return what DeepSpeed's engine needs about the tensor axis; None without one.
 
-    Collective: every rank must call it. DeepSpeed's pipeline module knows both axes by itself.
+    Collective: every rank must call it. DeepSpeed's pipeline module handles both axes itself.
     """
     if grid.tensor == 1 or grid.pipe > 1:
         return None

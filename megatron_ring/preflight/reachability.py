@@ -1,4 +1,4 @@
-"""Checks that ranks reach each other and that each process group has the members the grid says.
+"""Checks that ranks reach each other and that process groups have the members of the grid.
 
 Every process sends its identity (global rank, host name, process id) through each of its groups,
 the way the run's own tensors travel: around the ring in both directions by the ring exchange, in

@@ -1,6 +1,6 @@
 """Graceful stops: after a signal, all ranks end after the same step, save, and can be restarted.
 
-SLURM sends SIGUSR1 before a time limit if asked to, preemption and launchers send SIGTERM, Ctrl-C
+SLURM can be set to send SIGUSR1 before a time limit, preemption and launchers send SIGTERM, Ctrl-C
 sends SIGINT; a second Ctrl-C exits at once, without a checkpoint. The exit code is EX_TEMPFAIL
 (75): start the same command again with --load. srun forwards signals to every rank. torchrun
 forwards SIGTERM, waits 30 s, and exits with 1; SIGUSR1 kills it. Each of them kills the
@@ -82,7 +82,7 @@ class Stopping:
         self._begun.set()
 
     def agreed(self, step: int) -> bool:
-        """Return whether any rank has been asked to stop, the same on all.
+        """Return whether a stop was requested on any rank, the same on all.
 
         Called by all ranks once a step; blocks until all have called it.
         """
@@ -170,7 +170,7 @@ class Stopping:
 
     @property
     def _reason(self) -> str:
-        """Why the run stops, as far as this rank can tell: another may have been asked first."""
+        """Why the run stops, as far as this rank can see: another may have had a signal first."""
         if not self._got_signal and self._launchers and self._launchers.ended():
             return "as its launcher has ended"
         return "on a signal"

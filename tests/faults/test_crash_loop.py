@@ -4,7 +4,7 @@ Two ranks over gloo are killed together with SIGKILL: while they start, in a ste
 the moment when a resumed run cuts its metrics file. After every kill the metrics file must have
 each step up to the newest checkpoint once; at the end the file and all checkpoints must be those of
 an undisturbed run, except for times, and no complete line may have been lost.
-``--kills`` says how many kills there are.
+``--kills`` sets the number of kills.
 """
 
 import contextlib

@@ -74,17 +74,17 @@ def test_another_runtime_error_is_not_turned_into_a_user_error():
     assert entry.nondeterminism_error(RuntimeError("out of memory")) is None
 
 
-@pytest.mark.parametrize("asked", ["auto", "sdpa"])
-def test_auto_skips_a_nondeterministic_kernel_and_naming_it_is_an_error(asked, monkeypatch):
+@pytest.mark.parametrize("requested", ["auto", "sdpa"])
+def test_auto_skips_a_nondeterministic_kernel_and_naming_it_is_an_error(requested, monkeypatch):
     monkeypatch.setitem(
         SUPPORT[Feature.DETERMINISM],
         ("sdpa", "cpu"),
         Unsupported("it adds at random", "Set another"),
     )
-    parallel = {"attention_kernel": asked}
+    parallel = {"attention_kernel": requested}
     assert Setup.of(tiny.config(parallel=parallel), 2).kernel.name == "sdpa"
     deterministic = tiny.config(parallel=parallel, training={"deterministic": True})
-    if asked == "auto":
+    if requested == "auto":
         assert Setup.of(deterministic, 2).kernel.name == "reference"
     else:
         with pytest.raises(KernelUnavailable, match="sdpa.*it adds at random"):
@@ -93,9 +93,9 @@ def test_auto_skips_a_nondeterministic_kernel_and_naming_it_is_an_error(asked, m
 
 def test_cudnn_is_refused_on_cuda(monkeypatch):
     monkeypatch.setattr("megatron_ring.settings.setup.device_type", lambda: "cuda")
-    asked = {"parallel": {"attention_kernel": "cudnn"}, "model": {"hidden_size": 256}}
+    sections = {"parallel": {"attention_kernel": "cudnn"}, "model": {"hidden_size": 256}}
     with pytest.raises(KernelUnavailable, match="cudnn"):
-        Setup.of(tiny.config(**asked, training={"dtype": "bf16", "deterministic": True}), 2)
+        Setup.of(tiny.config(**sections, training={"dtype": "bf16", "deterministic": True}), 2)
 
 
 def run(folder: Path, *flags: str, program: Path = PROGRAM) -> list[tuple[int, str]]:
