@@ -1,8 +1,9 @@
-"""The pipeline under DeepSpeed: its module, built stage by stage, and its engine, driven one optimizer step at a time.
+"""DeepSpeed's pipeline engine: its module, built stage by stage, and one step at a time.
 
-The schedule is DeepSpeed's 1F1B. The first stage reads the micro-batches and later ones are given none: what they need
-of them travels (model/pipeline.py), but for the number of targets that count, which is handed on before. The loss is a
-mean over micro-batches and D x C, as the plain engine's, so the same scale makes it the token mean.
+The schedule is DeepSpeed's 1F1B. Only the first stage reads micro-batches; what later stages need
+of them travels with the hidden states (model/pipeline.py), except the number of counted targets,
+which is broadcast before the step. The loss is a mean over micro-batches and data x context ranks,
+as in the plain engine, so the same factor makes it the mean over tokens.
 """
 
 import contextlib
@@ -66,43 +67,57 @@ def pipelined(
 
 
 class PipelineEngine(Engine):
-    """A stage of a GPT, in step with the others."""
+    """One pipeline stage of a GPT; all ranks call every method in the same order."""
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(_name_in_gpt(name), parameter) for name, parameter in super().named_parameters()]
 
-    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """Those of the first stage, on all: one tensor rank of it hands them on to all that share its samples."""
-        counts = super()._sum(counts)
+    def _sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the first stage's sums on all ranks; blocks.
+
+        One tensor rank of that stage broadcasts them to the ranks that process the same samples.
+        """
+        counts = super()._sum_counts(counts)
         dist.broadcast(counts, group=self.groups.model, group_src=0)
         return counts
 
-    def _step(self, batches: list[Batch], scale: torch.Tensor) -> None:
-        self.engine.train_batch(_loaded(batches, scale))
+    def _run_step(self, batches: list[Batch], factor: torch.Tensor) -> None:
+        self.engine.train_batch(_micro_batches(batches, factor))
 
-    def _loss_of_shares(self) -> torch.Tensor:
-        """Of the last stage, which alone knows them."""
-        return (
-            self.engine.total_loss
-            if self.engine.is_last_stage()
-            else torch.zeros((), device=self.device)
-        )
+    def _step_loss_sum(self) -> torch.Tensor:
+        """The last stage's loss; zero on the other stages, which do not compute it."""
+        if self.engine.is_last_stage():
+            # total_loss (DeepSpeed 0.19.8, runtime/pipe/engine.py): sum over micro-batches of what
+            # loss_fn returned. If it changes, see _exec_forward_pass there.
+            return self.engine.total_loss
+        return torch.zeros((), device=self.device)
 
-    def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
-        scale = torch.tensor(float(self.averaged_over), device=self.device)
-        return self.engine.eval_batch(_loaded(batches, scale)).squeeze()
+    def _global_loss_sum(self, batches: list[Batch]) -> torch.Tensor:
+        # eval_batch averages over micro-batches and data x context ranks; the factor undoes that.
+        factor = torch.tensor(float(self.averaged_over), device=self.device)
+        return self.engine.eval_batch(_micro_batches(batches, factor)).squeeze()
 
 
-def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """(inputs, label) of each micro-batch: the first stage, which has batches, takes the one, the last the other."""
+def _micro_batches(
+    batches: list[Batch], factor: torch.Tensor
+) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """Yield (inputs, label) of each micro-batch.
+
+    DeepSpeed reads inputs on the first stage, which has batches, and labels on the last, which has
+    none; the label is the factor of the loss.
+    """
     if not batches:
-        yield from repeat(((), scale))
+        yield from repeat(((), factor))
     for batch in batches:
         starts = () if batch.document_starts is None else (batch.document_starts,)
-        yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), scale
+        yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), factor
 
 
 def _name_in_gpt(name: str) -> str:
-    """DeepSpeed's module numbers its layers, but for tied ones; an output's matrix of its own is a layer by itself."""
+    """Return a parameter's name in a whole GPT.
+
+    DeepSpeed's module prefixes names with the layer's number, or ``tied_modules`` for tied ones. An
+    untied output matrix is a layer by itself, so its name there is just ``weight``.
+    """
     name = re.sub(r"^(\d+|tied_modules)\.", "", name)
     return "output.weight" if name == "weight" else name

@@ -1,4 +1,4 @@
-"""pretrain_gpt.py that prints how many Python objects live after some of its steps."""
+"""pretrain_gpt.py that prints the number of Python objects after some of its steps."""
 
 import gc
 import runpy

@@ -1,4 +1,4 @@
-"""pretrain_gpt.py that prints at its end how often each reduction of a ring's sums was computed."""
+"""pretrain_gpt.py that prints at its end how often each context-parallel reduction ran."""
 
 import runpy
 import sys
@@ -14,11 +14,11 @@ calls: Counter[str] = Counter()
 
 def count(reduction: str) -> None:
     module = REDUCTIONS[reduction]
-    compute = module.forward
+    original_forward = module.forward
 
     def forward(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         calls[reduction] += 1
-        return compute(*arguments)
+        return original_forward(*arguments)
 
     module.forward = forward
 
