@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import KERNELS, reference
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
+from megatron_ring.model.initialization import build
 from megatron_ring.monitoring.watchdog import watched
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
@@ -155,8 +155,8 @@ def _train(rank: int, progress: ProgressTracker, groups: ProcessGroups) -> list[
     """
     layout = Layout("striped", SHARD_LENGTH * RANKS, RANKS)
     attention = ContextParallelAttention(layout, "faulty", groups, progress)
-    execution = Execution(recompute="full", recompute_attention=True)
-    layers = Layers(MODEL, layout.seq_length, attention, 1, execution)
+    memory = MemoryConfig(recompute="full", recompute_attention=True)
+    layers = build(Layers, MODEL, layout.seq_length, attention, seed=1, memory=memory)
     progress.follow(layers)
     x_BlE = torch.randn(
         1, SHARD_LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)
