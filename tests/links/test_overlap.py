@@ -1,7 +1,7 @@
 """A ring over limited links: its results, its bytes and what the benchmark derives from its times.
 
 How much of a link's time is hidden depends on what else the machine does. ``benchmarks/bench_overlap.py``
-measures it and docs/overlap.md has the figures; nothing here depends on a clock.
+measures it and docs/benchmarks/overlap.md has the figures; nothing here depends on a clock.
 """
 
 import json

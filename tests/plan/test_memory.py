@@ -234,5 +234,5 @@ def test_the_table_of_the_documentation(flags, memory):
         num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008
     )
     kept = layer_bytes(config(model, memory), Grid(ring=8), torch.bfloat16, "cuda").kept
-    documented = Path(__file__).parents[2] / "docs" / "memory.md"
+    documented = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory.md"
     assert f"| `{flags}` | {kept:,.0f} | {kept / 4096:.1f} |\n" in documented.read_text()
