@@ -171,8 +171,11 @@ class TokenStore:
 
 
 def _refuse_missing(prefix: str | Path) -> None:
-    paths = (bin_path(prefix), idx_path(prefix))
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = []
+    for path in (bin_path(prefix), idx_path(prefix)):
+        with readable(path):
+            if not path.is_file():
+                missing.append(str(path))
     if missing:
         raise DataError(
             f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and "

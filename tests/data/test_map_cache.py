@@ -119,9 +119,13 @@ def test_the_error_at_the_open_file_limit_has_its_remedy(tmp_path):
             other.close()
 
 
-def test_a_file_without_permission_is_a_data_error(tmp_path):
-    prefix = write_store(tmp_path, 0)
-    Path(f"{prefix}.bin").chmod(0)
+@pytest.mark.parametrize("protected", ["file", "folder"])
+def test_a_file_or_folder_without_permission_is_a_data_error(tmp_path, protected):
+    store_folder = tmp_path / "store"
+    store_folder.mkdir()
+    prefix = write_store(store_folder, 0)
+    path = Path(f"{prefix}.bin") if protected == "file" else store_folder
+    path.chmod(0)
     # Root may read every file, so root opens the store as another user.
     code = (
         "import os, sys\n"
@@ -136,4 +140,5 @@ def test_a_file_without_permission_is_a_data_error(tmp_path):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o755)
     process = subprocess.run([sys.executable, "-c", code, str(prefix)])
+    path.chmod(0o755)
     assert process.returncode == DataError.exit_code
