@@ -17,7 +17,7 @@ from typing import TextIO
 _MAY_RECOVER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Lossy(io.RawIOBase):
+class _TolerantWriter(io.RawIOBase):
     """A raw stream over a descriptor, which stays open when the stream is closed.
 
     survives_all: no write raises, and the loss of stdout is reported once on stderr. Otherwise only
@@ -64,17 +64,17 @@ class _Lossy(io.RawIOBase):
             print(message, file=sys.stderr, flush=True)
 
 
-def writes_directly(stream: TextIO | None) -> bool:
+def is_original(stream: TextIO | None) -> bool:
     """Return whether ``stream`` is as Python opened it, and not replaced, as by a test."""
     buffer = getattr(stream, "buffer", None)
     return type(getattr(buffer, "raw", buffer)) is io.FileIO
 
 
-def lossy(stream: TextIO, survives_all: bool) -> TextIO:
-    """Return a replacement for ``stream`` whose writes do not fail (see ``_Lossy``)."""
+def tolerant_stream(stream: TextIO, survives_all: bool) -> TextIO:
+    """Return a replacement for ``stream`` whose writes do not fail (see ``_TolerantWriter``)."""
     with contextlib.suppress(OSError if survives_all else BrokenPipeError):
         stream.flush()
-    raw = _Lossy(stream.fileno(), stream.name, survives_all)
+    raw = _TolerantWriter(stream.fileno(), stream.name, survives_all)
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),

@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 
-from megatron_ring.console_streams import lossy, writes_directly
+from megatron_ring.console_streams import is_original, tolerant_stream
 
 _MAX_SHOWN_PROBLEMS = 100
 
@@ -104,10 +104,10 @@ def reporting_errors() -> Iterator[None]:
     A closed reader of stdout or stderr, as after ``| head``, is no error: the program continues,
     and further output is dropped.
     """
-    if writes_directly(sys.stdout):
-        sys.stdout = lossy(sys.stdout, survives_all=False)
-    if writes_directly(sys.stderr):
-        sys.stderr = lossy(sys.stderr, survives_all=False)
+    if is_original(sys.stdout):
+        sys.stdout = tolerant_stream(sys.stdout, survives_all=False)
+    if is_original(sys.stderr):
+        sys.stderr = tolerant_stream(sys.stderr, survives_all=False)
     try:
         yield
     except MegatronRingError as error:

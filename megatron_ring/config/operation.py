@@ -108,8 +108,9 @@ class GuardsConfig:
             )
         if self.loss_spike_window < _MIN_SPIKE_WINDOW:
             problems.append(
-                f"loss_spike_window {self.loss_spike_window} must be at least {_MIN_SPIKE_WINDOW}, "
-                "so that one spike does not move the median. Set --loss-spike-window."
+                f"loss_spike_window {self.loss_spike_window} is too short for a median that one "
+                f"spike does not move: it must be at least {_MIN_SPIKE_WINDOW}. "
+                "Set --loss-spike-window."
             )
         return problems
 

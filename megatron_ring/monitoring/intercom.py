@@ -110,7 +110,7 @@ class Intercom:
         except (OSError, ValueError) as error:
             return _diagnose(peer, error, self.own.pids)
 
-    def waits_from(self, rank: int) -> dict[Peer, Place | NoAnswer]:
+    def wait_chain(self, rank: int) -> dict[Peer, Place | NoAnswer]:
         """Follow the chain of waits from ``rank`` and return what each peer in it reports.
 
         The chain ends at a peer that does not wait for another, does not respond, or is already in
@@ -126,13 +126,13 @@ class Intercom:
             rank = response.waits_for if isinstance(response, Place) else NO_RANK
         return chain
 
-    def alarm(self, suspect: int) -> None:
+    def report_stall(self, suspect: int) -> None:
         """Report to every peer which rank stalls this one; failed requests are ignored."""
         others = [peer for peer in self.members if peer != self.own]
         with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as requests:
-            requests.map(lambda peer: self._report_stall(peer, suspect), others)
+            requests.map(lambda peer: self._send_stall(peer, suspect), others)
 
-    def _report_stall(self, peer: Peer, suspect: int) -> None:
+    def _send_stall(self, peer: Peer, suspect: int) -> None:
         with contextlib.suppress(OSError):
             self._exchange(peer, f"stalled {suspect}")
 

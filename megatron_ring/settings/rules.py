@@ -123,8 +123,8 @@ def _offload_optimizer(config: Config, grid: Grid) -> str | None:
     if config.memory.offload_optimizer == "none" or config.training.zero_stage > 0:
         return None
     return (
-        "offload_optimizer cpu moves the optimizer state that ZeRO partitions, but zero_stage is "
-        "0. Legal: 1, 2, 3. Set --zero-stage 1, or --offload-optimizer none."
+        "offload_optimizer cpu moves the optimizer state that ZeRO partitions, and zero_stage 0 "
+        "does not partition it. Legal: 1, 2, 3. Set --zero-stage 1, or --offload-optimizer none."
     )
 
 

@@ -155,7 +155,7 @@ REFUSED = {
     "optimizer offload without ZeRO": (
         2,
         {"training": {"zero_stage": 0}, "memory": {"offload_optimizer": "cpu"}},
-        ["offload_optimizer cpu ", "zero_stage is 0", "Legal: 1, 2, 3."],
+        ["offload_optimizer cpu ", "zero_stage 0", "Legal: 1, 2, 3."],
         ["--zero-stage 1", "--offload-optimizer none"],
     ),
     "parameter offload with ZeRO 2": (
