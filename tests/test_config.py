@@ -113,9 +113,9 @@ def test_shares_with_sum_1_are_not_normalized():
 
 @pytest.mark.parametrize("words", ["1", "1,2,3,4", "", "a,b", "1 2 3 4"])
 def test_other_than_two_or_three_numeric_shares_is_refused(words, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         parse(["--split", *words.split()])
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert "split" in capsys.readouterr().err
 
 
@@ -145,9 +145,9 @@ def test_a_window_may_be_megatrons_pair_which_excludes_the_token_itself(word, ke
 
 @pytest.mark.parametrize("words", ["1024,1", "-2,0", "1,2,3", "", "1.5", "1024,x"])
 def test_a_window_with_tokens_after_or_of_other_form_is_refused(words, capsys, yaml):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         parse(["--window-size", *words.split()])
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert "window-size" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="window_size"):
         load_yaml(yaml(f"model: {{window_size: '{words}'}}"))
@@ -218,9 +218,9 @@ def words(text: str) -> str:
 @pytest.fixture(scope="module")
 def help_text() -> str:
     """The output of --help."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as left:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as raised:
         parse(["--help"])
-    assert left.value.code == 0
+    assert raised.value.code == 0
     return printed.getvalue()
 
 
@@ -386,16 +386,16 @@ def test_a_missing_file_is_refused(tmp_path):
     ],
 )
 def test_a_bad_flag_exits_with_2_and_shows_similar_ones(arguments, expected, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         parse(arguments)
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert expected in capsys.readouterr().err
 
 
 def test_without_console_a_bad_flag_prints_nothing(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         parse(["--hiden-size", "3"], console=False)
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -805,9 +805,9 @@ def test_flags_have_the_same_limits_as_files(flags):
 
 
 def test_a_number_too_long_for_python_is_a_bad_flag(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         parse(["--num-layers", "9" * 5000])
-    assert left.value.code == 2
+    assert raised.value.code == 2
 
 
 @pytest.mark.parametrize(

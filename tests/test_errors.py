@@ -32,9 +32,9 @@ EXIT_CODES = {
 
 @pytest.mark.parametrize("kind", EXIT_CODES)
 def test_an_entry_point_prints_only_the_message_and_exits_with_the_code_of_the_kind(kind, capsys):
-    with pytest.raises(SystemExit) as left, reporting_errors():
+    with pytest.raises(SystemExit) as raised, reporting_errors():
         raise kind("the corpus is missing. Set --data-path.")
-    assert left.value.code == EXIT_CODES[kind]
+    assert raised.value.code == EXIT_CODES[kind]
     printed = capsys.readouterr()
     assert printed.err == f"{kind.__name__}: the corpus is missing. Set --data-path.\n"
     assert printed.out == ""
@@ -94,7 +94,7 @@ def test_a_closed_reader_of_stdout_does_not_end_a_tool(arguments, code, unbuffer
     reader, writer = os.pipe()
     os.close(reader)
     for stderr in (subprocess.PIPE, writer):
-        ended = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", PROGRAM, *arguments],
             cwd=tmp_path,
             env=environment,
@@ -103,16 +103,16 @@ def test_a_closed_reader_of_stdout_does_not_end_a_tool(arguments, code, unbuffer
             text=True,
             timeout=60,
         )
-        assert ended.returncode == code
+        assert completed.returncode == code
         assert (tmp_path / "done").exists(), "the program reached its end"
         (tmp_path / "done").unlink()
         if stderr == subprocess.PIPE:
-            assert ended.stderr == "progress\n" + "DataError: damaged\n" * bool(arguments)
+            assert completed.stderr == "progress\n" + "DataError: damaged\n" * bool(arguments)
     os.close(writer)
 
 
 def test_an_open_reader_receives_every_line(tmp_path):
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -120,8 +120,8 @@ def test_an_open_reader_receives_every_line(tmp_path):
         text=True,
         timeout=60,
     )
-    assert ended.stdout.splitlines() == [f"line {n}" for n in range(20000)]
-    assert (ended.returncode, ended.stderr) == (0, "progress\n")
+    assert completed.stdout.splitlines() == [f"line {n}" for n in range(20000)]
+    assert (completed.returncode, completed.stderr) == (0, "progress\n")
 
 
 @pytest.mark.parametrize("tool", ["inspect_data.py", "prepare_data.py"])
@@ -130,6 +130,8 @@ def test_a_closed_reader_of_a_tools_help_is_no_error(tool):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, root / "tools" / tool, "--help"]
-    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    completed = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     os.close(writer)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (completed.returncode, completed.stderr) == (0, "")

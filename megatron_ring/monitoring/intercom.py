@@ -74,22 +74,25 @@ class NoAnswer(NamedTuple):
 
 
 class Intercom:
-    """This process's server for its peers' requests, and its client for theirs.
+    """Serves the requests of this process's peers, and sends requests to them.
 
-    place: returns this process's progress. alarmed: called with the suspected rank when a peer
-    reports a stall. members, networks: by rank; ranks with the same network are on one host.
+    read_progress: returns this process's progress. on_stall: called with the suspected rank when a
+    peer reports a stall. members, networks: by rank; ranks with the same network are on one host.
     """
 
     def __init__(
-        self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]
+        self,
+        consensus: Consensus,
+        read_progress: Callable[[], Place],
+        on_stall: Callable[[int], None],
     ):
-        """Collective over all processes; blocks until all of them listen."""
+        """Start serving and exchange addresses; collective, and blocks until all processes serve."""
         self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
         self.networks: list[str] = consensus.gather(network_identity)
         on_one_host = len(set(self.networks)) == 1
         listening = listen(on_one_host, _BACKLOG)
-        self._read_progress = place
-        self._on_stall = alarmed
+        self._read_progress = read_progress
+        self._on_stall = on_stall
         address, port, *_ = listening.getsockname()
         self.own = Peer(
             consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port

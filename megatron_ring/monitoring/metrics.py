@@ -115,15 +115,20 @@ class HeldOutRecord:
 class Report(Protocol):
     """The interface through which the training loop reports its steps."""
 
-    def step(self, record: StepRecord) -> None: ...
+    def step(self, record: StepRecord) -> None:
+        """Report an optimizer step."""
 
-    def held_out(self, record: HeldOutRecord) -> None: ...
+    def held_out(self, record: HeldOutRecord) -> None:
+        """Report a validation or the test."""
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str) -> None:
+        """Print a line between those of the steps."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Flush the metrics file to disk before a checkpoint, which must not be ahead of it."""
 
-    def rewind_to(self, step: int) -> None: ...
+    def rewind_to(self, step: int) -> None:
+        """Drop the steps after ``step``: the run continues from there with other samples."""
 
 
 class NullReporter:

@@ -437,9 +437,9 @@ def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
         sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()]
     )
     environment = Environment.read()
-    with pytest.raises(SystemExit) as left, report_once(environment):
+    with pytest.raises(SystemExit) as raised, report_once(environment):
         pretrain_gpt.main(arguments(environment), environment, Stopping(True))
-    assert left.value.code == ConfigError.exit_code
+    assert raised.value.code == ConfigError.exit_code
     assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")
     assert not dist.is_initialized()
 
