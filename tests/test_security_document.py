@@ -13,17 +13,18 @@ from megatron_ring.untrusted import CONFIG_BYTES, METADATA_BYTES, TOKENIZER_BYTE
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/security.md").read_text()
 QUOTED = set(re.findall(r"`([^`\n]+)`", TEXT))
+COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 
 
 def test_every_tool_is_listed():
-    tools = {path.name for path in (ROOT / "tools").glob("*.py")} - {
-        "device_trace.py",
-        "streamed_ring.py",
-    }  # imported
+    commands = [path.name for path in COMMANDS if "__main__" in path.read_text()]
     patterns = {word.split()[0] for word in QUOTED}
-    assert [
-        tool for tool in sorted(tools) if not any(fnmatch.fnmatch(tool, each) for each in patterns)
-    ] == []
+    unlisted = [
+        command
+        for command in commands
+        if not any(fnmatch.fnmatch(command, pattern) for pattern in patterns)
+    ]
+    assert unlisted == []
 
 
 def test_files_of_the_tree_that_are_named_exist():
@@ -39,14 +40,13 @@ def test_files_of_the_tree_that_are_named_exist():
 def test_flags_that_are_named_exist():
     sections = Config, CheckpointConfig, DataConfig, LoggingConfig, ParallelConfig
     known = {flag(each.name) for section in sections for each in fields(section)}
-    known |= set(re.findall(r"--[a-z-]+", (ROOT / "README.md").read_text()))
-    tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
+    commands = "".join(path.read_text() for path in COMMANDS)
     for named in {
         word.split()[0]
         for word in QUOTED
         if word.startswith("--") and not word.startswith("--rdzv")
     }:
-        assert named in known or named in tools or named[2:].replace("-", "_") in tools, named
+        assert named in known or named[2:].replace("-", "_") in commands, named
 
 
 def test_limits_are_those_of_the_program():
