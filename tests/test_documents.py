@@ -337,3 +337,15 @@ def test_the_index_lists_every_decision_with_its_title_date_and_status():
         assert record.name.startswith(f"{int(number):04}-")
         records.append((number, title, record.name, date, status))
     assert rows == records
+
+
+def test_the_legend_explains_every_letter_of_the_shape_suffixes():
+    legend = (ROOT / "docs/notation.md").read_text().split("| letter | dimension |")[1]
+    explained = set()
+    for row in legend.split("\n\n")[0].splitlines()[2:]:
+        explained |= set(re.findall(r"`(\w)`", row.split("|")[1]))
+    suffix = re.compile(r"\b[a-z][a-z0-9_]*_([a-z0-9]*[A-Z][A-Za-z0-9]*)\b")
+    for path in (ROOT / "megatron_ring").rglob("*.py"):
+        for found in suffix.findall(path.read_text()):
+            letters = set(re.sub(r"\d", "", found))
+            assert letters <= explained, (path.name, found)
