@@ -71,12 +71,12 @@ constraints-check: $(BIN)/.installed-dev
 	$(BIN)/python tools/constraints.py check
 
 bench: $(BIN)/.installed
-	$(BIN)/python benchmarks/bench_attention.py --nproc 2 --seq-length 16384 $(ARGS)
+	$(BIN)/python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 $(ARGS)
 
 # Needs no more than torch and Triton, which lie ready where there is a GPU.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_gpu.py --minutes 6 --json bench-gpu.json $(ARGS)
-	PYTHONPATH=. timeout 90 $(PYTHON) benchmarks/trace_overlap.py --json trace-overlap.json
+	$(PYTHON) -m benchmarks.bench_gpu --minutes 6 --json bench-gpu.json $(ARGS)
+	timeout 90 $(PYTHON) -m benchmarks.trace_overlap --json trace-overlap.json
 
 clean:
 	rm -rf $(VENV) data runs

@@ -1,8 +1,8 @@
-"""Pretrain a GPT whose attention is split over the sequence: config -> grid -> data -> model -> engine -> train.
+"""Pretrain a GPT with context parallelism: config -> grid -> data -> model -> engine -> train.
 
 deepspeed pretrain_gpt.py --context-parallel striped
 deepspeed --num_gpus 2 pretrain_gpt.py --config configs/tiny-cpu.yaml --context-parallel striped
-python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --context-parallel striped --dry-run
+python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --dry-run
 """
 
 import sys
@@ -19,7 +19,7 @@ from megatron_ring.parallel.collective_errors import abort_collectively
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.preflight.run import run_self_test_only, run_startup_check
+from megatron_ring.preflight.self_test import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing, console
@@ -31,45 +31,50 @@ from megatron_ring.training.stopping import Stopping
 
 
 def main(config: Config, environment: Environment, stopping: Stopping) -> None:
+    """Run a dry run, the self-test, or training, as ``config`` selects."""
     is_rank_zero = environment.global_rank == 0
     if config.dry_run:
-        return print(
-            console.plan(Setup.of(config, config.parallel.world_size or environment.world_size))
-        )
+        world_size = config.parallel.world_size or environment.world_size
+        print(console.plan(Setup.of(config, world_size)))
+        return
     start_processes(environment, device_type())
     consensus = Consensus.build()
     if config.self_test == "only":
-        return run_self_test_only(config, environment, consensus)
-    start = Start.together(config, environment, consensus)
+        run_self_test_only(config, environment, consensus)
+        return
+
+    start = Start.build(config, environment, consensus)
     if start.lease:
         stopping.before_leaving(start.lease.release)
     if is_rank_zero:
         print(console.opening(start))
-
-    setup, place = start.setup, progress_tracker(start.setup)
-    groups = ProcessGroups.build(setup.grid, environment.global_rank, config.parallel.ring_timeout)
-    reduction = config.parallel.context_parallel_reduction
-    attention = ContextParallelAttention(setup.layout, setup.kernel.name, groups, place, reduction)
+    setup = start.setup
+    ring_timeout = config.parallel.ring_timeout
+    groups = ProcessGroups.build(setup.grid, environment.global_rank, ring_timeout)
     if config.self_test == "start" and environment.world_size > 1:
         run_startup_check(setup, groups, consensus)
+
+    progress = progress_tracker(setup)
+    reduction = config.parallel.context_parallel_reduction
+    attention = ContextParallelAttention(
+        setup.layout, setup.kernel.name, groups, progress, reduction
+    )
     model = build_model(setup, groups, attention, start.vocab_size)
-    place.follow(model)
+    progress.follow(model)
     engine = start_engine(model, setup, groups)
     if config.logging.profile_ring:
-        engine.within_optimizer_step(place.optimizing)
+        engine.wrap_optimizer_step(progress.optimizing)
     if start.stored:
         with abort_collectively():
             checkpointing.resume(engine, start.stored, consensus)
 
     report = console.report(start, engine) if is_rank_zero else NullReporter()
-    saver, watch = (
-        checkpointing.Saver(setup, consensus, start.stored, start.lease),
-        RingWatch(setup, place),
-    )
+    saver = checkpointing.Saver(setup, consensus, start.stored, start.lease)
+    watch = RingWatch(setup, progress)
     stopping.begin(Consensus.build())
-    with watched(place, groups, config.parallel.ring_timeout, consensus):
+    with watched(progress, groups, ring_timeout, consensus):
         with abort_collectively():
-            saved = train(engine, start, saver, report, stopping, place, watch)
+            saved = train(engine, start, saver, report, stopping, progress, watch)
         if is_rank_zero:
             print(console.closing(report, config, saved))
         for line in watch.finish():
@@ -82,7 +87,9 @@ if __name__ == "__main__":
     keep_console_from_ending_the_run()
     with reporting_errors():
         environment = Environment.read()
-    is_rank_zero, speaks_for_node = environment.global_rank == 0, environment.local_rank == 0
-    with report_once(environment), Stopping(is_rank_zero, speaks_for_node) as stopping:
+    stopping = Stopping(
+        is_rank_zero=environment.global_rank == 0, speaks_for_node=environment.local_rank == 0
+    )
+    with report_once(environment), stopping:
         main(arguments(environment), environment, stopping)
     sys.exit(stopping.exit_code)

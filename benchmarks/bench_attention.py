@@ -1,8 +1,8 @@
 """Time the ring under every layout, forward and backward, beside one process that holds the whole sequence.
 
-    python benchmarks/bench_attention.py --nproc 2 --seq-length 16384 --heads 8 --kv-heads 8 --head-dim 64 --json F
-    python benchmarks/bench_attention.py --nproc 2 --seq-length 16384 --documents 2000
-    python benchmarks/bench_attention.py --emulate-ranks 16 --seq-length 16384
+    python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 --heads 8 --kv-heads 8 --head-dim 64 --json F
+    python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 --documents 2000
+    python -m benchmarks.bench_attention --emulate-ranks 16 --seq-length 16384
 
 With --nproc N there are N real ranks (NCCL on CUDA, else gloo with one thread each); the single process has N threads
 and runs torch's causal attention. All take turns within each round, and medians over the rounds are reported, so that

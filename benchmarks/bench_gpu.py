@@ -1,6 +1,6 @@
 """On one GPU: whether every kernel is right, and how fast a hop of the ring is, by kernel, layout and size of the ring.
 
-    make bench-gpu                                             or: python benchmarks/bench_gpu.py --json bench-gpu.json
+    make bench-gpu                                             or: python -m benchmarks.bench_gpu --json bench-gpu.json
 
 Needs torch, and Triton for its kernel; nothing else, and no network. Ranks are emulated: one rank's hops are timed, the
 busiest's, and communication is not there. Of rings of more than eight ranks four hops behind the first stand for all.

@@ -1,7 +1,7 @@
 """Time the fused, chunked head and cross entropy beside the unchunked one, forward and backward, and weigh both.
 
-    python benchmarks/bench_head.py --tokens 2048 4096 8192 --chunk-size 1024
-    python benchmarks/bench_head.py --dtype bf16 --json F
+    python -m benchmarks.bench_head --tokens 2048 4096 8192 --chunk-size 1024
+    python -m benchmarks.bench_head --dtype bf16 --json F
 
 Unchunked is F.cross_entropy(hidden @ weight.T), in float32 from the logits on. The two take turns within each round,
 another one first each time, and the median of the rounds' ratios is reported, so that a drift of the machine meets both

@@ -1,7 +1,7 @@
 """Time the loader alone, without a model, and weigh what a context rank holds of a sample while it is cut.
 
-    python benchmarks/bench_loader.py
-    python benchmarks/bench_loader.py --seq-length 131072 --ring-size 8 --tokens 20000000 --json F
+    python -m benchmarks.bench_loader
+    python -m benchmarks.bench_loader --seq-length 131072 --ring-size 8 --tokens 20000000 --json F
 
 A store of random ids is written to a temporary folder, in documents whose lengths are lognormal, and read as one ring
 rank of a run reads it, for every --packing, with documents joined and kept apart (--reset-attention-mask,

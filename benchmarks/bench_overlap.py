@@ -1,9 +1,9 @@
 """Time the ring's hops without messages, its messages without hops, and both together, over links of several speeds.
 
-    python benchmarks/slow_link.py python benchmarks/bench_overlap.py --json F
-    python benchmarks/slow_link.py \\
-        python benchmarks/bench_overlap.py --tokens 4096 --kv-heads 2 --layout ring --rounds 15
-    torchrun --nproc-per-node 2 benchmarks/bench_overlap.py --ratios
+    python -m benchmarks.slow_link python -m benchmarks.bench_overlap --json F
+    python -m benchmarks.slow_link \\
+        python -m benchmarks.bench_overlap --tokens 4096 --kv-heads 2 --layout ring --rounds 15
+    torchrun --nproc-per-node 2 -m benchmarks.bench_overlap --ratios
 
 On CPUs, by gloo, a thread to a rank. Three runs of the ring loop, forward and backward, take turns:
 
@@ -35,9 +35,9 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 import tyro
-from slow_link import CARD, limited  # beside this file
 
 from benchmarks.overlap import CAUSAL, Hop, operations
+from benchmarks.slow_link import CARD, limited
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
@@ -144,7 +144,7 @@ def _check(options: Options) -> None:
     ]
     if Environment.read().world_size < 2:
         wrong.append(
-            "a ring of one rank sends nothing. Start it by benchmarks/slow_link.py, or by torchrun with two ranks."
+            "a ring of one rank sends nothing. Start it with benchmarks.slow_link, or with torchrun and two ranks."
         )
     if wrong:
         raise ConfigError(wrong)

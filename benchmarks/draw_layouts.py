@@ -1,7 +1,7 @@
 """Draw who owns which token, and who works in which hop, from the layouts themselves.
 
-python benchmarks/draw_layouts.py --output docs/layouts.svg
-python benchmarks/draw_layouts.py --documents 23 5 1 29 6 --output docs/packed.svg
+python -m benchmarks.draw_layouts --output docs/layouts.svg
+python -m benchmarks.draw_layouts --documents 23 5 1 29 6 --output docs/packed.svg
 """
 
 from itertools import pairwise

@@ -1,6 +1,6 @@
 """Measure and draw how far attention in a ring is from attention in float64, over sizes of the ring.
 
-python benchmarks/draw_precision.py --output docs/precision.md
+python -m benchmarks.draw_precision --output docs/precision.md
 
 One process computes the hops of all ranks, one after the other, in the order of the ring. Beside our state and sums in
 float32 there is a ring as most are published: each hop's result is merged into an output of the inputs' type, and the

@@ -1,8 +1,8 @@
 """Measure the peak memory of a training step at growing lengths, and the longest sequence that a budget allows.
 
-    python benchmarks/measure_memory.py --seq-lengths 2048 4096 8192
-    python benchmarks/measure_memory.py --nproc 1 2 4 --budget-mib 48 --step 32 --plot docs/memory.svg
-    python benchmarks/measure_memory.py --nproc 4 --config configs/llama-1b-128k.yaml --seq-lengths 65536
+    python -m benchmarks.measure_memory --seq-lengths 2048 4096 8192
+    python -m benchmarks.measure_memory --nproc 1 2 4 --budget-mib 48 --step 32 --plot docs/memory.svg
+    python -m benchmarks.measure_memory --nproc 4 --config configs/llama-1b-128k.yaml --seq-lengths 65536
 
 The real model, ring and engine take steps on random tokens, all ranks in one ring unless the config says otherwise. Of
 each length the first step, of a few tokens, makes the optimizer's state, and the last is measured. Reported is the

@@ -1,7 +1,7 @@
 """Run a program as two ranks at the two ends of a link of their own, which can be made slow.
 
-    python benchmarks/slow_link.py python benchmarks/bench_overlap.py
-    python benchmarks/slow_link.py --mbit 200 python pretrain_gpt.py --config configs/tiny-cpu.yaml
+    python -m benchmarks.slow_link python -m benchmarks.bench_overlap
+    python -m benchmarks.slow_link --mbit 200 python pretrain_gpt.py --config configs/tiny-cpu.yaml
 
 Each end is a network namespace, as if it were a machine with one network card, ring0. ``--mbit`` is what either end
 sends at most, in megabits a second, by tc's token bucket; both directions have it at once. A limit on bandwidth alone:

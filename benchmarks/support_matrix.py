@@ -1,6 +1,6 @@
 """Write what each attention kernel does and does not do, from the table that the program itself asks.
 
-python benchmarks/support_matrix.py --output docs/support.md
+python -m benchmarks.support_matrix --output docs/support.md
 """
 
 from pathlib import Path

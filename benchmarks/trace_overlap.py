@@ -1,7 +1,7 @@
 """A ring of ranks on one GPU: do its messages travel under its kernels, and does the host wait for anything in a hop?
 
-    python benchmarks/trace_overlap.py --json trace-overlap.json --traces runs/traces
-    python benchmarks/trace_overlap.py --ranks 4 --tokens 4096 --layout zigzag --kernels triton
+    python -m benchmarks.trace_overlap --json trace-overlap.json --traces runs/traces
+    python -m benchmarks.trace_overlap --ranks 4 --tokens 4096 --layout zigzag --kernels triton
 
 Needs torch, and Triton for its kernel; nothing else, and no network. The package's own ring runs in one process, each
 rank with a thread and two streams (streamed_ring.py); messages are copies within the GPU. By kernel and mask:

@@ -1,6 +1,6 @@
 """Time a bounded list of tile sizes of Triton's kernels on this GPU, and print the table's lines to paste.
 
-    PYTHONPATH=. python benchmarks/tune_blocks.py                     or, for one head size: --head-dims 128
+    python -m benchmarks.tune_blocks                     or, for one head size: --head-dims 128
 
 For every kernel and head size all candidates are timed on one causal square, forward or backward; where both kernels of
 backward run, the other one keeps the tiles that the table gives it. What does not fit the GPU is left out and counted.

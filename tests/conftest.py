@@ -20,7 +20,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--steps-of-pairs",
         type=int,
-        default=8,
+        default=4,
         help="that test_matrix.py trains where pairs of values meet",
     )
     parser.addoption("--kills", type=int, default=6, help="of runs, in test_crash_loop.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Run files with long tests first, so that no worker is left with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("whole")}
+    items.sort(key=lambda item: item.path not in long)

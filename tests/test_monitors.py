@@ -1,4 +1,4 @@
-"""What wandb, TensorBoard and csv files receive, read back from where they keep it, is what the metrics file has."""
+"""wandb, TensorBoard and csv files contain the same numbers as the metrics file."""
 
 import csv
 import json
@@ -20,23 +20,25 @@ model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2}}
 parallel: {{context_parallel: striped}}
 data: {{data_path: [text/tokens], seq_length: 64, split: [0.7, 0.15, 0.15]}}
 training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 2, eval_iters: 1, dtype: fp32}}
-logging: {{metrics_file: metrics.jsonl, wandb_project: tiny, tensorboard_dir: boards, csv_dir: tables}}
+logging:
+  {{metrics_file: metrics.jsonl, wandb_project: tiny, tensorboard_dir: boards, csv_dir: tables}}
 """
 
 Figures = dict[tuple[str, int], float]
-"""(name, step) -> value, with the names that monitors show: train/loss, validation/bits_per_byte."""
+"""(name, step) -> value, by the names in monitors: train/loss, validation/bits_per_byte."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two ranks have trained, validated and tested under every monitor."""
-    folder, port = working_folder(tmp_path_factory.mktemp("work"), SMALL), free_port()
+    """The folder of two ranks that have trained, validated and tested with every monitor."""
+    folder = working_folder(tmp_path_factory.mktemp("work"), SMALL)
+    port = free_port()
     ranks = [
         start_rank(rank, port, folder, [], WANDB_MODE="offline", WANDB_SILENT="true")
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(said)
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(outputs)
     return folder
 
 
@@ -46,25 +48,25 @@ def of_metrics_file(folder: Path) -> Figures:
         record = json.loads(line)
         step = record.pop("step")
         figures |= {
-            (_shown(key), step): value for key, value in record.items() if _is_number(value)
+            (_monitor_name(key), step): value for key, value in record.items() if _is_number(value)
         }
     return figures
 
 
-def _shown(key: str) -> str:
+def _monitor_name(key: str) -> str:
     part, _, figure = key.partition("_")
     return f"{part}/{figure}" if part in ("validation", "test") else f"train/{key}"
 
 
 def _is_number(value: object) -> bool:
-    """Null is what is not finite, and lists are of single hops: no monitor could draw them."""
+    """False for null (not finite) and for lists (of hops), which monitors cannot show."""
     return isinstance(value, int | float)
 
 
 def of_wandb(folder: Path) -> Figures:
-    (kept,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     figures = {}
-    for record in map(Record.FromString, _wandb_records(kept.read_bytes())):
+    for record in map(Record.FromString, _wandb_records(file.read_bytes())):
         row = {
             item.key or "/".join(item.nested_key): json.loads(item.value_json)
             for item in record.history.item
@@ -73,21 +75,28 @@ def of_wandb(folder: Path) -> Figures:
     return figures
 
 
-def _wandb_records(kept: bytes) -> Iterator[bytes]:
-    """wandb has no reader of its own for Python: 7 bytes of its name, then LevelDB's log, in blocks of 32 KiB.
+def _wandb_records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of a wandb file, for which wandb has no Python reader.
 
-    A record lies in one piece or in several, each behind a checksum (4 bytes), its length (2) and which of them it is.
+    The file is 7 bytes of wandb's own, then a LevelDB log in blocks of 32 KiB. A record is in one
+    piece or in several, each after a checksum (4 bytes), its length (2) and its kind (1).
     """
-    block, header, whole, last = 1 << 15, 7, 1, 4
-    at, record = header, b""
-    while at < len(kept):
-        if block - at % block < header:
-            at += block - at % block  # no header is cut in two
+    block_bytes = 1 << 15
+    header_bytes = 7
+    full_record = 1
+    last_piece = 4
+    position = header_bytes
+    record = b""
+    while position < len(content):
+        left_in_block = block_bytes - position % block_bytes
+        if left_in_block < header_bytes:
+            position += left_in_block  # a header never spans two blocks
             continue
-        length, piece = struct.unpack_from("<HB", kept, at + 4)
-        record += kept[at + header : at + header + length]
-        at += header + length
-        if piece in (whole, last):
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        position += header_bytes
+        record += content[position : position + length]
+        position += length
+        if kind in (full_record, last_piece):
             yield record
             record = b""
 
@@ -104,7 +113,7 @@ def of_tensorboard(folder: Path) -> Figures:
 
 
 def of_csv(folder: Path) -> Figures:
-    """A file's name has _ where the figure's has /, the first of them behind its part."""
+    """Read csv files, whose names have _ for the / after the split."""
     figures = {}
     for file in (folder / "tables").rglob("*.csv"):
         with file.open() as rows:
@@ -115,7 +124,7 @@ def of_csv(folder: Path) -> Figures:
     return figures
 
 
-def test_the_metrics_file_has_every_step_and_what_was_held_out(folder):
+def test_the_metrics_file_has_every_step_and_evaluation(folder):
     names = {
         name: {step for of, step in of_metrics_file(folder) if of == name}
         for name, _ in of_metrics_file(folder)
@@ -128,15 +137,16 @@ def test_the_metrics_file_has_every_step_and_what_was_held_out(folder):
 
 
 @pytest.mark.parametrize(
-    ("of_monitor", "kept_as"), [(of_wandb, float), (of_tensorboard, np.float32), (of_csv, float)]
+    ("of_monitor", "stored_as"), [(of_wandb, float), (of_tensorboard, np.float32), (of_csv, float)]
 )
-def test_a_monitor_has_what_the_metrics_file_has(
-    of_monitor: Callable[[Path], Figures], kept_as: type, folder
+def test_a_monitor_has_the_numbers_of_the_metrics_file(
+    of_monitor: Callable[[Path], Figures], stored_as: type, folder
 ):
-    found, expected = of_monitor(folder), of_metrics_file(folder)
-    assert {key: found.get(key, math.nan) for key in expected} == {
-        key: kept_as(v) for key, v in expected.items()
+    actual = of_monitor(folder)
+    expected = of_metrics_file(folder)
+    assert {key: actual.get(key, math.nan) for key in expected} == {
+        key: stored_as(v) for key, v in expected.items()
     }
-    # Beside them wandb keeps the time.
-    own = {key for key in found if key[0].startswith(("train/", "validation/", "test/"))}
+    # wandb also stores times.
+    own = {key for key in actual if key[0].startswith(("train/", "validation/", "test/"))}
     assert own == expected.keys()

@@ -1,4 +1,4 @@
-"""A whole run with --profile-ring: what its metrics file, its console, its monitors and its trace have of the ring."""
+"""A run with --profile-ring: the ring's figures in metrics, console, monitors and trace."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,9 @@ SMALL = """\
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2}
 parallel: {context_parallel: striped}
 data: {data_path: text/tokens, seq_length: 64, split: [0.8, 0.2, 0.0]}
-training: {train_iters: 4, lr_warmup_iters: 1, global_batch_size: 2, dtype: fp32, eval_interval: 2, eval_iters: 1}
+training:
+  {train_iters: 4, lr_warmup_iters: 1, global_batch_size: 2, dtype: fp32, eval_interval: 2,
+   eval_iters: 1}
 logging: {log_interval: 2, metrics_file: metrics.jsonl, csv_dir: tables}
 """
 SHARES = "attention_share", "exposed_communication_share", "data_share", "optimizer_share"
@@ -24,16 +26,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder) -> str:
-    """By rank 0 of two."""
+def output(folder) -> str:
+    """The output of rank 0 of two."""
     port = free_port()
     ranks = [start_rank(rank, port, folder, FLAGS) for rank in range(2)]
-    heard = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], heard
-    return heard[0]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return outputs[0]
 
 
-def test_every_step_has_its_shares_and_hops(folder, said):
+def test_every_step_has_shares_and_hops(folder, output):
     steps = [
         json.loads(line)
         for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -47,32 +49,33 @@ def test_every_step_has_its_shares_and_hops(folder, said):
         hops = [(hop["direction"], hop["hop"]) for hop in step["ring_hops"]]
         assert hops == [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2)]
         assert all(hop["imbalance"] >= 1 for hop in step["ring_hops"])
-        assert "missed_rows" not in step, "the room for a step's rows was enough"
+        assert "missed_rows" not in step, "the log is large enough for a step"
 
 
-def test_bytes_are_of_two_layers_and_two_micro_batches(folder, said):
+def test_bytes_add_up_over_two_layers_and_two_micro_batches(folder, output):
     step = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
-    kv = (
-        2 * 32 * 32 * 4
-    )  # K and V of 32 tokens, 32 wide, in float32; with equal heads backward the queries travel
-    queries, sums = 2 * 32 * 32 * 4 + 2 * 32 * 2 * 4, 32 * 32 * 4
-    assert [hop["bytes"] for hop in step["ring_hops"]] == [4 * kv, 0, 4 * queries, 4 * sums]
+    # 32 tokens, 32 wide, in float32. With equal heads the backward pass sends queries.
+    key_value_bytes = 2 * 32 * 32 * 4
+    query_bytes = 2 * 32 * 32 * 4 + 2 * 32 * 2 * 4
+    gradient_bytes = 32 * 32 * 4
+    expected = [4 * key_value_bytes, 0, 4 * query_bytes, 4 * gradient_bytes]
+    assert [hop["bytes"] for hop in step["ring_hops"]] == expected
 
 
-def test_the_console_has_a_line_for_each_log_interval(said):
-    lines = [line for line in said.splitlines() if line.startswith("ring  ")]
+def test_the_console_has_a_line_for_each_log_interval(output):
+    lines = [line for line in output.splitlines() if line.startswith("ring  ")]
     assert len(lines) == 2
     assert all("attention " in line and "exposed communication " in line for line in lines)
-    assert said.count("ring trace       trace.json, 2 steps") == 1
+    assert output.count("ring trace       trace.json, 2 steps") == 1
 
 
-def test_monitors_have_the_shares_and_the_slowest_rank(folder, said):
+def test_monitors_have_the_shares_and_the_slowest_rank(folder, output):
     tables = " ".join(path.name for path in (folder / "tables").rglob("*.csv"))
     assert all(name in tables for name in (*SHARES, "slowest_over_mean"))
     assert "ring_hops" not in tables
 
 
-def test_the_trace_has_the_third_and_fourth_step_of_both_ranks(folder, said):
+def test_the_trace_has_the_third_and_fourth_step_of_both_ranks(folder, output):
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     steps = {(event["pid"], event["name"]) for event in events if event.get("cat") == "step"}
     assert steps == {(rank, f"step {step}") for rank in range(2) for step in (3, 4)}

@@ -1,4 +1,4 @@
-"""docs/security.md names files, flags and limits that are there, and every tool."""
+"""The files, flags, tools and limits in docs/security.md match the code."""
 
 import fnmatch
 import re
@@ -13,54 +13,48 @@ from megatron_ring.untrusted import CONFIG_BYTES, METADATA_BYTES, TOKENIZER_BYTE
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/security.md").read_text()
 QUOTED = set(re.findall(r"`([^`\n]+)`", TEXT))
-COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+PROGRAMS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
 
-def test_every_tool_is_listed():
-    commands = [path.name for path in COMMANDS if "__main__" in path.read_text()]
+def test_every_program_is_listed():
+    programs = {path.name for path in PROGRAMS if "__main__" in path.read_text()}
     patterns = {word.split()[0] for word in QUOTED}
-    unlisted = [
-        command
-        for command in commands
-        if not any(fnmatch.fnmatch(command, pattern) for pattern in patterns)
+    missing = [
+        program
+        for program in sorted(programs)
+        if not any(fnmatch.fnmatch(program, pattern) for pattern in patterns)
     ]
-    assert unlisted == []
+    assert missing == []
 
 
-def test_files_of_the_tree_that_are_named_exist():
+def test_named_files_exist():
     named = [word for word in QUOTED if re.fullmatch(r"[\w/]+/\w+\.(?:py|sbatch)", word)]
     assert len(named) > 4
-    assert [
+    missing = [
         path
         for path in named
-        if not ((ROOT / path).exists() or (ROOT / "megatron_ring" / path).exists())
-    ] == []
+        if not (ROOT / path).exists() and not (ROOT / "megatron_ring" / path).exists()
+    ]
+    assert missing == []
 
 
-def test_flags_that_are_named_exist():
+def test_named_flags_exist():
     sections = Config, CheckpointConfig, DataConfig, LoggingConfig, ParallelConfig
-    known = {flag(each.name) for section in sections for each in fields(section)}
-    commands = "".join(path.read_text() for path in COMMANDS)
-    for named in {
-        word.split()[0]
-        for word in QUOTED
-        if word.startswith("--") and not word.startswith("--rdzv")
-    }:
-        assert named in known or named[2:].replace("-", "_") in commands, named
+    known = {flag(option.name) for section in sections for option in fields(section)}
+    known |= set(re.findall(r"--[a-z-]+", (ROOT / "README.md").read_text()))
+    sources = "".join(path.read_text() for path in PROGRAMS)
+    named = {word.split()[0] for word in QUOTED if word.startswith("--")}
+    for name in named:
+        is_of_torchrun = name.startswith("--rdzv")
+        is_of_a_program = name in sources or name[2:].replace("-", "_") in sources
+        assert is_of_torchrun or name in known or is_of_a_program, name
 
 
-def test_limits_are_those_of_the_program():
-    assert f"at most {intercom._CONNECTIONS} connections" in TEXT
-    assert f"at most {intercom._BYTES_OF_A_MESSAGE} bytes and five seconds" in TEXT.replace(
-        "\n", " "
-    )
-    assert (intercom._SECONDS_FOR_A_REQUEST, intercom.SECONDS_TO_ANSWER) == (5, 3)
-    sizes = {
-        "`--config`": CONFIG_BYTES,
-        "beside the store": METADATA_BYTES,
-        "`--tokenizer-model`": TOKENIZER_BYTES,
-    }
-    assert f"bounded, {CONFIG_BYTES // 1024} KiB" in TEXT
-    assert all(
-        f"bounded, {size >> 20} MiB" in TEXT for name, size in sizes.items() if size >= 1 << 20
-    )
+def test_stated_limits_match_the_code():
+    text = TEXT.replace("\n", " ")
+    assert f"at most {intercom._MAX_CONNECTIONS} connections" in text
+    assert f"at most {intercom._MAX_MESSAGE_BYTES} bytes and five seconds" in text
+    assert (intercom._REQUEST_TIMEOUT, intercom.RESPONSE_TIMEOUT) == (5, 3)
+    assert f"bounded, {CONFIG_BYTES // 1024} KiB" in text
+    for size in (METADATA_BYTES, TOKENIZER_BYTES):
+        assert f"bounded, {size >> 20} MiB" in text

@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 
 from megatron_ring.data.histogram import drawn
+from megatron_ring.data.inspection import verify
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.data.verify import verify
 from megatron_ring.errors import ConfigError, reporting_errors
 
 _FIRST = 3

@@ -10,7 +10,7 @@ import tyro
 
 from megatron_ring.data.corpus import Corpus, gather, keep_pipes, python_library
 from megatron_ring.data.documents import MAX_DOCUMENT_BYTES, Reading
-from megatron_ring.data.formats import SUFFIXES
+from megatron_ring.data.file_formats import SUFFIXES
 from megatron_ring.data.histogram import drawn
 from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import (

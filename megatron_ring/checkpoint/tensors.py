@@ -9,18 +9,17 @@ nothing of the processes that wrote it: any others read the boxes that overlap t
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.finite import check_finite
-from megatron_ring.checkpoint.mapped_files import MappedFiles
 from megatron_ring.checkpoint.tensor_index import BYTES as INDEX_BYTES
 from megatron_ring.checkpoint.tensor_index import (
     INDEX,
@@ -34,7 +33,7 @@ from megatron_ring.checkpoint.tensor_index import (
 from megatron_ring.checkpoint.tensor_index import KINDS as KINDS
 from megatron_ring.checkpoint.tensor_index import MOMENTS as MOMENTS
 from megatron_ring.errors import CheckpointError
-from megatron_ring.untrusted import UntrustedInputError, errors_as, read_bytes
+from megatron_ring.untrusted import UntrustedInputError, check_regular, errors_as, read_bytes
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Those that parameters have, under their names in safetensors."""
@@ -112,6 +111,33 @@ def _in_parts(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
         size += more
     if part:
         yield part
+
+
+CLOSED_AFTER = 2**27
+"""Bytes read of all maps; 128 MiB."""
+
+
+@dataclass
+class MappedFiles:
+    """Those in ``folder``, by name. read_bytes: since they were closed."""
+
+    folder: Path
+    opened: dict[str, Any] = field(default_factory=dict)
+    read_bytes: int = 0
+
+    def open(self, name: str) -> Any:
+        """What safetensors reads a file with. Raises UntrustedInputError where it is not a regular file."""
+        if name not in self.opened:
+            check_regular(self.folder / name)
+            self.opened[name] = safe_open(self.folder / name, framework="pt")
+        return self.opened[name]
+
+    def count(self, read_bytes: int) -> None:
+        """After this many more bytes were copied to where they are kept. What is still in use stays mapped."""
+        self.read_bytes += read_bytes
+        if self.read_bytes >= CLOSED_AFTER:
+            self.opened.clear()
+            self.read_bytes = 0
 
 
 _Read = tuple[tuple[slice, ...], Any, tuple[slice, ...]]

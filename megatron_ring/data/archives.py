@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ring.data.compression import ExpansionLimit, Limited, damaged
-from megatron_ring.data.formats import HEAD_BYTES, LeftOut
+from megatron_ring.data.file_formats import HEAD_BYTES, LeftOut
 from megatron_ring.errors import DataError
 
 NOT_FILES = LeftOut("links, devices and sparse files in archives")

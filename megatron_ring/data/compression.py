@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Protocol
 
-from megatron_ring.data.formats import HEAD_BYTES, split_name
+from megatron_ring.data.file_formats import HEAD_BYTES, split_name
 from megatron_ring.errors import DataError
 
 LARGEST_RATIO = 1000

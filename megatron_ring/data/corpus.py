@@ -22,11 +22,11 @@ from megatron_ring.data.documents import (
     Reading,
     is_plain_json_lines,
 )
-from megatron_ring.data.file_search import FileSearch
-from megatron_ring.data.formats import (
+from megatron_ring.data.file_formats import (
     SUFFIXES,
     split_name,
 )
+from megatron_ring.data.file_search import FileSearch
 from megatron_ring.errors import DataError
 
 SHARD_BYTES = 4 << 20

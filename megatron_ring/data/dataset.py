@@ -11,8 +11,8 @@ import numpy as np
 
 from megatron_ring.config import DataConfig
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
+from megatron_ring.data.map_cache import OpenMaps
 from megatron_ring.data.mixture import Blend
-from megatron_ring.data.open_files import OpenMaps
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import PARTS, SampleStream, document_ranges, split_documents

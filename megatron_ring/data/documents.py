@@ -25,7 +25,7 @@ from megatron_ring.data.compression import (
     opened,
     readable,
 )
-from megatron_ring.data.formats import (
+from megatron_ring.data.file_formats import (
     SUFFIXES,
     Kind,
     LeftOut,

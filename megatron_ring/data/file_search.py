@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ring.data.documents import Reading, count, refuse_unreadable
-from megatron_ring.data.formats import LeftOut, pattern, split_name
+from megatron_ring.data.file_formats import LeftOut, pattern, split_name
 from megatron_ring.errors import DataError
 
 _EMPTY_FILES = LeftOut("empty files")

@@ -26,11 +26,11 @@ from megatron_ring.data.manifest import (
     write_manifest,
 )
 from megatron_ring.data.shards import ShardJob, ShardRecord, finished, jobs, make
-from megatron_ring.data.sharing import made_by
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer, beside
 from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
+from megatron_ring.data.worker_pool import made_by
 from megatron_ring.errors import DataError
 
 DEFAULT_VOCAB_SIZE = 4096

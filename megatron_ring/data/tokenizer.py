@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_ring.data.hugging_face_tokens import HuggingFaceTokens
+from megatron_ring.data.hugging_face_tokenizer import HuggingFaceTokens
 from megatron_ring.data.replace_file import replace_file
-from megatron_ring.data.sentencepieces import SentencePieces
+from megatron_ring.data.sentencepiece_tokenizer import SentencePieces
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import (
     TOKENIZER_BYTES,

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_ring.data.open_files import FileState, OpenMaps, readable
+from megatron_ring.data.map_cache import FileState, OpenMaps, readable
 from megatron_ring.data.token_index import (
     LONGEST_SEQUENCE,
     damaged,

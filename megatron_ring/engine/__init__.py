@@ -1,8 +1,8 @@
-"""DeepSpeed behind one door: its engines, the loss they average, gradient norms and the step gate."""
+"""The DeepSpeed engines, driven one optimizer step at a time, and what they need from DeepSpeed."""
 
 import logging
 
-# DeepSpeed logs this in every process when it is imported; it is no news on a machine without a GPU.
+# DeepSpeed logs this in every process on import; it is not worth a line on a machine without a GPU.
 logging.getLogger("DeepSpeed").addFilter(
     lambda record: "Setting accelerator to CPU" not in record.getMessage()
 )

@@ -1,7 +1,8 @@
-"""DeepSpeed, kept behind one door: its engine, driven one optimizer step at a time.
+"""DeepSpeed's engine behind one interface: train steps, evaluation, and checkpoint contents.
 
-DeepSpeed is shown one data axis of size D x C. ZeRO shards over it and averages gradients over it; ``loss.py`` makes
-that average the true token mean. Only this file and pipeline_engine.py import deepspeed.
+DeepSpeed sees one data axis of size data x context. ZeRO shards over it and averages gradients over
+it; ``loss.py`` makes that average the mean over tokens. Only this file and pipeline_engine.py
+import deepspeed.
 """
 
 import math
@@ -26,18 +27,27 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.packing import IGNORED
-from megatron_ring.engine.fragments import Fragment, fragments, update_compute_weights
-from megatron_ring.engine.gradient_norm import clip, counts_here
-from megatron_ring.engine.loss import counted_tokens, share_of_mean
-from megatron_ring.engine.loss_scale import loss_scale, set_loss_scale
-from megatron_ring.engine.model_parallel_unit import model_parallel_unit
-from megatron_ring.engine.step_gate import StepGate
+from megatron_ring.engine.loss import (
+    StepGate,
+    clip_gradients,
+    counted_tokens,
+    is_counted_here,
+    token_mean_factor,
+)
+from megatron_ring.engine.optimizer_state import (
+    Fragment,
+    fragments,
+    loss_scale,
+    set_loss_scale,
+    update_compute_weights,
+)
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
 from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, keep_freed_memory
+from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.tensor import whole_shape
 from megatron_ring.settings.setup import Setup
 
@@ -51,35 +61,40 @@ _MONITORS = {
 
 
 def start_processes(environment: Environment, device: str) -> None:
-    """Join the other processes: NCCL on CUDA, gloo on a CPU. Blocks until all have come."""
+    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU. Blocks until all ranks join."""
     environment.complete()
     if device == "cuda":
         torch.cuda.set_device(environment.local_rank)
     else:
         torch.set_num_threads(environment.threads)
         keep_freed_memory()
-    # DeepSpeed still calls collectives by the names that torch is about to drop.
+    # DeepSpeed 0.19.8 still calls collectives by names that torch has deprecated.
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning
     )
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce for 20 s here. Training never calls it.
+    # On a CPU DeepSpeed would spend 20 s here compiling a shared-memory all-reduce, which training
+    # never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 def leave_processes() -> None:
-    """Wait for the others, then take the groups down: a rank that just ends can abort another's last transfer."""
+    """Wait for all ranks, then destroy the process groups.
+
+    A rank that exits without waiting can abort the last transfer of another.
+    """
     dist.barrier()
     dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the global batch's counted tokens, nats. grad_norm: of the whole gradient, before clipping.
+    """The result of one optimizer step, the same on all ranks.
 
-    refused: nothing has moved, because one of them is not finite or the loss was higher than allowed (decision.py).
+    loss: mean over the global batch's counted tokens, in nats. grad_norm: of the whole gradient,
+    before clipping. tokens: counted ones. refused: no weight was changed, because the loss or the
+    norm is not finite or the loss was above the limit (StepGate).
     """
 
     loss: float
@@ -90,7 +105,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss_sum: nats over all counted tokens; text_bytes: of the text that their targets stand for."""
+    """Sums over evaluated batches.
+
+    loss_sum: nats over all counted tokens. text_bytes: of the text that their targets stand for.
+    """
 
     loss_sum: float
     tokens: int
@@ -98,87 +116,103 @@ class Evaluation:
 
 
 class Engine:
-    """A model under DeepSpeed. Every method is collective: all ranks call it, in the same order."""
+    """A model under DeepSpeed. Every method that communicates is called by all ranks in one order.
+
+    These are ``train_step``, ``evaluate`` and ``update_compute_weights``.
+    """
 
     def __init__(self, model: torch.nn.Module, setup: Setup, groups: ProcessGroups):
         training = setup.config.training
         self.adam = torch.optim.AdamW(
             decay_groups(model, training.weight_decay),
-            lr=0.0,  # train_step sets each step's
+            lr=0.0,  # train_step sets the rate of each step
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_eps,
             fused=True,
         )
         self.groups = groups
         self.device = torch.device(setup.device)
-        self.lookout = NonFiniteDetector(model, self.device)
+        self.non_finite_detector = NonFiniteDetector(model, self.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
-        # DeepSpeed would fail with its monitors, and report samples where we report steps, which
-        # wandb drops.
-        derived = setup.deepspeed.items()
-        without_monitors = {key: value for key, value in derived if key not in _MONITORS}
+        # We run the monitors ourselves: under DeepSpeed an error in one would end the run, and it
+        # reports samples where we report steps, which wandb drops.
+        settings = {key: value for key, value in setup.deepspeed.items() if key not in _MONITORS}
+        # DeepSpeed computes the norm only where it clips, and we always report it.
+        settings["gradient_clipping"] = training.clip_grad or math.inf
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
-            # DeepSpeed takes the norm only where it clips, and we tell it in any case.
-            config=without_monitors | {"gradient_clipping": training.clip_grad or math.inf},
-            mpu=model_parallel_unit(setup.grid, groups),
+            config=settings,
+            mpu=_model_parallel_unit(setup.grid, groups),
         )
-        # Without ZeRO, DeepSpeed's half-precision optimizer takes a step of zeros to make its state. At rate 0 that
-        # moves no weight, but AdamW would count it as its first.
+        # Without ZeRO, DeepSpeed's half-precision optimizer takes a step with zero gradients to
+        # allocate its state. At rate 0 that changes no weight, but AdamW would count the step.
         self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
-        self.monitors = _monitors(setup.deepspeed)
-        step = self.adam.step
-        self.adam.step = lambda: None if self.decision.refused else step()
+        self.monitors = _start_monitors(setup.deepspeed)
+        adam_step = self.adam.step
+        self.adam.step = lambda: None if self.step_gate.refused else adam_step()
 
     def train_step(
         self, batches: list[Batch], learning_rate: float, highest_loss: float = math.inf
     ) -> StepResult:
-        """One optimizer step over the micro-batches of a global batch, none of them on later pipeline stages.
+        """Run one optimizer step over the micro-batches of a global batch.
 
-        It is refused, and moves nothing, if its loss is above ``highest_loss`` or anything of it is not finite.
+        ``batches`` is empty on pipeline stages after the first. The step is refused, and changes no
+        weight, if its loss is above ``highest_loss`` or the loss or gradient is not finite.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        count = self._sum(counted_tokens(_targets(batches)).to(self.device))
-        self.decision = StepGate(self._own_loss, self._norm_to_judge, highest_loss)
-        self.lookout.begin()
-        self._step(batches, share_of_mean(count, self.averaged_over))
-        loss, refused = self.decision.loss, self.decision.refused
-        return StepResult(loss, self._grad_norm(), int(count), refused)
+        count = self._sum_counts(counted_tokens(_targets(batches)).to(self.device))
+        self.step_gate = StepGate(self._own_loss, self._norm_for_gate, highest_loss)
+        self.non_finite_detector.begin()
+        self._run_step(batches, token_mean_factor(count, self.averaged_over))
+        return StepResult(
+            loss=self.step_gate.loss,
+            grad_norm=self._grad_norm(),
+            tokens=int(count),
+            refused=self.step_gate.refused,
+        )
 
-    def seen(self) -> NonFiniteReport:
-        """What this process has seen of the last step."""
-        return self.lookout.seen(dist.get_rank(), self._own_loss())
+    def non_finite_report(self) -> NonFiniteReport:
+        """Return where this rank found non-finite values in the last step. Does not communicate."""
+        return self.non_finite_detector.seen(dist.get_rank(), self._own_loss())
 
     def evaluate(self, steps: list[list[Batch]], bytes_per_token: torch.Tensor) -> Evaluation:
-        """Sums over whole global batches, without gradients. ``bytes_per_token``: (V,) bytes of text of each id."""
+        """Sum the loss over whole global batches, without gradients.
+
+        ``bytes_per_token``: (V,), the bytes of text of each token id.
+        """
         targets = _targets([batch for batches in steps for batch in batches])
         counted = targets[targets != IGNORED]
         counts = torch.stack([torch.tensor(len(counted)), bytes_per_token[counted].sum()])
         self.engine.eval()
         with torch.no_grad():
-            loss = sum(self._evaluated(batches).double() for batches in steps)
+            loss = sum(self._global_loss_sum(batches).double() for batches in steps)
         self.engine.train()
-        tokens, text_bytes = self._sum(counts.to(self.device)).tolist()
+        tokens, text_bytes = self._sum_counts(counts.to(self.device)).tolist()
         return Evaluation(float(loss), tokens, text_bytes)
 
     def shapes(self) -> Shapes:
-        """Whole shapes of the parameters of which this process holds something."""
+        """Return the whole shapes of the parameters of which this process holds a part."""
         return {name: whole_shape(parameter) for name, parameter in self.named_parameters()}
 
     def pieces(self) -> list[Piece]:
-        """What this process adds to a checkpoint: views of its memory. All together have every element once."""
-        own = [(name, p) for name, p in self.named_parameters() if counts_here(p, self.groups)]
-        return [
-            piece
-            for fragment in self._fragments(own)
-            for piece in fragment.share(*self.groups.data_context_rank_and_size)
-        ]
+        """Return what this rank writes to a checkpoint, as views of its memory.
 
-    def counters(self) -> dict[str, Any]:
-        """What a checkpoint's state says of the optimizer, by its names there."""
+        The pieces of all ranks cover every element exactly once.
+        """
+        counted = [
+            (name, p) for name, p in self.named_parameters() if is_counted_here(p, self.groups)
+        ]
+        rank, ranks = self.groups.data_context_rank_and_size
+        pieces = []
+        for fragment in self._fragments(counted):
+            pieces += fragment.pieces_to_save(rank, ranks)
+        return pieces
+
+    def optimizer_counters(self) -> dict[str, Any]:
+        """Return the optimizer's counters for a checkpoint's RunState, by its field names."""
         steps = [int(moments["step"]) for moments in self.adam.state.values()]
         return {
             "optimizer_steps": max(steps, default=0),
@@ -186,115 +220,180 @@ class Engine:
         }
 
     @torch.no_grad()
-    def read(self, tensors: Tensors, state: RunState) -> None:
-        """Read weights, and the optimizer's state if it has done steps, from a checkpoint that any
-        grid has written.
+    def load(self, tensors: Tensors, state: RunState) -> None:
+        """Load weights, and optimizer state if it has taken steps, from a checkpoint of any grid.
 
-        ``update_compute_weights`` must follow. Not collective. Raises CheckpointError on the ranks
-        that find a parameter of theirs missing or shaped otherwise, NotFinite on those that read a
-        value that is nan or infinite.
+        ``update_compute_weights`` must follow. Does not communicate. Raises CheckpointError on the
+        ranks that find one of their parameters missing or of another shape, NotFinite on those that
+        read a value that is nan or infinite.
         """
         tensors.check_shapes(self.shapes())
-        kinds = tensors.kinds if state.optimizer_steps else [WEIGHT]
-        bad = Counter[str]()
+        with_moments = state.optimizer_steps > 0
+        kinds = tensors.kinds if with_moments else [WEIGHT]
+        non_finite = Counter[str]()
         for fragment in self._fragments(self.named_parameters()):
-            bad.update(
-                {f"{kind}/{fragment.name}": n for kind, n in fragment.fill(tensors, kinds).items()}
-            )
-        if bad:
-            raise NotFinite(not_finite(name, count) for name, count in sorted(bad.items()))
+            for kind, count in fragment.load(tensors, kinds).items():
+                non_finite[f"{kind}/{fragment.name}"] += count
+        if non_finite:
+            raise NotFinite(not_finite(name, count) for name, count in sorted(non_finite.items()))
         for moments in self.adam.state.values():
-            for moment in moments.values() if not state.optimizer_steps else ():
-                moment.zero_()  # who goes back to weights alone has moments of its own
+            if not with_moments:
+                # After a roll back to a checkpoint of weights alone, Adam still has moments.
+                for moment in moments.values():
+                    moment.zero_()
             moments["step"].fill_(state.optimizer_steps)
         set_loss_scale(self.engine.optimizer, state.loss_scale)
 
     @torch.no_grad()
     def update_compute_weights(self) -> None:
-        """Have the weights that compute follow those that ``read`` has changed. Collective."""
+        """Copy the weights that ``load`` has changed to those that compute. Collective; blocks."""
         update_compute_weights(self.engine.optimizer)
 
-    def within_optimizer_step(self, note: Callable[[], AbstractContextManager]) -> None:
-        """From now on take DeepSpeed's step, with the norm, Adam and the gathering of weights, within ``note()``."""
-        take_step = self.engine._take_model_step
+    def wrap_optimizer_step(self, context: Callable[[], AbstractContextManager]) -> None:
+        """From now on run DeepSpeed's step within ``context()``.
 
-        def noted_step(*arguments: Any) -> None:
-            with note():
-                take_step(*arguments)
+        The step consists of the gradient norm, Adam and the all-gather of weights.
+        """
+        # _take_model_step (DeepSpeed 0.19.8, runtime/engine.py): both engines call it once a step,
+        # after the gradients are reduced. If it changes, look at its callers there and in pipe/.
+        take_model_step = self.engine._take_model_step
 
-        self.engine._take_model_step = noted_step
+        def wrapped(*arguments: Any) -> None:
+            with context():
+                take_model_step(*arguments)
+
+        self.engine._take_model_step = wrapped
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What this process has of the parameters, by their names in a whole GPT."""
+        """Return this process's parts of the parameters, by their names in a whole GPT."""
         return list(self.engine.module.named_parameters())
 
     def _fragments(self, named: list[tuple[str, torch.nn.Parameter]]) -> list[Fragment]:
         return fragments(named, self.engine.optimizer, self.adam)
 
-    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """What was counted in this process's batches, summed over all that have other ones, in place."""
+    def _sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum counts of this rank's batches over the data x context ranks, in place; blocks."""
         return self.groups.sum(counts)
 
-    def _step(self, batches: list[Batch], scale: torch.Tensor) -> None:
-        """Backward through the micro-batches' loss sums times ``scale``, and the step, which asks for their sum."""
+    def _run_step(self, batches: list[Batch], factor: torch.Tensor) -> None:
+        """Run backward through every micro-batch's loss sum times ``factor``, and the update."""
         self._loss_so_far = torch.zeros((), device=self.device)
         for batch in batches:
-            share = self._loss_sum(batch) * scale
+            share = self._loss_sum(batch) * factor
             self._loss_so_far += share.detach()
             self.engine.backward(share)
             self.engine.step()
 
     def _own_loss(self) -> torch.Tensor:
-        """This process's share of the last step's loss, 0 where others count it, and not finite if its own is not."""
-        first = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
-        return self._loss_of_shares() / self.averaged_over * first
+        """This rank's share of the last step's loss; not finite if this rank's own loss is not.
 
-    def _loss_of_shares(self) -> torch.Tensor:
-        """What ``_step`` has added up of the losses, as this process knows them."""
+        It is 0 on tensor ranks after the first, which share the first one's loss.
+        """
+        is_first_tensor_rank = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
+        return self._step_loss_sum() / self.averaged_over * is_first_tensor_rank
+
+    def _step_loss_sum(self) -> torch.Tensor:
+        """The micro-batch losses that ``_run_step`` has added up on this rank."""
         return self._loss_so_far
 
     def _grad_norm(self) -> float:
-        """Of the step at hand or the last one; not finite where DeepSpeed's -1 says so."""
-        norm = float(
-            getattr(self.engine.optimizer, "_global_grad_norm", self.engine.get_global_grad_norm())
+        """Norm of the gradient of the current or last step; nan where DeepSpeed reports -1."""
+        # _global_grad_norm: set by DeepSpeed's optimizers (0.19.8) before they call Adam, while the
+        # engine's public get_global_grad_norm() is updated only afterwards.
+        before_update = getattr(
+            self.engine.optimizer, "_global_grad_norm", self.engine.get_global_grad_norm()
         )
+        norm = float(before_update)
         return norm if norm >= 0 else math.nan
 
-    def _norm_to_judge(self) -> float:
-        """0 where the loss scale adapts: a norm that is not finite is its overflow then, which DeepSpeed answers."""
+    def _norm_for_gate(self) -> float:
+        """The norm; 0 under a dynamic loss scale.
+
+        A non-finite norm is an overflow of the loss scale there, which DeepSpeed handles itself.
+        """
         return 0.0 if loss_scale(self.engine.optimizer) else self._grad_norm()
 
-    def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
-        """The loss summed over a global batch, of all ranks."""
+    def _global_loss_sum(self, batches: list[Batch]) -> torch.Tensor:
+        """The loss summed over a global batch, over all ranks; blocks."""
         return self.groups.sum(sum(self._loss_sum(batch) for batch in batches))
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        tokens, positions, targets = (
-            x.to(self.device) for x in (batch.tokens_Bl, batch.positions, batch.targets_Bl)
-        )
-        return self.engine(tokens, positions, batch.document_starts, targets)
+        tokens_Bl = batch.tokens_Bl.to(self.device)
+        positions = batch.positions.to(self.device)
+        targets_Bl = batch.targets_Bl.to(self.device)
+        return self.engine(tokens_Bl, positions, batch.document_starts, targets_Bl)
 
     def _clip_fp32_gradients(self) -> None:
-        """In the place of DeepSpeed's own, which it calls without ZeRO in fp32."""
-        parameters, max_norm = self.engine.module.parameters(), self.engine.gradient_clipping()
-        self.engine._global_grad_norm = clip(parameters, max_norm, self.groups)
+        """Replace DeepSpeed's method of this name, which it calls in fp32 without ZeRO."""
+        parameters = self.engine.module.parameters()
+        max_norm = self.engine.gradient_clipping()
+        self.engine._global_grad_norm = clip_gradients(parameters, max_norm, self.groups)
 
 
-def _monitors(config: dict[str, Any]) -> dict[str, Monitor]:
-    """Those of DeepSpeed's monitors that ``config`` enables, on global rank 0; one that does not
-    start is left out.
+def _start_monitors(config: dict[str, Any]) -> dict[str, Monitor]:
+    """Start those of DeepSpeed's monitors that ``config`` enables, on global rank 0.
+
+    One that fails to start is left out, with a warning.
     """
-    settings, best_effort = get_monitor_config(config), BestEffort()
+    settings = get_monitor_config(config)
+    if dist.get_rank() != 0:
+        return {}
+    best_effort = BestEffort()
     started = {}
     for name, kind in _MONITORS.items():
-        own = getattr(settings, name)
-        if own.enabled and dist.get_rank() == 0 and (monitor := best_effort(name, kind, own)):
+        options = getattr(settings, name)
+        if options.enabled and (monitor := best_effort(name, kind, options)):
             started[name] = monitor.write_events
     return started
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:
-    """The targets of all micro-batches, int64; there may be no micro-batches."""
-    return torch.cat(
-        [torch.empty(0, dtype=torch.int64), *(batch.targets_Bl.flatten() for batch in batches)]
-    )
+    """The targets of all micro-batches as one int64 vector; it is empty if there are none."""
+    empty = torch.empty(0, dtype=torch.int64)
+    return torch.cat([empty, *(batch.targets_Bl.flatten() for batch in batches)])
+
+
+def _model_parallel_unit(grid: Grid, groups: ProcessGroups) -> "_ModelParallelUnit | None":
+    """Return what DeepSpeed's engine needs about the tensor axis; None without one.
+
+    Collective: every rank must call it. DeepSpeed's pipeline module handles both axes itself.
+    """
+    if grid.tensor == 1 or grid.pipe > 1:
+        return None
+    data_context = groups.data_context
+    if data_context is None:
+        alone = [[rank] for rank in range(grid.world_size)]
+        data_context, _ = dist.new_subgroups_by_enumeration(alone)
+    return _ModelParallelUnit(groups.tensor, data_context)
+
+
+@dataclass(frozen=True)
+class _ModelParallelUnit:
+    """The groups as DeepSpeed expects them: Megatron-LM's model parallel unit ("mpu").
+
+    Model parallel is the tensor axis, data parallel is data x context.
+    """
+
+    tensor: dist.ProcessGroup
+    data_context: dist.ProcessGroup
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tensor)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.tensor)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_context
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.data_context)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data_context)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data_context)

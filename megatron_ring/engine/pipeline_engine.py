@@ -1,8 +1,16 @@
-"""The pipeline under DeepSpeed: its module, built stage by stage, and its engine, driven one optimizer step at a time.
+"""Pipeline parallelism under DeepSpeed: the modules of a stage and the engine that trains them.
 
-The schedule is DeepSpeed's 1F1B. The first stage reads the micro-batches and later ones are given none: what they need
-of them travels (model/pipeline.py), but for the number of targets that count, which is handed on before. The loss is a
-mean over micro-batches and D x C, as the plain engine's, so the same scale makes it the token mean.
+    (tokens, targets, positions, ...) -> StageEmbedding -> StageLayers, one a stage -> head -> loss sum
+
+Stages pass on a tuple of tensors: the residual stream, its tokens' targets and positions and,
+where documents are kept apart, the documents' first indices, so that every stage applies positions
+and masks of the micro-batch that it computes, and the last stage its targets. Only the stream has a
+gradient.
+
+The schedule is DeepSpeed's 1F1B (Narayanan et al. 2019, PipeDream). Only the first stage reads
+micro-batches; later ones receive all they need from the stage before, except for the number of
+counted targets, which is broadcast first. The loss is a mean over micro-batches and data x context
+ranks, as in the plain engine, so the same factor makes it the mean over tokens.
 """
 
 import contextlib
@@ -16,93 +24,189 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from megatron_ring.config import ModelConfig
 from megatron_ring.data.loader import Batch
 from megatron_ring.engine.engine import Engine
-from megatron_ring.model import pipeline
 from megatron_ring.model.attention import AttentionFunction
-from megatron_ring.model.execution import Execution
-from megatron_ring.parallel.grid import Grid
+from megatron_ring.model.gpt import Layers, Vocabulary, loss_sum
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.tensor_exchange import TensorParallel
+from megatron_ring.settings.setup import Setup
+
+StageTensors = tuple[torch.Tensor, ...]
+"""What a stage passes to the next: (x_BmE, targets_Bl, positions), with documents also document_starts."""
 
 
-def pipelined(
-    grid: Grid,
-    packed: bool,
-    config: ModelConfig,
-    vocab_size: int,
-    seq_length: int,
-    attention: AttentionFunction,
-    seed: int,
-    execution: Execution,
+class StageEmbedding(Vocabulary):
+    """The first module of the first stage."""
+
+    def forward(self, tensors: StageTensors) -> StageTensors:
+        """Embed ``tensors``, which have int64 tokens_Bl in the place of x_BmE."""
+        tokens_Bl, *rest = tensors
+        return super().forward(tokens_Bl), *rest
+
+
+class StageLayers(Layers):
+    """The layers of one stage."""
+
+    def forward(self, tensors: StageTensors) -> StageTensors:
+        x_BmE, targets_Bl, positions_l, *starts = tensors
+        # The mask is made on the host, but stages receive tensors on the device.
+        document_starts = starts[0].cpu() if starts else None
+        x_BmE = self.run(x_BmE, positions_l, document_starts)
+        return x_BmE, targets_Bl, positions_l, *starts
+
+
+class StageOutput(Vocabulary):
+    """The last module of the last stage, where the head has weights of its own."""
+
+    def forward(self, tensors: StageTensors) -> torch.Tensor:
+        return head(self, tensors)
+
+
+def head(vocabulary: Vocabulary, tensors: StageTensors) -> torch.Tensor:
+    """Return the loss sum of a micro-batch; ``vocabulary`` is the copy of the embedding where it is tied.
+
+    The loss is no loss function of DeepSpeed's: that would be outside the module, and the weight gradient it adds is
+    cleared in bfloat16 without ZeRO when the module's own backward begins.
+    """
+    x_BmE, targets_Bl, *_ = tensors
+    return loss_sum(
+        x_BmE,
+        vocabulary.weight,
+        targets_Bl,
+        vocabulary.tensor,
+        vocabulary.operations,
+        vocabulary.memory,
+    )
+
+
+class _Initialized:
+    """A layer specification whose module is built on the meta device and then initialized."""
+
+    def build(self, log: bool = False) -> torch.nn.Module:
+        return build(self.typename, *self.module_args, **self.module_kwargs)
+
+
+class _InitializedLayer(_Initialized, LayerSpec):
+    pass
+
+
+class _InitializedTiedLayer(_Initialized, TiedLayerSpec):
+    pass
+
+
+def build_stage(
+    setup: Setup, attention: AttentionFunction, vocab_size: int, tensor: TensorParallel
 ) -> PipelineModule:
-    """This process's stage of a GPT. ``packed``: document borders travel, of which every parcel has another number."""
-    vocabulary = config, vocab_size, seed, execution
-    stages = (layers_of_stage(config.num_layers, grid.pipe, stage) for stage in range(grid.pipe))
-    # A checkpoint holds layers that are modules. One with a forward_fn is a function: the tied copy, copied on loading.
+    """Build and initialize this process's stage of a GPT. Collective over all processes."""
+    config = setup.config
+    model = config.model
+    stages = setup.grid.pipe
+    options = {
+        "tensor": tensor,
+        "operations": setup.operations.operations,
+        "memory": config.memory,
+        "seed": config.training.seed,
+        "device": setup.device,
+        "dtype": setup.precision.dtype,
+    }
+    # A DeepSpeed checkpoint holds layers that are modules. A layer with a forward_fn is a function:
+    # the tied copy, which is copied when a checkpoint is loaded.
+    embedding = _InitializedTiedLayer(
+        "embedding", StageEmbedding, model, vocab_size, prefix="embedding", **options
+    )
     layers = [
-        TiedLayerSpec("embedding", pipeline.StageEmbedding, "embedding", *vocabulary),
-        *(
-            LayerSpec(pipeline.StageLayers, config, seq_length, attention, seed, execution, run)
-            for run in stages
-        ),
-        LayerSpec(pipeline.StageOutput, "output", *vocabulary)
-        if config.untie_embeddings_and_output_weights
-        else TiedLayerSpec(
-            "embedding", pipeline.StageEmbedding, "embedding", *vocabulary, forward_fn=pipeline.head
-        ),
+        _InitializedLayer(
+            StageLayers,
+            model,
+            config.data.seq_length,
+            attention,
+            layers=layers_of_stage(model.num_layers, stages, stage),
+            **options,
+        )
+        for stage in range(stages)
     ]
-    # It prints its layers, and copies the tied weights to the last stage in sight of autograd.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), torch.no_grad():
+    if model.untie_embeddings_and_output_weights:
+        output = _InitializedLayer(StageOutput, model, vocab_size, prefix="output", **options)
+    else:
+        output = _InitializedTiedLayer(
+            "embedding",
+            StageEmbedding,
+            model,
+            vocab_size,
+            prefix="embedding",
+            forward_fn=head,
+            **options,
+        )
+    topology = PipeModelDataParallelTopology(
+        num_pp=stages, num_mp=setup.grid.tensor, num_dp=setup.grid.data_context
+    )
+    # The constructor prints the layers, and copies tied weights to the last stage in place, which
+    # autograd would reject.
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), torch.no_grad():
         return PipelineModule(
-            layers,
-            topology=PipeModelDataParallelTopology(
-                num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data_context
-            ),
-            loss_fn=torch.mul,  # a loss sum by the scale that comes as its label
+            [embedding, *layers, output],
+            topology=topology,
+            loss_fn=torch.mul,  # the loss sum times the scale, which is passed as the label
             partition_method="type:StageLayers",
-            dynamic_shape=packed,
+            # The number of documents differs between micro-batches.
+            dynamic_shape=config.data.reset_attention_mask,
         )
 
 
 class PipelineEngine(Engine):
-    """A stage of a GPT, in step with the others."""
+    """One pipeline stage of a GPT; all ranks call every method in the same order."""
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(_name_in_gpt(name), parameter) for name, parameter in super().named_parameters()]
 
-    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """Those of the first stage, on all: one tensor rank of it hands them on to all that share its samples."""
-        counts = super()._sum(counts)
+    def _sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the first stage's sums on all ranks; blocks.
+
+        One tensor rank of that stage broadcasts them to the ranks that process the same samples.
+        """
+        counts = super()._sum_counts(counts)
         dist.broadcast(counts, group=self.groups.model, group_src=0)
         return counts
 
-    def _step(self, batches: list[Batch], scale: torch.Tensor) -> None:
-        self.engine.train_batch(_loaded(batches, scale))
+    def _run_step(self, batches: list[Batch], factor: torch.Tensor) -> None:
+        self.engine.train_batch(_micro_batches(batches, factor))
 
-    def _loss_of_shares(self) -> torch.Tensor:
-        """Of the last stage, which alone knows them."""
-        return (
-            self.engine.total_loss
-            if self.engine.is_last_stage()
-            else torch.zeros((), device=self.device)
-        )
+    def _step_loss_sum(self) -> torch.Tensor:
+        """The last stage's loss; zero on the other stages, which do not compute it."""
+        if self.engine.is_last_stage():
+            # total_loss (DeepSpeed 0.19.8, runtime/pipe/engine.py): sum over micro-batches of what
+            # loss_fn returned. If it changes, see _exec_forward_pass there.
+            return self.engine.total_loss
+        return torch.zeros((), device=self.device)
 
-    def _evaluated(self, batches: list[Batch]) -> torch.Tensor:
-        scale = torch.tensor(float(self.averaged_over), device=self.device)
-        return self.engine.eval_batch(_loaded(batches, scale)).squeeze()
+    def _global_loss_sum(self, batches: list[Batch]) -> torch.Tensor:
+        # eval_batch averages over micro-batches and data x context ranks; the factor undoes that.
+        factor = torch.tensor(float(self.averaged_over), device=self.device)
+        return self.engine.eval_batch(_micro_batches(batches, factor)).squeeze()
 
 
-def _loaded(batches: list[Batch], scale: torch.Tensor) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """(inputs, label) of each micro-batch: the first stage, which has batches, takes the one, the last the other."""
+def _micro_batches(
+    batches: list[Batch], factor: torch.Tensor
+) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """Yield (inputs, label) of each micro-batch.
+
+    DeepSpeed reads inputs on the first stage, which has batches, and labels on the last, which has
+    none; the label is the factor of the loss.
+    """
     if not batches:
-        yield from repeat(((), scale))
+        yield from repeat(((), factor))
     for batch in batches:
         starts = () if batch.document_starts is None else (batch.document_starts,)
-        yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), scale
+        yield (batch.tokens_Bl, batch.targets_Bl, batch.positions, *starts), factor
 
 
 def _name_in_gpt(name: str) -> str:
-    """DeepSpeed's module numbers its layers, but for tied ones; an output's matrix of its own is a layer by itself."""
+    """Return a parameter's name in a whole GPT.
+
+    DeepSpeed's module prefixes names with the layer's number, or ``tied_modules`` for tied ones. An
+    untied output matrix is a layer by itself, so its name there is just ``weight``.
+    """
     name = re.sub(r"^(\d+|tied_modules)\.", "", name)
     return "output.weight" if name == "weight" else name

@@ -1,1 +1,4 @@
-"""One GPT, Llama-like or GPT-2-like by config. It is given an attention object and positions, and knows no ranks."""
+"""The GPT, configurable to be Llama-like or GPT-2-like.
+
+The model receives an attention function and token positions; it does not depend on ranks or layouts.
+"""

@@ -1,10 +1,13 @@
-"""The GPT: token embedding, layers, final norm, head; like Llama or like GPT-2 by ModelConfig, and pre-norm in both.
+"""The GPT: token embedding, layers, final norm, head; pre-norm, like Llama or like GPT-2 by ModelConfig.
 
-It is given its tokens' positions and an attention function, and knows no layout: shuffle the tokens and their
-positions together and the logits come out shuffled alike, which is all that striping asks of it. How it is computed,
-over which tensor ranks and in how many pieces, is an Execution's business. It has no dropout.
+It receives the tokens' positions and an attention function and does not depend on the layout of the sequence: if
+tokens and positions are permuted together, the logits are permuted alike, which is what striped layouts rely on. It
+has no dropout. Modules are constructed without values; ``initialization.build`` allocates and initializes them.
 
-In shapes, ``m`` is the tokens of the residual stream that live here: l, or l/T under sequence_parallel.
+``tensor`` is the tensor-parallel group that layers are split over, ``operations`` the implementations of fused
+operations, and ``memory`` the recomputation, offloading and chunk sizes. They change numbers by rounding at most.
+
+In shapes, ``m`` is the tokens of the residual stream on this process: l, or l/T under sequence_parallel.
 """
 
 from contextlib import nullcontext
@@ -13,40 +16,42 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.kernels.cross_entropy import head_loss_sum
+from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.kernels.norm import Norm, norm
 from megatron_ring.kernels.rope import Rope, Rotation
 from megatron_ring.model.attention import AttentionFunction, SelfAttention
-from megatron_ring.model.execution import PLAIN, Execution
-from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
-from megatron_ring.model.recompute import in_chunks, run_block
-from megatron_ring.parallel.tensor import (
-    VocabularyParallelEmbedding,
-    all_reduce_replicated_grads,
-    vocabulary_part,
+from megatron_ring.model.recompute import DEFAULT_MEMORY, in_chunks, run_block
+from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, vocabulary_part
+from megatron_ring.parallel.tensor_exchange import (
+    ALONE,
+    TensorParallel,
+    own_tokens,
+    to_tensor_region,
 )
-from megatron_ring.parallel.tensor_exchange import own_tokens, to_tensor_region
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalised copy and added back."""
+    """One layer: attention, then feed-forward, each on a normalized input and added to the residual stream."""
 
     def __init__(
         self,
         config: ModelConfig,
         attention: AttentionFunction,
         window: int,
-        execution: Execution = PLAIN,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
     ):
         super().__init__()
-        self.mlp_chunks = execution.mlp_chunks
-        self.attention_norm = _norm(config, execution)
-        self.attention = SelfAttention(config, attention, window, execution)
-        self.mlp_norm = _norm(config, execution)
-        self.mlp = mlp(config, execution)
+        self.mlp_chunks = memory.mlp_chunks
+        self.attention_norm = _norm(config, operations)
+        self.attention = SelfAttention(config, attention, window, tensor, operations, memory)
+        self.mlp_norm = _norm(config, operations)
+        self.mlp = mlp(config, tensor, operations, memory)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
@@ -60,10 +65,10 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """A run of a GPT's layers: all of them in a whole model, those of one stage in a pipeline.
+    """A range of a GPT's layers: all of them in a whole model, those of one stage in a pipeline.
 
-    What comes before the first layer, a learned position table, and after the last, the final norm, belongs to them.
-    Parameters have the names and the initial values that they have in a whole model.
+    The learned position table belongs to the first layer's range, the final norm to the last layer's. Parameters have
+    the names that they have in a whole model, and so the same initial values.
     """
 
     def __init__(
@@ -71,65 +76,70 @@ class Layers(nn.Module):
         config: ModelConfig,
         seq_length: int,
         attention: AttentionFunction,
-        seed: int,
-        execution: Execution = PLAIN,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
         layers: range | None = None,
     ):
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
-        learned = config.position_embedding_type == "learned_absolute"
-        self.execution = execution
-        self.rope = None if learned else rope(config, seq_length)
-        has_table, has_norm = learned and layers.start == 0, layers.stop == config.num_layers
+        has_learned_positions = config.position_embedding_type == "learned_absolute"
+        has_position_table = has_learned_positions and layers.start == 0
+        has_final_norm = layers.stop == config.num_layers
+        self.tensor = tensor
+        self.operations = operations
+        self.memory = memory
+        self.rope = None if has_learned_positions else rope(config, seq_length)
         self.position_embedding = (
-            nn.Embedding(seq_length, config.hidden_size) if has_table else None
+            nn.Embedding(seq_length, config.hidden_size) if has_position_table else None
         )
-        blocks = {str(n): Block(config, attention, config.window_of(n), execution) for n in layers}
-        self.blocks = nn.ModuleDict(blocks)
-        self.final_norm = _norm(config, execution) if has_norm else None
-        initialize(self, config, seed)
-        all_reduce_replicated_grads(self, execution.tensor)
+        self.blocks = nn.ModuleDict()
+        for layer in layers:
+            window = config.window_of(layer)
+            self.blocks[str(layer)] = Block(config, attention, window, tensor, operations, memory)
+        self.final_norm = _norm(config, operations) if has_final_norm else None
 
     def run(
         self, x_BmE: torch.Tensor, positions_l: torch.Tensor, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, m, E) -> (B, m, E), normalised behind the last layer."""
+        """(B, m, E) -> (B, m, E), normalized after the last layer."""
         if self.position_embedding is not None:
-            x_BmE = x_BmE + self.position_embedding(own_tokens(positions_l, self.execution.tensor))
-        rotation, offload = self.rotation(positions_l), Offload(x_BmE.device)
+            x_BmE = x_BmE + self.position_embedding(own_tokens(positions_l, self.tensor))
+        rotation = self.rotation(positions_l)
+        offload = Offload(x_BmE.device)
         for block in self.blocks.values():
-            with offload.layer() if self.execution.offload_activations else nullcontext():
-                x_BmE = run_block(block, self.execution, x_BmE, rotation, document_starts)
+            with offload.layer() if self.memory.offload_activations else nullcontext():
+                x_BmE = run_block(block, self.memory, x_BmE, rotation, document_starts)
         return x_BmE if self.final_norm is None else self.final_norm(x_BmE)
 
     def rotation(self, positions_l: torch.Tensor) -> Rotation | None:
-        """What turns every layer's queries and keys, made once a forward; None where positions are learned."""
+        """Return cos and sin for all layers, computed once a forward; None where positions are learned."""
         return None if self.rope is None else self.rope.rotation(positions_l)
 
 
 class Vocabulary(VocabularyParallelEmbedding):
-    """A row of E for every token id, split over the tensor ranks: the ``embedding``, or the ``output``'s matrix."""
+    """A vector of E for every token id, split over the tensor ranks: the ``embedding`` or the ``output`` matrix."""
 
     def __init__(
         self,
-        name: str,
         config: ModelConfig,
         vocab_size: int,
-        seed: int,
-        execution: Execution = PLAIN,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
     ):
-        super().__init__(vocab_size, config.hidden_size, execution.tensor)
-        self.execution = execution
-        initialize(self, config, seed, prefix=name)
+        super().__init__(vocab_size, config.hidden_size, tensor)
+        self.operations = operations
+        self.memory = memory
 
 
 class GPT(Layers):
-    """A whole model. Its initial weights follow from ``seed`` alone.
+    """A whole model.
 
-    ``seq_length`` is S, the whole sample: the rows of a learned position table, and what RoPE's stretch is derived
-    from. ``positions_l`` are the int64 positions in the sample of the tokens at hand, in any order; (B, l) is taken
-    too, for samples that number their tokens differently, document by document for example. ``document_starts`` goes
-    to the attention function, whose protocol says what it is; None: a sample is one document.
+    ``seq_length`` is S, the length of the whole sample: the rows of a learned position table, and the default from
+    which RoPE scaling is derived. ``positions_l`` are the int64 positions in the sample of this process's tokens, in
+    any order; they may be (B, l) where samples number their tokens differently, for example document by document.
+    ``document_starts`` is passed to the attention function, whose protocol defines it; None: a sample is one document.
     """
 
     def __init__(
@@ -138,13 +148,14 @@ class GPT(Layers):
         vocab_size: int,
         seq_length: int,
         attention: AttentionFunction,
-        seed: int,
-        execution: Execution = PLAIN,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
     ):
-        super().__init__(config, seq_length, attention, seed, execution)
-        untied = config.untie_embeddings_and_output_weights
-        self.embedding = Vocabulary("embedding", config, vocab_size, seed, execution)
-        self.output = Vocabulary("output", config, vocab_size, seed, execution) if untied else None
+        super().__init__(config, seq_length, attention, tensor, operations, memory)
+        shared = (config, vocab_size, tensor, operations, memory)
+        self.embedding = Vocabulary(*shared)
+        self.output = Vocabulary(*shared) if config.untie_embeddings_and_output_weights else None
 
     def forward(
         self,
@@ -153,15 +164,18 @@ class GPT(Layers):
         document_starts: torch.Tensor | None = None,
         targets_Bl: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss, in nats and summed over the tokens whose target counts; without targets logits_Blv.
+        """Return the loss in nats, summed over tokens whose target is not ignored; without targets, logits_Blv.
 
-        The logits are in the dtype of the weights, over this tensor rank's part of the vocabulary. One method for
-        both, because forward is what DeepSpeed's hooks surround.
+        The logits are in the dtype of the weights, over this tensor rank's part of the vocabulary. One method does
+        both, because DeepSpeed's hooks wrap forward.
         """
         hidden_BmE = self.hidden(tokens_Bl, positions_l, document_starts)
         if targets_Bl is None:
             return self.head(hidden_BmE)
-        return loss_sum(hidden_BmE, self.output_weight_VE, targets_Bl, self.execution)
+        weight_vE = self.output_weight_VE
+        return loss_sum(
+            hidden_BmE, weight_vE, targets_Bl, self.tensor, self.operations, self.memory
+        )
 
     def hidden(
         self,
@@ -169,18 +183,17 @@ class GPT(Layers):
         positions_l: torch.Tensor,
         document_starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_BmE, normalised: what the head reads."""
+        """Return hidden_BmE, normalized: the input of the head."""
         return self.run(self.embedding(tokens_Bl), positions_l, document_starts)
 
     def head(self, hidden_BmE: torch.Tensor) -> torch.Tensor:
-        """logits_Blv."""
-        return functional.linear(
-            to_tensor_region(hidden_BmE, self.execution.tensor), self.output_weight_VE
-        )
+        """Return logits_Blv."""
+        hidden_BlE = to_tensor_region(hidden_BmE, self.tensor)
+        return functional.linear(hidden_BlE, self.output_weight_VE)
 
     @property
     def output_weight_VE(self) -> torch.Tensor:
-        """The head's matrix: the embedding itself when tied (Press and Wolf 2017), so that it is one parameter."""
+        """The matrix of the head: the same parameter as the embedding when tied (Press and Wolf 2017)."""
         return self.embedding.weight if self.output is None else self.output.weight
 
 
@@ -188,31 +201,28 @@ def loss_sum(
     hidden_BmE: torch.Tensor,
     weight_vE: torch.Tensor,
     targets_Bl: torch.Tensor,
-    execution: Execution,
+    tensor: TensorParallel = ALONE,
+    operations: Operations = TORCH,
+    memory: MemoryConfig = DEFAULT_MEMORY,
 ) -> torch.Tensor:
-    """Head and cross entropy as one, over the tensor ranks' parts of the vocabulary: a float32 sum in nats."""
-    hidden_BlE = to_tensor_region(hidden_BmE, execution.tensor)
-    part = vocabulary_part(weight_vE, execution.tensor)
-    cross_entropy = execution.operations.cross_entropy
+    """Return the float32 loss sum in nats: head and cross entropy in one, over the tensor ranks' vocabulary parts."""
     return head_loss_sum(
-        hidden_BlE,
+        to_tensor_region(hidden_BmE, tensor),
         weight_vE,
         targets_Bl,
-        execution.loss_chunk_size,
-        part,
-        cross_entropy=cross_entropy,
+        memory.loss_chunk_size,
+        vocabulary_part(weight_vE, tensor),
+        cross_entropy=operations.cross_entropy,
     )
 
 
-def _norm(config: ModelConfig, execution: Execution) -> Norm:
-    """One over the residual stream."""
-    return norm(
-        config.normalization, config.hidden_size, config.norm_epsilon, execution.operations.norm
-    )
+def _norm(config: ModelConfig, operations: Operations) -> Norm:
+    """Return a norm of the residual stream."""
+    return norm(config.normalization, config.hidden_size, config.norm_epsilon, operations.norm)
 
 
 def rope(config: ModelConfig, seq_length: int) -> Rope:
-    """RoPE as the config has it, stretched by the length of the whole sample."""
+    """Return RoPE as configured; its scaling is derived from the length of the whole sample."""
     original_length = config.rope_original_length or seq_length / config.rope_scaling_factor
     return Rope(
         config.head_dim,
@@ -224,7 +234,10 @@ def rope(config: ModelConfig, seq_length: int) -> Rope:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices decay; norms, biases and sinks do not. Every parameter is in one, tied ones once."""
+    """Return optimizer groups: matrices decay; norms, biases and sinks do not.
+
+    Every parameter is in one group, tied ones once.
+    """
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -1,63 +1,80 @@
-"""The feed-forward of a block: E -> F -> E for every token by itself, gated (Llama) or plain (GPT-2)."""
+"""The feed-forward of a block: E -> F -> E for each token, gated (Llama) or plain (GPT-2)."""
 
 import torch
 from torch import nn
 
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.kernels.activation import gelu
-from megatron_ring.model.execution import PLAIN, Execution
+from megatron_ring.kernels.fused.operations import TORCH, Operations
+from megatron_ring.model.recompute import DEFAULT_MEMORY, shard_for_backward
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
-from megatron_ring.parallel.tensor_exchange import to_tensor_region
+from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, to_tensor_region
 
 
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6), with Hugging Face Llama's names."""
 
-    def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
+    ):
         super().__init__()
-        self.execution, tensor = execution, execution.tensor
-        self.swiglu = execution.operations.swiglu
-        hidden, feed_forward, bias = (
-            config.hidden_size,
-            config.feed_forward_size,
-            config.add_bias_linear,
-        )
-        self.gate_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
-        self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
-        self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
+        self.tensor = tensor
+        self.swiglu = operations.swiglu
+        self.memory = memory
+        hidden = config.hidden_size
+        width = config.feed_forward_size
+        bias = config.add_bias_linear
+        self.gate_proj = ColumnParallelLinear(hidden, width, bias, tensor)
+        self.up_proj = ColumnParallelLinear(hidden, width, bias, tensor)
+        self.down_proj = RowParallelLinear(width, hidden, bias, tensor)
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        kept = self.execution.kept_for_feed_forward(x_BmE)
-        x_BlE = to_tensor_region(x_BmE, self.execution.tensor)
+        in_chunks = self.memory.mlp_chunks > 1
+        kept = shard_for_backward(x_BmE, self.tensor, self.memory, in_chunks)
+        x_BlE = to_tensor_region(x_BmE, self.tensor)
         return self.down_proj(self.swiglu(self.gate_proj(x_BlE, kept), self.up_proj(x_BlE, kept)))
 
 
 class GeluMLP(nn.Module):
     """down(gelu(up(x))) (Radford et al. 2019, GPT-2)."""
 
-    def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel = ALONE,
+        operations: Operations = TORCH,
+        memory: MemoryConfig = DEFAULT_MEMORY,
+    ):
         super().__init__()
-        self.execution, tensor = execution, execution.tensor
-        hidden, feed_forward, bias = (
-            config.hidden_size,
-            config.feed_forward_size,
-            config.add_bias_linear,
-        )
-        self.up_proj = ColumnParallelLinear(hidden, feed_forward, bias, tensor)
-        self.down_proj = RowParallelLinear(feed_forward, hidden, bias, tensor)
+        self.tensor = tensor
+        self.memory = memory
+        hidden = config.hidden_size
+        width = config.feed_forward_size
+        bias = config.add_bias_linear
+        self.up_proj = ColumnParallelLinear(hidden, width, bias, tensor)
+        self.down_proj = RowParallelLinear(width, hidden, bias, tensor)
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        kept = self.execution.kept_for_feed_forward(x_BmE)
-        return self.down_proj(
-            gelu(self.up_proj(to_tensor_region(x_BmE, self.execution.tensor), kept))
-        )
+        in_chunks = self.memory.mlp_chunks > 1
+        kept = shard_for_backward(x_BmE, self.tensor, self.memory, in_chunks)
+        x_BlE = to_tensor_region(x_BmE, self.tensor)
+        return self.down_proj(gelu(self.up_proj(x_BlE, kept)))
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}
 
 
-def mlp(config: ModelConfig, execution: Execution = PLAIN) -> nn.Module:
-    """The feed-forward that ``config.activation`` names."""
-    return _MLPS[config.activation](config, execution)
+def mlp(
+    config: ModelConfig,
+    tensor: TensorParallel = ALONE,
+    operations: Operations = TORCH,
+    memory: MemoryConfig = DEFAULT_MEMORY,
+) -> nn.Module:
+    """Return the feed-forward of ``config.activation``."""
+    return _MLPS[config.activation](config, tensor, operations, memory)

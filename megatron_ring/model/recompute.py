@@ -1,80 +1,219 @@
-"""What backward computes again instead of keeping: whole blocks (--recompute), and a block's pieces (--mlp-chunks).
+"""What backward recomputes instead of keeping: whole blocks (--recompute) and chunks of the MLP (--mlp-chunks).
 
-A block runs under ``torch.utils.checkpoint``, which keeps its input, and the results of chosen operators are kept
-besides (Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models, section 5): the ring's
-output and log-sum-exp, so that its keys travel once forward and never again, and with ``selective`` every product of
-matrices. Which tensors are kept is said here; ``kept.py`` keeps them.
+A block runs under ``torch.utils.checkpoint``, which keeps its input. The results of chosen operators are kept as well
+(Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models, section 5): the ring's output
+and log-sum-exp, so that backward does not run the ring's forward again, and with ``selective`` every matmul.
+
+torch has contexts for this (``create_selective_checkpoint_contexts``), but they return tensors that were modified
+since: DeepSpeed's linear layer under ZeRO 3 adds its bias in place, and the bias was added twice. Nor can
+``saved_tensors_hooks`` move what they keep. Here autograd saves the results like any other tensors, so that they are
+freed, counted and offloaded like any other.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ring_attention
-from megatron_ring.model.execution import Execution
-from megatron_ring.model.kept import Keeping, Kept, Operators, Replaying, nothing_kept, saved
+from megatron_ring.parallel.tensor_exchange import ShardKept, TensorParallel
+
+DEFAULT_MEMORY = MemoryConfig()
+"""Everything that backward needs is kept."""
+
+Operators = frozenset[OpOverload]
 
 _RING = frozenset({ring_attention._opoverload})
-# What linear layers and matmul come down to, with and without a bias.
-_PRODUCTS = frozenset(
+# The operators of linear layers and matmul, with and without a bias.
+_MATMULS = frozenset(
     {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 )
 
 
+# ---- regions that backward recomputes ----
+
+
 def run_block(
-    block: nn.Module, execution: Execution, x_BlE: torch.Tensor, *inputs: object
+    block: nn.Module, memory: MemoryConfig, x_BlE: torch.Tensor, *inputs: object
 ) -> torch.Tensor:
-    """``block(x_BlE, *inputs)``, and backward as much of it again as ``execution.recompute`` says.
+    """Return ``block(x_BlE, *inputs)``; backward recomputes what ``memory.recompute`` selects.
 
-    A block may be anything that is a function of its inputs and parameters: nothing random, nothing counted. Tensors
-    within the other inputs, a rotation's for example, are held for as long as the block's graph is.
+    The block must be a pure function of its inputs and parameters, without random numbers or counters. Tensors inside
+    the other inputs, a rotation's for example, are held as long as the block's graph.
     """
-    if execution.recompute == "none" or not torch.is_grad_enabled():
+    if memory.recompute == "none" or not torch.is_grad_enabled():
         return block(x_BlE, *inputs)
-    kept = Kept(operators_kept(execution))
-    y_BlE = _computed_again(
-        block, x_BlE, *inputs, contexts=lambda: (Keeping(kept), Replaying(kept))
+    results = KeptResults(kept_operators(memory))
+    y_BlE = _recomputed(
+        block, x_BlE, *inputs, contexts=lambda: (_Recording(results), _Replaying(results))
     )
-    return saved(y_BlE, kept)
+    return save_for_backward(y_BlE, results)
 
 
-def operators_kept(execution: Execution) -> Operators:
-    """The operators of a block that run once, because their results are kept."""
-    if execution.recompute == "selective":
-        return _RING | _PRODUCTS
-    return frozenset() if execution.recompute_attention else _RING
+def kept_operators(memory: MemoryConfig) -> Operators:
+    """Return the operators of a block that run once, because their results are kept."""
+    if memory.recompute == "selective":
+        return _RING | _MATMULS
+    return frozenset() if memory.recompute_attention else _RING
 
 
 def in_chunks(
     layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """``layer(x_BlE)`` for a layer that takes every token by itself, at most ``chunks`` runs of tokens in turn.
+    """Return ``layer(x_BlE)`` for a token-wise layer, computed over at most ``chunks`` chunks of the sequence.
 
-    No more than one piece's inner activations exist at a time: backward computes each piece again before it is
-    differentiated, whatever is recomputed around it; in a block that is itself computed again, all but the last piece
-    run three times. Blockwise Parallel Transformer (Liu and Abbeel 2023, section 3); TiledMLP in DeepSpeed (Bekman et
-    al. 2025, Arctic Long Sequence Training) is the same.
+    The inner activations of only one chunk exist at a time: backward recomputes each chunk before it differentiates
+    it, whatever is recomputed around it. In a block that is recomputed itself, all chunks but the last run three
+    times. Blockwise Parallel Transformer (Liu and Abbeel 2023, section 3) and TiledMLP in DeepSpeed (Bekman et al.
+    2025, Arctic Long Sequence Training) do the same.
 
-    Pieces are of ceil(l / chunks) tokens and so may be fewer than asked for, the last one shorter: alike on ranks with
-    equally many tokens. Collectives within ``layer`` come in the order of the pieces, and backward in the reverse.
+    Chunks have ceil(l / chunks) tokens, so there may be fewer than requested and the last may be shorter; ranks with
+    equally many tokens have the same chunks. Collectives within ``layer`` run in the order of the chunks, in backward
+    in reverse.
     """
     if chunks == 1:
         return layer(x_BlE)
-    # One graph for all pieces: autograd sums their gradients of a parameter before it hands them over, so ZeRO's hooks
-    # fire once for each parameter as they do without pieces.
-    pieces = [
-        _computed_again(layer, piece, contexts=lambda: (nothing_kept(), contextlib.nullcontext()))
-        for piece in x_BlE.chunk(chunks, dim=1)
+    # One graph for all chunks: autograd sums the chunks' gradients of a parameter before it delivers them, so ZeRO's
+    # hooks fire once per parameter, as without chunks.
+    outputs = [
+        _recomputed(layer, chunk, contexts=lambda: (nothing_kept(), contextlib.nullcontext()))
+        for chunk in x_BlE.chunk(chunks, dim=1)
     ]
-    return torch.cat(pieces, dim=1)
+    return torch.cat(outputs, dim=1)
 
 
-def _computed_again(
+def shard_for_backward(
+    x_BmE: torch.Tensor, tensor: TensorParallel, memory: MemoryConfig, recomputed: bool = False
+) -> ShardKept | None:
+    """Return what backward keeps of the all-gathered input of column-parallel layers; None: all of it.
+
+    Under sequence parallelism this is the rank's own shard, gathered again in backward. A region that backward
+    recomputes (``recomputed``, or any ``memory.recompute``) gathers its input in doing so: nothing is kept from
+    forward to backward, and a second all-gather would be redundant.
+    """
+    if not tensor.sequence_parallel or recomputed or memory.recompute != "none":
+        return None
+    return ShardKept(x_BmE, tensor)
+
+
+def _recomputed(
     region: Callable[..., torch.Tensor], *inputs: object, contexts: Callable
 ) -> torch.Tensor:
     return checkpoint(
         region, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
+
+
+# ---- results of operators, kept from forward and returned when backward recomputes the region ----
+
+# True within ``nothing_kept``. A context variable, because modules nested in a region cannot be passed an argument.
+# Each thread has its own value, and backward on a device runs in a thread of its own.
+_NOTHING_KEPT: ContextVar[bool] = ContextVar("nothing_kept", default=False)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Keep no results inside: the part of a region that a recomputation of its own covers."""
+    token = _NOTHING_KEPT.set(True)
+    try:
+        yield
+    finally:
+        _NOTHING_KEPT.reset(token)
+
+
+class KeptResults:
+    """Results of ``operators`` in one region, in call order; recomputation must call them in the same order.
+
+    results: tensors, those of one call side by side. None: the tensor was modified, so the operator must run again.
+    """
+
+    def __init__(self, operators: Operators):
+        self.operators = operators
+        self.results: list[torch.Tensor | None] = []
+
+    def covers(self, operator: OpOverload) -> bool:
+        return operator in self.operators and not _NOTHING_KEPT.get()
+
+    def add(self, results: Sequence[torch.Tensor]) -> None:
+        # Detached: autograd is about to make the tensors themselves part of its graph.
+        self.results += [x.detach() for x in results]
+
+    def drop_aliases(self, modified: torch.Tensor) -> None:
+        """Drop the results that share memory with ``modified``: they no longer hold the operator's result."""
+        memory = modified.untyped_storage().data_ptr()
+        self.results = [
+            None if x is None or x.untyped_storage().data_ptr() == memory else x
+            for x in self.results
+        ]
+
+    def pop(self, count: int) -> list[torch.Tensor] | None:
+        """Return the results of the next call, for another graph; None where they were not kept."""
+        results = self.results[:count]
+        self.results = self.results[count:]
+        if any(x is None for x in results):
+            return None
+        return [x.detach() for x in results]
+
+
+class _Recording(TorchDispatchMode):
+    """Forward: run every operator and keep the results of the chosen ones."""
+
+    def __init__(self, kept: KeptResults):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        results = operator(*args, **(kwargs or {}))
+        for argument, value in zip(operator._schema.arguments, args):
+            for modified in tree_leaves(value) if argument.is_write else ():
+                self.kept.drop_aliases(modified)
+        if self.kept.covers(operator):
+            self.kept.add([results] if isinstance(results, torch.Tensor) else results)
+        return results
+
+
+class _Replaying(TorchDispatchMode):
+    """Backward: run every operator again, except the chosen ones, whose kept results are returned."""
+
+    def __init__(self, kept: KeptResults):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if self.kept.covers(operator):
+            count = len(operator._schema.returns)
+            if results := self.kept.pop(count):
+                return results[0] if count == 1 else tuple(results)
+        return operator(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception):
+        # Backward leaves the region once it has all it needs, possibly before the last result.
+        self.kept.results = []
+        return super().__exit__(*exception)
+
+
+def save_for_backward(y: torch.Tensor, kept: KeptResults) -> torch.Tensor:
+    """Return ``y``, the region's result; its backward begins by unpacking what autograd saved of ``kept``."""
+    results = kept.results
+    kept.results = []
+    return _SaveForBackward.apply(y, kept, *results)
+
+
+class _SaveForBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, kept, *results):
+        ctx.kept = kept
+        ctx.save_for_backward(*results)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.kept.results = list(ctx.saved_tensors)
+        return dy, None, *(None for _ in ctx.saved_tensors)

@@ -1,1 +1,1 @@
-"""What watches a run and reports on it: watchdog, ring profile, stragglers, metrics and plots."""
+"""Monitoring of a run: watchdog, ring profiling, straggler detection, metrics and plots."""

@@ -1,13 +1,13 @@
-"""Processes of a run ask each other where they are, each over TCP connections of its own.
+"""Requests between the processes of a run for each other's progress, over TCP.
 
-A healthy run sends nothing. Every process answers from a thread of its own, whatever its main
-thread does; if a process has died, its host refuses the connection, and if it is stopped, the
-asker waits in vain. A request carries the run's key, so that port scanners and other runs cannot
-read anything or end a job. The key is sent in clear: docs/security.md states what it protects from.
+A healthy run sends nothing. Every process serves requests from a thread of its own, whatever its
+main thread is doing. If a process has died, its host refuses the connection; if it is stopped, the
+request times out. A request carries the run's key, so that port scanners and other runs cannot read
+anything or end a job. The key is sent in clear text; docs/security.md states what it protects from.
 
-A process listens at one address only: loopback if all processes share a host, otherwise the address
-by which other hosts reach it (addresses.py). Requests, replies, the time they may take and the
-number of open connections are all limited.
+A process listens on one address only: loopback if all processes share a host, otherwise the address
+at which other hosts reach it (addresses.py). The sizes of requests and responses, the time they may
+take and the number of open connections are limited.
 """
 
 import asyncio
@@ -30,21 +30,22 @@ from megatron_ring.monitoring.addresses import listen, network_identity, pid_ide
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import NO_RANK, Direction, Place
 
-SECONDS_TO_ANSWER = 3.0
-"""For a whole question: the connection, the request and the reply."""
+RESPONSE_TIMEOUT = 3.0
+"""Seconds for a whole exchange: connecting, sending the request and receiving the response."""
 
-_CALLS_AT_ONCE = 32
-_BYTES_OF_A_MESSAGE = 512  # a request has about 50 bytes, a reply about 40
-_SECONDS_FOR_A_REQUEST = 5.0
-# Every rank may ask at once. Together they bound the descriptors that a flood of connections takes.
-_CONNECTIONS = 128
+_CONCURRENT_REQUESTS = 32
+_MAX_MESSAGE_BYTES = 512  # a request has about 50 bytes, a response about 40
+_REQUEST_TIMEOUT = 5.0  # seconds for a peer to send its request
+# All ranks may send a request at once. The two limits together bound the number of descriptors
+# that a flood of connections uses.
+_MAX_CONNECTIONS = 128
 _BACKLOG = 128
 
 
-class Member(NamedTuple):
-    """A process of the run, and where it listens.
+class Peer(NamedTuple):
+    """A process of the run and the address it listens on.
 
-    node: the host's name, for messages. pids: in which set of process ids ``pid`` is valid.
+    node: the host's name, for messages. pids: the namespace in which ``pid`` is valid.
     """
 
     rank: int
@@ -59,7 +60,11 @@ class Member(NamedTuple):
 
 
 class NoAnswer(NamedTuple):
-    """Why a process did not answer. has_ended: it is known to have ended, not only silent."""
+    """The reason why a peer did not respond.
+
+    reason: continues a sentence that starts with the peer. has_ended: the peer is known to have
+    ended; otherwise it may be alive.
+    """
 
     reason: str
     has_ended: bool = False
@@ -69,105 +74,113 @@ class NoAnswer(NamedTuple):
 
 
 class Intercom:
-    """This process's connections to the others.
+    """This process's server for its peers' requests, and its client for theirs.
 
-    place: returns where this process is. alarmed: called with the rank that another one suspects.
-    members, networks: by rank; ranks of one network are on one host.
+    place: returns this process's progress. alarmed: called with the suspected rank when a peer
+    reports a stall. members, networks: by rank; ranks with the same network are on one host.
     """
 
     def __init__(
         self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]
     ):
-        """Collective: all processes create theirs at the same time. Blocks until all have."""
+        """Collective over all processes; blocks until all of them listen."""
         self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
         self.networks: list[str] = consensus.gather(network_identity)
-        listening = listen(on_one_host=len(set(self.networks)) == 1, backlog=_BACKLOG)
-        self._place, self._alarmed = place, alarmed
+        on_one_host = len(set(self.networks)) == 1
+        listening = listen(on_one_host, _BACKLOG)
+        self._read_progress = place
+        self._on_stall = alarmed
         address, port, *_ = listening.getsockname()
-        self.own = Member(
+        self.own = Peer(
             consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port
         )
-        self.members: list[Member] = []
-        self._server = _Server(listening, self._reply)
+        self.members: list[Peer] = []
+        self._server = _Server(listening, self._respond)
         self.members = consensus.gather(lambda: self.own)
 
     def close(self) -> None:
-        """Stop listening, and drop the connections that are open."""
+        """Stop listening and drop all open connections."""
         self._server.close()
 
     def ask(self, rank: int) -> Place | NoAnswer:
-        """Where that process is; if it does not answer, what is known of the reason."""
-        member = self.members[rank]
+        """Request a peer's progress; returns the reason if there is no valid response."""
+        peer = self.members[rank]
         try:
-            return _place_from(self._exchange(member, "where"))
+            return _parse_progress(self._exchange(peer, "progress"))
         except (OSError, ValueError) as error:
-            return _no_answer(member, error, self.own.pids)
+            return _diagnose(peer, error, self.own.pids)
 
-    def waits_from(self, rank: int) -> dict[Member, Place | NoAnswer]:
-        """The chain of waits from ``rank`` on.
+    def waits_from(self, rank: int) -> dict[Peer, Place | NoAnswer]:
+        """Follow the chain of waits from ``rank`` and return what each peer in it reports.
 
-        It ends at a process that waits for no other, does not answer, or is in the chain already.
+        The chain ends at a peer that does not wait for another, does not respond, or is already in
+        the chain.
         """
-        found: dict[Member, Place | NoAnswer] = {}
-        while 0 <= rank < len(self.members) and (member := self.members[rank]) not in found:
-            found[member] = self.ask(rank)
-            rank = found[member].waits_for if isinstance(found[member], Place) else NO_RANK
-        return found
+        chain: dict[Peer, Place | NoAnswer] = {}
+        while 0 <= rank < len(self.members):
+            peer = self.members[rank]
+            if peer in chain:
+                break
+            response = self.ask(rank)
+            chain[peer] = response
+            rank = response.waits_for if isinstance(response, Place) else NO_RANK
+        return chain
 
     def alarm(self, suspect: int) -> None:
-        """Report to every other process which rank holds this one up. Ignores those that fail."""
-        others = [member for member in self.members if member != self.own]
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as calls:
-            calls.map(lambda member: self._alarm(member, suspect), others)
+        """Report to every peer which rank stalls this one; failed requests are ignored."""
+        others = [peer for peer in self.members if peer != self.own]
+        with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as requests:
+            requests.map(lambda peer: self._report_stall(peer, suspect), others)
 
-    def _alarm(self, member: Member, suspect: int) -> None:
+    def _report_stall(self, peer: Peer, suspect: int) -> None:
         with contextlib.suppress(OSError):
-            self._exchange(member, f"stalled {suspect}")
+            self._exchange(peer, f"stalled {suspect}")
 
-    def _exchange(self, member: Member, words: str) -> bytes:
-        """Send a request; returns the reply, which another program may have sent."""
-        deadline = time.monotonic() + SECONDS_TO_ANSWER
-        with socket.create_connection((member.address, member.port), SECONDS_TO_ANSWER) as line:
-            line.sendall(f"{self.key} {words}\n".encode())
-            reply = b""
-            while len(reply) < _BYTES_OF_A_MESSAGE:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError("the reply was not complete in time")
-                line.settimeout(left)
-                received = line.recv(_BYTES_OF_A_MESSAGE - len(reply))
+    def _exchange(self, peer: Peer, request: str) -> bytes:
+        """Send a request and return the response, which may come from another program."""
+        deadline = time.monotonic() + RESPONSE_TIMEOUT
+        address = (peer.address, peer.port)
+        with socket.create_connection(address, RESPONSE_TIMEOUT) as connection:
+            connection.sendall(f"{self.key} {request}\n".encode())
+            response = b""
+            while len(response) < _MAX_MESSAGE_BYTES:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise TimeoutError("the response was not complete in time")
+                connection.settimeout(remaining)
+                received = connection.recv(_MAX_MESSAGE_BYTES - len(response))
                 if not received:
                     break
-                reply += received
-            return reply
+                response += received
+            return response
 
-    def _reply(self, request: bytes) -> bytes:
-        """What to send to another process; nothing to one without the run's key."""
+    def _respond(self, request: bytes) -> bytes:
+        """Return the response to a request; empty without the run's key."""
         key, *words = request.split() or [b""]
         if not hmac.compare_digest(key, self.key.encode()):
             return b""
         match words:
-            case [b"where"]:
-                return json.dumps(self._place()).encode()
+            case [b"progress"]:
+                return json.dumps(self._read_progress()).encode()
             case [b"stalled", suspect] if suspect.isdigit() and int(suspect) < len(self.members):
-                self._alarmed(int(suspect))
+                self._on_stall(int(suspect))
         return b""
 
 
 class _Server:
-    """Answers one request a connection, from one thread; what it may hold and wait for is limited.
+    """Serves one request per connection from a single thread, with bounded memory and time.
 
-    Of more than _CONNECTIONS that have not sent a whole request, the oldest is closed: a member
-    sends its request as soon as it is connected, so it is not the one to suffer from a flood.
+    When more than _MAX_CONNECTIONS have not sent a complete request, the oldest is closed. A peer
+    sends its request as soon as it is connected, so a flood does not affect it.
     """
 
-    def __init__(self, listening: socket.socket, reply: Callable[[bytes], bytes]):
-        self._reply = reply
+    def __init__(self, listening: socket.socket, respond: Callable[[bytes], bytes]):
+        self._respond = respond
         self._open: dict[asyncio.StreamWriter, None] = {}  # the oldest first
         self._is_serving = threading.Event()
         self._loop = asyncio.new_event_loop()
-        # What a stranger does wrong must not fill the run's log. If the process has no descriptor
-        # left for a connection, asyncio accepts none for a second, and tries again.
+        # Errors caused by other programs must not fill the run's log. If the process has no
+        # descriptor left for a connection, asyncio stops accepting for a second and retries.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._thread = threading.Thread(
             target=self._run, args=(listening,), name="intercom", daemon=True
@@ -181,7 +194,7 @@ class _Server:
 
     def _run(self, listening: socket.socket) -> None:
         serving = asyncio.start_server(
-            self._serve, sock=listening, limit=_BYTES_OF_A_MESSAGE, backlog=_BACKLOG
+            self._serve, sock=listening, limit=_MAX_MESSAGE_BYTES, backlog=_BACKLOG
         )
         server = self._loop.run_until_complete(serving)
         self._is_serving.set()
@@ -193,14 +206,14 @@ class _Server:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= _CONNECTIONS:
+        if len(self._open) >= _MAX_CONNECTIONS:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.transport.abort()
         self._open[writer] = None
         try:
-            async with asyncio.timeout(_SECONDS_FOR_A_REQUEST):
-                writer.write(self._reply(await reader.readuntil(b"\n")))
+            async with asyncio.timeout(_REQUEST_TIMEOUT):
+                writer.write(self._respond(await reader.readuntil(b"\n")))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass
@@ -215,44 +228,49 @@ async def _cancel(tasks: set[asyncio.Task]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _place_from(reply: bytes) -> Place:
-    """The place that a process has replied. Raises ValueError for anything else."""
-    values = json.loads(reply)
+def _parse_progress(response: bytes) -> Place:
+    """Parse a peer's progress; raises ValueError for anything else."""
+    values = json.loads(response)
     if not isinstance(values, list) or len(values) != len(Place._fields):
-        raise ValueError("a reply without a place")
-    place = Place(*values)
-    whole = [value for name, value in zip(Place._fields, place) if name != "seconds"]
-    if not all(type(value) is int and -1 <= value < 2**63 for value in whole):
-        raise ValueError("a place whose numbers are not whole or out of range")
-    if type(place.seconds) not in (int, float) or not 0 <= place.seconds < math.inf:
-        raise ValueError("a place without a duration")
-    Direction(place.direction)  # a ValueError too
-    return place
+        raise ValueError("the response is not a list of progress values")
+    progress = Place(*values)
+    for name, value in zip(Place._fields, progress):
+        if name != "seconds" and not (type(value) is int and -1 <= value < 2**63):
+            raise ValueError(f"{name} is not a whole number in range")
+    if type(progress.seconds) not in (int, float) or not 0 <= progress.seconds < math.inf:
+        raise ValueError("seconds is not a duration")
+    Direction(progress.direction)  # raises ValueError too
+    return progress
 
 
-# The state of a process of this host that does not answer.
+# psutil's status of an unresponsive process on this host -> its description.
 _STATUS = {
     psutil.STATUS_STOPPED: "is stopped by a signal",
     psutil.STATUS_TRACING_STOP: "is stopped by a debugger",
 }
 
 
-def _no_answer(member: Member, error: Exception, own_pids: str) -> NoAnswer:
-    """What is known of a process that did not answer. own_pids: this process's set of pids."""
-    if member.pids == own_pids:
-        try:
-            status = psutil.Process(member.pid).status()
-        except psutil.NoSuchProcess:
-            return NoAnswer("does not live: there is no such process", has_ended=True)
-        except psutil.Error:
-            return NoAnswer("does not answer, and its state cannot be read")
-        if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return NoAnswer("does not live: it has ended", has_ended=True)
-        return NoAnswer(_STATUS.get(status, "lives, but does not answer"))
+def _diagnose(peer: Peer, error: Exception, own_pids: str) -> NoAnswer:
+    """Determine why a peer did not respond. own_pids: this process's pid namespace."""
+    if peer.pids == own_pids:
+        return _diagnose_local(peer.pid)
     if isinstance(error, ConnectionRefusedError):
-        return NoAnswer("does not live: its host refuses connections at its port", has_ended=True)
+        return NoAnswer("is dead: its host refuses connections to its port", has_ended=True)
     if isinstance(error, TimeoutError):
-        return NoAnswer("does not answer: it is stopped, or its host cannot be reached")
+        return NoAnswer("is unresponsive: it is stopped, or its host is unreachable")
     if isinstance(error, ValueError):
-        return NoAnswer("does not answer as a process of this run does")
-    return NoAnswer(f"cannot be asked: {error}")
+        return NoAnswer("is unresponsive: the response is not from a process of this run")
+    return NoAnswer(f"cannot be reached: {error}")
+
+
+def _diagnose_local(pid: int) -> NoAnswer:
+    """Determine why a process of this host did not respond."""
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return NoAnswer("is dead: there is no such process", has_ended=True)
+    except psutil.Error:
+        return NoAnswer("is unresponsive, and its state cannot be read")
+    if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        return NoAnswer("is dead: the process has exited", has_ended=True)
+    return NoAnswer(_STATUS.get(status, "is alive but unresponsive"))

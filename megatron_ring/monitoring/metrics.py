@@ -1,25 +1,36 @@
-"""What a run tells: a line and a bar on the console, one JSON object a step in --metrics-file, the monitors.
+"""Reporting of a run: console lines and progress bar, the metrics file, and monitors.
 
-The keys of the metrics file are a public interface. A step writes
-``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds``, the share of it spent waiting for data,
-``data_seconds``, the operations of all ranks, ``model_flops`` (plan/flops.py), and of all steps so far how many were
-bad and ``skipped_steps``, or led to ``roll_backs``; ``full_attention_flops`` is ``model_flops`` as published figures
-count it, attention by the full square of a sample; a validation writes
-``step, validation_loss, validation_bits_per_byte``, and the test, after the last step, ``step, test_loss,
-test_bits_per_byte``. ``tokens`` counts all those read so far. Losses are nats per token. What is not finite is null in
-the file, for JSON has no word for it, and what it is to the monitors. After a resume or a roll back
-the file continues at the checkpoint's step (metrics_file.py); monitors keep the steps that are
-repeated. Only global rank 0 reports.
+The keys of the metrics file are a public interface. It has one JSON object a line.
 
-Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and ``slowest_over_mean``: who computed
-longest in its hops since the last one, waits left out, over the ranks' mean for such work. With --profile-ring a step
-adds ``attention_share, exposed_communication_share, data_share, optimizer_share`` of its seconds, means over all ranks
-that do not overlap: the ring's passes but for waits; those waits, for Ulysses' trades and collectives outside of the
-ring are in none; waiting for data; DeepSpeed's step, that is the norm, Adam and the gathering of weights, but not the
-reduction of gradients, which is in none. And ``ring_hops``, an object for each ``direction`` and ``hop``, over all
-layers and micro-batches: ``compute_seconds, wait_seconds, bytes`` sent, means over all ranks, and ``imbalance``, the
-compute of the slowest rank over the mean of its ring, in the worst ring. ``missed_rows`` are notes that found no room
-in the profile's log; there should be none. Monitors have all but ``ring_hops``.
+A training step writes ``step, loss, grad_norm, lr, tokens, tokens_per_second, step_seconds,
+data_seconds, model_flops, skipped_steps, roll_backs, full_attention_flops``. Losses are nats per
+token. ``tokens`` counts all tokens read so far. ``data_seconds`` is the part of ``step_seconds``
+spent waiting for data. ``model_flops`` are the operations of all ranks (plan/flops.py);
+``full_attention_flops`` counts them as published figures do, with attention over the full square of
+a sample. ``skipped_steps`` and ``roll_backs`` count the bad steps so far that were skipped or
+followed by a roll back.
+
+A validation writes ``step, validation_loss, validation_bits_per_byte``. The test, after the last
+step, writes ``step, test_loss, test_bits_per_byte``.
+
+Where there is a ring, the step that ends a log interval adds ``slowest_rank`` and
+``slowest_over_mean``: the rank with the longest compute time in its hops since the last interval,
+waits excluded, and that time over the mean of the ranks, adjusted for its share of the work.
+
+With --profile-ring a step adds ``attention_share, exposed_communication_share, data_share,
+optimizer_share`` of its duration, averaged over all ranks. They do not overlap: the ring's passes
+without waits; those waits; waiting for data; DeepSpeed's optimizer step, that is the norm, Adam and
+gathering weights. Ulysses' all-to-alls, collectives outside the ring and the reduction of gradients
+are in none of them. It also adds ``ring_hops``, an object for each ``direction`` and ``hop``,
+summed over all layers and micro-batches and averaged over all ranks: ``compute_seconds,
+wait_seconds, bytes`` sent, and ``imbalance``, the compute time of the slowest rank over its ring's
+mean, in the least balanced ring. ``missed_rows`` counts rows that did not fit into the profile's
+log; there should be none.
+
+Non-finite values are null in the file, because JSON cannot express them, and are passed to monitors
+as they are. Monitors receive everything but ``ring_hops``. After a resume or a roll back the file
+continues at the checkpoint's step (metrics_file.py); monitors keep the steps that are repeated.
+Only global rank 0 reports.
 """
 
 import math
@@ -35,24 +46,25 @@ from tqdm import tqdm
 from megatron_ring.config import LoggingConfig
 from megatron_ring.monitoring.metrics_file import MetricsFile
 from megatron_ring.monitoring.outputs import BestEffort
-from megatron_ring.monitoring.ring_profile.step import RingReport
+from megatron_ring.monitoring.ring_profile.report import RingReport
 
 T = TypeVar("T")
 
 Events = list[tuple[str, float, int]]
-"""(name, value, step) each."""
+"""A list of (name, value, step)."""
 Monitor = Callable[[Events], None]
+_Rates = tuple[float, float, float]
 
-# Steps whose speed the summary's medians are of: all of a shorter run, and as many at even
-# distances of a longer one.
+# The steps whose speed the summary's medians use: all of a shorter run, and evenly spaced ones of a
+# longer run.
 _KEPT_RATES = 4096
-# The summary shows the first and the last; a roll back takes the last ones away.
+# The summary shows the first and the last; a roll back removes the last ones.
 _KEPT_VALIDATIONS = 256
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, in the order of the metrics file."""
+    """One optimizer step; its fields are in the order of the metrics file."""
 
     step: int
     loss: float
@@ -70,24 +82,22 @@ class StepRecord:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """As the metrics file has them."""
-        return {
-            name: value for name, value in vars(self).items() if name != "ring"
-        } | self.ring.figures
+        """The step's line in the metrics file."""
+        own = {name: value for name, value in vars(self).items() if name != "ring"}
+        return own | self.ring.figures
 
     def events(self) -> Events:
-        """As the monitors have them, which take single numbers."""
-        numbers = {
-            name: value for name, value in self.figures.items() if isinstance(value, int | float)
-        }
+        """Return the step's events for monitors, which accept single numbers only."""
         return [
-            (f"train/{name}", value, self.step) for name, value in numbers.items() if name != "step"
+            (f"train/{name}", value, self.step)
+            for name, value in self.figures.items()
+            if name != "step" and isinstance(value, int | float)
         ]
 
 
 @dataclass(frozen=True)
 class HeldOutRecord:
-    """The loss after ``step`` on ``part`` of the text that is not trained on."""
+    """The loss after ``step`` on the validation or test part of the text."""
 
     step: int
     part: Literal["validation", "test"]
@@ -95,7 +105,7 @@ class HeldOutRecord:
     bits_per_byte: float
 
     def named(self, separator: str) -> dict[str, float]:
-        """The figures, each under the name of its part and its own."""
+        """Return the values, each named by its part and its own name, joined by ``separator``."""
         return {
             f"{self.part}{separator}{name}": getattr(self, name)
             for name in ("loss", "bits_per_byte")
@@ -103,13 +113,13 @@ class HeldOutRecord:
 
 
 class Report(Protocol):
-    """Whom the loop tells of its steps."""
+    """The interface through which the training loop reports its steps."""
 
     def step(self, record: StepRecord) -> None: ...
 
     def held_out(self, record: HeldOutRecord) -> None: ...
 
-    def log(self, words: str) -> None: ...
+    def log(self, message: str) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -117,7 +127,7 @@ class Report(Protocol):
 
 
 class NullReporter:
-    """The report of every rank but the first."""
+    """The reporter of every rank but 0: it discards everything."""
 
     def step(self, record: StepRecord) -> None:
         pass
@@ -125,7 +135,7 @@ class NullReporter:
     def held_out(self, record: HeldOutRecord) -> None:
         pass
 
-    def log(self, words: str) -> None:
+    def log(self, message: str) -> None:
         pass
 
     def flush(self) -> None:
@@ -136,17 +146,19 @@ class NullReporter:
 
 
 class Thinned(Generic[T]):
-    """Evenly spaced values of a series of any length, at most ``limit`` of them.
+    """An evenly spaced subset of a series of any length, with at most ``limit`` values.
 
-    They are the first value and every ``stride``-th after it.
+    It holds the first value and every ``stride``-th after it.
     """
 
     def __init__(self, limit: int):
-        self.limit, self.stride = limit, 1
+        self.limit = limit
+        self.stride = 1
         self.values: list[T] = []
         self._added = 0
 
     def add(self, value: T) -> None:
+        """Append the next value of the series."""
         if self._added % self.stride == 0:
             if len(self.values) == self.limit:
                 del self.values[1::2]
@@ -159,9 +171,9 @@ class Thinned(Generic[T]):
 class ConsoleReport:
     """Reports to the console, the metrics file and the monitors.
 
-    None of them ends the run if it fails. Its size does not depend on the number of steps.
-    ``peak_flops``, of all processes, gives the utilisation; None: it is not known, and no
-    utilisation is shown. ``monitors``: what takes events, by the name that a warning has of it.
+    A failure of any of them does not end the run, and the memory used does not depend on the number
+    of steps. peak_flops: peak operations per second of all processes together, for the utilisation;
+    None: unknown, and no utilisation is shown. monitors: by the name that warnings use.
     """
 
     def __init__(
@@ -171,8 +183,10 @@ class ConsoleReport:
         peak_flops: float | None,
         monitors: Mapping[str, Monitor],
     ):
-        self.interval, self.monitors = logging.log_interval, monitors
-        self.first_step, self.last_step = steps.start, steps.stop - 1
+        self.interval = logging.log_interval
+        self.monitors = monitors
+        self.first_step = steps.start
+        self.last_step = steps.stop - 1
         self.peak_flops = peak_flops
         self.best_effort = BestEffort()
         path = logging.metrics_file
@@ -181,9 +195,9 @@ class ConsoleReport:
         self.first: StepRecord | None = None
         self.last: StepRecord | None = None
         self.validations: list[HeldOutRecord] = []
-        self.rates: Thinned[tuple[float, float, float]] = Thinned(_KEPT_RATES)
+        self.rates: Thinned[_Rates] = Thinned(_KEPT_RATES)
         self.step_seconds: deque[float] = deque(maxlen=min(self.interval, _KEPT_RATES))
-        # disable=None: no bar where there is no terminal; the lines are printed either way.
+        # disable=None: no bar without a terminal; the lines are printed in either case.
         self.bar = tqdm(
             total=self.last_step,
             initial=steps.start - 1,
@@ -193,11 +207,13 @@ class ConsoleReport:
         )
 
     def step(self, record: StepRecord) -> None:
-        self.first, self.last = self.first or record, record
+        """Report an optimizer step."""
+        self.first = self.first or record
+        self.last = record
         self.rates.add(_rates(record))
         self.step_seconds.append(record.step_seconds)
         self._on_metrics_file(lambda file: file.write(record.figures))
-        self._monitor(record.events())
+        self._send_to_monitors(record.events())
         self.bar.set_postfix_str(
             f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s"
         )
@@ -208,29 +224,33 @@ class ConsoleReport:
             tqdm.write(line)
 
     def held_out(self, record: HeldOutRecord) -> None:
+        """Report a validation or the test."""
         if record.part == "validation":
             self.validations.append(record)
             del self.validations[1:-_KEPT_VALIDATIONS]
         self._on_metrics_file(lambda file: file.write({"step": record.step} | record.named("_")))
-        self._monitor([(name, value, record.step) for name, value in record.named("/").items()])
-        tqdm.write(
-            f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, {record.bits_per_byte:.4f} bits per byte"
+        events = [(name, value, record.step) for name, value in record.named("/").items()]
+        self._send_to_monitors(events)
+        self.log(
+            f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, "
+            f"{record.bits_per_byte:.4f} bits per byte"
         )
         if not math.isfinite(record.loss):
             self.log(
-                f"the {record.part} loss is not finite, though no bad step has moved a weight: look at the text"
+                f"the {record.part} loss is not finite, although bad steps do not update the "
+                f"weights: check the {record.part} text"
             )
 
-    def log(self, words: str) -> None:
-        """A line among those of the steps."""
-        tqdm.write(words)
+    def log(self, message: str) -> None:
+        """Print a line between those of the steps."""
+        tqdm.write(message)
 
     def flush(self) -> None:
-        """Put the metrics file on the disk: before a checkpoint, which must not be ahead of it."""
+        """Flush the metrics file to disk before a checkpoint, which must not be ahead of it."""
         self._on_metrics_file(MetricsFile.flush)
 
     def rewind_to(self, step: int) -> None:
-        """Forget the steps after ``step``, from which the run goes on with other samples."""
+        """Drop the steps after ``step``: the run continues from there with other samples."""
         if self.first and self.first.step > step:
             self.first = None
         self.validations = [record for record in self.validations if record.step <= step]
@@ -239,58 +259,70 @@ class ConsoleReport:
         self.bar.refresh()
 
     def close(self) -> str:
-        """Take the bar down and return the summary."""
+        """Close the progress bar and return the summary of the run."""
         self.bar.close()
         lines = []
         if self.first:
             first, last = self.first, self.last
-            rate, own, usual = (statistics.median(rates) for rates in zip(*self.rates.values))
+            steps = last.step - first.step + 1
             lines.append(
-                f"loss             {first.loss:.4f} -> {last.loss:.4f} in "
-                f"{last.step - first.step + 1} steps, {last.tokens:,} tokens so far"
+                f"loss             {first.loss:.4f} -> {last.loss:.4f} in {steps} steps, "
+                f"{last.tokens:,} tokens so far"
             )
-            utilisation = self._utilisation(own, usual, ", {}")
-            lines.append(f"speed            {rate:,.0f} tokens/s (median){utilisation}")
-        if self.validations:
-            first, last = (self.validations[i].bits_per_byte for i in (0, -1))
+            tokens, model_flops, full_flops = map(statistics.median, zip(*self.rates.values))
+            utilisation = self._utilisation(model_flops, full_flops)
             lines.append(
-                f"held-out text    {first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.0%})"
+                f"speed            {tokens:,.0f} tokens/s (median)"
+                + (f", {utilisation}" if utilisation else "")
+            )
+        if self.validations:
+            before = self.validations[0].bits_per_byte
+            after = self.validations[-1].bits_per_byte
+            lines.append(
+                f"held-out text    {before:.4f} -> {after:.4f} bits per byte "
+                f"({after / before - 1:+.0%})"
             )
         if self.first and self.last.skipped_steps + self.last.roll_backs:
-            end = self.last
             lines.append(
-                f"bad steps        {end.skipped_steps} skipped, {end.roll_backs} followed by a roll back"
+                f"bad steps        {self.last.skipped_steps} skipped, "
+                f"{self.last.roll_backs} followed by a roll back"
             )
-        for what, times in self.best_effort.failures.items():
-            lines.append(f"warning          {what} failed {times} times")
+        for output, times in self.best_effort.failures.items():
+            lines.append(f"warning          {output} failed {times} times")
         return "\n".join(lines)
 
     def _line(self, record: StepRecord) -> str:
-        left = round((self.last_step - record.step) * statistics.median(self.step_seconds))
+        steps_left = self.last_step - record.step
+        seconds_left = round(steps_left * statistics.median(self.step_seconds))
+        _, model_flops, full_flops = _rates(record)
+        utilisation = self._utilisation(model_flops, full_flops)
         return (
-            f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  grad norm {record.grad_norm:.3f}  "
-            f"lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
-            f"{self._utilisation(*_rates(record)[1:], ' ({})')}  ETA {left // 60}:{left % 60:02d}"
+            f"step {record.step:>6}/{self.last_step}  loss {record.loss:.4f}  "
+            f"grad norm {record.grad_norm:.3f}  lr {record.lr:.2e}  "
+            f"{record.tokens_per_second:,.0f} tokens/s"
+            + (f" ({utilisation})" if utilisation else "")
+            + f"  ETA {seconds_left // 60}:{seconds_left % 60:02d}"
         )
 
-    def _utilisation(self, own: float, usual: float, form: str) -> str:
-        """Operations a second over what the processes could reach, by both conventions."""
+    def _utilisation(self, model_flops: float, full_flops: float) -> str:
+        """Format operations per second over the peak, by both conventions; empty if unknown."""
         if not self.peak_flops:
             return ""
-        own, usual = own / self.peak_flops, usual / self.peak_flops
-        return form.format(f"{own:.0%} of peak, MFU {usual:.0%}")
+        of_peak = model_flops / self.peak_flops
+        mfu = full_flops / self.peak_flops
+        return f"{of_peak:.0%} of peak, MFU {mfu:.0%}"
 
     def _on_metrics_file(self, act: Callable[[MetricsFile], None]) -> None:
         if self.metrics_file:
             self.best_effort(f"--metrics-file {self.metrics_file.path}", act, self.metrics_file)
 
-    def _monitor(self, events: Events) -> None:
+    def _send_to_monitors(self, events: Events) -> None:
         for name, write in self.monitors.items():
             self.best_effort(name, write, events)
 
 
-def _rates(record: StepRecord) -> tuple[float, float, float]:
-    """Per second: tokens, operations, and operations as published figures count them."""
+def _rates(record: StepRecord) -> _Rates:
+    """Return per second: tokens, operations, and operations with full attention."""
     seconds = record.step_seconds
     return (
         record.tokens_per_second,

@@ -1,9 +1,11 @@
-"""The lookout: where in a step values first were not finite, on which rank, for who must find the broken device.
+"""Locating non-finite values: in which layer and on which rank of a step they first appeared.
 
-A ring hands such values on with its keys and values, and soon every rank has some. So each rank notes, on its device
-and without waiting for it, whether what each layer and its attention gave was finite, and the gradient of that. Forward
-the rank whose first is earliest is where it began, backward the one whose first is closest to the loss. Keys that go
-bad within an attention are on all ranks at once, which are then all named.
+The report helps to find a broken device. A ring passes such values on with its keys and values, and
+soon every rank has some. So each rank records, on its device and without synchronising with it,
+whether the output of each layer and of its attention was finite, and the gradient of that output.
+In forward, the values originated on the rank whose first non-finite layer comes earliest; in
+backward, on the rank whose first is closest to the loss. Keys that become non-finite within an
+attention reach all ranks at once; then all of them are named.
 """
 
 import re
@@ -19,9 +21,10 @@ from megatron_ring.parallel.progress import Direction
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """By one rank in one step. forward, backward: the layers whose output, or its gradient, was not finite.
+    """What one rank recorded in one step.
 
-    A layer's number is that of the whole model, less a half for its attention.
+    forward, backward: the layers whose output, or the gradient of it, was not finite. A layer has
+    its number in the whole model; the attention within layer n is n - 0.5.
     """
 
     rank: int
@@ -35,57 +38,65 @@ class NonFiniteReport:
 
 
 class NonFiniteDetector:
-    """Over this process's layers of ``model``."""
+    """Records non-finite outputs and gradients of this process's layers of ``model``."""
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self._places: list[float] = []
+        self._layers: list[float] = []
         for name, module in model.named_modules():
-            if found := re.search(r"\bblocks\.(\d+)(\.attention)?$", name):
-                module.register_forward_hook(partial(self._note, len(self._places)))
-                self._places.append(int(found[1]) - 0.5 * bool(found[2]))
-        self._sums = torch.zeros(len(Direction), len(self._places), device=device)
+            if match := re.search(r"\bblocks\.(\d+)(\.attention)?$", name):
+                module.register_forward_hook(partial(self._record_output, len(self._layers)))
+                self._layers.append(int(match[1]) - 0.5 * bool(match[2]))
+        # One number a direction and layer: 0 while everything was finite, else NaN.
+        self._flags = torch.zeros(len(Direction), len(self._layers), device=device)
 
     def begin(self) -> None:
-        """Forget what was before the step that comes now."""
-        self._sums.zero_()
+        """Reset the record at the start of a step."""
+        self._flags.zero_()
 
     def seen(self, rank: int, loss: torch.Tensor) -> NonFiniteReport:
-        """Since ``begin``; ``loss``: this rank's own."""
+        """Return the report on the step since ``begin``; ``loss``: this rank's own.
+
+        Synchronises with the device.
+        """
         forward, backward = (
-            [place for place, total in zip(self._places, sums) if total != 0]
-            for sums in self._sums.tolist()
+            [layer for layer, flag in zip(self._layers, flags) if flag != 0]
+            for flags in self._flags.tolist()
         )
         return NonFiniteReport(rank, socket.gethostname(), bool(loss.isfinite()), forward, backward)
 
-    def _note(self, at: int, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
-        self._add(Direction.FORWARD, at, output)
+    def _record_output(
+        self, index: int, _module: nn.Module, _inputs: tuple, output: torch.Tensor
+    ) -> None:
+        self._record(Direction.FORWARD, index, output)
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._add(Direction.BACKWARD, at, gradient))
+            output.register_hook(lambda grad: self._record(Direction.BACKWARD, index, grad))
 
-    def _add(self, direction: Direction, at: int, given: torch.Tensor) -> None:
-        """0, or nan if anything in ``given`` is not finite: one pass over it."""
-        self._sums[direction, at] += given.detach().sum(dtype=torch.float32) * 0
+    def _record(self, direction: Direction, index: int, values: torch.Tensor) -> None:
+        """Add 0 to the flag, or NaN if any value is not finite, in one pass over ``values``."""
+        self._flags[direction, index] += values.detach().sum(dtype=torch.float32) * 0
 
 
 def origin(reports: list[NonFiniteReport]) -> str:
-    """Where it began, from what all ranks have seen."""
-    if firsts := [min(seen.forward) for seen in reports if seen.forward]:
-        where, there = (
-            f"what {_layer(min(firsts))} gave",
-            [s for s in reports if min(firsts) in s.forward],
-        )
-    elif there := [seen for seen in reports if not seen.finite_loss]:
+    """Describe where non-finite values originated, from the reports of all ranks."""
+    if first_layers := [min(report.forward) for report in reports if report.forward]:
+        layer = min(first_layers)
+        ranks = [report for report in reports if layer in report.forward]
+        where = f"the output of {_describe_layer(layer)}"
+    elif ranks := [report for report in reports if not report.finite_loss]:
         where = "the loss itself"
-    elif lasts := [max(seen.backward) for seen in reports if seen.backward]:
-        where = f"the gradient of what {_layer(max(lasts))} gave"
-        there = [seen for seen in reports if max(lasts) in seen.backward]
+    elif last_layers := [max(report.backward) for report in reports if report.backward]:
+        layer = max(last_layers)
+        ranks = [report for report in reports if layer in report.backward]
+        where = f"the gradient of the output of {_describe_layer(layer)}"
     else:
         return (
-            "every layer's output and its gradient were finite: "
-            "it began in a weight's gradient or their sum"
+            "every layer's output and its gradient were finite: the non-finite values originated "
+            "in a weight's gradient or in the reduction of gradients"
         )
-    return f"it began on {', '.join(map(str, there))}, in {where}"
+    return f"non-finite values originated on {', '.join(map(str, ranks))}, in {where}"
 
 
-def _layer(place: float) -> str:
-    return f"layer {place:.0f}" if place % 1 == 0 else f"the attention of layer {place + 0.5:.0f}"
+def _describe_layer(layer: float) -> str:
+    if layer % 1 == 0:
+        return f"layer {layer:.0f}"
+    return f"the attention of layer {layer + 0.5:.0f}"

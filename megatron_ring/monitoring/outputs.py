@@ -1,9 +1,8 @@
-"""What a run writes for people and not for itself: checked before it starts, and never a reason for
-it to end.
+"""Outputs that a run does not need itself: checked at the start, and best effort from then on.
 
-These are the metrics file and its plot, the monitors, the trace of a ring and the console. A path
-that cannot work is refused at the start. What fails later (a full disk, a lost pipe) is reported
-once and the run continues without it.
+They are the metrics file and its plot, the monitors, the ring trace and the console. A path that
+cannot be written is an error at the start. An output that fails later (a full disk, a lost pipe) is
+reported once, and the run continues without it.
 """
 
 import importlib.util
@@ -29,22 +28,22 @@ from megatron_ring.untrusted import UntrustedInputError, open_regular
 T = TypeVar("T")
 
 PNG = b"\x89PNG\r\n\x1a\n"
-"""How a PNG picture begins."""
+"""The first bytes of a PNG picture."""
 
 
 class BestEffort:
-    """Calls what may fail without ending the run, and reports the first failure of each kind on the
-    console.
+    """Calls functions whose failure must not end the run; reports each output's first failure.
 
-    failures: how many calls of each kind have failed.
+    failures: the number of failed calls by output.
     """
 
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()
 
     def __call__(self, what: str, act: Callable[..., T], *args: Any) -> T | None:
-        """The result of ``act``, or None if it raised. ``what``: the output that fails then, as a
-        user would name it.
+        """Return the result of ``act``, or None if it raised.
+
+        what: the name of the output, for the warning.
         """
         try:
             return act(*args)
@@ -56,7 +55,7 @@ class BestEffort:
 
 
 def reason(error: Exception) -> str:
-    """One line for an error: the system's words for a file, else its kind and its first line."""
+    """Describe an error in one line: the system's text for a file, else the type and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     first, *_ = [*str(error).splitlines(), ""]
@@ -67,14 +66,13 @@ def reason(error: Exception) -> str:
 
 
 def check(logging: LoggingConfig, save: str = "") -> None:
-    """Raise ConfigError for every output that is known to be impossible; writes nothing. For rank
-    0, which writes.
+    """Raise ConfigError for all outputs that cannot be written; writes nothing.
 
     That includes outputs that would replace a file of another kind, and those under a name that
-    the checkpoints in the folder ``save`` use.
+    the checkpoints in the folder ``save`` use. To be called on rank 0, which writes the outputs.
     """
     paths = ("metrics_file", "profile_ring_trace", "tensorboard_dir", "csv_dir")
-    found = [
+    checks = [
         *(_checkpoint_problem(name, getattr(logging, name), save) for name in paths),
         _file_problem("metrics_file", logging.metrics_file),
         _plot_problem(logging.metrics_file),
@@ -84,61 +82,65 @@ def check(logging: LoggingConfig, save: str = "") -> None:
         _library_problem("tensorboard_dir", logging.tensorboard_dir, "tensorboard"),
         _library_problem("wandb_project", logging.wandb_project, "wandb"),
     ]
-    if problems := [problem for problem in found if problem]:
+    if problems := [problem for problem in checks if problem]:
         raise ConfigError(problems)
 
 
 def _file_problem(name: str, value: str) -> str | None:
-    content = metrics_file.problem if name == "metrics_file" else _trace_problem
-    why = _why_not(Path(value), folder=False, content=content) if value else None
-    return f"{name} {value} {why}. Set {flag(name)} to another file." if why else None
+    if not value:
+        return None
+    content_problem = metrics_file.problem if name == "metrics_file" else _trace_problem
+    problem = _path_problem(Path(value), folder=False, content_problem=content_problem)
+    return f"{name} {value} {problem}. Set {flag(name)} to another file." if problem else None
 
 
 def _plot_problem(value: str) -> str | None:
-    """Why the plot of the loss cannot replace what lies beside the metrics file under its name."""
+    """Return why the loss plot beside the metrics file cannot replace the existing file there."""
     path = Path(value)
     if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
-        return None  # of a device or a pipe no plot is drawn
+        return None  # no plot is drawn for a device or a pipe
     plot = path.with_name("loss.png")
     if not plot.is_file():
-        return None  # nothing is overwritten: where the plot cannot be drawn, the run warns
-    why = picture_problem(plot, (PNG,))
-    return (
-        f"metrics_file {value}: {plot} {why}. Set --metrics-file to another folder."
-        if why
-        else None
-    )
+        return None  # nothing is overwritten; a plot that cannot be drawn is a warning later
+    problem = picture_problem(plot, (PNG,))
+    if not problem:
+        return None
+    return f"metrics_file {value}: {plot} {problem}. Set --metrics-file to another folder."
 
 
 def _checkpoint_problem(name: str, value: str, save: str) -> str | None:
+    """Return why an output collides with the names that checkpoints use in the folder ``save``."""
     if not value or not save:
         return None
-    path, folder = Path(value), Path(save)
+    path = Path(value)
     try:
-        folder = folder.resolve()
-        # A link counts by its own place, too, because the link itself may be replaced.
-        places = [path.resolve(), path.absolute().parent.resolve() / path.name]
+        folder = Path(save).resolve()
+        # The location of a link itself is checked too, because the link may be replaced.
+        locations = [path.resolve(), path.absolute().parent.resolve() / path.name]
     except (OSError, ValueError, RuntimeError):
-        return None  # the other checks name what is wrong with such a path
-    for place in places:
-        if folder in place.parents and names.is_own(own := place.relative_to(folder).parts[0]):
+        return None  # the other checks report such a path
+    for location in locations:
+        if folder not in location.parents:
+            continue
+        top = location.relative_to(folder).parts[0]
+        if names.is_own(top):
             return (
-                f"{name} {value} is {own} or inside it, in the folder of --save, where the checkpoints use that "
-                f"name: they would replace or delete it. Set {flag(name)} to another path."
+                f"{name} {value} is {top}, or inside it, in the folder of --save. Checkpoints use "
+                f"that name and would replace or delete it. Set {flag(name)} to another path."
             )
     return None
 
 
 def _folder_problem(name: str, value: str) -> str | None:
-    why = _why_not(Path(value), folder=True) if value else None
-    return f"{name} {value} {why}. Set {flag(name)} to another folder." if why else None
+    problem = _path_problem(Path(value), folder=True) if value else None
+    return f"{name} {value} {problem}. Set {flag(name)} to another folder." if problem else None
 
 
 def _library_problem(name: str, value: str, library: str) -> str | None:
     if not value:
         return None
-    found = importlib.util.find_spec(library)
-    if found and found.origin:  # a folder of that name, as wandb makes one, has no origin
+    spec = importlib.util.find_spec(library)
+    if spec and spec.origin:  # a mere folder of that name, such as wandb creates, has no origin
         return None
     return (
         f"{name} {value} needs {library}, which is not installed. Install it "
@@ -146,27 +148,26 @@ def _library_problem(name: str, value: str, library: str) -> str | None:
     )
 
 
-def _why_not(
-    path: Path, folder: bool, content: Callable[[Path], str | None] | None = None
+def _path_problem(
+    path: Path, folder: bool, content_problem: Callable[[Path], str | None] | None = None
 ) -> str | None:
-    """Why nothing can be written to ``path``, or made there; None if it can as far as that is
-    known.
+    """Return why ``path`` cannot be written or created; None if it can, as far as is known.
 
-    content: returns why an existing file must not be written, None if it may be.
+    content_problem: returns why an existing file must not be written, or None.
     """
     try:
-        there = next(each for each in (path, *path.absolute().parents) if _exists(each))
-        if there != path:
-            if not there.is_dir():
-                return f"cannot be made: {there} is not a folder"
-            if not os.access(there, os.W_OK | os.X_OK):
-                return f"cannot be made: no permission to write to {there}"
+        existing = next(each for each in (path, *path.absolute().parents) if _exists(each))
+        if existing != path:
+            if not existing.is_dir():
+                return f"cannot be created: {existing} is not a folder"
+            if not os.access(existing, os.W_OK | os.X_OK):
+                return f"cannot be created: no permission to write to {existing}"
             return None
-        if there.is_dir() != folder:
+        if path.is_dir() != folder:
             return "is not a folder" if folder else "is a folder"
-        if not os.access(there, os.W_OK | (os.X_OK if folder else os.R_OK)):
+        if not os.access(path, os.W_OK | (os.X_OK if folder else os.R_OK)):
             return "cannot be used: no permission to read and write it"
-        return content(there) if content else None
+        return content_problem(path) if content_problem else None
     except (OSError, ValueError) as error:
         return f"cannot be used: {reason(error)}"
 
@@ -176,8 +177,10 @@ def _trace_problem(path: Path) -> str | None:
 
 
 def picture_problem(path: Path, kinds: tuple[bytes, ...]) -> str | None:
-    """Why no picture can be drawn in the place of what is at ``path``; None if it is missing, empty
-    or a picture that begins as one of ``kinds``. Raises nothing.
+    """Return why a picture must not be written to ``path``; None if it may be.
+
+    It may replace a missing or empty file, or a picture that begins with one of ``kinds``. Raises
+    nothing.
     """
     try:
         return _content_problem(path, kinds, "a picture") if _exists(path) else None
@@ -186,26 +189,27 @@ def picture_problem(path: Path, kinds: tuple[bytes, ...]) -> str | None:
 
 
 def _content_problem(path: Path, beginnings: tuple[bytes, ...], what: str) -> str | None:
-    """Why the existing file ``path`` must not be replaced: neither empty nor begun as it should be.
+    """Return why the existing file must not be replaced: it is neither empty nor of this kind.
 
-    Reads the first bytes only. Raises OSError where it cannot be read.
+    Reads only the first bytes, which must be one of ``beginnings``. Raises OSError.
     """
     try:
         descriptor = open_regular(path)
     except UntrustedInputError:
         return "is not a regular file"
     try:
-        found = os.pread(descriptor, max(map(len, beginnings)), 0)
+        first_bytes = os.pread(descriptor, max(map(len, beginnings)), 0)
     finally:
         os.close(descriptor)
-    if not found or found.startswith(beginnings):
+    if not first_bytes or first_bytes.startswith(beginnings):
         return None
     return f"exists and is not {what}: it would be overwritten"
 
 
 def _exists(path: Path) -> bool:
-    """Raises OSError for what can never exist, as a name that is too long; a link without a target
-    is followed.
+    """Return whether the file exists, following links.
+
+    Raises OSError for a path that can never exist, such as a name that is too long.
     """
     try:
         path.stat()
@@ -218,24 +222,23 @@ def _exists(path: Path) -> bool:
 
 
 def keep_console_from_ending_the_run() -> None:
-    """Make sys.stdout and sys.stderr drop what cannot be written, as after ``| head`` or on a full
-    disk.
+    """Make sys.stdout and sys.stderr drop what cannot be written, as after ``| head``.
 
-    Their descriptors then lead to /dev/null, so that libraries which write to them do not fail
-    either.
+    A full disk is survived too. Lost descriptors are redirected to /dev/null, so that libraries
+    which write to them do not fail either.
     """
     sys.stdout = _tolerant(sys.stdout)
     sys.stderr = _tolerant(sys.stderr)
 
 
 def _tolerant(stream: TextIO | None) -> TextIO:
-    if stream is None:  # it was closed before this process started
+    if stream is None:  # closed before this process started
         return open(os.devnull, "w")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     tolerant = lossy(stream, survives_all=True)
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", [])):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-            handler.setStream(tolerant)
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", []):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(tolerant)
     return tolerant

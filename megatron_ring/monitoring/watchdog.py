@@ -1,20 +1,23 @@
-"""The watchdog: a ring in which a rank waits too long is named by every rank, and the job ends to be started again.
+"""The watchdog: turns a stall of the ring into a diagnosis by every rank and the end of the job.
 
-A thread looks once a second how long this process has waited for a neighbour in the ring. After ``--ring-timeout``, or
-as soon as a neighbour is lost, it tells all other processes. Each of them says in one line where it is, whom it waits
-for and at whom the chain of waits ends, and leaves with the exit code of RingStalled. Only a wait in the ring counts.
+A thread checks once a second how long this process has waited for a neighbour in the ring. After
+``--ring-timeout``, or as soon as a neighbour is lost, it alarms all other processes. Each of them
+prints one line with its own progress, the rank that it waits for and the end of the chain of waits,
+and exits with the code of RingStalled, so that the job can be restarted. Only waits in the ring
+count.
 
-A process that has been outside of the ring for long, computing, saving, or in an all-reduce, asks
-whether the next of its ring still lives. Evidence of its death is that its process is gone, or that
-its host, which was reachable, refuses the connection. NullReporter, or a network without a route, is
-none until it has lasted for half of ``--ring-timeout``. While the neighbour answers, a stall cannot
-be distinguished from work, and is left to torch's own limit.
+A process that has been outside the ring for long, in computation, a checkpoint or an all-reduce,
+checks whether the next rank of its ring is alive. That rank counts as dead if its process is gone,
+or if its host, which was reachable before, refuses the connection. Silence, or a network without a
+route, counts only after half of ``--ring-timeout``. While the neighbour responds, a stall cannot be
+distinguished from work, and is left to torch's own timeout.
 
-Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) is not
-time that it has waited. The thread notices by its own clock: a second that took longer.
+Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) does not
+count as waiting. The thread detects it with its own clock, from a second that took longer.
 
-On CUDA, where this has not run, the device waits for a transfer and not the host. What a rank says is then which hop it
-has handed to the device, and NCCL's own limit, which ProcessGroups derives from the same option, ends the wait.
+On CUDA, where this has not been run, the device waits for a transfer and not the host. A rank then
+reports which hop it has launched on the device, and NCCL's own timeout, which ProcessGroups derives
+from the same option, ends the wait.
 """
 
 import collections
@@ -31,234 +34,250 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_ring.errors import RingStalled
-from megatron_ring.monitoring.intercom import SECONDS_TO_ANSWER, Intercom, Member, NoAnswer
+from megatron_ring.monitoring.intercom import RESPONSE_TIMEOUT, Intercom, NoAnswer, Peer
 from megatron_ring.parallel.collectives import ProcessGroups, let_links_outlast_suspensions
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import NO_RANK, Place, ProgressTracker
 
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_BETWEEN_QUESTIONS = 0.3
-# A launcher kills all ranks once one has left, and one that has left cannot be asked.
-_SECONDS_TO_SPEAK = 5.0
-# What a wait or a question may take longer than it should before the process counts as suspended.
-_SECONDS_OF_DELAY = 0.5
-# A suspension that may have used up torch's limits on collectives, the shortest of ten minutes.
-_SECONDS_OF_A_LONG_SUSPENSION = 300.0
-_SECONDS_AFTER_A_SUSPENSION = 60.0  # within which its consequences are expected
-_SUSPENSIONS = 64  # kept; a wait is limited, so that older ones do not matter
+# All in seconds.
+_CHECK_INTERVAL = 1.0
+_RETRY_INTERVAL = 0.3
+# A launcher kills all ranks once one has exited, and an exited rank cannot respond any more. So a
+# rank stays up this long after its diagnosis.
+_GRACE_PERIOD = 5.0
+# By how much a wait or a request may exceed its expected time before it counts as a suspension.
+_SUSPENSION_TOLERANCE = 0.5
+# A suspension that may have used up torch's timeouts of collectives, the shortest of 10 minutes.
+_LONG_SUSPENSION = 300.0
+_AFTER_SUSPENSION = 60.0  # a suspension's consequences are expected within this time
+
+_MAX_SUSPENSIONS = 64  # older ones do not matter, because waits are limited
 
 
 class Suspensions:
-    """When this process did not run, noticed by a thread that knows how long its waits should take.
+    """The intervals in which this process was suspended, detected from waits that took too long.
 
-    One thread calls ``took``; any may call the rest.
+    ``record`` is called from one thread; all other methods are thread-safe.
     """
 
     def __init__(self):
-        self._gaps: collections.deque[tuple[float, float]] = collections.deque(maxlen=_SUSPENSIONS)
+        self._intervals: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=_MAX_SUSPENSIONS
+        )
 
     @contextlib.contextmanager
-    def noticed(self, seconds: float) -> Iterator[None]:
-        """Around something that takes at most ``seconds`` while the process runs."""
+    def detect(self, seconds: float) -> Iterator[None]:
+        """Record a suspension if the body, which takes at most ``seconds``, takes longer."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.took(began, time.monotonic(), seconds)
+            self.record(began, time.monotonic(), seconds)
 
-    def took(self, began: float, ended: float, expected: float) -> None:
-        """Note what took from ``began`` to ``ended`` on the monotonic clock.
-
-        It should take ``expected`` seconds.
-        """
-        if ended - began > expected + _SECONDS_OF_DELAY:
-            self._gaps.append((began + expected, ended))
+    def record(self, began: float, ended: float, expected: float) -> None:
+        """Record what an interval on the monotonic clock took beyond ``expected`` seconds."""
+        if ended - began > expected + _SUSPENSION_TOLERANCE:
+            self._intervals.append((began + expected, ended))
 
     def seconds_in(self, seconds: float) -> float:
-        """How many of the last ``seconds`` the process was suspended."""
+        """Return for how many of the last ``seconds`` the process was suspended."""
         start = time.monotonic() - seconds
-        return sum(max(0.0, ended - max(began, start)) for began, ended in tuple(self._gaps))
+        return sum(max(0.0, ended - max(began, start)) for began, ended in tuple(self._intervals))
 
     def longest(self, seconds: float) -> float:
-        """How long the longest suspension that ended within the last ``seconds`` was, or 0."""
+        """Return the longest suspension that ended within the last ``seconds``, or 0."""
         start = time.monotonic() - seconds
-        return max(
-            (ended - began for began, ended in tuple(self._gaps) if ended >= start), default=0.0
-        )
+        durations = [ended - began for began, ended in tuple(self._intervals) if ended >= start]
+        return max(durations, default=0.0)
 
 
 def watched(
-    place: ProgressTracker, groups: ProcessGroups, ring_timeout: int, consensus: Consensus
+    progress: ProgressTracker, groups: ProcessGroups, ring_timeout: int, consensus: Consensus
 ) -> AbstractContextManager:
-    """What to train within: a watchdog over ``place``, or nothing where there is no ring or no limit. Collective."""
+    """Return a context with a watchdog over ``progress``; an empty one without a ring or timeout.
+
+    Collective over all processes.
+    """
     if groups.ring_links is None or not ring_timeout:
         return contextlib.nullcontext()
     let_links_outlast_suspensions(groups.ring_links)
-    members = dist.get_process_group_ranks(groups.ring_links[0])
-    following = members[(members.index(consensus.rank) + 1) % len(members)]
-    return Watchdog(place, following, ring_timeout, consensus)
+    ring = dist.get_process_group_ranks(groups.ring_links[0])
+    next_rank = ring[(ring.index(consensus.rank) + 1) % len(ring)]
+    return Watchdog(progress, next_rank, ring_timeout, consensus)
 
 
 class Watchdog:
-    """A watchdog over this process, from entering to leaving. Building it is collective.
+    """A context in which a thread watches this process; the constructor is collective.
 
-    following: the global rank behind this one in the ring; ring_timeout: seconds.
+    next_rank: the global rank after this one in the ring. ring_timeout: seconds.
     """
 
     def __init__(
-        self, place: ProgressTracker, following: int, ring_timeout: int, consensus: Consensus
+        self,
+        progress: ProgressTracker,
+        next_rank: int,
+        ring_timeout: int,
+        consensus: Consensus,
     ):
-        self.following = following
+        self.next_rank = next_rank
         self.ring_timeout = ring_timeout
         self.suspensions = Suspensions()
-        self._whereabouts = place
-        self.intercom = Intercom(consensus, self.read, self._alarmed)
-        self._suspect: int | None = (
-            None  # who holds this process up, or another that has told of it
-        )
-        self._told = self._over = False
-        self._answers = False  # whether the next of the ring has ever answered
+        self._progress = progress
+        self.intercom = Intercom(consensus, self.read, self._on_alarm)
+        # The rank that stalls this process, or another one that has alarmed this one.
+        self._suspect: int | None = None
+        self._is_alarmed = False
+        self._is_over = False
+        self._next_has_responded = False
         self._silent_since: float | None = None
-        self._found_dead = 0  # how often in a row
+        self._dead_responses = 0  # in a row
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def read(self) -> Place:
-        """Where this process is, and for how long, without the time in which it was suspended."""
-        place = self._whereabouts.read()
-        return place._replace(
-            seconds=max(0.0, place.seconds - self.suspensions.seconds_in(place.seconds))
-        )
+        """Return this process's progress; its duration excludes suspensions."""
+        progress = self._progress.read()
+        seconds = progress.seconds - self.suspensions.seconds_in(progress.seconds)
+        return progress._replace(seconds=max(0.0, seconds))
 
     def __enter__(self) -> "Watchdog":
-        self._answers = isinstance(self.intercom.ask(self.following), Place)
+        self._next_has_responded = isinstance(self.intercom.ask(self.next_rank), Place)
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(
-            error, RuntimeError
-        ):  # what torch raises where a process is lost, and where memory is short
-            self._judge()
-            suspended = self.suspensions.longest(_SECONDS_AFTER_A_SUSPENSION)
-            if suspended >= _SECONDS_OF_A_LONG_SUSPENSION:
-                self._end_after_suspension(suspended, error)
-        self._over = True
+        # torch raises RuntimeError when a peer is lost, and also when memory is short.
+        if isinstance(error, RuntimeError):
+            self._exit_if_peer_lost()
+            suspended = self.suspensions.longest(_AFTER_SUSPENSION)
+            if suspended >= _LONG_SUSPENSION:
+                self._exit_after_suspension(suspended, error)
+        self._is_over = True
         self._wake.set()
         self._thread.join()
         self.intercom.close()
 
-    def _judge(self) -> None:
-        """End the process if it lost the next of its ring, or if another one lost its own and says so in a moment."""
-        place = self.read()
-        if place.waits_for != NO_RANK:
-            self._suspect = place.waits_for
-        elif self._answers:
-            self._ask_while_it_ends()
+    def _exit_if_peer_lost(self) -> None:
+        """End the process if its neighbour is lost, or if a peer's alarm follows shortly."""
+        progress = self.read()
+        if progress.waits_for != NO_RANK:
+            self._suspect = progress.waits_for
+        elif self._next_has_responded:
+            self._poll_ending_neighbour()
         if self._suspect is not None:
             self._wake.set()
-        if self._wake.wait(_SECONDS_TO_SPEAK):
+        if self._wake.wait(_GRACE_PERIOD):
             self._thread.join()
 
-    def _ask_while_it_ends(self) -> None:
-        """Suspect the next of the ring if it has ended, or ends soon.
+    def _poll_ending_neighbour(self) -> None:
+        """Suspect the next rank of the ring if it has died or dies within the grace period.
 
-        Connections of a process are closed before it is gone.
+        Polling is needed because a process's connections close before the process is gone.
         """
-        deadline = time.monotonic() + _SECONDS_TO_SPEAK
+        deadline = time.monotonic() + _GRACE_PERIOD
         while time.monotonic() < deadline and not self._wake.is_set():
-            answer = self.intercom.ask(self.following)
-            if isinstance(answer, Place):
+            response = self.intercom.ask(self.next_rank)
+            if isinstance(response, Place):
                 return
-            if answer.has_ended:
-                self._suspect = self.following
+            if response.has_ended:
+                self._suspect = self.next_rank
                 return
-            self._wake.wait(_SECONDS_BETWEEN_QUESTIONS)
+            self._wake.wait(_RETRY_INTERVAL)
 
-    def _alarmed(self, suspect: int) -> None:
-        self._told, self._suspect = True, suspect
+    def _on_alarm(self, suspect: int) -> None:
+        self._is_alarmed = True
+        self._suspect = suspect
         self._wake.set()
 
     def _watch(self) -> None:
-        while self._suspect is None and not self._waited():
-            place = self.read()
-            if place.waits_for != NO_RANK:
-                if place.seconds >= self.ring_timeout:
-                    self._suspect = place.waits_for
-            elif place.seconds >= self.ring_timeout / 2:
-                self._look_at_following(place)
-        if not self._over:
-            self._end()
+        while self._suspect is None and not self._wait():
+            progress = self.read()
+            if progress.waits_for != NO_RANK:
+                if progress.seconds >= self.ring_timeout:
+                    self._suspect = progress.waits_for
+            elif progress.seconds >= self.ring_timeout / 2:
+                self._check_next(progress)
+        if not self._is_over:
+            self._exit_stalled()
 
-    def _waited(self) -> bool:
-        """Wait until the next look; whether there is to be none."""
-        with self.suspensions.noticed(_SECONDS_BETWEEN_LOOKS):
-            return self._wake.wait(_SECONDS_BETWEEN_LOOKS)
+    def _wait(self) -> bool:
+        """Wait until the next check; returns True if there is to be none."""
+        with self.suspensions.detect(_CHECK_INTERVAL):
+            return self._wake.wait(_CHECK_INTERVAL)
 
-    def _look_at_following(self, place: Place) -> None:
-        """Suspect the next of the ring if it has died, or has been silent for long.
+    def _check_next(self, progress: Place) -> None:
+        """Suspect the next rank of the ring if it is dead or has been silent for too long.
 
-        A process that finds another one dead asks it again a second later: at the end of a run it
-        may have left just before this one does.
+        A dead neighbour is checked again a second later: at the end of a run it may have exited
+        just before this process does.
         """
-        with self.suspensions.noticed(SECONDS_TO_ANSWER):
-            answer = self.intercom.ask(self.following)
+        with self.suspensions.detect(RESPONSE_TIMEOUT):
+            response = self.intercom.ask(self.next_rank)
         now = time.monotonic()
-        if isinstance(answer, Place):
-            self._answers, self._silent_since, self._found_dead = True, None, 0
-        if isinstance(answer, Place) or not self._answers:
-            return  # what has never answered cannot fall silent: there may be a firewall in between
+        if isinstance(response, Place):
+            self._next_has_responded = True
+            self._silent_since = None
+            self._dead_responses = 0
+            return
+        if not self._next_has_responded:
+            return  # a rank that never responded may be behind a firewall
         if self._silent_since is None:
             self._silent_since = now
-        self._found_dead = self._found_dead + 1 if answer.has_ended else 0
+        self._dead_responses = self._dead_responses + 1 if response.has_ended else 0
         silent = now - self._silent_since
         silent -= self.suspensions.seconds_in(silent)
-        is_silent = silent >= self.ring_timeout / 2 and place.seconds >= self.ring_timeout
-        if self._found_dead > 1 or is_silent:
-            self._suspect = self.following
+        is_silent = silent >= self.ring_timeout / 2 and progress.seconds >= self.ring_timeout
+        if self._dead_responses > 1 or is_silent:
+            self._suspect = self.next_rank
 
-    def _end_after_suspension(self, seconds: float, error: RuntimeError) -> None:
-        """Leave to be started again: torch's limits count the time of a suspension."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fault = RingStalled(
-            f"{self.intercom.own} was suspended for {seconds:.0f} s, which torch counts as time that a collective has "
-            f"waited: {reason}"
+    def _exit_after_suspension(self, seconds: float, error: RuntimeError) -> None:
+        """Exit for a restart, because torch's timeouts include the time of a suspension."""
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        _print_fault(
+            f"{self.intercom.own} was suspended for {seconds:.0f} s, which exceeds the timeout of "
+            f"a torch collective: {cause}"
         )
-        print(f"\n{type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
         os._exit(RingStalled.exit_code)
 
-    def _end(self) -> None:
+    def _exit_stalled(self) -> None:
         try:
-            self._speak()
-        except Exception:  # whatever fails here must not leave the job hanging
+            self._diagnose()
+        except Exception:  # no failure here may leave the job hanging
             traceback.print_exc()
-        time.sleep(_SECONDS_TO_SPEAK)
-        os._exit(RingStalled.exit_code)  # the main thread cannot be told: it waits in torch
+        time.sleep(_GRACE_PERIOD)
+        # The main thread cannot be interrupted: it waits in torch.
+        os._exit(RingStalled.exit_code)
 
-    def _speak(self) -> None:
-        if not self._told:
+    def _diagnose(self) -> None:
+        if not self._is_alarmed:
             self.intercom.alarm(self._suspect)
-        place = self.read()
-        first = self._suspect if place.waits_for == NO_RANK else place.waits_for
-        fault = RingStalled(report(self.intercom.own, place, self.intercom.waits_from(first)))
-        print(f"\n{type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
+        progress = self.read()
+        first = self._suspect if progress.waits_for == NO_RANK else progress.waits_for
+        _print_fault(report(self.intercom.own, progress, self.intercom.waits_from(first)))
 
 
-def report(own: Member, place: Place, waits: dict[Member, Place | NoAnswer]) -> str:
-    """One line: where this process is, what of the next in the chain of ``waits``, and at whom the chain ends."""
-    asked = list(waits.items())
-    (first, of_first), (last, of_last) = asked[0], asked[-1]
-    clauses = [f"{own} {place}"]
+def _print_fault(message: str) -> None:
+    print(f"\n{RingStalled.__name__}: {message}", file=sys.stderr, flush=True)
+
+
+def report(own: Peer, progress: Place, waits: dict[Peer, Place | NoAnswer]) -> str:
+    """Format the diagnosis: this process, the first peer in ``waits`` and the end of the chain."""
+    chain = list(waits.items())
+    first, of_first = chain[0]
+    last, of_last = chain[-1]
+    clauses = [f"{own} {progress}"]
     if first != own:
-        clauses.append(f"{first} {_told(of_first)}")
-    if isinstance(of_last, Place) and of_last.waits_for != NO_RANK:
-        clauses.append(f"these waits close in a circle of {len(waits)} ranks")
+        clauses.append(f"{first} {_describe(of_first)}")
+    ranks = [peer.rank for peer in waits]
+    if isinstance(of_last, Place) and of_last.waits_for in ranks:
+        cycle = ranks[ranks.index(of_last.waits_for) :]
+        clauses.append(f"deadlock: these {len(cycle)} ranks wait for each other")
     elif last != first:
-        clauses.append(f"the chain of waits ends at {last}, which {_told(of_last)}")
+        clauses.append(f"the chain of waits ends at {last}, which {_describe(of_last)}")
     return "; ".join(clauses)
 
 
-def _told(found: Place | NoAnswer) -> str:
-    return f"lives and {found}" if isinstance(found, Place) else str(found)
+def _describe(response: Place | NoAnswer) -> str:
+    return f"is alive and {response}" if isinstance(response, Place) else str(response)

@@ -1,1 +1,1 @@
-"""The start-up self-test: before the first step, ranks prove that they run the same, sit right and compute right."""
+"""Checks before training starts: all ranks agree, reach each other, and compute attention right."""

@@ -1,7 +1,9 @@
-"""Validation that ranks attend together as one would alone: random data, compared with plain torch in float64.
+"""Checks that attention over all ranks gives the same as plain attention on one, on random data.
 
-The sample is short and drawn alike on every rank; layout, groups, kernel, type, heads, windows and documents are the
-run's own. Stripes are narrower where a short sample would not have enough of them.
+The sample is short and drawn identically on every rank. Layout, groups, kernel, dtype, heads,
+windows and documents are the run's own; stripes are narrower where a short sample would not have
+enough of them. The reference is plain torch in float64 over the whole sample. It shares no code
+with the kernels, the masks and the ring, so that the same bug cannot be in both.
 """
 
 import math
@@ -20,16 +22,24 @@ from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.parallel.process_id import Process, in_words
 from megatron_ring.plan.parameters import share
-from megatron_ring.preflight.reference_attention import Attended, plain_attention
 from megatron_ring.settings.setup import Setup
 
-# The tolerances are for up to four query heads that read one key-value head.
-_READERS = 4
-_TOKENS = 256
+# TOLERANCE holds for up to four query heads for each key-value head.
+_QUERY_HEADS_OF_TOLERANCE = 4
+_SAMPLE_TOKENS = 256
+
+
+class AttentionResult(NamedTuple):
+    """The output of attention and its gradients: (batch, tokens, heads, head dim) each."""
+
+    out: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
 
 
 class Errors(NamedTuple):
-    """How far each is from what one process would get, as ``accuracy.error`` measures it."""
+    """The error of the output and of each gradient, as ``accuracy.error`` defines it."""
 
     out: float
     dq: float
@@ -40,83 +50,137 @@ class Errors(NamedTuple):
 def check_attention(
     setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus
 ) -> Errors:
-    """The largest errors of any rank. Raises ConfigError on every rank where they are beyond what is allowed.
+    """Return the largest errors of any rank; raise ConfigError on all if one is above its limit.
 
-    Talks on the ring's links and in the Ulysses group; blocks until all have compared.
+    Communicates on the ring's links and in the Ulysses group; blocks until all ranks have compared.
     """
-    at = setup.grid.coordinates(consensus.rank)
-    of_ranks = Errors(*zip(*consensus.gather(lambda: errors(setup, groups, at))))
-    if problems := list(_problems(of_ranks, setup, processes)):
-        raise ConfigError(
-            [
-                *problems,
-                "Set --attention-kernel reference: if that is right, the kernel is not, else a host.",
-            ]
+    coordinates = setup.grid.coordinates(consensus.rank)
+    of_ranks = consensus.gather(lambda: errors(setup, groups, coordinates))
+    by_tensor = Errors(*zip(*of_ranks))
+    problems = list(_problems(by_tensor, setup, processes))
+    if problems:
+        advice = (
+            "Set --attention-kernel reference. If that passes, the kernel is wrong; if not, a host."
         )
-    return Errors(*map(max, of_ranks))
+        raise ConfigError([*problems, advice])
+    return Errors(*map(max, by_tensor))
 
 
-def allowed(setup: Setup) -> Errors:
-    """The largest errors that are no fault. Keys' gradients add up, rounded as often, over the heads that read them."""
-    model, tolerance = setup.config.model, TOLERANCE[setup.precision.dtype]
-    readers = model.num_attention_heads / model.key_value_heads
-    of_keys = tolerance * max(1, readers / _READERS) ** 0.5
-    return Errors(tolerance, tolerance, of_keys, of_keys)
+def error_limits(setup: Setup) -> Errors:
+    """Return the largest errors that rounding explains.
+
+    Gradients of keys and values add up over the query heads that share them, each rounded.
+    """
+    model = setup.config.model
+    tolerance = TOLERANCE[setup.precision.dtype]
+    queries_per_key = model.num_attention_heads / model.key_value_heads
+    of_keys = tolerance * max(1, queries_per_key / _QUERY_HEADS_OF_TOLERANCE) ** 0.5
+    return Errors(out=tolerance, dq=tolerance, dk=of_keys, dv=of_keys)
 
 
-def _problems(of_ranks: Errors, setup: Setup, processes: list[Process]) -> Iterator[str]:
-    for name, found, limit in zip(Errors._fields, of_ranks, allowed(setup)):
-        wrong = [
-            process for process, off in zip(processes, found) if not off <= limit
-        ]  # nan is not
+def _problems(by_tensor: Errors, setup: Setup, processes: list[Process]) -> Iterator[str]:
+    for name, of_ranks, limit in zip(Errors._fields, by_tensor, error_limits(setup)):
+        # Not "error > limit", which is False for nan.
+        wrong = [process for process, error in zip(processes, of_ranks) if not error <= limit]
         if wrong:
+            largest = max(of_ranks[process.global_rank] for process in wrong)
             yield (
                 f"ring attention is not local attention: {name} is wrong on {in_words(wrong)}, by "
-                f"{max(found[process.global_rank] for process in wrong):.1e} where "
-                f"{setup.precision.name} allows {limit:.1e} (kernel {setup.kernel.name})."
+                f"{largest:.1e} where {setup.precision.name} allows {limit:.1e} (kernel "
+                f"{setup.kernel.name})."
             )
 
 
-def errors(setup: Setup, groups: ProcessGroups, at: Coordinates) -> Errors:
-    """Those of this rank's tokens, the largest over the windows that the model's layers have. Collective."""
-    model, grid = setup.config.model, setup.grid
-    layout = _short(setup.layout, grid.ulysses)
-    reduction = setup.config.parallel.context_parallel_reduction
-    attend = ContextParallelAttention(layout, setup.kernel.name, groups, reduction=reduction)
-    positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
-    windows = {
-        min(model.window_of(layer), layout.seq_length // 4) for layer in range(model.num_layers)
-    }
-    documents = (
-        [0, layout.seq_length // 3, layout.seq_length // 2]
-        if setup.config.data.reset_attention_mask
-        else [0]
+def errors(setup: Setup, groups: ProcessGroups, coordinates: Coordinates) -> Errors:
+    """Return the errors of this rank's tokens, the largest over the model's windows. Collective."""
+    grid = setup.grid
+    layout = _short_layout(setup.layout, grid.ulysses)
+    attention = ContextParallelAttention(
+        layout,
+        setup.kernel.name,
+        groups,
+        reduction=setup.config.parallel.context_parallel_reduction,
     )
-    found = []
-    for window in sorted(windows):
-        tensors = _random_inputs(setup, layout.seq_length)
-        local = [x[:, positions].requires_grad_() for x in tensors]
-        starts = torch.tensor(documents) if len(documents) > 1 else None
-        out_BlHD, _ = attend(*local[:3], window, starts)
-        ours = Attended(out_BlHD, *torch.autograd.grad(out_BlHD, local[:3], local[3]))
-        expected = plain_attention(*tensors, window, documents)
-        found.append([error(a, b[:, positions]) for a, b in zip(ours, expected)])
-    return Errors(*(max(values) for values in zip(*found)))
+    positions = layout.positions(coordinates.ring, coordinates.ulysses, grid.ulysses)
+    documents = _document_starts(setup, layout.seq_length)
+    starts = torch.tensor(documents) if len(documents) > 1 else None
+    of_windows = []
+    for window in _windows(setup, layout.seq_length):
+        sample = _random_inputs(setup, layout.seq_length)
+        q, k, v, dout = (tensor[:, positions].requires_grad_() for tensor in sample)
+        out_BlHD, _ = attention(q, k, v, window, starts)
+        gradients = torch.autograd.grad(out_BlHD, (q, k, v), dout)
+        actual = AttentionResult(out_BlHD, *gradients)
+        expected = plain_attention(*sample, window, documents)
+        of_windows.append([error(a, b[:, positions]) for a, b in zip(actual, expected)])
+    return Errors(*map(max, zip(*of_windows)))
 
 
-def _short(layout: Layout, ulysses: int) -> Layout:
-    """The layout of some 256 tokens, or of as many as give each process a stripe forth and one back."""
-    stripe = max(1, min(layout.stripe_size, _TOKENS // (2 * layout.ring_size * ulysses)))
+def _windows(setup: Setup, seq_length: int) -> list[int]:
+    """The windows of the model's layers, shortened to a quarter of the sample."""
+    model = setup.config.model
+    windows = {min(model.window_of(layer), seq_length // 4) for layer in range(model.num_layers)}
+    return sorted(windows)
+
+
+def _document_starts(setup: Setup, seq_length: int) -> list[int]:
+    if not setup.config.data.reset_attention_mask:
+        return [0]
+    return [0, seq_length // 3, seq_length // 2]
+
+
+def _short_layout(layout: Layout, ulysses: int) -> Layout:
+    """Return ``layout`` for about 256 tokens, or more where each process needs two stripes.
+
+    Stripes are dealt to the ring in both directions in turn, so a process has one of each.
+    """
+    stripe = max(1, min(layout.stripe_size, _SAMPLE_TOKENS // (2 * layout.ring_size * ulysses)))
     unit = math.lcm(2 * layout.ring_size * ulysses * stripe, BLOCKS)
-    return Layout(layout.name, -(-_TOKENS // unit) * unit, layout.ring_size, stripe)
+    seq_length = -(-_SAMPLE_TOKENS // unit) * unit
+    return Layout(layout.name, seq_length, layout.ring_size, stripe)
 
 
 def _random_inputs(setup: Setup, tokens: int) -> list[torch.Tensor]:
-    """Standard normal q, k, v and gradient of the output of a whole sample, with a tensor rank's heads."""
-    model, ranks = setup.config.model, setup.grid.tensor
-    heads, groups = share(model.num_attention_heads, ranks), share(model.key_value_heads, ranks)
+    """Standard normal q, k, v and output gradient of a whole sample, with a tensor rank's heads."""
+    model = setup.config.model
+    query_heads = share(model.num_attention_heads, setup.grid.tensor)
+    key_value_heads = share(model.key_value_heads, setup.grid.tensor)
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(1, tokens, each, model.head_dim) for each in (heads, groups, groups, heads)]
-    return [
-        torch.randn(s, generator=generator).to(setup.device, setup.precision.dtype) for s in shapes
-    ]
+    inputs = []
+    for heads in (query_heads, key_value_heads, key_value_heads, query_heads):
+        tensor = torch.randn((1, tokens, heads, model.head_dim), generator=generator)
+        inputs.append(tensor.to(setup.device, setup.precision.dtype))
+    return inputs
+
+
+def plain_attention(
+    q_BSHD: torch.Tensor,
+    k_BSGD: torch.Tensor,
+    v_BSGD: torch.Tensor,
+    dout_BSHD: torch.Tensor,
+    window: int,
+    documents: list[int],
+) -> AttentionResult:
+    """Compute softmax(q k^T / sqrt(D)) v over the whole sample in float64, gradients by autograd.
+
+    ``documents``: the positions at which documents start.
+    """
+    q, k, v = (x.detach().double().requires_grad_() for x in (q_BSHD, k_BSGD, v_BSGD))
+    queries_per_key = q.shape[2] // k.shape[2]
+    k_BSHD = k.repeat_interleave(queries_per_key, dim=2)
+    v_BSHD = v.repeat_interleave(queries_per_key, dim=2)
+    scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q, k_BSHD) * q.shape[-1] ** -0.5
+    visible_SS = _visible(q.shape[1], window, documents).to(q.device)
+    weights_BHSS = scores_BHSS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
+    out_BSHD = torch.einsum("bhqk,bkhd->bqhd", weights_BHSS, v_BSHD)
+    gradients = torch.autograd.grad(out_BSHD, (q, k, v), dout_BSHD.double())
+    return AttentionResult(out_BSHD, *gradients)
+
+
+def _visible(tokens: int, window: int, documents: list[int]) -> torch.Tensor:
+    """(query, key) bool: causal, within the window if there is one, and of the same document."""
+    positions = torch.arange(tokens)
+    document = torch.searchsorted(torch.tensor(documents), positions, right=True)
+    distance = positions[:, None] - positions
+    is_same_document = document[:, None] == document
+    return (distance >= 0) & (distance < (window or tokens)) & is_same_document

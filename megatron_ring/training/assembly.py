@@ -1,12 +1,12 @@
-"""From what was settled to what trains: the model, whole or as a stage of a pipeline, and the engine that drives it."""
+"""Build the model, whole or as a pipeline stage, and the engine that trains it."""
 
 import torch
 
 from megatron_ring.engine.engine import Engine
-from megatron_ring.engine.pipeline_engine import PipelineEngine, pipelined
+from megatron_ring.engine.pipeline_engine import PipelineEngine, build_stage
 from megatron_ring.model.attention import AttentionFunction
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.settings.setup import Setup
@@ -15,24 +15,30 @@ from megatron_ring.settings.setup import Setup
 def build_model(
     setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int
 ) -> torch.nn.Module:
-    """This process's part of the model; all processes build theirs at the same time."""
+    """Build and initialize this process's part of the model, on the device and in the type of the run.
+
+    Collective over all processes. A process allocates only what it keeps, and a few blocks of 16 MiB on the CPU.
+    """
     config = setup.config
     tensor = TensorParallel.of(groups.tensor, config.parallel.sequence_parallel)
-    execution = Execution.of(config, tensor, setup.operations.operations)
-    parts = (
+    if setup.grid.pipe > 1:
+        return build_stage(setup, attention, vocab_size, tensor)
+    return build(
+        GPT,
         config.model,
         vocab_size,
         config.data.seq_length,
         attention,
-        config.training.seed,
-        execution,
+        tensor=tensor,
+        operations=setup.operations.operations,
+        memory=config.memory,
+        seed=config.training.seed,
+        device=setup.device,
+        dtype=setup.precision.dtype,
     )
-    if setup.grid.pipe == 1:
-        return GPT(*parts)
-    return pipelined(setup.grid, config.data.reset_attention_mask, *parts)
 
 
 def start_engine(model: torch.nn.Module, setup: Setup, groups: ProcessGroups) -> Engine:
-    """DeepSpeed around ``model``."""
+    """Wrap ``model`` in a DeepSpeed engine. Collective over all processes."""
     engine = Engine if setup.grid.pipe == 1 else PipelineEngine
     return engine(model, setup, groups)

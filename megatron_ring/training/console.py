@@ -1,4 +1,7 @@
-"""A run in words: what was settled and why before it starts, its plan for --dry-run, its summary at the end."""
+"""What a run prints: its settings and their reasons at the start, its summary at the end.
+
+Also the whole output of --dry-run. Every line is a key of up to 16 characters and a value.
+"""
 
 from pathlib import Path
 
@@ -20,75 +23,106 @@ from megatron_ring.training.start import Start
 
 
 def opening(start: Start) -> str:
-    """What is said before the model is built."""
-    setup, dataset, stored = start.setup, start.dataset, start.stored
-    config, token_ids, rows = setup.config, dataset.tokenizer.vocab_size, start.vocab_size
+    """Return what is printed before the model is built."""
+    config = start.setup.config
+    token_ids = start.dataset.tokenizer.vocab_size
+    rows = start.vocab_size
     parameters = parameter_count(config.model, rows, config.data.seq_length)
+    padding = f" in {rows} rows" if rows > token_ids else ""
     lines = [
-        *_chosen(setup),
-        f"model            {parameters:,} parameters, {token_ids} token ids"
-        + f" in {rows} rows" * (rows > token_ids),
-        *(f"data             {line}" for line in dataset.training.in_words()),
+        *_settings(start.setup),
+        f"model            {parameters:,} parameters, {token_ids} token ids{padding}",
+        *(f"data             {line}" for line in start.dataset.training.in_words()),
     ]
-    if stored:
-        lines += [*stored.skipped, *_beginning(stored, config, start.fingerprints)]
-    elif earlier := _earlier_checkpoints(config):
-        lines.append(
-            f"starting afresh  {earlier[0]} is of an earlier run. The first save of this one moves the "
-            f"{len(earlier)} checkpoints there into a sub-folder; --load {config.checkpoint.save} continues that run"
-        )
-    elif config.checkpoint.load:
-        lines.append(
-            f"starting afresh  load {config.checkpoint.load} holds no checkpoint yet: weights are random"
-        )
+    if start.stored:
+        lines += start.stored.skipped
+        lines += _resume_lines(start.stored, config, start.fingerprints)
+    else:
+        lines += _new_run_lines(config)
     return "\n".join(lines)
 
 
+def _new_run_lines(config: Config) -> list[str]:
+    """Describe a run from step 0 where the folders of --save or --load need an explanation."""
+    earlier = _earlier_checkpoints(config)
+    folders = config.checkpoint
+    if earlier:
+        return [
+            f"new run          {earlier[0]} is of an earlier run. The first save of this one moves "
+            f"the {len(earlier)} checkpoints there into a sub-folder; --load {folders.save} "
+            "continues that run"
+        ]
+    if folders.load:
+        return [f"new run          load {folders.load} holds no checkpoint yet: weights are random"]
+    return []
+
+
 def _earlier_checkpoints(config: Config) -> list[Path]:
-    """The checkpoints in the --save folder of a run that starts from step 0, newest first."""
+    """Return the checkpoints in the --save folder of a run from step 0, newest first."""
     return names.checkpoints(Path(config.checkpoint.save)) if config.checkpoint.save else []
 
 
-def _beginning(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
-    """What the run goes on from; data that is not the checkpoint's is no fault, but is never taken in silence."""
-    if stored.state.step == 0:
-        return [f"weights          {stored.path}, a new run"]
+def _resume_lines(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
+    """Describe what the run resumes from, and what differs from the run that wrote it."""
     step = stored.state.step
+    if step == 0:
+        return [f"weights          {stored.path}, a new run"]
     lines = [f"resuming         {stored.path}, {step} steps done"]
-    folders, path = config.checkpoint, stored.path.absolute()
-    is_named_itself = path == Path(folders.load).absolute()
-    if folders.save and is_named_itself and path.parent == Path(folders.save).absolute():
+    if _names_own_checkpoint(stored, config):
+        save = config.checkpoint.save
         lines.append(
-            f"load             names a checkpoint of --save: the same command started again goes back to step {step}. "
-            f"--load {folders.save} continues from the newest"
+            "load             names a checkpoint of --save: the same command started again goes "
+            f"back to step {step}. --load {save} continues from the newest"
         )
-    if step >= config.training.train_iters:
+    train_iters = config.training.train_iters
+    if step >= train_iters:
         lines.append(
-            f"nothing to do    --train-iters is {config.training.train_iters}: set it above {step} to train on"
+            f"nothing to do    --train-iters is {train_iters}: set it above {step} to train further"
         )
-    if changed := change_on_resume(step, read_config(stored.path).training, config.training):
-        lines.append(f"learning rate    {changed}")
-    other_stores = changed_stores(stored, fingerprints)
-    differing = other_data(stored, config)
-    if len(fingerprints) == 1 and stored.state.data and not other_stores:
-        # The same store under another path.
-        differing = [
-            difference for difference in differing if not difference.startswith("data_path ")
-        ]
-    if differing := [*differing, *other_stores]:
-        goes_on = f"it goes on at sample {stored.state.consumed_samples:,}, which may be another text than there"
-        stated = "; ".join(problem.removesuffix(".") for problem in differing)
-        lines.append(f"other data       {stated}: {goes_on}, read before or not.")
+    changed_rate = change_on_resume(step, read_config(stored.path).training, config.training)
+    if changed_rate:
+        lines.append(f"learning rate    {changed_rate}")
+    differences = _data_differences(stored, config, fingerprints)
+    if differences:
+        lines.append(
+            f"other data       {'; '.join(differences)}: the run continues at sample "
+            f"{stored.state.consumed_samples:,}, which may be different text than in the earlier "
+            "run, read before or not."
+        )
     return lines
 
 
+def _names_own_checkpoint(stored: Stored, config: Config) -> bool:
+    """Return whether --load is one checkpoint of the --save folder, not the folder itself."""
+    folders = config.checkpoint
+    path = stored.path.absolute()
+    is_named = path == Path(folders.load).absolute()
+    return bool(folders.save) and is_named and path.parent == Path(folders.save).absolute()
+
+
+def _data_differences(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
+    """Describe how the data differs from the checkpoint's, without final periods."""
+    other_stores = changed_stores(stored, fingerprints)
+    differences = other_data(stored, config)
+    is_same_store = len(fingerprints) == 1 and stored.state.data and not other_stores
+    if is_same_store:
+        # The same store under another path is no difference.
+        differences = [text for text in differences if not text.startswith("data_path ")]
+    return [text.removesuffix(".") for text in [*differences, *other_stores]]
+
+
 def report(start: Start, engine: Engine) -> ConsoleReport:
-    """Where rank 0's steps are told. Measures what this device could reach, where no data sheet says it."""
-    setup, config = start.setup, start.setup.config
+    """Return the reporter of rank 0 and print the device's peak.
+
+    The peak is measured where no data sheet of the device is known.
+    """
+    setup = start.setup
+    config = setup.config
     peak, source = peak_flops(setup.device, setup.precision.dtype)
-    print(
-        f"peak             {f'{peak / 1e12:.4g} TFLOP/s a process, {source}' if peak else source}"
-    )
+    if peak:
+        print(f"peak             {peak / 1e12:.4g} TFLOP/s a process, {source}")
+    else:
+        print(f"peak             {source}")
     return ConsoleReport(
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),
@@ -98,8 +132,9 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
 
 
 def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
-    """The summary, and where everything is. Draws the loss beside the metrics file; a plot that
-    fails is a warning.
+    """Return the summary and the paths of the run's output; draw the loss plot.
+
+    The plot is written beside the metrics file. If that fails, a warning is printed.
     """
     lines = [report.close()]
     if saved:
@@ -107,28 +142,31 @@ def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
     if config.logging.metrics_file:
         metrics = Path(config.logging.metrics_file)
         lines.append(f"metrics          {metrics}")
-        if report.first and metrics.is_file():  # and not a device or a pipe, which may have no end
-            picture = metrics.with_name("loss.png")
-            if report.best_effort(f"loss plot {picture}", draw_loss, metrics, picture):
-                lines.append(f"loss plot        {picture}")
+        # Not from a device or a pipe, which may have no end.
+        if report.first and metrics.is_file():
+            plot = metrics.with_name("loss.png")
+            if report.best_effort(f"loss plot {plot}", draw_loss, metrics, plot):
+                lines.append(f"loss plot        {plot}")
     return "\n".join(line for line in lines if line)
 
 
 def plan(setup: Setup) -> str:
-    """All that --dry-run prints: the config, what was chosen, where everything goes and what it costs."""
-    return "\n".join([to_yaml(setup.config), *_chosen(setup), *plan_lines(setup)])
+    """Return the output of --dry-run: config, derived settings, placement, memory and messages."""
+    return "\n".join([to_yaml(setup.config), *_settings(setup), *plan_lines(setup)])
 
 
-def _chosen(setup: Setup) -> list[str]:
-    """What was settled for the user, each with its reason."""
-    grid, layout = setup.grid, setup.layout
+def _settings(setup: Setup) -> list[str]:
+    """Describe the settings that were derived from the config, with reasons."""
+    grid = setup.grid
+    micro_batch_size = setup.config.training.micro_batch_size
     return [
-        f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x {grid.context} context "
-        f"({grid.ring} ring x {grid.ulysses} ulysses) x {grid.tensor} tensor",
-        f"layout           {_layout_in_words(setup)}, {_tokens_in_words(setup)}, "
-        f"{layout.shard_length} on each ring rank",
-        f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} micro-batches of "
-        f"{setup.config.training.micro_batch_size} on each of {grid.data} data ranks",
+        f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x "
+        f"{grid.context} context ({grid.ring} ring x {grid.ulysses} ulysses) x "
+        f"{grid.tensor} tensor",
+        f"layout           {_layout_description(setup)}, {_tokens_description(setup)}, "
+        f"{setup.layout.shard_length} on each ring rank",
+        f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} "
+        f"micro-batches of {micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
         *(f"operations       {line}" for line in setup.operations.in_words()),
@@ -139,45 +177,41 @@ def _chosen(setup: Setup) -> list[str]:
 
 
 def _split_line(data: DataConfig) -> list[str]:
-    """What shares of another sum than 1 were taken for."""
+    """Return the normalized shares of --split if it does not sum to 1."""
     if data.split_adds_up_to_1:
         return []
-    given, taken = (
-        ", ".join(f"{share:.6g}" for share in shares) for shares in (data.split, data.shares)
-    )
-    return [f"split            {given} adds up to {sum(data.split):.6g}: shares of {taken}"]
+    given = ", ".join(f"{share:.6g}" for share in data.split)
+    normalized = ", ".join(f"{share:.6g}" for share in data.shares)
+    return [f"split            {given} adds up to {sum(data.split):.6g}: shares of {normalized}"]
 
 
 def _window_line(model: ModelConfig) -> list[str]:
-    """The window as it is counted here and in Megatron, whose pairs leave the token itself out."""
+    """Return the window as counted here and in Megatron, which does not count the token itself."""
     window = model.window_size
     if not window:
         return []
-    full = (
-        f", fully in every {model.window_attn_skip_freq}th layer"
-        if model.window_attn_skip_freq
-        else ""
-    )
+    full_layers = ""
+    if model.window_attn_skip_freq:
+        full_layers = f", full attention in every {model.window_attn_skip_freq}th layer"
     return [
-        f"window           {window} keys: a token and the {window - 1} before it ({window - 1},0 in Megatron){full}"
+        f"window           {window} keys: a token and the {window - 1} before it "
+        f"({window - 1},0 in Megatron){full_layers}"
     ]
 
 
-def _layout_in_words(setup: Setup) -> str:
+def _layout_description(setup: Setup) -> str:
     layout = setup.layout
     if layout.stripe_size == 1:
         return layout.name
-    auto = (
-        f" (auto: {setup.kernel.name} likes these)"
-        if setup.config.parallel.stripe_size == "auto"
-        else ""
-    )
-    return f"{layout.name} by {layout.stripe_size}{auto}"
+    reason = ""
+    if setup.config.parallel.stripe_size == "auto":
+        reason = f" (auto: fastest with {setup.kernel.name})"
+    return f"{layout.name}, stripe size {layout.stripe_size}{reason}"
 
 
-def _tokens_in_words(setup: Setup) -> str:
+def _tokens_description(setup: Setup) -> str:
     seq_length = setup.config.data.seq_length
-    filled = setup.layout.seq_length - seq_length
-    return f"{seq_length} tokens" + (
-        f" and {filled} more that fill the last row and count for nothing" if filled else ""
-    )
+    padding = setup.layout.seq_length - seq_length
+    if not padding:
+        return f"{seq_length} tokens"
+    return f"{seq_length} tokens and {padding} padding tokens that do not count"

@@ -1,81 +1,121 @@
-"""How a training program begins and ends: its arguments, one clear message when they are wrong, its exit code."""
+"""Starts and ends a training program: arguments, --deterministic, error messages and exit codes.
+
+With --deterministic, a run started again the same way has the same losses, gradient norms and
+checkpoints, bit for bit: with the same config, number of processes, kind of devices, library
+versions and, on a CPU, number of threads. The attention kernel is chosen accordingly
+(settings/setup.py). The ring and gloo add in an order that depends on the ranks alone.
+
+NCCL adds along rings or trees that it chooses by message size and the links it finds, not by
+timing, so it repeats itself on the same nodes; on others, or in another version, it may choose
+differently.
+``NCCL_ALGO=Ring`` restricts its choice. None of this has been run on a GPU.
+"""
 
 import codecs
 import contextlib
 import locale
+import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from megatron_ring.config import Config, parse
-from megatron_ring.errors import MegatronRingError
-from megatron_ring.parallel.environment import Environment
-from megatron_ring.training import determinism
+import torch
 
-# A launcher kills all ranks once one has left, so those that keep silent give rank 0 the time to speak.
-_SECONDS_TO_SPEAK = 3
+from megatron_ring.config import Config, parse
+from megatron_ring.errors import ConfigError, MegatronRingError
+from megatron_ring.parallel.environment import Environment, fix_order_of_sums
+
+# The start of the RuntimeError that torch raises for an operator without a deterministic version
+# (Context::alertNotDeterministic); it has no class of its own.
+_NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+
+# A launcher kills all ranks once one has exited, so the other ranks give rank 0 time to print.
+_SECONDS_FOR_MESSAGE = 3
+
+
+def arguments(environment: Environment) -> Config:
+    """Parse this process's command line, without the arguments that launchers add.
+
+    A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises
+    ConfigError. --deterministic takes effect here, because CUDA and NCCL read its settings when
+    they start.
+    """
+    read_files_as_utf8()
+    flags_of_launchers = ("--local_rank=", "--local-rank=")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(flags_of_launchers)]
+    is_rank_zero = environment.global_rank == 0
+    config = parse(given, console=is_rank_zero)
+    if config.training.deterministic:
+        make_deterministic(is_rank_zero)
+    return config
 
 
 def read_files_as_utf8() -> None:
-    """Have text files that are opened without an encoding read as UTF-8, whatever the locale is.
+    """Make UTF-8 the default encoding of text files, whatever the locale is.
 
-    Libraries open UTF-8 files of their own in that way: torch._inductor does, which DeepSpeed
-    imports, and fails in an ASCII locale.
+    Some libraries open their own UTF-8 files without an encoding: torch._inductor, which DeepSpeed
+    imports, fails in an ASCII locale.
     """
     if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
-def arguments(environment: Environment) -> Config:
-    """The config of this process's command line, without what launchers add to it.
+def make_deterministic(is_rank_zero: bool) -> None:
+    """Restrict this process to deterministic operators, before CUDA and process groups start.
 
-    A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises ConfigError. From here on
-    --deterministic holds: CUDA and NCCL read what it sets when they start.
+    From here on a nondeterministic operator raises, and torch fills the memory it allocates. Prints
+    a line on global rank 0.
     """
-    read_files_as_utf8()
-    given = [
-        argument
-        for argument in sys.argv[1:]
-        if not argument.startswith(("--local_rank=", "--local-rank="))
-    ]
-    config = parse(given, console=environment.global_rank == 0)
-    if config.training.deterministic:
-        determinism.begin(is_rank_zero=environment.global_rank == 0)
-    return config
+    fix_order_of_sums()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it chooses kernels by measured time
+    if is_rank_zero:
+        print(
+            "deterministic    bitwise reproducible on the same devices and number of processes",
+            flush=True,
+        )
+
+
+def nondeterminism_error(error: RuntimeError) -> ConfigError | None:
+    """Return the user's error for torch's error about a nondeterministic operator, or None."""
+    match = _NONDETERMINISTIC.match(str(error))
+    if not match:
+        return None
+    return ConfigError(
+        f"deterministic is not possible: torch has no deterministic version of its operator "
+        f"{match[1]} on this device. Leave --deterministic out."
+    )
 
 
 @contextlib.contextmanager
 def report_once(environment: Environment) -> Iterator[None]:
-    """End with the exit code of a user's fault (errors.py), said by one rank.
+    """Print a user's error on one rank only, and exit with its exit code (errors.py).
 
-    Before the processes have joined every rank finds the same fault, and so they do in what they decide together.
+    Before the processes have joined, every rank finds the same error; after that, ranks raise what
+    they have agreed on.
     """
     try:
         yield
     except MegatronRingError as error:
-        _leave(error, environment, is_rank_zero=environment.global_rank == 0)
+        _exit(error, environment, prints=environment.global_rank == 0)
     except RuntimeError as error:
-        refused = determinism.refusal(error)
-        if refused is None:
+        user_error = nondeterminism_error(error)
+        if user_error is None:
             raise
-        _leave(
-            refused, environment, is_rank_zero=True
-        )  # a pipeline's other stages have other operators
-    except SystemExit as leaving:
-        if leaving.code and environment.global_rank:
-            time.sleep(_SECONDS_TO_SPEAK)
+        # Every rank prints: pipeline stages run different operators.
+        _exit(user_error, environment, prints=True)
+    except SystemExit as exit_error:
+        if exit_error.code and environment.global_rank:
+            time.sleep(_SECONDS_FOR_MESSAGE)
         raise
 
 
-def _leave(error: MegatronRingError, environment: Environment, is_rank_zero: bool) -> NoReturn:
+def _exit(error: MegatronRingError, environment: Environment, prints: bool) -> NoReturn:
     if environment.global_rank:
-        time.sleep(_SECONDS_TO_SPEAK)
-    if is_rank_zero:
-        print(
-            f"\n{type(error).__name__} on rank {environment.global_rank}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        time.sleep(_SECONDS_FOR_MESSAGE)
+    if prints:
+        message = f"\n{type(error).__name__} on rank {environment.global_rank}: {error}"
+        print(message, file=sys.stderr, flush=True)
     sys.exit(error.exit_code)

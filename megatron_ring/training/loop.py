@@ -1,36 +1,31 @@
-"""The training loop: steps, validations and checkpoints, in global units, until the last iteration; then the test."""
+"""The training loop: steps, evaluations and checkpoints, counted in global steps and samples."""
 
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from megatron_ring.data.dataset import bits_per_byte
-from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.loader import Batch
 from megatron_ring.data.prefetch import Prefetcher
-from megatron_ring.data.stages import LaterStageLoader, loader_of
-from megatron_ring.data.stream import Stream
 from megatron_ring.engine.engine import Engine, StepResult
 from megatron_ring.monitoring.metrics import HeldOutRecord, Report, StepRecord
 from megatron_ring.monitoring.ring_profile.watch import RingWatch
-from megatron_ring.parallel.collective_errors import run_checked_each_step
 from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.plan.flops import full_attention_flops, training_flops
-from megatron_ring.training.bad_steps import BadSteps
+from megatron_ring.training.bad_steps import BadSteps, Guard
 from megatron_ring.training.checkpointing import Saver
-from megatron_ring.training.guards import Guard
 from megatron_ring.training.schedule import learning_rate
-from megatron_ring.training.start import Start
+from megatron_ring.training.start import Part, Start
 from megatron_ring.training.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step that was taken, or was to be: what is told of it, what came of it, and which samples it has read."""
+    """A finished or refused step: its record for the report, its result and the samples it read."""
 
     record: StepRecord
     result: StepResult
@@ -38,10 +33,11 @@ class StepOutcome:
 
 
 class StepCounter:
-    """The numbers of the steps behind ``done`` up to ``last``; who sets ``done`` has it go on from there."""
+    """Counts the steps after ``done`` up to ``last``; setting ``done`` continues after that."""
 
     def __init__(self, done: int, last: int):
-        self.done, self.last = done, last
+        self.done = done
+        self.last = last
 
     def __iter__(self) -> Iterator[int]:
         while self.done < self.last:
@@ -55,47 +51,54 @@ def train(
     saver: Saver,
     report: Report,
     stopping: Stopping,
-    place: ProgressTracker,
+    progress: ProgressTracker,
     watch: RingWatch,
 ) -> Path | None:
-    """Run the steps after ``start`` up to train_iters, or until ``stopping`` says so, and save; ``report`` is told all.
+    """Train from the step of ``start`` to train_iters, or until a stop is requested, and save.
 
-    Returns the last checkpoint's folder. Raises DataError on every rank for data that one of them cannot read.
+    Collective. Returns the folder of the last checkpoint. Raises DataError on every rank for data
+    that one of them cannot read.
     """
-    training, saving, dataset = (
-        start.setup.config.training,
-        start.setup.config.checkpoint,
-        start.dataset,
-    )
-    validates = training.eval_interval > 0 and dataset.validation is not None
-    if validates and start.state.step == 0:
-        report.held_out(held_out("validation", engine, start, step=0))
-    guard = Guard(start.setup.config.guards, start.state)
+    config = start.setup.config
+    last_step = config.training.train_iters
+    eval_interval = config.training.eval_interval if start.has("validation") else 0
+    save_interval = config.checkpoint.save_interval
+    guard = Guard(config.guards, start.state)
     bad_steps = BadSteps(engine, guard, saver, report)
-    with saver, Prefetcher(_loader(start, dataset.training, start.state.consumed_samples)) as ahead:
-        for step in place.steps(course := StepCounter(start.state.step, training.train_iters)):
-            taken = _step(engine, start, ahead, step, watch, guard)
-            report.step(taken.record)
-            if taken.result.refused:
-                course.done = bad_steps.answer(step, taken.result, taken.samples)
-                if course.done < step:
+    counter = StepCounter(start.state.step, last_step)
+    if eval_interval and start.state.step == 0:
+        report.held_out(evaluate("validation", engine, start, step=0))
+    with saver, start.training_batches() as batches:
+        for step in progress.steps(counter):
+            outcome = run_step(engine, start, batches, step, watch, guard)
+            report.step(outcome.record)
+            if outcome.result.refused:
+                counter.done = bad_steps.handle(step, outcome.result, outcome.samples)
+                if counter.done < step:  # rolled back to a checkpoint
                     continue
-            last = step == training.train_iters
-            if validates and (last or step % training.eval_interval == 0):
-                report.held_out(held_out("validation", engine, start, step))
-            if last and dataset.test is not None:
-                report.held_out(held_out("test", engine, start, step))
-            stops = not last and stopping.agreed(step)
-            ends, due = last or stops, saving.save_interval and step % saving.save_interval == 0
-            if saving.save and (ends or (due and guard.good_since_save)):
-                done = replace(
-                    start.state, step=step, consumed_samples=ahead.consumed_samples, **guard.kept()
+
+            is_last = step == last_step
+            if eval_interval and (is_last or step % eval_interval == 0):
+                report.held_out(evaluate("validation", engine, start, step))
+            if is_last and start.has("test"):
+                report.held_out(evaluate("test", engine, start, step))
+
+            stops = not is_last and stopping.agreed(step)
+            ends = is_last or stops
+            save_is_due = save_interval > 0 and step % save_interval == 0
+            if config.checkpoint.save and (ends or (save_is_due and guard.good_since_save)):
+                state = replace(
+                    start.state,
+                    step=step,
+                    consumed_samples=batches.consumed_samples,
+                    **guard.state(),
                 )
                 report.flush()
-                # Without a good step since the last one the weights are those of the last one: none goes for it.
-                saver.save(engine, done, retire=guard.good_since_save)
+                # Without a good step since the last checkpoint the weights are the same as in it:
+                # then this one replaces no older one.
+                saver.save(engine, state, retire=guard.good_since_save)
                 guard.saved()
-            elif saving.save and due:
+            elif config.checkpoint.save and save_is_due:
                 report.log(
                     f"no checkpoint after step {step}: every step since the last one was bad"
                 )
@@ -104,32 +107,18 @@ def train(
     return saver.finish()
 
 
-def held_out(
-    part: Literal["validation", "test"], engine: Engine, start: Start, step: int
-) -> HeldOutRecord:
-    """The loss on the same samples every time: the first eval_iters global batches of the part's stream."""
-    dataset = start.dataset
-    loader = _loader(start, getattr(dataset, part), consumed_samples=0)
-    bytes_per_token = torch.from_numpy(dataset.tokenizer.bytes_per_token)
-    global_batches = range(start.setup.config.training.eval_iters)
-    batches = run_checked_each_step(
-        start.reading, lambda: [loader.next_step() for _ in global_batches]
-    )
-    total = engine.evaluate(batches, bytes_per_token)
-    loss = total.loss_sum / max(1, total.tokens)
-    return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
-
-
-def _step(
-    engine: Engine, start: Start, ahead: Prefetcher, step: int, watch: RingWatch, guard: Guard
+def run_step(
+    engine: Engine, start: Start, batches: Prefetcher, step: int, watch: RingWatch, guard: Guard
 ) -> StepOutcome:
-    setup, first = start.setup, ahead.consumed_samples
+    """Load data, run one optimizer step, measure it, and count it in ``guard``. Collective."""
+    config = start.setup.config
+    first_sample = batches.consumed_samples
     watch.begin()
     began = time.perf_counter()
-    batches = run_checked_each_step(start.reading, lambda: _next_batches(start, ahead))
+    micro_batches = start.next_batches(batches)
     loaded = time.perf_counter()
-    rate = learning_rate(step, setup.config.training)
-    result = engine.train_step(batches, rate, guard.highest_loss)
+    rate = learning_rate(step, config.training)
+    result = engine.train_step(micro_batches, rate, guard.highest_loss)
     seconds = time.perf_counter() - began
     guard.count(result)
     record = StepRecord(
@@ -137,30 +126,31 @@ def _step(
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=rate,
-        tokens=ahead.consumed_samples * setup.config.data.seq_length,
-        tokens_per_second=setup.global_batch_size * setup.config.data.seq_length / seconds,
+        tokens=batches.consumed_samples * config.data.seq_length,
+        tokens_per_second=start.setup.global_batch_size * config.data.seq_length / seconds,
         step_seconds=seconds,
         data_seconds=loaded - began,
-        model_flops=_model_flops(engine, start, batches),
+        model_flops=_model_flops(engine, start, micro_batches),
         skipped_steps=guard.skipped_steps,
         roll_backs=guard.roll_backs,
         full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
     )
-    return StepOutcome(record, result, range(first, ahead.consumed_samples))
+    return StepOutcome(record, result, range(first_sample, batches.consumed_samples))
 
 
-def _next_batches(start: Start, ahead: Prefetcher) -> list[Batch]:
-    """Return this rank's batches of the next step; on rank 0, end a run whose --save another run has taken over."""
-    if start.lease:
-        start.lease.raise_if_lost()
-    return ahead.next_step()
+def evaluate(part: Part, engine: Engine, start: Start, step: int) -> HeldOutRecord:
+    """Evaluate the same samples of ``part`` every time: eval_iters global batches. Collective."""
+    total = engine.evaluate(start.evaluation_batches(part), start.bytes_per_token)
+    loss = total.loss_sum / max(1, total.tokens)
+    return HeldOutRecord(step, part, loss, bits_per_byte(total.loss_sum, total.text_bytes))
 
 
 def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
-    """Floating-point operations of the step on all ranks, counted from what its documents let tokens see.
+    """Operations of the step on all ranks, counting only attention that document masks allow.
 
-    Known on the first pipeline stage, one of whose ranks reports it: later ones have no batches.
+    nan on pipeline stages after the first, which have no batches. Rank 0, which reports, is on the
+    first.
     """
     if not batches:
         return math.nan
@@ -168,25 +158,15 @@ def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
     lengths = torch.cat([batch.document_lengths(setup.layout.seq_length) for batch in batches])
     own = float(training_flops(setup.config.model, start.vocab_size, lengths))
     if not setup.config.data.reset_attention_mask:
-        return own * setup.grid.data  # the same on every data rank
-    return (
-        engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device)).item()
-        / setup.grid.context
-    )
+        return own * setup.grid.data  # every data rank has the same
+    total = engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device))
+    return total.item() / setup.grid.context
 
 
 def _full_attention_flops(start: Start) -> float:
-    """The step's operations on all ranks as published figures count them."""
+    """Operations of the step on all ranks by the usual convention for MFU (plan/flops.py)."""
     config = start.setup.config
     sequences = start.setup.global_batch_size
     return float(
         full_attention_flops(config.model, start.vocab_size, config.data.seq_length, sequences)
-    )
-
-
-def _loader(start: Start, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:
-    setup = start.setup
-    sizes = setup.config.training.micro_batch_size, setup.global_batch_size
-    return loader_of(
-        stream, start.dataset.packing, setup.layout, setup.grid, start.at, *sizes, consumed_samples
     )

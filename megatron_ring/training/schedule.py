@@ -1,4 +1,7 @@
-"""The learning rate of a step: linear warm-up, then cosine, linear or constant. A function of the step alone."""
+"""The learning-rate schedule: linear warm-up, then cosine, linear or constant decay.
+
+The rate is a function of the step and the options alone.
+"""
 
 import math
 
@@ -15,9 +18,9 @@ _OPTIONS = ("lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_decay_iters
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the rate of optimizer step ``step``, counted from 1: lr at the end of the warm-up, min_lr at the horizon.
+    """Return the rate of optimizer step ``step``, counted from 1.
 
-    After the horizon (config.decay_horizon) the rate stays at min_lr.
+    It is lr at the end of the warm-up and min_lr from the horizon (config.decay_horizon) on.
     """
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
@@ -28,18 +31,16 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def change_on_resume(step: int, then: TrainingConfig, now: TrainingConfig) -> str | None:
-    """Describe how the rate changes after ``step`` because the schedule is no longer the checkpoint's.
+    """Describe how the rate changes after ``step`` if the schedule is not the checkpoint's.
 
-    ``then``: the options that the checkpoint was written with. Returns None where the next step has the rate that it
-    would have had under them.
+    ``then``: the options that the checkpoint was written with. Returns None if the next step has
+    the rate that it would have had under them.
     """
     if step >= now.train_iters:
         return None
-    last, unchanged, following = (
-        learning_rate(step, then),
-        learning_rate(step + 1, then),
-        learning_rate(step + 1, now),
-    )
+    last = learning_rate(step, then)
+    unchanged = learning_rate(step + 1, then)
+    following = learning_rate(step + 1, now)
     if math.isclose(unchanged, following, rel_tol=1e-9):
         return None
     differing = [name for name in _OPTIONS if getattr(then, name) != getattr(now, name)]
@@ -47,8 +48,8 @@ def change_on_resume(step: int, then: TrainingConfig, now: TrainingConfig) -> st
         f"{name} {getattr(then, name)} there, {getattr(now, name)} here" for name in differing
     )
     return (
-        f"{last:.3e} at step {step}, {following:.3e} at step {step + 1}, where the checkpoint's schedule has "
-        f"{unchanged:.3e} ({changes}). {_remedy(differing, then, now)}"
+        f"{last:.3e} at step {step}, {following:.3e} at step {step + 1}, where the checkpoint's "
+        f"schedule has {unchanged:.3e} ({changes}). {_remedy(differing, then, now)}"
     )
 
 

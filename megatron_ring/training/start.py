@@ -1,8 +1,12 @@
-"""What all ranks find out together before anything is built: that they run the same, with what, and from where."""
+"""Where a run starts, agreed on by all ranks: setup, data, and the checkpoint to resume from."""
 
 import atexit
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
 
 from megatron_ring.checkpoint.lease import Lease, Owner, take
 from megatron_ring.checkpoint.state import RunState
@@ -10,32 +14,46 @@ from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.fingerprint import Fingerprint, fingerprint
+from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.prefetch import Prefetcher
+from megatron_ring.data.stages import LaterStageLoader, loader_of
+from megatron_ring.data.stream import Stream
 from megatron_ring.monitoring import outputs
-from megatron_ring.parallel.collective_errors import abort_collectively, run_checked
+from megatron_ring.parallel.collective_errors import (
+    abort_collectively,
+    run_checked,
+    run_checked_each_step,
+)
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_options_and_code
 from megatron_ring.settings.setup import Setup
-from megatron_ring.training import checkpointing
+from megatron_ring.training.checkpoint_selection import select_checkpoint
+
+Part = Literal["validation", "test"]
+"""A part of the data that is not trained on."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Start:
-    """at: this process's place. stored: the checkpoint to go on from, None to start afresh. fingerprints: of the token
-    stores that the run reads, as rank 0 sees them.
+    """What a run starts with, and access to its data.
 
-    lease: on the --save folder, held by global rank 0; None on other ranks, and without --save.
-    reading: over which all ranks learn of data that one of them cannot read; for nothing else.
+    coordinates: this process's position in the grid. stored: the checkpoint to resume from, None
+    for a run from step 0. fingerprints: of the token stores that the run reads, as rank 0 sees
+    them. lease: on the --save folder, held by global rank 0; None on other ranks, and without
+    --save. data_consensus: used only to raise data errors of one rank on all.
     """
 
     setup: Setup
     dataset: Dataset
-    at: Coordinates
+    coordinates: Coordinates
     stored: Stored | None
     fingerprints: list[Fingerprint]
     lease: Lease | None
-    reading: Consensus
+    data_consensus: Consensus
 
     @property
     def vocab_size(self) -> int:
@@ -44,67 +62,127 @@ class Start:
 
     @property
     def state(self) -> RunState:
-        """Where the run is before its first step. Samples may be of another length than those counted before."""
-        seq_length, end = self.setup.config.data.seq_length, self.dataset.tokenizer.end_of_document
+        """The run's state before its first step.
+
+        After a resume with another seq_length, consumed samples were counted in the old one.
+        """
+        own = {
+            "seq_length": self.setup.config.data.seq_length,
+            "end_of_document": self.dataset.tokenizer.end_of_document,
+            "data": self.fingerprints,
+        }
         if self.stored:
-            return replace(
-                self.stored.state,
-                seq_length=seq_length,
-                end_of_document=end,
-                data=self.fingerprints,
-            )
-        return RunState(
-            0, 0, self.vocab_size, seq_length, end_of_document=end, data=self.fingerprints
+            return replace(self.stored.state, **own)
+        return RunState(step=0, consumed_samples=0, vocab_size=self.vocab_size, **own)
+
+    @property
+    def bytes_per_token(self) -> torch.Tensor:
+        """(V,): the bytes of text of each token id."""
+        return torch.from_numpy(self.dataset.tokenizer.bytes_per_token)
+
+    def has(self, part: Part) -> bool:
+        """Return whether --split leaves any data for ``part``."""
+        return getattr(self.dataset, part) is not None
+
+    def training_batches(self) -> Prefetcher:
+        """Return the training data from the run's first step on, loaded ahead by a thread."""
+        return Prefetcher(self._loader(self.dataset.training, self.state.consumed_samples))
+
+    def next_batches(self, training_batches: Prefetcher) -> list[Batch]:
+        """Return this rank's micro-batches of the next training step; blocks until all have theirs.
+
+        Raises on every rank if one cannot read its data, or if another run has taken over --save.
+        """
+
+        def read() -> list[Batch]:
+            if self.lease:
+                self.lease.raise_if_lost()
+            return training_batches.next_step()
+
+        return run_checked_each_step(self.data_consensus, read)
+
+    def evaluation_batches(self, part: Part) -> list[list[Batch]]:
+        """Return the first eval_iters global batches of ``part``, the same on every call.
+
+        Blocks until all ranks have theirs. Raises on every rank if one cannot read its data.
+        """
+        loader = self._loader(getattr(self.dataset, part), consumed_samples=0)
+        global_batches = range(self.setup.config.training.eval_iters)
+        return run_checked_each_step(
+            self.data_consensus, lambda: [loader.next_step() for _ in global_batches]
+        )
+
+    def _loader(self, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:
+        setup = self.setup
+        return loader_of(
+            stream,
+            self.dataset.packing,
+            setup.layout,
+            setup.grid,
+            self.coordinates,
+            setup.config.training.micro_batch_size,
+            setup.global_batch_size,
+            consumed_samples,
         )
 
     @staticmethod
-    def together(config: Config, environment: Environment, consensus: Consensus) -> "Start":
-        """Raises on every rank, once all have left their groups, what is wrong on any. Collective; blocks."""
+    def build(config: Config, environment: Environment, consensus: Consensus) -> "Start":
+        """Check options, code, data and checkpoint on all ranks. Collective; blocks.
+
+        Raises a problem of any rank on every rank, after all have left their groups.
+        """
         rank = environment.global_rank
+
+        def on_all_ranks(act: Callable[[], _Result]) -> _Result:
+            return run_checked(consensus, act)
+
+        def check_outputs() -> None:
+            outputs.check(config.logging, config.checkpoint.save)
+
+        def open_data() -> Dataset:
+            return Dataset.open(config.data, config.training.seed, progress=rank == 0)
+
         with abort_collectively():
             check_options_and_code(config, consensus)
-            setup = run_checked(consensus, lambda: Setup.of(config, environment.world_size))
-            consensus.run_on_rank_zero(
-                lambda: outputs.check(config.logging, config.checkpoint.save)
-            )
-            dataset = run_checked(
-                consensus,
-                lambda: Dataset.open(config.data, config.training.seed, progress=rank == 0),
-            )
+            setup = on_all_ranks(lambda: Setup.of(config, environment.world_size))
+            consensus.run_on_rank_zero(check_outputs)
+            dataset = on_all_ranks(open_data)
             check_data(config.data, consensus)
             fingerprints = consensus.run_on_rank_zero(
                 lambda: [fingerprint(store) for store in dataset.prefixes]
             )
-            lease = _lease(config, rank, consensus)
-            start = Start(
-                setup,
-                dataset,
-                setup.grid.coordinates(rank),
-                None,
-                fingerprints,
-                lease,
-                reading=consensus,
-            )
-            stored = checkpointing.find(setup, start.vocab_size, consensus, fingerprints)
-        return replace(start, stored=stored, reading=Consensus.build())
+            lease = _take_lease(config, rank, consensus)
+            vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
+            stored = select_checkpoint(setup, vocab_size, consensus, fingerprints)
+        return Start(
+            setup=setup,
+            dataset=dataset,
+            coordinates=setup.grid.coordinates(rank),
+            stored=stored,
+            fingerprints=fingerprints,
+            lease=lease,
+            data_consensus=Consensus.build(),
+        )
 
 
-def _lease(config: Config, rank: int, consensus: Consensus) -> Lease | None:
-    """Take the lease on the --save folder for this run, on global rank 0, and release it when the process exits.
+def _take_lease(config: Config, rank: int, consensus: Consensus) -> Lease | None:
+    """Take the lease on the --save folder, on global rank 0, and release it when the process exits.
 
-    Blocks for up to a minute where a run on another host may still hold the folder. Raises CheckpointError on every
-    rank where another run holds it.
+    Blocks for up to a minute if a run on another host may still hold the folder. Raises
+    CheckpointError on every rank if another run holds it.
     """
     if not config.checkpoint.save:
         return None
-    taken: list[Lease] = []
-    consensus.run_on_rank_zero(
-        lambda: taken.append(take(Path(config.checkpoint.save), Owner.here(*slurm_job()), _report))
-    )
-    for lease in taken:
+    leases: list[Lease] = []
+
+    def take_lease() -> None:
+        leases.append(take(Path(config.checkpoint.save), Owner.here(*slurm_job()), _print))
+
+    consensus.run_on_rank_zero(take_lease)
+    for lease in leases:
         atexit.register(lease.release)
-    return taken[0] if rank == 0 else None
+    return leases[0] if rank == 0 else None
 
 
-def _report(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)

@@ -1,12 +1,14 @@
-"""Stopping in order: a rank hears a signal, all end after the same step, with a checkpoint, to be started again.
+"""Graceful stops: after a signal, all ranks end after the same step, save, and can be restarted.
 
-SIGUSR1 is what SLURM is asked to send before a time limit, SIGTERM what preemption and launchers send, SIGINT Ctrl-C; a
-second Ctrl-C leaves at once, without a checkpoint. The exit code is
-EX_TEMPFAIL: start the same command again, with --load. srun hands signals on to every rank. torchrun hands on SIGTERM,
-waits 30 s, and ends with 1; it dies of SIGUSR1. The ``deepspeed`` command dies of each of them.
+SLURM can be set to send SIGUSR1 before a time limit, preemption and launchers send SIGTERM, Ctrl-C
+sends SIGINT; a second Ctrl-C exits at once, without a checkpoint. The exit code is EX_TEMPFAIL
+(75): start the same command again with --load. srun forwards signals to every rank. torchrun
+forwards SIGTERM, waits 30 s, and exits with 1; SIGUSR1 kills it. Each of them kills the
+``deepspeed`` command.
 
-A rank whose launcher has ended (parallel/launcher.py) stops in the same way: no signal of the user's would reach it any
-more, and nobody would wait for it. Other nodes may be alive, so that the checkpoint is worth writing.
+A rank whose launcher has ended (parallel/launcher.py) stops in the same way: it would get no more
+of the user's signals, and nothing would wait for it. Other nodes may be alive, so the checkpoint is
+worth writing.
 """
 
 import contextlib
@@ -26,79 +28,92 @@ from megatron_ring.parallel.launcher import Launchers
 EXIT_CODE = os.EX_TEMPFAIL
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 _EXIT_CODE_OF_INTERRUPT = 128 + signal.SIGINT
+
 # A terminal sends Ctrl-C to ranks and launchers, and torchrun then sends it to the ranks again.
+# SIGINTs within this time are one Ctrl-C.
 _SECONDS_OF_ONE_INTERRUPT = 2
 
-# All ranks are told within a moment of each other. One that left before the rest have heard would fail them.
-_SECONDS_TO_HEAR = 1
+# All ranks get the signal within a moment of each other. A rank that exited before the others got
+# theirs would make them fail.
+_SECONDS_UNTIL_ALL_SIGNALLED = 1
 
-_SECONDS_BETWEEN_LOOKS = 1.0
-# As long as pretrain.sbatch gives the ranks that are left: for the step at hand and a checkpoint.
+_SECONDS_BETWEEN_LAUNCHER_CHECKS = 1.0
+
+# As long as pretrain.sbatch gives the remaining ranks: for the current step and a checkpoint.
 _SECONDS_WITHOUT_LAUNCHER = 900.0
 
 
 class Stopping:
     """Whether this run is to stop, and after which step it did.
 
-    Within it signals are heard by a thread: the main one may be in a library's call, waiting for ranks that never come.
-    Before ``begin`` they end the process; a rank that alone is told so leaves the rest to its launcher.
+    As a context manager it handles signals in a thread, because the main thread may be in a library
+    call that waits for ranks that never come. Before ``begin``, a signal ends the process; if only
+    one rank gets it then, the launcher has to end the others.
     """
 
     def __init__(self, is_rank_zero: bool, speaks_for_node: bool = False):
-        """``is_rank_zero``: on global rank 0. ``speaks_for_node``: on local rank 0; reports its launcher's end."""
+        """Prepare for signals.
+
+        ``is_rank_zero``: whether this is global rank 0, which prints. ``speaks_for_node``: whether
+        this is local rank 0, which prints that the node's launcher has ended.
+        """
         self.stopped_after: int | None = None
-        self._speaks_for_node, self._over = speaks_for_node, Event()
-        self._launchers, self._signalled = Launchers.find(), False
+        self._is_rank_zero = is_rank_zero
+        self._prints_for_node = speaks_for_node
+        self._launchers = Launchers.find()
+        self._got_signal = False
         self._before_leaving: list[Callable[[], None]] = []
-        self._speaks, self._told, self._begun = is_rank_zero, Event(), Event()
+        self._requested = Event()
+        self._begun = Event()
+        self._closed = Event()
 
     @property
     def exit_code(self) -> int:
-        """What to leave with when nothing failed."""
+        """The exit code of the program if there was no error."""
         return 0 if self.stopped_after is None else EXIT_CODE
 
     def before_leaving(self, act: Callable[[], None]) -> None:
-        """Have ``act`` done before this process is left from a thread, which runs no exit handlers."""
+        """Register ``act`` for an exit from a thread, which runs no atexit handlers."""
         self._before_leaving.append(act)
 
     def begin(self, consensus: Consensus) -> None:
-        """From now on ``agreed`` answers the signals, over ``consensus``, which must be its alone."""
+        """From now on handle signals in ``agreed``, over ``consensus``, which nothing else uses."""
         self._consensus = consensus
         self._begun.set()
 
     def agreed(self, step: int) -> bool:
-        """Whether any rank has been told to stop, the same on all. All ask once a step; blocks until they have."""
-        told = self._consensus.any_rank(self._told.is_set())
-        if told:
+        """Return whether a stop was requested on any rank, the same on all.
+
+        Called by all ranks once a step; blocks until all have called it.
+        """
+        stops = self._consensus.any_rank(self._requested.is_set())
+        if stops:
             self.stopped_after = step
-        return told
+        return stops
 
     def close(self, saved: Path | None) -> None:
-        """Say, if it has stopped, how it goes on. ``saved``: its last checkpoint."""
-        if self.stopped_after is not None:
-            kept = (
-                f"--load {saved.parent} goes on from there"
-                if saved
-                else "nothing is kept: --save is not set"
-            )
-            self._say(f"after step {self.stopped_after}, as {self._why}; {kept}")
+        """Print, if the run has stopped, how to continue it. ``saved``: its last checkpoint."""
+        if self.stopped_after is None:
+            return
+        how = "nothing is saved: --save is not set"
+        if saved:
+            how = f"--load {saved.parent} continues from there"
+        self._print_stopped(f"after step {self.stopped_after}, {self._reason}; {how}")
 
     def __enter__(self) -> "Stopping":
-        hearing, self._ear = socket.socketpair()
-        self._ear.setblocking(False)
-        Thread(target=self._listen, args=(hearing,), name="stopping", daemon=True).start()
+        receiver, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        Thread(target=self._listen, args=(receiver,), name="stopping", daemon=True).start()
         if self._launchers:
             Thread(
-                target=self._follow, args=(self._launchers,), name="launcher", daemon=True
+                target=self._watch_launchers, args=(self._launchers,), name="launcher", daemon=True
             ).start()
-        signal.set_wakeup_fd(self._ear.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(
-                number, lambda *_: None
-            )  # without a handler of Python's the wake-up is not written
-            signal.siginterrupt(
-                number, False
-            )  # nor are the system calls of libraries to fail with EINTR
+            # Without a Python handler nothing is written to the wake-up descriptor.
+            signal.signal(number, lambda *_: None)
+            # System calls of libraries must not fail with EINTR either.
+            signal.siginterrupt(number, False)
         return self
 
     def __exit__(
@@ -107,78 +122,83 @@ class Stopping:
         error: BaseException | None,
         trace: TracebackType | None,
     ):
-        """One that failed ends at a signal; one that is done, or has stopped, is not hurt by a late or second one."""
-        if isinstance(error, Exception) and self._told.is_set() and not self._begun.is_set():
-            self._leave()  # it was about to; those who were a moment quicker have failed it
+        """Restore signals: after an error they end the process; otherwise a late one is ignored."""
+        has_failed = isinstance(error, Exception)
+        if has_failed and self._requested.is_set() and not self._begun.is_set():
+            # This rank was about to exit. It failed because others exited a moment earlier.
+            self._leave()
         for number in SIGNALS:
-            failed = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, failed if isinstance(error, Exception) else signal.SIG_IGN)
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default if has_failed else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        self._ear.close()
-        self._over.set()
+        self._wakeup.close()
+        self._closed.set()
 
-    def _listen(self, hearing: socket.socket) -> None:
-        with hearing:
-            interrupted = None
-            while numbers := hearing.recv(64):  # a byte for each signal; none once closed
+    def _listen(self, receiver: socket.socket) -> None:
+        with receiver:
+            first_interrupt = None
+            while numbers := receiver.recv(64):  # a byte for each signal; empty once closed
                 if signal.SIGINT in numbers:
-                    interrupted = interrupted or time.monotonic()
-                    if time.monotonic() - interrupted > _SECONDS_OF_ONE_INTERRUPT:
+                    first_interrupt = first_interrupt or time.monotonic()
+                    if time.monotonic() - first_interrupt > _SECONDS_OF_ONE_INTERRUPT:
                         self._leave_at_once()
-                if not self._told.is_set() and not set(SIGNALS).isdisjoint(numbers):
-                    self._signalled = True
-                    self._told.set()
-                    if not self._begun.wait(_SECONDS_TO_HEAR):
+                if not self._requested.is_set() and not set(SIGNALS).isdisjoint(numbers):
+                    self._got_signal = True
+                    self._requested.set()
+                    if not self._begun.wait(_SECONDS_UNTIL_ALL_SIGNALLED):
                         self._leave()
 
-    def _follow(self, launchers: Launchers) -> None:
-        """Stop the run when a launcher ends; leave where the ranks that are left do not come to the end of a step."""
+    def _watch_launchers(self, launchers: Launchers) -> None:
+        """Stop the run when a launcher ends; exit if the remaining ranks do not finish the step."""
         while not (ended := launchers.ended()):
-            if self._over.wait(_SECONDS_BETWEEN_LOOKS):
+            if self._closed.wait(_SECONDS_BETWEEN_LAUNCHER_CHECKS):
                 return
-        self._told.set()
-        if self._speaks_for_node:
-            of = f", pid {ended.pid}," if ended.pid else ""
+        self._requested.set()
+        if self._prints_for_node:
+            pid = f", pid {ended.pid}," if ended.pid else ""
             _print(
-                f"warning: the launcher of this rank{of} has ended. The run stops after this step."
+                f"warning: the launcher of this rank{pid} has ended. The run stops after this step."
             )
-        if not self._begun.wait(_SECONDS_TO_HEAR):
+        if not self._begun.wait(_SECONDS_UNTIL_ALL_SIGNALLED):
             self._leave()
-        if not self._over.wait(_SECONDS_WITHOUT_LAUNCHER):
+        if not self._closed.wait(_SECONDS_WITHOUT_LAUNCHER):
             _print(
-                f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, within a step"
+                f"stopped          {_SECONDS_WITHOUT_LAUNCHER:.0f} s after its launcher has ended, "
+                "within a step"
             )
             os._exit(EXIT_CODE)
 
     @property
-    def _why(self) -> str:
-        """Why the run stops, as far as this rank can see: another one may have been told first."""
-        launcher_ended = not self._signalled and self._launchers and self._launchers.ended()
-        return "its launcher has ended" if launcher_ended else "a signal asked"
+    def _reason(self) -> str:
+        """Why the run stops, as far as this rank can see: another may have had a signal first."""
+        if not self._got_signal and self._launchers and self._launchers.ended():
+            return "as its launcher has ended"
+        return "on a signal"
 
     def _leave_at_once(self) -> None:
-        """Leave at the second Ctrl-C; checkpoints that were saved before stay."""
+        """Exit at the second Ctrl-C; earlier checkpoints stay."""
         _print(
-            "stopped          at once, within a step: a second Ctrl-C. Steps since the last checkpoint are lost"
+            "stopped          at once, within a step: a second Ctrl-C. Steps since the last "
+            "checkpoint are lost"
         )
         for act in self._before_leaving:
             act()
         os._exit(_EXIT_CODE_OF_INTERRUPT)
 
     def _leave(self) -> None:
-        self._say(f"before the first step, as {self._why}")
+        self._print_stopped(f"before the first step, {self._reason}")
         for act in self._before_leaving:
             act()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(EXIT_CODE)
 
-    def _say(self, words: str) -> None:
-        if self._speaks:
-            _print(f"stopped          {words}")
+    def _print_stopped(self, text: str) -> None:
+        if self._is_rank_zero:
+            _print(f"stopped          {text}")
 
 
 def _print(line: str) -> None:
-    """Print where that is possible: a pipe to a launcher that has ended is closed."""
+    """Print if possible: a pipe to a launcher that has ended is closed."""
     with contextlib.suppress(OSError):
         print(line, flush=True)

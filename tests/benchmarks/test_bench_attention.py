@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import bench_attention
 from megatron_ring.errors import ConfigError
+from tests.benchmarks import commands
 from tests.distributed import fork_processes
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +28,7 @@ SMALL = [
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "tools" / "bench_attention.py", *SMALL, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return commands.run("bench_attention", *SMALL, *arguments)
 
 
 @pytest.fixture

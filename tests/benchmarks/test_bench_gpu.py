@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.bench_gpu import DTYPES
 from megatron_ring.kernels.attention import measured
+from tests.benchmarks import commands
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--tokens", "256", "--ring-sizes", "1", "4", "--packs", "2048"]
@@ -19,15 +20,8 @@ NOT_THERE = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib
 
 
 def bench(folder: Path, *flags: str) -> tuple[dict, str]:
-    command = [
-        sys.executable,
-        ROOT / "tools" / "bench_gpu.py",
-        *SMALL,
-        *flags,
-        "--json",
-        folder / "found.json",
-    ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    file = folder / "found.json"
+    said = commands.run("bench_gpu", *SMALL, *flags, "--json", file, check=True).stdout
     return json.loads((folder / "found.json").read_text()), said
 
 

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from benchmarks import measure_memory
 from benchmarks.measure_memory import LiveBytes, Measured, bytes_a_token, longest_that
 from megatron_ring.errors import ConfigError
 from megatron_ring.plan.memory import ERROR
+from tests.benchmarks import commands
 from tests.distributed import fork_processes
 
 ROOT = Path(__file__).parents[2]
@@ -59,18 +59,7 @@ def test_a_further_token_costs_what_two_lengths_differ_by():
 
 
 def test_the_command_starts_ranks_of_its_own_and_says_what_their_memory_was():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        ROOT / "tools" / "measure_memory.py",
-        "--nproc",
-        "1",
-        "--seq-lengths",
-        "512",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = commands.run("measure_memory", "--nproc", "1", "--seq-lengths", "512")
     assert done.returncode == 0, done.stderr
     ranks, tokens, *mebibytes = done.stdout.splitlines()[1].split()
     assert (ranks, tokens) == ("1", "512")

@@ -12,15 +12,15 @@ from benchmarks import draw_layouts
 from megatron_ring.errors import DataError
 from megatron_ring.monitoring.plot import draw_loss
 from megatron_ring.monitoring.ring_profile.timeline import draw_timeline
+from tests.benchmarks import commands
 from tools import plot_metrics
 
 ROOT = Path(__file__).parents[2]
 
 
-def tool(name: str, *flags: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / name, *flags], capture_output=True, text=True, timeout=120
-    )
+def plot_metrics_tool(*flags: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / "plot_metrics.py", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def tool(name: str, *flags: str | Path) -> subprocess.CompletedProcess:
     [("layouts.svg", [], 32), ("packed.svg", ["--documents", "23", "5", "1", "29", "6"], 64)],
 )
 def test_the_pictures_in_the_docs_are_what_the_layouts_are(picture, flags, tokens, tmp_path):
-    assert tool("draw_layouts.py", *flags, "--output", tmp_path / picture).returncode == 0
+    assert commands.run("draw_layouts", *flags, "--output", tmp_path / picture).returncode == 0
     drawn, kept = ((folder / picture).read_text() for folder in (tmp_path, ROOT / "docs"))
     assert boxes(drawn) == boxes(kept)
     assert len(boxes(drawn)) > 3 * tokens
@@ -50,7 +50,7 @@ def boxes(svg: str) -> list[str]:
 
 
 def test_a_layout_that_cannot_be_drawn_is_one_message(tmp_path):
-    found = tool("draw_layouts.py", "--output", tmp_path / "x.svg", "--tokens", "30")
+    found = commands.run("draw_layouts", "--output", tmp_path / "x.svg", "--tokens", "30")
     assert found.returncode == 2
     assert "seq_length 30 cannot be laid out ring on 4 ring ranks" in found.stderr
     assert "Traceback" not in found.stderr
@@ -72,8 +72,7 @@ def test_the_loss_is_drawn_from_a_metrics_file(tmp_path):
     lines = [{"step": s, "loss": 5.0 - s, "tokens_per_second": 100.0} for s in (1, 2)]
     lines.append({"step": 2, "validation_loss": 3.0, "validation_bits_per_byte": 2.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = tool(
-        "plot_metrics.py",
+    found = plot_metrics_tool(
         "--metrics-file",
         tmp_path / "metrics.jsonl",
         "--output",
@@ -118,7 +117,7 @@ def test_the_hops_of_a_trace_are_drawn_a_row_for_each_rank(tmp_path):
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     flags = "--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.svg"
-    found = tool("plot_metrics.py", *flags, "--trace", tmp_path / "trace.json")
+    found = plot_metrics_tool(*flags, "--trace", tmp_path / "trace.json")
     assert found.returncode == 0, found.stderr
     drawn = (tmp_path / "loss-hops.svg").read_text()
     assert ["<!-- rank 0 -->" in drawn, "<!-- rank 3 -->" in drawn, "<!-- rank 1 -->" in drawn] == [
@@ -138,8 +137,7 @@ def test_what_is_no_trace_of_a_ring_is_refused(content, tmp_path):
 def test_a_file_without_steps_is_refused(tmp_path):
     for content in ("", "not json\n"):
         (tmp_path / "metrics.jsonl").write_text(content)
-        found = tool(
-            "plot_metrics.py",
+        found = plot_metrics_tool(
             "--metrics-file",
             tmp_path / "metrics.jsonl",
             "--output",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks import commands
+
 ROOT = Path(__file__).parents[2]
 HEADS = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtype", "fp32"]
 SMALL = ["--device", "cpu", "--ranks", "3", "--tokens", "48", "--mean-document", "30", *HEADS]
@@ -16,14 +18,8 @@ NOT_THERE = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib
 
 
 def test_on_a_cpu_rings_are_run_and_compared_without_streams(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "tools" / "trace_overlap.py",
-        *SMALL,
-        "--json",
-        tmp_path / "found.json",
-    ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    file = tmp_path / "found.json"
+    said = commands.run("trace_overlap", *SMALL, "--json", file, check=True).stdout
     found = json.loads((tmp_path / "found.json").read_text())["found"]
     assert [(case["kernel"], case["mask"]) for case in found] == [
         ("sdpa", "causal"),
@@ -58,17 +54,18 @@ def test_what_cannot_be_run_is_said(flags, message, tool, monkeypatch):
 
 
 def test_it_needs_neither_deepspeed_nor_what_else_a_bare_machine_lacks():
-    lacks = f"import sys; sys.modules |= dict.fromkeys({NOT_THERE}); sys.path.insert(0, 'tools')"
+    lacks = f"import sys; sys.modules |= dict.fromkeys({NOT_THERE})"
     found = subprocess.run(
-        [sys.executable, "-c", f"{lacks}; import trace_overlap"], cwd=ROOT, capture_output=True
+        [sys.executable, "-c", f"{lacks}; import benchmarks.trace_overlap"],
+        cwd=ROOT,
+        capture_output=True,
     )
     assert found.returncode == 0, found.stderr
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("trace_overlap")
+def tool():
+    return importlib.import_module("benchmarks.trace_overlap")
 
 
 class Profile:

@@ -1,7 +1,5 @@
 """Which tiles are tried, which are taken, and what is printed, with a stand-in for the GPU's clock."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from benchmarks import tune_blocks
 from benchmarks.tune_blocks import KERNELS, Found, Square, candidates, fastest, line
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks
+from tests.benchmarks import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,10 +79,7 @@ def test_a_candidate_runs_in_the_tables_place_and_leaves_it_as_it_was(kernel, mo
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_it_refuses_where_there_is_no_gpu():
-    command = [sys.executable, ROOT / "tools" / "tune_blocks.py"]
-    run = subprocess.run(
-        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    run = commands.run("tune_blocks")
     assert run.returncode == KernelUnavailable.exit_code
     assert "torch finds none" in run.stderr
     assert "Traceback" not in run.stderr

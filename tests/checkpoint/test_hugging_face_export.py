@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ring.checkpoint import tensors
-from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
-from megatron_ring.checkpoint.hugging_face.shards import parse_size
+from megatron_ring.checkpoint.hugging_face.exporting import (
+    ExportOptions,
+    export_checkpoint,
+    parse_size,
+)
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
 from tests.checkpoint.constant_weights import write

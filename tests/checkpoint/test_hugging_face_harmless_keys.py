@@ -8,8 +8,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from megatron_ring.checkpoint.hugging_face.express import read_model
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.kernels.rope import Rope

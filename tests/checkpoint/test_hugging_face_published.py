@@ -4,8 +4,7 @@ from math import prod
 
 import pytest
 
-from megatron_ring.checkpoint.hugging_face.express import read_model
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 
 # With the keys that change nothing here left in, but for lists and names.

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.hugging_face import importing
-from megatron_ring.checkpoint.hugging_face.express import read_model, unsupported_by_family
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.families import (
+    FAMILIES,
+    read_model,
+    unsupported_by_family,
+)
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
 from megatron_ring.config import ModelConfig

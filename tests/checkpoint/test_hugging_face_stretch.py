@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
-from megatron_ring.checkpoint.hugging_face.express import read_model
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary

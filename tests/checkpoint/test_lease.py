@@ -1,4 +1,4 @@
-"""One run writes to a folder of checkpoints: a second one is refused, and what a dead one has left never blocks it."""
+"""One run writes to a folder of checkpoints; a second run is refused, and dead ones never block it."""
 
 import os
 import shutil
@@ -26,31 +26,32 @@ AT_ONCE = {"looks": 1, "seconds": 1000}
 
 
 def here(**changes) -> Owner:
-    """This process as the owner of another run."""
+    """Return this process as the owner of another run."""
     return replace(Owner.here(), **changes)
 
 
-def elsewhere(**changes) -> Owner:
-    """A process that this one cannot see."""
+def on_another_host(**changes) -> Owner:
+    """Return a process that this one cannot see."""
     return here(host="node7", boot_id="another", pid=123, **changes)
 
 
 def left_by(owner: Owner, folder: Path, number: int = 1) -> Lease:
-    """A lease that nothing renews."""
+    """Create a lease that nothing renews."""
     folder.mkdir(exist_ok=True)
-    found = Lease.create(folder, number, owner)
-    assert found
-    return found
+    created = Lease.create(folder, number, owner)
+    assert created
+    return created
 
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def refused(folder: Path, owner: Owner, **how) -> str:
-    with pytest.raises(CheckpointError) as found:
-        lease.take(folder, owner, **QUICK | how)
-    return str(found.value)
+def refused(folder: Path, owner: Owner, **options) -> str:
+    """Return the error message with which ``owner`` is refused the lease on ``folder``."""
+    with pytest.raises(CheckpointError) as error:
+        lease.take(folder, owner, **QUICK | options)
+    return str(error.value)
 
 
 @pytest.fixture
@@ -65,9 +66,9 @@ def owned_by(process: subprocess.Popen) -> Owner:
     return here(pid=process.pid, process_start=ProcStat.read(process.pid).start)
 
 
-def test_a_second_run_is_refused_at_once_with_all_that_identifies_the_first(tmp_path):
+def test_a_second_run_is_refused_at_once_and_the_error_identifies_the_first(tmp_path):
     first = lease.take(tmp_path / "saved", here(slurm_job="4711"), **QUICK)
-    said = refused(tmp_path / "saved", here(), **AT_ONCE)
+    message = refused(tmp_path / "saved", here(), **AT_ONCE)
     for part in (
         "saved",
         f"host {Owner.here().host}",
@@ -75,15 +76,15 @@ def test_a_second_run_is_refused_at_once_with_all_that_identifies_the_first(tmp_
         "SLURM job 4711",
         "--save",
     ):
-        assert part in said
-    assert first._record.owner.started_at in said
+        assert part in message
+    assert first._record.owner.started_at in message
     first.check()
     first.release()
 
 
-def test_a_released_lease_is_taken_at_once_and_one_file_stays(tmp_path, capsys):
+def test_a_released_lease_is_acquired_at_once_and_one_file_remains(tmp_path, capsys):
     for number in (1, 2, 3):
-        held = lease.take(tmp_path, elsewhere(), **AT_ONCE)
+        held = lease.take(tmp_path, on_another_host(), **AT_ONCE)
         assert files(tmp_path) == [f".lease-{number:08d}"]
         held.release()
         held.release()
@@ -91,34 +92,34 @@ def test_a_released_lease_is_taken_at_once_and_one_file_stays(tmp_path, capsys):
     lease.check_not_held(tmp_path, **AT_ONCE)
 
 
-def test_a_run_elsewhere_that_renews_is_refused_whatever_its_clock_is(tmp_path):
-    left = left_by(elsewhere(started_at="2099-01-01 00:00:00"), tmp_path)
+def test_a_run_on_another_host_that_renews_keeps_its_lease_whatever_its_clock(tmp_path):
+    left = left_by(on_another_host(started_at="2099-01-01 00:00:00"), tmp_path)
     os.utime(tmp_path / ".lease-00000001", (0, 0))
-    said: list[str] = []
+    reports: list[str] = []
 
     def renewing(text: str) -> None:
-        said.append(text)
+        reports.append(text)
         left.renew()
 
     assert "node7" in refused(tmp_path, here(), report=renewing, looks=1, seconds=0)
-    assert "Waiting up to" in said[0]
+    assert "Waiting up to" in reports[0]
     with pytest.raises(CheckpointError, match="node7"):
         lease.check_not_held(tmp_path, report=renewing, looks=1, seconds=0)
 
 
 @pytest.mark.parametrize("seconds_off", [-(10**6), 10**9])
-def test_a_run_elsewhere_that_does_not_renew_is_taken_over_after_so_many_looks(
+def test_a_run_on_another_host_that_does_not_renew_is_taken_over_after_the_given_polls(
     seconds_off, tmp_path, monkeypatch
 ):
-    left = left_by(elsewhere(), tmp_path)
+    left = left_by(on_another_host(), tmp_path)
     os.utime(tmp_path / ".lease-00000001", (time.time() + seconds_off,) * 2)
     waits: list[float] = []
     monkeypatch.setattr(lease.time, "sleep", waits.append)
-    said: list[str] = []
-    held = lease.take(tmp_path, here(), report=said.append, looks=12, seconds=5.0)
+    reports: list[str] = []
+    held = lease.take(tmp_path, here(), report=reports.append, looks=12, seconds=5.0)
     assert waits == [5.0] * 12
-    assert "60 s" in said[0]
-    assert "did not renew it for 60 s" in said[-1]
+    assert "60 s" in reports[0]
+    assert "did not renew it for 60 s" in reports[-1]
     assert files(tmp_path) == [".lease-00000002"]
     with pytest.raises(CheckpointError, match=f"pid {os.getpid()}"):
         left.check()
@@ -126,27 +127,28 @@ def test_a_run_elsewhere_that_does_not_renew_is_taken_over_after_so_many_looks(
     held.release()
 
 
-def test_a_change_after_many_looks_counts_too(tmp_path, monkeypatch):
-    left = left_by(elsewhere(), tmp_path)
-    looks = iter(range(100))
-    monkeypatch.setattr(lease.time, "sleep", lambda _: next(looks) == 10 and left.renew())
+def test_a_renewal_after_many_polls_keeps_the_lease(tmp_path, monkeypatch):
+    left = left_by(on_another_host(), tmp_path)
+    polls = iter(range(100))
+    monkeypatch.setattr(lease.time, "sleep", lambda _: next(polls) == 10 and left.renew())
     refused(tmp_path, here(), looks=12)
 
 
-def test_a_run_that_ends_while_another_waits_makes_way(tmp_path, monkeypatch):
-    left = left_by(elsewhere(), tmp_path)
+def test_a_lease_released_while_another_run_waits_is_acquired(tmp_path, monkeypatch):
+    left = left_by(on_another_host(), tmp_path)
     monkeypatch.setattr(lease.time, "sleep", lambda _: left.release())
     lease.take(tmp_path, here(), looks=12).release()
 
 
 @pytest.mark.parametrize("end", ["gone", "zombie", "reused"])
-def test_a_process_that_has_ended_on_this_host_is_no_reason_to_wait(end, tmp_path, sleeper, capsys):
+def test_the_lease_of_a_process_that_has_ended_on_this_host_is_acquired_at_once(
+    end, tmp_path, sleeper, capsys
+):
     owner = owned_by(sleeper)
-    left_by(
-        replace(owner, process_start=owner.process_start - 1) if end == "reused" else owner,
-        tmp_path,
-    )
-    if end != "reused":
+    if end == "reused":
+        left_by(replace(owner, process_start=owner.process_start - 1), tmp_path)
+    else:
+        left_by(owner, tmp_path)
         sleeper.kill()
         os.waitid(os.P_PID, sleeper.pid, os.WEXITED | (os.WNOWAIT if end == "zombie" else 0))
     lease.take(tmp_path, here(), looks=1, seconds=1000).release()
@@ -156,7 +158,7 @@ def test_a_process_that_has_ended_on_this_host_is_no_reason_to_wait(end, tmp_pat
 @pytest.mark.parametrize(
     "unknown", [{"pid_namespace": "pid:[1]"}, {"boot_id": ""}, {"boot_id": "b"}]
 )
-def test_a_pid_of_another_host_or_container_proves_nothing(unknown, tmp_path, monkeypatch):
+def test_a_pid_of_another_host_or_container_is_not_looked_up(unknown, tmp_path, monkeypatch):
     left_by(here(pid=2**22 + 1, **unknown), tmp_path)
     waits: list[float] = []
     monkeypatch.setattr(lease.time, "sleep", waits.append)
@@ -164,7 +166,7 @@ def test_a_pid_of_another_host_or_container_proves_nothing(unknown, tmp_path, mo
     assert len(waits) == 2
 
 
-def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(
+def test_a_stopped_process_keeps_its_lease_until_it_has_missed_its_renewals(
     tmp_path, sleeper, monkeypatch
 ):
     left = left_by(owned_by(sleeper), tmp_path)
@@ -176,9 +178,9 @@ def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(
     monkeypatch.setattr(lease.time, "sleep", waits.append)
     held = lease.take(tmp_path, here(), looks=12)
     assert len(waits) == 12
-    for act in (left.check, left.raise_if_lost):
+    for check in (left.check, left.raise_if_lost):
         with pytest.raises(CheckpointError, match="no longer holds"):
-            act()
+            check()
     held.release()
 
 
@@ -194,7 +196,7 @@ def test_a_stopped_process_is_alive_until_it_has_missed_its_renewals(
 def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(
     then, now, looks, tmp_path, monkeypatch
 ):
-    left_by(elsewhere(slurm_job=then[0], slurm_restarts=then[1]), tmp_path)
+    left_by(on_another_host(slurm_job=then[0], slurm_restarts=then[1]), tmp_path)
     waits: list[float] = []
     monkeypatch.setattr(lease.time, "sleep", waits.append)
     lease.take(tmp_path, here(slurm_job=now[0], slurm_restarts=now[1]), looks=2).release()
@@ -202,15 +204,16 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(
 
 
 @pytest.mark.parametrize("stale", [True, False])
-def test_of_many_takers_at_once_exactly_one_gets_it(stale, tmp_path):
-    takers = 8
+def test_of_many_concurrent_runs_exactly_one_acquires_the_lease(stale, tmp_path):
+    runs = 8
     for folder in (tmp_path / str(attempt) for attempt in range(20)):
         if stale:
             left_by(here(pid=2**22 + 1), folder)
-        together, outcomes = threading.Barrier(takers), []
+        barrier = threading.Barrier(runs)
+        outcomes = []
 
-        def take(owner: Owner, folder: Path = folder, together=together, outcomes=outcomes) -> None:
-            together.wait()
+        def take(owner: Owner, folder: Path = folder, barrier=barrier, outcomes=outcomes) -> None:
+            barrier.wait()
             try:
                 outcomes.append(
                     lease.take(folder, owner, report=lambda _: None, looks=1, seconds=0.2)
@@ -218,23 +221,24 @@ def test_of_many_takers_at_once_exactly_one_gets_it(stale, tmp_path):
             except CheckpointError as error:
                 outcomes.append(error)
 
-        threads = [threading.Thread(target=take, args=(here(),)) for _ in range(takers)]
+        threads = [threading.Thread(target=take, args=(here(),)) for _ in range(runs)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        [held] = [found for found in outcomes if isinstance(found, Lease)]
-        assert len(outcomes) == takers
+        [held] = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
+        assert len(outcomes) == runs
         assert lease.newest(folder).record.owner == held._record.owner
         held.check()
         held.release()
 
 
-def test_a_taker_whose_list_of_names_is_out_of_date_steps_back(tmp_path, monkeypatch):
+def test_a_run_with_an_outdated_directory_listing_withdraws(tmp_path, monkeypatch):
     held = lease.take(tmp_path, here(), **QUICK)
     held.release()
     held = lease.take(tmp_path, here(), **QUICK)
-    newest, outdated = lease.newest, iter([None])
+    newest = lease.newest
+    outdated = iter([None])
     monkeypatch.setattr(lease, "newest", lambda folder: next(outdated, newest(folder)))
     refused(tmp_path, here())
     monkeypatch.undo()
@@ -243,27 +247,26 @@ def test_a_taker_whose_list_of_names_is_out_of_date_steps_back(tmp_path, monkeyp
     held.release()
 
 
-def test_who_has_lost_it_neither_renews_nor_releases_that_of_the_other_even_when_that_has_ended(
-    tmp_path,
-):
-    left = left_by(elsewhere(), tmp_path)
+def test_a_run_that_has_lost_the_lease_neither_renews_nor_releases_it(tmp_path):
+    """Not even after the run that took it over has ended."""
+    left = left_by(on_another_host(), tmp_path)
     held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
     left.renew()
     assert left.lost
     left.release()
-    there = lease.newest(tmp_path).record
-    assert (there.owner, there.released) == (held._record.owner, False)
+    record = lease.newest(tmp_path).record
+    assert (record.owner, record.released) == (held._record.owner, False)
     held.check()
     held.release()
 
-    again = left_by(elsewhere(), tmp_path, number=3)
+    again = left_by(on_another_host(), tmp_path, number=3)
     for _ in range(2):
         lease.take(tmp_path, here(), report=lambda _: None, **QUICK).release()
     with pytest.raises(CheckpointError, match="no longer holds"):
         again.check()
 
 
-def test_a_file_that_was_deleted_by_hand_is_written_again(tmp_path):
+def test_a_lease_file_deleted_by_hand_is_written_again(tmp_path):
     held = lease.take(tmp_path / "saved", here(), **QUICK)
     path = tmp_path / "saved" / ".lease-00000001"
     path.unlink()
@@ -280,15 +283,15 @@ def test_a_file_that_was_deleted_by_hand_is_written_again(tmp_path):
     held.release()
 
 
-def test_another_run_under_the_same_number_after_the_folder_was_deleted_is_noticed(tmp_path):
-    held = left_by(elsewhere(), tmp_path)
+def test_another_run_with_the_same_number_is_noticed_after_the_file_was_deleted(tmp_path):
+    held = left_by(on_another_host(), tmp_path)
     (tmp_path / ".lease-00000001").unlink()
     left_by(here(), tmp_path)
     with pytest.raises(CheckpointError, match="no longer holds"):
         held.check()
 
 
-def test_a_disk_that_takes_no_renewal_is_reported_once_and_ends_nothing(
+def test_a_disk_that_refuses_renewals_is_reported_once_and_stops_no_run(
     tmp_path, monkeypatch, capsys
 ):
     held = left_by(here(), tmp_path)
@@ -307,7 +310,7 @@ def test_a_disk_that_takes_no_renewal_is_reported_once_and_ends_nothing(
     held.release()
 
 
-def test_a_full_disk_at_the_start_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_at_the_start_is_one_error_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(lease.os, "pwrite", lambda *_: 10)
     assert "No space left" in refused(tmp_path, here())
     assert files(tmp_path) == []
@@ -317,7 +320,7 @@ KINDS = ["empty", "text", "types", "huge", "pipe", "folder", "link"]
 
 
 def put(kind: str, path: Path) -> None:
-    """Make something at ``path`` that is no lease."""
+    """Create an entry at ``path`` that is not a lease."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -325,28 +328,27 @@ def put(kind: str, path: Path) -> None:
     elif kind == "link":
         path.symlink_to(path.parent / "nowhere")
     else:
-        typed = Record(here()).encode().replace(b'"pid": ', b'"pid": "x", "pod": ')
-        path.write_bytes(
-            {"empty": b"", "text": b"hello", "types": typed, "huge": b"\0" * 2**20}[kind]
-        )
+        wrong_types = Record(here()).encode().replace(b'"pid": ', b'"pid": "x", "pod": ')
+        contents = {"empty": b"", "text": b"hello", "types": wrong_types, "huge": b"\0" * 2**20}
+        path.write_bytes(contents[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_lies_under_its_name_is_taken_over_once_it_has_not_changed(kind, tmp_path):
+def test_an_invalid_lease_file_is_taken_over_once_it_stays_unchanged(kind, tmp_path):
     put(kind, tmp_path / ".lease-00000041")
     held = lease.take(tmp_path, here(), report=lambda _: None, **QUICK)
     assert held.number == 42
     held.release()
 
 
-def still_holds(held: Lease, folder: Path, number: int) -> None:
-    """The run renews the file of its new number, which another run respects, and releases that."""
+def assert_still_holds(held: Lease, folder: Path, number: int) -> None:
+    """Check that ``held`` renews and releases file ``number``, and that another run respects it."""
     held.check()
     held.renew()
     assert (held.lost, held.number) == (False, number)
-    there = lease.newest(folder)
-    assert (there.number, there.record) == (number, held._record)
-    assert there.record.renewals > 0
+    newest = lease.newest(folder)
+    assert (newest.number, newest.record) == (number, held._record)
+    assert newest.record.renewals > 0
     refused(folder, here())
     held.release()
     assert lease.newest(folder).record.released
@@ -354,9 +356,7 @@ def still_holds(held: Lease, folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "copy"])
-def test_a_run_whose_lease_file_is_replaced_holds_the_folder_further(
-    kind, tmp_path, capsys, monkeypatch
-):
+def test_a_run_whose_lease_file_is_replaced_keeps_the_folder(kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000001"
@@ -366,33 +366,33 @@ def test_a_run_whose_lease_file_is_replaced_holds_the_folder_further(
     else:
         path.unlink()
         put(kind, path)
-    still_holds(held, tmp_path, 2)
+    assert_still_holds(held, tmp_path, 2)
     assert ".lease-00000002" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_something_with_a_higher_number_that_is_no_lease_ends_no_run(kind, tmp_path, monkeypatch):
+def test_an_invalid_lease_file_with_a_higher_number_stops_no_run(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
     held = left_by(here(), tmp_path)
     put(kind, tmp_path / ".lease-00000009")
-    still_holds(held, tmp_path, 10)
+    assert_still_holds(held, tmp_path, 10)
 
 
-def test_a_successor_that_is_just_being_written_is_believed_at_the_second_look(
+def test_a_successor_whose_file_is_being_written_is_recognised_at_the_second_read(
     tmp_path, monkeypatch
 ):
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000002"
     path.touch()
     monkeypatch.setattr(
-        lease.time, "sleep", lambda _: path.write_bytes(Record(elsewhere()).encode())
+        lease.time, "sleep", lambda _: path.write_bytes(Record(on_another_host()).encode())
     )
     with pytest.raises(CheckpointError, match="node7"):
         held.check()
     assert files(tmp_path) == [".lease-00000001", ".lease-00000002"]
 
 
-def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believed(
+def test_a_successor_written_while_the_run_creates_a_higher_number_is_recognised(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
@@ -403,7 +403,7 @@ def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believe
     monkeypatch.setattr(
         lease.disk,
         "flush",
-        lambda folder: (path.write_bytes(Record(elsewhere()).encode()), flush(folder)),
+        lambda folder: (path.write_bytes(Record(on_another_host()).encode()), flush(folder)),
     )
     with pytest.raises(CheckpointError, match="node7"):
         held.check()
@@ -413,7 +413,7 @@ def test_a_successor_that_is_written_while_the_run_continues_above_it_is_believe
 @pytest.mark.parametrize(
     "name", [".lease-" + "9" * 18, ".lease-100000000", ".lease-0000009", ".lease-x"]
 )
-def test_a_name_without_exactly_eight_digits_is_no_lease(name, tmp_path):
+def test_a_name_without_exactly_eight_digits_is_not_a_lease(name, tmp_path):
     (tmp_path / name).touch()
     held = lease.take(tmp_path, here(), **AT_ONCE)
     assert held.number == 1
@@ -422,7 +422,7 @@ def test_a_name_without_exactly_eight_digits_is_no_lease(name, tmp_path):
     held.release()
 
 
-def test_above_the_largest_number_no_run_takes_the_folder(tmp_path, monkeypatch, capsys):
+def test_after_the_largest_number_no_run_acquires_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
     held = left_by(here(), tmp_path)
     (tmp_path / ".lease-99999999").touch()
@@ -433,15 +433,15 @@ def test_above_the_largest_number_no_run_takes_the_folder(tmp_path, monkeypatch,
     for part in (".lease-99999999", "--save"):
         assert part in refused(tmp_path, here(), report=lambda _: None)
     (tmp_path / ".lease-99999999").unlink()
-    still_holds(held, tmp_path, 1)
+    assert_still_holds(held, tmp_path, 1)
 
 
-def test_a_file_under_which_no_folder_can_be_is_one_error(tmp_path):
+def test_a_file_in_place_of_the_folder_is_one_error(tmp_path):
     (tmp_path / "saved").write_text("a file")
     assert "--save" in refused(tmp_path / "saved", here())
 
 
-def test_nothing_else_in_the_folder_is_disturbed(tmp_path):
+def test_a_lease_does_not_affect_other_files_in_the_folder(tmp_path):
     held = lease.take(tmp_path, here(), **QUICK)
     assert names.candidates(tmp_path) == ([], [])
     assert store.newest(tmp_path) is None
@@ -469,8 +469,7 @@ while True:
 """
 
 
-def test_processes_that_are_killed_and_suspended(tmp_path):
-    """A holder that is stopped loses the lease after its missed renewals, and ends when it goes on."""
+def test_a_suspended_process_loses_the_lease_and_ends_when_it_continues(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     first = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_ring.checkpoint import boxes, mapped_files, tensors
+from megatron_ring.checkpoint import boxes, tensors
 from megatron_ring.checkpoint.tensors import INDEX, WEIGHT, Piece, Tensors
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint import imagined
@@ -334,7 +334,7 @@ def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch)
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux")
 def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapped_files, "CLOSED_AFTER", 64)
+    monkeypatch.setattr(tensors, "CLOSED_AFTER", 64)
     write(
         tmp_path,
         {"p": numbered((8,)), "q": numbered((8,))},

@@ -7,11 +7,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
@@ -22,12 +22,12 @@ LENGTH = 12  # of one process
 DOCUMENTS = {"one document": None, "packed": torch.tensor([0, 5, 17])}
 
 MODES = {
-    "none": Execution(),
-    "selective": Execution(recompute="selective"),
-    "full": Execution(recompute="full"),
-    "attention too": Execution(recompute="full", recompute_attention=True),
+    "none": MemoryConfig(),
+    "selective": MemoryConfig(recompute="selective"),
+    "full": MemoryConfig(recompute="full"),
+    "attention too": MemoryConfig(recompute="full", recompute_attention=True),
 }
-EXECUTIONS = {
+MEMORY = {
     f"{name}, {chunks} chunks": replace(mode, mlp_chunks=chunks)
     for name, mode in MODES.items()
     for chunks in (1, 5)
@@ -50,8 +50,10 @@ def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], Step]:
     positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
     found = {}
     for packing, starts in DOCUMENTS.items():
-        for name, execution in EXECUTIONS.items():
-            layers = Layers(MODEL, layout.seq_length, attention, 1, execution).double()
+        for name, memory in MEMORY.items():
+            layers = build(
+                Layers, MODEL, layout.seq_length, attention, seed=1, memory=memory
+            ).double()
             x_BlE = torch.randn(
                 1, LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)
             ).double()
@@ -77,25 +79,25 @@ def ranks() -> dict[int, list[dict[tuple[str, str], Step]]]:
     return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
 
 
-each_execution = pytest.mark.parametrize("name", EXECUTIONS)
+each_memory = pytest.mark.parametrize("name", MEMORY)
 each_world = pytest.mark.parametrize("world_size", GRIDS)
 each_packing = pytest.mark.parametrize("packing", DOCUMENTS)
 
 
-@each_execution
+@each_memory
 @each_packing
 @each_world
 def test_keys_travel_once_forward_whatever_is_computed_again(world_size, packing, name, ranks):
     ring, layers = GRIDS[world_size].ring, MODEL.num_layers
     once = layers * (ring - 1)
     of_backward = 2 * once  # keys on, and their gradients behind them
-    again = once if EXECUTIONS[name].recompute_attention else 0
+    again = once if MEMORY[name].recompute_attention else 0
     for found in ranks[world_size]:
         assert found[packing, name].forward == once
         assert found[packing, name].backward == of_backward + again
 
 
-@each_execution
+@each_memory
 @each_packing
 @each_world
 def test_gradients_are_those_of_keeping_everything(world_size, packing, name, ranks):
@@ -105,6 +107,6 @@ def test_gradients_are_those_of_keeping_everything(world_size, packing, name, ra
             found[packing, name].gradients,
         )
         largest = max(float(gradient.abs().max()) for gradient in expected)
-        rounding = 0 if EXECUTIONS[name].mlp_chunks == 1 else 1e-12 * largest
+        rounding = 0 if MEMORY[name].mlp_chunks == 1 else 1e-12 * largest
         for gradient, as_expected in zip(gradients, expected):
             torch.testing.assert_close(gradient, as_expected, rtol=0, atol=rounding)

@@ -12,11 +12,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from megatron_ring.config import DataConfig
 from megatron_ring.data.corpus import gather
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.data.inspection import verify
 from megatron_ring.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_ring.data.prepare import prepare
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.data.verify import verify
 from megatron_ring.errors import DataError
 from tests.data.text import TEXT
 from tools.inspect_data import main as inspect_data

@@ -1,4 +1,4 @@
-"""pretrain_gpt.py as it is, but that one rank computes something that is not finite, in steps that are named.
+"""pretrain_gpt.py in which one rank computes a non-finite loss or gradient in given steps.
 
 A program for tests: ``POISON`` in its environment is a Poison as JSON.
 """
@@ -33,24 +33,30 @@ ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Poison:
-    """``act``, a key of ACTS, done to the loss of ``rank`` in the steps that it takes as its first, second, ..."""
+    """``act``, a key of ACTS, applied to the loss of ``rank`` in ``steps``, counted from 1.
+
+    Steps are those that the process runs, so a repeated step counts again.
+    """
 
     act: str
     steps: tuple[int, ...]
     rank: int = 1
 
     def environment(self) -> dict[str, str]:
-        """What has poisoned.py do this."""
+        """Return the environment variables that give poisoned.py these steps."""
         return {"POISON": json.dumps(asdict(self))}
 
 
-def spread(poison: Poison) -> None:
-    """Have this process's losses poisoned in those steps."""
-    loss_sum, train_step, taken = Engine._loss_sum, Engine.train_step, []
+def install(poison: Poison) -> None:
+    """Apply ``poison`` to this process's losses."""
+    loss_sum = Engine._loss_sum
+    train_step = Engine.train_step
+    steps = 0
 
     def counted_step(engine: Engine, *arguments) -> StepResult:
-        taken.append(True)
-        Engine._loss_sum = poisoned if len(taken) in poison.steps else loss_sum
+        nonlocal steps
+        steps += 1
+        Engine._loss_sum = poisoned if steps in poison.steps else loss_sum
         result = train_step(engine, *arguments)
         Engine._loss_sum = loss_sum
         return result
@@ -64,5 +70,5 @@ def spread(poison: Poison) -> None:
 if __name__ == "__main__":
     poison = Poison(**json.loads(os.environ["POISON"]))
     if poison.rank == int(os.environ["RANK"]):
-        spread(poison)
+        install(poison)
     runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -1,7 +1,8 @@
-"""pretrain_gpt.py as it is, but that one rank does something to itself, at a moment that is the same in every run.
+"""pretrain_gpt.py in which one rank gets a fault, at the same moment in every run.
 
-A program for tests: ``FAULT`` in its environment is a Fault as JSON. Nothing of the package is replaced; what it does
-is only looked at on its way, in the kernel, where a hop's keys travel while it computes, and where a save writes.
+A program for tests: ``FAULT`` in its environment is a Fault as JSON. No function of the package is
+replaced; calls are intercepted in the kernel, which computes while a hop's keys are sent, and where
+a save writes.
 """
 
 import json
@@ -20,44 +21,47 @@ from megatron_ring.parallel.progress import Direction, ProgressTracker
 
 ROOT = Path(__file__).parents[2]
 TOKENS = Path("text/tokens.bin")
-SMALL = 20_000  # bytes; a rank's part of a checkpoint has more
+SMALL = 20_000  # bytes, less than a rank's part of a checkpoint
 
 
-def send(number: signal.Signals) -> None:
+def send_signal(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def spoil(tokens: Path) -> None:
-    """Put ids there that no small vocabulary has, in the file itself, where other processes see it."""
-    _let_all_read_ahead()
+def overwrite(tokens: Path) -> None:
+    """Overwrite the file in place, for all processes, with ids that no small vocabulary has."""
+    _wait_for_prefetching()
     with tokens.open("r+b") as file:
         file.write(b"\xff" * tokens.stat().st_size)
 
 
-def cut(tokens: Path) -> None:
-    """Leave little of the file."""
-    _let_all_read_ahead()
+def truncate(tokens: Path) -> None:
+    """Keep 100 bytes of the file."""
+    _wait_for_prefetching()
     os.truncate(tokens, 100)
 
 
-def _let_all_read_ahead() -> None:
-    """So that all have the same steps ready, and meet what comes now in the same one."""
+def _wait_for_prefetching() -> None:
+    """Let all ranks load the same steps ahead, so that all find the change in the same step."""
     time.sleep(1)
 
 
 ACTS: dict[str, Callable[[], None]] = {
-    "is killed": lambda: send(signal.SIGKILL),
-    "is stopped": lambda: send(signal.SIGSTOP),
-    "is told to end": lambda: send(signal.SIGTERM),
+    "is killed": lambda: send_signal(signal.SIGKILL),
+    "is stopped": lambda: send_signal(signal.SIGSTOP),
+    "gets SIGTERM": lambda: send_signal(signal.SIGTERM),
     "has a full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL)),
-    "cuts the data": lambda: cut(TOKENS),
-    "spoils the data": lambda: spoil(TOKENS),
+    "truncates the data": lambda: truncate(TOKENS),
+    "overwrites the data": lambda: overwrite(TOKENS),
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``act``, a key of ACTS, of ``rank``: in ``hop`` of ``step``, from 1; or, in hop 0, in the save after it."""
+    """``act``, a key of ACTS, on ``rank`` in ``hop`` (from 1) of ``step``.
+
+    Hop 0 is the save after the step.
+    """
 
     act: str
     step: int
@@ -67,16 +71,16 @@ class Fault:
     rank: int = 1
 
     def environment(self) -> dict[str, str]:
-        """What has struck.py do this."""
+        """Return the environment variables that give struck.py this fault."""
         return {"FAULT": json.dumps(asdict(self))}
 
     @property
-    def place(self) -> tuple[int, int, int, int]:
+    def position(self) -> tuple[int, int, int, int]:
         return self.step, self.layer, Direction[self.direction], self.hop
 
 
 def strike(fault: Fault) -> None:
-    """Have this process act as soon as it is where ``fault`` says."""
+    """Make this process act once it is at the position of ``fault``."""
     if fault.hop:
         _in_kernel(fault)
     else:
@@ -84,23 +88,25 @@ def strike(fault: Fault) -> None:
 
 
 def _in_kernel(fault: Fault) -> None:
-    begin_hop, here = ProgressTracker.begin_hop, None
+    begin_hop = ProgressTracker.begin_hop
+    current = None
 
-    def remember(place: ProgressTracker, hop: int, hops: int) -> None:
-        nonlocal here
-        begin_hop(place, hop, hops)
-        here = place.read()[:4]
+    def note_position(progress: ProgressTracker, hop: int, hops: int) -> None:
+        nonlocal current
+        begin_hop(progress, hop, hops)
+        current = progress.read()[:4]
 
-    def watched(compute: Callable[..., None]) -> Callable[..., None]:
+    def intercept(compute: Callable[..., None]) -> Callable[..., None]:
         def act_and_compute(*inputs) -> None:
-            if here == fault.place:
+            if current == fault.position:
                 ACTS[fault.act]()
             compute(*inputs)
 
         return act_and_compute
 
-    ProgressTracker.begin_hop = remember
-    sdpa.forward, sdpa.backward = watched(sdpa.forward), watched(sdpa.backward)
+    ProgressTracker.begin_hop = note_position
+    sdpa.forward = intercept(sdpa.forward)
+    sdpa.backward = intercept(sdpa.backward)
 
 
 def _in_save(fault: Fault) -> None:

@@ -1,4 +1,4 @@
-"""Two runs on one --save, as processes: the second is refused, and a suspended one that was replaced ends."""
+"""Two runs with one --save: the second is refused; a suspended one that was replaced ends."""
 
 import contextlib
 import os
@@ -21,7 +21,8 @@ SMALL = """\
 model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
 parallel: {context_parallel: striped}
 data: {data_path: [text/tokens], seq_length: 64, split: [0.8, 0.2]}
-training: {train_iters: 100000, lr_warmup_iters: 1, lr_decay_style: constant, eval_interval: 0, dtype: fp32}
+training:
+  {train_iters: 100000, lr_warmup_iters: 1, lr_decay_style: constant, eval_interval: 0, dtype: fp32}
 checkpoint: {save: saved, load: saved, save_interval: 2, keep_last: 2}
 """
 
@@ -36,15 +37,15 @@ def start(folder: Path, *flags: str) -> list:
     return [start_rank(rank, port, folder, flags) for rank in (0, 1)]
 
 
-def ended(ranks: list) -> tuple[list[int], str]:
-    said = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
-    return [rank.returncode for rank in ranks], said
+def wait_for(ranks: list) -> tuple[list[int], str]:
+    output = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
+    return [rank.returncode for rank in ranks], output
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
@@ -54,56 +55,56 @@ def latest(folder: Path) -> str:
     return ""
 
 
-def test_a_second_run_is_refused_on_all_ranks_and_started_after_the_first_it_goes_on(folder):
+def test_a_second_run_is_refused_on_all_ranks_and_can_start_after_the_first(folder):
     first = start(folder)
-    until(lambda: latest(folder))
-    codes, said = ended(start(folder))
-    assert codes == [4, 4], said
-    assert said.count("another run writes to saved") == 1
-    assert f"pid {first[0].pid}" in said
+    wait_until(lambda: latest(folder))
+    codes, output = wait_for(start(folder))
+    assert codes == [4, 4], output
+    assert output.count("another run writes to saved") == 1
+    assert f"pid {first[0].pid}" in output
 
     first[1].send_signal(signal.SIGTERM)
-    codes, said = ended(first)
-    assert codes == [75, 75], said
-    assert "Traceback" not in said
+    codes, output = wait_for(first)
+    assert codes == [75, 75], output
+    assert "Traceback" not in output
     step = int(latest(folder).removeprefix("step-"))
-    codes, said = ended(start(folder, "--train-iters", str(step + 1)))
-    assert codes == [0, 0], said
-    assert "lease" not in said, "a released lease is not worth a word"
+    codes, output = wait_for(start(folder, "--train-iters", str(step + 1)))
+    assert codes == [0, 0], output
+    assert "lease" not in output, "a released lease is not mentioned"
     assert latest(folder) == f"step-{step + 1:08d}"
 
 
-def test_killed_it_is_replaced_at_once(folder):
+def test_the_lease_of_a_killed_run_is_taken_over_at_once(folder):
     first = start(folder)
-    until(lambda: latest(folder))
+    wait_until(lambda: latest(folder))
     for rank in first:
         rank.kill()
-    ended(first)
+    wait_for(first)
     step = int(latest(folder).removeprefix("step-"))
-    codes, said = ended(start(folder, "--train-iters", str(step + 1)))
-    assert codes == [0, 0], said
-    assert "process that has ended" in said
-    assert "Waiting" not in said
+    codes, output = wait_for(start(folder, "--train-iters", str(step + 1)))
+    assert codes == [0, 0], output
+    assert "process that has ended" in output
+    assert "Waiting" not in output
 
 
-def test_a_suspended_run_that_was_replaced_ends_and_writes_nothing_more(folder):
+def test_a_suspended_run_that_was_replaced_ends_without_writing(folder):
     ranks = start(folder)
-    until(lambda: latest(folder))
+    wait_until(lambda: latest(folder))
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
-    held = lease.take(folder / "saved", Owner.here(), looks=3, seconds=0.5)
-    there = latest(folder)
+    new_lease = lease.take(folder / "saved", Owner.here(), looks=3, seconds=0.5)
+    before = latest(folder)
     for rank in ranks:
         rank.send_signal(signal.SIGCONT)
-    codes, said = ended(ranks)
-    assert codes == [4, 4], said
-    assert said.count("no longer holds saved") == 1
-    assert latest(folder) == there
-    held.check()
-    held.release()
+    codes, output = wait_for(ranks)
+    assert codes == [4, 4], output
+    assert output.count("no longer holds saved") == 1
+    assert latest(folder) == before
+    new_lease.check()
+    new_lease.release()
 
 
-def test_ranks_of_a_killed_deepspeed_stop_in_order_with_a_checkpoint(folder):
+def test_ranks_of_a_killed_deepspeed_launcher_save_and_stop(folder):
     launcher = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--master_port",
@@ -122,20 +123,20 @@ def test_ranks_of_a_killed_deepspeed_stop_in_order_with_a_checkpoint(folder):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
-        until(lambda: "step      1/" in (folder / "log").read_text(), seconds=200)
+        wait_until(lambda: "step      1/" in (folder / "log").read_text(), seconds=200)
         process.kill()
         process.wait()
-        until(lambda: lease.newest(folder / "saved").record.released)
-        said = (folder / "log").read_text()
-        assert said.count("the launcher of this rank") <= 1, (
-            "where another rank sees it first the run just stops"
+        wait_until(lambda: lease.newest(folder / "saved").record.released)
+        output = (folder / "log").read_text()
+        assert output.count("the launcher of this rank") <= 1, (
+            "if another rank notices it first, none is printed"
         )
         step = int(latest(folder).removeprefix("step-"))
         assert (
-            f"stopped          after step {step}, as its launcher has ended; --load saved goes on from there"
-            in said
+            f"stopped          after step {step}, as its launcher has ended; --load saved "
+            "continues from there" in output
         )
-        assert "Traceback" not in said
+        assert "Traceback" not in output
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """A ring over limited links: its results, its bytes and what the benchmark derives from its times.
 
 How much of a link's time is hidden depends on what else the machine does. ``benchmarks/bench_overlap.py``
-measures it and docs/overlap.md has the figures; nothing here depends on a clock.
+measures it and docs/benchmarks/overlap.md has the figures; nothing here depends on a clock.
 """
 
 import json
@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks import commands
+
 pytestmark = pytest.mark.links
 
 ROOT = Path(__file__).parents[2]
-SLOW_LINK = [sys.executable, ROOT / "tools" / "slow_link.py"]
+SLOW_LINK = commands.command("slow_link")
 SETTING = {"tokens": 512, "kv_heads": 2, "head_dim": 16, "rounds": 1}
 RATIOS = ["0.35", "1.6"]
 
@@ -30,8 +32,10 @@ def rows(tmp_path_factory) -> list[dict]:
         for name, value in SETTING.items()
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-    bench = [*SLOW_LINK, sys.executable, ROOT / "tools" / "bench_overlap.py", *flags]
-    subprocess.run([*bench, "--ratios", *RATIOS, "--json", file], check=True)
+    bench = [*SLOW_LINK, *commands.command("bench_overlap", *flags)]
+    subprocess.run(
+        [*bench, "--ratios", *RATIOS, "--json", file], env=commands.ENVIRONMENT, check=True
+    )
     return json.loads(file.read_text())["rows"]
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import commands
+
 pytestmark = pytest.mark.links
 
-SLOW_LINK = [sys.executable, Path(__file__).parents[2] / "tools" / "slow_link.py"]
+SLOW_LINK = commands.command("slow_link")
 TELLS = """\
 import json, os, subprocess
 shown = subprocess.run(["tc", "-json", "qdisc", "show", "dev", "ring0"], capture_output=True, check=True).stdout
@@ -37,7 +39,11 @@ def launch(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     def start(*command: str) -> subprocess.Popen:
         started.append(
             subprocess.Popen(
-                [*SLOW_LINK, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+                [*SLOW_LINK, *command],
+                cwd=tmp_path,
+                env=commands.ENVIRONMENT,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         )
         return started[-1]

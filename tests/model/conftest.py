@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_ring.config import ModelConfig
+from megatron_ring.model import initialization
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.gpt import GPT
 
@@ -101,7 +102,7 @@ def build() -> Callable[..., GPT]:
     def build(
         config: ModelConfig, attention: AttentionFunction = plain_attention, seed: int = 1
     ) -> GPT:
-        return GPT(config, VOCABULARY, LENGTH, attention, seed)
+        return initialization.build(GPT, config, VOCABULARY, LENGTH, attention, seed=seed)
 
     return build
 

@@ -148,10 +148,10 @@ def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is
     llama, attention
 ):
     stretched = replace(llama, rope_scaling="yarn", rope_scaling_factor=4.0)
-    assert GPT(stretched, 48, 4096, attention, seed=1).rope == Rope(8, 10000.0, "yarn", 4.0, 1024)
+    assert GPT(stretched, 48, 4096, attention).rope == Rope(8, 10000.0, "yarn", 4.0, 1024)
     given_length = replace(stretched, rope_original_length=2048)
     for seq_length in (512, 4096, 8192, 10_000):
-        assert GPT(given_length, 48, seq_length, attention, seed=1).rope == Rope(
+        assert GPT(given_length, 48, seq_length, attention).rope == Rope(
             8, 10000.0, "yarn", 4.0, 2048
         )
 
@@ -171,7 +171,7 @@ def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is
 )
 def test_parameter_count_is_that_of_the_model(head_dim, **options):
     config = ModelConfig(hidden_size=4 * head_dim, num_attention_heads=4, **options)
-    model = GPT(config, vocab_size=11, seq_length=7, attention=None, seed=1)
+    model = GPT(config, vocab_size=11, seq_length=7, attention=None)
     assert parameter_count(config, vocab_size=11, seq_length=7) == sum(
         p.numel() for p in model.parameters()
     )

@@ -10,24 +10,24 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.live_memory import LiveMemory, storage_of
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.model import offload
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
+from megatron_ring.model.initialization import build
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import run_block
 from megatron_ring.parallel.collectives import ProcessGroups
 
 LENGTH, CPU = 16, torch.device("cpu")
 MODES = {
-    "none": Execution(),
-    "selective": Execution(recompute="selective"),
-    "full": Execution(recompute="full"),
-    "attention too": Execution(recompute="full", recompute_attention=True),
+    "none": MemoryConfig(),
+    "selective": MemoryConfig(recompute="selective"),
+    "full": MemoryConfig(recompute="full"),
+    "attention too": MemoryConfig(recompute="full", recompute_attention=True),
 }
-each_mode = pytest.mark.parametrize("execution", MODES.values(), ids=MODES)
+each_mode = pytest.mark.parametrize("memory", MODES.values(), ids=MODES)
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def forward(layers: Layers, x_BSE: torch.Tensor, layer: Callable) -> torch.Tenso
     rotation = layers.rotation(torch.arange(x_BSE.shape[1]))
     for block in layers.blocks.values():
         with layer():
-            x_BSE = run_block(block, layers.execution, x_BSE, rotation, None)
+            x_BSE = run_block(block, layers.memory, x_BSE, rotation, None)
     return x_BSE
 
 
-def gradients(config: ModelConfig, execution: Execution, layer: Callable) -> list[torch.Tensor]:
+def gradients(config: ModelConfig, memory: MemoryConfig, layer: Callable) -> list[torch.Tensor]:
     attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
-    blocks = Layers(config, LENGTH, attention, 1, execution)
+    blocks = build(Layers, config, LENGTH, attention, seed=1, memory=memory)
     x_BSE = torch.randn(
         2, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(0)
     ).requires_grad_()
@@ -64,12 +64,12 @@ def gradients(config: ModelConfig, execution: Execution, layer: Callable) -> lis
 
 @pytest.mark.parametrize("chunks", [1, 3])
 @each_mode
-def test_no_number_changes(execution, chunks, config, events):
-    execution = replace(execution, mlp_chunks=chunks)
-    expected = gradients(config, execution, contextlib.nullcontext)
+def test_no_number_changes(memory, chunks, config, events):
+    memory = replace(memory, mlp_chunks=chunks)
+    expected = gradients(config, memory, contextlib.nullcontext)
     assert events == []
     assert all(
-        map(torch.equal, gradients(config, execution, Offload(CPU, smallest=0).layer), expected)
+        map(torch.equal, gradients(config, memory, Offload(CPU, smallest=0).layer), expected)
     )
     assert events != []
 
@@ -85,12 +85,12 @@ def test_of_a_layer_computed_again_its_input_and_attention_go_and_come_once(llam
 
 
 @each_mode
-def test_memory_is_free_between_a_layers_forward_and_its_backward(execution, llama):
+def test_memory_is_free_between_a_layers_forward_and_its_backward(memory, llama):
     """What is alive in the end: the input, the output, what all layers read, and copies."""
     kept = Offload(CPU, smallest=0)
     attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
-    layers = Layers(llama, LENGTH, attention, 1, execution)
-    with LiveMemory() as memory:
+    layers = build(Layers, llama, LENGTH, attention, seed=1, memory=memory)
+    with LiveMemory() as live:
         x_BSE = torch.randn(2, LENGTH, llama.hidden_size).requires_grad_()
         y_BSE = forward(layers, x_BSE, kept.layer)
         copies = sum(
@@ -98,7 +98,7 @@ def test_memory_is_free_between_a_layers_forward_and_its_backward(execution, lla
         )
         assert copies > 0
         assert (
-            memory.alive() - copies
+            live.alive() - copies
             <= x_BSE.nbytes + y_BSE.nbytes + 2 * LENGTH * llama.head_dim // 2 * 4
         )
 
@@ -140,14 +140,14 @@ def test_a_layer_is_fetched_before_backward_comes_to_it(events):
 
 def test_no_more_than_two_layers_are_fetched_at_a_time():
     kept, y, size = Offload(CPU, smallest=0), torch.zeros(1, requires_grad=True), 1000
-    with LiveMemory(lambda x: x.numel() == size) as memory:
+    with LiveMemory(lambda x: x.numel() == size) as live:
         for _ in range(6):
             with kept.layer():
                 y = Saving.apply(y, lambda *_: None, torch.zeros(size, dtype=torch.uint8))
-        in_cpu_memory = memory.alive()
+        in_cpu_memory = live.alive()
         y.backward()
     assert in_cpu_memory == 6 * size
-    assert memory.peak == in_cpu_memory + 2 * size
+    assert live.peak == in_cpu_memory + 2 * size
 
 
 def saved_and_given_back(kept: Offload, *tensors: torch.Tensor) -> list[torch.Tensor]:

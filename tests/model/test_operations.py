@@ -7,16 +7,17 @@ from functools import partial
 import pytest
 import torch
 
+from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.engine.pipeline_engine import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.kernels.fused import liger
 from megatron_ring.kernels.fused.choice import Choice
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.model import gpt
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.initialization import build
 from megatron_ring.model.offload import Offload
-from megatron_ring.model.pipeline import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training.assembly import build_model
@@ -38,15 +39,26 @@ AGAIN = {
 
 
 def results(
-    name: str, execution: Execution, dtype: torch.dtype = torch.float32
+    name: str,
+    operations: Operations,
+    dtype: torch.dtype = torch.float32,
+    **memory: object,
 ) -> list[torch.Tensor]:
     """The loss sum of a sample, with targets that do not count, and the parameters' gradients; one layer, few tokens.
 
     Few, because the interpreter takes a millisecond or so for every token of every operation.
     """
-    config, chunked = replace(CONFIGS[name], num_layers=1), replace(execution, loss_chunk_size=4)
     ring_of_one = ContextParallelAttention(Layout("none", TOKENS, 1), "reference", ProcessGroups())
-    model = GPT(config, VOCABULARY, TOKENS, ring_of_one, 1, chunked).to(dtype)
+    model = build(
+        GPT,
+        replace(CONFIGS[name], num_layers=1),
+        VOCABULARY,
+        TOKENS,
+        ring_of_one,
+        seed=1,
+        operations=operations,
+        memory=MemoryConfig(loss_chunk_size=4, **memory),
+    ).to(dtype)
     tokens = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     targets = torch.where(torch.arange(TOKENS) % 4 == 3, -100, tokens[:, 1:])
     loss = model(tokens[:, :-1], torch.arange(TOKENS), None, targets)
@@ -57,10 +69,8 @@ def results(
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
 def test_a_model_by_liger_has_the_numbers_of_one_by_torch(model, interpreted):  # noqa: F811
     """RMSNorm of tokens and of heads, RoPE and SwiGLU in the one, LayerNorm in the other."""
-    found, expected = (
-        results(model, Execution(operations=LIGER)),
-        results(model, Execution(), torch.float64),
-    )
+    found = results(model, LIGER)
+    expected = results(model, TORCH, torch.float64)
     assert max(map(error, found, expected)) <= TOLERANCE[torch.float32]
 
 
@@ -68,10 +78,10 @@ def test_a_model_by_liger_has_the_numbers_of_one_by_torch(model, interpreted):  
 def test_what_is_kept_or_computed_again_is_what_it_was(memory, interpreted, monkeypatch):  # noqa: F811
     """Triton's kernels write unseen by what keeps results; Liger's RoPE would turn what was kept."""
     monkeypatch.setattr(gpt, "Offload", partial(Offload, smallest=1))
-    plain = Execution(operations=LIGER)
-    found, expected = results("llama", replace(plain, **memory)), results("llama", plain)
-    in_pieces = memory.get("mlp_chunks", 1) > 1
-    assert max(map(error, found, expected)) <= (TOLERANCE[torch.float32] if in_pieces else 0)
+    found = results("llama", LIGER, **memory)
+    expected = results("llama", LIGER)
+    in_chunks = memory.get("mlp_chunks", 1) > 1
+    assert max(map(error, found, expected)) <= (TOLERANCE[torch.float32] if in_chunks else 0)
 
 
 @pytest.fixture
@@ -89,21 +99,22 @@ def counted() -> tuple[Operations, Counter]:
 
 def test_operations_reach_every_stage_of_a_pipeline(counted, llama, tokens_BS, positions_S):
     operations, calls = counted
-    execution = Execution(operations=operations)
+    shared = {"seed": 1, "operations": operations}
+    embedding = build(StageEmbedding, llama, VOCABULARY, prefix="embedding", **shared)
     stages = [
-        StageLayers(llama, LENGTH, plain_attention, 1, execution, range(n, n + 1)) for n in range(2)
+        build(StageLayers, llama, LENGTH, plain_attention, layers=range(n, n + 1), **shared)
+        for n in range(2)
     ]
-    parcel = StageEmbedding("embedding", llama, VOCABULARY, 1, execution)(
-        (tokens_BS, tokens_BS, positions_S)
-    )
+    output = build(StageOutput, llama, VOCABULARY, prefix="output", **shared)
+    tensors = embedding((tokens_BS, tokens_BS, positions_S))
     for stage in stages:
-        parcel = stage(parcel)
-    StageOutput("output", llama, VOCABULARY, 1, execution)(parcel)
+        tensors = stage(tensors)
+    output(tensors)
     assert calls == {"norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1}
 
 
 def test_a_run_builds_its_model_with_what_was_settled(counted):
     setup = replace(Setup.of(tiny.config(), 1), operations=Choice((), counted[0]))
     model = build_model(setup, ProcessGroups(), plain_attention, tiny.VOCAB)
-    assert model.execution.operations is counted[0]
+    assert model.operations is counted[0]
     assert model.blocks["0"].mlp_norm.function is counted[0].norm

@@ -9,26 +9,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.live_memory import LiveMemory, storage_of
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.model.attention import AttentionFunction
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
+from megatron_ring.model.initialization import build
 from megatron_ring.model.recompute import in_chunks, run_block
 from megatron_ring.parallel.collectives import ProcessGroups
 from tests.model.conftest import plain_attention
 
 LENGTH = 16
 RECOMPUTED = {
-    "selective": Execution(recompute="selective"),
-    "full": Execution(recompute="full"),
-    "attention too": Execution(recompute="full", recompute_attention=True),
+    "selective": MemoryConfig(recompute="selective"),
+    "full": MemoryConfig(recompute="full"),
+    "attention too": MemoryConfig(recompute="full", recompute_attention=True),
 }
-MODES = {"none": Execution(), **RECOMPUTED}
+MODES = {"none": MemoryConfig(), **RECOMPUTED}
 
-each_mode = pytest.mark.parametrize("execution", MODES.values(), ids=MODES)
-each_recomputed = pytest.mark.parametrize("execution", RECOMPUTED.values(), ids=RECOMPUTED)
+each_mode = pytest.mark.parametrize("memory", MODES.values(), ids=MODES)
+each_recomputed = pytest.mark.parametrize("memory", RECOMPUTED.values(), ids=RECOMPUTED)
 
 
 def ring_of_one(length: int = LENGTH, kernel: str = "reference") -> AttentionFunction:
@@ -51,10 +51,10 @@ def run(
 
 
 def results(
-    config: ModelConfig, attention: AttentionFunction, execution: Execution
+    config: ModelConfig, attention: AttentionFunction, memory: MemoryConfig
 ) -> list[torch.Tensor]:
     """Output, gradient of the input and gradients of the parameters, in float64."""
-    layers = Layers(config, LENGTH, attention, 1, execution).double()
+    layers = build(Layers, config, LENGTH, attention, seed=1, memory=memory).double()
     x_BSE, y_BSE = run(layers, torch.float64)
     y_BSE.sin().sum().backward()
     return [y_BSE.detach(), x_BSE.grad, *(parameter.grad for parameter in layers.parameters())]
@@ -62,17 +62,17 @@ def results(
 
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 @each_recomputed
-def test_no_number_changes(execution, attention, config):
+def test_no_number_changes(memory, attention, config):
     expected = results(config, attention, MODES["none"])
-    assert all(map(torch.equal, results(config, attention, execution), expected))
+    assert all(map(torch.equal, results(config, attention, memory), expected))
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 16, 100], ids="{} chunks".format)
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 @each_mode
-def test_pieces_change_sums_by_rounding_alone(execution, attention, chunks, config):
+def test_pieces_change_sums_by_rounding_alone(memory, attention, chunks, config):
     expected = results(config, attention, MODES["none"])
-    found = results(config, attention, replace(execution, mlp_chunks=chunks))
+    found = results(config, attention, replace(memory, mlp_chunks=chunks))
     largest = max(float(x.abs().max()) for x in expected)
     for x, y in zip(found, expected):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12 * largest)
@@ -94,9 +94,9 @@ class Calls(TorchDispatchMode):
         return sum(self.count[name] for name in ("mm", "addmm", "bmm"))
 
 
-def calls(config: ModelConfig, attention: AttentionFunction, execution: Execution) -> Calls:
+def calls(config: ModelConfig, attention: AttentionFunction, memory: MemoryConfig) -> Calls:
     with Calls() as seen:
-        results(config, attention, execution)
+        results(config, attention, memory)
     return seen
 
 
@@ -121,12 +121,14 @@ def test_selective_computes_activations_again_and_no_product(attention, config):
 
 
 def test_validation_keeps_and_repeats_nothing(config):
-    for execution in RECOMPUTED.values():
-        layers = Layers(config, LENGTH, plain_attention, 1, replace(execution, mlp_chunks=4))
-        with torch.no_grad(), LiveMemory() as memory:
+    for memory in RECOMPUTED.values():
+        layers = build(
+            Layers, config, LENGTH, plain_attention, seed=1, memory=replace(memory, mlp_chunks=4)
+        )
+        with torch.no_grad(), LiveMemory() as live:
             x_BSE, y_BSE = run(layers, torch.float32)
         assert not y_BSE.requires_grad
-        assert memory.alive() == x_BSE.nbytes + y_BSE.nbytes
+        assert live.alive() == x_BSE.nbytes + y_BSE.nbytes
 
 
 class BiasAddedInPlace(torch.autograd.Function):
@@ -159,23 +161,25 @@ def test_a_product_that_is_written_to_is_computed_again():
     block, x = TwoLayers(), torch.randn(2, 5, 8)
     nn.init.ones_(block.up.bias)
     gradients = [
-        torch.autograd.grad(run_block(block, execution, x).sum(), list(block.parameters()))
-        for execution in (MODES["none"], MODES["selective"])
+        torch.autograd.grad(run_block(block, memory, x).sum(), list(block.parameters()))
+        for memory in (MODES["none"], MODES["selective"])
     ]
     assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
 @each_recomputed
-def test_a_graph_that_is_retained_gives_its_gradients_again(execution, chunks, llama):
-    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=chunks)).double()
-    with LiveMemory() as memory:
+def test_a_graph_that_is_retained_gives_its_gradients_again(memory, chunks, llama):
+    layers = build(
+        Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=chunks)
+    ).double()
+    with LiveMemory() as live:
         x_BSE, y_BSE = run(layers, torch.float64)
-        before = memory.alive()
+        before = live.alive()
         gradients = [
             torch.autograd.grad(y_BSE.sin().sum(), x_BSE, retain_graph=True)[0] for _ in range(2)
         ]
-        assert memory.alive() == before + 2 * x_BSE.nbytes
+        assert live.alive() == before + 2 * x_BSE.nbytes
     assert torch.equal(*gradients)
 
 
@@ -203,9 +207,11 @@ def test_pieces_are_equal_but_for_a_shorter_last_one(tokens, chunks, pieces):
 
 
 @each_mode
-def test_a_parameter_is_handed_its_gradient_once(execution, llama):
+def test_a_parameter_is_handed_its_gradient_once(memory, llama):
     """ZeRO reduces a gradient when it is handed over, so no piece may hand over a share of it."""
-    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=4))
+    layers = build(
+        Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=4)
+    )
     handed_over = Counter()
     for name, parameter in layers.named_parameters():
         parameter.register_post_accumulate_grad_hook(
@@ -234,19 +240,19 @@ KEPT = {
 }
 
 
-def alive_after_forward(layers: int, execution: Execution) -> int:
-    model = Layers(
-        replace(WIDE, num_layers=layers), TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution
-    ).bfloat16()
-    with LiveMemory() as memory:
+def alive_after_forward(layers: int, memory: MemoryConfig) -> int:
+    config = replace(WIDE, num_layers=layers)
+    ring = ring_of_one(TOKENS, "sdpa")
+    model = build(Layers, config, TOKENS, ring, seed=1, dtype=torch.bfloat16, memory=memory)
+    with LiveMemory() as live:
         step = run(model, torch.bfloat16, TOKENS)
-        alive = memory.alive()
+        alive = live.alive()
         del step
     return alive
 
 
-def bytes_of_a_token_in_a_layer(execution: Execution) -> float:
-    return (alive_after_forward(3, execution) - alive_after_forward(2, execution)) / (2 * TOKENS)
+def bytes_of_a_token_in_a_layer(memory: MemoryConfig) -> float:
+    return (alive_after_forward(3, memory) - alive_after_forward(2, memory)) / (2 * TOKENS)
 
 
 @pytest.mark.parametrize("mode", KEPT)
@@ -259,56 +265,59 @@ def test_without_recomputation_a_layer_keeps_much_more():
 
 
 def test_pieces_keep_no_product():
-    execution = replace(MODES["selective"], mlp_chunks=4)
-    assert bytes_of_a_token_in_a_layer(execution) == KEPT["selective"] - MLP_PRODUCTS
-    execution = replace(MODES["full"], mlp_chunks=4)
-    assert bytes_of_a_token_in_a_layer(execution) == KEPT["full"]
+    memory = replace(MODES["selective"], mlp_chunks=4)
+    assert bytes_of_a_token_in_a_layer(memory) == KEPT["selective"] - MLP_PRODUCTS
+    memory = replace(MODES["full"], mlp_chunks=4)
+    assert bytes_of_a_token_in_a_layer(memory) == KEPT["full"]
 
 
-def peak_of_inner_activations(execution: Execution) -> tuple[int, int]:
+def peak_of_inner_activations(memory: MemoryConfig) -> tuple[int, int]:
     """Most bytes of tensors as wide as F, forward and over the whole step; the matrices' gradients not among them."""
-    model = Layers(WIDE, TOKENS, ring_of_one(TOKENS, "sdpa"), 1, execution).bfloat16()
-    with LiveMemory(lambda x: x.shape[-1:] == (F,) and x.shape != (E, F)) as memory:
+    ring = ring_of_one(TOKENS, "sdpa")
+    model = build(Layers, WIDE, TOKENS, ring, seed=1, dtype=torch.bfloat16, memory=memory)
+    with LiveMemory(lambda x: x.shape[-1:] == (F,) and x.shape != (E, F)) as live:
         _, y_BSE = run(model, torch.bfloat16, TOKENS)
-        forward = memory.peak
+        forward = live.peak
         y_BSE.sum().backward()
-    return forward, memory.peak
+    return forward, live.peak
 
 
 @each_mode
-def test_one_piece_at_a_time_has_inner_activations(execution):
+def test_one_piece_at_a_time_has_inner_activations(memory):
     # One block of three at a time, of which backward computes one again before it is differentiated.
     forward, step = peak_of_inner_activations(MODES["full"])
     assert forward >= BF16 * F * 2 * TOKENS * 2
-    pieces_forward, pieces_step = peak_of_inner_activations(replace(execution, mlp_chunks=4))
+    pieces_forward, pieces_step = peak_of_inner_activations(replace(memory, mlp_chunks=4))
     assert pieces_forward <= forward / 4
     assert pieces_step == step / 4
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
 @each_recomputed
-def test_backward_leaves_nothing_behind(execution, chunks):
+def test_backward_leaves_nothing_behind(memory, chunks):
     """As much is alive after a step as without recomputation, though the graph, and so what it holds, is."""
     left = {}
     for name, each in {
         "plain": MODES["none"],
-        "recomputed": replace(execution, mlp_chunks=chunks),
+        "recomputed": replace(memory, mlp_chunks=chunks),
     }.items():
-        model = Layers(WIDE, TOKENS, ring_of_one(TOKENS), 1, each)
-        with LiveMemory() as memory:
+        model = build(Layers, WIDE, TOKENS, ring_of_one(TOKENS), seed=1, memory=each)
+        with LiveMemory() as live:
             step = run(model, torch.float32, TOKENS)
             step[1].sum().backward()
-            left[name] = memory.alive()
+            left[name] = live.alive()
     assert left["recomputed"] == left["plain"]
 
 
 @each_recomputed
-def test_a_graph_that_is_dropped_is_freed(execution, llama):
+def test_a_graph_that_is_dropped_is_freed(memory, llama):
     """By reference counts: a block that held itself would wait for the garbage collector."""
-    layers = Layers(llama, LENGTH, ring_of_one(), 1, replace(execution, mlp_chunks=3))
-    with LiveMemory() as memory:
+    layers = build(
+        Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=3)
+    )
+    with LiveMemory() as live:
         y_BSE = run(layers, torch.float32)[1]
         storage = storage_of(y_BSE)
         del y_BSE
         assert storage.expired()
-        assert memory.alive() == 0
+        assert live.alive() == 0

@@ -1,11 +1,10 @@
-"""Kill a run's metrics file before every operation on files: a program of its own, so that what it
-forks has no torch.
+"""Kill a process that writes a metrics file before each of its file operations.
 
     python -m tests.monitoring.killed_metrics FOLDER
 
-Prints how many times it was killed; ends with a traceback at the first one that lost, tore or
-repeated a line. Only the file of superseded lines may have a line twice, if it was killed in the
-middle of a write.
+A program of its own, so that the processes it forks have not loaded torch. Prints the number of
+kills; exits with a traceback at the first kill that lost, tore or repeated a line. Only the file of
+superseded lines may have a line twice, after a kill in the middle of a write.
 """
 
 import itertools
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from megatron_ring.monitoring.metrics_file import MetricsFile
 
-# Each of these asks the system for something; a write may also be killed half way.
+# Functions of os that make a system call; a write is also killed half way through.
 OPERATIONS = "open", "write", "ftruncate", "fsync", "replace", "close", "mkdir"
 
 
@@ -31,7 +30,7 @@ def write(file: MetricsFile, steps: range, attempt: str) -> None:
 
 
 def fresh(path: Path) -> None:
-    """A run that finds the file of an earlier one, trains to step 4 and goes back to step 2."""
+    """A run from step 0 with an earlier run's file, which rolls back from step 4 to step 2."""
     file = MetricsFile(path, ignore)
     file.begin(0)
     write(file, range(1, 5), "first")
@@ -40,7 +39,7 @@ def fresh(path: Path) -> None:
 
 
 def resumed(path: Path) -> None:
-    """A run that goes on from a checkpoint of step 2."""
+    """A run that resumes from a checkpoint of step 2."""
     file = MetricsFile(path, ignore)
     file.begin(2)
     write(file, range(3, 7), "third")
@@ -48,19 +47,19 @@ def resumed(path: Path) -> None:
 
 
 def killed_before(count: int, act: Callable[[Path], None], path: Path, half: bool) -> bool:
-    """Fork a process that ends before its ``count``-th operation, or in the middle of it if that is
-    a write.
+    """Fork a process that is killed before its ``count``-th operation; returns if it completed.
 
-    Returns whether it came to its own end.
+    half: if the operation is a write, it is killed half way through it.
     """
     if process := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    remaining, really_write = itertools.count(count, -1), os.write
+    remaining = itertools.count(count, -1)
+    original_write = os.write
 
     def stop_before(real: Callable) -> Callable:
         def operation(*arguments, **named):
             if next(remaining) == 1:
-                if half and real is really_write:
+                if half and real is original_write:
                     real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
                 os._exit(1)
             return real(*arguments, **named)
@@ -77,38 +76,39 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def whole(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
     text = path.read_text() if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def everything(path: Path) -> list[str]:
-    """All whole lines of the file, of superseded ones and of those moved aside."""
-    return [line for file in sorted(path.parent.iterdir()) for line in whole(file)]
+def all_lines(path: Path) -> list[str]:
+    """Return the complete lines of the file, the superseded ones and those of earlier runs."""
+    return [line for file in sorted(path.parent.iterdir()) for line in complete_lines(file)]
 
 
 Act = Callable[[Path], None]
 
 
 def kill_everywhere(parent: Path, before: Act, act: Act, after: int) -> int:
-    """Cut ``act`` short at each operation, then run again from step ``after``; returns how many
-    operations it has.
+    """Kill ``act`` at each of its operations, then run again from step ``after``.
+
+    Returns the number of operations.
     """
     for half in (False, True):
         for count in itertools.count(1):
             path = parent / f"{count}-{half}" / "metrics.jsonl"
             path.parent.mkdir(parents=True)
             before(path)
-            ended = killed_before(count, act, path, half)
-            was = everything(path)
+            completed = killed_before(count, act, path, half)
+            before_restart = all_lines(path)
             file = MetricsFile(path, ignore)
             file.begin(after)
             write(file, range(after + 1, 9), "last")
             steps = [line["step"] for line in lines(path)]
             assert steps == [*range(1, 9)], f"{path} after operation {count}"
-            lost = set(was) - set(everything(path))
+            lost = set(before_restart) - set(all_lines(path))
             assert not lost, f"lost {lost} after operation {count}"
-            if ended:
+            if completed:
                 break
     return count - 1
 
@@ -118,8 +118,8 @@ def earlier(path: Path) -> None:
 
 
 def interrupted(path: Path) -> None:
-    whole = [f'{{"step": {step}, "attempt": "before"}}\n' for step in (1, 2, 3, 4)]
-    path.write_text("".join(whole) + '{"step": 5, "at')
+    complete = [f'{{"step": {step}, "attempt": "before"}}\n' for step in (1, 2, 3, 4)]
+    path.write_text("".join(complete) + '{"step": 5, "at')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What processes ask each other, and what strangers and other programs cannot do to them."""
+"""The intercom reports progress to peers, and other programs can neither read it nor disturb it."""
 
 import contextlib
 import os
@@ -18,90 +18,95 @@ from tests.parallel.alone import Alone
 
 @pytest.fixture
 def intercom():
-    """One whose alarms are in ``heard``."""
-    heard: SimpleQueue[int] = SimpleQueue()
-    intercom = Intercom(Alone(), ProgressTracker().read, heard.put)
-    intercom.heard = heard
+    """An intercom whose alarms arrive in the queue ``alarms``."""
+    alarms: SimpleQueue[int] = SimpleQueue()
+    intercom = Intercom(Alone(), ProgressTracker().read, alarms.put)
+    intercom.alarms = alarms
     yield intercom
     intercom.close()
 
 
-def call(intercom: Intercom, words: str) -> bytes:
-    with socket.create_connection(("127.0.0.1", intercom.own.port), 5) as line:
-        line.sendall(words.encode() + b"\n")
+def send(intercom: Intercom, request: str) -> bytes:
+    """Send a request and return the response."""
+    with socket.create_connection(("127.0.0.1", intercom.own.port), 5) as connection:
+        connection.sendall(request.encode() + b"\n")
         try:
-            return line.makefile("rb").read()
-        except ConnectionResetError:  # not all of what was sent has been read
+            return connection.makefile("rb").read()
+        except ConnectionResetError:  # the server closed before it had read everything
             return b""
 
 
-def elsewhere(intercom: Intercom, port: int, **changes: object) -> None:
-    """Add a member of another host, which listens at this host's ``port``."""
-    member = intercom.own._replace(rank=1, node="another", pids="another host's", port=port)
-    intercom.members.append(member._replace(**changes))
+def add_remote_peer(intercom: Intercom, port: int, **changes: object) -> None:
+    """Add a peer that appears to be on another host but listens on this host's ``port``."""
+    peer = intercom.own._replace(rank=1, node="another", pids="another host's", port=port)
+    intercom.members.append(peer._replace(**changes))
 
 
-def test_a_process_answers_where_it_is(intercom):
-    found = intercom.ask(0)
-    assert isinstance(found, Place)
-    assert found[:5] == ProgressTracker().read()[:5]
+def test_a_peer_responds_with_its_progress(intercom):
+    response = intercom.ask(0)
+    assert isinstance(response, Place)
+    assert response[:5] == ProgressTracker().read()[:5]
 
 
-def test_an_alarm_is_heard(intercom):
+def test_an_alarm_is_received(intercom):
     intercom.members += [intercom.own] * 3
-    call(intercom, f"{intercom.key} stalled 3")
-    assert intercom.heard.get(timeout=5) == 3
+    send(intercom, f"{intercom.key} stalled 3")
+    assert intercom.alarms.get(timeout=5) == 3
 
 
 @pytest.mark.parametrize("rank", ["1", "-1", "9" * 300, "x", ""])
-def test_an_alarm_of_a_rank_that_does_not_exist_is_none(intercom, rank):
-    assert call(intercom, f"{intercom.key} stalled {rank}") == b""
+def test_an_alarm_about_a_rank_that_does_not_exist_is_ignored(intercom, rank):
+    assert send(intercom, f"{intercom.key} stalled {rank}") == b""
     assert isinstance(intercom.ask(0), Place)
-    assert intercom.heard.empty()
+    assert intercom.alarms.empty()
 
 
 @pytest.mark.parametrize(
-    "words", ["where", "guessed stalled 0", "guessed where", "", "\xff" * 300, "x" * 100_000]
+    "request_text",
+    ["progress", "guessed stalled 0", "guessed progress", "", "\xff" * 300, "x" * 100_000],
 )
-def test_a_stranger_reads_nothing_and_ends_nothing(intercom, words):
-    assert call(intercom, words) == b""
-    assert intercom.heard.empty()
+def test_without_the_key_nothing_is_read_and_no_alarm_raised(intercom, request_text):
+    assert send(intercom, request_text) == b""
+    assert intercom.alarms.empty()
     assert isinstance(intercom.ask(0), Place)
 
 
-def test_on_one_host_only_loopback_is_listened_at(intercom):
+def test_on_one_host_only_loopback_is_used(intercom):
     assert intercom.own.address == "127.0.0.1"
 
 
-def own_threads() -> int:
+def intercom_threads() -> int:
     return sum(thread.name == "intercom" for thread in threading.enumerate())
 
 
-def test_connections_of_strangers_take_no_threads_few_descriptors_and_no_answers_from_members(
-    intercom,
-):
-    before = len(os.listdir("/proc/self/fd"))
-    with contextlib.ExitStack() as strangers:
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_flood_of_connections_uses_no_threads_few_descriptors_and_blocks_no_peer(intercom):
+    before = open_descriptors()
+    with contextlib.ExitStack() as connections:
         for _ in range(400):
-            line = socket.create_connection(("127.0.0.1", intercom.own.port), 5)
-            strangers.enter_context(line)
-            line.sendall(b"x")  # and no end of the line
+            connection = socket.create_connection(("127.0.0.1", intercom.own.port), 5)
+            connections.enter_context(connection)
+            connection.sendall(b"x")  # without an end of the line
         assert isinstance(intercom.ask(0), Place)
-        # 400 are this test's own.
-        assert len(os.listdir("/proc/self/fd")) - before - 400 <= 2 * intercom_module._CONNECTIONS
-        assert own_threads() == 1
+        # 400 of the descriptors are this test's own.
+        of_server = open_descriptors() - before - 400
+        assert of_server <= 2 * intercom_module._MAX_CONNECTIONS
+        assert intercom_threads() == 1
 
 
-def test_a_request_has_one_deadline_however_it_arrives(monkeypatch):
-    monkeypatch.setattr(intercom_module, "_SECONDS_FOR_A_REQUEST", 0.5)
+def test_the_deadline_of_a_request_holds_however_slowly_it_arrives(monkeypatch):
+    monkeypatch.setattr(intercom_module, "_REQUEST_TIMEOUT", 0.5)
     intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
 
-    def send_slowly(line: socket.socket) -> None:
+    def send_slowly(connection: socket.socket) -> None:
         for _ in range(300):
-            line.sendall(b"x")
+            connection.sendall(b"x")
             time.sleep(0.1)
 
-    address = "127.0.0.1", intercom.own.port
+    address = ("127.0.0.1", intercom.own.port)
     with (
         contextlib.closing(intercom),
         socket.create_connection(address, 5) as slow,
@@ -110,15 +115,14 @@ def test_a_request_has_one_deadline_however_it_arrives(monkeypatch):
         send_slowly(slow)
 
 
-def test_without_descriptors_no_connection_is_accepted_and_afterwards_they_are(intercom):
+def test_connections_made_while_descriptors_are_short_are_accepted_later(intercom):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as early:
         early.settimeout(10)
-        descriptors = len(os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors - 1, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() - 1, limits[1]))
         try:
             early.connect(("127.0.0.1", intercom.own.port))
-            early.sendall(f"{intercom.key} where\n".encode())
+            early.sendall(f"{intercom.key} progress\n".encode())
             time.sleep(0.3)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -126,22 +130,24 @@ def test_without_descriptors_no_connection_is_accepted_and_afterwards_they_are(i
     assert isinstance(intercom.ask(0), Place)
 
 
-def test_a_closed_intercom_refuses_and_leaves_nothing_open():
-    before, threads = len(os.listdir("/proc/self/fd")), own_threads()
+def test_a_closed_intercom_refuses_connections_and_leaves_nothing_open():
+    before = open_descriptors()
+    threads = intercom_threads()
     intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
     with socket.create_connection(("127.0.0.1", intercom.own.port), 5):
         intercom.ask(0)
         intercom.close()
-    assert own_threads() == threads
-    assert len(os.listdir("/proc/self/fd")) <= before
-    elsewhere(intercom, intercom.own.port)
+    assert intercom_threads() == threads
+    assert open_descriptors() <= before
+    add_remote_peer(intercom, intercom.own.port)
     assert intercom.ask(1).has_ended
 
 
 def closed_port() -> socket.socket:
-    taken = socket.socket()  # and not listening
-    taken.bind(("127.0.0.1", 0))
-    return taken
+    """Reserve a port on which nothing listens."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 def own_pids() -> str:
@@ -151,93 +157,94 @@ def own_pids() -> str:
 @pytest.mark.parametrize(
     ("changes", "has_ended", "reason"),
     [
-        ({"pids": own_pids(), "pid": 2**22 + 1}, True, "does not live"),
-        ({"pids": own_pids()}, False, "lives"),
+        ({"pids": own_pids(), "pid": 2**22 + 1}, True, "is dead"),
+        ({"pids": own_pids()}, False, "alive but unresponsive"),
         ({}, True, "refuses"),
     ],
-    ids=["gone", "silent", "elsewhere"],
+    ids=["gone", "silent", "on another host"],
 )
-def test_what_became_of_one_that_refuses(intercom, changes, has_ended, reason):
+def test_a_refused_connection_is_diagnosed(intercom, changes, has_ended, reason):
     with closed_port() as closed:
-        elsewhere(intercom, closed.getsockname()[1], **changes)
-        answer = intercom.ask(1)
-    assert answer.has_ended == has_ended
-    assert reason in answer.reason
+        add_remote_peer(intercom, closed.getsockname()[1], **changes)
+        response = intercom.ask(1)
+    assert response.has_ended == has_ended
+    assert reason in response.reason
 
 
-def test_one_that_is_silent_elsewhere_has_not_ended(intercom, monkeypatch):
-    monkeypatch.setattr(intercom_module, "SECONDS_TO_ANSWER", 0.3)
+def test_a_silent_peer_on_another_host_is_not_known_to_have_ended(intercom, monkeypatch):
+    monkeypatch.setattr(intercom_module, "RESPONSE_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        elsewhere(intercom, silent.getsockname()[1])
-        assert intercom.ask(1) == NoAnswer(
-            "does not answer: it is stopped, or its host cannot be reached"
-        )
+        add_remote_peer(intercom, silent.getsockname()[1])
+        response = intercom.ask(1)
+    assert isinstance(response, NoAnswer)
+    assert "unresponsive" in response.reason
+    assert not response.has_ended
 
 
-def test_one_to_which_there_is_no_way_has_not_ended(intercom):
-    elsewhere(intercom, 1, address="no.such.node.invalid")
+def test_an_unreachable_peer_is_not_known_to_have_ended(intercom):
+    add_remote_peer(intercom, 1, address="no.such.node.invalid")
     assert not intercom.ask(1).has_ended
 
 
-REPLIES = {
-    "nothing": b"",
-    "no JSON": b"\xff\xfe{",
+INVALID_RESPONSES = {
+    "empty": b"",
+    "not JSON": b"\xff\xfe{",
     "an object": b'{"step": 1}',
-    "too few": b"[1, 2, 3]",
+    "too few values": b"[1, 2, 3]",
     "text": b'["1", 0, 0, 0, 0, 1.0, -1]',
-    "a flag": b"[true, 0, 0, 0, 0, 1.0, -1]",
-    "not finite": b"[1, 0, 0, 0, 0, NaN, -1]",
-    "for ever": b"[1, 0, 0, 0, 0, Infinity, -1]",
+    "a bool": b"[true, 0, 0, 0, 0, 1.0, -1]",
+    "not a number": b"[1, 0, 0, 0, 0, NaN, -1]",
+    "infinite": b"[1, 0, 0, 0, 0, Infinity, -1]",
     "huge": b"[" + b"9" * 200 + b", 0, 0, 0, 0, 1.0, -1]",
     "no direction": b"[1, 0, 7, 0, 0, 1.0, -1]",
-    "deep": b"[" * 400,
+    "deeply nested": b"[" * 400,
     "endless": b"[" + b"1, " * 100_000,
 }
 
 
-@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES)
-def test_what_is_no_place_is_no_answer(intercom, reply):
+@pytest.mark.parametrize("content", INVALID_RESPONSES.values(), ids=INVALID_RESPONSES)
+def test_an_invalid_response_counts_as_none(intercom, content):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        elsewhere(intercom, other.getsockname()[1])
+        add_remote_peer(intercom, other.getsockname()[1])
 
-        def answer() -> None:
-            line, _ = other.accept()
-            with line, contextlib.suppress(OSError):
-                line.recv(1000)
-                line.sendall(reply)
+        def respond() -> None:
+            connection, _ = other.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(content)
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=respond)
         thread.start()
-        found = intercom.ask(1)
+        response = intercom.ask(1)
         thread.join()
-    assert isinstance(found, NoAnswer)
-    assert not found.has_ended
+    assert isinstance(response, NoAnswer)
+    assert not response.has_ended
 
 
-def test_a_reply_that_never_ends_is_given_up(intercom, monkeypatch):
-    monkeypatch.setattr(intercom_module, "SECONDS_TO_ANSWER", 0.5)
+def test_a_response_that_never_ends_times_out(intercom, monkeypatch):
+    monkeypatch.setattr(intercom_module, "RESPONSE_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        elsewhere(intercom, other.getsockname()[1])
+        add_remote_peer(intercom, other.getsockname()[1])
         over = threading.Event()
 
-        def drip() -> None:
-            line, _ = other.accept()
-            with line, contextlib.suppress(OSError):
+        def send_slowly() -> None:
+            connection, _ = other.accept()
+            with connection, contextlib.suppress(OSError):
                 while not over.wait(0.1):
-                    line.sendall(b" ")
+                    connection.sendall(b" ")
 
-        thread = threading.Thread(target=drip)
+        thread = threading.Thread(target=send_slowly)
         thread.start()
-        found = intercom.ask(1)
+        response = intercom.ask(1)
         over.set()
         thread.join()
-    assert isinstance(found, NoAnswer)
-    assert not found.has_ended
+    assert isinstance(response, NoAnswer)
+    assert not response.has_ended
 
 
-def test_a_chain_ends_at_a_rank_that_does_not_exist():
-    whereabouts = ProgressTracker()
-    intercom = Intercom(Alone(), whereabouts.read, lambda rank: None)
-    with contextlib.closing(intercom), whereabouts.waiting_for(5):
-        (found,) = intercom.waits_from(0).values()
-    assert found.waits_for == 5
+def test_a_chain_of_waits_ends_at_a_rank_that_does_not_exist():
+    progress = ProgressTracker()
+    intercom = Intercom(Alone(), progress.read, lambda rank: None)
+    with contextlib.closing(intercom), progress.waiting_for(5):
+        [response] = intercom.waits_from(0).values()
+    assert response.waits_for == 5

@@ -1,6 +1,4 @@
-"""The metrics file over kills, full disks and restarts: whole lines only, each step once, nothing
-of another run lost.
-"""
+"""Across kills, full disks and restarts the metrics file has complete lines and each step once."""
 
 import errno
 import json
@@ -41,7 +39,7 @@ def lines(*steps: int) -> str:
 
 
 def steps(path: Path) -> list[int]:
-    """Of a file in which every line must be whole."""
+    """Return the steps of a file whose lines must all be complete."""
     text = path.read_text()
     assert text == "" or text.endswith("\n")
     return [json.loads(each)["step"] for each in text.splitlines()]
@@ -51,7 +49,7 @@ def superseded(path: Path) -> Path:
     return path.with_name(f"{path.name}.superseded")
 
 
-def test_a_resumed_run_continues_after_its_checkpoint_and_keeps_what_it_repeats(path, file, notes):
+def test_a_resumed_run_continues_after_its_checkpoint_and_keeps_superseded_lines(path, file, notes):
     path.write_text(lines(0, 1, 2, 2, 3, 4))
     file.begin(2)
     file.write({"step": 3, "loss": 5.0})
@@ -60,7 +58,7 @@ def test_a_resumed_run_continues_after_its_checkpoint_and_keeps_what_it_repeats(
     assert len(notes) == 1
 
 
-def test_lines_that_are_superseded_again_follow_the_others(path, file):
+def test_lines_superseded_later_are_appended(path, file):
     path.write_text(lines(1, 2))
     file.begin(1)
     file.write({"step": 2, "loss": 5.0})
@@ -68,7 +66,7 @@ def test_lines_that_are_superseded_again_follow_the_others(path, file):
     assert superseded(path).read_text() == lines(2) + line(2, loss=5.0)
 
 
-def test_a_kill_between_copying_and_cutting_does_not_repeat_superseded_lines(path, file):
+def test_a_kill_between_copy_and_truncation_does_not_repeat_superseded_lines(path, file):
     path.write_text(lines(1, 2, 3))
     superseded(path).write_text(lines(9, 2, 3))
     file.begin(1)
@@ -76,28 +74,28 @@ def test_a_kill_between_copying_and_cutting_does_not_repeat_superseded_lines(pat
     assert steps(path) == [1]
 
 
-TORN = ['{"step": 3, "loss": 5.', "{", '{"step": 3}', "\0" * 40, "\0\n\0\n"]
+INCOMPLETE = ['{"step": 3, "loss": 5.', "{", '{"step": 3}', "\0" * 40, "\0\n\0\n"]
 
 
-@pytest.mark.parametrize("torn", TORN)
-def test_a_torn_tail_is_dropped(torn, path, file, notes):
-    path.write_text(lines(1, 2) + torn)
+@pytest.mark.parametrize("incomplete", INCOMPLETE)
+def test_an_incomplete_end_is_dropped(incomplete, path, file, notes):
+    path.write_text(lines(1, 2) + incomplete)
     file.begin(2)
     file.write({"step": 3})
     assert steps(path) == [1, 2, 3]
     assert len(notes) == 1
-    assert f"{len(torn)} bytes" in notes[0]
+    assert f"{len(incomplete)} bytes" in notes[0]
     assert not superseded(path).exists()
 
 
-def test_a_torn_line_after_the_checkpoint_is_not_kept(path, file):
+def test_an_incomplete_line_after_the_checkpoint_is_not_kept(path, file):
     path.write_text(lines(1, 2, 3) + '{"step": 4')
     file.begin(2)
     assert steps(path) == [1, 2]
     assert superseded(path).read_text() == lines(3)
 
 
-def test_a_file_of_half_a_line_alone(path, file):
+def test_a_file_with_only_an_incomplete_line_is_continued(path, file):
     path.write_text('{"st')
     assert problem(path) is None
     file.begin(2)
@@ -105,7 +103,7 @@ def test_a_file_of_half_a_line_alone(path, file):
     assert steps(path) == [3]
 
 
-def test_lines_longer_than_what_is_read_at_a_time(path, file):
+def test_lines_longer_than_a_block_are_handled(path, file):
     long = line(2, ring_hops=[1.5] * 40_000)
     path.write_text(lines(1) + long + long[:70_000])
     file.begin(2)
@@ -115,14 +113,14 @@ def test_lines_longer_than_what_is_read_at_a_time(path, file):
     assert superseded(path).read_text() == long
 
 
-def test_steps_that_are_missing_are_named(path, file, notes):
+def test_missing_steps_are_reported(path, file, notes):
     path.write_text(lines(1, 2))
     file.begin(5)
     assert "3 to 5" in notes[0]
     assert steps(path) == [1, 2]
 
 
-def test_a_fresh_run_moves_the_lines_of_earlier_ones_aside(path, file, notes):
+def test_a_run_from_step_0_renames_the_file_of_an_earlier_run(path, file, notes):
     for earlier in (7, 8):
         path.write_text(lines(earlier))
         file.begin(0)
@@ -134,7 +132,7 @@ def test_a_fresh_run_moves_the_lines_of_earlier_ones_aside(path, file, notes):
     assert "metrics.jsonl.2" in second
 
 
-def test_an_aside_name_that_is_taken_is_not_overwritten(path, file):
+def test_an_existing_file_is_not_overwritten_by_renaming(path, file):
     path.with_name("metrics.jsonl.1").write_text("somebody's")
     path.write_text(lines(7))
     file.begin(0)
@@ -142,7 +140,7 @@ def test_an_aside_name_that_is_taken_is_not_overwritten(path, file):
     assert steps(path.with_name("metrics.jsonl.2")) == [7]
 
 
-def test_nothing_is_moved_aside_where_nothing_was_written(path, file, notes):
+def test_an_empty_or_missing_file_is_not_renamed(path, file, notes):
     file.begin(0)
     path.touch()
     file.begin(0)
@@ -150,7 +148,7 @@ def test_nothing_is_moved_aside_where_nothing_was_written(path, file, notes):
     assert sorted(path.parent.iterdir()) == [path]
 
 
-def test_a_linked_file_is_followed_on_resume_and_its_link_moved_aside(path, tmp_path, file):
+def test_a_resume_follows_a_link_and_a_run_from_step_0_renames_it(path, tmp_path, file):
     target = tmp_path / "elsewhere.jsonl"
     target.write_text(lines(1, 2))
     path.symlink_to(target)
@@ -162,51 +160,52 @@ def test_a_linked_file_is_followed_on_resume_and_its_link_moved_aside(path, tmp_
 
 
 @pytest.fixture
-def disk_of(monkeypatch):
-    """Sets how many more bytes can be written to any file; None: as many as one likes."""
-    real, room = os.write, [None]
+def limit_disk(monkeypatch):
+    """A function that sets how many more bytes can be written to any file; None: unlimited."""
+    original_write = os.write
+    free_bytes: list[int | None] = [None]
 
     def write(file: int, data: bytes) -> int:
-        if room[0] is None:
-            return real(file, data)
-        if room[0] == 0:
+        if free_bytes[0] is None:
+            return original_write(file, data)
+        if free_bytes[0] == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = real(file, bytes(data)[: room[0]])
-        room[0] -= written
+        written = original_write(file, bytes(data)[: free_bytes[0]])
+        free_bytes[0] -= written
         return written
 
-    def set_room(size: int | None) -> None:
-        room[0] = size
+    def set_free_bytes(size: int | None) -> None:
+        free_bytes[0] = size
 
     monkeypatch.setattr(os, "write", write)
-    return set_room
+    return set_free_bytes
 
 
-def test_on_a_full_disk_no_line_is_torn_and_later_ones_follow(path, file, disk_of):
+def test_on_a_full_disk_no_line_is_incomplete_and_later_ones_follow(path, file, limit_disk):
     file.begin(0)
     file.write({"step": 1})
-    for room in (0, 1, 11):
-        disk_of(room)
+    for free_bytes in (0, 1, 11):
+        limit_disk(free_bytes)
         with pytest.raises(OSError, match="No space"):
             file.write({"step": 2})
         assert steps(path) == [1]
-    disk_of(None)
+    limit_disk(None)
     file.write({"step": 3})
     assert steps(path) == [1, 3]
 
 
-def test_a_resume_on_a_full_disk_still_has_every_step_once(path, file, disk_of, notes):
+def test_a_resume_on_a_full_disk_still_has_every_step_once(path, file, limit_disk, notes):
     path.write_text(lines(1, 2, 3))
-    disk_of(4)
+    limit_disk(4)
     file.begin(1)
-    disk_of(None)
+    limit_disk(None)
     file.write({"step": 2})
     assert steps(path) == [1, 2]
-    assert superseded(path).read_text() == "", "no half line"
+    assert superseded(path).read_text() == "", "no incomplete line"
     assert "dropped" in notes[0]
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk(path, file):
+def test_a_file_size_limit_is_handled_like_a_full_disk(path, file):
     file.begin(0)
     file.write({"step": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -219,21 +218,21 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(path, file):
     assert steps(path) == [1]
 
 
-def test_what_could_not_be_prepared_is_tried_again_before_the_next_line(path, file, monkeypatch):
+def test_a_failed_preparation_is_retried_before_the_next_line(path, file, monkeypatch):
     path.write_text(lines(1, 2, 3))
-    cut = os.ftruncate
+    original = os.ftruncate
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", _refuse)
         for act in (lambda: file.begin(1), lambda: file.write({"step": 2})):
             with pytest.raises(PermissionError):
                 act()
-    assert os.ftruncate is cut
+    assert os.ftruncate is original
     file.write({"step": 3})
     assert steps(path) == [1, 3]
     assert superseded(path).read_text() == lines(2, 3), "once"
 
 
-def test_what_could_not_be_moved_is_moved_before_a_roll_back(path, file, monkeypatch):
+def test_a_failed_renaming_is_retried_before_a_roll_back(path, file, monkeypatch):
     path.write_text(lines(1, 2, 3))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", _refuse)
@@ -269,24 +268,24 @@ def test_a_device_and_a_pipe_are_only_written_to(tmp_path):
     os.close(reader)
 
 
-def test_records_are_read_past_lines_that_are_none(path):
-    none = '{"step": 2, "lo{"step": 3}', "[1]", '{"loss": 1}', '{"step": true}', "[" * 9999
-    path.write_text(lines(1) + "".join(f"{each}\n" for each in none) + lines(4))
+def test_invalid_lines_are_skipped_when_reading(path):
+    invalid = '{"step": 2, "lo{"step": 3}', "[1]", '{"loss": 1}', '{"step": true}', "[" * 9999
+    path.write_text(lines(1) + "".join(f"{each}\n" for each in invalid) + lines(4))
     assert [record["step"] for record in records(path)] == [1, 4]
 
 
-METRICS = ["", '{"step": 1}\n', '{"step":1}\n', '{"loss": 2, "step": 1}\r\n', '{"step": 0, "va']
-OTHER = ["step,loss\n1,5.5\n", "\x89PNG\n", "[1]\n", '{"loss": 1}\n', "{\n", "[" * 9999]
+VALID = ["", '{"step": 1}\n', '{"step":1}\n', '{"loss": 2, "step": 1}\r\n', '{"step": 0, "va']
+INVALID = ["step,loss\n1,5.5\n", "\x89PNG\n", "[1]\n", '{"loss": 1}\n', "{\n", "[" * 9999]
 
 
-@pytest.mark.parametrize("content", METRICS)
-def test_what_may_be_a_metrics_file(content, path):
+@pytest.mark.parametrize("content", VALID)
+def test_content_that_may_be_a_metrics_file(content, path):
     path.write_text(content)
     assert problem(path) is None
 
 
-@pytest.mark.parametrize("content", OTHER)
-def test_what_is_no_metrics_file(content, path):
+@pytest.mark.parametrize("content", INVALID)
+def test_content_that_is_no_metrics_file(content, path):
     path.write_text(content)
     assert "other content" in problem(path)
 
@@ -295,7 +294,7 @@ def test_a_folder_is_no_metrics_file(tmp_path):
     assert "folder" in problem(tmp_path)
 
 
-def test_killed_before_every_operation_nothing_is_lost_torn_or_repeated(tmp_path):
+def test_a_kill_at_any_operation_loses_tears_and_repeats_no_line(tmp_path):
     command = [sys.executable, "-m", "tests.monitoring.killed_metrics", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr

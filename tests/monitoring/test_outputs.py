@@ -1,4 +1,4 @@
-"""Outputs for people: refused at the start where they cannot work, and no end of a run later."""
+"""Outputs that cannot be written are refused at the start, and never end a run later."""
 
 import os
 import subprocess
@@ -12,14 +12,13 @@ from megatron_ring.config import LoggingConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring.outputs import BestEffort, check
 from megatron_ring.monitoring.ring_profile import trace
-from megatron_ring.monitoring.ring_profile.clocks import Offset
-from megatron_ring.monitoring.ring_profile.step import StepTime
+from megatron_ring.monitoring.ring_profile.report import StepTime
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """\
 import logging, os, sys
-logged = logging.getLogger("library")
-logged.addHandler(logging.StreamHandler(sys.stdout))
+logger = logging.getLogger("library")
+logger.addHandler(logging.StreamHandler(sys.stdout))
 from megatron_ring.monitoring.outputs import keep_console_from_ending_the_run
 keep_console_from_ending_the_run()
 """
@@ -31,7 +30,7 @@ def refused(save: str | Path = "", **options: str) -> list[str]:
     return error.value.problems
 
 
-def test_what_can_be_written_is_not_refused_and_nothing_is_written(tmp_path):
+def test_writable_outputs_pass_the_check_which_writes_nothing(tmp_path):
     (tmp_path / "old.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "linked.jsonl").symlink_to(tmp_path / "not there")
     for file in ("old.jsonl", "linked.jsonl", "new/folder/metrics.jsonl", "/dev/null", "/dev/full"):
@@ -60,12 +59,12 @@ def test_a_folder_that_cannot_be_written_is_refused(name, value, tmp_path, monke
     assert f"Set --{name.replace('_', '-')}" in problem
 
 
-def test_all_that_is_impossible_is_refused_at_once_and_left_as_it_is(tmp_path):
+def test_all_impossible_outputs_are_reported_together_and_left_unchanged(tmp_path):
     (tmp_path / "m.csv").write_text("step,loss\n1,5.5\n")
-    found = refused(metrics_file=str(tmp_path / "m.csv"), csv_dir=str(tmp_path / "m.csv"))
-    metrics, tables = found
-    assert "Set --metrics-file" in metrics
-    assert "Set --csv-dir" in tables
+    csv = str(tmp_path / "m.csv")
+    of_metrics, of_csv = refused(metrics_file=csv, csv_dir=csv)
+    assert "Set --metrics-file" in of_metrics
+    assert "Set --csv-dir" in of_csv
     assert (tmp_path / "m.csv").read_text() == "step,loss\n1,5.5\n"
 
 
@@ -76,7 +75,9 @@ def test_a_trace_replaces_an_earlier_trace_and_no_other_file(tmp_path):
     assert "Set --profile-ring-trace" in problem
     assert index.read_bytes() == b"MRIDX" + bytes(100)
     step = trace.StepLog(StepTime(1, 0, 0.1, 0.0, False), np.zeros((0, 4), np.int64))
-    earlier.write_text(trace.as_json([trace.RankLog(0, "node", Offset(0, 0), [0], [step])]))
+    earlier.write_text(
+        trace.as_json([trace.RankLog(0, "node", trace.ClockOffset(0, 0), [0], [step])])
+    )
     (tmp_path / "empty.json").touch()
     for path in (earlier, tmp_path / "empty.json", tmp_path / "new.json"):
         check(LoggingConfig(profile_ring_trace=str(path)))
@@ -123,8 +124,8 @@ def test_an_output_under_a_name_of_the_checkpoints_is_refused(name, own, tmp_pat
     check(LoggingConfig(**{name: str(saved / "other" / own)}), str(saved))
 
 
-def test_where_permission_is_missing_it_is_refused(tmp_path, monkeypatch):
-    """Root may write anywhere, so what the system answers is replaced."""
+def test_an_output_without_permission_is_refused(tmp_path, monkeypatch):
+    """Root may write anywhere, so the system call is replaced."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (tmp_path / "m.jsonl").touch()
     for file in ("m.jsonl", "new.jsonl"):
@@ -132,17 +133,19 @@ def test_where_permission_is_missing_it_is_refused(tmp_path, monkeypatch):
         assert "permission" in problem
 
 
-def test_a_library_that_is_missing_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "wandb").mkdir()  # a folder of that name is no library
+def test_a_monitor_whose_library_is_missing_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()  # a mere folder of that name is not the library
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for library in ("wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, library, raising=False)
     found = refused(wandb_project="x", tensorboard_dir=str(tmp_path / "boards"))
-    assert ["tensorboard" in found[0], "wandb" in found[1], len(found)] == [True, True, 2]
+    tensorboard, wandb = found
+    assert "tensorboard" in tensorboard
+    assert "wandb" in wandb
 
 
-def test_what_fails_is_reported_once_and_counted(capsys):
+def test_a_failing_output_is_reported_once_and_counted(capsys):
     best_effort = BestEffort()
     assert best_effort("sum", sum, [1, 2]) == 3
     for _ in range(3):
@@ -154,11 +157,10 @@ def test_what_fails_is_reported_once_and_counted(capsys):
     assert "/proc/none/x" in out[1]
 
 
-Ended = subprocess.CompletedProcess
-
-
-def program(folder: Path, body: str, unbuffered: str = "", **streams: int) -> Ended:
-    """Ends with 0, and having run to its end, only if no write raised."""
+def program(
+    folder: Path, body: str, unbuffered: str = "", **streams: int
+) -> subprocess.CompletedProcess:
+    """Run ``body`` after the preamble; fails unless it reaches its end."""
     code = PREAMBLE + body + "\nopen('done', 'w').close()\n"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
@@ -179,7 +181,7 @@ bar = tqdm(total=3, mininterval=0)
 for step in range(3):
     print("step", step, flush=step == 1)
     tqdm.write("line " * 3000)
-    logged.warning("a library")
+    logger.warning("a library")
     bar.update()
 bar.close()
 os.write(1, b"C"), os.write(2, b"C")  # as a library in C would
@@ -201,7 +203,7 @@ def test_a_lost_stdout_is_reported_once_on_stderr(tmp_path):
     assert ended.returncode == 0
     assert ended.stderr.count(b"stdout           lost: Broken pipe") == 1
     assert b"Traceback" not in ended.stderr
-    assert b"3/3" in ended.stderr, "the bar goes on"
+    assert b"3/3" in ended.stderr, "the progress bar continues"
 
 
 def test_a_full_disk_under_the_console_does_not_end_a_program(tmp_path):
@@ -212,7 +214,7 @@ def test_a_full_disk_under_the_console_does_not_end_a_program(tmp_path):
     assert b"Traceback" not in ended.stderr
 
 
-def test_a_console_that_works_has_everything_in_order(tmp_path):
+def test_a_working_console_shows_everything_in_order(tmp_path):
     ended = program(tmp_path, WRITES, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out = ended.stdout.decode().splitlines()
     assert [line for line in out if line.startswith("step")] == ["step 0", "step 1", "step 2"]
@@ -221,13 +223,13 @@ def test_a_console_that_works_has_everything_in_order(tmp_path):
     assert ended.returncode == 0
 
 
-def test_closed_streams_are_dropped(tmp_path):
+def test_closed_streams_do_not_end_a_program(tmp_path):
     (tmp_path / "program.py").write_text(PREAMBLE + WRITES.replace("os.write", ""))
     command = f"PYTHONPATH={ROOT} {sys.executable} program.py >&- 2>&-"
     assert subprocess.run(command, shell=True, cwd=tmp_path, timeout=60).returncode == 0
 
 
-def test_two_outputs_are_not_one_file():
+def test_two_outputs_cannot_share_a_file():
     plot = LoggingConfig(metrics_file="runs/loss.png")
     same = LoggingConfig(metrics_file="x", profile_ring=True, profile_ring_trace="x")
     for logging_config in (plot, same):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_ring.config import ModelConfig
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import KERNELS, reference
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import Layers
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker, Work
 from megatron_ring.parallel.ring_log import Event
@@ -38,17 +38,17 @@ class Noting:
 
 
 @pytest.mark.parametrize(
-    ("execution", "backward"),
+    ("memory", "backward"),
     [
-        (Execution(), BACKWARD),
-        (Execution(recompute="selective"), BACKWARD),
-        (Execution(recompute="full"), BACKWARD),
-        (Execution(recompute="full", recompute_attention=True), AGAIN),
+        (MemoryConfig(), BACKWARD),
+        (MemoryConfig(recompute="selective"), BACKWARD),
+        (MemoryConfig(recompute="full"), BACKWARD),
+        (MemoryConfig(recompute="full", recompute_attention=True), AGAIN),
     ],
     ids=["kept", "selective", "full", "attention too"],
 )
 def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(
-    execution, backward, monkeypatch
+    memory, backward, monkeypatch
 ):
     place = ProgressTracker()
     kernel = Noting(place)
@@ -56,7 +56,7 @@ def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(
     attention = ContextParallelAttention(
         Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place
     )
-    layers = Layers(MODEL, LENGTH, attention, 1, execution, STAGE)
+    layers = build(Layers, MODEL, LENGTH, attention, seed=1, memory=memory, layers=STAGE)
     place.follow(layers)
     for _ in place.steps([7]):
         x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, requires_grad=True)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ring.config import ModelConfig
-from megatron_ring.model.execution import Execution
+from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.tensor import split_of
 from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel
 from tests.distributed import run_ranks
@@ -37,8 +37,15 @@ def loss_and_gradients(config: ModelConfig, tensor: TensorParallel) -> tuple[flo
     """The loss, and by parameter its gradient with the range of it that is here (None: all)."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS, targets_BS = torch.randint(VOCABULARY, (2, 2, LENGTH), generator=generator)
-    model = GPT(
-        config, VOCABULARY, LENGTH, plain_attention, 1, Execution(tensor, loss_chunk_size=5)
+    model = build(
+        GPT,
+        config,
+        VOCABULARY,
+        LENGTH,
+        plain_attention,
+        seed=1,
+        tensor=tensor,
+        memory=MemoryConfig(loss_chunk_size=5),
     ).double()
     # Biases and norms start where a forgotten gradient of theirs would not show.
     with torch.no_grad():
@@ -114,8 +121,8 @@ def kept_by_a_layer(rank: int, world_size: int) -> tuple[dict[str, int], list[di
     """How many whole (B, l, E) a layer saves, by model, and its collectives forward and backward."""
     gathered_kept, collectives = {}, []
     for name, model_config in CONFIGS.items():
-        execution = Execution(TensorParallel.of(dist.group.WORLD, sequence_parallel=True))
-        model = GPT(model_config, VOCABULARY, LENGTH, plain_attention, 1, execution)
+        tensor = TensorParallel.of(dist.group.WORLD, sequence_parallel=True)
+        model = build(GPT, model_config, VOCABULARY, LENGTH, plain_attention, seed=1, tensor=tensor)
         rotation, block = model.rotation(torch.arange(LENGTH)), model.blocks["0"]
         present = [*block.parameters(), *(vars(rotation).values() if rotation else ())]
         excluded = {x.untyped_storage().data_ptr() for x in present}

@@ -32,7 +32,7 @@ LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_que
     ids=["like Llama", "like GPT-2", "like Qwen"],
 )
 def test_six_for_each_weight_of_a_product_and_half_of_the_square(config):
-    model = GPT(config, VOCAB, SEQ, attention=None, seed=0)
+    model = GPT(config, VOCAB, SEQ, attention=None)
     products = (ColumnParallelLinear, RowParallelLinear)
     weights = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, products)

@@ -10,11 +10,10 @@ from benchmarks.measure_memory import LiveBytes
 from megatron_ring.config import Config, DataConfig, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.model.execution import PLAIN, Execution
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.tensor_exchange import ALONE
 from megatron_ring.plan.activations import (
     inputs_gathered_again,
     layer_bytes,
@@ -69,16 +68,25 @@ def workload(config: Config, grid: Grid = ONE, micro_batches: int = 1, **changes
     return replace(load, **changes)
 
 
-def gpt(config: Config, execution: Execution, dtype: torch.dtype) -> GPT:
+def gpt(config: Config, dtype: torch.dtype) -> GPT:
     attention = ContextParallelAttention(Layout("none", LENGTH, 1), "sdpa", ProcessGroups())
-    return GPT(config.model, VOCABULARY, LENGTH, attention, 0, execution).to(dtype)
+    return build(
+        GPT,
+        config.model,
+        VOCABULARY,
+        LENGTH,
+        attention,
+        seed=0,
+        dtype=dtype,
+        memory=config.memory,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_layer_keeps_what_autograd_saves(model, dtype):
     """Once for each storage; parameters, and cos and sin, are there for all layers."""
-    built = gpt(config(model), PLAIN, dtype)
+    built = gpt(config(model), dtype)
     rotation, block = built.rotation(torch.arange(LENGTH)), next(iter(built.blocks.values()))
     shared = [*block.parameters(), *(vars(rotation).values() if rotation else ())]
     of_all = {x.untyped_storage().data_ptr() for x in shared}
@@ -111,7 +119,7 @@ def test_a_layer_keeps_what_autograd_saves(model, dtype):
 def test_the_peak_of_a_step_is_what_was_planned(mode, model, dtype):
     """Forward and backward of one process, whose parameters are there already and whose gradients come."""
     asked = config(MODELS[model], MODES[mode])
-    built = gpt(asked, Execution.of(asked, ALONE), dtype)
+    built = gpt(asked, dtype)
     tokens, positions = torch.randint(VOCABULARY, (1, LENGTH + 1)), torch.arange(LENGTH)
     with LiveBytes() as live:
         built(tokens[:, :-1].clone(), positions, None, tokens[:, 1:].clone()).backward()
@@ -226,5 +234,5 @@ def test_the_table_of_the_documentation(flags, memory):
         num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008
     )
     kept = layer_bytes(config(model, memory), Grid(ring=8), torch.bfloat16, "cuda").kept
-    documented = Path(__file__).parents[2] / "docs" / "memory.md"
+    documented = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory.md"
     assert f"| `{flags}` | {kept:,.0f} | {kept / 4096:.1f} |\n" in documented.read_text()

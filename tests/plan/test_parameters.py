@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_ring.config import ModelConfig
-from megatron_ring.model.execution import Execution
 from megatron_ring.model.gpt import GPT, Layers
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.stages import layers_of_stage
@@ -40,28 +39,26 @@ def held(model) -> int:
 def test_alone_a_process_holds_the_whole_model(config):
     planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(), 0)
     assert planned == parameter_count(config, VOCABULARY, LENGTH)
-    assert planned == held(GPT(config, VOCABULARY, LENGTH, lambda *_: None, 0))
+    assert planned == held(GPT(config, VOCABULARY, LENGTH, lambda *_: None))
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_a_tensor_rank_holds_its_part_and_the_replicas(config):
-    execution = Execution(tensor=TensorParallel(rank=0, size=2))
-    model = GPT(config, VOCABULARY, LENGTH, lambda *_: None, 0, execution)
+    tensor = TensorParallel(rank=0, size=2)
+    model = GPT(config, VOCABULARY, LENGTH, lambda *_: None, tensor)
     assert parameters_of_stage(config, VOCABULARY, LENGTH, Grid(tensor=2), 0) == held(model)
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_stages_hold_their_layers_and_the_vocabulary_at_both_ends(config, tensor):
-    execution = Execution(tensor=TensorParallel(rank=0, size=tensor))
     for stage in range(3):
         layers = Layers(
             config,
             LENGTH,
             lambda *_: None,
-            0,
-            execution,
-            layers_of_stage(config.num_layers, 3, stage),
+            TensorParallel(rank=0, size=tensor),
+            layers=layers_of_stage(config.num_layers, 3, stage),
         )
         rows = share(VOCABULARY, tensor) if stage != 1 else 0
         planned = parameters_of_stage(

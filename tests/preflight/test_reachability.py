@@ -1,4 +1,4 @@
-"""Ranks that cannot connect to each other are named before the run begins."""
+"""Ranks that cannot connect to each other are named before training starts."""
 
 import re
 import socket
@@ -6,35 +6,37 @@ import socket
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring import intercom
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.preflight.reachability import check_reach, to_ask
+from megatron_ring.preflight.reachability import check_reach, ranks_to_try
 from tests.distributed import run_ranks
 
 HOSTS = ["a", "a", "b", "b", "c"]
 
 
-def test_every_host_is_tried_by_every_host_once():
-    pairs = [(HOSTS[rank], HOSTS[other]) for rank in range(5) for other in to_ask(rank, HOSTS)]
+def test_every_host_tries_every_host_once():
+    pairs = [
+        (HOSTS[rank], HOSTS[other]) for rank in range(5) for other in ranks_to_try(rank, HOSTS)
+    ]
     assert len(pairs) == len(set(pairs))
     assert set(pairs) >= {(a, b) for a in "abc" for b in "abc" if a != b}
-    assert all(rank not in to_ask(rank, HOSTS) for rank in range(5))
+    assert all(rank not in ranks_to_try(rank, HOSTS) for rank in range(5))
 
 
-def test_many_hosts_are_shared_out_among_the_ranks_of_one():
+def test_the_ranks_of_a_host_share_the_other_hosts():
     networks = [f"host {rank // 8}" for rank in range(8 * 128)]
-    assert {len(to_ask(rank, networks)) for rank in range(0, len(networks), 37)} <= {15, 16}
-    asked = [other for rank in range(len(networks)) for other in to_ask(rank, networks)]
-    assert max(map(asked.count, asked[::500])) <= 128, "no rank is asked by many"
+    assert {len(ranks_to_try(rank, networks)) for rank in range(0, len(networks), 37)} <= {15, 16}
+    tried = [other for rank in range(len(networks)) for other in ranks_to_try(rank, networks)]
+    assert max(map(tried.count, tried[::500])) <= 128, "no rank gets many calls"
 
 
-def no_route(*_, **__):
+def refuse_connection(*_, **__):
     raise OSError(113, "No route to host")
 
 
 def check(rank: int, world_size: int, unreachable: bool) -> list[str]:
-    """What is wrong according to this rank, where each rank is on a host of its own."""
+    """The problems that this rank reports, each rank being on a host of its own."""
     intercom.network_identity = intercom.pid_identity = lambda: f"host {rank}"
     if unreachable and rank == 1:
-        socket.create_connection = no_route
+        socket.create_connection = refuse_connection
     try:
         check_reach(Consensus.build())
     except ConfigError as error:
@@ -46,7 +48,7 @@ def test_ranks_that_reach_each_other_pass():
     assert run_ranks(3, check, False) == [[]] * 3
 
 
-def test_the_pairs_that_do_not_are_named_on_all_ranks_with_the_remedy():
+def test_pairs_that_cannot_connect_are_named_on_all_ranks_with_the_remedy():
     first, second, third = run_ranks(3, check, True)
     assert first == second == third
     assert len(first) == 3

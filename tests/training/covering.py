@@ -1,45 +1,49 @@
-"""Covering sets: few assignments in which all that can meet does meet, each pair of values in at least one of them.
+"""Covering sets: a few assignments in which every legal pair of option values occurs at least once.
 
-Most faults of a program with many options show when two of them meet, and the rows that it takes grow with the longest
-lists of values, hardly with the number of options (Cohen et al. 1997, "The AETG system": greedy, the best of some
-candidates). What is legal is asked, never known: ``infeasible`` says what is left out.
+Most bugs of a program with many options show in a pair of them, and the number of rows grows with
+the longest lists of values, hardly with the number of options (Cohen et al. 1997, "The AETG
+system": greedy, the best of some candidates). Legality is decided by a function of the caller;
+``infeasible`` returns the combinations that are left out.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterator
 
 Factors = dict[str, tuple]
-"""The values of each factor. The first is its plain value; all plain values together are legal."""
+"""The values of each factor. The first is its default; all defaults together are legal."""
 
 Assignment = dict[str, Hashable]
-"""A value for every factor; for some of them, where it says combination."""
+"""A value for every factor, or for some of them (a combination)."""
 
 Legal = Callable[[Assignment], bool]
 
-# Rows that are begun from different combinations, of which the one that covers most is taken.
-_BEGINNINGS = 6
+# Candidate rows, each grown from another combination; the one that covers most is used.
+_CANDIDATES = 6
 
 
 def covering(
     factors: Factors, legal: Legal, strength: int = 2, changes: int = 2
 ) -> list[Assignment]:
-    """Legal assignments in which every feasible combination of ``strength`` values occurs; the same every time."""
+    """Return legal assignments in which every feasible combination of ``strength`` values occurs.
+
+    The result is the same on every call.
+    """
     witnesses = _witnesses(factors, legal, strength, changes)
     missing = {_key(c): row for c, row in witnesses if row}
     rows = []
     while missing:
-        beginnings = list(missing.values())[:: -(-len(missing) // _BEGINNINGS)]
-        grown = [_grown(row, factors, legal, missing.keys(), strength) for row in beginnings]
+        seeds = list(missing.values())[:: -(-len(missing) // _CANDIDATES)]
+        grown = [_grown(row, factors, legal, missing.keys(), strength) for row in seeds]
         rows.append(max(grown, key=lambda row: _gain(row, missing.keys(), strength)))
         for combination in _combinations_of(rows[-1], strength):
             missing.pop(combination, None)
-    return _without_spare(rows, strength)
+    return _without_redundant(rows, strength)
 
 
 def infeasible(
     factors: Factors, legal: Legal, strength: int = 2, changes: int = 2
 ) -> list[Assignment]:
-    """The combinations of ``strength`` values that no legal assignment has, as far as ``witness`` looks."""
+    """Return the combinations of ``strength`` values for which ``witness`` finds no assignment."""
     return [
         combination
         for combination, row in _witnesses(factors, legal, strength, changes)
@@ -50,17 +54,18 @@ def infeasible(
 def witness(
     combination: Assignment, factors: Factors, legal: Legal, changes: int
 ) -> Assignment | None:
-    """A legal assignment with ``combination``, plain but for it and for at most ``changes`` more factors.
+    """Return a legal assignment with ``combination`` and few other values that are not defaults.
 
-    The product of all values is too large to search; rules tie few factors, so a few changes meet what they ask.
-    With as many changes as factors None is a proof.
+    The product of all values is too large to search. Rules connect few factors, so a few changes
+    (at most ``changes``) satisfy them. With as many changes as factors, None proves that there is
+    no such assignment.
     """
-    plain = {name: values[0] for name, values in factors.items()} | combination
+    defaults = {name: values[0] for name, values in factors.items()} | combination
     free = [name for name in factors if name not in combination]
     for count in range(min(changes, len(free)) + 1):
         for names in itertools.combinations(free, count):
             for values in itertools.product(*(factors[name][1:] for name in names)):
-                if legal(row := plain | dict(zip(names, values, strict=True))):
+                if legal(row := defaults | dict(zip(names, values, strict=True))):
                     return row
     return None
 
@@ -79,7 +84,7 @@ def _key(combination: Assignment) -> tuple:
 
 
 def _combinations_of(row: Assignment, strength: int) -> Iterator[tuple]:
-    """Their keys: factors in the order of the row, which is that of the factors."""
+    """Return the keys of the row's combinations, in the order of the factors."""
     return itertools.combinations(row.items(), strength)
 
 
@@ -90,9 +95,9 @@ def _gain(row: Assignment, missing: Collection[tuple], strength: int) -> int:
 def _grown(
     row: Assignment, factors: Factors, legal: Legal, missing: Collection[tuple], strength: int
 ) -> Assignment:
-    """``row`` with one value after another changed for what covers most of ``missing``, until no change helps.
+    """Change one value of ``row`` after another to cover most of ``missing``, until nothing helps.
 
-    Of equally good values the first in its list stays, so that rows are as plain as may be.
+    Of equally good values the current one stays, so that rows keep as many defaults as possible.
     """
     before = None
     while row != before:
@@ -103,13 +108,13 @@ def _grown(
     return row
 
 
-def _without_spare(rows: list[Assignment], strength: int) -> list[Assignment]:
-    """``rows`` less those whose combinations all occur in others."""
-    kept = list(rows)
+def _without_redundant(rows: list[Assignment], strength: int) -> list[Assignment]:
+    """Return ``rows`` without those whose combinations all occur in others."""
+    remaining = list(rows)
     for row in rows:
         others = {
-            c for other in kept if other is not row for c in _combinations_of(other, strength)
+            c for other in remaining if other is not row for c in _combinations_of(other, strength)
         }
         if all(c in others for c in _combinations_of(row, strength)):
-            kept.remove(row)
-    return kept
+            remaining.remove(row)
+    return remaining

@@ -1,7 +1,8 @@
-"""What the parity matrix varies: every option of a grid, of ZeRO, of memory and of a model, and what it is in a config.
+"""The factors of the parity matrix: options of grid, ZeRO, memory and model, and their configs.
 
-The first value of each is its plain one: one process that splits nothing, keeps everything and computes all at once.
-Whether an assignment is legal is asked of ``Setup.of``; of our own there is one limit, the number of processes.
+The first value of each factor is its default; together they are one process without sharding,
+recompute or chunks. ``Setup.of`` decides whether an assignment is legal; the number of processes is
+the only limit of our own.
 """
 
 import functools
@@ -31,7 +32,7 @@ FACTORS: Factors = {
     "mlp_chunks": (1, 3),
     "loss_chunk": (0, 20),
     "kernel": ("sdpa", "reference"),
-    "documents": ("ignored", "kept apart"),
+    "documents": ("ignored", "masked"),
     "kind": ("Llama", "Qwen 2", "GPT-2"),
     "tied": (True, False),
     "key_value_heads": (8, 4, 2),
@@ -41,7 +42,7 @@ FACTORS: Factors = {
     "softmax": ("vanilla", "off-by-one", "learnable"),
 }
 
-# These say what is computed; all the others how, which must make no difference.
+# These define what is computed. All others define how, which must make no difference.
 MATHEMATICS = (
     "documents",
     "kind",
@@ -53,7 +54,7 @@ MATHEMATICS = (
     "softmax",
 )
 
-# Shards, stripes, chunks and the parts of sequence_parallel all divide it, whatever the grid.
+# Divisible by the numbers of shards, stripes, chunks and tensor ranks of every grid.
 SEQ = 72
 GLOBAL_BATCH = 6
 
@@ -71,13 +72,13 @@ _KINDS = {
 }
 
 
-def plain_but_for(**changes: Hashable) -> Assignment:
-    """The plain value of every factor that is not among ``changes``."""
+def defaults_with(**changes: Hashable) -> Assignment:
+    """Return the default of every factor that is not among ``changes``."""
     return {name: values[0] for name, values in FACTORS.items()} | changes
 
 
-def alone(row: Assignment) -> Assignment:
-    """One process that computes what ``row`` does."""
+def one_process(row: Assignment) -> Assignment:
+    """Return the assignment of one process that computes the same as ``row``."""
     return {
         name: row[name] if name in MATHEMATICS else values[0] for name, values in FACTORS.items()
     }
@@ -88,16 +89,16 @@ def world_size(row: Assignment) -> int:
 
 
 def refusals(row: Assignment) -> list[str]:
-    """Why ``row`` cannot run: what ``Setup.of`` says."""
+    """Return why ``row`` cannot run, by ``Setup.of``."""
     try:
         Setup.of(config(row), world_size(row))
-    except ConfigError as refused:
-        return refused.problems
+    except ConfigError as error:
+        return error.problems
     return []
 
 
 def legal(row: Assignment) -> bool:
-    """On up to eight processes."""
+    """Whether ``row`` can run on up to eight processes."""
     return world_size(row) <= 8 and _accepted(tuple(row.values()))
 
 
@@ -112,24 +113,20 @@ def _accepted(values: tuple) -> bool:
 
 @functools.cache
 def each_value() -> list[Assignment]:
-    """A few rows, on up to four processes, in which every value occurs."""
+    """Return a few rows, on up to four processes, in which every value occurs."""
     return covering(FACTORS, legal_on_four, strength=1)
 
 
 @functools.cache
 def each_pair() -> list[Assignment]:
-    """Rows in which every pair of values occurs that can."""
+    """Return rows in which every legal pair of values occurs."""
     return covering(FACTORS, legal, strength=2)
 
 
-def described(row: Assignment) -> str:
-    """What is not plain about ``row``."""
-    return (
-        ", ".join(
-            f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]
-        )
-        or "plain"
-    )
+def describe(row: Assignment) -> str:
+    """Return the values of ``row`` that are not defaults."""
+    changed = [f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]]
+    return ", ".join(changed) or "defaults"
 
 
 def config(row: Assignment) -> Config:
@@ -171,9 +168,9 @@ def _parallel(row: Assignment) -> dict:
 
 
 def _data(row: Assignment) -> dict:
-    apart = row["documents"] == "kept apart"
+    are_masked = row["documents"] == "masked"
     packing = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-    return {"seq_length": SEQ, **dict.fromkeys(packing, apart)}
+    return {"seq_length": SEQ, **dict.fromkeys(packing, are_masked)}
 
 
 def _training(row: Assignment) -> dict:
@@ -181,8 +178,9 @@ def _training(row: Assignment) -> dict:
         "zero_stage": row["zero"],
         "global_batch_size": GLOBAL_BATCH,
         "micro_batch_size": GLOBAL_BATCH // (row["data"] * row["micro_batches"]),
-        # Adam divides by the root of a gradient's square. With 1e-8 the steps of entries that have no gradient but
-        # rounding would be rounding's; with as much as a small gradient's 1e-3 steps follow gradients, their size too.
+        # Adam divides by the root of the squared gradient. With 1e-8, entries whose gradient is
+        # only rounding error would take full steps; with 1e-3, which is large for a gradient, steps
+        # are nearly proportional to gradients.
         "adam_eps": 1e-3,
     }
 

@@ -1,4 +1,4 @@
-"""A covering set has every combination that is legal at all, in few rows; the real ones lack only what is refused."""
+"""A covering set has every legal combination in few rows; the matrix lacks only illegal pairs."""
 
 import itertools
 
@@ -10,12 +10,12 @@ from tests.training.covering import covering, infeasible, witness
 FREE = {"a": (0, 1, 2), "b": (0, 1, 2), "c": (0, 1), "d": (0, 1), "e": (0, 1)}
 
 
-def everything_goes(row: dict) -> bool:
+def everything_is_legal(row: dict) -> bool:
     return True
 
 
-def odd_needs_company(row: dict) -> bool:
-    """Ties factors pair by pair and three at a time: a = 1 with c = 1 only, b = 2 with d or e, never c with d."""
+def some_are_legal(row: dict) -> bool:
+    """Rules of two and three factors: a = 1 only with c = 1, b = 2 with d or e, no c with d."""
     return (
         (row["a"] != 1 or row["c"] == 1)
         and (row["b"] != 2 or row["d"] + row["e"] > 0)
@@ -23,71 +23,78 @@ def odd_needs_company(row: dict) -> bool:
     )
 
 
-def by_brute_force(legal, strength: int) -> set[tuple]:
-    """Every combination of ``strength`` values that any legal assignment has."""
+def all_legal_combinations(legal, strength: int) -> set[tuple]:
+    """Return every combination of ``strength`` values that any legal assignment has."""
     rows = (dict(zip(FREE, values, strict=True)) for values in itertools.product(*FREE.values()))
     return {c for row in rows if legal(row) for c in itertools.combinations(row.items(), strength)}
 
 
-@pytest.mark.parametrize("legal", [everything_goes, odd_needs_company])
+@pytest.mark.parametrize("legal", [everything_is_legal, some_are_legal])
 @pytest.mark.parametrize("strength", [1, 2, 3])
-def test_every_combination_that_is_legal_anywhere_is_in_a_row(legal, strength):
+def test_every_legal_combination_is_in_a_row(legal, strength):
     rows = covering(FREE, legal, strength, changes=len(FREE))
     assert all(legal(row) for row in rows)
     assert {
         c for row in rows for c in itertools.combinations(row.items(), strength)
-    } == by_brute_force(legal, strength)
+    } == all_legal_combinations(legal, strength)
 
 
-def test_what_no_legal_assignment_has_is_infeasible():
-    found = infeasible(FREE, odd_needs_company, changes=len(FREE))
-    assert found == [{"a": 1, "c": 0}, {"a": 1, "d": 1}, {"c": 1, "d": 1}]
+def test_combinations_without_a_legal_assignment_are_infeasible():
+    combinations = infeasible(FREE, some_are_legal, changes=len(FREE))
+    assert combinations == [{"a": 1, "c": 0}, {"a": 1, "d": 1}, {"c": 1, "d": 1}]
 
 
 def test_rows_are_few():
     # Nine pairs of a and b need nine rows; the product has 72.
-    assert len(covering(FREE, everything_goes)) <= 11
-    assert len(covering(FREE, everything_goes, strength=1)) == 3
+    assert len(covering(FREE, everything_is_legal)) <= 11
+    assert len(covering(FREE, everything_is_legal, strength=1)) == 3
 
 
-def test_a_witness_is_as_plain_as_can_be():
-    assert witness({"a": 1}, FREE, odd_needs_company, 1) == {"a": 1, "b": 0, "c": 1, "d": 0, "e": 0}
-    assert witness({"a": 1}, FREE, odd_needs_company, 0) is None
+def test_a_witness_has_as_few_changes_as_possible():
+    assert witness({"a": 1}, FREE, some_are_legal, 1) == {"a": 1, "b": 0, "c": 1, "d": 0, "e": 0}
+    assert witness({"a": 1}, FREE, some_are_legal, 0) is None
 
 
-# Why pairs of values never meet, in the words of ``Setup.of``; the rest would be more processes than there are.
+# The pairs of values that ``Setup.of`` refuses, by parts of its message. The other infeasible
+# pairs would need too many processes.
 REFUSED = {
-    "needs a layout, but context_parallel is none": {
+    ("context_parallel_size", "--context-parallel striped"): {
         *(("ring", ring, "layout", "none") for ring in (2, 3, 4)),
         *(("ulysses", ulysses, "layout", "none") for ulysses in (2, 4)),
     },
-    "has no effect while tensor_model_parallel_size is 1": {
+    ("sequence_parallel", "tensor_model_parallel_size is 1"): {
         ("tensor", 1, "sequence_parallel", True)
     },
-    "key-value heads are split over tensor ranks, not repeated": {
+    ("num_query_groups 2", "tensor_model_parallel_size 4", "--num-query-groups"): {
         ("tensor", 4, "key_value_heads", 2)
     },
-    "splits gradients, but stages of pipeline_model_parallel_size": {
+    ("zero_stage", "--zero-stage 1", "--pipeline-model-parallel-size 1"): {
         ("pipe", pipe, "zero", zero) for pipe in (2, 4) for zero in (2, 3)
     },
-    "needs zero_stage 3, which no pipeline takes": {
+    ("offload_param", "--offload-param none", "--pipeline-model-parallel-size 1"): {
         ("pipe", pipe, "offload", "optimizer and parameters") for pipe in (2, 4)
     },
-    "moves what ZeRO keeps of the optimizer": {("zero", 0, "offload", "optimizer")},
-    "moves parameters that ZeRO 3 has split": {
+    ("zero_stage 0", "--zero-stage 1", "--offload-optimizer none"): {
+        ("zero", 0, "offload", "optimizer")
+    },
+    ("offload_param", "--zero-stage 3", "--offload-param none"): {
         ("zero", zero, "offload", "optimizer and parameters") for zero in (0, 1, 2)
     },
 }
 
 
-def test_pairs_of_values_that_never_meet_are_refused_or_too_many_processes():
-    expected = {pair: fragment for fragment, pairs in REFUSED.items() for pair in pairs}
+def test_infeasible_pairs_are_refused_or_need_too_many_processes():
+    expected = {pair: parts for parts, pairs in REFUSED.items() for pair in pairs}
     refused = set()
     for pair in infeasible(factors.FACTORS, factors.legal):
-        row = factors.plain_but_for(**pair)
+        row = factors.defaults_with(**pair)
         if factors.world_size(row) <= 8:
-            refused.add(names := sum(pair.items(), ()))
-            assert any(expected[names] in message for message in factors.refusals(row)), names
+            names = sum(pair.items(), ())
+            refused.add(names)
+            assert any(
+                all(part in message for part in expected[names])
+                for message in factors.refusals(row)
+            ), names
     assert refused == expected.keys()
 
 
@@ -95,15 +102,15 @@ def pairs_of(row: dict) -> set[tuple]:
     return set(itertools.combinations(row.items(), 2))
 
 
-def test_the_matrix_has_every_pair_that_is_not_refused():
+def test_the_matrix_has_every_feasible_pair():
     names = itertools.combinations(factors.FACTORS, 2)
     every = {
         ((a, x), (b, y)) for a, b in names for x in factors.FACTORS[a] for y in factors.FACTORS[b]
     }
-    never = {tuple(pair.items()) for pair in infeasible(factors.FACTORS, factors.legal)}
+    never_legal = {tuple(pair.items()) for pair in infeasible(factors.FACTORS, factors.legal)}
     rows = factors.each_pair()
     assert all(map(factors.legal, rows))
-    assert set().union(*map(pairs_of, rows)) == every - never
+    assert set().union(*map(pairs_of, rows)) == every - never_legal
     assert len(rows) < 45
 
 
@@ -115,9 +122,10 @@ def test_the_quick_matrix_has_every_value():
     assert max(map(factors.world_size, rows)) == 4
 
 
-def test_a_row_alone_is_one_process_and_the_same_model():
+def test_the_one_process_counterpart_has_the_same_model_and_batch():
     row = factors.each_pair()[0]
-    alone, whole = factors.config(factors.alone(row)), factors.config(row)
-    assert factors.world_size(factors.alone(row)) == 1
+    alone = factors.config(factors.one_process(row))
+    whole = factors.config(row)
+    assert factors.world_size(factors.one_process(row)) == 1
     assert (alone.model, alone.data) == (whole.model, whole.data)
     assert alone.training.global_batch_size == whole.training.global_batch_size

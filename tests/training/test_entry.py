@@ -1,10 +1,10 @@
-"""What a training program does before anything else."""
+"""The settings that a training program makes before anything else runs."""
 
 import os
 import subprocess
 import sys
 
-# Not the coercion and the UTF-8 mode by which Python 3.7 and later leave the POSIX locale.
+# Without locale coercion and UTF-8 mode, by which Python 3.7 and later avoid the POSIX locale.
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PROGRAM = """
 from megatron_ring.training.entry import read_files_as_utf8
@@ -19,7 +19,7 @@ print(readable())
 """
 
 
-def test_files_are_utf_8_in_an_ascii_locale_too(tmp_path):
+def test_files_are_read_as_utf_8_even_in_an_ascii_locale(tmp_path):
     (tmp_path / "text").write_bytes("größe".encode())
     environment = {**os.environ, **ASCII, "PYTHONPATH": os.getcwd()}
     run = subprocess.run(

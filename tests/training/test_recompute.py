@@ -1,6 +1,7 @@
-"""Under ZeRO: a block that is computed again finds its parameters, and hands their gradients over once.
+"""Recompute under ZeRO: a recomputed block has its parameters, and reduces gradients only once.
 
-ZeRO 3 keeps parameters of fewer than 100,000 elements whole unless told otherwise, which would be all of them here.
+By default ZeRO 3 does not partition parameters of fewer than 100,000 elements, which would be all
+of them here.
 """
 
 from pathlib import Path
@@ -20,11 +21,11 @@ MODES = {
     "none": {},
     "selective": {"recompute": "selective"},
     "full": {"recompute": "full"},
-    "attention too": {"recompute": "full", "recompute_attention": True},
+    "full with attention": {"recompute": "full", "recompute_attention": True},
 }
 KINDS = {
     "Llama": {},
-    # With biases, which DeepSpeed's own linear layer adds in place.
+    # With biases, which DeepSpeed's linear layer adds in place.
     "GPT-2": {"normalization": "LayerNorm", "activation": "gelu", "add_bias_linear": True},
 }
 CASES = [
@@ -33,7 +34,7 @@ CASES = [
 
 
 def train_all(rank: int, world_size: int, prefix: Path) -> dict[tuple, list[tuple[float, float]]]:
-    """Losses and gradient norms, by case and mode."""
+    """Return losses and gradient norms by case and mode."""
     return {
         (case, mode): train(tiny.Run(config(*case, mode), prefix, rank, world_size))
         for case in CASES
@@ -60,19 +61,19 @@ def config(kind: str, stage: int, chunks: int, mode: str):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[tuple, list[tuple[float, float]]]:
+def steps(tmp_path_factory) -> dict[tuple, list[tuple[float, float]]]:
     prefix = tiny.write_store(tmp_path_factory.mktemp("store"))
     return run_ranks(2, train_all, prefix)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_steps_are_those_of_keeping_everything(case, mode, found):
-    assert found[case, mode] == found[case, "none"]
+def test_recompute_does_not_change_a_bit(case, mode, steps):
+    assert steps[case, mode] == steps[case, "none"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pieces_change_steps_by_rounding_alone(case, found):
+def test_mlp_chunks_change_steps_only_by_rounding(case, steps):
     kind, stage, _ = case
-    for step, whole in zip(found[case, "none"], found[(kind, stage, 1), "none"]):
+    for step, whole in zip(steps[case, "none"], steps[(kind, stage, 1), "none"]):
         assert step == pytest.approx(whole, rel=1e-5)

@@ -1,4 +1,4 @@
-"""N + N steps are 2N steps: bit for bit on the same grid, and as if nothing had happened on any other."""
+"""Resuming after N steps equals an uninterrupted run: bitwise on the same grid, else closely."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, DataError, Diverged
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.settings.setup import Setup
-from megatron_ring.training import checkpointing
+from megatron_ring.training.checkpoint_selection import select_checkpoint
 from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
@@ -61,39 +61,42 @@ OTHER_GRIDS = {
 }
 
 
-def stop_and_resume(
+def resume_all(
     rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]
 ) -> None:
     for name, sections in cases.items():
         saving = {"save": str(folder / name), "load": str(folder / name)}
-        stop_and_resume_one(tiny.config(**sections, checkpoint=saving), rank, world_size, prefix)
+        check_resume(tiny.config(**sections, checkpoint=saving), rank, world_size, prefix)
 
 
-def stop_and_resume_one(config: Config, rank: int, world_size: int, prefix: Path) -> None:
-    straight = tiny.Run(config, prefix, rank, world_size)
-    before = straight.steps(N)
-    path = straight.save()
-    expected = straight.steps(N)
+def check_resume(config: Config, rank: int, world_size: int, prefix: Path) -> None:
+    uninterrupted = tiny.Run(config, prefix, rank, world_size)
+    before = uninterrupted.steps(N)
+    path = uninterrupted.save()
+    expected = uninterrupted.steps(N)
 
     resumed = tiny.Run(config, prefix, rank, world_size)
     stored = resumed.find()
     assert stored.path == path
     resumed.resume(stored)
-    assert resumed.steps(N) == expected, f"the losses and gradient norms after resuming {path}"
+    assert resumed.steps(N) == expected, f"losses and gradient norms after resuming {path}"
     assert expected != before
-    resumed_at, straight_at = resumed.parameters(), straight.parameters()
-    assert resumed_at.keys() == straight_at.keys()
-    assert all(torch.equal(resumed_at[name], straight_at[name]) for name in straight_at)
+    actual_parameters = resumed.parameters()
+    expected_parameters = uninterrupted.parameters()
+    assert actual_parameters.keys() == expected_parameters.keys()
+    for name, expected_parameter in expected_parameters.items():
+        assert torch.equal(actual_parameters[name], expected_parameter), name
 
 
 @pytest.mark.parametrize(
     ("world_size", "cases"), [(2, DTYPES_AND_STAGES), (4, OTHER_GRIDS)], ids=["ring", "others"]
 )
-def test_resuming_is_bit_for_bit(world_size, cases, tmp_path):
-    run_ranks(world_size, stop_and_resume, tmp_path, tiny.write_store(tmp_path), cases)
+def test_a_resumed_run_is_bitwise_the_same_on_the_same_grid(world_size, cases, tmp_path):
+    run_ranks(world_size, resume_all, tmp_path, tiny.write_store(tmp_path), cases)
 
 
-# Axes of a grid, and ZeRO's stage on it. A cycle: each is left for the one after it, the last for the first.
+# The axes of each grid, and its ZeRO stage. A run on one grid is resumed on the next, and a run on
+# the last one on the first.
 GRIDS = {
     "ring-of-4": ({"context_parallel_size": 4}, 3),
     "tensor-pipe": (TENSOR_AND_PIPE | {"context_parallel_size": 1}, 1),
@@ -121,31 +124,33 @@ def on_grid(grid: str, folder: Path) -> Config:
     )
 
 
-def save_and_go_on(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
-    followed = {}
+def save_and_continue(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
+    continued = {}
     for grid in (grid for grid in GRIDS if ranks_of(grid) == world_size):
         run = tiny.Run(on_grid(grid, folder / grid), prefix, rank, world_size)
         run.steps(2)
         run.save()
-        followed[grid] = run.steps(2)
-    return followed
+        continued[grid] = run.steps(2)
+    return continued
 
 
-def resume_on_the_next(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
-    followed = {}
+def resume_on_next_grid(rank: int, world_size: int, folder: Path, prefix: Path) -> dict[str, list]:
+    continued = {}
     for grid in (grid for grid in GRIDS if ranks_of(NEXT[grid]) == world_size):
         run = tiny.Run(on_grid(NEXT[grid], folder / grid), prefix, rank, world_size)
         run.resume(run.find())
-        followed[grid] = run.steps(2)
-    return followed
+        continued[grid] = run.steps(2)
+    return continued
 
 
-def test_on_any_other_grid_a_run_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_run_resumed_on_another_grid_has_the_same_losses_up_to_rounding(tmp_path):
     prefix = tiny.write_store(tmp_path)
-    expected, resumed = {}, {}
-    for followed, act in ((expected, save_and_go_on), (resumed, resume_on_the_next)):
-        for world_size in (1, 4):
-            followed.update(run_ranks(world_size, act, tmp_path, prefix)[0])
+    expected: dict[str, list] = {}
+    resumed: dict[str, list] = {}
+    for world_size in (1, 4):
+        expected |= run_ranks(world_size, save_and_continue, tmp_path, prefix)[0]
+    for world_size in (1, 4):
+        resumed |= run_ranks(world_size, resume_on_next_grid, tmp_path, prefix)[0]
     assert expected.keys() == resumed.keys() == GRIDS.keys()
     for grid in GRIDS:
         torch.testing.assert_close(
@@ -159,30 +164,29 @@ def finetune(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     )
     before = first.steps(N)
     first.save()
-    stretched = {
+    yarn = {
         "rope_scaling": "yarn",
         "rope_scaling_factor": 2.0,
         "rope_original_length": tiny.SEQ // 2,
     }
     folders = {"load": str(folder / "first"), "save": str(folder / "second"), "finetune": True}
-    second = tiny.Run(tiny.config(model=stretched, checkpoint=folders), prefix, rank, world_size)
+    second = tiny.Run(tiny.config(model=yarn, checkpoint=folders), prefix, rank, world_size)
     second.resume(second.find())
     assert second.step == second.loader.consumed_samples == 0
-    assert all(
-        torch.equal(second.parameters()[name], trained)
-        for name, trained in first.parameters().items()
-    )
+    loaded_parameters = second.parameters()
+    for name, trained_parameter in first.parameters().items():
+        assert torch.equal(loaded_parameters[name], trained_parameter), name
     after = second.steps(N)
-    assert after[0][0] < before[0][0], "it begins with what was learned"
+    assert after[0][0] < before[0][0], "it starts from trained weights"
     second.save()
 
-    again = tiny.Run(tiny.config(model=stretched, checkpoint=folders), prefix, rank, world_size)
+    again = tiny.Run(tiny.config(model=yarn, checkpoint=folders), prefix, rank, world_size)
     again.resume(again.find())
-    assert again.step == N, "started again, it goes on from its own"
+    assert again.step == N, "started again, it resumes from its own checkpoint"
     assert again.steps(1) == second.steps(1)
 
 
-def test_a_new_run_takes_weights_alone_and_goes_on_from_its_own_checkpoints(tmp_path):
+def test_finetune_loads_only_weights_and_then_resumes_from_its_own_checkpoints(tmp_path):
     run_ranks(2, finetune, tmp_path, tiny.write_store(tmp_path))
 
 
@@ -194,16 +198,14 @@ def save_while_training(rank: int, world_size: int, folder: Path, prefix: Path) 
         "keep_last": 2,
     }
     config = tiny.config(checkpoint=saving)
-    straight = tiny.Run(config, prefix, rank, world_size)
+    uninterrupted = tiny.Run(config, prefix, rank, world_size)
     with slow_files():
         for _ in range(3):
-            straight.steps(1)
-            straight.saver.save(straight.engine, straight.state())
-        assert not (folder / "saved" / "step-00000003").exists(), (
-            "what is saved aside is still on its way"
-        )
-        expected = straight.steps(N)
-    assert straight.saver.finish().name == "step-00000003"
+            uninterrupted.steps(1)
+            uninterrupted.saver.save(uninterrupted.engine, uninterrupted.state())
+        assert not (folder / "saved" / "step-00000003").exists(), "the thread is still writing"
+        expected = uninterrupted.steps(N)
+    assert uninterrupted.saver.finish().name == "step-00000003"
 
     resumed = tiny.Run(config, prefix, rank, world_size)
     resumed.resume(resumed.find())
@@ -212,7 +214,7 @@ def save_while_training(rank: int, world_size: int, folder: Path, prefix: Path) 
 
 @contextlib.contextmanager
 def slow_files():
-    """Have a part take as long as a large one on a slow disk."""
+    """Make a part take as long to write as a large one on a slow disk."""
     write_part = tensors.write_part
 
     def slow(*args):
@@ -224,11 +226,11 @@ def slow_files():
         yield
 
 
-def test_a_checkpoint_taken_aside_holds_what_was_when_it_was_taken(tmp_path):
+def test_an_asynchronous_checkpoint_has_the_state_at_the_time_of_the_save(tmp_path):
     run_ranks(2, save_while_training, tmp_path, tiny.write_store(tmp_path))
 
 
-def fail_aside(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+def fail_in_thread(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
     run = tiny.Run(
         tiny.config(checkpoint={"save": str(folder / "saved"), "async_save": True}),
         prefix,
@@ -236,15 +238,15 @@ def fail_aside(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
         world_size,
     )
     run.steps(1)
-    with files_of_at_most(20_000 if rank == 1 else 1 << 40):
+    with file_size_limit(20_000 if rank == 1 else 1 << 40):
         run.saver.save(run.engine, run.state())
         with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 1"):
             run.saver.finish()
-    assert run.save().name == "step-00000001", "the next one is another matter"
+    assert run.save().name == "step-00000001", "the next save succeeds"
 
 
-def test_what_goes_wrong_aside_is_said_on_all_ranks_by_the_next_call(tmp_path):
-    run_ranks(2, fail_aside, tmp_path, tiny.write_store(tmp_path))
+def test_an_error_of_the_writing_thread_is_raised_on_all_ranks_by_the_next_call(tmp_path):
+    run_ranks(2, fail_in_thread, tmp_path, tiny.write_store(tmp_path))
 
 
 ERRORS = {
@@ -260,18 +262,20 @@ ACTS = {
 }
 
 
-def fail_anyhow(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
-    """One rank meets an error in each act of a save, in the thread and without it; no rank is left waiting."""
+def fail_in_each_act(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    """Raise an error on one rank in each act of a save, with and without the thread."""
     runs = {
-        aside: tiny.Run(
-            tiny.config(checkpoint={"save": str(folder / str(aside)), "async_save": aside}),
+        async_save: tiny.Run(
+            tiny.config(
+                checkpoint={"save": str(folder / str(async_save)), "async_save": async_save}
+            ),
             prefix,
             rank,
             world_size,
         )
-        for aside in (False, True)
+        for async_save in (False, True)
     }
-    for aside, run in runs.items():
+    for async_save, run in runs.items():
         run.steps(1)
         first = run.save()
         for (act, (module, failing)), (name, error) in zip(
@@ -286,13 +290,10 @@ def fail_anyhow(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
                 ) as failure:
                     run.save()
             assert "step-00000001 stays the newest" in str(failure.value)
-            causes = [
-                failure.value.__cause__,
-                failure.value.__cause__.__cause__ if failure.value.__cause__ else None,
-            ]
-            assert rank != failing or error in causes
-            assert store.newest(folder / str(aside)).path == first
-            # The group of the main threads is in step.
+            cause = failure.value.__cause__
+            assert rank != failing or error in (cause, cause and cause.__cause__)
+            assert store.newest(folder / str(async_save)).path == first
+            # The main threads' group still works.
             assert run.consensus.gather(lambda: rank) == [0, 1]
         assert run.save().name == f"step-{run.step:08d}"
 
@@ -301,11 +302,11 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def test_an_error_of_any_kind_in_one_rank_is_one_error_on_all(tmp_path):
-    run_ranks(2, fail_anyhow, tmp_path, tiny.write_store(tmp_path))
+def test_an_error_of_any_kind_on_one_rank_is_raised_on_all(tmp_path):
+    run_ranks(2, fail_in_each_act, tmp_path, tiny.write_store(tmp_path))
 
 
-def save_and_end(run: tiny.Run) -> None:
+def save_and_raise(run: tiny.Run) -> None:
     with run.saver:
         run.saver.save(run.engine, run.state())
         assert not Path(run.config.checkpoint.save, "step-00000001").exists()
@@ -321,18 +322,18 @@ def fail_while_saving(rank: int, world_size: int, folder: Path, prefix: Path) ->
     )
     run.steps(1)
     with slow_files(), pytest.raises(DataError, match="^no more data$"):
-        save_and_end(run)
-    assert store.newest(folder / "saved").state.step == 1, "what was on its way is finished"
+        save_and_raise(run)
+    assert store.newest(folder / "saved").state.step == 1, "the save in progress is finished"
 
 
-def test_a_save_on_its_way_is_finished_where_the_run_ends_with_an_error_of_all(tmp_path):
+def test_a_save_in_progress_is_finished_when_the_run_ends_with_an_error(tmp_path):
     run_ranks(2, fail_while_saving, tmp_path, tiny.write_store(tmp_path))
 
 
-def spoil_weights(
+def save_and_load_non_finite(
     rank: int, world_size: int, folder: Path, prefix: Path, cases: dict[str, dict]
 ) -> None:
-    """Weights and moments that are not finite are neither saved nor loaded, on whichever rank they are."""
+    """Save and load non-finite weights or moments on one rank; both must fail."""
     for name, sections in cases.items():
         kind = sections["kind"]
         saving = {"save": str(folder / name), "load": str(folder / name), "keep_last": 1}
@@ -345,9 +346,9 @@ def spoil_weights(
             run.engine.pieces()[0].values[kind].view(-1)[:2] = torch.tensor([math.nan, math.inf])
         with pytest.raises(
             Diverged, match=f"{kind}/.* has 2 values that are nan or infinite"
-        ) as ended:
+        ) as failure:
             run.save()
-        assert f"{first.name} stays the newest" in str(ended.value)
+        assert f"{first.name} stays the newest" in str(failure.value)
         assert store.newest(folder / name).path == first
 
         with pytest.MonkeyPatch.context() as patch:
@@ -364,15 +365,15 @@ def spoil_weights(
         assert again.step == 1
 
 
-NOT_FINITE = {
+NON_FINITE = {
     "fp32-0": DTYPES_AND_STAGES["fp32-0"] | {"kind": "weight"},
     "fp32-3": DTYPES_AND_STAGES["fp32-3"] | {"kind": "exp_avg"},
     "bf16-1": DTYPES_AND_STAGES["bf16-1"] | {"kind": "weight"},
 }
 
 
-def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
-    run_ranks(2, spoil_weights, tmp_path, tiny.write_store(tmp_path), NOT_FINITE)
+def test_non_finite_tensors_are_neither_saved_nor_loaded(tmp_path):
+    run_ranks(2, save_and_load_non_finite, tmp_path, tiny.write_store(tmp_path), NON_FINITE)
 
 
 def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
@@ -382,7 +383,7 @@ def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) 
     first = run.save()
     run.steps(1)
     with (
-        files_of_at_most(20_000 if rank == 1 else 1 << 40),
+        file_size_limit(20_000 if rank == 1 else 1 << 40),
         pytest.raises(CheckpointError) as failure,
     ):
         run.save()
@@ -397,8 +398,8 @@ def save_on_a_full_disk(rank: int, world_size: int, folder: Path, prefix: Path) 
 
 
 @contextlib.contextmanager
-def files_of_at_most(size: int):
-    """Let this process write no file of more than ``size`` bytes: what a full disk looks like to it."""
+def file_size_limit(size: int):
+    """Let this process write no file of more than ``size`` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -407,12 +408,12 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_the_checkpoint_before(tmp_path):
+def test_a_full_disk_on_one_rank_fails_on_all_and_keeps_the_previous_checkpoint(tmp_path):
     run_ranks(2, save_on_a_full_disk, tmp_path, tiny.write_store(tmp_path))
 
 
 def save_until_killed(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
-    run = tiny.Run(kept_twice(folder), prefix, rank, world_size)
+    run = tiny.Run(config_keeping_two(folder), prefix, rank, world_size)
     while True:
         run.steps(1)
         run.save()
@@ -420,26 +421,24 @@ def save_until_killed(rank: int, world_size: int, folder: Path, prefix: Path) ->
             threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
 
-def resume_as_if_nothing_had_happened(
-    rank: int, world_size: int, folder: Path, prefix: Path
-) -> None:
-    resumed = tiny.Run(kept_twice(folder), prefix, rank, world_size)
+def resume_from_previous(rank: int, world_size: int, folder: Path, prefix: Path) -> None:
+    resumed = tiny.Run(config_keeping_two(folder), prefix, rank, world_size)
     stored = resumed.find()
     [reason] = stored.skipped
     assert "part-00000.safetensors has other bytes than" in reason
     resumed.resume(stored)
-    straight = tiny.Run(kept_twice(folder), prefix, rank, world_size)
-    straight.steps(stored.state.step)
-    assert resumed.steps(N) == straight.steps(N)
+    uninterrupted = tiny.Run(config_keeping_two(folder), prefix, rank, world_size)
+    uninterrupted.steps(stored.state.step)
+    assert resumed.steps(N) == uninterrupted.steps(N)
 
 
-def kept_twice(folder: Path) -> Config:
+def config_keeping_two(folder: Path) -> Config:
     return tiny.config(
         checkpoint={"save": str(folder / "saved"), "load": str(folder / "saved"), "keep_last": 2}
     )
 
 
-def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_the_one_before(
+def test_a_killed_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     tmp_path,
 ):
     prefix = tiny.write_store(tmp_path)
@@ -449,11 +448,11 @@ def test_a_killed_run_with_a_flipped_byte_in_its_newest_checkpoint_resumes_from_
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    run_ranks(2, resume_as_if_nothing_had_happened, tmp_path, prefix)
+    run_ranks(2, resume_from_previous, tmp_path, prefix)
 
 
-def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
-    """A rank that has no memory to check its files does not make the newest checkpoint a damaged one."""
+def verify_without_memory(rank: int, world_size: int, folder: Path) -> None:
+    """Run out of memory on one rank while files are verified: the checkpoint is not damaged."""
     consensus = Consensus.build()
     for load in (folder, folder / "step-00000010"):
         setup = Setup.of(tiny.config(checkpoint={"load": str(load)}), world_size)
@@ -463,31 +462,32 @@ def short_of_memory(rank: int, world_size: int, folder: Path) -> None:
             with pytest.raises(
                 CheckpointError, match="step-00000010 cannot be read: MemoryError: cannot"
             ):
-                checkpointing.find(setup, tiny.VOCAB, consensus)
-        assert checkpointing.find(setup, tiny.VOCAB, consensus).state.step == 10
+                select_checkpoint(setup, tiny.VOCAB, consensus)
+        assert select_checkpoint(setup, tiny.VOCAB, consensus).state.step == 10
 
 
-def test_a_checkpoint_that_cannot_be_read_for_want_of_memory_is_not_passed_over(tmp_path):
+def test_a_checkpoint_is_not_skipped_because_a_rank_has_no_memory_to_read_it(tmp_path):
     for step in (5, 10):
         small.write(tmp_path, step, tiny.config())
-    run_ranks(2, short_of_memory, tmp_path)
+    run_ranks(2, verify_without_memory, tmp_path)
 
 
 # ---- what --load names ----
 
 
-def found(rank: int, world_size: int, cases: list[dict], cwd: Path) -> list[str]:
-    """What comes of each pair of folders: the checkpoint that is taken, "afresh", or the error. Alike on all ranks."""
+def select_each(rank: int, world_size: int, cases: list[dict], cwd: Path) -> list[str]:
+    """Return for each case the selected checkpoint, "step 0" or the error."""
     os.chdir(cwd)
-    consensus, told = Consensus.build(), []
+    consensus = Consensus.build()
+    selected = []
     for folders in cases:
         setup = Setup.of(tiny.config(checkpoint=folders), world_size)
         try:
-            stored = checkpointing.find(setup, tiny.VOCAB, consensus)
-            told.append(f"{stored.path} {stored.state.step}" if stored else "afresh")
+            stored = select_checkpoint(setup, tiny.VOCAB, consensus)
+            selected.append(f"{stored.path} {stored.state.step}" if stored else "step 0")
         except CheckpointError as error:
-            told.append(str(error))
-    return told
+            selected.append(str(error))
+    return selected
 
 
 LOADS = [
@@ -504,21 +504,21 @@ LOADS = [
     ),
     (
         {"load": "run/step-00000007"},
-        "run/step-00000007 is not whole: .*Beside it are .*step-00000005",
+        "run/step-00000007 is not complete: .*The same folder has .*step-00000005",
     ),
     ({"load": "run/latest"}, r"run/latest is a file.*\n?Set --load"),
     ({"load": "run/step-00000005/state.json"}, "is a file"),
-    ({"load": "empty"}, "afresh"),
+    ({"load": "empty"}, "step 0"),
     (
         {"load": "empty", "finetune": True, "save": "other"},
         "holds no checkpoint to take weights from",
     ),
-    ({"load": "litter"}, "afresh"),
-    ({"load": "killed"}, "afresh"),
+    ({"load": "hidden-files"}, "step 0"),
+    ({"load": "killed"}, "step 0"),
     ({"load": "nowhere"}, "nowhere does not exist"),
-    ({"load": "nowhere", "save": "nowhere"}, "afresh"),
+    ({"load": "nowhere", "save": "nowhere"}, "step 0"),
     ({"load": "logs"}, "logs holds no checkpoint, and is not empty: it has metrics.jsonl"),
-    ({"load": "logs", "save": "./logs"}, "afresh"),
+    ({"load": "logs", "save": "./logs"}, "step 0"),
     ({"load": "hf"}, r"hf is a Hugging Face folder .*convert_checkpoint.py import hf OUT"),
     ({"load": "hf", "save": "hf"}, "hf is a Hugging Face folder"),
     ({"load": "megatron"}, "is a Megatron checkpoint"),
@@ -527,7 +527,7 @@ LOADS = [
 ]
 
 
-def test_what_load_names_is_taken_or_refused_but_never_passed_over_in_silence(tmp_path):
+def test_load_selects_a_checkpoint_starts_at_step_0_or_is_refused(tmp_path):
     model = tiny.config()
     for step in (5, 7, 10):
         small.write(tmp_path / "run", step, model)
@@ -535,7 +535,7 @@ def test_what_load_names_is_taken_or_refused_but_never_passed_over_in_silence(tm
     small.write(tmp_path / "parent" / "inner", 5, model)
     (tmp_path / "best").symlink_to("run/step-00000005")
     for file in (
-        "litter/.DS_Store",
+        "hidden-files/.DS_Store",
         "killed/.partial-00000005/part-00000.safetensors",
         "logs/metrics.jsonl",
         "hf/config.json",
@@ -547,7 +547,7 @@ def test_what_load_names_is_taken_or_refused_but_never_passed_over_in_silence(tm
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     (tmp_path / "empty").mkdir()
-    of_ranks = run_ranks(2, found, [folders for folders, _ in LOADS], tmp_path)
+    of_ranks = run_ranks(2, select_each, [folders for folders, _ in LOADS], tmp_path)
     assert of_ranks[0] == of_ranks[1]
-    for (folders, expected), told in zip(LOADS, of_ranks[0], strict=True):
-        assert re.search(expected, told, re.S), f"{folders}: {told}"
+    for (folders, expected), selected in zip(LOADS, of_ranks[0], strict=True):
+        assert re.search(expected, selected, re.S), f"{folders}: {selected}"

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step alone."""
+"""The learning rate as a function of the step, and its changes after a resume."""
 
 from itertools import pairwise
 
@@ -22,13 +22,13 @@ def rates(style: str, **changes) -> list[float]:
     return [learning_rate(step, config) for step in range(1, 11)]
 
 
-def test_linear_warms_up_and_falls_by_equal_steps_to_the_floor():
+def test_linear_warms_up_and_decays_by_equal_steps_to_min_lr():
     assert rates("linear") == pytest.approx(
         [0.5, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1]
     )
 
 
-def test_cosine_is_halfway_down_in_the_middle_and_ends_at_the_floor():
+def test_cosine_is_halfway_in_the_middle_and_ends_at_min_lr():
     cosine = rates("cosine")
     assert cosine[:2] == pytest.approx([0.5, 1.0])
     assert cosine[5] == pytest.approx(0.55)
@@ -40,11 +40,11 @@ def test_constant_stays_at_the_peak():
     assert rates("constant") == pytest.approx([0.5] + [1.0] * 9)
 
 
-def test_without_warm_up_the_decay_begins_at_once():
+def test_without_warm_up_decay_begins_at_the_first_step():
     assert rates("linear", lr_warmup_iters=0)[0] == pytest.approx(0.91)
 
 
-def test_a_horizon_of_its_own_fixes_the_decay_whatever_the_steps_of_the_run():
+def test_lr_decay_iters_fixes_the_decay_whatever_train_iters_is():
     short = rates("cosine", lr_decay_iters=6)
     assert short[5:] == pytest.approx([0.1] * 5)
     assert rates("cosine", lr_decay_iters=6, train_iters=1000) == short
@@ -59,7 +59,7 @@ def test_a_horizon_of_its_own_fixes_the_decay_whatever_the_steps_of_the_run():
         ({"lr_decay_iters": -1, "lr_warmup_iters": 0}, ["--lr-decay-iters"]),
     ],
 )
-def test_a_horizon_within_the_warm_up_or_without_decay_is_refused(changes, flags):
+def test_lr_decay_iters_within_the_warm_up_or_without_decay_is_refused(changes, flags):
     [problem] = TrainingConfig(**changes).problems()[:1]
     assert all(flag in problem for flag in flags)
 
@@ -70,7 +70,7 @@ def schedule(**changes) -> TrainingConfig:
     )
 
 
-def test_a_longer_run_under_decay_states_both_rates_and_the_flag_that_keeps_the_schedule():
+def test_a_longer_run_gets_both_rates_and_the_flag_that_keeps_the_schedule():
     changed = change_on_resume(10, schedule(), schedule(train_iters=20))
     assert "1.000e-01 at step 10, 5.500e-01 at step 11" in changed
     assert "train_iters 10 there, 20 here" in changed
@@ -88,7 +88,7 @@ def test_a_longer_run_under_decay_states_both_rates_and_the_flag_that_keeps_the_
         ({"min_lr": 0.0, "train_iters": 11}, "set --min-lr 0.1 --lr-decay-iters 10."),
     ],
 )
-def test_any_other_schedule_is_stated_with_the_flags_that_undo_it(now, flags):
+def test_another_schedule_is_described_with_the_flags_that_restore_it(now, flags):
     assert flags in change_on_resume(4, schedule(), schedule(**now))
 
 
@@ -102,10 +102,10 @@ def test_any_other_schedule_is_stated_with_the_flags_that_undo_it(now, flags):
         {"weight_decay": 0.5},
     ],
 )
-def test_the_same_rate_is_not_mentioned(now):
+def test_the_same_next_rate_is_not_mentioned(now):
     assert change_on_resume(4, schedule(), schedule(**now)) is None
 
 
-def test_a_constant_rate_is_continued_without_a_word():
+def test_a_constant_rate_is_not_mentioned():
     constant = {"lr_decay_style": "constant"}
     assert change_on_resume(10, schedule(**constant), schedule(**constant, train_iters=20)) is None

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends in order, on all ranks, and started again it is the run that was never stopped."""
+"""A run stopped by a signal saves on all ranks; restarted, it equals an uninterrupted run."""
 
 import contextlib
 import json
@@ -22,7 +22,8 @@ SMALL = f"""\
 model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2}}
 parallel: {{context_parallel: striped}}
 data: {{data_path: [text/tokens], seq_length: 64, split: [0.8, 0.2, 0.0]}}
-training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 10, eval_iters: 1, dtype: fp32}}
+training:
+  {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 10, eval_iters: 1, dtype: fp32}}
 logging: {{log_interval: 10}}
 """
 
@@ -36,21 +37,21 @@ def folder(tmp_path_factory) -> Path:
 def start(
     folder: Path, *flags: str, ranks: Iterable[int] = (0, 1), port: str = ""
 ) -> list[subprocess.Popen]:
-    """These ranks of two, without a launcher."""
+    """Start these of two ranks, without a launcher."""
     port = port or free_port()
     return [start_rank(rank, port, folder, flags) for rank in ranks]
 
 
-def ended(processes: list[subprocess.Popen]) -> tuple[set[int], str]:
-    """The exit codes of all, and what they said; long before they would give up waiting for one another."""
-    said = "".join(process.communicate(timeout=240)[0] for process in processes)
-    return {process.returncode for process in processes}, said
+def wait_for(processes: list[subprocess.Popen]) -> tuple[set[int], str]:
+    """Return the exit codes and the output of all, within less than a collective's timeout."""
+    output = "".join(process.communicate(timeout=240)[0] for process in processes)
+    return {process.returncode for process in processes}, output
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.001)
 
 
@@ -59,7 +60,7 @@ def metrics(file: Path) -> list[dict]:
 
 
 def figures(file: Path) -> list[dict]:
-    """What does not depend on the clock, line by line."""
+    """The records without what depends on time."""
     timed = {
         "tokens_per_second",
         "step_seconds",
@@ -73,34 +74,32 @@ def figures(file: Path) -> list[dict]:
     ]
 
 
-def test_told_in_a_save_it_stops_once_and_has_every_step_once_when_it_was_started_again(folder):
-    codes, said = ended(start(folder, "--metrics-file", "straight.jsonl"))
-    assert codes == {0}, said
+def test_a_run_stopped_during_a_save_and_restarted_has_every_step_once(folder):
+    codes, output = wait_for(start(folder, "--metrics-file", "straight.jsonl"))
+    assert codes == {0}, output
 
     flags = ["--save", "saved", "--load", "saved", "--metrics-file", "stopped.jsonl"]
     ranks = start(folder, *flags, "--save-interval", "1", "--async-save")
-    until(lambda: any((folder / "saved").glob(f"{PARTIAL}*")))
+    wait_until(lambda: any((folder / "saved").glob(f"{PARTIAL}*")))
     ranks[1].send_signal(signal.SIGUSR1)
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
-    codes, said = ended(ranks)
-    assert codes == {75}, said
-    assert "Traceback" not in said
+    codes, output = wait_for(ranks)
+    assert codes == {75}, output
+    assert "Traceback" not in output
     stopped_after = metrics(folder / "stopped.jsonl")[-1]["step"]
     assert stopped_after < STEPS
     assert (
-        said.count(
-            f"after step {stopped_after}, as a signal asked; --load saved goes on from there"
-        )
+        output.count(f"after step {stopped_after}, on a signal; --load saved continues from there")
         == 1
     )
 
-    codes, said = ended(start(folder, *flags))
-    assert codes == {0}, said
+    codes, output = wait_for(start(folder, *flags))
+    assert codes == {0}, output
     assert figures(folder / "stopped.jsonl") == figures(folder / "straight.jsonl")
 
 
-def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
+def test_a_signal_to_one_rank_stops_all_and_without_save_nothing_is_saved(folder):
     ranks = start(
         folder,
         "--metrics-file",
@@ -110,22 +109,22 @@ def test_one_rank_that_hears_is_enough_and_without_save_nothing_is_kept(folder):
         "--num-layers",
         "2",
     )
-    until(lambda: metrics(folder / "lost.jsonl"))
+    wait_until(lambda: metrics(folder / "lost.jsonl"))
     ranks[1].send_signal(signal.SIGINT)
-    codes, said = ended(ranks)
-    assert codes == {75}, said
-    assert said.count("nothing is kept: --save is not set") == 1
-    assert "Traceback" not in said
+    codes, output = wait_for(ranks)
+    assert codes == {75}, output
+    assert output.count("nothing is saved: --save is not set") == 1
+    assert "Traceback" not in output
 
 
-def test_told_while_it_waits_for_others_it_leaves_at_once(folder):
+def test_a_signal_before_the_other_ranks_have_joined_ends_the_process(folder):
     port = free_port()
     ranks = start(folder, ranks=[0], port=port)
-    until(lambda: answers(port))
+    wait_until(lambda: accepts_connections(port))
     ranks[0].send_signal(signal.SIGUSR1)
-    codes, said = ended(ranks)
-    assert codes == {75}, said
-    assert said.count("stopped          before the first step, as a signal asked") == 1
+    codes, output = wait_for(ranks)
+    assert codes == {75}, output
+    assert output.count("stopped          before the first step, on a signal") == 1
 
 
 INTERRUPTED_TWICE = """\
@@ -135,24 +134,24 @@ stopping._SECONDS_OF_ONE_INTERRUPT = 0.2
 with stopping.Stopping(is_rank_zero=True) as stop:
     stop._begun.set()  # as within a step
     os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)  # as torchrun passes on what the terminal sent already
+    os.kill(os.getpid(), signal.SIGINT)  # as torchrun forwards what the terminal has sent, too
     time.sleep(0.5)
-    print("still at work", flush=True)
+    print("still running", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 """
 
 
-def test_a_second_ctrl_c_leaves_at_once():
-    left = subprocess.run(
+def test_a_second_ctrl_c_exits_at_once():
+    process = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_TWICE], cwd=ROOT, capture_output=True, text=True
     )
-    assert left.returncode == 130, left.stderr
-    assert left.stdout.splitlines()[0] == "still at work"
-    assert "Traceback" not in left.stderr
+    assert process.returncode == 130, process.stderr
+    assert process.stdout.splitlines()[0] == "still running"
+    assert "Traceback" not in process.stderr
 
 
-LEFT_BEHIND = """\
+FAILED_AFTER_SIGNAL = """\
 import os, signal, time
 from megatron_ring.training.stopping import Stopping
 with Stopping(is_rank_zero=True):
@@ -162,16 +161,16 @@ with Stopping(is_rank_zero=True):
 """
 
 
-def test_told_while_others_leave_before_it_it_fails_no_more_than_they_do():
-    left = subprocess.run(
-        [sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True
+def test_a_rank_that_fails_because_others_exited_on_the_signal_exits_as_they_do():
+    process = subprocess.run(
+        [sys.executable, "-c", FAILED_AFTER_SIGNAL], cwd=ROOT, capture_output=True, text=True
     )
-    assert left.returncode == 75, left.stderr
-    assert "Traceback" not in left.stderr
+    assert process.returncode == 75, process.stderr
+    assert "Traceback" not in process.stderr
 
 
-def answers(port: str) -> bool:
-    """Whether rank 0 is there for the others to meet."""
+def accepts_connections(port: str) -> bool:
+    """Whether rank 0 is ready for the other ranks to join."""
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False

@@ -1,4 +1,4 @@
-"""A model, a token stream and a run small enough that a test can repeat them for every layout and ZeRO stage."""
+"""A model, data and a run small enough to be repeated for every layout and ZeRO stage."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_ring.parallel.environment import Environment
 from megatron_ring.settings.setup import Setup
 from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
+from megatron_ring.training.checkpoint_selection import select_checkpoint
 from megatron_ring.training.schedule import learning_rate
 
 VOCAB = 61
@@ -37,7 +38,7 @@ END_OF_DOCUMENT = 0
 
 
 def config(**sections: dict) -> Config:
-    """A tiny Llama of two layers on CPU in fp32, with the given fields changed, section by section."""
+    """Return the config of a tiny two-layer Llama on CPU in fp32, with ``sections`` changed."""
     base = Config(
         model=ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2),
         parallel=ParallelConfig(context_parallel="striped"),
@@ -61,7 +62,7 @@ def config(**sections: dict) -> Config:
 
 
 def write_store(folder: Path) -> Path:
-    """A store of forty documents of a language with some order in it, so that there is something to learn."""
+    """Write a store of forty documents of a language with regularities to learn."""
     generator = np.random.default_rng(0)
     with TokenStoreWriter(folder / "tiny", np.uint16) as writer:
         for length in generator.integers(20, 200, size=40):
@@ -71,7 +72,7 @@ def write_store(folder: Path) -> Path:
 
 
 def write_short_documents(folder: Path) -> Path:
-    """A store of the same language in documents of 1 to 100 tokens, most of them short, each with its end."""
+    """Write a store of that language in documents of 1 to 100 tokens, each with an end token."""
     generator = np.random.default_rng(0)
     with TokenStoreWriter(folder / "short", np.uint16) as writer:
         for length in (generator.pareto(1.0, size=200) * 8).astype(int).clip(0, 99):
@@ -86,15 +87,14 @@ def stream(prefix: Path, seed: int = 1234, seq_length: int = SEQ) -> SampleStrea
 
 
 class Run:
-    """A tiny run on this rank; ``world_size`` ranks must build it together. The processes must have joined."""
+    """A tiny run on this rank. Collective: ``world_size`` ranks must build it together."""
 
     def __init__(self, config: Config, prefix: Path, global_rank: int, world_size: int):
         start_processes(
             Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu"
         )
-        deepspeed.utils.groups.mpu = (
-            None  # DeepSpeed keeps a tensor axis for the engines that come after it
-        )
+        # DeepSpeed keeps the tensor axis of an engine for the engines after it.
+        deepspeed.utils.groups.mpu = None
         self.config = config
         self.setup = Setup.of(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
@@ -113,7 +113,7 @@ class Run:
         self._load_from(consumed_samples=0)
 
     def steps(self, count: int) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the next ``count`` optimizer steps."""
+        """Return (loss, gradient norm) of the next ``count`` optimizer steps."""
         results = []
         for _ in range(count):
             self.step += 1
@@ -127,12 +127,12 @@ class Run:
         return RunState(self.step, self.loader.consumed_samples, VOCAB, SEQ)
 
     def save(self) -> Path:
-        """Write a checkpoint; its folder, once it is whole."""
+        """Write a checkpoint and return its folder once it is complete."""
         self.saver.save(self.engine, self.state())
         return self.saver.finish()
 
     def find(self) -> Stored | None:
-        return checkpointing.find(self.setup, VOCAB, self.consensus)
+        return select_checkpoint(self.setup, VOCAB, self.consensus)
 
     def resume(self, stored: Stored) -> None:
         checkpointing.resume(self.engine, stored, self.consensus)
@@ -140,20 +140,27 @@ class Run:
         self._load_from(stored.state.consumed_samples)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What this rank has of the parameters, by their names in a whole GPT."""
+        """Return this rank's parts of the parameters, by their names in a whole GPT."""
         return dict(self.engine.named_parameters())
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Copies of them; gathered under ZeRO 3."""
+        """Return copies of ``named_parameters``; they are gathered under ZeRO 3."""
         parameters = self.named_parameters()
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def evaluate(self) -> float:
-        """The loss summed over the next global batch, in nats."""
+        """Return the loss summed over the next global batch, in nats."""
         return self.engine.evaluate([self.loader.next_step()], torch.ones(VOCAB)).loss_sum
 
     def _load_from(self, consumed_samples: int) -> None:
-        place = self.setup.layout, self.setup.grid, self.at
-        sizes = self.config.training.micro_batch_size, self.setup.global_batch_size
-        self.loader = loader_of(self.stream, self.packing, *place, *sizes, consumed_samples)
+        self.loader = loader_of(
+            self.stream,
+            self.packing,
+            self.setup.layout,
+            self.setup.grid,
+            self.at,
+            self.config.training.micro_batch_size,
+            self.setup.global_batch_size,
+            consumed_samples,
+        )

@@ -1,4 +1,4 @@
-"""What a run leaves behind, rank by rank, put together again and compared with what one process left behind."""
+"""The results of training, collected from all ranks and compared with those of one process."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank has of a parameter: a run of dimension ``dim`` from ``start`` on, or all of it."""
+    """A rank's part of a parameter: a range of ``dim`` from ``start`` on, or all of it."""
 
     dim: int
     start: int
@@ -22,7 +22,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Trained:
-    """steps: (loss, gradient norm) of each; validation: a loss sum after the last; parts: by names in a whole GPT."""
+    """The results of one rank.
+
+    steps: (loss, gradient norm) of each. validation: a loss sum after the last step. parts: of
+    parameters, by their names in a whole GPT.
+    """
 
     steps: list[tuple[float, float]]
     validation: float
@@ -30,7 +34,7 @@ class Trained:
 
     @staticmethod
     def after(run: tiny.Run, steps: int) -> "Trained":
-        """Train and look; collective, as the run is."""
+        """Train ``steps`` steps and validate. Collective."""
         return Trained(run.steps(steps), run.evaluate(), _parts(run))
 
 
@@ -44,48 +48,53 @@ def _parts(run: tiny.Run) -> dict[str, Part]:
     }
 
 
-def faults(of_ranks: list[Trained], alone: Trained) -> list[str]:
-    """Every figure that is not ``alone``'s on some rank, and every parameter whose copies differ in a bit."""
-    copies, expected = _copies(of_ranks), _copies([alone])
+def differences(of_ranks: list[Trained], alone: Trained) -> list[str]:
+    """Return numbers that differ from ``alone`` on any rank, and parameters whose copies differ."""
+    copies = _copies(of_ranks)
+    expected = _copies([alone])
     if copies.keys() != expected.keys():
-        return [
-            f"parameters of some ranks, or of one process, alone: {sorted(copies.keys() ^ expected.keys())}"
-        ]
-    actual, figures = _figures(of_ranks), _figures([alone])
-    errors = {name: _relative(actual[name], figures[name]) for name in figures}
-    errors |= {
-        name: parameter_error(_whole(copies[name]), _whole(expected[name])) for name in expected
+        names = sorted(copies.keys() ^ expected.keys())
+        return [f"parameters that only some ranks or only one process has: {names}"]
+    actual_numbers = _numbers(of_ranks)
+    expected_numbers = _numbers([alone])
+    errors = {
+        name: _relative_error(actual_numbers[name], numbers)
+        for name, numbers in expected_numbers.items()
     }
-    off = [
+    for name, parts in expected.items():
+        errors[name] = parameter_error(_assemble(copies[name]), _assemble(parts))
+    found = [
         f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE
     ]
-    return off + [f"copies of {name} differ" for name, parts in copies.items() if not _alike(parts)]
+    found += [f"copies of {name} differ" for name, parts in copies.items() if not _are_same(parts)]
+    return found
 
 
-def _figures(of_ranks: list[Trained]) -> dict[str, torch.Tensor]:
-    """By name: (ranks, as many as there are)."""
-    found = {
+def _numbers(of_ranks: list[Trained]) -> dict[str, torch.Tensor]:
+    """By name a tensor (ranks, numbers)."""
+    lists = {
         "loss of a step": [[loss for loss, _ in trained.steps] for trained in of_ranks],
         "gradient norm of a step": [[norm for _, norm in trained.steps] for trained in of_ranks],
         "validation loss": [[trained.validation] for trained in of_ranks],
     }
-    return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in found.items()}
+    return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in lists.items()}
 
 
-def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((actual - expected).abs() / expected.abs()).max())
 
 
 def parameter_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest entry; over 0.01, a step at peak rate, where all entries are smaller.
+    """Return the largest difference over the largest entry, or over 0.01 if all are smaller.
 
-    A bias of keys without RoPE has no gradient but rounding, and no entry to speak of.
+    0.01 is one step at the peak rate. The gradient of a key bias without RoPE is only rounding
+    error, so its entries stay near zero.
     """
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=0.01))
 
 
 def _copies(of_ranks: list[Trained]) -> dict[str, dict[int, list[Part]]]:
-    """By name and by where a part begins: the ranks' copies of it."""
+    """Return the ranks' copies of each part, by parameter name and start of the part."""
     found = defaultdict(lambda: defaultdict(list))
     for trained in of_ranks:
         for name, part in trained.parts.items():
@@ -93,12 +102,12 @@ def _copies(of_ranks: list[Trained]) -> dict[str, dict[int, list[Part]]]:
     return found
 
 
-def _alike(parts: dict[int, list[Part]]) -> bool:
+def _are_same(parts: dict[int, list[Part]]) -> bool:
     return all(
         torch.equal(copies[0].values, copy.values) for copies in parts.values() for copy in copies
     )
 
 
-def _whole(parts: dict[int, list[Part]]) -> torch.Tensor:
+def _assemble(parts: dict[int, list[Part]]) -> torch.Tensor:
     first = [parts[start][0] for start in sorted(parts)]
     return torch.cat([part.values for part in first], dim=first[0].dim)

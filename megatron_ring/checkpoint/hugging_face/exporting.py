@@ -2,31 +2,36 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from megatron_ring.checkpoint import disk, locate
-from megatron_ring.checkpoint.hugging_face.aspects import Fields
-from megatron_ring.checkpoint.hugging_face.express import choose_family, write_model
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint import disk, locate, single_file
+from megatron_ring.checkpoint.hugging_face import tensor_mapping
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, choose_family, write_model
 from megatron_ring.checkpoint.hugging_face.folder import (
     BESIDE,
     CARRIED,
     CONFIG,
+    INDEX,
+    WEIGHTS,
     copy_beside,
     read_json,
 )
+from megatron_ring.checkpoint.hugging_face.key_mappings import Fields
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
-from megatron_ring.checkpoint.hugging_face.shards import parse_size, write_shards
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
-from megatron_ring.checkpoint.hugging_face.weights import STORED, Weights
+from megatron_ring.checkpoint.hugging_face.tensor_mapping import Module, Tensor
 from megatron_ring.checkpoint.locate import Located
+from megatron_ring.checkpoint.single_file import Entry
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.errors import CheckpointError
+from megatron_ring.checkpoint.tensors import Tensors
+from megatron_ring.errors import CheckpointError, ConfigError
+
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -157,3 +162,94 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         disk.delete(partial)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """theirs: every tensor that is to be written, by name, and which of ``stored`` it is made of.
+
+    dtype: fp32, bf16, fp16 or stored, which is as they are.
+    """
+
+    stored: Tensors
+    theirs: dict[str, Tensor]
+    dtype: str
+
+    @staticmethod
+    def of(stored: Tensors, table: dict[str, Module], dtype: str) -> "Weights":
+        """Of all parameters; ``table``: whose modules are whose."""
+        return Weights(stored, tensor_mapping.tensors(table, stored.shapes), dtype)
+
+    def entries(self) -> list[Entry]:
+        """What there is to be written, layer by layer."""
+        return [
+            Entry(name, self._type(tensor), tensor.shape) for name, tensor in self.theirs.items()
+        ]
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """One of ``entries``, in the type that it has in the checkpoint."""
+        tensor = self.theirs[entry.name]
+        return tensor.put_together([self.stored.read(name) for name in tensor.parts])
+
+    def _type(self, tensor: Tensor) -> torch.dtype:
+        """The widest of its parts where it has several."""
+        if self.dtype != STORED:
+            return single_file.TYPES[self.dtype]
+        return max(map(self.stored.dtype, tensor.parts), key=lambda dtype: dtype.itemsize)
+
+
+_ABOUT = {"format": "pt"}  # transformers refuses a file that does not say so
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def write_shards(
+    folder: Path, entries: list[Entry], limit: int, read: Callable[[Entry], torch.Tensor]
+) -> list[str]:
+    """Write ``entries`` to files of at most ``limit`` bytes of tensors, a larger one alone; returns the files' names.
+
+    ``read`` is asked for one tensor after another, and memory holds no other. Raises CheckpointError.
+    """
+    shards = _in_shards(entries, limit)
+    names = _names(len(shards))
+    for name, shard in zip(names, shards):
+        # Wide types first, so that every tensor begins at a multiple of its elements' size.
+        shard.sort(key=lambda entry: -entry.dtype.itemsize)
+        single_file.write(folder / name, shard, read, _ABOUT)
+    if len(names) == 1:
+        return names
+    index = {
+        "metadata": {"total_size": sum(entry.bytes for entry in entries)},
+        "weight_map": {entry.name: name for name, shard in zip(names, shards) for entry in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [*names, INDEX]
+
+
+def parse_size(text: str) -> int:
+    """Bytes: ``"5GB"`` is 5 * 10^9. Raises ConfigError."""
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in _UNITS else (text, "")
+    try:
+        size = int(float(number) * _UNITS.get(unit, 1))
+    except (OverflowError, ValueError):
+        size = 0
+    if size < 1:
+        raise ConfigError(
+            f"max_shard_size {text!r} is no size, such as 500MB or 5GB. Set --max-shard-size."
+        )
+    return size
+
+
+def _in_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
+    """Neighbours together."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > limit:
+            shards.append([])
+        shards[-1].append(entry)
+    return shards
+
+
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -9,19 +9,17 @@ import torch
 from megatron_ring.checkpoint import formats, lease, names, store
 from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
-from megatron_ring.checkpoint.hugging_face import unsupported
-from megatron_ring.checkpoint.hugging_face.aspects import missing_sizes
-from megatron_ring.checkpoint.hugging_face.express import read_model
-from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family
-from megatron_ring.checkpoint.hugging_face.folder import Folder
-from megatron_ring.checkpoint.hugging_face.matching import matched
-from megatron_ring.checkpoint.hugging_face.modules import Tensor
+from megatron_ring.checkpoint.hugging_face import tensor_mapping, unsupported
+from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family, read_model
+from megatron_ring.checkpoint.hugging_face.folder import Folder, Header
+from megatron_ring.checkpoint.hugging_face.key_mappings import missing_sizes
 from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.rope_parameters import config_of_rope, unread_parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
+from megatron_ring.checkpoint.hugging_face.tensor_mapping import Tensor
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
-from megatron_ring.checkpoint.tensors import Shapes, write_whole
+from megatron_ring.checkpoint.tensors import TYPES, Shapes, write_whole
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, ConfigError
 from megatron_ring.untrusted import shown
@@ -185,3 +183,56 @@ def _notes(config: dict, family: Family) -> list[str]:
 def _dropouts(config: dict) -> list[str]:
     names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
     return [f"{name} {shown(config[name])}" for name in names if config.get(name)]
+
+
+_HEAD, _EMBEDDING = "lm_head.weight", "embedding.weight"
+
+
+def matched(folder: Folder, family: Family, shapes: Shapes) -> dict[str, Tensor]:
+    """What each tensor in ``folder`` is to a model whose parameters have ``shapes``: every one of ours is in one.
+
+    Raises CheckpointError with everything that does not fit.
+    """
+    wanted = _named_as_there(folder, family, tensor_mapping.tensors(family.modules, shapes))
+    found = {
+        name: header for name, header in folder.headers.items() if not name.endswith(family.buffers)
+    }
+    problems = [f"{name} is missing." for name in wanted if name not in found]
+    problems += [
+        problem
+        for name in wanted
+        if name in found
+        for problem in _misfits(name, found[name], wanted[name])
+    ]
+    problems += [_left_over(folder, name, wanted) for name in found if name not in wanted]
+    if problems := [problem for problem in problems if problem]:
+        raise CheckpointError(
+            [f"the tensors in {folder.path} are not those of its config.json:", *problems]
+        )
+    return wanted
+
+
+def _named_as_there(folder: Folder, family: Family, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some folders, the first GPT-2 among them, were saved from the model without its head, and name nothing for it."""
+    if any(name.startswith(family.prefix) for name in folder.headers):
+        return wanted
+    return {name.removeprefix(family.prefix): tensor for name, tensor in wanted.items()}
+
+
+def _misfits(name: str, header: Header, wanted: Tensor) -> list[str]:
+    found = []
+    if header.shape != wanted.shape:
+        found.append(f"{name} has shape {list(header.shape)}, and must have {list(wanted.shape)}.")
+    if header.dtype not in TYPES:
+        found.append(f"{name} is of type {header.dtype}, and must be of {', '.join(TYPES)}.")
+    return found
+
+
+def _left_over(folder: Folder, name: str, wanted: dict[str, Tensor]) -> str:
+    """What is wrong with a tensor that the model has no place for. A tied head may be written a second time."""
+    tied = [theirs for theirs, tensor in wanted.items() if _EMBEDDING in tensor.parts]
+    if name != _HEAD or tied[0] not in folder.headers:
+        return f"{name} has no place in the model."
+    if torch.equal(folder.read(name), folder.read(tied[0])):
+        return ""
+    return f"{name} is not {tied[0]}, but tie_word_embeddings is true. Set it to false in config.json to have both."

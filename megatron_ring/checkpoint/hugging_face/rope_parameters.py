@@ -6,7 +6,7 @@ are written, with the same content, so that readers of either age find theirs.
 
 import math
 
-from megatron_ring.checkpoint.hugging_face.aspects import Aspect, Fields, get_or
+from megatron_ring.checkpoint.hugging_face.key_mappings import Aspect, Fields, get_or
 from megatron_ring.config import ModelConfig
 from megatron_ring.untrusted import shown
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.folder import CONFIG, read_json
+from megatron_ring.checkpoint.hugging_face.key_mappings import Fields
 from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes, shown
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_ring.checkpoint.hugging_face.aspects import Fields, missing_sizes
+from megatron_ring.checkpoint.hugging_face.key_mappings import Fields, missing_sizes
 from megatron_ring.checkpoint.hugging_face.rope_parameters import LONGEST, original_length
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError

@@ -7,8 +7,8 @@ for, and all of it for a model_type that is not listed, is read from its keys.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from megatron_ring.checkpoint.hugging_face.aspects import Fields
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
+from megatron_ring.checkpoint.hugging_face.key_mappings import Fields
 from megatron_ring.checkpoint.hugging_face.rope_parameters import config_of_rope
 
 EXPERTS = "mixture of experts"

@@ -1,1 +1,1 @@
-"""Eyes on the ring: what each hop costs every rank, who holds the others up, and a trace of a few steps."""
+"""Ring profiling: the cost of each hop on every rank, stragglers, and a trace of a few steps."""

@@ -1,4 +1,4 @@
-"""The hop timeline: a trace as a picture, one row a rank, what it computed in its rings and what it waited for."""
+"""The hop timeline: a picture of a ring trace, one row a rank, with its hops and exposed waits."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,11 +13,11 @@ from megatron_ring.errors import DataError
 from megatron_ring.untrusted import MIB, errors_as, parse_json_object, read_bytes, validate
 
 _TRACE_BYTES = 1024 * MIB
-_MOST_RANKS = 1024
+_MAX_RANKS = 1024
 _RANK = Annotated[int, Field(ge=0, lt=2**31)]
 _TIMES = list[Annotated[float, Field(allow_inf_nan=False)]]
 
-# What is drawn, in this order, so that waits lie over the hops that they are part of.
+# In drawing order: waits are drawn over the hops that contain them.
 _COLOURS = {
     "forward": "tab:blue",
     "backward": "tab:cyan",
@@ -25,37 +25,40 @@ _COLOURS = {
     "data": "tab:olive",
     "optimizer": "tab:gray",
 }
-_KINDS = {"wait": "exposed wait", "data": "data", "optimizer": "optimizer"}
+# Category of a slice -> legend entry; a hop's entry is its direction.
+_LABELS = {"wait": "exposed wait", "data": "data", "optimizer": "optimizer"}
 
 
 def draw_timeline(trace: Path, picture: Path) -> None:
-    """Draw what --profile-ring-trace wrote; raises DataError where that is no such trace."""
-    slices = [slice for slice in _slices(trace) if slice["cat"] in ("hop", *_KINDS)]
+    """Draw the trace that --profile-ring-trace wrote; raises DataError if the file is not one."""
+    slices = [slice for slice in _read_slices(trace) if slice["cat"] in ("hop", *_LABELS)]
     if not slices:
-        raise DataError(f"{trace} holds no hop of a ring. Set --trace.")
+        raise DataError(f"{trace} has no ring hop. Set --trace.")
     ranks = sorted({slice["pid"] for slice in slices})
-    if len(ranks) > _MOST_RANKS:
+    if len(ranks) > _MAX_RANKS:
         raise DataError(
-            f"{trace} has {len(ranks)} ranks, and a picture has room for {_MOST_RANKS}. Set --trace."
+            f"{trace} has {len(ranks)} ranks; at most {_MAX_RANKS} can be drawn. Set --trace."
         )
-    figure, rows = plt.subplots(figsize=(12, 1.5 + 0.5 * len(ranks)), layout="tight")
-    for drawn, colour in _COLOURS.items():
-        of_kind = [slice for slice in slices if _drawn_as(slice) == drawn]
-        for rank in ranks:
+    figure, axes = plt.subplots(figsize=(12, 1.5 + 0.5 * len(ranks)), layout="tight")
+    for label, colour in _COLOURS.items():
+        labelled = [slice for slice in slices if _label(slice) == label]
+        for row, rank in enumerate(ranks):
             spans = [
-                (slice["ts"] / 1e3, slice["dur"] / 1e3) for slice in of_kind if slice["pid"] == rank
+                (slice["ts"] / 1e3, slice["dur"] / 1e3)
+                for slice in labelled
+                if slice["pid"] == rank
             ]
-            rows.broken_barh(spans, (ranks.index(rank) - 0.4, 0.8), color=colour, linewidth=0)
-        rows.broken_barh([], (0, 0), color=colour, label=drawn)
-    rows.set(xlabel="ms", yticks=range(len(ranks)), yticklabels=[f"rank {rank}" for rank in ranks])
-    rows.invert_yaxis()
-    rows.legend(frameon=False, ncols=len(_COLOURS), loc="lower center", bbox_to_anchor=(0.5, 1))
+            axes.broken_barh(spans, (row - 0.4, 0.8), color=colour, linewidth=0)
+        axes.broken_barh([], (0, 0), color=colour, label=label)
+    axes.set(xlabel="ms", yticks=range(len(ranks)), yticklabels=[f"rank {rank}" for rank in ranks])
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=len(_COLOURS), loc="lower center", bbox_to_anchor=(0.5, 1))
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
-def _slices(trace: Path) -> list[dict[str, Any]]:
+def _read_slices(trace: Path) -> list[dict[str, Any]]:
     with errors_as(DataError, f"{trace}, as a trace of --profile-ring-trace,", "Set --trace."):
         events = parse_json_object(read_bytes(trace, _TRACE_BYTES)).get("traceEvents")
         slices = [
@@ -67,7 +70,7 @@ def _slices(trace: Path) -> list[dict[str, Any]]:
 
 
 def _check(slice: dict[str, Any]) -> None:
-    """Refuse a slice without what is drawn of it."""
+    """Validate the fields of a slice that the drawing uses."""
     validate(slice.get("cat"), str)
     validate([slice.get("ts"), slice.get("dur")], _TIMES)
     validate(slice.get("pid"), _RANK)
@@ -76,5 +79,5 @@ def _check(slice: dict[str, Any]) -> None:
         validate(slice["args"].get("direction"), Literal["forward", "backward"])
 
 
-def _drawn_as(slice: dict[str, Any]) -> str:
-    return _KINDS.get(slice["cat"]) or slice["args"]["direction"]
+def _label(slice: dict[str, Any]) -> str:
+    return _LABELS.get(slice["cat"]) or slice["args"]["direction"]

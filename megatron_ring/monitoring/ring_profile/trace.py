@@ -1,9 +1,11 @@
-"""Spans of all ranks as one trace in Chrome's JSON, which https://ui.perfetto.dev and chrome://tracing show.
+"""Ring traces in Chrome's JSON format, for https://ui.perfetto.dev and chrome://tracing.
 
-A process of the trace is a global rank. Its first thread is what the rank does: steps, passes of the ring within them,
-hops within those, waits within these. The others are its transfers, from being handed over to being waited for; those
-that overlap lie on several. An arrow leads from a transfer to the one that received it. Times are rank 0's, in
-microseconds since the first span.
+A process's event log (parallel/ring_log.py) becomes spans, and the spans of all ranks become one
+trace. A process of the trace is a global rank. Its first thread shows what the rank does: steps,
+within them passes of the ring, within those hops, within those waits. The other threads show its
+transfers, from the post to the wait that completes them; transfers that overlap are on different
+threads. An arrow leads from a transfer to the one that received it. Times are microseconds since
+the first span, on rank 0's clock.
 """
 
 import json
@@ -13,133 +15,247 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_ring.monitoring.ring_profile.clocks import Offset
-from megatron_ring.monitoring.ring_profile.spans import Span, spans
-from megatron_ring.monitoring.ring_profile.step import StepTime
+from megatron_ring.monitoring.ring_profile.report import StepTime
+from megatron_ring.parallel.progress import Direction
+from megatron_ring.parallel.ring_log import Event, Row
 
-COMPUTE = 0
-"""The number of the thread that computes; transfers have those behind it."""
+COMPUTE_THREAD = 0
+"""The thread id of what a rank does; its transfers have the following ids."""
 
 BEGINNING = b'{"traceEvents": ['
-"""How the file of a trace begins."""
+"""The first bytes of a trace file."""
 
 TraceEvent = dict[str, Any]
 
+# Event that ends a span -> event that began it, and the span's kind.
+_ENDS = {
+    Event.WAITED: (Event.WAITING, "wait"),
+    Event.LEFT: (Event.ENTERED, "pass"),
+    Event.OPTIMIZED: (Event.OPTIMIZING, "optimizer"),
+}
+
+
+class Span(NamedTuple):
+    """An activity of one process.
+
+    kind: step, data, pass, hop, wait, exchange or optimizer. began, ended: time.monotonic_ns() of
+    the process. attributes: shown with the span.
+    """
+
+    kind: str
+    began: int
+    ended: int
+    attributes: dict[str, Any]
+
+
+class ClockOffset(NamedTuple):
+    """What to add to a process's time.monotonic_ns() to get rank 0's, and the error bound.
+
+    Both are in nanoseconds.
+    """
+
+    nanoseconds: int
+    error: int
+
 
 class StepLog(NamedTuple):
-    """A rank's log of a step: (rows, 4) int64."""
+    """A rank's log of one step; rows: (rows, 4) int64."""
 
     time: StepTime
     rows: np.ndarray
 
     def spans(self, ring: list[int], rank: int) -> Iterator[Span]:
+        """Yield the step's spans: the step itself, its data wait, then those of the log."""
         began = self.time.began
         yield Span("step", began, began + round(self.time.seconds * 1e9), {"step": self.time.step})
         yield Span("data", began, began + round(self.time.data_seconds * 1e9), {})
-        yield from spans(self.rows, ring, rank)
+        yield from log_spans(self.rows, ring, rank)
 
 
 class RankLog(NamedTuple):
-    """What a rank adds to a trace. ring: the global ranks of its ring."""
+    """One rank's contribution to a trace; ring: the global ranks of its ring."""
 
     rank: int
     node: str
-    offset: Offset
+    offset: ClockOffset
     ring: list[int]
     steps: list[StepLog]
 
     def spans(self) -> list[Span]:
+        """Return the spans of all recorded steps."""
         return [span for step in self.steps for span in step.spans(self.ring, self.rank)]
 
 
+def log_spans(rows: np.ndarray, ring: list[int], global_rank: int) -> Iterator[Span]:
+    """Yield the spans of a log, (rows, 4) int64, each as soon as it ends.
+
+    ring: the global ranks of this process's ring.
+    """
+    reader = _LogReader(ring, ring.index(global_rank))
+    for row in map(Row._make, rows.tolist()):
+        yield from reader.read(row)
+
+
+class _LogReader:
+    """Matches the rows that begin and end a span.
+
+    latest: the last row of each event. in_flight: attributes of each posted transfer, keyed by the
+    moment it was posted. step_to_receiver: +1 if the ring sends to the next rank, -1 if to the
+    previous one.
+    """
+
+    def __init__(self, ring: list[int], ring_rank: int):
+        self.ring = ring
+        self.ring_rank = ring_rank
+        self.latest: dict[int, Row] = {}
+        self.in_flight: dict[int, dict[str, Any]] = {}
+        self.step_to_receiver = 1
+
+    def read(self, row: Row) -> Iterator[Span]:
+        """Take the next row of the log and yield the spans that it ends."""
+        if row.event in (Event.HOP, Event.LEFT) and (hop := self.latest.pop(Event.HOP, None)):
+            attributes = self._position(hop) | {"source": self._source(hop.a)}
+            yield Span("hop", hop.moment, row.moment, attributes)
+        if row.event in _ENDS:
+            began, kind = _ENDS[row.event]
+            yield Span(kind, self.latest[began].moment, row.moment, self._attributes(kind))
+        elif row.event == Event.RECEIVED:
+            attributes = self.in_flight.pop(row.a) | {"received_from": row.b}
+            yield Span("exchange", row.a, row.moment, attributes)
+        elif row.event == Event.SENT:
+            self._post(row)
+        self.latest[row.event] = row
+
+    def _attributes(self, kind: str) -> dict[str, Any]:
+        if kind == "optimizer":
+            return {}
+        attributes = self._position(self.latest.get(Event.HOP))
+        if kind == "wait":
+            attributes["for"] = self.latest[Event.WAITING].a
+        return attributes
+
+    def _position(self, hop: Row | None) -> dict[str, Any]:
+        entered = self.latest[Event.ENTERED]
+        position = {"direction": Direction(entered.b).name.lower(), "layer": entered.a}
+        if hop:
+            position |= {"hop": hop.a, "hops": hop.b}
+        return position
+
+    def _post(self, row: Row) -> None:
+        hop = self.latest[Event.HOP]
+        # The first message of a pass shows which way the pass sends. In a ring of two both
+        # neighbours are the same rank, and the direction does not matter.
+        if hop.a == 1:
+            next_rank = self.ring[(self.ring_rank + 1) % len(self.ring)]
+            self.step_to_receiver = 1 if row.b == next_rank else -1
+        self.in_flight[row.moment] = self._position(hop) | {"bytes": row.a, "sent_to": row.b}
+
+    def _source(self, hop: int) -> int:
+        """Return the ring rank whose keys and values, or queries, are processed in a hop."""
+        return (self.ring_rank - self.step_to_receiver * (hop - 1)) % len(self.ring)
+
+
 def as_json(ranks: list[RankLog]) -> str:
-    """The whole file."""
+    """Return the content of the trace file."""
     began = min(step.time.began + of.offset.nanoseconds for of in ranks for step in of.steps)
-    about = {
-        "clock_error_microseconds_by_rank": {str(of.rank): of.offset.error / 1e3 for of in ranks}
+    clock_errors = {str(of.rank): of.offset.error / 1e3 for of in ranks}
+    document = {
+        "traceEvents": [event for of in ranks for event in _events(of, began)],
+        "displayTimeUnit": "ms",
+        "otherData": {"clock_error_microseconds_by_rank": clock_errors},
     }
-    events = [event for of in ranks for event in _events(of, began)]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about})
+    return json.dumps(document)
 
 
 def _events(of: RankLog, began: int) -> Iterator[TraceEvent]:
+    """Yield all events of a rank; ``began``: the trace's first moment on rank 0's clock."""
+
     def event(span: Span, thread: int) -> TraceEvent:
-        start = (span.began + of.offset.nanoseconds - began) / 1e3
-        said = {"name": _name(span), "cat": span.kind, "args": span.known}
-        return said | {
+        return {
+            "name": _name(span),
+            "cat": span.kind,
+            "args": span.attributes,
             "ph": "X",
             "pid": of.rank,
             "tid": thread,
-            "ts": start,
+            "ts": (span.began + of.offset.nanoseconds - began) / 1e3,
             "dur": (span.ended - span.began) / 1e3,
         }
 
     all_spans = of.spans()
-    transfers = sorted(
-        (span for span in all_spans if span.kind == "exchange"), key=lambda span: span.began
-    )
-    threads = _side_by_side(transfers)
-    yield from _names(of, max(threads, default=COMPUTE))
-    yield from (event(span, COMPUTE) for span in all_spans if span.kind != "exchange")
+    transfers = [span for span in all_spans if span.kind == "exchange"]
+    transfers.sort(key=lambda span: span.began)
+    threads = _assign_threads(transfers)
+    yield from _names(of, max(threads, default=COMPUTE_THREAD))
+    for span in all_spans:
+        if span.kind != "exchange":
+            yield event(span, COMPUTE_THREAD)
     slices = [event(span, thread) for span, thread in zip(transfers, threads)]
     yield from slices
     yield from _arrows(slices)
 
 
-def _side_by_side(transfers: list[Span]) -> list[int]:
-    """The thread of each, the first on which nothing else is at the time: slices of one may not overlap."""
-    over: list[int] = []  # when the last one of each thread is
+def _assign_threads(transfers: list[Span]) -> list[int]:
+    """Return for each transfer the first free thread, because slices of a thread must not overlap.
+
+    ``transfers`` are ordered by their start.
+    """
+    thread_ends: list[int] = []
     threads = []
     for span in transfers:
-        free = next((number for number, ended in enumerate(over) if ended <= span.began), len(over))
-        over[free : free + 1] = [span.ended]
-        threads.append(COMPUTE + 1 + free)
+        free = len(thread_ends)
+        for number, ended in enumerate(thread_ends):
+            if ended <= span.began:
+                free = number
+                break
+        thread_ends[free : free + 1] = [span.ended]
+        threads.append(COMPUTE_THREAD + 1 + free)
     return threads
 
 
 def _arrows(slices: list[TraceEvent]) -> Iterator[TraceEvent]:
-    """From each transfer and to it. The n-th that a rank sends to another is the n-th that this receives from it."""
-    sent, received = Counter(), Counter()
+    """Yield the start and end of the arrows between transfers of different ranks.
+
+    The n-th transfer that a rank sends to another is the n-th that the other receives from it.
+    """
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
     for slice in slices:
-        rank, receiver, sender = (
-            slice["pid"],
-            slice["args"]["sent_to"],
-            slice["args"]["received_from"],
-        )
+        rank = slice["pid"]
+        receiver = slice["args"]["sent_to"]
+        sender = slice["args"]["received_from"]
         sent[receiver] += 1
         received[sender] += 1
         arrow = {"name": "ring", "cat": "exchange", "pid": rank, "tid": slice["tid"]}
-        yield arrow | {"ph": "s", "id": f"{rank}-{receiver}-{sent[receiver]}", "ts": slice["ts"]}
-        within = slice["ts"] + slice["dur"] - 1e-3  # at its end it would be out of the slice
-        yield arrow | {
-            "ph": "f",
-            "bp": "e",
-            "id": f"{sender}-{rank}-{received[sender]}",
-            "ts": within,
-        }
+        start_id = f"{rank}-{receiver}-{sent[receiver]}"
+        yield arrow | {"ph": "s", "id": start_id, "ts": slice["ts"]}
+        end_id = f"{sender}-{rank}-{received[sender]}"
+        # An arrow that ends exactly at the slice's end would fall outside the slice.
+        just_before_end = slice["ts"] + slice["dur"] - 1e-3
+        yield arrow | {"ph": "f", "bp": "e", "id": end_id, "ts": just_before_end}
 
 
 def _names(of: RankLog, threads: int) -> Iterator[TraceEvent]:
-    def name(kind: str, thread: int, words: str) -> TraceEvent:
-        return {"ph": "M", "name": kind, "pid": of.rank, "tid": thread, "args": {"name": words}}
+    def name(kind: str, thread: int, text: str) -> TraceEvent:
+        return {"ph": "M", "name": kind, "pid": of.rank, "tid": thread, "args": {"name": text}}
 
-    yield name("process_name", COMPUTE, f"rank {of.rank} ({of.node})")
-    yield name("thread_name", COMPUTE, "compute")
-    for number in range(COMPUTE + 1, threads + 1):
+    yield name("process_name", COMPUTE_THREAD, f"rank {of.rank} ({of.node})")
+    yield name("thread_name", COMPUTE_THREAD, "compute")
+    for number in range(COMPUTE_THREAD + 1, threads + 1):
         yield name("thread_name", number, "exchange" if number == 1 else f"exchange {number}")
 
 
 def _name(span: Span) -> str:
-    known = span.known
+    attributes = span.attributes
     match span.kind:
         case "step":
-            return f"step {known['step']}"
+            return f"step {attributes['step']}"
         case "pass":
-            return f"{known['direction']}, layer {known['layer']}"
+            return f"{attributes['direction']}, layer {attributes['layer']}"
         case "hop":
-            return f"hop {known['hop']} of {known['hops']}"
+            return f"hop {attributes['hop']} of {attributes['hops']}"
         case "wait":
-            return f"waits for rank {known['for']}"
+            return f"waits for rank {attributes['for']}"
         case "exchange":
-            return f"{known['bytes']:,} bytes to rank {known['sent_to']}"
+            return f"{attributes['bytes']:,} bytes to rank {attributes['sent_to']}"
     return span.kind

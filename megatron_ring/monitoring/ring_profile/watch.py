@@ -1,33 +1,68 @@
-"""What the training loop tells of its steps to learn of its rings: who is slow always, the rest if asked for.
+"""The training loop's entry to ring profiling: straggler detection and, on request, the profile.
 
-Stragglers are looked for wherever there is a ring, once per log interval. With --profile-ring every step has its
-figures, and with --profile-ring-trace a few have a trace. None of it on CUDA, where the device waits for a transfer and
-not the host: the host's moments say nothing there.
+Stragglers are detected wherever there is a ring, once per log interval. With --profile-ring every
+step has its metrics, and with --profile-ring-trace a few steps have a trace. None of this runs on
+CUDA: there the device waits for transfers and not the host, so host timestamps mean nothing.
 """
 
 import time
+from typing import Any
 
-from megatron_ring.monitoring.ring_profile.profile import Profile, rows_of_step
-from megatron_ring.monitoring.ring_profile.step import RingReport, StepTime
-from megatron_ring.monitoring.ring_profile.straggler import Stragglers
+from megatron_ring.monitoring.ring_profile.hop_statistics import (
+    pack_sums,
+    step_metrics,
+    sum_log,
+    summary_line,
+)
+from megatron_ring.monitoring.ring_profile.recording import TraceRecorder
+from megatron_ring.monitoring.ring_profile.report import (
+    RingReport,
+    StepTime,
+    gather_to_rank_zero,
+)
+from megatron_ring.monitoring.ring_profile.stragglers import StragglerDetector
+from megatron_ring.monitoring.ring_profile.trace import StepLog
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import ProgressTracker
+from megatron_ring.parallel.stages import layers_of_stage
 from megatron_ring.settings.setup import Setup
+
+# Log rows of a hop: its start, and for each of two transfers a post, a completion and up to four
+# waits of two rows.
+_ROWS_PER_HOP = 1 + 2 * (2 + 4 * 2)
+_ROWS_PER_PASS = 2
+_ROWS_PER_OPTIMIZER_STEP = 2
 
 
 def progress_tracker(setup: Setup) -> ProgressTracker:
-    """Of a process of this run, with room for as much as is to be noted."""
+    """Return this process's progress tracker, with room for what the options record."""
     if setup.config.logging.profile_ring:
-        return ProgressTracker.with_work(rows_of_step(setup))
-    return ProgressTracker.with_work() if _looks_for_stragglers(setup) else ProgressTracker()
+        return ProgressTracker.with_work(max_rows_per_step(setup))
+    if _detects_stragglers(setup):
+        return ProgressTracker.with_work()
+    return ProgressTracker()
+
+
+def max_rows_per_step(setup: Setup) -> int:
+    """Return an upper bound of the rows that a process logs in a step.
+
+    Each layer's ring runs forward and backward, and once more where attention is recomputed.
+    """
+    config = setup.config
+    layers = len(layers_of_stage(config.model.num_layers, setup.grid.pipe, 0))
+    passes_per_layer = 2 + config.memory.recompute_attention
+    passes = passes_per_layer * layers * setup.micro_batches
+    rows_per_pass = _ROWS_PER_PASS + setup.grid.ring * _ROWS_PER_HOP
+    return passes * rows_per_pass + _ROWS_PER_OPTIMIZER_STEP
 
 
 def in_words(setup: Setup) -> list[str]:
-    """What to say where stragglers were to be looked for, and are not."""
-    if _looks_for_stragglers(setup) or not _wants_stragglers(setup):
+    """Return the console line for straggler detection that was requested but is not possible."""
+    if _detects_stragglers(setup) or not _wants_stragglers(setup):
         return []
     return [
-        "stragglers       not looked for: on CUDA the device waits for transfers, and the host's clock says nothing"
+        "stragglers       not detected: on CUDA the device waits for transfers, not the host, so "
+        "host timestamps mean nothing"
     ]
 
 
@@ -35,40 +70,93 @@ def _wants_stragglers(setup: Setup) -> bool:
     return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0
 
 
-def _looks_for_stragglers(setup: Setup) -> bool:
+def _detects_stragglers(setup: Setup) -> bool:
     return _wants_stragglers(setup) and setup.device == "cpu"
 
 
 class RingWatch:
-    """A run's. Building it is collective, and so is every method; what is said is said on rank 0."""
+    """Collects what the options of a run record about its ring.
 
-    def __init__(self, setup: Setup, place: ProgressTracker):
-        logging, self._last = setup.config.logging, setup.config.training.train_iters
-        self._interval = logging.log_interval
-        profiles, looks = logging.profile_ring, _looks_for_stragglers(setup)
-        consensus = Consensus.build() if profiles or looks else None
-        self._profile = Profile(setup, place, consensus) if profiles else None
-        self._stragglers = (
-            Stragglers(place, logging.straggler_threshold, consensus) if looks else None
-        )
+    The constructor and every method are collective over all processes; only rank 0 reports.
+    """
+
+    def __init__(self, setup: Setup, progress: ProgressTracker):
+        logging = setup.config.logging
+        self._last_step = setup.config.training.train_iters
+        self._log_interval = logging.log_interval
+        self._profile: _Profile | None = None
+        self._stragglers: StragglerDetector | None = None
+        detects_stragglers = _detects_stragglers(setup)
+        if logging.profile_ring or detects_stragglers:
+            consensus = Consensus.build()
+            if logging.profile_ring:
+                self._profile = _Profile(setup, progress, consensus)
+            if detects_stragglers:
+                threshold = logging.straggler_threshold
+                self._stragglers = StragglerDetector(progress, threshold, consensus)
         self._began = 0
 
     def begin(self) -> None:
-        """A step."""
+        """Mark the start of a step."""
         self._began = time.monotonic_ns()
         if self._profile:
             self._profile.begin()
 
     def end(self, step: int, seconds: float, data_seconds: float) -> RingReport:
-        """What there is to say of the step, which took so long."""
-        is_told = step % self._interval == 0 or step == self._last
-        found, took = RingReport(), StepTime(step, self._began, seconds, data_seconds, is_told)
+        """Return the report on a step that took ``seconds``, ``data_seconds`` of them for data."""
+        ends_log_interval = step % self._log_interval == 0 or step == self._last_step
+        timing = StepTime(step, self._began, seconds, data_seconds, ends_log_interval)
+        report = RingReport()
         if self._profile:
-            found += self._profile.end(took)
+            report += self._profile.end(timing)
         if self._stragglers:
-            found += self._stragglers.end(took)
-        return found
+            report += self._stragglers.end(timing)
+        return report
 
     def finish(self) -> list[str]:
-        """What there is to say of the run."""
+        """Return the console lines at the end of the run."""
         return self._profile.finish() if self._profile else []
+
+
+class _Profile:
+    """Implements --profile-ring: gathers every step's sums and records the steps of the trace.
+
+    ``progress`` has a log. Every method is collective over all processes.
+    """
+
+    def __init__(self, setup: Setup, progress: ProgressTracker, consensus: Consensus):
+        logging = setup.config.logging
+        self._log = progress.log
+        self._consensus = consensus
+        self._rings = setup.grid.members("ring")
+        self._recorder: TraceRecorder | None = None
+        if logging.profile_ring_trace:
+            own_ring = next(ring for ring in self._rings if consensus.rank in ring)
+            self._recorder = TraceRecorder(
+                logging.profile_ring_trace, logging.profile_ring_steps, own_ring, consensus
+            )
+        self._unreported: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Drop what was logged since the last step, as in a validation."""
+        self._log.clear()
+
+    def end(self, timing: StepTime) -> RingReport:
+        rows = self._log.rows
+        ring_size = len(self._rings[0])
+        own = pack_sums(
+            sum_log(rows, ring_size), self._log.missed, timing.seconds, timing.data_seconds
+        )
+        packed = gather_to_rank_zero(own, self._consensus)
+        lines = self._recorder.add(StepLog(timing, rows)) if self._recorder else []
+        if packed is None:
+            return RingReport()
+        metrics = step_metrics(packed, self._rings)
+        self._unreported.append(metrics)
+        if timing.ends_log_interval:
+            lines = [summary_line(self._unreported), *lines]
+            self._unreported = []
+        return RingReport(metrics, lines)
+
+    def finish(self) -> list[str]:
+        return self._recorder.finish() if self._recorder else []

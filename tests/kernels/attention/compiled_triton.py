@@ -1,6 +1,8 @@
 """Compile Triton's kernels for GPUs that are not here, and print what each is made of: one JSON object a line.
 
-    PYTHONPATH=. TRITON_INTERPRET=0 python tests/kernels/attention/compiled_triton.py 80 90
+    PYTHONPATH=. TRITON_INTERPRET=0 python tests/kernels/attention/compiled_triton.py 80 128 256
+
+compiles for compute capability 8.0 and head sizes 128 and 256.
 
 In a process of its own: under TRITON_INTERPRET nothing is compiled. What the machine code holds is read from what
 CUDA's own tools, which come with Triton, say of it.
@@ -109,8 +111,8 @@ def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    architectures = [int(number) for number in sys.argv[1:]]
-    for architecture, kernel, head in itertools.product(architectures, KERNELS, (64, 96, 128, 256)):
+    architecture, *heads = (int(number) for number in sys.argv[1:])
+    for kernel, head in itertools.product(KERNELS, heads):
         sizes = blocks_for(kernel, head, GENERATIONS[architecture])
         case = {"kernel": kernel, "head": head, "architecture": architecture}
         case["rows"] = sizes.block_k if kernel == "keys" else sizes.block_q

@@ -1,0 +1,190 @@
+"""Selects the checkpoint that a run resumes from by --load, and verifies it on all ranks together.
+
+Which files make up a checkpoint is in ``checkpoint/store.py``. Verifying reads every file; the
+ranks share the files. What exists on disk is decided by what rank 0 sees.
+"""
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_ring.checkpoint import fit, formats, names, store
+from megatron_ring.checkpoint.state import RunState
+from megatron_ring.config import CheckpointConfig
+from megatron_ring.data.fingerprint import Fingerprint
+from megatron_ring.errors import CheckpointError, MegatronRingError
+from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.settings.setup import Setup
+
+_Result = TypeVar("_Result")
+_MAX_NAMES_SHOWN = 5
+
+
+def select_checkpoint(
+    setup: Setup, vocab_size: int, consensus: Consensus, fingerprints: Sequence[Fingerprint] = ()
+) -> store.Stored | None:
+    """Return the checkpoint to resume from, None to start from step 0. Collective; blocks.
+
+    --load names a checkpoint, or a folder of which the newest complete one is used. With --finetune
+    the checkpoint becomes step 0 of a new run, which may read any data, unless --save already has a
+    checkpoint of that run. Raises CheckpointError on every rank if there is none to use, or if it
+    is of another model or program, or of other data than ``fingerprints`` (if there are any)
+    without --allow-other-data.
+    """
+    folders = setup.config.checkpoint
+    if not folders.load:
+        return None
+    names_one = consensus.run_on_rank_zero(
+        with_checkpoint_error(
+            f"load {folders.load} cannot be read", lambda: _names_a_checkpoint(folders)
+        )
+    )
+    own = None
+    if folders.finetune and folders.save:
+        own = newest_checkpoint(folders.save, consensus)
+    is_new_run = folders.finetune and own is None
+    select = _named_checkpoint if names_one else newest_checkpoint
+    stored = own or select(folders.load, consensus)
+    if stored is None:
+        if is_new_run:
+            raise CheckpointError(
+                f"load {folders.load} holds no checkpoint to take weights from. Set --load."
+            )
+        return None
+
+    def check_model() -> None:
+        fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=is_new_run)
+
+    consensus.run_on_rank_zero(with_checkpoint_error(f"{stored.path} cannot be read", check_model))
+    if fingerprints and not is_new_run and not folders.allow_other_data:
+        consensus.run_on_rank_zero(lambda: fit.check_same_data(stored, fingerprints))
+    return stored.for_new_run() if is_new_run else stored
+
+
+def newest_checkpoint(folder: str, consensus: Consensus) -> store.Stored | None:
+    """Return the newest complete checkpoint of ``folder``, None if there is none. Collective."""
+    candidates, skipped = consensus.run_on_rank_zero(lambda: names.candidates(Path(folder)))
+    try:
+        return store.first_whole(
+            Path(folder), candidates, skipped, lambda path: _verify(path, consensus)
+        )
+    except _NotReadError as error:
+        raise CheckpointError(error.problems) from error
+
+
+def _named_checkpoint(checkpoint: str, consensus: Consensus) -> store.Stored:
+    """Return the checkpoint that --load itself names; raise CheckpointError if it is damaged."""
+    path = Path(checkpoint)
+    try:
+        return store.Stored(path, _verify(path, consensus), ())
+    except _NotReadError as error:
+        raise CheckpointError(error.problems) from error
+    except CheckpointError as error:
+        folder = path.absolute().parent
+        all_names = consensus.run_on_rank_zero(
+            lambda: [checkpoint.name for checkpoint in names.checkpoints(folder)]
+        )
+        others = [name for name in all_names if name != path.absolute().name]
+        advice = ""
+        if others:
+            advice = f"The same folder has {', '.join(others[:_MAX_NAMES_SHOWN])}. "
+        raise CheckpointError(
+            f"{path} is not complete: {error}. {advice}Set --load to another."
+        ) from error
+
+
+def _names_a_checkpoint(config: CheckpointConfig) -> bool:
+    """Return whether --load is a checkpoint, not a folder of checkpoints or one to start in.
+
+    A run starts from step 0 only in an empty folder, or in its own --save folder, which may hold
+    other kinds of files, such as logs. Raises CheckpointError for everything else, so that no run
+    starts from random weights by mistake.
+    """
+    load = Path(config.load)
+    is_own = bool(config.save) and load.resolve() == Path(config.save).resolve()
+    if not load.exists():
+        if is_own:
+            return False
+        raise CheckpointError(
+            f"load {load} does not exist. Set --load, or leave it out to start from step 0."
+        )
+    try:
+        if (load / store.STATE).is_file():
+            _check_not_into_same_run(load, config)
+            return True
+        if load.is_dir() and names.checkpoints(load):
+            return False
+        formats.check_no_other(load)
+    except CheckpointError as error:
+        first, *others = error.problems
+        raise CheckpointError([f"load {first}", *others, "Set --load."]) from error
+    inner = formats.within(load)
+    if inner:
+        raise CheckpointError(
+            f"load {load} holds no checkpoint, but {inner[0]} does. Set --load {inner[0]}."
+        )
+    content = [
+        name for name in formats.content(load) if not name.startswith(".") and name != names.LATEST
+    ]
+    if content and not is_own:
+        raise CheckpointError(
+            f"load {load} holds no checkpoint, and is not empty: it has {', '.join(content[:3])}. "
+            "Set --load to a folder of checkpoints, or leave it out to start from step 0."
+        )
+    return False
+
+
+def _check_not_into_same_run(load: Path, config: CheckpointConfig) -> None:
+    """Refuse to write a new run's checkpoints among those of the run that its weights are from."""
+    if config.finetune and config.save and load.resolve().parent == Path(config.save).resolve():
+        raise CheckpointError(
+            f"{load} is a checkpoint of the run in save {config.save}, and finetune makes a new "
+            "run of its weights. Set --save to another folder."
+        )
+
+
+def _verify(path: Path, consensus: Consensus) -> RunState:
+    """Verify every file of a checkpoint; the ranks share them, the largest first. Blocks.
+
+    Raises CheckpointError where the checkpoint is damaged, and _NotReadError where that could not
+    be determined.
+    """
+    failed = f"{path} cannot be read"
+    state, files = consensus.run_on_rank_zero(
+        with_checkpoint_error(failed, lambda: store.described(path), _NotReadError)
+    )
+    ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
+    own = {name: files[name] for name in ordered[consensus.rank :: consensus.ranks]}
+    consensus.gather(with_checkpoint_error(failed, lambda: store.check(path, own), _NotReadError))
+    return state
+
+
+class _NotReadError(MegatronRingError):
+    """A checkpoint could not be read for a reason outside of it, such as memory."""
+
+    exit_code = CheckpointError.exit_code
+
+
+def with_checkpoint_error(
+    failed: str,
+    act: Callable[[], _Result],
+    kind: type[MegatronRingError] = CheckpointError,
+) -> Callable[[], _Result]:
+    """Return ``act`` with every error turned into one of ``kind``, which all ranks can agree on.
+
+    The message begins with ``failed`` and has the type and the message of the error, which is its
+    cause. Errors other than of memory or disk are bugs, so this rank prints their traceback.
+    """
+
+    def checked() -> _Result:
+        try:
+            return act()
+        except (MegatronRingError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if not isinstance(error, OSError | MemoryError):
+                traceback.print_exc()
+            raise kind(f"{failed}: {type(error).__name__}: {error}") from error
+
+    return checked

@@ -1,0 +1,28 @@
+"""Start a benchmark as a user does: ``python -m benchmarks.NAME``, from any working directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def command(name: str, *flags: str | Path) -> list[str | Path]:
+    """Return the command line of the benchmark ``name``."""
+    return [sys.executable, "-m", f"benchmarks.{name}", *flags]
+
+
+def run(
+    name: str, *flags: str | Path, check: bool = False, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """Run the benchmark ``name`` to its end and capture what it prints."""
+    return subprocess.run(
+        command(name, *flags),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=timeout,
+    )
