@@ -26,7 +26,12 @@ from megatron_ring.training.console import plan
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = {ROOT / "docs" / "log.md", ROOT / "docs" / "old-names.md"}  # name what is gone
+# These name files that are gone.
+HISTORY = {
+    ROOT / "docs" / "log.md",
+    ROOT / "docs" / "old-names.md",
+    *(ROOT / "docs" / "decisions").glob("0004-*.md"),
+}
 GENERATED = {
     ROOT / "docs" / name
     for name in ("support.md", "fused.md", "precision.md", "reference/options.md")
@@ -38,7 +43,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M
 SCRIPTS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
 # Files that documents name although they are not here, and flags of other programs.
-OTHER_FILES = {"distributed_c10d.py", "reshard.py", "swiglu.py"}
+OTHER_FILES = {"distributed_c10d.py"}
 OTHER_FLAGS = {"--long", "--no-build-isolation", "--num_gpus", "--pdb", "--rdzv-endpoint"}
 DEFAULT_PROCESSES = 8
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
@@ -68,7 +73,7 @@ def commands(path: Path) -> Iterator[list[str]]:
             if words := shlex.split(line, comments=True):
                 yield words
     for span in quoted(path):
-        if re.match(r"(python |deepspeed |make |tools/|benchmarks/)", span) and " --" in span:
+        if re.match(r"(python |deepspeed |make |tools/)", span) and " --" in span:
             words = shlex.split(span)
             yield words if words[0] in ("python", "deepspeed", "make") else ["python", *words]
 
@@ -168,14 +173,17 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def check_python(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check ``python SCRIPT ...``; slow_link.py runs another command."""
-    script, *arguments = words
-    if script == "pretrain_gpt.py":
-        return check_training(arguments, None, folder)
-    if script == "benchmarks/slow_link.py" and "python" in arguments:
-        at = arguments.index("python")
-        check_python(arguments[at + 1 :], folder, monkeypatch)
-    parse_only(ROOT / script, arguments, monkeypatch)
+    """Check ``python SCRIPT ...`` and ``python -m benchmarks.NAME ...``, which may run another."""
+    if words[0] == "pretrain_gpt.py":
+        return check_training(words[1:], None, folder)
+    if words[0] == "-m":
+        _, module, *arguments = words
+        script = ROOT / module.replace(".", "/") if module.startswith("benchmarks.") else ROOT
+        if "python" in arguments:
+            check_python(arguments[arguments.index("python") + 1 :], folder, monkeypatch)
+        return parse_only(script.with_suffix(".py"), arguments, monkeypatch)
+    assert words[0].startswith("tools/"), "benchmarks run as modules"
+    parse_only(ROOT / words[0], words[1:], monkeypatch)
 
 
 @each_document
@@ -193,8 +201,8 @@ def test_a_command_with_a_flag_that_does_not_exist_is_found(tmp_path, monkeypatc
     for line in (
         "deepspeed pretrain_gpt.py --no-such-flag",
         "python tools/prepare_data.py --input a --output-prefix b --no-such-flag",
-        "python benchmarks/bench_gpu.py --no-such-flag",
-        "python benchmarks/draw_layouts.py --no-such-flag",
+        "python -m benchmarks.bench_gpu --no-such-flag",
+        "python -m benchmarks.draw_layouts --no-such-flag",
     ):
         with pytest.raises(SystemExit) as left:
             check_command(line.split(), tmp_path, monkeypatch)
@@ -281,7 +289,7 @@ def test_the_readme_has_its_two_commands_and_its_status_on_the_first_screen():
 
 
 def test_a_cell_of_the_readmes_measurements_has_one_figure():
-    rows = re.findall(r"^\|.*`benchmarks/.*\|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\|.*`python -m benchmarks.*\|$", README, flags=re.MULTILINE)
     assert len(rows) > 5
     for row in rows:
         figure, limit = row.split("|")[2:4]
