@@ -357,3 +357,15 @@ def test_the_legend_explains_every_letter_of_the_shape_suffixes():
         for found in suffix.findall(path.read_text()):
             letters = set(re.sub(r"\d", "", found))
             assert letters <= explained, (path.name, found)
+
+
+def test_the_new_names_of_renamed_modules_exist():
+    modules = (ROOT / "docs/old-names.md").read_text().split("## Modules")[1].split("## Names")[0]
+    new = re.findall(r"^\| `[^`]+` \| `([^`]+)` \|", modules, flags=re.MULTILINE)
+    assert len(new) > 50
+    missing = [
+        path
+        for path in new
+        if not (ROOT / path).exists() and not (ROOT / "megatron_ring" / path).exists()
+    ]
+    assert missing == []
