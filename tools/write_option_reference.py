@@ -1,4 +1,4 @@
-"""Write docs/reference/options.md from megatron_ring/config.py: every option, its values, default and help.
+"""Write docs/reference/options.md: every option of config.py with its values, default and help.
 
 python tools/write_option_reference.py --output docs/reference/options.md
 """
@@ -18,9 +18,9 @@ from megatron_ring.errors import flag, reporting_errors
 _INTRODUCTION = """\
 # Options
 
-Written by `tools/write_option_reference.py` from `megatron_ring/config.py`. An option has one name: a key
-of its section in the YAML file of `--config`, and a flag. Defaults are overridden by YAML, YAML by flags.
-A flag that is on or off has a negative form, such as `--no-sequence-parallel`.
+Written by `tools/write_option_reference.py` from `megatron_ring/config.py`. An option has one name:
+a key of its section in the YAML file of `--config`, and a flag. YAML overrides the defaults, flags
+override YAML. A flag that is on or off has a negative form, such as `--no-sequence-parallel`.
 """
 _PROGRAM = "The program"
 
