@@ -75,17 +75,17 @@ class RingWork(NamedTuple):
     products: int
 
 
-_PLACE = len(Place._fields)
-_WORK = len(RingWork._fields)
+_PROGRESS_FIELDS = len(Place._fields)
+_WORK_FIELDS = len(RingWork._fields)
 
 
 class ProgressTracker:
     """Records the progress of this process in a tensor, and reads it from any thread.
 
     Attributes:
-        buffer: int64 on the CPU. The first 7 are the fields of Place, but with the time,
-            time.monotonic_ns(), from which its seconds count instead of the seconds. Two for
-            RingWork may follow, and after them a log.
+        buffer: int64 on the CPU. The first 7 are the fields of Place, except that ``seconds`` is
+            stored as the time.monotonic_ns() from which they count. Two for RingWork may follow,
+            and after them a log.
         adds_work_up: whether the buffer has room for RingWork.
         log: the RingLog in the buffer, or None.
     """
@@ -94,21 +94,23 @@ class ProgressTracker:
         """Use ``buffer``, such as another tracker's; by default a new one, without work."""
         self.buffer = _new_buffer() if buffer is None else buffer
         cells = self.buffer.numpy()  # writing to it costs a tenth of writing to the tensor
-        self._cells = cells[:_PLACE]
-        self._work = cells[_PLACE : _PLACE + _WORK]
+        self._cells = cells[:_PROGRESS_FIELDS]
+        after_progress = cells[_PROGRESS_FIELDS:]
+        self._work = after_progress[:_WORK_FIELDS]
         self.adds_work_up = len(self._work) > 0
-        log = cells[_PLACE + _WORK :]
+        log = after_progress[_WORK_FIELDS:]
         self.log = RingLog(log) if len(log) else None
 
     @staticmethod
     def with_work(log_rows: int = 0) -> "ProgressTracker":
         """Create a tracker that accumulates work, and keeps a log if ``log_rows`` is above 0."""
-        return ProgressTracker(_new_buffer(_WORK + (RingLog.cells(log_rows) if log_rows else 0)))
+        log_cells = RingLog.cells(log_rows) if log_rows else 0
+        return ProgressTracker(_new_buffer(_WORK_FIELDS + log_cells))
 
     def read(self) -> Place:
         """Return the current progress; may be called from any thread."""
-        *place, since, waits_for = self._cells.tolist()
-        return Place(*place, (time.monotonic_ns() - since) / 1e9, waits_for)
+        *fields, since, waits_for = self._cells.tolist()
+        return Place(*fields, (time.monotonic_ns() - since) / 1e9, waits_for)
 
     @property
     def work(self) -> RingWork:
@@ -198,5 +200,5 @@ class ProgressTracker:
 
 def _new_buffer(more: int = 0) -> torch.Tensor:
     """Return the integers of a process outside of the ring, and ``more`` zeros."""
-    place = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NO_RANK])
-    return torch.cat([place, torch.zeros(more, dtype=place.dtype)])
+    progress = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NO_RANK])
+    return torch.cat([progress, torch.zeros(more, dtype=progress.dtype)])
