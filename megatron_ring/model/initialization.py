@@ -48,16 +48,23 @@ def build(
     prefix: str = "",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    partition: OwnedElements | None = None,
     **options: object,
 ) -> M:
     """Return an initialized ``module_type(config, *args, **options)``, which must have ``tensor``.
 
-    ``prefix`` and a parameter's name in the module make up its name in a whole GPT.
+    ``prefix`` and a parameter's name in the module make up its name in a whole GPT. ``partition``
+    replaces a parameter that has no memory by this rank's ZeRO 3 partition, which it returns as
+    ``initialize`` describes; None: the rank stores its whole tensor-parallel part.
     """
     with torch.device("meta"):
         module = module_type(config, *args, **options)
-    materialize(module, device, dtype)
-    initialize(module, config, seed, prefix)
+    if partition is None:
+        materialize(module, device, dtype)
+        initialize(module, config, seed, prefix)
+    else:
+        materialize(module, device, dtype, allocate=_without_memory)
+        initialize(module, config, seed, prefix, partition)
     return module
 
 
@@ -90,6 +97,11 @@ def materialize(
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of ``shape`` all of whose elements are the same number in memory."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def _all_elements(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
