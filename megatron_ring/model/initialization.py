@@ -153,14 +153,23 @@ def random_blocks(
     16 unless the tensor is smaller, therefore consume the stream as one call does.
     """
     count = shape[0]
-    elements_per_row = math.prod(shape[1:])
-    rows_per_block = block_elements // max(elements_per_row, 1) // _ROWS_PER_STEP * _ROWS_PER_STEP
-    rows_per_block = max(rows_per_block, _ROWS_PER_STEP)
+    rows_per_block = _rows_per_block(shape, block_elements)
     row = 0
     while row < count:
         rows = rows_per_block if count - row >= rows_per_block + _ROWS_PER_STEP else count - row
         yield row, torch.randn((rows, *shape[1:]), generator=generator)
         row += rows
+
+
+def largest_block_bytes(shape: tuple[int, ...]) -> int:
+    """Return the most bytes that a block of a parameter of whole shape ``shape`` may have."""
+    rows = min(_rows_per_block(shape, BLOCK_ELEMENTS) + _ROWS_PER_STEP - 1, shape[0])
+    return rows * math.prod(shape[1:]) * torch.float32.itemsize
+
+
+def _rows_per_block(shape: tuple[int, ...], block_elements: int) -> int:
+    rows = block_elements // max(math.prod(shape[1:]), 1)
+    return max(rows // _ROWS_PER_STEP * _ROWS_PER_STEP, _ROWS_PER_STEP)
 
 
 def _constant(name: str) -> float | None:
