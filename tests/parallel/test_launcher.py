@@ -118,9 +118,9 @@ import sys, time
 from pathlib import Path
 from megatron_ring.training.stopping import Stopping
 class Alone:
-    def any_rank(self, so):
-        return so
-with Stopping(speaks=True, speaks_for_node=True) as stopping:
+    def any_rank(self, condition):
+        return condition
+with Stopping(True, True) as stopping:
     if sys.argv[2] == "begun":
         stopping.begin(Alone())
     Path(sys.argv[1], "started").touch()
@@ -138,7 +138,8 @@ def test_a_rank_whose_launcher_is_killed_stops_as_after_a_signal(when, programs,
     rank = [sys.executable, "-c", RANK_THAT_FOLLOWS, str(tmp_path), when]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(programs["torchrun"] + rank, cwd=ROOT, stdout=log, stderr=log)
-    until(lambda: (tmp_path / "started").exists())
+    until(lambda: (tmp_path / "started").exists() or launcher.poll() is not None)
+    assert launcher.poll() is None, (tmp_path / "log").read_text()
     [pid] = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     launcher.kill()
     launcher.wait()
