@@ -340,7 +340,7 @@ def test_the_index_lists_every_decision_with_its_title_date_and_status():
     for record in sorted(folder.glob("[0-9]*.md")):
         number, title = re.match(r"# (\d+)\. (.*)", record.read_text()).groups()
         date, status = re.search(
-            r"\*\*Date:\*\* (\S+)\. \*\*Status:\*\* (\w+)", record.read_text()
+            r"Date:\**\s+(\S+)\.\s+\**Status:\**\s+(\w+)", record.read_text()
         ).groups()
         assert record.name.startswith(f"{int(number):04}-")
         records.append((number, title, record.name, date, status))
