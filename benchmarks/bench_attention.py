@@ -25,14 +25,12 @@ for all its layers.
 
 import functools
 import itertools
-import json
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.common import DTYPES, write_json
 from benchmarks.packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -64,7 +63,6 @@ from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
 
 LAYOUTS = ("ring", "striped", "zigzag")
 DENSE, LIGHTER = "dense", "lighter"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,7 @@ def main() -> None:
     times = _measure(options, cases)
     findings = _findings(options, cases, times)
     _report(findings)
-    if options.json:
-        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    write_json(options.json, findings)
 
 
 def _check(options: Options) -> None:

@@ -15,18 +15,16 @@ kernel is the fastest on a rank of eight, striped, in each type, without and wit
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import DTYPES, commit, write_json
 from benchmarks.emulated import attention
 from benchmarks.overlap import operations
 from benchmarks.packs import random_starts
@@ -41,12 +39,6 @@ from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.plan.timeline import counted
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 STRIPES = 1, 128
 PACK_RANKS, MEAN_DOCUMENT = 8, 4096
 # Of a hop's scores, in float32: more the reference, which keeps them all, is not asked to compute.
@@ -57,19 +49,18 @@ def main() -> None:
     asked = _parser().parse_args()
     torch.set_num_threads(1)  # of a CPU, as a rank has
     bench = Bench(asked, time.monotonic() + 60 * asked.minutes)
-    print(f"{bench.device_name}, torch {torch.__version__}, commit {_commit()}, {asked.dtype}; "
+    print(f"{bench.device_name}, torch {torch.__version__}, commit {commit()}, {asked.dtype}; "
           f"kernels: {', '.join(bench.kernels) or 'none'}", *bench.refusals(), sep="\n  ", flush=True)  # fmt: skip
     parts = bench.correctness, bench.orders, bench.layouts, bench.packs
     found = {part.__name__: bench.told(part.__name__, part()) for part in parts}
     print("\nfor kernels/attention/measured.py", *bench.lines(found["orders"]), sep="\n")
-    if asked.json:
-        about = {
-            "device": bench.device_name,
-            "torch": torch.__version__,
-            "commit": _commit(),
-            "asked": vars(asked),
-        }
-        Path(asked.json).write_text(json.dumps(about | found, indent=2) + "\n")
+    about = {
+        "device": bench.device_name,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "asked": vars(asked),
+    }
+    write_json(asked.json, about | found)
     raise SystemExit(any(not row["right"] for row in found["correctness"]))
 
 
@@ -255,7 +246,7 @@ class Bench:
     def lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
         """The rows of ``orders`` as the lines of measured.py, and the command as a comment before them."""
         yield f"    # {' '.join(sys.argv)}"
-        source = f"commit {_commit()}, torch {torch.__version__}"
+        source = f"commit {commit()}, torch {torch.__version__}"
         for (dtype, mask), rows in itertools.groupby(
             orders, lambda row: (row["dtype"], row["mask"])
         ):
@@ -399,14 +390,6 @@ def _shown(value: Any) -> str:
 
 def _width(name: str) -> int:
     return max(16 if name in ("layout", "kernel") else 11, len(name) + 2)
-
-
-def _commit() -> str:
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ Weighed are, at the fullest moment, the bytes of the tensors that exist beyond t
 gradients of the two: by tensors, not by the allocator, so that every run weighs the same.
 """
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,12 +22,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from benchmarks.common import DTYPES, MIB, device_name, table_row, write_json
 from benchmarks.live_memory import LiveMemory
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,21 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
     print(
-        "\n".join([_setting(options), "", _line(_COLUMNS), _line("---:" for _ in _COLUMNS)]),
+        "\n".join(
+            [_setting(options), "", table_row(_COLUMNS), table_row("---:" for _ in _COLUMNS)]
+        ),
         flush=True,
     )
     results = []
     for tokens in options.tokens:
         results.append(_result(options, tokens))
         print(_row(results[-1]), flush=True)
-    if options.json:
-        findings = {
-            "device": _device_name(),
-            "options": vars(options),
-            "results": [vars(result) for result in results],
-        }
-        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    findings = {
+        "device": device_name(_device()),
+        "options": vars(options),
+        "results": [vars(result) for result in results],
+    }
+    write_json(options.json, findings)
 
 
 def _check(options: Options) -> None:
@@ -178,16 +175,13 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if _device() == "cuda" else "CPU"
-
-
 # ---- what is told ----
 
 
 def _setting(options: Options) -> str:
     return (
-        f"{_device_name()}, {options.dtype}, hidden size {options.hidden_size:,}, vocabulary {options.vocab_size:,}, "
+        f"{device_name(_device())}, {options.dtype}, hidden size {options.hidden_size:,}, "
+        f"vocabulary {options.vocab_size:,}, "
         f"chunks of {options.chunk_size:,}, forward + backward, median of {options.rounds} rounds"
     )
 
@@ -207,12 +201,7 @@ def _row(result: Result) -> str:
         f"{value:.2f}" for value in (result.unchunked_seconds, result.chunked_seconds, result.ratio)
     ]
     weights = [f"{value / MIB:,.1f}" for value in (result.unchunked_bytes, result.chunked_bytes)]
-    return _line([f"{result.tokens:,}", *seconds, *weights])
-
-
-def _line(cells: Iterable[str]) -> str:
-    """Of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    return table_row([f"{result.tokens:,}", *seconds, *weights])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ seconds that this process computed, so that what else runs on the machine is not
 Weighed are the bytes of the arrays that exist at the fullest moment of one sample, the memory map not among them.
 """
 
-import json
 import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from benchmarks.common import table_row, write_json
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.loader import Loader
@@ -87,7 +86,7 @@ def main() -> None:
         "KiB at peak",
     )
     print(
-        "\n".join([_setting(options), "", _line(columns), _line("---:" for _ in columns)]),
+        "\n".join([_setting(options), "", table_row(columns), table_row("---:" for _ in columns)]),
         flush=True,
     )
     results = []
@@ -96,9 +95,8 @@ def main() -> None:
         for packing, apart in product(KINDS, (False, True)):
             results.append(_result(options, store, packing, apart))
             print(_row(options, results[-1]), flush=True)
-    if options.json:
-        findings = {"options": vars(options), "results": [vars(result) for result in results]}
-        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    findings = {"options": vars(options), "results": [vars(result) for result in results]}
+    write_json(options.json, findings)
 
 
 def _check(options: Options) -> None:
@@ -189,12 +187,7 @@ def _setting(options: Options) -> str:
 def _row(options: Options, result: Result) -> str:
     rate = result.tokens_per_second
     told = [f"{result.opening_seconds:.2f}", f"{rate:,.0f}", f"{rate / options.consumes:,.0f}"]
-    return _line([result.packing, result.documents, *told, f"{result.peak_bytes / KIB:,.1f}"])
-
-
-def _line(cells: Iterable[str]) -> str:
-    """Of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    return table_row([result.packing, result.documents, *told, f"{result.peak_bytes / KIB:,.1f}"])
 
 
 if __name__ == "__main__":

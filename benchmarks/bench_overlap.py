@@ -22,20 +22,19 @@ second that were measured (benchmarks/overlap.py).
 
 import functools
 import itertools
-import json
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
 
+from benchmarks.common import DTYPES, write_json
 from benchmarks.overlap import CAUSAL, Hop, operations
 from benchmarks.slow_link import CARD, limited
 from megatron_ring.context_parallel import ring as ring_loop
@@ -55,8 +54,6 @@ from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.timeline import counted
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -385,10 +382,9 @@ def _tell(options: Options, rows: list[Row], load: list[float]) -> None:
     titles = "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values())
     print(f"{titles}{'needs':>14}  can hide")
     print("\n".join(_line(row) for row in rows))
-    if options.json:
-        findings = {"ranks": dist.get_world_size(), "load": load, "options": vars(options)}
-        findings["rows"] = [vars(row) for row in rows]
-        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    findings = {"ranks": dist.get_world_size(), "load": load, "options": vars(options)}
+    findings["rows"] = [vars(row) for row in rows]
+    write_json(options.json, findings)
 
 
 def _line(row: Row) -> str:

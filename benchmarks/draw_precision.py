@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
+from benchmarks.common import DTYPES
 from benchmarks.emulated import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
@@ -32,7 +33,6 @@ from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, referenc
 from megatron_ring.model.attention import with_sink
 from megatron_ring.settings.precision import device_type
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OPENING = """# An error that does not grow with the ring
 
 Root mean square of the difference from float64 over that of the exact value. *ours*: the running output and the sums of
@@ -189,10 +189,10 @@ def main(
         family_seq_length: Tokens of the sequence of each family of inputs.
     """
     device = device_type()
-    choice = choose(kernel, device, _DTYPES[dtype], head_dim)
+    choice = choose(kernel, device, DTYPES[dtype], head_dim)
     random = InputFamily(heads=heads, kv_heads=kv_heads)
-    inputs = random.inputs(seq_length, head_dim, _DTYPES[dtype], device)
-    exact = random.exact(seq_length, head_dim, _DTYPES[dtype], device)
+    inputs = random.inputs(seq_length, head_dim, DTYPES[dtype], device)
+    exact = random.exact(seq_length, head_dim, DTYPES[dtype], device)
     layouts = [laid_out(layout, seq_length, size) for size in ring_sizes]
     kernels = {"ours": KERNELS[choice.name], "merged": Merging(KERNELS[choice.name])}
     errors = {
@@ -204,7 +204,7 @@ def main(
     ends = min(ring_sizes), max(ring_sizes)
     at_ends = [laid_out(layout, family_seq_length, size) for size in ends]
     kinds = {
-        name: family_errors(family, at_ends, KERNELS[choice.name], head_dim, _DTYPES[dtype], device)
+        name: family_errors(family, at_ends, KERNELS[choice.name], head_dim, DTYPES[dtype], device)
         for name, family in FAMILIES.items()
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ not depend on how fast the machine is, nor on who else works on it.
 """
 
 import gc
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ import torch.distributed as dist
 import tyro
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.common import MIB, write_json
 from megatron_ring.config import (
     Config,
     MemoryConfig,
@@ -46,8 +46,6 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.plan.memory_report import memory_of_stages
 from megatron_ring.settings.setup import Setup
-
-MIB = 2**20
 
 # Names of events: the profiler's own for what the allocator gives and takes, and ours.
 _MEMORY, _FORGET = "[memory]", "forget the peak"
@@ -108,10 +106,9 @@ def main() -> None:
         else {}
     )
     _report(options, measured, longest)
-    if options.json:
-        rows = [asdict(row) for of_nproc in measured.values() for row in of_nproc]
-        findings = {"options": asdict(options), "longest": longest, "measured": rows}
-        Path(options.json).write_text(json.dumps(findings, indent=2) + "\n")
+    rows = [asdict(row) for of_nproc in measured.values() for row in of_nproc]
+    findings = {"options": asdict(options), "longest": longest, "measured": rows}
+    write_json(options.json, findings)
     if options.plot:
         _draw(options, measured, longest)
 

@@ -31,6 +31,7 @@ from streamed_ring import StreamExchange, Streams, on_every_rank  # beside this 
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import emulated
+from benchmarks.common import DTYPES, write_json
 from benchmarks.packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
@@ -40,7 +41,6 @@ from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.support import Feature
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
 
@@ -57,9 +57,8 @@ def main() -> None:
         for mask in ("causal", "documents")
     )
     found = [_told(case.examined(traces)) for case in cases]
-    if asked.json:
-        about = {"device": device, "torch": torch.__version__, "asked": vars(asked), "found": found}
-        Path(asked.json).write_text(json.dumps(about, indent=2) + "\n")
+    about = {"device": device, "torch": torch.__version__, "asked": vars(asked), "found": found}
+    write_json(asked.json, about)
     raise SystemExit(any(case["host_waits"] or not case["right"] for case in found))
 
 

@@ -1,8 +1,8 @@
-"""Replacements for sys.stdout and sys.stderr whose writes do not fail when nothing reads them.
+"""Replacements for sys.stdout and sys.stderr whose writes do not fail when the reader is gone.
 
-After ``| head``, or when a terminal is lost, the descriptor is led to /dev/null, so that libraries
-which write to it do not fail either. Tools survive a reader that has gone and nothing else: output
-that a full disk cuts is an error of theirs. Runs survive every error.
+After ``| head``, or when a terminal is lost, the descriptor is redirected to /dev/null, so that
+libraries which write to it do not fail either. Tools survive a closed reader only: output truncated
+by a full disk is an error. Runs survive every error.
 """
 
 import contextlib
@@ -13,19 +13,21 @@ import select
 import sys
 from typing import TextIO
 
-# On a full disk there may be room later; a reader that has gone, or a terminal, does not come back.
+# A full disk may have space later; a closed reader or a lost terminal does not come back.
 _MAY_RECOVER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Lossy(io.RawIOBase):
-    """Writes to a descriptor, which stays open when this is closed.
+class _TolerantWriter(io.RawIOBase):
+    """A raw stream over a descriptor, which stays open when the stream is closed.
 
     survives_all: no write raises, and the loss of stdout is reported once on stderr. Otherwise only
-    a reader that has gone is survived, in silence.
+    a closed reader is survived, silently.
     """
 
     def __init__(self, descriptor: int, name: str, survives_all: bool):
-        self._descriptor, self.name, self.mode = descriptor, name, "wb"
+        self._descriptor = descriptor
+        self.name = name
+        self.mode = "wb"
         self._survives_all = survives_all
 
     def fileno(self) -> int:
@@ -38,11 +40,11 @@ class _Lossy(io.RawIOBase):
         return True
 
     def write(self, data: bytes) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        while left:
+        remaining = memoryview(data).cast("B")
+        size = len(remaining)
+        while remaining:
             try:
-                left = left[os.write(self._descriptor, left) :]
+                remaining = remaining[os.write(self._descriptor, remaining) :]
             except BlockingIOError:
                 select.select([], [self._descriptor], [])
             except OSError as error:
@@ -58,21 +60,21 @@ class _Lossy(io.RawIOBase):
         os.dup2(null, self._descriptor)
         os.close(null)
         if self._survives_all and self.name == "<stdout>":
-            lost = f"stdout           lost: {error.strerror}; the run continues without it"
-            print(lost, file=sys.stderr, flush=True)
+            message = f"stdout           lost: {error.strerror}; the run continues without it"
+            print(message, file=sys.stderr, flush=True)
 
 
-def writes_directly(stream: TextIO | None) -> bool:
-    """Whether ``stream`` writes to a descriptor as Python has opened it, and not for a test."""
+def is_original(stream: TextIO | None) -> bool:
+    """Return whether ``stream`` is as Python opened it, and not replaced, as by a test."""
     buffer = getattr(stream, "buffer", None)
     return type(getattr(buffer, "raw", buffer)) is io.FileIO
 
 
-def lossy(stream: TextIO, survives_all: bool) -> TextIO:
-    """Return a stream in the place of ``stream``, which writes to a descriptor (see ``_Lossy``)."""
+def tolerant_stream(stream: TextIO, survives_all: bool) -> TextIO:
+    """Return a replacement for ``stream`` whose writes do not fail (see ``_TolerantWriter``)."""
     with contextlib.suppress(OSError if survives_all else BrokenPipeError):
         stream.flush()
-    raw = _Lossy(stream.fileno(), stream.name, survives_all)
+    raw = _TolerantWriter(stream.fileno(), stream.name, survives_all)
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),

@@ -1,68 +1,78 @@
-"""What can go wrong for a user, one class and one exit code each; everything else is a bug and keeps its traceback.
+"""Errors that a user can fix: one class and one exit code for each kind.
 
-A message says what was asked, the rule with its numbers, the nearest legal values, and the flag to change.
+Every other exception is a bug and keeps its traceback. A message states the requested value, the
+rule with its numbers, the nearest legal values, and the flag to change.
 """
 
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 
-from megatron_ring.console_streams import lossy, writes_directly
+from megatron_ring.console_streams import is_original, tolerant_stream
 
-_SHOWN_PROBLEMS = 100
+_MAX_SHOWN_PROBLEMS = 100
 
 
 class MegatronRingError(Exception):
-    """A fault the user can mend. Entry points print it without a traceback and leave with ``exit_code``."""
+    """An error that the user can fix.
+
+    Entry points print its message without a traceback and exit with ``exit_code``.
+    """
 
     exit_code = 1
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        shown = self.problems[:_SHOWN_PROBLEMS]
-        if more := len(self.problems) - len(shown):
-            shown = [*shown, f"and {more} problems more of this kind."]
+        shown = self.problems[:_MAX_SHOWN_PROBLEMS]
+        if hidden := len(self.problems) - len(shown):
+            shown = [*shown, f"and {hidden} more problems."]
         super().__init__("\n".join(shown))
 
 
 class ConfigError(MegatronRingError):
-    """Options that cannot be met: illegal sizes, unknown keys, combinations that do not exist."""
+    """Illegal options: sizes, unknown keys, or combinations that are not supported."""
 
     exit_code = 2
 
 
 class DataError(MegatronRingError):
-    """A corpus, token store or tokenizer that is missing, damaged or does not fit the others."""
+    """A corpus, token store or tokenizer that is missing, damaged or does not match the others."""
 
     exit_code = 3
 
 
 class CheckpointError(MegatronRingError):
-    """A checkpoint that cannot be written, is damaged, or belongs to another model."""
+    """A checkpoint that cannot be written, is damaged, or is of another model."""
 
     exit_code = 4
 
 
 class KernelUnavailable(MegatronRingError):
-    """An attention kernel or a library was asked for by name, and this device, build or dtype does not have it."""
+    """An attention kernel or library, requested by name, that this device, build or dtype lacks."""
 
     exit_code = 5
 
 
 class Diverged(MegatronRingError):
-    """Steps whose loss or gradient is not finite, or whose loss is a spike: as many as --on-bad-step lets pass."""
+    """More bad steps than allowed: non-finite losses or gradients, or loss spikes.
+
+    --on-bad-step and --max-bad-steps set how many are allowed.
+    """
 
     exit_code = 6
 
 
 class RingStalled(MegatronRingError):
-    """A neighbour in the ring died or kept this process waiting longer than --ring-timeout: start the job again."""
+    """A neighbour in the ring died, or did not respond within --ring-timeout.
+
+    The job has to be restarted with --load; steps since the last checkpoint are lost.
+    """
 
     exit_code = 76
 
 
 def nearest_multiples(value: int, multiple: int) -> str:
-    """The legal values around ``value`` when it must be a positive multiple: ``"8184, 8192"``.
+    """Return the positive multiples next to ``value``, as in ``"8184, 8192"``.
 
     >>> nearest_multiples(8190, 8), nearest_multiples(3, 8)
     ('8184, 8192', '8')
@@ -72,32 +82,32 @@ def nearest_multiples(value: int, multiple: int) -> str:
 
 
 def flag(name: str) -> str:
-    """The flag of an option: ``"--num-layers"`` for num_layers."""
+    """Return the flag of an option: ``"--num-layers"`` for num_layers."""
     return f"--{name.replace('_', '-')}"
 
 
 def not_positive(options: object, *names: str) -> list[str]:
-    """What to say of the options, int or float, that are not above 0."""
-    rule = {int: "at least 1", float: "above 0"}
-    values = {name: getattr(options, name) for name in names}
-    return [
-        f"{name} {value} must be {rule[type(value)]}. Set {flag(name)}."
-        for name, value in values.items()
-        if not value > 0  # so that nan is refused too
-    ]
+    """Return the problems of the named int or float options that are not above 0."""
+    rules = {int: "at least 1", float: "above 0"}
+    problems = []
+    for name in names:
+        value = getattr(options, name)
+        if not value > 0:  # NaN is refused too
+            problems.append(f"{name} {value} must be {rules[type(value)]}. Set {flag(name)}.")
+    return problems
 
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turn a user's fault into its message on stderr and its exit code, for the entry points.
+    """Print a MegatronRingError on stderr and exit with its code; for entry points.
 
-    A reader of stdout or stderr that has gone, as after ``| head``, is no error: the program goes
-    on, and what it writes there is dropped.
+    A closed reader of stdout or stderr, as after ``| head``, is no error: the program continues,
+    and further output is dropped.
     """
-    if writes_directly(sys.stdout):
-        sys.stdout = lossy(sys.stdout, survives_all=False)
-    if writes_directly(sys.stderr):
-        sys.stderr = lossy(sys.stderr, survives_all=False)
+    if is_original(sys.stdout):
+        sys.stdout = tolerant_stream(sys.stdout, survives_all=False)
+    if is_original(sys.stderr):
+        sys.stderr = tolerant_stream(sys.stderr, survives_all=False)
     try:
         yield
     except MegatronRingError as error:

@@ -1,11 +1,12 @@
 """Bounded, validated reading of metadata that comes from outside this process.
 
 A manifest, an index, a config or a state file may have been written by another program, damaged,
-or made to do harm. Every such file is read here: only regular files, only up to a stated size, only
-inside the folder that the user named, and only documents of the declared types, ranges and depth.
+or crafted to do harm. Every such file is read here: only regular files, only up to a stated size,
+only inside the folder that the user named, and only documents of the declared types, ranges and
+depth. ``create`` and ``replace_file`` write such files without following links.
 
-All functions raise ``UntrustedInputError`` with a short reason. The caller knows which file it was,
-what the user can do about it and which error of errors.py it is, and adds that with ``errors_as``.
+All functions raise ``UntrustedInputError`` with a short reason. The caller adds the file's name,
+the remedy and the class of errors.py with ``errors_as``.
 """
 
 import contextlib
@@ -28,13 +29,13 @@ METADATA_BYTES = 64 * MIB
 """The default size limit of a metadata file."""
 
 CONFIG_BYTES = MIB // 4
-"""The size limit of a YAML config: PyYAML takes about two seconds for so much."""
+"""The size limit of a YAML config, which PyYAML parses in about two seconds."""
 
 TOKENIZER_BYTES = 128 * MIB
-"""The size limit of a tokenizer's file; those of published models have up to 35 MB."""
+"""The size limit of a tokenizer file; those of published models have up to 35 MB."""
 
 LARGEST_INTEGER = 2**63 - 1
-"""The largest magnitude of a whole number in YAML: what torch and NumPy hold."""
+"""The largest magnitude of a whole number in YAML: the int64 range of torch and NumPy."""
 
 _YAML_DEPTH = 50
 _YAML_NODES = 100_000
@@ -49,15 +50,14 @@ Schema = TypeVar("Schema")
 
 
 class UntrustedInputError(ValueError):
-    """Content that is not what it should be; the message is the reason, without the file's name."""
+    """Content that is invalid; the message is the reason, without the file's name."""
 
 
 @contextlib.contextmanager
 def errors_as(error: type[MegatronRingError], path: Path | str, remedy: str) -> Iterator[None]:
-    """Raise ``error`` with the file's name, the reason and the remedy for whatever fails inside.
+    """Turn UntrustedInputError and OSError into ``error`` with file name, reason and remedy.
 
-    That is UntrustedInputError and OSError. ``remedy`` is a sentence that says what to do, usually
-    with a flag.
+    ``remedy`` is an instruction to the user, usually with a flag.
     """
     try:
         yield
@@ -83,29 +83,45 @@ def open_regular(path: Path) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what ``open_regular`` refuses, before a library opens the file by its name."""
+    """Check the file as ``open_regular`` does, before a library opens it by its name."""
     os.close(open_regular(path))
 
 
 def create(path: Path) -> BinaryIO:
-    """Create a file for writing, in the place of any file or link of that name.
+    """Create a file for writing, replacing any file or link of that name.
 
-    What a link of that name leads to is never written. Raises OSError as open does.
+    The target of such a link is never written. Raises OSError as open does.
     """
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(path, flags, 0o666), "wb")
 
 
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write ``content`` under a temporary name beside ``path``, then rename it over ``path``.
+
+    A reader finds the old file or the complete new one. Links of either name are replaced, not
+    followed.
+    """
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with create(temporary) as file:
+        file.write(content)
+    temporary.replace(path)
+
+
 def read_bytes(path: Path, limit: int = METADATA_BYTES) -> bytes:
-    """Return the content of a regular file of at most ``limit`` bytes. Raises OSError as open does."""
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises OSError as open does.
+    """
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         # The file may grow between the two calls, so the read is bounded too.
         content = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
         raise UntrustedInputError(
-            f"it has {max(size, len(content))} bytes, {limit} at most are read"
+            f"it has {max(size, len(content))} bytes, and the limit is {limit}"
         )
     return content
 
@@ -113,17 +129,17 @@ def read_bytes(path: Path, limit: int = METADATA_BYTES) -> bytes:
 def parse_json(content: bytes, schema: type[Schema]) -> Schema:
     """Parse JSON and validate it strictly against a dataclass, a pydantic model or a typing form.
 
-    Types are not converted, but JSON arrays become tuples and sets where the schema has those.
-    Nesting deeper than 200 and numbers of more than 4,300 digits are refused by the parser.
+    Types are not converted, but JSON arrays become tuples and sets where the schema has those. The
+    parser refuses nesting deeper than 200 and numbers of more than 4,300 digits.
     """
     try:
         return _adapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
-        raise UntrustedInputError(_described(error)) from error
+        raise UntrustedInputError(_describe(error)) from error
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object of which only some keys matter; the caller validates those that it uses.
+    """Parse a JSON object of which the caller validates only the keys that it uses.
 
     Infinity and NaN are accepted, since other programs write them.
     """
@@ -139,21 +155,21 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
 def validate(document: Any, schema: type[Schema]) -> Schema:
     """Validate an already parsed value strictly; types are not converted.
 
-    For plain types and their containers. A dataclass is read by ``parse_json``: in strict mode
-    pydantic takes one from JSON only.
+    For plain types and their containers only: in strict mode pydantic builds a dataclass from JSON
+    alone, so use ``parse_json`` for those.
     """
     try:
         return _adapter(schema).validate_python(document, strict=True)
     except ValidationError as error:
-        raise UntrustedInputError(_described(error)) from error
+        raise UntrustedInputError(_describe(error)) from error
 
 
 def parse_yaml(content: bytes) -> Any:
     """Parse one YAML document of plain values (UTF-8, with or without a byte-order mark).
 
     Refuses deep nesting, aliases that expand to more than 100,000 nodes or to themselves, whole
-    numbers beyond 64 bits, a key that is twice in one mapping, and every tag that would construct a
-    Python object.
+    numbers beyond 64 bits, duplicate keys in a mapping, and every tag that would construct a Python
+    object.
     """
     try:
         loader = _Loader(content.decode("utf-8-sig"))
@@ -169,8 +185,8 @@ def parse_yaml(content: bytes) -> Any:
         raise UntrustedInputError(f"it is not YAML: {_first_characters(error)}") from error
     except UntrustedInputError:
         raise
-    # Not UTF-8, an impossible date, or a tag on text that is not of its form ("!!int x"): PyYAML's
-    # constructors raise whatever Python does.
+    # Not UTF-8, an impossible date, or a tag on text of another form ("!!int x"): PyYAML's
+    # constructors let any Python error through.
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise UntrustedInputError(
             f"it has a value that cannot be read: {_first_characters(error)}"
@@ -180,7 +196,7 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return ``repr(value)`` for a message, with the middle or the end left out where it is long."""
+    """Return ``repr(value)`` for a message, shortened if it is long."""
     return _SHORT_REPR.repr(value)
 
 
@@ -188,7 +204,7 @@ def path_inside(folder: Path, name: str) -> Path:
     """Return ``folder / name`` for a relative name that stays inside ``folder``.
 
     Refuses absolute names, "..", empty names and NUL. The file need not exist. Links are checked
-    separately, by ``check_link``, because the name alone is what an index or a manifest gives.
+    separately, by ``check_link``, because an index or a manifest contains the name alone.
     """
     parts = Path(name).parts
     if not parts or "\0" in name or Path(name).is_absolute() or ".." in parts:
@@ -199,14 +215,15 @@ def path_inside(folder: Path, name: str) -> Path:
 def check_link(folder: Path, path: Path) -> None:
     """Refuse a path inside ``folder`` whose symbolic links lead out of it.
 
-    Hugging Face's cache has for each model the folders ``snapshots`` and ``blobs``: a snapshot's
-    links may lead to the blobs beside it.
+    Links from a ``snapshots`` folder to the ``blobs`` folder beside it are allowed, because
+    Hugging Face's cache stores models that way.
     """
-    root, target = folder.resolve(), path.resolve()
+    root = folder.resolve()
+    target = path.resolve()
     blobs = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
         raise UntrustedInputError(
-            f"{path.name} is a link to {target}, outside of the folder. Copy the file into the folder"
+            f"{path.name} is a link to {target}, outside the folder. Copy the file into the folder"
         )
 
 
@@ -215,19 +232,19 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def _described(error: ValidationError) -> str:
-    """State the first problems, each with where it is and what was found, in bounded length."""
+def _describe(error: ValidationError) -> str:
+    """Describe the first problems, each with its location and the value, in bounded length."""
     problems = []
     for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]:
-        where = ".".join(str(part) for part in problem["loc"])
-        found = _shortened(problem["input"])
-        problems.append(f"{_shortened(where)}: {problem['msg']} (found {found})")
+        location = ".".join(str(part) for part in problem["loc"])
+        value = _shortened(problem["input"])
+        problems.append(f"{_shortened(location)}: {problem['msg']} (found {value})")
     more = error.error_count() - len(problems)
     return "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
 
 
 def _shortened(value: Any) -> str:
-    """Return a bounded ``repr``: only the first characters of text, and only the type of the rest."""
+    """Return a bounded ``repr``: the start of text, only the type of other long values."""
     if isinstance(value, str | bytes):
         value = value[:_SHOWN_CHARACTERS]
     elif not isinstance(value, bool | float | None) and not _is_small_integer(value):
@@ -257,7 +274,7 @@ def _is_small_integer(value: Any) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops at the first level that is too deep: PyYAML's time for each token grows with the depth."""
+    """Stops at the first level too deep, because PyYAML's time per token grows with depth."""
 
     def increase_flow_level(self) -> None:
         super().increase_flow_level()
@@ -268,8 +285,8 @@ class _Loader(yaml.SafeLoader):
 def _check_node_count(root: yaml.Node) -> None:
     """Refuse a YAML node graph that is too deep, too large with its aliases expanded, or cyclic.
 
-    Sizes are computed once a node, children first, without recursion, so the cost is linear in
-    the text however large its expansion is.
+    Sizes are computed once per node, children first and without recursion, so the cost is linear
+    in the text however large its expansion is.
     """
     sizes: dict[int, int] = {}
     depths: dict[int, int] = {}
@@ -301,10 +318,11 @@ def _check_node_count(root: yaml.Node) -> None:
 def _check_repeated_keys(loader: yaml.SafeLoader, root: yaml.Node) -> None:
     """Refuse a mapping with two equal scalar keys, of which PyYAML would use the last alone.
 
-    Keys are compared as Python does after construction: 1 and 0x1 are equal. A key that a mapping
-    has itself may replace a merged one ("<<").
+    Keys are compared as Python does after construction: 1 and 0x1 are equal. A mapping's own key
+    may replace a merged one ("<<").
     """
-    stack, seen = [root], set()
+    stack = [root]
+    seen: set[int] = set()
     while stack:
         node = stack.pop()
         if id(node) in seen:
@@ -319,13 +337,14 @@ def _check_repeated_keys(loader: yaml.SafeLoader, root: yaml.Node) -> None:
             line = key.start_mark.line + 1
             if name in lines:
                 raise UntrustedInputError(
-                    f"the key {shown(name)} is twice in one mapping, in lines {lines[name]} and {line}"
+                    f"the key {shown(name)} is twice in one mapping, in lines {lines[name]} "
+                    f"and {line}"
                 )
             lines[name] = line
 
 
 def _check_length(node: yaml.Node) -> None:
-    """Refuse a number or a date that is long: PyYAML's time for one of base 60 is quadratic."""
+    """Refuse long numbers and dates, as PyYAML's time for a base-60 number is quadratic."""
     is_number = isinstance(node, yaml.ScalarNode) and node.tag in _SHORT_TAGS
     if is_number and len(node.value) > _LONGEST_NUMBER:
         raise UntrustedInputError(
@@ -349,5 +368,5 @@ def _check_integers(document: Any) -> None:
             stack += value
         elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
             raise UntrustedInputError(
-                f"it has a whole number of {value.bit_length()} bits, 63 at most are read"
+                f"it has a whole number of {value.bit_length()} bits, and the limit is 63"
             )

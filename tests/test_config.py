@@ -1,3 +1,5 @@
+"""Every option is a YAML key and a flag, and every illegal value names its rule and its flag."""
+
 import ast
 import contextlib
 import inspect
@@ -32,7 +34,7 @@ SECTIONS = [field.type for field in fields(Config) if is_dataclass(field.type)]
 
 @pytest.fixture
 def yaml(tmp_path):
-    """Write a config file and give its path."""
+    """A function that writes a config file and returns its path."""
 
     def write(text: str | bytes) -> str:
         path = tmp_path / "config.yaml"
@@ -43,22 +45,22 @@ def yaml(tmp_path):
 
 
 @pytest.fixture
-def complaint(yaml):
-    """What is said of a config file, its path left out."""
+def error_of(yaml):
+    """A function that returns the error message of a config file, with the path as FILE."""
 
-    def complain(text: str | bytes) -> str:
+    def read(text: str | bytes) -> str:
         path = yaml(text)
         with pytest.raises(ConfigError) as raised:
             load_yaml(path)
         return str(raised.value).replace(path, "FILE")
 
-    return complain
+    return read
 
 
 # ---- default < YAML < flag ----
 
 
-def test_a_flag_goes_over_the_file_and_the_file_over_the_default(yaml):
+def test_flags_override_the_file_and_the_file_overrides_defaults(yaml):
     path = yaml("training: {lr: 0.5, seed: 7}\nmodel: {num_layers: 9}")
     config = parse(["--config", path, "--seed", "8", "--hidden-size", "512"])
     assert (config.training.lr, config.model.num_layers) == (0.5, 9)
@@ -67,20 +69,20 @@ def test_a_flag_goes_over_the_file_and_the_file_over_the_default(yaml):
     assert config.config == path
 
 
-def test_no_arguments_are_the_defaults():
+def test_without_arguments_all_values_are_defaults():
     assert parse([]) == Config()
 
 
 @pytest.mark.parametrize("spelling", ["--config={}", "--config {}"])
-def test_the_file_may_follow_an_equals_sign(yaml, spelling):
+def test_the_file_may_be_given_with_an_equals_sign(yaml, spelling):
     assert parse(spelling.format(yaml("training: {seed: 7}")).split()).training.seed == 7
 
 
-def test_underscores_are_as_good_as_dashes():
+def test_flags_may_have_underscores_for_dashes():
     assert parse(["--seq_length", "77"]).data.seq_length == 77
 
 
-def test_lists_are_given_as_flags_or_in_the_file(yaml):
+def test_lists_can_be_given_as_flags_and_in_the_file(yaml):
     path = yaml("data: {data_path: store, split: [0.5, 0.5]}")
     assert load_yaml(path).data == DataConfig(data_path=("store",), split=(0.5, 0.5))
     config = parse(["--config", path, "--split", "0.9", "0.1", "--data-path", "other"])
@@ -91,8 +93,7 @@ def test_lists_are_given_as_flags_or_in_the_file(yaml):
 @pytest.mark.parametrize(
     "words", ["969,30,1", "969 30 1", "969, 30, 1", "969,30 1", "=969,30,1", "969.0,30.0,1.0"]
 )
-def test_shares_may_have_commas_between_them_and_any_sum(words):
-    """As Megatron's."""
+def test_shares_may_be_separated_by_commas_and_have_any_sum(words):
     flag = ["--split" + words] if words.startswith("=") else ["--split", *words.split()]
     data = parse([*flag, "--seed", "7"]).data
     assert data.split == (969.0, 30.0, 1.0)
@@ -101,20 +102,20 @@ def test_shares_may_have_commas_between_them_and_any_sum(words):
 
 
 @pytest.mark.parametrize("text", ["[969, 30, 1]", "969,30,1", "'969, 30, 1'", "[969, 30.0, '1']"])
-def test_shares_in_a_file_may_have_commas_between_them(text, yaml):
+def test_shares_in_a_file_may_be_separated_by_commas(text, yaml):
     assert load_yaml(yaml(f"data:\n  split: {text}")).data.split == (969.0, 30.0, 1.0)
 
 
-def test_shares_that_add_up_to_1_stay_as_they_are():
+def test_shares_with_sum_1_are_not_normalized():
     assert DataConfig(split=(0.9, 0.0999995)).shares == (0.9, 0.0999995)
     assert DataConfig(split=(1, 1)).shares == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("words", ["1", "1,2,3,4", "", "a,b", "1 2 3 4"])
-def test_shares_are_two_or_three_numbers(words, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_other_than_two_or_three_numeric_shares_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as raised:
         parse(["--split", *words.split()])
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert "split" in capsys.readouterr().err
 
 
@@ -130,7 +131,7 @@ def test_shares_are_two_or_three_numbers(words, capsys):
         ("0,0", 1),
     ],
 )
-def test_a_window_may_be_megatrons_pair_which_leaves_out_the_token_itself(word, keys, yaml):
+def test_a_window_may_be_megatrons_pair_which_excludes_the_token_itself(word, keys, yaml):
     bare = word.strip("()")
     for flags in (
         ["--window-size", word],
@@ -143,16 +144,16 @@ def test_a_window_may_be_megatrons_pair_which_leaves_out_the_token_itself(word, 
 
 
 @pytest.mark.parametrize("words", ["1024,1", "-2,0", "1,2,3", "", "1.5", "1024,x"])
-def test_a_window_is_of_tokens_before(words, capsys, yaml):
-    with pytest.raises(SystemExit) as left:
+def test_a_window_with_tokens_after_or_of_other_form_is_refused(words, capsys, yaml):
+    with pytest.raises(SystemExit) as raised:
         parse(["--window-size", *words.split()])
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert "window-size" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="window_size"):
         load_yaml(yaml(f"model: {{window_size: '{words}'}}"))
 
 
-def test_the_self_test_without_a_word_is_all_that_is_done(yaml):
+def test_self_test_without_a_value_means_only(yaml):
     assert parse([]).self_test == "start"
     assert parse(["--self-test"]).self_test == "only"
     assert parse(["--self-test", "--lr", "0.1"]).self_test == "only"
@@ -161,14 +162,14 @@ def test_the_self_test_without_a_word_is_all_that_is_done(yaml):
     assert parse(["--config", path, "--self-test", "start"]).self_test == "start"
 
 
-def test_a_blend_alternates_weights_and_stores_and_the_weights_are_exact():
+def test_a_blend_alternates_exact_weights_and_stores():
     blend = parse(["--data-path", "0.7", "a", "0.1", "b"]).data.blend
     assert blend == {"a": Fraction(7, 10), "b": Fraction(1, 10)}
     assert DataConfig(data_path=("0.7",)).blend == {"0.7": 1}
     assert DataConfig().blend == {}
 
 
-def test_a_blend_in_a_file_is_a_list_of_text(yaml):
+def test_a_blend_in_a_file_is_a_list_of_strings(yaml):
     written = parse(["--data-path", "0.7", "a", "0.3", "b", "--packing", "best-fit"])
     assert load_yaml(yaml(to_yaml(written))) == written
 
@@ -180,8 +181,8 @@ def test_scientific_notation_without_a_point_is_a_number(yaml):
     )
 
 
-def test_keys_for_deepspeed_come_from_the_file_alone_and_stay_as_they_are(yaml):
-    """Though they share names with flags and with each other."""
+def test_deepspeed_keys_come_from_the_file_only_and_are_unchanged(yaml):
+    """Although some share names with flags and with each other."""
     extra = "{lr: 5, tensorboard: {enabled: true}, csv_monitor: {enabled: true}}"
     config = parse(["--config", yaml(f"training: {{deepspeed: {extra}}}"), "--lr", "7"])
     assert config.training.lr == 7.0
@@ -192,15 +193,15 @@ def test_keys_for_deepspeed_come_from_the_file_alone_and_stay_as_they_are(yaml):
     }
 
 
-def test_an_empty_file_is_the_defaults(yaml):
+def test_an_empty_file_means_defaults(yaml):
     assert load_yaml(yaml("")) == Config()
 
 
-# ---- every option, once ----
+# ---- every option has help ----
 
 
 def documented(section: type) -> dict[str, str]:
-    """The text under every field of a dataclass."""
+    """Return the docstring under every field of a dataclass."""
     body = ast.parse(inspect.getsource(section)).body[0].body
     return {
         statement.target.id: text.value.value
@@ -210,16 +211,16 @@ def documented(section: type) -> dict[str, str]:
 
 
 def words(text: str) -> str:
-    """Letters and digits alone: what is left of a text whatever box it is printed in and wherever its lines break."""
+    """Reduce a text to letters and digits, which line breaks and boxes around it do not change."""
     return re.sub(r"[\W_]", "", text)
 
 
 @pytest.fixture(scope="module")
 def help_text() -> str:
-    """What --help prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as left:
+    """The output of --help."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as raised:
         parse(["--help"])
-    assert left.value.code == 0
+    assert raised.value.code == 0
     return printed.getvalue()
 
 
@@ -232,13 +233,13 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("section", "name"), OPTIONS)
-def test_every_option_is_a_flag_and_the_text_under_it_its_help(section, name, help_text):
+def test_every_option_is_a_flag_with_its_docstring_as_help(section, name, help_text):
     assert re.search(rf"--{name.replace('_', '-')}[ ,]", help_text)
     assert words(documented(section)[name]) in words(help_text)
 
 
-def test_no_two_sections_share_a_name():
-    """Flags carry no section, and neither does a hint at the nearest key."""
+def test_option_names_are_unique_over_all_sections():
+    """Because flags do not name the section."""
     names = [field.name for section in [*SECTIONS, Config] for field in fields(section)]
     assert len(names) == len(set(names))
 
@@ -246,7 +247,7 @@ def test_no_two_sections_share_a_name():
 # ---- the resolved config ----
 
 
-def test_the_resolved_config_is_itself_a_config(tmp_path):
+def test_the_resolved_config_can_be_read_again(tmp_path):
     resolved = parse(
         [
             "--lr",
@@ -262,14 +263,14 @@ def test_the_resolved_config_is_itself_a_config(tmp_path):
     assert load_yaml(tmp_path / "resolved.yaml") == resolved
 
 
-def test_the_resolved_config_keeps_what_is_for_deepspeed(yaml):
+def test_the_resolved_config_keeps_deepspeed_keys(yaml):
     config = load_yaml(
         yaml("training: {deepspeed: {comms_logger: {enabled: true, prof_ops: [all_reduce]}}}")
     )
     assert load_yaml(yaml(to_yaml(config))) == config
 
 
-def test_the_resolved_config_holds_every_option_but_where_it_came_from_and_what_is_done_with_it():
+def test_the_resolved_config_has_every_option_of_the_sections_only():
     resolved = to_yaml(replace(Config(), config="some.yaml", dry_run=True, self_test="none"))
     assert all(f"  {field.name}:" in resolved for section in SECTIONS for field in fields(section))
     assert "some.yaml" not in resolved
@@ -277,52 +278,70 @@ def test_the_resolved_config_holds_every_option_but_where_it_came_from_and_what_
     assert "self_test" not in resolved
 
 
-# ---- what a file may not say ----
+# ---- errors in a file ----
 
-MISTAKES = {
-    "modle: {num_layers: 2}": "FILE: unknown key 'modle'. Did you mean model?",
-    "model: {num_layer: 2}": "FILE: model: unknown key 'num_layer'. Did you mean num_layers?",
-    "model: {lr: 2}": "FILE: model: unknown key 'lr'. Did you mean training.lr?",
-    "seq_lenght: 2": "FILE: unknown key 'seq_lenght'. Did you mean data.seq_length?",
-    "checkpoint: {xyzzy: 2}": "FILE: checkpoint: unknown key 'xyzzy'. Known here: save, load, finetune, "
-    "allow_other_data, save_interval, async_save, keep_last, keep_every.",
-    "1: 2": "FILE: unknown key 1. Known here: model, parallel, data, training, memory, checkpoint, guards, logging, "
-    "config, dry_run, self_test.",
-    "model: 3": "FILE: model: expected keys and values, found 3.",
-    "[a, b]": "FILE: expected keys and values, found ['a', 'b'].",
-    "model: {num_layers: 2.0}": "FILE: model: num_layers is 2.0, not of type int.",
-    "model: {num_layers: true}": "FILE: model: num_layers is True, not of type int.",
-    "model: {add_bias_linear: 1}": "FILE: model: add_bias_linear is 1, not of type bool.",
-    "model: {softmax_type: off}": "FILE: model: softmax_type is False, not one of vanilla, off-by-one, learnable.",
-    "training: {lr: fast}": "FILE: training: lr is 'fast', not of type float.",
-    "training: {lr: true}": "FILE: training: lr is True, not of type float.",
-    "training: {dtype: bf15}": "FILE: training: dtype is 'bf15', not one of auto, fp32, bf16, fp16.",
-    "training: {zero_stage: true}": "FILE: training: zero_stage is True, not one of 0, 1, 2, 3.",
-    "training: {zero_stage: 1.0}": "FILE: training: zero_stage is 1.0, not one of 0, 1, 2, 3.",
-    "training: {zero_stage: [1]}": "FILE: training: zero_stage is [1], not one of 0, 1, 2, 3.",
-    "training: {deepspeed: 3}": "FILE: training: deepspeed is 3, not of type dict.",
-    "data: {split: [1]}": "FILE: data: split is [1], not a list of 2 float or a list of 3 float.",
-    "data: {split: {0.9: a, 0.1: b}}": (
-        "FILE: data: split is {0.1: 'b', 0.9: 'a'}, not a list of 2 float or a list of 3 float."
-    ),
-    "data: {split: 0.9}": "FILE: data: split is 0.9, not a list of 2 float or a list of 3 float.",
-    "data: {data_path: [3]}": "FILE: data: data_path is [3], not a list of str.",
-    "checkpoint: {save: 3}": "FILE: checkpoint: save is 3, not of type str.",
+# Content of a file -> parts of its error message.
+FILE_ERRORS = {
+    "modle: {num_layers: 2}": ["FILE: ", "'modle'", "model?"],
+    "model: {num_layer: 2}": ["FILE: model: ", "'num_layer'", "num_layers?"],
+    "model: {lr: 2}": ["FILE: model: ", "'lr'", "training.lr?"],
+    "seq_lenght: 2": ["FILE: ", "'seq_lenght'", "data.seq_length?"],
+    "checkpoint: {xyzzy: 2}": [
+        "FILE: checkpoint: ",
+        "'xyzzy'",
+        "save, load, finetune, allow_other_data, save_interval, async_save, keep_last, keep_every.",
+    ],
+    "1: 2": [
+        "FILE: ",
+        "key 1.",
+        "model, parallel, data, training, memory, checkpoint, guards, logging, config, dry_run, "
+        "self_test.",
+    ],
+    "model: 3": ["FILE: model: ", "keys and values", "3."],
+    "[a, b]": ["FILE: ", "keys and values", "['a', 'b']."],
+    "model: {num_layers: 2.0}": ["FILE: model: num_layers is 2.0", "int."],
+    "model: {num_layers: true}": ["FILE: model: num_layers is True", "int."],
+    "model: {add_bias_linear: 1}": ["FILE: model: add_bias_linear is 1", "bool."],
+    "model: {softmax_type: off}": [
+        "FILE: model: softmax_type is False",
+        "vanilla, off-by-one, learnable.",
+    ],
+    "training: {lr: fast}": ["FILE: training: lr is 'fast'", "float."],
+    "training: {lr: true}": ["FILE: training: lr is True", "float."],
+    "training: {lr: [1]}": ["FILE: training: lr is [1]", "float."],
+    "training: {dtype: bf15}": ["FILE: training: dtype is 'bf15'", "auto, fp32, bf16, fp16."],
+    "training: {zero_stage: true}": ["FILE: training: zero_stage is True", "0, 1, 2, 3."],
+    "training: {zero_stage: 1.0}": ["FILE: training: zero_stage is 1.0", "0, 1, 2, 3."],
+    "training: {zero_stage: [1]}": ["FILE: training: zero_stage is [1]", "0, 1, 2, 3."],
+    "training: {deepspeed: 3}": ["FILE: training: deepspeed is 3", "dict."],
+    "parallel: {stripe_size: true}": ["FILE: parallel: stripe_size is True", "auto."],
+    "parallel: {stripe_size: wide}": ["FILE: parallel: stripe_size is 'wide'", "auto."],
+    "data: {split: [1]}": ["FILE: data: split is [1]", "2 float", "3 float"],
+    "data: {split: {0.9: a, 0.1: b}}": [
+        "FILE: data: split is {0.1: 'b', 0.9: 'a'}",
+        "2 float",
+        "3 float",
+    ],
+    "data: {split: 0.9}": ["FILE: data: split is 0.9", "2 float", "3 float"],
+    "data: {data_path: [3]}": ["FILE: data: data_path is [3]", "str."],
+    "checkpoint: {save: 3}": ["FILE: checkpoint: save is 3", "str."],
 }
 
 
-@pytest.mark.parametrize("text", MISTAKES)
-def test_what_a_file_may_not_say(text, complaint):
-    assert complaint(text) == MISTAKES[text]
+@pytest.mark.parametrize("text", FILE_ERRORS)
+def test_an_error_in_a_file_names_the_key_the_value_and_what_is_legal(text, error_of):
+    [line] = error_of(text).splitlines()
+    first, *others = FILE_ERRORS[text]
+    assert line.startswith(first)
+    assert all(part in line for part in others)
 
 
-def test_all_mistakes_in_a_file_are_said_at_once(complaint):
-    three = ["model: {num_layers: two}", "training: {lr: fast}", "data: {split: [1]}"]
-    assert complaint("\n".join(three)).splitlines() == [
-        "FILE: model: num_layers is 'two', not of type int.",
-        "FILE: training: lr is 'fast', not of type float.",
-        "FILE: data: split is [1], not a list of 2 float or a list of 3 float.",
-    ]
+def test_all_errors_in_a_file_are_reported_together(error_of):
+    text = ["model: {num_layers: two}", "training: {lr: fast}", "data: {split: [1]}"]
+    num_layers, lr, split = error_of("\n".join(text)).splitlines()
+    assert num_layers.startswith("FILE: model: num_layers is 'two'")
+    assert lr.startswith("FILE: training: lr is 'fast'")
+    assert split.startswith("FILE: data: split is [1]")
 
 
 @pytest.mark.parametrize(
@@ -332,30 +351,30 @@ def test_all_mistakes_in_a_file_are_said_at_once(complaint):
         (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
         (
             "training: {lr: 0.1}\ntraining: {train_iters: 50}",
-            "'training' is twice in one mapping, in lines 1 and 2",
+            "lines 1 and 2",
         ),
     ],
 )
-def test_a_file_that_is_not_yaml(text, reason, complaint):
-    assert complaint(text).startswith("config FILE cannot be read: ")
-    assert reason in complaint(text)
-    assert complaint(text).endswith(". Set --config.")
+def test_a_file_that_is_not_yaml_is_refused_with_the_reason(text, reason, error_of):
+    assert error_of(text).startswith("config FILE cannot be read: ")
+    assert reason in error_of(text)
+    assert error_of(text).endswith(". Set --config.")
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError) as raised:
         parse(["--config", str(tmp_path / "none.yaml")])
-    assert (
-        str(raised.value)
-        == f"config {tmp_path}/none.yaml cannot be read: No such file or directory. Set --config."
-    )
+    message = str(raised.value)
+    assert f"{tmp_path}/none.yaml" in message
+    assert "No such file or directory" in message
+    assert message.endswith("Set --config.")
 
 
-# ---- what a flag may not say ----
+# ---- errors in flags ----
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--hiden-size", "3"], "--hidden-size"),
         (["--hidden-size", "wide"], "invalid literal for int() with base 10: 'wide'"),
@@ -363,24 +382,24 @@ def test_a_file_that_is_not_there(tmp_path):
         (["--deepspeed", "3"], "Unrecognized"),
         (["--config"], "Missing value"),
         (["--self-test", "off"], "only"),
-        (["--self-test", "only", "none"], "takes one word or none"),
+        (["--self-test", "only", "none"], "at most one of start, only, none"),
     ],
 )
-def test_a_bad_flag_leaves_with_two_and_names_what_is_near(arguments, said, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_a_bad_flag_exits_with_2_and_shows_similar_ones(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as raised:
         parse(arguments)
-    assert left.value.code == 2
-    assert said in capsys.readouterr().err
+    assert raised.value.code == 2
+    assert expected in capsys.readouterr().err
 
 
-def test_only_one_rank_need_speak(capsys):
-    with pytest.raises(SystemExit) as left:
+def test_without_console_a_bad_flag_prints_nothing(capsys):
+    with pytest.raises(SystemExit) as raised:
         parse(["--hiden-size", "3"], console=False)
-    assert left.value.code == 2
+    assert raised.value.code == 2
     assert capsys.readouterr() == ("", "")
 
 
-# ---- what a section knows of itself ----
+# ---- problems within a section ----
 
 AT_LEAST_ONE = {
     ModelConfig: ["num_layers", "hidden_size", "num_attention_heads"],
@@ -402,215 +421,241 @@ AT_LEAST_ONE = {
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_are_at_least_one(section, name, value):
-    message = f"{name} {value} must be at least 1. Set --{name.replace('_', '-')}."
-    assert message in section(**{name: value}).problems()
+    problems = section(**{name: value}).problems()
+    [problem] = [problem for problem in problems if problem.startswith(f"{name} {value} ")]
+    assert "at least 1" in problem
+    assert f"--{name.replace('_', '-')}" in problem
 
 
+# A section, the parts of its only problem before the remedy, and the flags of the remedy.
 PROBLEMS = [
     (
         ModelConfig(hidden_size=250, num_attention_heads=4),
-        "hidden_size 250 does not divide into 4 attention heads. Nearest: 248, 252. "
-        "Set --hidden-size or --num-attention-heads, or give heads a size of their own, --kv-channels.",
+        ["hidden_size 250 ", "num_attention_heads 4", "248, 252."],
+        ["--hidden-size", "--num-attention-heads", "--kv-channels"],
     ),
     (
         ModelConfig(num_attention_heads=8, num_query_groups=3),
-        "num_query_groups 3 does not divide num_attention_heads 8. Legal: 1, 2, 4, 8. Set --num-query-groups.",
+        ["num_query_groups 3 ", "num_attention_heads 8", "1, 2, 4, 8."],
+        ["--num-query-groups"],
     ),
     (
         ModelConfig(num_attention_heads=4, num_query_groups=-1),
-        "num_query_groups -1 must not be below 0. Set --num-query-groups.",
+        ["num_query_groups -1 ", "at least 0"],
+        ["--num-query-groups"],
     ),
     (
         ModelConfig(hidden_size=12, num_attention_heads=4),
-        "head size 3 (hidden_size 12 / num_attention_heads 4) is odd, and RoPE turns pairs. Nearest: 2, 4. "
-        "Set --kv-channels, or --position-embedding-type learned_absolute.",
+        ["head dim 3 ", "hidden_size 12", "num_attention_heads 4", "2, 4."],
+        ["--kv-channels", "--position-embedding-type learned_absolute"],
     ),
     (
         ModelConfig(hidden_size=250, num_attention_heads=4, kv_channels=63),
-        "head size 63 (kv_channels) is odd, and RoPE turns pairs. Nearest: 62, 64. "
-        "Set --kv-channels, or --position-embedding-type learned_absolute.",
+        ["head dim 63 ", "kv_channels", "62, 64."],
+        ["--kv-channels", "--position-embedding-type learned_absolute"],
     ),
-    (ModelConfig(kv_channels=-64), "kv_channels -64 must not be below 0. Set --kv-channels."),
+    (
+        ModelConfig(kv_channels=-64),
+        ["kv_channels -64 ", "at least 0"],
+        ["--kv-channels"],
+    ),
     (
         ModelConfig(kv_channels=64, num_attention_heads=8, num_query_groups=3),
-        "num_query_groups 3 does not divide num_attention_heads 8. Legal: 1, 2, 4, 8. Set --num-query-groups.",
+        ["num_query_groups 3 ", "num_attention_heads 8", "1, 2, 4, 8."],
+        ["--num-query-groups"],
     ),
     (
         ModelConfig(add_bias_linear=True, add_qkv_bias=True),
-        "add_qkv_bias has no effect beside add_bias_linear, which gives every linear layer a bias, those of queries, "
-        "keys and values too. Leave out --add-qkv-bias, or --add-bias-linear.",
+        ["add_qkv_bias ", "add_bias_linear"],
+        ["--add-qkv-bias", "--add-bias-linear"],
     ),
     (
         ModelConfig(rope_scaling="yarn"),
-        "rope_scaling yarn stretches by rope_scaling_factor 1.0, which must be greater than 1. "
-        "Set --rope-scaling-factor, or --rope-scaling none.",
+        ["rope_scaling yarn ", "1.0", "above 1"],
+        ["--rope-scaling-factor", "--rope-scaling none"],
     ),
     (
         ModelConfig(rope_scaling_factor=2.0),
-        "rope_scaling_factor 2.0 has no effect while rope_scaling is none. "
-        "Set --rope-scaling linear (or ntk, yarn, llama3).",
+        ["rope_scaling_factor 2.0 ", "rope_scaling none"],
+        ["--rope-scaling linear"],
     ),
     (
         ModelConfig(ffn_hidden_size=-4),
-        "ffn_hidden_size -4 must not be below 0. Set --ffn-hidden-size.",
+        ["ffn_hidden_size -4 ", "at least 0"],
+        ["--ffn-hidden-size"],
     ),
     (
         ModelConfig(rope_original_length=512),
-        "rope_original_length 512 has no effect while rope_scaling is none. "
-        "Set --rope-scaling yarn or llama3, or --rope-original-length 0.",
+        ["rope_original_length 512 ", "rope_scaling none"],
+        ["--rope-scaling yarn or llama3", "--rope-original-length 0"],
     ),
     (
         ModelConfig(
             rope_scaling="ntk", rope_scaling_factor=2.0, position_embedding_type="learned_absolute"
         ),
-        "rope_scaling ntk has no effect while position_embedding_type is learned_absolute. "
-        "Set --rope-scaling none, or --position-embedding-type rope.",
+        ["rope_scaling ntk ", "position_embedding_type learned_absolute"],
+        ["--rope-scaling none", "--position-embedding-type rope"],
     ),
-    (ModelConfig(window_size=-8), "window_size -8 must not be below 0. Set --window-size."),
+    (
+        ModelConfig(window_size=-8),
+        ["window_size -8 ", "at least 0"],
+        ["--window-size"],
+    ),
     (
         ModelConfig(window_attn_skip_freq=-2),
-        "window_attn_skip_freq -2 must not be below 0. Set --window-attn-skip-freq.",
+        ["window_attn_skip_freq -2 ", "at least 0"],
+        ["--window-attn-skip-freq"],
     ),
-    (
-        ModelConfig(window_attn_skip_freq=4),
-        "window_attn_skip_freq 4 has no effect while window_size is 0. "
-        "Set --window-size, or --window-attn-skip-freq 0.",
-    ),
-    (
-        ModelConfig(window_attn_skip_freq=1),
-        "window_attn_skip_freq 1 has no effect while window_size is 0. "
-        "Set --window-size, or --window-attn-skip-freq 0.",
+    *(
+        (
+            ModelConfig(window_attn_skip_freq=frequency),
+            [f"window_attn_skip_freq {frequency} ", "window_size 0"],
+            ["--window-size", "--window-attn-skip-freq 0"],
+        )
+        for frequency in (4, 1)
     ),
     (
         ModelConfig(window_size=8, window_attn_skip_freq=1),
-        "window_size 8 has no effect while window_attn_skip_freq is 1, which has every layer attend fully. "
-        "Set --window-attn-skip-freq to at least 2 or to 0, or --window-size 0.",
+        ["window_size 8 ", "window_attn_skip_freq 1"],
+        ["--window-attn-skip-freq", "--window-size 0"],
     ),
     (
         ParallelConfig(context_parallel_size=-2),
-        "context_parallel_size -2 must not be below 0. Set --context-parallel-size.",
+        ["context_parallel_size -2 ", "at least 0"],
+        ["--context-parallel-size"],
     ),
     (
         ParallelConfig(ulysses_degree=0),
-        "ulysses_degree 0 must be at least 1. Set --ulysses-degree.",
+        ["ulysses_degree 0 ", "at least 1"],
+        ["--ulysses-degree"],
     ),
     (
         ParallelConfig(tensor_model_parallel_size=0),
-        "tensor_model_parallel_size 0 must be at least 1. Set --tensor-model-parallel-size.",
+        ["tensor_model_parallel_size 0 ", "at least 1"],
+        ["--tensor-model-parallel-size"],
     ),
     (
         ParallelConfig(pipeline_model_parallel_size=-1),
-        "pipeline_model_parallel_size -1 must be at least 1. Set --pipeline-model-parallel-size.",
+        ["pipeline_model_parallel_size -1 ", "at least 1"],
+        ["--pipeline-model-parallel-size"],
     ),
     (
         MemoryConfig(recompute="selective", recompute_attention=True),
-        "recompute_attention has no effect while recompute is selective. "
-        "Set --recompute full, or leave --recompute-attention out.",
+        ["recompute_attention ", "recompute selective"],
+        ["--recompute full", "--recompute-attention"],
     ),
-    (MemoryConfig(mlp_chunks=0), "mlp_chunks 0 must be at least 1. Set --mlp-chunks."),
+    (
+        MemoryConfig(mlp_chunks=0),
+        ["mlp_chunks 0 ", "at least 1"],
+        ["--mlp-chunks"],
+    ),
     (
         MemoryConfig(loss_chunk_size=-1),
-        "loss_chunk_size -1 must not be below 0. Set --loss-chunk-size.",
+        ["loss_chunk_size -1 ", "at least 0"],
+        ["--loss-chunk-size"],
     ),
     (
         TrainingConfig(clip_grad=-1.0),
-        "clip_grad -1.0 must not be below 0. Set --clip-grad.",
+        ["clip_grad -1.0 ", "at least 0"],
+        ["--clip-grad"],
     ),
     (
         TrainingConfig(adam_beta2=1.0),
-        "adam_beta2 1.0 must be at least 0 and below 1. Set --adam-beta2.",
+        ["adam_beta2 1.0 ", "at least 0 and below 1"],
+        ["--adam-beta2"],
     ),
     (
         CheckpointConfig(save="runs", save_interval=-5),
-        "save_interval -5 must not be below 0. Set --save-interval.",
+        ["save_interval -5 ", "at least 0"],
+        ["--save-interval"],
     ),
     (
         CheckpointConfig(save="runs", keep_last=-1),
-        "keep_last -1 must not be below 0. Set --keep-last.",
+        ["keep_last -1 ", "at least 0"],
+        ["--keep-last"],
     ),
     (
         CheckpointConfig(save="runs", keep_last=2, keep_every=-1),
-        "keep_every -1 must not be below 0. Set --keep-every.",
+        ["keep_every -1 ", "at least 0"],
+        ["--keep-every"],
     ),
-    (
-        DataConfig(split=(math.nan, 1.0)),
-        "split (nan, 1.0) must be two or three shares (training, validation, test) that are numbers, none below 0, "
-        "the first above 0. Set --split.",
-    ),
-    (
-        DataConfig(split=(0.0, 1.0)),
-        "split (0.0, 1.0) must be two or three shares (training, validation, test) that are numbers, none below 0, "
-        "the first above 0. Set --split.",
-    ),
-    (
-        DataConfig(split=(0.0, 0.0, 0.0)),
-        "split (0.0, 0.0, 0.0) must be two or three shares (training, validation, test) that are numbers, none below "
-        "0, the first above 0. Set --split.",
-    ),
-    (
-        DataConfig(split=(1.0, math.inf)),
-        "split (1.0, inf) must be two or three shares (training, validation, test) that are numbers, none below 0, "
-        "the first above 0. Set --split.",
-    ),
-    (
-        DataConfig(split=(1.5, -0.5)),
-        "split (1.5, -0.5) must be two or three shares (training, validation, test) that are numbers, none below 0, "
-        "the first above 0. Set --split.",
+    *(
+        (
+            DataConfig(split=split),
+            [f"split {split} ", "two or three", "at least 0", "first above 0"],
+            ["--split"],
+        )
+        for split in ((math.nan, 1.0), (0.0, 1.0), (0.0, 0.0, 0.0), (1.0, math.inf), (1.5, -0.5))
     ),
     (
         DataConfig(data_path=("0.7", "a", "b")),
-        "data_path has 3 words: it takes one store, or stores with the weight of each before it, as in 0.7 A 0.3 B, "
-        "an even number of words. Set --data-path.",
+        ["data_path ", "3 words", "0.7 A 0.3 B"],
+        ["--data-path"],
     ),
     *(
         (
             DataConfig(data_path=("1", "a", weight, "b")),
-            f"data_path has '{weight}' before b, where its weight belongs, a number above 0. Set --data-path.",
+            ["data_path ", f"'{weight}' before b", "above 0"],
+            ["--data-path"],
         )
         for weight in ("0", "-1", "nan", "inf", "1/0", "c")
     ),
     (
         DataConfig(data_path=("1", "a", "2", "b", "3", "a")),
-        "data_path names a 2 times: add its weights up. Set --data-path.",
+        ["data_path ", "a 2 times"],
+        ["--data-path"],
     ),
-    (TrainingConfig(lr=0.0, min_lr=0.0), "lr 0.0 must be above 0. Set --lr."),
-    (TrainingConfig(lr=float("nan")), "lr nan must be above 0. Set --lr."),
-    (TrainingConfig(lr=0.1, min_lr=0.2), "min_lr 0.2 is above lr 0.1. Set --min-lr or --lr."),
+    (TrainingConfig(lr=0.0, min_lr=0.0), ["lr 0.0 ", "above 0"], ["--lr"]),
+    (TrainingConfig(lr=float("nan")), ["lr nan ", "above 0"], ["--lr"]),
+    (TrainingConfig(lr=0.1, min_lr=0.2), ["min_lr 0.2 ", "lr 0.1"], ["--min-lr", "--lr"]),
     (
         TrainingConfig(train_iters=10, lr_warmup_iters=10),
-        "lr_warmup_iters 10 leaves nothing of train_iters 10 to decay. "
-        "Set --lr-warmup-iters to at most 9, or --lr-decay-style constant.",
+        ["lr_warmup_iters 10 ", "train_iters 10"],
+        ["--lr-warmup-iters to at most 9", "--lr-decay-style constant"],
     ),
-    (CheckpointConfig(save_interval=5), "save_interval 5 has nowhere to write to. Set --save."),
     (
-        CheckpointConfig(finetune=True),
-        "finetune has no weights to begin with while load is empty. Set --load.",
+        TrainingConfig(lr_decay_iters=10, lr_warmup_iters=10),
+        ["lr_warmup_iters 10 ", "lr_decay_iters 10"],
+        [
+            "--lr-warmup-iters to at most 9",
+            "--lr-decay-iters to at least 11",
+            "--lr-decay-style constant",
+        ],
     ),
+    (CheckpointConfig(save_interval=5), ["save_interval 5 ", "save is empty"], ["--save"]),
+    (CheckpointConfig(finetune=True), ["finetune ", "load is empty"], ["--load"]),
     (
         CheckpointConfig(finetune=True, load="runs", save="runs"),
-        "finetune makes a new run of the weights in load runs, and save is the same folder, whose checkpoints are the "
-        "old run's. Set --save to another folder.",
+        ["finetune ", "load runs", "save"],
+        ["--save"],
     ),
     (
         CheckpointConfig(async_save=True),
-        "async_save has nothing to write while save is empty. Set --save, or leave --async-save out.",
+        ["async_save ", "save is empty"],
+        ["--save", "--async-save"],
     ),
     (
         CheckpointConfig(keep_last=3),
-        "keep_last 3 has no effect while save is empty. Set --save, or --keep-last 0.",
+        ["keep_last 3 ", "save is empty"],
+        ["--save", "--keep-last 0"],
     ),
     (
         CheckpointConfig(save="runs", keep_every=100),
-        "keep_every 100 has no effect while keep_last is 0, which keeps all. Set --keep-last, or --keep-every 0.",
+        ["keep_every 100 ", "keep_last is 0"],
+        ["--keep-last", "--keep-every 0"],
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("section", "message"), PROBLEMS, ids=[message.split(".")[0] for _, message in PROBLEMS]
+    ("section", "parts", "flags"), PROBLEMS, ids=["".join(parts[:2]) for _, parts, _ in PROBLEMS]
 )
-def test_what_a_section_cannot_be(section, message):
-    assert section.problems() == [message]
+def test_an_illegal_section_has_one_problem_with_its_rule_and_flags(section, parts, flags):
+    [problem] = section.problems()
+    rule, _, remedy = problem.rpartition(". ")
+    assert rule.startswith(parts[0])
+    assert all(part in problem for part in parts)
+    assert all(flag in remedy for flag in flags)
 
 
 LEGAL = [
@@ -634,25 +679,25 @@ LEGAL = [
 
 
 @pytest.mark.parametrize("section", LEGAL, ids=str)
-def test_what_a_section_can_be(section):
+def test_legal_sections_have_no_problems(section):
     assert section.problems() == []
 
 
-def test_all_problems_are_found_at_once():
+def test_all_problems_are_reported_together():
     config = Config(
         model=ModelConfig(hidden_size=250),
         data=DataConfig(seq_length=0),
         checkpoint=CheckpointConfig(save_interval=1),
     )
-    found = config.problems()
-    assert [problem.split()[0] for problem in found] == [
+    problems = config.problems()
+    assert [problem.split()[0] for problem in problems] == [
         "hidden_size",
         "seq_length",
         "save_interval",
     ]
 
 
-# ---- what is derived ----
+# ---- derived values ----
 
 
 @pytest.mark.parametrize(
@@ -664,11 +709,11 @@ def test_all_problems_are_found_at_once():
         (ModelConfig(hidden_size=256, ffn_hidden_size=100), 100),
     ],
 )
-def test_the_feed_forward_size_follows_the_activation_unless_given(model, feed_forward_size):
+def test_the_default_feed_forward_size_depends_on_the_activation(model, feed_forward_size):
     assert model.feed_forward_size == feed_forward_size
 
 
-def test_heads():
+def test_head_dim_and_key_value_heads_have_derived_defaults():
     model = ModelConfig(hidden_size=256, num_attention_heads=8)
     assert (model.head_dim, model.key_value_heads) == (32, 8)
     assert replace(model, num_query_groups=2).key_value_heads == 2
@@ -684,26 +729,25 @@ def test_heads():
         (ModelConfig(window_size=8, window_attn_skip_freq=3), [8, 8, 0, 8, 8]),
     ],
 )
-def test_every_so_many_layers_one_attends_fully(model, windows):
+def test_every_nth_layer_uses_full_attention(model, windows):
     assert [model.window_of(layer) for layer in range(5)] == windows
 
 
-def test_a_model_has_a_row_for_every_token_id():
+def test_the_vocabulary_covers_every_token_id():
     assert ModelConfig().vocabulary_size(61) == 61
     assert ModelConfig(padded_vocab_size=64).vocabulary_size(61) == 64
-    with pytest.raises(
-        ConfigError, match="padded_vocab_size 60 has no row for the last of the tokenizer's 61 ids"
-    ):
+    with pytest.raises(ConfigError, match="padded_vocab_size 60 .* 61 ids.*--padded-vocab-size"):
         ModelConfig(padded_vocab_size=60).vocabulary_size(61)
 
 
 # ---- values that no option can have ----
 
 ODD_VALUES = [
-    "null", "true", "[]", "[1]", "{}", "{a: 1}", "''", "x", '"a\\0b"', '"\\ud800"', "-1", "0", "1", "2147483648",
-    "9223372036854775807", "-9223372036854775808", "99999999999999999999", "1.0e308", "1e-320", ".inf", "-.inf", ".nan",
-    "2001-01-01", "2001-01-01 00:00:00 +23:59", "!!binary aGk=", "!!set {a}", "[.nan, .nan]", "['1e999999999', a]",
-    "[1e999999999, a, 1, b]", "[1, [2, [3]]]", "'1e999999999'", "65537",
+    "null", "true", "[]", "[1]", "{}", "{a: 1}", "''", "x", '"a\\0b"', '"\\ud800"', "-1", "0", "1",
+    "2147483648", "9223372036854775807", "-9223372036854775808", "99999999999999999999",
+    "1.0e308", "1e-320", ".inf", "-.inf", ".nan", "2001-01-01", "2001-01-01 00:00:00 +23:59",
+    "!!binary aGk=", "!!set {a}", "[.nan, .nan]", "['1e999999999', a]", "[1e999999999, a, 1, b]",
+    "[1, [2, [3]]]", "'1e999999999'", "65537",
 ]  # fmt: skip
 
 
@@ -716,14 +760,13 @@ ODD_VALUES = [
         for f in fields(field.type)
     ],
 )
-def test_any_value_of_any_option_is_taken_or_is_an_error_of_bounded_length(section, name, yaml):
+def test_any_value_of_any_option_is_accepted_or_a_bounded_error(section, name, yaml):
     for value in ODD_VALUES:
-        told = []
         try:
-            told = load_yaml(yaml(f"{section}: {{{name}: {value}}}")).problems()
+            problems = load_yaml(yaml(f"{section}: {{{name}: {value}}}")).problems()
         except ConfigError as error:
-            told = error.problems
-        assert all(len(problem) < 2000 for problem in told), value
+            problems = error.problems
+        assert all(len(problem) < 2000 for problem in problems), value
 
 
 @pytest.mark.parametrize(
@@ -744,39 +787,38 @@ def test_any_value_of_any_option_is_taken_or_is_an_error_of_bounded_length(secti
         ("training: {deepspeed: [[a, 1]]}", "deepspeed"),
     ],
 )
-def test_a_value_that_arithmetic_or_the_file_system_would_fail_on(text, named, complaint):
-    assert named in complaint(text)
+def test_values_that_arithmetic_or_the_file_system_would_fail_on_are_refused(text, named, error_of):
+    assert named in error_of(text)
 
 
-def test_a_seed_may_have_all_bits_that_torch_takes(yaml):
+def test_a_seed_may_have_63_bits(yaml):
     assert load_yaml(yaml(f"training: {{seed: {2**63 - 1}}}")).problems() == []
 
 
 @pytest.mark.parametrize(
     "flags", [["--num-layers", "9" * 4000], ["--rotary-base", "nan"], ["--lr", "1e999"]]
 )
-def test_flags_are_held_to_the_same_limits(flags):
+def test_flags_have_the_same_limits_as_files(flags):
     [problem] = parse(flags).problems()
     assert flags[0] in problem
     assert len(problem) < 200
 
 
-def test_a_number_that_python_does_not_read_is_a_bad_flag(capsys):
-    with pytest.raises(SystemExit) as left:
+def test_a_number_too_long_for_python_is_a_bad_flag(capsys):
+    with pytest.raises(SystemExit) as raised:
         parse(["--num-layers", "9" * 5000])
-    assert left.value.code == 2
+    assert raised.value.code == 2
 
 
 @pytest.mark.parametrize(
     "weight", ["1e999999999", "1e-999999999", "nan", "inf", "-1", "0", "1" * 101, "1/0", ""]
 )
-def test_a_weight_of_a_blend_that_cannot_be_computed_with(weight):
-    found = limited(lambda: DataConfig(data_path=(weight, "a", "1", "b")).problems())
-    assert len(found) == 1
-    assert "before a" in found[0]
+def test_unusable_weights_of_a_blend_are_refused_in_bounded_time(weight):
+    [problem] = limited(lambda: DataConfig(data_path=(weight, "a", "1", "b")).problems())
+    assert "before a" in problem
 
 
-def test_the_legal_groups_of_very_many_heads_are_found_at_once():
+def test_the_legal_groups_of_very_many_heads_are_found_quickly():
     heads = 2**31 - 2
     [problem] = limited(
         lambda: ModelConfig(
@@ -786,7 +828,7 @@ def test_the_legal_groups_of_very_many_heads_are_found_at_once():
     assert " 1, 2, 3, 6, 7, 9," in problem
 
 
-def test_odd_files_are_refused_within_limits(yaml):
+def test_hostile_files_are_refused_within_limits(yaml):
     aliases = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     aliases += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     for text in (
@@ -801,7 +843,7 @@ def test_odd_files_are_refused_within_limits(yaml):
             limited(lambda path=path: load_yaml(path))
 
 
-def test_a_file_that_is_a_pipe_is_refused(tmp_path):
+def test_a_pipe_is_refused_as_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match="regular"):
         limited(lambda: load_yaml(tmp_path / "pipe.yaml"))

@@ -1,4 +1,4 @@
-"""Flags of Megatron and of transformers: an error that names ours, and every name in the table is one of ours."""
+"""Hints for flags of Megatron and transformers: shown with the error, and naming existing flags."""
 
 import re
 from dataclasses import fields, is_dataclass
@@ -24,10 +24,11 @@ OPTIONS = {
 HINTS = MEGATRON | MEGATRON_PREFIXES | TRAINER
 
 
-def test_no_flag_of_ours_is_in_the_table():
+def test_no_flag_of_this_package_is_in_the_tables():
     assert not OPTIONS.keys() & (MEGATRON.keys() | TRAINER.keys())
     assert not MEGATRON.keys() & TRAINER.keys()
-    assert [option for option in OPTIONS if option.startswith(tuple(MEGATRON_PREFIXES))] == []
+    prefixes = tuple(MEGATRON_PREFIXES)
+    assert [option for option in OPTIONS if option.startswith(prefixes)] == []
 
 
 @pytest.mark.parametrize("name", HINTS)
@@ -37,7 +38,7 @@ def test_every_hint_names_flags_and_values_that_exist(name):
     for flag, value in named:
         assert flag in OPTIONS
         choices = get_args(OPTIONS[flag]) if get_origin(OPTIONS[flag]) is Literal else ()
-        # A word after a flag is a value if it looks like one, and not the next word of the sentence.
+        # Only after "set" is the word that follows a flag a value and not part of the sentence.
         if choices and HINTS[name].startswith(f"set --{flag} {value}"):
             assert value in map(str, choices)
 
@@ -58,13 +59,13 @@ def test_every_hint_names_flags_and_values_that_exist(name):
     ],
 )
 def test_an_unknown_flag_ends_with_exit_code_2_and_the_hint(arguments, expected, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_request:
         parse(arguments)
-    assert left.value.code == 2
+    assert exit_request.value.code == 2
     assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_several_are_hinted_at_once_and_one_rank_speaks(capsys):
+def test_every_unknown_flag_has_its_hint_and_only_one_rank_prints_them(capsys):
     with pytest.raises(SystemExit):
         parse(["--swiglu", "--bf16", "--swiglu"])
     hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Megatron's")]
@@ -74,12 +75,11 @@ def test_several_are_hinted_at_once_and_one_rank_speaks(capsys):
     assert "Megatron" not in capsys.readouterr().err
 
 
-def test_the_tool_that_prepares_data_answers_for_megatrons(capsys):
-    with pytest.raises(SystemExit) as left:
-        prepare_data.main(
-            ["--input", "x", "--output-prefix", "p", "--append-eod", "--json-keys", "text"]
-        )
-    assert left.value.code == 2
+def test_prepare_data_hints_at_flags_of_megatrons_preprocess_data(capsys):
+    arguments = ["--input", "x", "--output-prefix", "p", "--append-eod", "--json-keys", "text"]
+    with pytest.raises(SystemExit) as exit_request:
+        prepare_data.main(arguments)
+    assert exit_request.value.code == 2
     hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Megatron's")]
     assert sorted(hints) == [
         f"Megatron's --{name}: {PREPROCESS[name]}." for name in ("append-eod", "json-keys")
@@ -91,12 +91,12 @@ def test_the_tool_that_prepares_data_answers_for_megatrons(capsys):
 
 def test_other_unknown_flags_have_no_hint(capsys):
     assert hint("--unheard-of") == hint("") == ""
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_request:
         parse(["--unheard-of"])
-    assert left.value.code == 2
-    with pytest.raises(SystemExit) as left:
+    assert exit_request.value.code == 2
+    with pytest.raises(SystemExit) as exit_request:
         parse(["--help"])
-    assert left.value.code == 0
+    assert exit_request.value.code == 0
     assert "Megatron's --" not in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_other_unknown_flags_have_no_hint(capsys):
         "model: {moe_grouped_gemm: 1}",
     ],
 )
-def test_a_key_in_the_file_has_the_same_hint(key, tmp_path):
+def test_a_yaml_key_has_the_same_hint(key, tmp_path):
     (tmp_path / "config.yaml").write_text(key)
     with pytest.raises(ConfigError, match="Megatron's (swiglu|bf16|moe_grouped_gemm): "):
         load_yaml(tmp_path / "config.yaml")

@@ -1,4 +1,4 @@
-"""Metadata from outside is read in bounded time and memory, or refused with a reason."""
+"""Untrusted metadata is read in bounded time and memory, or refused with a reason."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Record:
 def test_a_regular_file_up_to_the_limit_is_read(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     assert read_bytes(tmp_path / "file", limit=5) == b"12345"
-    with pytest.raises(UntrustedInputError, match="5 bytes, 4"):
+    with pytest.raises(UntrustedInputError, match=r"5 bytes, .* 4$"):
         read_bytes(tmp_path / "file", limit=4)
 
 
@@ -42,7 +42,7 @@ def test_a_sparse_file_of_terabytes_is_refused_by_its_size(tmp_path):
         read_bytes(tmp_path / "sparse")
 
 
-def test_a_pipe_a_device_and_a_folder_are_refused_without_waiting(tmp_path):
+def test_a_pipe_a_device_and_a_folder_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe", tmp_path / "device", tmp_path):
@@ -66,7 +66,7 @@ def test_a_parsed_value_is_validated_without_conversion():
 
 
 @pytest.mark.parametrize(
-    ("content", "where"),
+    ("content", "location"),
     [
         (b"hello", "JSON"),
         (b'{"count": "3"}', "count"),
@@ -83,13 +83,13 @@ def test_a_parsed_value_is_validated_without_conversion():
         (b"\xff", "JSON"),
     ],
 )
-def test_another_document_is_refused_with_the_place_in_bounded_length(content, where):
-    with pytest.raises(UntrustedInputError, match=where) as refused:
+def test_an_invalid_document_is_refused_with_the_location_in_bounded_length(content, location):
+    with pytest.raises(UntrustedInputError, match=location) as caught:
         parse_json(content, Record)
-    assert len(str(refused.value)) < 1000
+    assert len(str(caught.value)) < 1000
 
 
-def test_an_object_of_any_keys_keeps_infinity_and_refuses_everything_else():
+def test_an_object_of_any_keys_may_have_infinity_and_other_json_is_refused():
     assert parse_json_object(b'{"a": Infinity, "b": [null]}') == {"a": float("inf"), "b": [None]}
     for content in (b"[1]", b"1", b"{", b'{"a":' * 5000, b""):
         with pytest.raises(UntrustedInputError):
@@ -102,7 +102,7 @@ def test_yaml_of_plain_values_is_read_with_a_byte_order_mark_and_aliases():
     assert parse_yaml(b"") is None
 
 
-def test_a_key_may_replace_a_merged_one_and_be_in_several_mappings():
+def test_a_key_may_replace_a_merged_one_and_occur_in_several_mappings():
     text = b"x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: {a: {a: 4}}"
     assert parse_yaml(text) == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, "z": {"a": {"a": 4}}}
 
@@ -139,7 +139,7 @@ def _alias_bomb() -> bytes:
         (b"1: a\n0x1: b", "1 is twice in one mapping, in lines 1 and 2"),
     ],
 )
-def test_odd_yaml_is_refused(content, reason):
+def test_invalid_or_malicious_yaml_is_refused(content, reason):
     with pytest.raises(UntrustedInputError, match=reason):
         parse_yaml(content)
 
@@ -151,8 +151,9 @@ def test_a_name_must_stay_inside_its_folder(tmp_path):
             path_inside(tmp_path, name)
 
 
-def test_a_link_may_lead_inside_its_folder_or_its_model_of_the_hub_cache(tmp_path):
-    folder, secret = tmp_path / "folder", tmp_path / "secret"
+def test_a_link_may_lead_into_its_folder_or_the_blobs_of_a_hub_cache(tmp_path):
+    folder = tmp_path / "folder"
+    secret = tmp_path / "secret"
     folder.mkdir()
     secret.write_text("secret")
     (folder / "file").write_text("content")
@@ -163,7 +164,8 @@ def test_a_link_may_lead_inside_its_folder_or_its_model_of_the_hub_cache(tmp_pat
         check_link(folder, folder / "outside")
 
     model = tmp_path / "models--owner--name"
-    snapshot, blobs = model / "snapshots" / "0123", model / "blobs"
+    snapshot = model / "snapshots" / "0123"
+    blobs = model / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "abc").write_text("{}")
@@ -174,8 +176,8 @@ def test_a_link_may_lead_inside_its_folder_or_its_model_of_the_hub_cache(tmp_pat
         check_link(snapshot, snapshot / "stolen")
 
 
-def test_messages_stay_short_whatever_was_found():
+def test_error_messages_are_short_for_any_value():
     for value in ("x" * 10**6, 10**1000, [0] * 10**6):
-        with pytest.raises(UntrustedInputError) as refused:
+        with pytest.raises(UntrustedInputError) as caught:
             parse_json(json.dumps({"count": 1, "rate": value}).encode(), Record)
-        assert len(str(refused.value)) < 300
+        assert len(str(caught.value)) < 300

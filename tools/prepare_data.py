@@ -1,4 +1,4 @@
-"""Turn text into a token store that pretrain_gpt.py reads: a command line over megatron_ring.data.prepare."""
+"""Tokenize text into a token store for pretrain_gpt.py: the command line of data/prepare.py."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from typing import Literal
 
 import tyro
 
-from megatron_ring.data.corpus import Corpus, gather, keep_pipes, python_library
+from megatron_ring.data.corpus import Corpus, copy_pipes, gather, python_library
 from megatron_ring.data.documents import MAX_DOCUMENT_BYTES, Reading
 from megatron_ring.data.file_formats import SUFFIXES
-from megatron_ring.data.histogram import drawn
+from megatron_ring.data.inspection import draw_histogram
 from megatron_ring.data.manifest import Manifest, tokenizer_path
 from megatron_ring.data.prepare import (
     DEFAULT_VOCAB_SIZE,
@@ -31,8 +31,8 @@ from megatron_ring.errors import (
 )
 from megatron_ring.other_names import PREPROCESS
 
-# Names beside a store that belong to its tokenizer.
-_TAKEN = ("tokenizer", "tokenizer_config")
+# Names in a store's folder that belong to its tokenizer.
+_TOKENIZER_NAMES = ("tokenizer", "tokenizer_config")
 _STDIN_SUFFIXES = {"jsonl": ".jsonl", "txt": ".text"}
 
 
@@ -41,73 +41,77 @@ class Options:
     """Write P.bin and P.idx (Megatron's format), P.json, and the tokenizer beside them."""
 
     output_prefix: Path
-    """P: where to write, without a suffix. P.work keeps what is finished until all is."""
+    """P: the path of the store, without a suffix. P.work holds finished shards until the end."""
     input: tuple[str, ...] = ()
-    """Files, folders of them, globs, named pipes, and - for standard input. JSON lines (.jsonl,
-    .ndjson, .jsonlines, or .json and other names with such content) have a document a line, a
-    .parquet one a row, any other text is one. .gz, .bz2, .xz and .zst are decompressed, and the
-    texts and JSON lines in .tar and .zip are read."""
+    """Files, folders, globs, named pipes, and - for standard input. JSON lines (.jsonl, .ndjson,
+    .jsonlines, or .json and other names with such content) hold one document per line, .parquet one
+    per row; any other text is one document. .gz, .bz2, .xz and .zst are decompressed, and the texts
+    and JSON lines in .tar and .zip are read."""
     python_library: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Take the source text of Python's own standard library instead of --input."""
+    """Read the source text of Python's standard library instead of --input."""
     stdin_format: Literal["jsonl", "txt"] = "jsonl"
-    """What standard input is: a document a line, or one document."""
+    """The format of standard input: jsonl, one document per line; txt, one document."""
     tokenizer_model: str = ""
-    """A sentencepiece model or a tokenizer.json to use. Empty: one is trained on the text."""
+    """The sentencepiece model or tokenizer.json to use. Empty: train one on the text."""
     vocab_size: int = 0
-    """Ids of the tokenizer to train. 0: 4096."""
+    """Vocabulary size of the tokenizer to train. 0: 4096."""
     eod_token: str = ""
-    """The token that ends each document. Empty: the one that --tokenizer-model has for that."""
+    """The token that ends each document. Empty: the end-of-text token of --tokenizer-model."""
     prepend_bos: Literal["auto", "on", "off"] = "auto"
-    """Whether documents begin with the tokenizer's begin-of-sentence token, as Llama's and
-    Mistral's do. auto: if the tokenizer itself puts one before a text (the post-processor of a
-    tokenizer.json, add_bos_token in tokenizer_config.json, or a sentencepiece model that has
-    one)."""
+    """Whether documents begin with the tokenizer's begin-of-sentence token, as for Llama and
+    Mistral. auto: if the tokenizer itself puts one before a text (by the post-processor of a
+    tokenizer.json or add_bos_token in tokenizer_config.json), or is a sentencepiece model that has
+    one."""
     suffixes: tuple[str, ...] = SUFFIXES
-    """Which files of a folder and of an archive are read, whatever compresses them; the others are
-    counted."""
+    """Suffixes, before that of a compression, of the files to read from folders and archives.
+    Other files are counted."""
     json_key: str = "text"
-    """Where the text is in a line of .jsonl, or its column in .parquet."""
+    """The key of the text in a line of .jsonl, or its column in .parquet."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about a document that cannot be read; what is skipped is told and counted."""
+    """What to do about a document that cannot be read. skip: report, count and leave it out."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
-    """The longest document, in bytes of its line, text or cell. For each of them a process takes 30
-    bytes of memory with a sentencepiece model and 150 with a tokenizer.json."""
+    """The longest document, in bytes of its line, text or cell. A process takes 30 bytes of memory
+    per byte of the document with a sentencepiece model, and 150 with a tokenizer.json."""
     workers: int = os.cpu_count() or 1
-    """Processes that tokenize; they change nothing in the files."""
+    """Number of tokenizing processes; it does not affect the files."""
 
     def problems(self) -> list[str]:
-        """What cannot be met, each with its remedy."""
-        found = []
+        """Return every invalid or conflicting option, each with its remedy."""
+        problems = []
         if self.python_library == bool(self.input):
-            found.append("one source of text is needed, no more. Set --input or --python-library.")
+            problems.append(
+                "exactly one source of text is needed. Set --input or --python-library."
+            )
         if self.tokenizer_model and self.vocab_size:
-            found.append(
-                "a tokenizer that exists has its own vocabulary. Drop --vocab-size or --tokenizer-model."
+            problems.append(
+                "an existing tokenizer has its own vocabulary. Remove --vocab-size or "
+                "--tokenizer-model."
             )
         if self.eod_token and not self.tokenizer_model:
-            found.append(
-                "a tokenizer that is trained has its own end of documents. Drop --eod-token."
+            problems.append(
+                "a newly trained tokenizer has its own end-of-document token. Remove --eod-token."
             )
         if self.output_prefix.name in ("", ".."):
-            found.append(
-                f"{self.output_prefix} is a folder, and the files of a store need a name. "
-                f"Set --output-prefix to a name in it, {self.output_prefix / 'tokens'} for example."
+            problems.append(
+                f"{self.output_prefix} is a folder, and the files of a store need a name. Set "
+                f"--output-prefix to a name in it, for example {self.output_prefix / 'tokens'}."
             )
-        if self.output_prefix.name in _TAKEN:
-            found.append(
-                f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to another name."
+        if self.output_prefix.name in _TOKENIZER_NAMES:
+            problems.append(
+                f"{self.output_prefix}.json is the tokenizer's own file. Set --output-prefix to "
+                "another name."
             )
         if self.vocab_size < 0:
-            found.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
-        return found + not_positive(self, "workers", "max_document_bytes")
+            problems.append(f"vocab_size {self.vocab_size} must be above 0. Set --vocab-size.")
+        return problems + not_positive(self, "workers", "max_document_bytes")
 
 
 def run(options: Options) -> Prepared:
-    """Train or load the tokenizer, write the store. Raises ConfigError and DataError."""
+    """Train or load the tokenizer and write the store. Raises ConfigError and DataError."""
     if problems := options.problems():
         raise ConfigError(problems)
     try:
-        corpus = python_library() if options.python_library else _gathered(options)
+        corpus = python_library() if options.python_library else _gather_input(options)
         tokenizer = _tokenizer(options, corpus)
         return prepare(
             corpus,
@@ -118,15 +122,16 @@ def run(options: Options) -> Prepared:
             prepend_bos=options.prepend_bos,
         )
     except OSError as error:
-        # What cannot be read is a DataError already.
+        # Errors of reading are DataErrors already, so this one is of writing.
         raise DataError(
-            f"{options.output_prefix} cannot be written: {error}. Make room, or set --output-prefix. What is finished "
-            f"is kept in {work_folder(options.output_prefix)} for the same command."
+            f"{options.output_prefix} cannot be written: {error}. Free disk space, or set "
+            f"--output-prefix. Finished shards are kept in {work_folder(options.output_prefix)}; "
+            "the same command continues from them."
         ) from error
 
 
-def _gathered(options: Options) -> Corpus:
-    inputs = keep_pipes(
+def _gather_input(options: Options) -> Corpus:
+    inputs = copy_pipes(
         options.input, work_folder(options.output_prefix), _STDIN_SUFFIXES[options.stdin_format]
     )
     reading = Reading(options.json_key, options.on_error, options.max_document_bytes)
@@ -140,30 +145,35 @@ def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 
 
 def _summary(prefix: Path, manifest: Manifest) -> str:
-    begin = (
-        f"Documents begin with ids {list(manifest.begin_of_document)} (BOS).\n"
-        if manifest.begin_of_document
-        else ""
-    )
     left_out = [f"{count:,} {reason}" for reason, count in manifest.left_out.items()]
-    return (
+    lines = [
         f"{prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.bytes_per_token:.2f} bytes per token, {manifest.skipped:,} skipped. "
-        f"Left out: {', '.join(left_out) or 'nothing'}.\n{begin}"
-        f"{tokenizer_path(prefix)}: {manifest.vocab_size:,} ids.\n{drawn(TokenStore(prefix).lengths)}"
-    )
+        f"Left out: {', '.join(left_out) or 'nothing'}."
+    ]
+    if manifest.begin_of_document:
+        lines.append(f"Documents begin with ids {list(manifest.begin_of_document)} (BOS).")
+    lines.append(f"{tokenizer_path(prefix)}: {manifest.vocab_size:,} ids.")
+    lines.append(draw_histogram(TokenStore(prefix).lengths))
+    return "\n".join(lines)
+
+
+def _print_megatron_hints(arguments: list[str]) -> None:
+    """Print, for each flag of Megatron's preprocess_data.py, what replaces it here."""
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    for flag in dict.fromkeys(flags):
+        if text := PREPROCESS.get(flag.removeprefix("--").replace("_", "-")):
+            print(f"Megatron's {flag}: {text}.", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or that of the error whose message was printed."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """Run the command line and return 0, or the exit code of the error that was printed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = tyro.cli(Options, args=given, description=Options.__doc__)
-    except SystemExit as leaving:
-        flags = dict.fromkeys(word.partition("=")[0] for word in given if word.startswith("--"))
-        for flag in flags if leaving.code else ():
-            if text := PREPROCESS.get(flag.removeprefix("--").replace("_", "-")):
-                print(f"Megatron's {flag}: {text}.", file=sys.stderr)
+        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+    except SystemExit as exit_request:
+        if exit_request.code:
+            _print_megatron_hints(arguments)
         raise
     try:
         prepared = run(options)

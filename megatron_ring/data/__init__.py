@@ -1,7 +1,16 @@
-"""From text to a context rank's share of a sample.
+"""From text files to the tokens that each rank trains on.
 
-Once, before training, led by prepare: corpus (compression, documents) -> tokenizer_training -> tokenizer
-(sentencepieces, hugging_face_tokens) -> shards by processes -> tokens, token_index, manifest.
-In training: dataset opens tokens and tokenizer -> stream (samples or whole_documents, several in a mixture)
--> loader -> prefetch.
+A batch is made in six steps, each with its module docstring:
+
+1. *Files to documents*, once, before training: corpus.py selects files and cuts them into shards,
+   documents.py reads the documents of each file (compression.py, archives.py, file_formats.py).
+2. *Documents to tokens*: shards.py tokenizes (tokenizer.py), worker_pool.py spreads the shards over
+   processes, and prepare.py joins them into one token store.
+3. *The token store* on disk: tokens.py (``P.bin``), token_index.py (``P.idx``), manifest.py
+   (``P.json``).
+4. *Tokens to samples*, during training: dataset.py opens the stores and splits their documents;
+   samples.py or whole_documents.py numbers the samples of a store; mixture.py blends stores.
+5. *Samples to micro-batches*: loader.py picks the samples of this data rank and, of each sample,
+   the tokens of this context rank; packing.py adds positions, targets and document boundaries.
+6. prefetch.py prepares the batches of the next steps in a thread.
 """

@@ -1,17 +1,22 @@
-"""What a run reads: the tokenizer and the streams of training, validation and test samples, checked together."""
+"""Open the data of a run: the tokenizer and the sample streams of training, validation and test.
+
+The token stores that ``--data-path`` names are opened, their documents are split into the parts of
+``--split``, and each part becomes a ``Stream`` of numbered samples (stream.py): samples.py or
+whole_documents.py for one store, mixture.py for a blend of several. Everything that can disagree is
+checked here, before training starts: stores, manifests, tokenizer, split and document boundaries.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ring.config import DataConfig
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
-from megatron_ring.data.map_cache import OpenMaps
+from megatron_ring.data.map_cache import MapCache
 from megatron_ring.data.mixture import Blend
 from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
@@ -23,17 +28,18 @@ from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import ConfigError, DataError, flag
 
 DEFAULT_FOLDER = Path("data")
-"""Where the default corpus is prepared, under the working directory."""
+"""The folder, relative to the working directory, in which the default corpus is prepared."""
 
-# Documents of a store whose ends are looked for: a writer ends all or none, and each costs a read of the disk.
-_LOOKED_AT = 1000
+# Documents checked for an end-of-document token. A writer ends all documents or none, and each
+# document checked costs a disk read.
+_DOCUMENTS_CHECKED = 1000
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Streams of samples, None where the split has no such part, and what borders between documents mean.
+    """The tokenizer, the sample streams of a run, and how boundaries between documents are handled.
 
-    prefixes: of the token stores that they are read from.
+    A stream is None where its share of the split is 0. ``prefixes`` are those of the token stores.
     """
 
     tokenizer: Tokenizer
@@ -45,15 +51,18 @@ class Dataset:
 
     @staticmethod
     def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
-        """Open the stores that ``config`` names, or Python's own library, which is prepared first if need be.
+        """Open the stores that ``config`` names, or the default corpus.
 
-        Raises DataError for a store or tokenizer that is missing, damaged, too small, or does not fit the others, and
-        for documents without ends where ``config`` wants them told apart.
+        The default corpus is the source text of Python's own library; it is prepared first if it
+        does not exist yet. Raises DataError for a store or tokenizer that is missing, damaged, too
+        small or does not fit the others, and for documents without end-of-document tokens where
+        ``config`` needs document boundaries. Raises ConfigError for a split that leaves a part
+        without documents.
         """
         weights = config.blend or {
             str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)
         }
-        maps = OpenMaps()
+        maps = MapCache()
         stores = [TokenStore(prefix, maps) for prefix in weights]
         _refuse_different_tokenizers(list(weights))
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(stores[0].prefix))
@@ -61,102 +70,114 @@ class Dataset:
         for store in stores:
             check_tokenizer(store.prefix, tokenizer)
             _refuse_missing_ends(store, packing)
-        of_stores = [_parts(store, config, seed, tokenizer.vocab_size) for store in stores]
-        streams = [_blend(parts, weights.values()) for parts in zip(*of_stores)]
+        parts_by_store = [_split(store, config, seed, tokenizer.vocab_size) for store in stores]
+        streams = [_blend(streams, weights.values()) for streams in zip(*parts_by_store)]
         return Dataset(tokenizer, packing, *streams, prefixes=tuple(weights))
 
 
-def _parts(
+def _split(
     store: TokenStore, config: DataConfig, seed: int, vocab_size: int
-) -> list[SampleStream | WholeDocumentStream | None]:
-    """The samples of one store for each share of the split, None for a share of 0."""
-    kind = (
-        SampleStream
-        if config.packing == "concatenate"
-        else partial(WholeDocumentStream, fit=config.packing)
-    )
+) -> list[Stream | None]:
+    """Return one stream per part of the split of one store, None for a share of 0."""
     try:
         _refuse_empty_parts(config, len(store.lengths))
         parts = split_documents(store.lengths, config.shares, config.seq_length)
     except (ConfigError, DataError) as error:
-        raise type(error)(
-            f"token store {store.prefix}: {problem}" for problem in error.problems
-        ) from error
-    return [
-        kind(store, part, config.seq_length, seed, vocab_size) if part else None for part in parts
-    ]
+        problems = [f"token store {store.prefix}: {problem}" for problem in error.problems]
+        raise type(error)(problems) from error
+    return [_stream(store, part, config, seed, vocab_size) if part else None for part in parts]
+
+
+def _stream(
+    store: TokenStore, documents: range, config: DataConfig, seed: int, vocab_size: int
+) -> Stream:
+    if config.packing == "concatenate":
+        return SampleStream(store, documents, config.seq_length, seed, vocab_size)
+    return WholeDocumentStream(
+        store, documents, config.seq_length, seed, vocab_size, fit=config.packing
+    )
 
 
 def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
-    """Refuse shares of another sum than 1 that leave a part without a document: they may be meant as counts.
+    """Raise ConfigError where a split that does not add up to 1 leaves a part without documents.
 
-    Raises ConfigError. Of shares that add up to 1 it is the data that is too small, which split_documents finds.
+    Such shares may have been meant as document counts, so the option is reported. Where the shares
+    do add up to 1 the data is too small, which ``split_documents`` reports as a DataError.
     """
     if config.split_adds_up_to_1:
         return
-    names = [
+    ranges = document_ranges(documents, config.shares)
+    empty = [
         name
-        for name, share, part in zip(
-            PARTS, config.shares, document_ranges(documents, config.shares)
-        )
-        if share > 0 and not part
+        for name, share, part in zip(PARTS, config.shares, ranges)
+        if share > 0 and len(part) == 0
     ]
-    if names:
-        given = ", ".join(f"{share:g}" for share in config.split)
+    if empty:
+        split = ", ".join(f"{share:g}" for share in config.split)
         raise ConfigError(
-            f"split {given} adds up to {sum(config.split):g} and gives {' and '.join(names)} none of {documents} "
-            f"documents, of which one is a share of {1 / documents:.3g}. Set --split to shares that give each part a "
-            "document, or 0 to a part that is not wanted."
+            f"split {split} adds up to {sum(config.split):g} and gives {' and '.join(empty)} none "
+            f"of {documents} documents; one document is a share of {1 / documents:.3g}. Set "
+            "--split to shares that give each part a document, or to 0 for a part that is not "
+            "wanted."
         )
 
 
 def _blend(streams: Sequence[Stream | None], weights: Iterable[Fraction]) -> Stream | None:
-    """The streams taken in turns, or the only one; a share of 0 is 0 of every store."""
-    return Blend(streams, list(weights)) if len(streams) > 1 and streams[0] else streams[0]
+    """Blend the same part of several stores; a share of 0 is None in every store."""
+    if len(streams) == 1 or streams[0] is None:
+        return streams[0]
+    return Blend(streams, list(weights))
 
 
 def _refuse_different_tokenizers(prefixes: list[str]) -> None:
-    """Ids of a blend are of one tokenizer. A store without a manifest does not say which it has."""
+    """Raise DataError where the manifests of a blend's stores differ in tokenizer or BOS ids.
+
+    A store without a manifest does not record its tokenizer and is not compared.
+    """
     known = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix))]
     for prefix, manifest in known[1:]:
-        first, other = known[0][1].tokenizer_sha256[:12], manifest.tokenizer_sha256[:12]
-        begins = known[0][1].begin_of_document, manifest.begin_of_document
-        if first == other and begins[0] != begins[1]:
+        first_prefix, first = known[0]
+        if first.tokenizer_sha256[:12] != manifest.tokenizer_sha256[:12]:
             raise DataError(
-                f"token stores {known[0][0]} and {prefix} cannot be blended: documents begin with ids "
-                f"{list(begins[0])} in the first and {list(begins[1])} in the other. Write one again with "
-                f"tools/prepare_data.py --output-prefix {prefix} and --prepend-bos on or off, or leave one out of "
-                "--data-path."
+                f"token stores {first_prefix} and {prefix} cannot be blended: they were written "
+                f"with different tokenizers (sha256 {first.tokenizer_sha256[:12]} and "
+                f"{manifest.tokenizer_sha256[:12]}). Write one again with the tokenizer of the "
+                f"other, tools/prepare_data.py --output-prefix {prefix} --tokenizer-model "
+                f"{tokenizer_path(first_prefix)}, or remove one from --data-path."
             )
-        if first != other:
+        if first.begin_of_document != manifest.begin_of_document:
             raise DataError(
-                f"token stores {known[0][0]} and {prefix} cannot be blended: they were written with two tokenizers "
-                f"(sha256 {first} and {other}). Write one again with the other's, tools/prepare_data.py "
-                f"--output-prefix {prefix} --tokenizer-model {tokenizer_path(known[0][0])}, or leave one out of "
-                "--data-path."
+                f"token stores {first_prefix} and {prefix} cannot be blended: documents begin with "
+                f"ids {list(first.begin_of_document)} in the first and "
+                f"{list(manifest.begin_of_document)} in the second. Write one again with "
+                f"tools/prepare_data.py --output-prefix {prefix} and --prepend-bos on or off, or "
+                "remove one from --data-path."
             )
 
 
 def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:
-    """Borders are read from end-of-document tokens: a store written without them would have none, in silence."""
+    """Raise DataError where boundaries are needed and documents have no end-of-document token.
+
+    Boundaries are found by these tokens, so without the check such a store would silently be
+    trained as one document.
+    """
     if not packing.flags:
         return
-    written = np.flatnonzero(store.lengths)
-    looked_at = written[
-        np.linspace(0, len(written) - 1, min(_LOOKED_AT, len(written))).astype(np.int64)
-    ]
-    unended = [n for n in looked_at if store.document(n)[-1] != packing.end_of_document]
+    nonempty = np.flatnonzero(store.lengths)
+    picks = np.linspace(0, len(nonempty) - 1, min(_DOCUMENTS_CHECKED, len(nonempty)))
+    checked = nonempty[picks.astype(np.int64)]
+    unended = [n for n in checked if store.document(n)[-1] != packing.end_of_document]
     if unended:
         raise DataError(
-            f"token store {store.prefix}: {len(unended)} of {len(looked_at)} documents looked at, the first of them "
-            f"number {unended[0]}, do not end with the end-of-document token (id {packing.end_of_document}), from "
-            f"which {', '.join(packing.flags)} read where documents end. Write the store again with "
-            f"tools/prepare_data.py --output-prefix {store.prefix} (Megatron: --append-eod), set --tokenizer-model to "
-            "the one it was written with, or leave out "
-            f"{', '.join(map(flag, packing.flags))}."
+            f"token store {store.prefix}: {len(unended)} of {len(checked)} documents checked do "
+            f"not end with the end-of-document token (id {packing.end_of_document}); the first is "
+            f"document {unended[0]}. {', '.join(packing.flags)} find document boundaries by this "
+            "token. Write the store again with tools/prepare_data.py --output-prefix "
+            f"{store.prefix} (Megatron: --append-eod), set --tokenizer-model to the tokenizer it "
+            f"was written with, or remove {', '.join(map(flag, packing.flags))}."
         )
 
 
 def bits_per_byte(loss_sum: float, text_bytes: int) -> float:
-    """Summed loss in nats as bits per byte of text: comparable between tokenizers."""
+    """Convert a summed loss in nats to bits per byte of text, comparable between tokenizers."""
     return loss_sum / math.log(2) / max(1, text_bytes)

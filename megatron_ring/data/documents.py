@@ -1,8 +1,8 @@
-"""The documents of a file: each line of JSON lines, each row of a parquet file, or all of a text.
+"""Read the documents of a file: each line of JSON lines, each row of a parquet file, or a text.
 
-Archives hold files of the first and last kind. Text is taken exactly as it stands, in UTF-8, line
-endings included. What cannot be read comes in its place as the DataError that names its file and
-line, what is left out as LeftOut; the caller decides whether to stop there.
+Archives may hold JSON lines and texts. Text is UTF-8 and is kept exactly as it is, line endings
+included. A document that cannot be read is yielded as a DataError with its file and line, and input
+that is left out as a LeftOut; the caller decides whether to stop there.
 """
 
 import codecs
@@ -32,8 +32,8 @@ from megatron_ring.data.file_formats import (
     NotJsonLines,
     UnreadableFormat,
     kind_of,
-    pattern,
     split_name,
+    suffix_pattern,
 )
 from megatron_ring.errors import DataError
 
@@ -44,23 +44,26 @@ EMPTY = LeftOut("empty documents")
 NOT_JSON_LINES = LeftOut("*.json that are not JSON lines")
 
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
-_READ_AT_ONCE = 1 << 20
-_ROWS_AT_ONCE = 256
-_ROWS_BYTES = 1 << 30
-_PARQUET_BUFFER = 1 << 20
-_LARGEST_COUNTER = 1000
-_OTHER = "others"
+_READ_CHUNK_BYTES = 1 << 20
+_SNIFFED_BYTES = 1024
+_SHOWN_CHARACTERS = 1000
+_MOST_ROWS_PER_BATCH = 256
+_BATCH_BYTES = 1 << 30
+_PARQUET_BUFFER_BYTES = 1 << 20
+_MOST_REASONS = 1000
+_OTHER_REASONS = "others"
 
 Found = str | DataError | LeftOut
+"""What reading yields: the text of a document, a document that cannot be read, or other input."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read.
+    """The options of reading documents.
 
-    ``json_key`` is where the text of a record is, ``on_error`` what to do about a document that
-    cannot be read, ``max_document_bytes`` the longest line, text or cell, ``suffixes`` what is read
-    of an archive.
+    ``json_key`` is the key of a record's text, ``on_error`` what to do about a document that cannot
+    be read, ``max_document_bytes`` the longest line, text or cell, and ``suffixes`` select the
+    members of an archive.
     """
 
     json_key: str = "text"
@@ -74,10 +77,11 @@ class Reading:
         skipped: list[str],
         left_out: Counter[str] | None = None,
     ) -> Iterator[str]:
-        """Every document that is not empty, as Megatron does.
+        """Yield every document that is not empty; Megatron leaves out empty ones too.
 
-        A document that cannot be read is raised, or its message appended to ``skipped``; what is
-        left out is counted in ``left_out`` by its reason.
+        The DataError of a document that cannot be read is raised, or with on_error "skip" its
+        message is appended to ``skipped``. Input that is left out is counted in ``left_out`` by
+        reason.
         """
         counts = Counter() if left_out is None else left_out
         for found in itertools.chain.from_iterable(piece.documents(self) for piece in shard):
@@ -85,27 +89,28 @@ class Reading:
                 if self.on_error == "stop":
                     raise found
                 skipped.append(str(found))
-            elif isinstance(found, LeftOut) or not found:
-                count(counts, found or EMPTY)
+            elif isinstance(found, LeftOut):
+                count_left_out(counts, found)
+            elif not found:
+                count_left_out(counts, EMPTY)
             else:
                 yield found
 
 
-AS_USUAL = Reading()
-"""The defaults."""
+DEFAULT_READING = Reading()
 
 
-def count(counts: Counter[str], left_out: LeftOut) -> None:
-    """Count one more by its reason; the number of reasons is bounded."""
-    known = left_out.reason in counts or len(counts) < _LARGEST_COUNTER
-    counts[left_out.reason if known else _OTHER] += 1
+def count_left_out(counts: Counter[str], left_out: LeftOut) -> None:
+    """Add one to the count of its reason; beyond 1000 reasons further ones share one count."""
+    has_own_count = left_out.reason in counts or len(counts) < _MOST_REASONS
+    counts[left_out.reason if has_own_count else _OTHER_REASONS] += 1
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes ``start`` to ``stop`` of a file; a line belongs to the piece that its first byte is in.
+    """Bytes ``start`` to ``stop`` of a file; a line belongs to the piece with its first byte.
 
-    ``part_of_lines``: a piece of plain JSON lines. Any other piece is a whole file.
+    ``part_of_lines`` marks a piece of uncompressed JSON lines. Any other piece is a whole file.
     """
 
     file: Path
@@ -114,17 +119,17 @@ class Piece:
     part_of_lines: bool = False
 
     def documents(self, reading: Reading) -> Iterator[Found]:
-        """Every document; raises DataError for a file of which nothing more can be read."""
+        """Yield every document. Raises DataError where nothing more of the file can be read."""
         if self.part_of_lines:
-            yield from _part_of_lines(self, reading)
+            yield from _documents_of_part(self, reading)
         else:
             limit = expansion_limit(self.file)
             with opened(self.file, limit) as content:
-                yield from _file_documents(self.file, content, reading, limit)
+                yield from _documents_of_file(self.file, content, reading, limit)
 
 
 def refuse_unreadable(file: Path, reading: Reading) -> None:
-    """Raises DataError for a file that was named and holds nothing that can be read."""
+    """Raise DataError for a file in a format without documents that can be read."""
     with opened(file) as content:
         try:
             kind_of(content.peek(), split_name(file.name)[0], reading.json_key)
@@ -133,12 +138,13 @@ def refuse_unreadable(file: Path, reading: Reading) -> None:
 
 
 def is_plain_json_lines(file: Path, json_key: str) -> bool:
-    """Whether lines can be found from anywhere in ``file``."""
+    """Return whether ``file`` is uncompressed JSON lines, which can be read from any offset."""
     suffix, compression = split_name(file.name)
     if compression:
         return False
     with readable(str(file)), file.open("rb") as raw, opened(file) as content:
-        if content.peek()[:1024] != raw.read(1024):
+        is_compressed = content.peek()[:_SNIFFED_BYTES] != raw.read(_SNIFFED_BYTES)
+        if is_compressed:
             return False
         try:
             return kind_of(content.peek(), suffix, json_key) is Kind.JSON_LINES
@@ -146,7 +152,7 @@ def is_plain_json_lines(file: Path, json_key: str) -> bool:
             return False
 
 
-def _file_documents(
+def _documents_of_file(
     file: Path, content: io.BufferedReader, reading: Reading, limit: ExpansionLimit
 ) -> Iterator[Found]:
     suffix, compression = split_name(file.name)
@@ -155,17 +161,19 @@ def _file_documents(
         yield kind
     elif kind in (Kind.PARQUET, Kind.ZIP) and (compression or _is_compressed(file, content)):
         yield DataError(
-            f"{file} is compressed twice: a {kind.name.lower()} file compresses what it holds. "
+            f"{file} is compressed twice: a {kind.name.lower()} file is compressed itself. "
             "Decompress it once, or leave it out of --input."
         )
     elif kind is Kind.PARQUET:
         yield from _parquet_rows(file, reading, limit)
     elif kind is Kind.TAR:
-        yield from _members(tar_members(content, str(file)), str(file), reading, limit)
+        members = tar_members(content, str(file))
+        yield from _documents_of_members(members, str(file), reading, limit)
     elif kind is Kind.ZIP:
-        yield from _members(zip_members(file, limit), str(file), reading, limit)
+        members = zip_members(file, limit)
+        yield from _documents_of_members(members, str(file), reading, limit)
     else:
-        yield from _content_documents(kind, content, str(file), reading)
+        yield from _documents_of_content(kind, content, str(file), reading)
 
 
 def _is_compressed(file: Path, content: io.BufferedReader) -> bool:
@@ -173,7 +181,7 @@ def _is_compressed(file: Path, content: io.BufferedReader) -> bool:
         return raw.read(4) != content.peek()[:4]
 
 
-def _members(
+def _documents_of_members(
     members: Iterator[Member | LeftOut], name: str, reading: Reading, limit: ExpansionLimit
 ) -> Iterator[Found]:
     for member in members:
@@ -182,7 +190,7 @@ def _members(
             continue
         suffix, compression = split_name(member.name)
         if suffix not in reading.suffixes:
-            yield LeftOut(f"{pattern(suffix)} in archives")
+            yield LeftOut(f"{suffix_pattern(suffix)} in archives")
             continue
         shown = f"{name}:{member.shown}"
         content = decompressed(member.content, shown, compression, limit)
@@ -193,7 +201,7 @@ def _members(
             elif kind in (Kind.PARQUET, Kind.TAR, Kind.ZIP):
                 yield LeftOut(f"*.{kind.name.lower()} in archives")
             else:
-                yield from _content_documents(kind, content, shown, reading)
+                yield from _documents_of_content(kind, content, shown, reading)
 
 
 def _kind(
@@ -211,7 +219,7 @@ def _unreadable(name: str, error: UnreadableFormat) -> DataError:
     return DataError(f"{name} is {error}. Convert it, or leave it out of --input.")
 
 
-def _content_documents(
+def _documents_of_content(
     kind: Kind, content: io.BufferedReader, name: str, reading: Reading
 ) -> Iterator[str | DataError]:
     if kind is Kind.JSON_LINES:
@@ -225,7 +233,7 @@ def _content_documents(
 
 
 def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | DataError:
-    text = _up_to(limit + 1, content)
+    text = _read_up_to(limit + 1, content)
     if len(text) > limit:
         return DataError(f"{name}: {_too_long('a text', limit)}")
     if text == _BYTE_ORDER_MARK:
@@ -237,21 +245,23 @@ def _whole_text(content: io.BufferedReader, name: str, limit: int) -> str | Data
         return DataError(f"{name}:{line}: {_not_utf8(error)}")
 
 
-def _up_to(size: int, content: io.BufferedReader) -> bytes:
-    """So many bytes, or all there are. In steps: a single read would set aside the memory for
-    ``size`` first."""
+def _read_up_to(size: int, content: io.BufferedReader) -> bytes:
+    """Read ``size`` bytes, or as many as there are.
+
+    Reads in chunks, because one large read would allocate the memory for ``size`` first.
+    """
     chunks = []
-    while size and (some := content.read(min(size, _READ_AT_ONCE))):
-        chunks.append(some)
-        size -= len(some)
+    while size and (chunk := content.read(min(size, _READ_CHUNK_BYTES))):
+        chunks.append(chunk)
+        size -= len(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _part_of_lines(piece: Piece, reading: Reading) -> Iterator[str | DataError]:
-    before = None
+def _documents_of_part(piece: Piece, reading: Reading) -> Iterator[str | DataError]:
+    lines_before = None
     with readable(str(piece.file)), piece.file.open("rb") as file:
         if piece.start:
-            # One byte early: where that ends a line, the next line is this piece's first.
+            # Begin one byte early: if that byte ends a line, the first line of the piece follows.
             file.seek(piece.start - 1)
             _skip_line(file, piece.stop)
         lines = _lines(file, reading.max_document_bytes, piece.stop)
@@ -259,12 +269,13 @@ def _part_of_lines(piece: Piece, reading: Reading) -> Iterator[str | DataError]:
             try:
                 yield from _record(line, reading)
             except ValueError as error:
-                before = _lines_before(piece) if before is None else before
-                yield DataError(f"{piece.file}:{before + number}: {error}")
+                if lines_before is None:
+                    lines_before = _count_lines_before(piece)
+                yield DataError(f"{piece.file}:{lines_before + number}: {error}")
 
 
 def _lines(file: io.BufferedReader, limit: int, stop: int | None = None) -> Iterator[bytes | None]:
-    """The lines that begin before ``stop``; None for one of more than ``limit`` bytes."""
+    """Yield the lines that begin before ``stop``, None for a line of more than ``limit`` bytes."""
     while (stop is None or file.tell() < stop) and (line := file.readline(limit + 1)):
         if len(line) > limit and not line.endswith(b"\n"):
             del line
@@ -275,27 +286,31 @@ def _lines(file: io.BufferedReader, limit: int, stop: int | None = None) -> Iter
 
 
 def _skip_line(file: io.BufferedReader, stop: int | None) -> None:
-    """Pass over the rest of a line, as far as ``stop``."""
+    """Skip the rest of a line, at most up to ``stop``."""
     while stop is None or file.tell() < stop:
-        some = file.readline(_READ_AT_ONCE)
-        if not some or some.endswith(b"\n"):
+        chunk = file.readline(_READ_CHUNK_BYTES)
+        if not chunk or chunk.endswith(b"\n"):
             return
 
 
-def _lines_before(piece: Piece) -> int:
-    """Lines that begin before the piece, which takes reading the file up to there."""
+def _count_lines_before(piece: Piece) -> int:
+    """Count the lines that begin before the piece, by reading the file up to it."""
     if not piece.start:
         return 0
+    newlines = 0
+    left = piece.start - 1
     with piece.file.open("rb") as file:
-        newlines, left = 0, piece.start - 1
-        while left and (some := file.read(min(left, _READ_AT_ONCE))):
-            newlines, left = newlines + some.count(b"\n"), left - len(some)
+        while left and (chunk := file.read(min(left, _READ_CHUNK_BYTES))):
+            newlines += chunk.count(b"\n")
+            left -= len(chunk)
     return newlines + 1
 
 
 def _record(line: bytes | None, reading: Reading) -> Iterator[str]:
-    """The text of one line, none where it is blank or only a byte order mark. Raises ValueError: what is wrong, the
-    remedy."""
+    """Yield the text of one line, nothing for a blank line or one with only a byte order mark.
+
+    Raises ValueError with the fault and the remedy.
+    """
     if line is None:
         raise ValueError(_too_long("a line", reading.max_document_bytes))
     line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -305,14 +320,12 @@ def _record(line: bytes | None, reading: Reading) -> Iterator[str]:
 
 def _json_text(line: bytes, json_key: str) -> str:
     try:
-        # json.loads(bytes) would guess at UTF-16, and fail at the half of a character that a line ends with.
+        # json.loads(bytes) would try UTF-16, and fail on half a character at the end of the line.
         decoded = line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from error
     if "\0" in decoded:
-        raise ValueError(
-            "byte 0x00, as UTF-16 has them: not a line of JSON in UTF-8. Convert the file."
-        )
+        raise ValueError("byte 0x00, as in UTF-16: not a line of JSON in UTF-8. Convert the file.")
     try:
         record = json.loads(decoded)
     except ValueError as error:
@@ -320,12 +333,14 @@ def _json_text(line: bytes, json_key: str) -> str:
             f"not a line of JSON: {error}. Every line of JSON lines (.jsonl) is one object."
         ) from error
     except RecursionError as error:
-        raise ValueError("JSON nested too deep to be read. Leave the line out.") from error
+        raise ValueError("JSON nested too deeply to be read. Remove the line.") from error
     if isinstance(record, dict) and json_key in record and record[json_key] is None:
         raise ValueError(_null(json_key))
     if not isinstance(record, dict) or json_key not in record:
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"no text under {json_key!r}; found {keys[:1000]}. Set --json-key.")
+        raise ValueError(
+            f"no text under {json_key!r}; found {keys[:_SHOWN_CHARACTERS]}. Set --json-key."
+        )
     text = record[json_key]
     if not isinstance(text, str):
         raise ValueError(
@@ -335,37 +350,43 @@ def _json_text(line: bytes, json_key: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"half a surrogate pair at character {error.start}, which is no text."
+            f"an unpaired surrogate at character {error.start}, which is not valid text."
         ) from error
     return text
 
 
 def _null(json_key: str) -> str:
-    return f"the text under {json_key!r} is null. Leave the record out, or pass over such records with --on-error skip."
-
-
-def _too_long(what: str, limit: int) -> str:
     return (
-        f"{what} of more than {limit:,} bytes, the longest document that is read. Raise "
-        "--max-document-bytes (a process takes 30 to 150 bytes of memory for each), cut the document, "
-        "or pass over it with --on-error skip."
+        f"the text under {json_key!r} is null. Remove the record, or skip such records with "
+        "--on-error skip."
+    )
+
+
+def _too_long(unit: str, limit: int) -> str:
+    return (
+        f"{unit} of more than {limit:,} bytes, the longest document that is read. Raise "
+        "--max-document-bytes (a process takes 30 to 150 bytes of memory for each), split the "
+        "document, or skip it with --on-error skip."
     )
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
     if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return f"byte {byte:#04x} begins the byte order mark of UTF-16, not UTF-8. Convert the file to UTF-8."
+        return (
+            f"byte {byte:#04x} begins the byte order mark of UTF-16, not UTF-8. Convert the file "
+            "to UTF-8."
+        )
     return f"byte {byte:#04x} is not UTF-8. Convert the file, or leave it out of --input."
 
 
 def _parquet_rows(file: Path, reading: Reading, limit: ExpansionLimit) -> Iterator[str | DataError]:
-    """The column of the text; a row without text is named by its number. Needs pyarrow."""
+    """Yield the text of each row, or an error with the row's number. Needs pyarrow."""
     key = reading.json_key
     parquet = needed("pyarrow.parquet", str(file))
     arrow = needed("pyarrow", str(file))
-    # Buffered, so that a page is in memory at a time and not a row group.
-    options = {"pre_buffer": False, "buffer_size": _PARQUET_BUFFER}
+    # Buffered reading keeps one page in memory instead of one row group.
+    options = {"pre_buffer": False, "buffer_size": _PARQUET_BUFFER_BYTES}
     try:
         with readable(str(file)), parquet.ParquetFile(file, **options) as table:
             _refuse_missing_column(file, table.schema_arrow, key)
@@ -375,16 +396,19 @@ def _parquet_rows(file: Path, reading: Reading, limit: ExpansionLimit) -> Iterat
                 except ValueError as error:
                     yield DataError(f"{file}:{number}: {error}")
     except arrow.ArrowException as error:
-        raise damaged(str(file), f"{error} (or it is no parquet file)") from error
+        raise damaged(str(file), f"{error} (or it is not a parquet file)") from error
 
 
 def _cells(table: object, key: str) -> Iterator[object]:
-    """Every value of a column. Few rows at a time: a long value may be one of a dictionary that all
-    rows repeat."""
+    """Yield every value of a column, in batches of few rows.
+
+    A dictionary-encoded column may repeat one long value in all rows, so that decoding many rows at
+    once could take far more memory than the file has bytes.
+    """
     column = table.schema_arrow.names.index(key)
     for group in range(table.num_row_groups):
         size = table.metadata.row_group(group).column(column).total_uncompressed_size
-        rows = min(max(_ROWS_BYTES // max(size, 1), 1), _ROWS_AT_ONCE)
+        rows = min(max(_BATCH_BYTES // max(size, 1), 1), _MOST_ROWS_PER_BATCH)
         for batch in table.iter_batches(rows, row_groups=[group], columns=[key]):
             yield from batch.column(0)
 
@@ -409,5 +433,6 @@ def _refuse_missing_column(file: Path, schema: object, json_key: str) -> None:
     if json_key not in schema.names:
         columns = ", ".join(map(repr, schema.names))
         raise DataError(
-            f"{file} has no column {json_key!r}; found {columns[:1000]}. Set --json-key."
+            f"{file} has no column {json_key!r}; found {columns[:_SHOWN_CHARACTERS]}. Set "
+            "--json-key."
         )

@@ -1,7 +1,7 @@
-"""What a file or an archive's member holds, by its name and its first bytes.
+"""Recognize the format of a file or an archive member by its name and first bytes.
 
-The name decides where it is clear: ``.jsonl`` is JSON lines, ``.md`` is text. ``.json`` and names
-that say nothing are decided by the content, and formats that are no text are refused by name.
+A known suffix decides: ``.jsonl`` is JSON lines, ``.md`` is text. ``.json`` and other names are
+decided by the content. Formats that hold no text are refused, and the error names the format.
 """
 
 import json
@@ -22,10 +22,10 @@ SUFFIXES = (
     ".txt",
     ".zip",
 )
-"""What is read of a folder and of an archive, without the suffix of a compression."""
+"""Suffixes, before that of a compression, of the files read from a folder or an archive."""
 
 HEAD_BYTES = 1 << 16
-"""How much of the content is looked at."""
+"""How much of the content is used to recognize the format."""
 
 COMPRESSIONS = (".bz2", ".gz", ".lzma", ".xz", ".zst", ".zstd")
 """Suffixes of compressed files."""
@@ -33,7 +33,7 @@ COMPRESSIONS = (".bz2", ".gz", ".lzma", ".xz", ".zst", ".zstd")
 _JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 _TEXT = (".md", ".py", ".rst", ".text")
 _COMPRESSED_TAR = {".tgz": ".gz", ".tbz": ".bz2", ".tbz2": ".bz2", ".txz": ".xz", ".tzst": ".zst"}
-_NUL_LOOKED_FOR = 8000
+_NUL_SEARCHED_BYTES = 8000
 _LONGEST_SUFFIX = 12
 
 _REFUSED_SUFFIXES = {
@@ -62,7 +62,7 @@ _REFUSED_MAGIC = {
     b"\x1f\x9d": "compressed with compress",
     b"%PDF-": "a PDF document",
     b"{\\rtf": "an RTF document",
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a document of Microsoft Office",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a Microsoft Office document",
     b"\x93NUMPY": "a NumPy array",
     b"ARROW1": "an Arrow file",
     b"Obj\x01": "an Avro file",
@@ -75,14 +75,14 @@ _REFUSED_MAGIC = {
     b"\x89PNG\r\n": "a picture",
     b"\xff\xd8\xff": "a picture",
     b"GIF8": "a picture",
-    b"\x00\x05\x16\x07": "metadata of macOS (AppleDouble)",
+    b"\x00\x05\x16\x07": "macOS metadata (AppleDouble)",
 }
-_MAGIC = {b"PK\x03\x04": "ZIP", b"PK\x05\x06": "ZIP", b"PAR1": "PARQUET"}
-_TAR_MAGIC = slice(257, 262), b"ustar"
+_TAR_MAGIC = b"ustar"
+_TAR_MAGIC_BYTES = slice(257, 262)
 
 
 class Kind(Enum):
-    """How documents are taken from content."""
+    """The way documents are read from content."""
 
     JSON_LINES = auto()
     TEXT = auto()
@@ -91,23 +91,27 @@ class Kind(Enum):
     ZIP = auto()
 
 
+_MAGIC = {b"PK\x03\x04": Kind.ZIP, b"PK\x05\x06": Kind.ZIP, b"PAR1": Kind.PARQUET}
+_CONTAINERS = {".parquet": Kind.PARQUET, ".zip": Kind.ZIP}
+
+
 class UnreadableFormat(ValueError):
-    """Content that holds no documents that can be read. The message completes "FILE is"."""
+    """Content without documents that can be read. The message completes "FILE is"."""
 
 
 class NotJsonLines(UnreadableFormat):
-    """A ``.json`` that is one value rather than a record a line."""
+    """A ``.json`` file that is one value rather than one record per line."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something in the place of documents that is not read; ``reason`` is what it is counted by."""
+    """Input that is not read, found where documents are expected; counted by ``reason``."""
 
     reason: str
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The suffix of what ``name`` holds and that of its compression, in lower case; "" for none.
+    """Return the suffix of the content and that of the compression, in lower case; "" if absent.
 
     >>> split_name("c4.00000.JSON.gz"), split_name("a.tgz"), split_name("a.txt")
     (('.json', '.gz'), ('.tar', '.gz'), ('.txt', ''))
@@ -120,60 +124,65 @@ def split_name(name: str) -> tuple[str, str]:
     return suffix, ""
 
 
-def pattern(suffix: str) -> str:
-    """What files of ``suffix`` that are left out are counted by. The number of patterns is
-    bounded."""
+def suffix_pattern(suffix: str) -> str:
+    """Return the reason under which files of ``suffix`` are counted as left out.
+
+    Long or unusual suffixes share one reason, which limits the number of reasons.
+    """
     if not suffix:
         return "files without a suffix"
-    plain = len(suffix) <= _LONGEST_SUFFIX and suffix[1:].isascii() and suffix[1:].isalnum()
-    return f"*{suffix}" if plain else "files with other suffixes"
+    is_usual = len(suffix) <= _LONGEST_SUFFIX and suffix[1:].isascii() and suffix[1:].isalnum()
+    return f"*{suffix}" if is_usual else "files with other suffixes"
 
 
 def kind_of(head: bytes, suffix: str, json_key: str) -> Kind:
-    """What content is that begins with ``head`` (HEAD_BYTES of it, if there are so many).
+    """Return the kind of the content that begins with ``head``, up to HEAD_BYTES of it.
 
-    ``suffix`` is in lower case and without that of a compression. Raises UnreadableFormat.
+    ``suffix`` is the content's suffix, in lower case and without that of a compression. Raises
+    UnreadableFormat.
     """
     _refuse_known(head, suffix)
-    place, magic = _TAR_MAGIC
-    if head[place] == magic or suffix == ".tar":
+    if head[_TAR_MAGIC_BYTES] == _TAR_MAGIC or suffix == ".tar":
         return Kind.TAR
-    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
-    found = found or {".parquet": "PARQUET", ".zip": "ZIP"}.get(suffix, "")
-    if found:
-        return Kind[found]
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if suffix in _CONTAINERS:
+        return _CONTAINERS[suffix]
     if suffix in _JSON_LINES:
         return Kind.JSON_LINES
-    if b"\0" in head[:_NUL_LOOKED_FOR]:
-        raise UnreadableFormat("no text in UTF-8: it has NUL bytes, as binary data and UTF-16 do")
+    if b"\0" in head[:_NUL_SEARCHED_BYTES]:
+        raise UnreadableFormat("not UTF-8 text: it has NUL bytes, as binary data and UTF-16 do")
     if suffix in _TEXT:
         return Kind.TEXT
     record, complete = _first_record(head)
     if suffix == ".json":
         if record is None:
             raise NotJsonLines(
-                "one JSON value over several lines, or an array, and every line has to be one object. "
-                "Write it as JSON lines (jq -c '.[]' for an array, jq -c . for objects)"
+                "one JSON value over several lines, or an array, and every line must be one "
+                "object. Write it as JSON lines (jq -c '.[]' for an array, jq -c . for objects)"
             )
         return Kind.JSON_LINES
-    # A text may begin with a brace: only a record that has the key is one.
-    has_key = record is not None and (json_key in record if complete else _quoted(json_key) in head)
+    # Text may begin with a brace too: only a record with the key counts as JSON lines.
+    if record is None:
+        return Kind.TEXT
+    has_key = json_key in record if complete else _quoted(json_key) in head
     return Kind.JSON_LINES if has_key else Kind.TEXT
 
 
 def _refuse_known(head: bytes, suffix: str) -> None:
     if suffix in _REFUSED_SUFFIXES:
         raise UnreadableFormat(_REFUSED_SUFFIXES[suffix])
-    if head.startswith(tuple(_REFUSED_MAGIC)):
-        raise UnreadableFormat(
-            next(name for magic, name in _REFUSED_MAGIC.items() if head.startswith(magic))
-        )
+    for magic, description in _REFUSED_MAGIC.items():
+        if head.startswith(magic):
+            raise UnreadableFormat(description)
 
 
 def _first_record(head: bytes) -> tuple[dict | None, bool]:
-    """The object in the first line that is not blank, and whether all of the line was seen.
+    """Return the object in the first line that is not blank, and whether that line is complete.
 
-    None where that line is something else. Of a longer line only its first character is known.
+    None where the line is not an object. A line that extends beyond ``head`` counts as an object,
+    with no known keys, if it begins with a brace.
     """
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     line, newline, _ = text.partition(b"\n")

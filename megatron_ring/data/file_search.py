@@ -1,7 +1,7 @@
-"""The files that inputs stand for: files, folders to the bottom, and globs, in one order.
+"""Find the files that inputs name: files, folders with all subfolders, and globs, in a fixed order.
 
-Links to folders are followed, each folder once. What is no file to be read is counted by its
-reason.
+Links to folders are followed, each folder once. Files and other entries that are not read are
+counted by reason.
 """
 
 import fnmatch
@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_ring.data.documents import Reading, count, refuse_unreadable
-from megatron_ring.data.file_formats import LeftOut, pattern, split_name
+from megatron_ring.data.documents import Reading, count_left_out, refuse_unreadable
+from megatron_ring.data.file_formats import LeftOut, split_name, suffix_pattern
 from megatron_ring.errors import DataError
 
 _EMPTY_FILES = LeftOut("empty files")
@@ -22,7 +22,7 @@ _REACHED_TWICE = LeftOut("linked folders and files reached twice")
 
 
 class FileSearch:
-    """The files of the inputs in order, what is left out, and what is wrong with them."""
+    """Collects the files of inputs in order, the counts of what is left out, and problems."""
 
     def __init__(self, reading: Reading):
         self.files: list[Path] = []
@@ -31,29 +31,33 @@ class FileSearch:
         self._reading = reading
 
     def add(self, path: str) -> None:
-        """Take in one input. A name that exists is no glob, whatever is in it."""
+        """Add one input. A path that exists is not read as a glob, whatever characters it has."""
         if os.path.isdir(path):
             self._add_folder(path)
         elif os.path.exists(path):
             self._add_file(path)
         elif os.path.islink(path):
             self.problems.append(_broken_link(path))
-        elif found := self._globbed(path):
-            for name in found:
-                self._add_folder(name) if os.path.isdir(name) else self._add_file(name)
+        elif matches := self._expand_glob(path):
+            for match in matches:
+                if os.path.isdir(match):
+                    self._add_folder(match)
+                else:
+                    self._add_file(match)
         else:
             self.problems.append(f"input {path} does not exist. Set --input.")
 
-    def _globbed(self, path: str) -> list[str]:
+    def _expand_glob(self, path: str) -> list[str]:
         if "**" not in path.split("/"):
             return sorted(glob.glob(path))
-        # Python's glob follows links to folders in circles, and through two of them for ever.
+        # Python's glob follows cyclic links to folders repeatedly, and with two of them forever.
         literal = itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/"))
         root = "/".join(literal) or ("/" if path.startswith("/") else "")
         pattern = path.removeprefix(root).lstrip("/").split("/")
-        found = (entry.path for entry in self._walk(root or "."))
+        # Without a root the paths begin with "./".
         start = len(root.rstrip("/")) + 1 if root else 2
-        return sorted(name for name in found if _matches(name[start:].split("/"), pattern))
+        paths = (entry.path for entry in self._walk(root or "."))
+        return sorted(path for path in paths if _matches(path[start:].split("/"), pattern))
 
     def _add_file(self, path: str) -> None:
         if os.path.islink(path) and not os.path.exists(path):
@@ -70,14 +74,15 @@ class FileSearch:
             self.files.append(Path(path))
 
     def _add_folder(self, path: str) -> None:
-        problems = len(self.problems)
-        found = sorted(itertools.chain.from_iterable(map(self._file_of, self._walk(path))))
-        for file in found:
+        problems_before = len(self.problems)
+        entries = self._walk(path)
+        files = sorted(file for entry in entries if (file := self._wanted_file(entry)) is not None)
+        for file in files:
             if file.stat().st_size:
                 self.files.append(file)
             else:
                 self._add_empty(file)
-        if not found and len(self.problems) == problems:
+        if not files and len(self.problems) == problems_before:
             names = ", ".join("*" + suffix for suffix in self._reading.suffixes)
             self.problems.append(f"input {path} has no file named {names}. Set --suffixes.")
 
@@ -88,20 +93,26 @@ class FileSearch:
                 f"{file} is damaged: it is empty. Fetch it again, or leave it out of --input."
             )
         else:
-            count(self.left_out, _EMPTY_FILES)
+            count_left_out(self.left_out, _EMPTY_FILES)
 
     def _walk(self, root: str) -> Iterator[os.DirEntry]:
-        """What is below ``root`` and no folder. Folders are entered before links to folders, each
-        of them once: so a folder that is linked has its own name, and a circle ends."""
-        folders, links, seen = [root], [], set()
+        """Yield everything below ``root`` that is not a folder.
+
+        Each folder is entered once, and folders before links to folders: so a folder that is also
+        linked is found under its own name, and cyclic links end.
+        """
+        folders = [root]
+        links: list[str] = []
+        seen: set[tuple[int, int]] = set()
         while folders or links:
             folder = folders.pop() if folders else links.pop(0)
             try:
-                state = os.stat(folder)
-                if (state.st_dev, state.st_ino) in seen:
-                    count(self.left_out, _REACHED_TWICE)
+                status = os.stat(folder)
+                identity = (status.st_dev, status.st_ino)
+                if identity in seen:
+                    count_left_out(self.left_out, _REACHED_TWICE)
                     continue
-                seen.add((state.st_dev, state.st_ino))
+                seen.add(identity)
                 entries = list(os.scandir(folder))
             except OSError as error:
                 self.problems.append(
@@ -114,16 +125,18 @@ class FileSearch:
                 else:
                     yield entry
 
-    def _file_of(self, entry: os.DirEntry) -> Iterator[Path]:
+    def _wanted_file(self, entry: os.DirEntry) -> Path | None:
+        """Return the path of a file to be read; count or report any other entry."""
         suffix = split_name(entry.name)[0]
         if _is_broken(entry):
             self.problems.append(_broken_link(entry.path))
         elif suffix not in self._reading.suffixes:
-            count(self.left_out, LeftOut(pattern(suffix)))
+            count_left_out(self.left_out, LeftOut(suffix_pattern(suffix)))
         elif not entry.is_file():
-            count(self.left_out, _NOT_FILES)
+            count_left_out(self.left_out, _NOT_FILES)
         else:
-            yield Path(entry.path)
+            return Path(entry.path)
+        return None
 
 
 def _is_broken(entry: os.DirEntry) -> bool:
@@ -131,9 +144,9 @@ def _is_broken(entry: os.DirEntry) -> bool:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path's ``parts`` match those of a glob, where ** stands for any number of folders.
+    """Return whether a path's ``parts`` match a glob's; ** stands for any number of folders.
 
-    As in glob, only a pattern that begins with a dot matches what does.
+    As in Python's glob, a name that begins with a dot matches only a pattern that does.
     """
     if not pattern:
         return not parts
@@ -149,4 +162,4 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _broken_link(path: str) -> str:
-    return f"input {path} is a link to {os.readlink(path)}, which does not exist. Mend it, or remove it."
+    return f"input {path} is a link to {os.readlink(path)}, which does not exist. Fix or remove it."

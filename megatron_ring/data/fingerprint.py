@@ -1,7 +1,8 @@
-"""The fingerprint of a token store: whether a resumed run reads the same tokens, in bounded time at any size.
+"""Fingerprint a token store, to check that a resumed run reads the same tokens.
 
-A checkpoint keeps the fingerprint of every store that its run has read. It does not depend on the
-store's path, so a store that was moved or copied has the same one.
+The cost is bounded at any store size. A checkpoint keeps the fingerprint of every store that its
+run has read. The fingerprint does not depend on the store's path, so a store that was moved or
+copied keeps it.
 """
 
 import hashlib
@@ -14,9 +15,9 @@ from megatron_ring.data.tokens import bin_path
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import UntrustedInputError, open_regular
 
-# Preparing a store anew from other text moves nearly every token in it, so that a few blocks
-# anywhere differ. A store of terabytes costs no more reads than one of gigabytes, and a blend of
-# 500 stores 8,000 reads.
+# Preparing a store from other text moves nearly every token in it, so that a few blocks anywhere
+# differ. A store of terabytes costs no more reads than one of gigabytes, and a blend of 500 stores
+# 8,000 reads.
 _BLOCKS = 8
 _BLOCK_BYTES = 64 << 10
 
@@ -26,9 +27,9 @@ Fingerprint = dict[str, str | int]
 def fingerprint(prefix: str | Path) -> Fingerprint:
     """Return what identifies the tokens of the store ``prefix``, as plain values for a checkpoint.
 
-    ``documents`` and ``tokens`` are counts, ``sampled_sha256`` is of blocks at equal distances of
-    P.bin and P.idx, and ``manifest_sha256`` of the counts and the tokenizer in P.json, "" where a
-    store has none. Raises DataError where the store cannot be read.
+    ``documents`` and ``tokens`` are counts, ``sampled_sha256`` is the hash of evenly spaced blocks
+    of P.bin and P.idx, and ``manifest_sha256`` the hash of the counts and the tokenizer in P.json,
+    "" for a store without one. Raises DataError where the store cannot be read.
     """
     try:
         dtype, documents = read_counts(prefix)
@@ -46,31 +47,34 @@ def fingerprint(prefix: str | Path) -> Fingerprint:
 
 
 def _sampled_sha256(*paths: Path) -> str:
-    """Hash each file's size and its content: all of it, or blocks at equal distances, both ends included."""
+    """Hash each file's size and its content: all of it, or evenly spaced blocks with both ends."""
     digest = hashlib.sha256()
     for path in paths:
         descriptor = open_regular(path)
         try:
             size = os.fstat(descriptor).st_size
             digest.update(size.to_bytes(8, "little"))
-            last = max(0, size - _BLOCK_BYTES)
-            few = size <= _BLOCKS * _BLOCK_BYTES
-            offsets = (
-                range(0, size, _BLOCK_BYTES)
-                if few
-                else [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
-            )
-            for offset in offsets:
+            for offset in _block_offsets(size):
                 digest.update(os.pread(descriptor, _BLOCK_BYTES, offset))
         finally:
             os.close(descriptor)
     return digest.hexdigest()
 
 
+def _block_offsets(size: int) -> list[int]:
+    if size <= _BLOCKS * _BLOCK_BYTES:
+        return list(range(0, size, _BLOCK_BYTES))
+    last = size - _BLOCK_BYTES
+    return [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+
+
 def _manifest_sha256(prefix: str | Path) -> str:
-    """Hash what a manifest states of the text; later versions may add keys, which are not of the data."""
+    """Hash what a manifest records about the text.
+
+    Only these fields are hashed, so that later versions may add keys about other things.
+    """
     manifest = read_manifest(prefix)
     if manifest is None:
         return ""
-    stated = (manifest.tokenizer_sha256, manifest.documents, manifest.tokens, manifest.bytes)
-    return hashlib.sha256(repr(stated).encode()).hexdigest()
+    hashed = (manifest.tokenizer_sha256, manifest.documents, manifest.tokens, manifest.bytes)
+    return hashlib.sha256(repr(hashed).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""A Hugging Face ``tokenizer.json`` as a vocabulary: byte-level BPE (GPT-2, tiktoken's kind), and Llama's kind.
+"""The tokenizer backend for a Hugging Face ``tokenizer.json``: byte-level BPE, and Llama's kind.
 
-Nothing is put around a text, and a special token spelled out in a text is read as the characters it is: else a page
-about ``<|endoftext|>`` would end in its middle.
+Byte-level BPE is the kind of GPT-2 and tiktoken. Nothing is added around a text, and a special
+token spelled out in a text is encoded as ordinary characters; otherwise a page about
+``<|endoftext|>`` would be split in its middle.
 """
 
 import json
@@ -16,10 +17,10 @@ import tokenizers
 from megatron_ring.data.sentencepiece_tokenizer import SPACE
 from megatron_ring.errors import DataError
 
-# What published models end a text with, in the order they are looked for.
+# Tokens with which published models end a text, in the order they are looked up.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]")
 
-# What they begin one with.
+# Tokens with which published models begin a text, in the order they are looked up.
 BEGINS = (
     "<s>",
     "<|begin_of_text|>",
@@ -30,114 +31,126 @@ BEGINS = (
 )
 
 LARGEST_ID = (1 << 22) - 1
-"""The largest token id that is read: a model has a row of its embedding for each id up to it."""
+"""The largest supported token id: a model has a row of its embedding for each id up to it."""
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SHOWN_CHARACTERS = 40
+_SHOWN_ERROR_CHARACTERS = 500
 
 
-class HuggingFaceTokens:
-    """The tokens of ``model``, the content of a ``tokenizer.json``; ``name`` is for messages.
+class HuggingFaceBackend:
+    """Encodes and decodes with ``model``, the content of a ``tokenizer.json``.
 
-    Raises DataError when ``model`` is no such file.
+    ``name`` is used in error messages. Raises DataError when ``model`` is not such a file.
     """
 
     def __init__(self, model: bytes, name: str | Path):
         self._name = name
-        self._tokens = _loaded(model, name)
-        with _library(name, "has a vocabulary that cannot be read"):
-            self._ids = self._tokens.get_vocab()
-            self._added = self._tokens.get_added_tokens_decoder()
-            self._byte_level = any(
-                part["type"] == "ByteLevel" for part in _decoders(json.loads(model))
-            )
-        # Ids may have holes.
+        self._tokenizer = _load(model, name)
+        with _library_errors(name, "has a vocabulary that cannot be read"):
+            self._ids = self._tokenizer.get_vocab()
+            self._added = self._tokenizer.get_added_tokens_decoder()
+            decoders = _decoders(json.loads(model))
+            self._is_byte_level = any(part["type"] == "ByteLevel" for part in decoders)
+        # Ids may have gaps, so the vocabulary size is not the number of tokens.
         self.vocab_size: int = max(self._ids.values(), default=-1) + 1
         if self.vocab_size - 1 > LARGEST_ID:
             raise DataError(
-                f"tokenizer {name} has id {self.vocab_size - 1} among its {len(self._ids)} tokens, and ids go up to "
-                f"{LARGEST_ID} (2^22 - 1), since a model has a row for each. Set --tokenizer-model to another one, or "
-                "number its tokens anew."
+                f"tokenizer {name} has id {self.vocab_size - 1} among its {len(self._ids)} tokens, "
+                f"and the largest supported id is {LARGEST_ID} (2^22 - 1), because a model has an "
+                "embedding row for each id. Set --tokenizer-model to another tokenizer, or "
+                "renumber its tokens."
             )
-        self._own_begin = self._post_processed_begin()
+        self._own_begin = self._post_processor_begin()
         if any(token >= self.vocab_size for token in self._own_begin):
             raise DataError(
-                f"tokenizer {name} begins a text with ids {self._own_begin}, and its vocabulary has ids below "
-                f"{self.vocab_size}. Mend its post_processor, or set --tokenizer-model to another one."
+                f"tokenizer {name} begins a text with ids {self._own_begin}, and its vocabulary "
+                f"has ids below {self.vocab_size}. Fix its post_processor, or set "
+                "--tokenizer-model to another tokenizer."
             )
 
     def default_end(self) -> int | None:
-        """The id of the first of ``ENDS`` that the vocabulary has, None where it has none."""
+        """Return the id of the first of ``ENDS`` in the vocabulary, None if it has none."""
         return next((self._ids[end] for end in ENDS if end in self._ids), None)
 
     def default_begin(self) -> int | None:
-        """The id of the first of ``BEGINS`` that the vocabulary has, None where it has none."""
+        """Return the id of the first of ``BEGINS`` in the vocabulary, None if it has none."""
         return next((self._ids[begin] for begin in BEGINS if begin in self._ids), None)
 
     def own_begin(self) -> tuple[int, ...]:
-        """The ids that the file's post-processor puts before a text, as transformers does; none
-        where it has none."""
+        """Return the ids that the file's post-processor adds before a text, as transformers does.
+
+        Empty if it adds none.
+        """
         return self._own_begin
 
-    def _post_processed_begin(self) -> tuple[int, ...]:
-        with _library(self._name, "cannot encode 'a'"):
-            alone, framed = (
-                self._tokens.encode("a", add_special_tokens=added).ids for added in (False, True)
-            )
-        starts = (
-            n for n in range(len(framed) - len(alone) + 1) if framed[n : n + len(alone)] == alone
-        )
-        return tuple(framed[: next(starts, 0)])
+    def _post_processor_begin(self) -> tuple[int, ...]:
+        """Find what precedes the ids of a sample text when special tokens are added."""
+        with _library_errors(self._name, "cannot encode 'a'"):
+            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+            framed = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(framed) - len(plain) + 1):
+            if framed[start : start + len(plain)] == plain:
+                return tuple(framed[:start])
+        return ()
 
     def id_of(self, token: str) -> int | None:
-        """The id of ``token``, None where the vocabulary has no such token."""
+        """Return the id of ``token``, None if it is not in the vocabulary."""
         return self._ids.get(token)
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The ids of each text."""
-        # One text at a time, since a batch would be spread over threads, and our processes have every core already.
+        """Yield the ids of each text."""
+        # One text at a time: the library would spread a batch over threads, and our worker
+        # processes already use every core.
         for text in texts:
-            with _library(self._name, f"cannot encode a text that begins {text[:40]!r}"):
-                ids = self._tokens.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            yield ids
+            shown = repr(text[:_SHOWN_CHARACTERS])
+            with _library_errors(self._name, f"cannot encode a text that begins {shown}"):
+                encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            yield encodings[0].ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of ``tokens``; special tokens have none."""
+        """Return the text of ``tokens``; special tokens have none."""
         ids = [int(token) for token in tokens]
-        with _library(self._name, "cannot decode ids of its own"):
-            return self._tokens.decode(ids, skip_special_tokens=True)
+        with _library_errors(self._name, "cannot decode its own ids"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for: (V,) int64; 0 for special tokens and for ids that
-        are none."""
+        """Return the UTF-8 bytes that each id stands for: (V,) int64.
+
+        0 for special tokens and for ids without a token.
+        """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for spelled, token in self._ids.items():
-            counts[token] = self._bytes_of(token, spelled)
+        for spelling, token in self._ids.items():
+            counts[token] = self._bytes_of(token, spelling)
         return counts
 
-    def _bytes_of(self, token: int, spelled: str) -> int:
+    def _bytes_of(self, token: int, spelling: str) -> int:
         if token in self._added:
-            return 0 if self._added[token].special else len(self._added[token].content.encode())
-        # GPT-2's alphabet has a character for each byte; Llama's spells bytes as <0x0A>.
-        if self._byte_level:
-            return len(spelled)
-        return 1 if _BYTE.fullmatch(spelled) else len(spelled.replace(SPACE, " ").encode())
+            added = self._added[token]
+            return 0 if added.special else len(added.content.encode())
+        # GPT-2's alphabet has one character per byte; Llama's spells single bytes as <0x0A>.
+        if self._is_byte_level:
+            return len(spelling)
+        if _BYTE.fullmatch(spelling):
+            return 1
+        return len(spelling.replace(SPACE, " ").encode())
 
 
-def _loaded(model: bytes, name: str | Path) -> tokenizers.Tokenizer:
-    with _library(name, f"({len(model)} bytes) is not a tokenizer.json"):
-        loaded = tokenizers.Tokenizer.from_buffer(model)
-        loaded.encode_special_tokens = True
-        loaded.no_padding()
-        loaded.no_truncation()
-    return loaded
+def _load(model: bytes, name: str | Path) -> tokenizers.Tokenizer:
+    with _library_errors(name, f"({len(model)} bytes) is not a tokenizer.json"):
+        tokenizer = tokenizers.Tokenizer.from_buffer(model)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    return tokenizer
 
 
 @contextmanager
-def _library(name: str | Path, failed: str) -> Iterator[None]:
-    """Errors of the tokenizers library as DataError; ``failed`` completes "tokenizer NAME".
+def _library_errors(name: str | Path, failure: str) -> Iterator[None]:
+    """Turn errors of the tokenizers library into DataError; ``failure`` completes "tokenizer NAME".
 
-    The library raises nothing narrower than Exception, and its PanicException, for a panic of its
-    Rust code, is not even that.
+    The library raises nothing narrower than Exception, and its PanicException, raised for a panic
+    in its Rust code, is not even a subclass of that.
     """
     try:
         yield
@@ -146,7 +159,8 @@ def _library(name: str | Path, failed: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
             raise
         raise DataError(
-            f"tokenizer {name} {failed}: {str(error)[:500]}. Set --tokenizer-model."
+            f"tokenizer {name} {failure}: {str(error)[:_SHOWN_ERROR_CHARACTERS]}. Set "
+            "--tokenizer-model."
         ) from error
 
 

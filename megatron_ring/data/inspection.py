@@ -1,4 +1,8 @@
-"""Whether a store's index, tokens, manifest and tokenizer agree: everything is read, where opening reads the index."""
+"""Inspect a token store: verify all of its content, and draw how long its documents are.
+
+Opening a store reads the index only; ``verify`` reads every token and checks index, tokens,
+manifest and tokenizer against one another.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -10,64 +14,106 @@ from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
-_NAMED = 3
+# Faulty documents named in one error.
+_DOCUMENTS_NAMED = 3
+_BAR_WIDTH = 40
 
 
 def verify(store: TokenStore, manifest: Manifest | None, tokenizer: Tokenizer) -> None:
-    """Raises DataError naming everything that does not fit; what opening the store checks is taken as checked."""
-    problems = [*_miscounted(store, manifest), *_bad_documents(store, manifest, tokenizer)]
+    """Raise DataError with everything that does not fit.
+
+    What opening the store has checked is not checked again.
+    """
+    problems = [*_wrong_counts(store, manifest), *_faulty_documents(store, manifest, tokenizer)]
     if problems:
         raise DataError([f"token store {store.prefix}: {problem}" for problem in problems])
 
 
-def _miscounted(store: TokenStore, manifest: Manifest | None) -> Iterator[str]:
+def length_histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Return (2^k, how many of ``lengths`` are in [2^k, 2^(k+1))) pairs, shortest first.
+
+    The first and last bins are those of the shortest and longest length; k = 0 counts 0 too.
+    """
+    # frexp is exact where a logarithm may round across a power of two.
+    powers = np.maximum(np.frexp(lengths.astype(np.float64))[1] - 1, 0)
+    counts = np.bincount(powers)
+    return [(1 << power, int(counts[power])) for power in range(int(powers.min()), len(counts))]
+
+
+def draw_histogram(lengths: np.ndarray) -> str:
+    """Draw the histogram of document lengths as text, one line with a bar per power of two."""
+    histogram = length_histogram(lengths)
+    largest = max(count for _, count in histogram)
+    lines = ["tokens, from   documents"]
+    for size, count in histogram:
+        bar = "#" * round(_BAR_WIDTH * count / largest)
+        lines.append(f"{size:>12,}  {count:>12,}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def _wrong_counts(store: TokenStore, manifest: Manifest | None) -> Iterator[str]:
     if manifest is None:
         return
-    for word, told, found in (
+    counts = (
         ("documents", manifest.documents, len(store)),
         ("tokens", manifest.tokens, int(store.lengths.sum())),
-    ):
-        if told != found:
-            yield f"{found} {word}, and its manifest tells of {told}. Write it again with tools/prepare_data.py."
+    )
+    for name, expected, actual in counts:
+        if actual != expected:
+            yield (
+                f"{actual} {name}, and its manifest has {expected}. Write it again with "
+                "tools/prepare_data.py."
+            )
 
 
-def _bad_documents(
+def _faulty_documents(
     store: TokenStore, manifest: Manifest | None, tokenizer: Tokenizer
 ) -> Iterator[str]:
-    """The first few documents with ids that the tokenizer has not, or that do not end as ours do."""
-    ours = manifest is not None and manifest.end_of_document is not None
+    """Name the first few documents with unknown ids, or with a wrong end or beginning."""
+    ends_are_known = manifest is not None and manifest.end_of_document is not None
     begin = manifest.begin_of_document if manifest else ()
-    documents = map(store.document, range(len(store)))
-    faults = (
-        _foreign(tokens, tokenizer)
-        or (_unended(tokens, tokenizer) if ours else "")
-        or _unbegun(tokens, begin)
-        for tokens in documents
-    )
-    for number, fault in islice(
-        ((number, fault) for number, fault in enumerate(faults) if fault), _NAMED
-    ):
-        yield f"document {number} {fault}. Set --tokenizer-model, or write it again with tools/prepare_data.py."
+
+    def faults() -> Iterator[str]:
+        for number in range(len(store)):
+            tokens = store.document(number)
+            fault = _unknown_ids(tokens, tokenizer)
+            if not fault and ends_are_known:
+                fault = _wrong_end(tokens, tokenizer)
+            fault = fault or _wrong_begin(tokens, begin)
+            if fault:
+                yield (
+                    f"document {number} {fault}. Set --tokenizer-model, or write it again with "
+                    "tools/prepare_data.py."
+                )
+
+    return islice(faults(), _DOCUMENTS_NAMED)
 
 
-def _foreign(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+def _unknown_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     if tokens.size and (tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size):
-        return f"has ids from {tokens.min()} to {tokens.max()}, and the tokenizer has 0 to {tokenizer.vocab_size - 1}"
+        return (
+            f"has ids from {tokens.min()} to {tokens.max()}, and the tokenizer has 0 to "
+            f"{tokenizer.vocab_size - 1}"
+        )
     return ""
 
 
-def _unbegun(tokens: np.ndarray, begin: tuple[int, ...]) -> str:
-    found = tokens[: len(begin)].tolist()
-    return (
-        f"begins with ids {found}, and its manifest has {list(begin)}"
-        if found != list(begin)
-        else ""
-    )
+def _wrong_begin(tokens: np.ndarray, begin: tuple[int, ...]) -> str:
+    actual = tokens[: len(begin)].tolist()
+    if actual != list(begin):
+        return f"begins with ids {actual}, and its manifest has {list(begin)}"
+    return ""
 
 
-def _unended(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Megatron's stores may end documents in any way; those of prepare.py have one end, the last."""
+def _wrong_end(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Check that the one end-of-document id is the last, as prepare.py writes it.
+
+    Stores that Megatron wrote may end documents in any way and are not checked.
+    """
     ends = np.flatnonzero(tokens == tokenizer.end_of_document)
     if ends.tolist() != [tokens.size - 1]:
-        return f"has {ends.size} end-of-document ids ({tokenizer.end_of_document}), and one, at its end, is right"
+        return (
+            f"has {ends.size} end-of-document ids ({tokenizer.end_of_document}) and must have "
+            "exactly one, at its end"
+        )
     return ""

@@ -1,10 +1,21 @@
-"""The pre-striping loader: each process is handed its own share of its own samples, already laid out.
+"""The pre-striping loader: a process reads only its own tokens of its own samples.
 
-A process reads the tokens that ``layout.positions`` gives it; nothing is moved between ranks afterwards. The target of
-a token, the next one of the sample, is read where the token lives, although that neighbour may live elsewhere. Where
-documents are kept apart their borders are looked for in the whole sample, for an end-of-document token may live
-elsewhere than the document behind it. This is selection only: no collectives, and the same samples in the same global
-batches for any grid.
+From samples to a rank's share of a micro-batch:
+
+- The samples of a global batch are divided over the data ranks and, on each, into micro-batches of
+  ``micro_batch_size`` (see ``Loader`` for the formula).
+- Of each sample a context rank reads the tokens at ``layout.positions`` for its ring and Ulysses
+  rank, so nothing has to be redistributed between ranks afterwards. The target of a token is the
+  next token of the sample, which is read here too although it may belong to another rank.
+- Where document boundaries matter, they are found in the whole sample, because the
+  end-of-document token before a document may belong to another rank (packing.py).
+- Every tensor rank reads all tokens of its context rank: it looks all of them up in its own rows of
+  the embedding and scores all of their targets with its own rows of the head.
+- A pipeline stage after the first reads nothing: what it needs of a batch travels to it with the
+  hidden states (model/pipeline.py), and the number of targets in the loss is sent on by
+  engine/pipeline_engine.py.
+
+This is selection only: no collectives, and the same samples in the same global batches on any grid.
 """
 
 from dataclasses import dataclass
@@ -14,18 +25,21 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
-from megatron_ring.data.stream import Stream, Text
+from megatron_ring.data.stream import SampleView, Stream
+from megatron_ring.parallel.grid import Coordinates, Grid
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process feeds its model at once: ``B`` samples, and of each the ``l`` tokens that live here.
+    """One micro-batch as one process feeds it to the model: ``B`` samples, ``l`` tokens of each.
 
-    ``tokens_Bl`` and ``targets_Bl`` are int64; the loss counts the targets that are not -100. ``positions`` is int64,
-    for the model: (l,), the positions in the sample, the same for every sample and increasing; (B, l) where they
-    restart with each document. ``document_starts`` is int64 (documents,), increasing, on the CPU: where each document
-    begins when the ``B`` whole samples are laid end to end, the same on every context rank. Sample ``b`` begins at
-    ``b * S``, and a document with it. None: a token sees all of its sample that lies before it.
+    - ``tokens_Bl``, ``targets_Bl``: int64. Targets of -100 are left out of the loss.
+    - ``positions``: int64, for the model. (l,) positions in the sample, increasing and the same for
+      every sample; (B, l) where they restart with each document.
+    - ``document_starts``: int64 (documents,), increasing, on the CPU: where each document begins
+      when the ``B`` whole samples are laid end to end. Sample ``b`` begins at ``b * S``, and a
+      document begins with it. The same on every context rank. None: a token attends to all earlier
+      tokens of its sample.
     """
 
     tokens_Bl: torch.Tensor
@@ -34,7 +48,10 @@ class Batch:
     document_starts: torch.Tensor | None
 
     def document_lengths(self, seq_length: int) -> torch.Tensor:
-        """Tokens of each document, or of each sample where a sample is one: (documents,) int64."""
+        """Return the tokens of each document, (documents,) int64.
+
+        Without ``document_starts`` each sample is one document.
+        """
         samples = len(self.tokens_Bl)
         if self.document_starts is None:
             return torch.full((samples,), seq_length)
@@ -42,12 +59,13 @@ class Batch:
 
 
 class Loader:
-    """The batches of one process. ``consumed_samples`` is its whole state, and it holds for any grid.
+    """The batches of one process. ``consumed_samples`` is its whole state and is valid on any grid.
 
-    A ``layout`` longer than the stream's samples is filled up behind their end with tokens that change nothing.
-    Sample ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b`` is row ``b`` of
-    micro-batch ``micro`` on ``data_rank``. ``global_batch_size`` is in samples over all data ranks, a multiple of
-    ``micro_batch_size * data_size``.
+    Row ``b`` of micro-batch ``micro`` on ``data_rank`` is sample
+    ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b``.
+    ``global_batch_size`` is in samples over all data ranks, a multiple of
+    ``micro_batch_size * data_size``. A ``layout`` longer than the stream's samples is padded at the
+    end with tokens that do not change the loss.
     """
 
     def __init__(
@@ -69,52 +87,105 @@ class Loader:
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
         self._packing = packing
-        self._fill, self._last = layout.seq_length - stream.seq_length, stream.seq_length - 1
-        self._positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
-        # Behind the end nobody looks: what fills a ragged layout repeats the last token, and predicts nothing.
-        self._places_l, self._behind_l = (
-            self._positions_l.clip(max=self._last),
-            self._positions_l > self._last,
-        )
-        self._data_rank, self._data_size = data_rank, data_size
-        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
+        self._layout_padding = layout.seq_length - stream.seq_length
+        self._last = stream.seq_length - 1
+        self._layout_positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
+        # Padding of a ragged layout repeats the last token and has no target; it comes after all
+        # text, so under the causal mask no text attends to it.
+        self._sample_positions_l = self._layout_positions_l.clip(max=self._last)
+        self._is_padding_l = self._layout_positions_l > self._last
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
         self._consumed_samples = consumed_samples
 
     @property
     def consumed_samples(self) -> int:
-        """Samples that all data ranks together have taken: what a checkpoint keeps."""
+        """Samples consumed by all data ranks together, as a checkpoint stores it."""
         return self._consumed_samples
 
     def next_step(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step. Raises DataError for an id outside the vocabulary."""
-        across = self._micro_batch_size * self._data_size
+        """Return the micro-batches of the next optimizer step.
+
+        Raises DataError for a token id outside the vocabulary.
+        """
+        stride = self._micro_batch_size * self._data_size
         first = self._consumed_samples + self._data_rank * self._micro_batch_size
         batches = [
-            self._batch(first + offset) for offset in range(0, self._global_batch_size, across)
+            self._batch(first + offset) for offset in range(0, self._global_batch_size, stride)
         ]
         self._consumed_samples += self._global_batch_size
         return batches
 
     def _batch(self, first: int) -> Batch:
-        texts = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
-        tokens_Bl = self._packing.filled(np.stack([text.at(self._places_l) for text in texts]))
-        next_Bl = np.stack([text.at(self._places_l + 1) for text in texts])
-        next_Bl[:, self._behind_l] = IGNORED
-        positions, starts = self._borders(texts)
+        views = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
+        text_Bl = np.stack([view.tokens_at(self._sample_positions_l) for view in views])
+        tokens_Bl = self._packing.fill_padding(text_Bl)
+        next_Bl = np.stack([view.tokens_at(self._sample_positions_l + 1) for view in views])
+        next_Bl[:, self._is_padding_l] = IGNORED
+        targets_Bl = self._packing.targets(tokens_Bl, next_Bl)
+        positions, starts = self._positions_and_starts(views)
         return Batch(
             torch.from_numpy(tokens_Bl),
-            torch.from_numpy(self._packing.targets(tokens_Bl, next_Bl)),
+            torch.from_numpy(targets_Bl),
             torch.from_numpy(positions),
             None if starts is None else torch.from_numpy(starts),
         )
 
-    def _borders(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Positions here, and where documents start: for either the ends in all of a sample have to be looked at."""
-        if not self._packing.looks_at_whole_samples:
-            return self._places_l, None
-        ends_BS = np.stack(
-            [text.ends(self._packing.end_of_document, self._last + 1) for text in texts]
-        )
-        ends_BS = np.pad(ends_BS, ((0, 0), (0, self._fill)), mode="edge")
-        positions = self._packing.positions(ends_BS, self._positions_l).clip(max=self._last)
-        return positions, self._packing.document_starts(ends_BS)
+    def _positions_and_starts(
+        self, views: list[SampleView]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the positions of this rank's tokens and the document starts of whole samples.
+
+        Either depends on the document ends of the whole sample, so these are searched only where
+        one of the two is needed.
+        """
+        if not self._packing.needs_whole_samples:
+            return self._sample_positions_l, None
+        end_of_document = self._packing.end_of_document
+        ends_BS = np.stack([view.document_ends(end_of_document, self._last + 1) for view in views])
+        ends_BS = np.pad(ends_BS, ((0, 0), (0, self._layout_padding)), mode="edge")
+        positions = self._packing.positions(ends_BS, self._layout_positions_l)
+        return positions.clip(max=self._last), self._packing.document_starts(ends_BS)
+
+
+@dataclass
+class LaterStageLoader:
+    """The loader of a pipeline stage after the first: counts samples and reads nothing."""
+
+    global_batch_size: int
+    consumed_samples: int
+
+    def next_step(self) -> list[Batch]:
+        """Count one optimizer step and return no micro-batches: only the first stage has them."""
+        self.consumed_samples += self.global_batch_size
+        return []
+
+
+def build_loader(
+    stream: Stream,
+    packing: Packing,
+    layout: Layout,
+    grid: Grid,
+    at: Coordinates,
+    micro_batch_size: int,
+    global_batch_size: int,
+    consumed_samples: int,
+) -> Loader | LaterStageLoader:
+    """Build the loader of the process at coordinates ``at`` of ``grid``; sizes as in Loader."""
+    if at.pipe > 0:
+        return LaterStageLoader(global_batch_size, consumed_samples)
+    return Loader(
+        stream,
+        layout,
+        at.ring,
+        at.data,
+        grid.data,
+        micro_batch_size,
+        global_batch_size,
+        consumed_samples,
+        packing,
+        ulysses_rank=at.ulysses,
+        ulysses_size=grid.ulysses,
+    )

@@ -1,14 +1,15 @@
-"""Blends: samples of several streams taken in turns, each stream as often as its weight says.
+"""Blends: interleave the samples of several streams in proportion to their weights.
 
-Which stream sample ``i`` comes from, and which of that stream's it is, follows from ``i`` alone. The streams are the
-leaves of a balanced binary tree. Of the first ``i`` samples that reach a node with shares p and 1 - p, round(p x i) go
-left and the others right: so sample ``i`` goes left if round(p x (i + 1)) is one more than round(p x i), and is there
-the sample of that number. Finding it takes a step for each level of the tree and no memory; a list of all samples,
-which other stacks build, is not needed. Weights are whole numbers here, so that no machine rounds differently.
+Which stream sample ``i`` comes from, and which of that stream's samples it is, follows from ``i``
+alone. The streams are the leaves of a balanced binary tree. Of the first ``i`` samples that reach a
+node with shares p and 1 - p, round(p x i) go left and the others right: so sample ``i`` goes left
+if round(p x (i + 1)) is one more than round(p x i), and becomes sample number round(p x i) of the
+left subtree. A lookup takes one step per tree level and no memory; Megatron-LM and others build a
+list of all samples instead. Weights are whole numbers here, so that no machine rounds differently.
 
-How far a stream's count is from weight x i: rounding is off by at most 1/2 on each level, and what a node was off by
-is shared out below it. So it is at most 1/2 for two streams, less than 1 for up to four, and for n streams at most half
-the height of the tree, ceil(log2 n) / 2.
+How far a stream's count may be from weight x i: rounding is off by at most 1/2 on each level, and
+an error at a node is divided among the streams below it. So it is at most 1/2 for two streams, less
+than 1 for up to four, and for n streams at most half the height of the tree, ceil(log2 n) / 2.
 """
 
 from collections.abc import Sequence
@@ -17,54 +18,60 @@ from fractions import Fraction
 from itertools import accumulate
 from math import lcm
 
-from megatron_ring.data.stream import Stream, Text
+from megatron_ring.data.stream import SampleView, Stream
 
 
 @dataclass(frozen=True)
 class InterleaveSchedule:
-    """Whose turn it is. ``edges`` (streams + 1,): the sum of the weights before each stream, in whole numbers."""
+    """The stream and sample number of each sample of a blend.
+
+    ``edges`` (streams + 1,) are the cumulative weights as whole numbers, beginning with 0.
+    """
 
     edges: tuple[int, ...]
 
     @staticmethod
     def of(weights: Sequence[Fraction]) -> "InterleaveSchedule":
-        """For streams of these weights, above 0 and of any sum."""
-        unit = lcm(*(weight.denominator for weight in weights))
-        return InterleaveSchedule(
-            tuple(accumulate((int(weight * unit) for weight in weights), initial=0))
-        )
+        """Build the schedule for streams of these weights, each above 0, with any sum."""
+        denominator = lcm(*(weight.denominator for weight in weights))
+        whole_weights = (int(weight * denominator) for weight in weights)
+        return InterleaveSchedule(tuple(accumulate(whole_weights, initial=0)))
 
     def at(self, index: int) -> tuple[int, int]:
-        """The stream that sample ``index`` of the blend comes from, and its number among that stream's samples."""
-        first, stop = 0, len(self.edges) - 1
+        """Return the stream that sample ``index`` of the blend comes from, and its number there."""
+        first = 0
+        stop = len(self.edges) - 1
         while stop - first > 1:
             middle = (first + stop) // 2
-            part, whole = (
-                self.edges[middle] - self.edges[first],
-                self.edges[stop] - self.edges[first],
-            )
-            left = _rounded(part * index, whole)
-            if _rounded(part * (index + 1), whole) > left:
-                stop, index = middle, left
+            left_weight = self.edges[middle] - self.edges[first]
+            weight = self.edges[stop] - self.edges[first]
+            left = _round_half_up(left_weight * index, weight)
+            if _round_half_up(left_weight * (index + 1), weight) > left:
+                stop = middle
+                index = left
             else:
-                first, index = middle, index - left
+                first = middle
+                index -= left
         return first, index
 
 
 class Blend(Stream):
-    """Streams of one ``seq_length`` taken in turns; each goes through its own epochs."""
+    """Streams of one ``seq_length``, interleaved; each goes through its own epochs."""
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[Fraction]):
         assert len({stream.seq_length for stream in streams}) == 1
-        self.streams, self.seq_length = streams, streams[0].seq_length
-        self._weights, self._turns = weights, InterleaveSchedule.of(weights)
+        self.streams = streams
+        self.seq_length = streams[0].seq_length
+        self._weights = weights
+        self._schedule = InterleaveSchedule.of(weights)
 
-    def text(self, index: int) -> Text:
-        """Sample ``index``: see Stream."""
-        stream, number = self._turns.at(index)
+    def text(self, index: int) -> SampleView:
+        """Return sample ``index``: see Stream."""
+        stream, number = self._schedule.at(index)
         return self.streams[stream].text(number)
 
     def in_words(self) -> list[str]:
+        """Return the lines of the streams, each with its share of the samples."""
         total = sum(self._weights)
         return [
             f"{float(weight / total):.2%} of the samples from {line}"
@@ -73,6 +80,6 @@ class Blend(Stream):
         ]
 
 
-def _rounded(dividend: int, divisor: int) -> int:
-    """The whole number nearest to their quotient, the upper one of two."""
+def _round_half_up(dividend: int, divisor: int) -> int:
+    """Return the whole number nearest to the quotient, rounding halves up."""
     return (2 * dividend + divisor) // (2 * divisor)

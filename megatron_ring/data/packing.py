@@ -1,8 +1,9 @@
-"""Documents within a sample: what its end-of-document tokens mean for the mask, the positions and the targets.
+"""Documents within a sample: how end-of-document tokens affect mask, positions and targets.
 
-Megatron's three flags, independent of one another. An end-of-document token belongs to the document it ends. Only the
-sample is looked at: a document that began in an earlier one begins again at position 0. Borders are looked for in whole
-samples, a byte for each token; ids, positions and targets are those of the tokens that a process owns.
+These are Megatron's three flags, independent of one another. An end-of-document token belongs to
+the document it ends. Only the sample itself is considered: a document that began in an earlier
+sample starts again at position 0. Boundaries are found in whole samples, one byte per token; ids,
+positions and targets are computed only for the tokens that a process owns.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ import numpy as np
 from megatron_ring.config import DataConfig
 
 IGNORED = -100
-"""The target of a token that predicts nothing. Training leaves it out of the loss, and cannot be asked from here."""
+"""The target of a token that is left out of the loss, equal to the ``ignore_index`` of PyTorch's
+cross entropy. In a sample it marks the positions without text."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What becomes of the borders between documents. ``ends_BS`` tells where they end in whole samples, (B, S) bool.
+    """What the boundaries between documents change in a batch.
 
-    Tokens and targets (B, l), and the places (l,) they have in their samples, may be of any part of them.
+    ``ends_BS``, (B, S) bool, marks the end-of-document tokens of whole samples. Tokens and targets
+    (B, l) and sample positions (l,) may be those of any subset of a sample's tokens.
     """
 
     end_of_document: int
@@ -29,7 +32,7 @@ class Packing:
 
     @staticmethod
     def of(config: DataConfig, end_of_document: int) -> "Packing":
-        """The three flags of ``config``, for a tokenizer whose documents end with that id."""
+        """Take the three flags from ``config``; documents end with the id ``end_of_document``."""
         return Packing(
             end_of_document,
             config.reset_attention_mask,
@@ -39,51 +42,56 @@ class Packing:
 
     @property
     def flags(self) -> list[str]:
-        """The names of the flags that are on: where any is, documents need their ends."""
-        return [name for name, on in vars(self).items() if on is True]
+        """Names of the flags that are on; any of them needs end-of-document tokens in the data."""
+        return [name for name, value in vars(self).items() if value is True]
 
     @property
-    def looks_at_whole_samples(self) -> bool:
-        """Whether positions or starts depend on the ends of documents, wherever those live."""
+    def needs_whole_samples(self) -> bool:
+        """Whether positions or starts depend on document ends that other ranks may own."""
         return self.reset_attention_mask or self.reset_position_ids
 
-    def filled(self, tokens_Bl: np.ndarray) -> np.ndarray:
-        """``tokens_Bl`` with an end-of-document token in every place without text, each a document of its own."""
+    def fill_padding(self, tokens_Bl: np.ndarray) -> np.ndarray:
+        """Replace IGNORED by end-of-document tokens, so that each padding token is a document."""
         return np.where(tokens_Bl == IGNORED, self.end_of_document, tokens_Bl)
 
     def document_starts(self, ends_BS: np.ndarray) -> np.ndarray | None:
-        """Where each document begins, the samples laid end to end: (documents,) int64, increasing.
+        """Return where each document begins, the samples laid end to end.
 
-        None without reset_attention_mask: a token then sees all of its sample that lies before it.
+        (documents,) int64, increasing. None without reset_attention_mask: a token then attends to
+        all earlier tokens of its sample.
         """
         return _starts(ends_BS) if self.reset_attention_mask else None
 
-    def positions(self, ends_BS: np.ndarray, places_l: np.ndarray) -> np.ndarray:
-        """Positions for the model, int64, of the tokens at ``places_l`` of every sample.
+    def positions(self, ends_BS: np.ndarray, sample_positions_l: np.ndarray) -> np.ndarray:
+        """Return the model's positions, int64, of the tokens at ``sample_positions_l``.
 
-        (B, l), from 0 in each document; ``places_l`` themselves without reset_position_ids.
+        (B, l), counted from the start of each document; ``sample_positions_l`` itself without
+        reset_position_ids.
         """
         if not self.reset_position_ids:
-            return places_l
+            return sample_positions_l
         samples, seq_length = ends_BS.shape
-        places_Bl = np.arange(samples)[:, None] * seq_length + places_l
+        offsets_B1 = np.arange(samples)[:, None] * seq_length
+        flat_positions_Bl = offsets_B1 + sample_positions_l
         starts = _starts(ends_BS)
-        return places_Bl - starts[np.searchsorted(starts, places_Bl, side="right") - 1]
+        document_Bl = np.searchsorted(starts, flat_positions_Bl, side="right") - 1
+        return flat_positions_Bl - starts[document_Bl]
 
     def targets(self, tokens_Bl: np.ndarray, next_Bl: np.ndarray) -> np.ndarray:
-        """What each token predicts: the token after it, ``next_Bl``; IGNORED at a border under eod_mask_loss."""
-        return (
-            np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl)
-            if self.eod_mask_loss
-            else next_Bl
-        )
+        """Return the target of each token: the next token ``next_Bl``.
+
+        With eod_mask_loss the target of an end-of-document token is IGNORED.
+        """
+        if not self.eod_mask_loss:
+            return next_Bl
+        return np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl)
 
 
 NO_BORDERS = Packing(end_of_document=-1)
-"""None of the three: a sample is taken as one document. No token has the id -1."""
+"""All three flags off: each sample is treated as one document. No token has the id -1."""
 
 
 def _starts(ends_BS: np.ndarray) -> np.ndarray:
-    starts_BS = np.ones_like(ends_BS)  # each sample begins a document, whatever came before it
+    starts_BS = np.ones_like(ends_BS)  # the first token of a sample always starts a document
     starts_BS[:, 1:] = ends_BS[:, :-1]
     return np.flatnonzero(starts_BS)

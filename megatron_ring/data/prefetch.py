@@ -1,44 +1,50 @@
-"""Prefetch: a thread prepares the batches of the next optimizer steps while the step before them computes.
+"""Prefetch: a thread prepares the batches of the next optimizer steps during the current one.
 
-The batches and their order are the loader's. What counts as consumed is what was handed out, so that a checkpoint
-knows nothing of what lies ready.
+Batches and their order are those of the loader. Samples count as consumed when their step is
+returned, so a checkpoint does not depend on how far the thread is ahead.
 """
 
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from types import TracebackType
 
-from megatron_ring.data.loader import Batch, Loader
-from megatron_ring.data.stages import LaterStageLoader
+from megatron_ring.data.loader import Batch, LaterStageLoader, Loader
 
 _STEPS_AHEAD = 2
 
 
 class Prefetcher:
-    """A ``loader``'s steps, ready before they are asked for. Leaving it ends its thread; the loader is its alone.
+    """Prepares the steps of ``loader`` ahead of time; no other code may use the loader meanwhile.
+
+    The thread runs inside the ``with`` block and ends when the block is left.
 
     >>> with Prefetcher(loader) as ahead:  # doctest: +SKIP
     ...     batches = ahead.next_step()
     """
 
     def __init__(self, loader: Loader | LaterStageLoader):
-        self._loader, self._consumed_samples = loader, loader.consumed_samples
+        self._loader = loader
+        self._consumed_samples = loader.consumed_samples
         self._ready: SimpleQueue[tuple[list[Batch], int] | Exception] = SimpleQueue()
-        self._places, self._leaving = Semaphore(_STEPS_AHEAD), Event()
-        self._thread = Thread(target=self._prepare, name="prefetch", daemon=True)
+        self._free_slots = Semaphore(_STEPS_AHEAD)
+        self._stopping = Event()
+        self._thread = Thread(target=self._prepare_steps, name="prefetch", daemon=True)
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of the steps handed out, over all data ranks: what a checkpoint keeps."""
+        """Samples of the steps returned so far, over all data ranks, as a checkpoint stores it."""
         return self._consumed_samples
 
     def next_step(self) -> list[Batch]:
-        """The loader's next step; blocks until it is ready. Raises what the loader raised, in its place."""
+        """Return the loader's next step; blocks until it is ready.
+
+        Raises what the loader raised for this step.
+        """
         ready = self._ready.get()
         if isinstance(ready, Exception):
-            self._ready.put(ready)  # nothing follows it: whoever asks again is told again
+            self._ready.put(ready)  # the thread has ended: later calls raise the same error
             raise ready
-        self._places.release()
+        self._free_slots.release()
         batches, self._consumed_samples = ready
         return batches
 
@@ -52,13 +58,15 @@ class Prefetcher:
         error: BaseException | None,
         trace: TracebackType | None,
     ):
-        self._leaving.set()
-        self._places.release()
+        self._stopping.set()
+        self._free_slots.release()
         self._thread.join()
 
-    def _prepare(self) -> None:
-        while self._places.acquire() and not self._leaving.is_set():
+    def _prepare_steps(self) -> None:
+        while self._free_slots.acquire() and not self._stopping.is_set():
             try:
-                self._ready.put((self._loader.next_step(), self._loader.consumed_samples))
+                step = self._loader.next_step()
             except Exception as error:
-                return self._ready.put(error)
+                self._ready.put(error)
+                return
+            self._ready.put((step, self._loader.consumed_samples))

@@ -1,7 +1,8 @@
-"""What a loader draws from: samples numbered without end, the same ones for every process that asks.
+"""Streams: what a loader reads from, samples numbered without end and equal on every process.
 
-samples.py joins documents end to end, whole_documents.py fits whole ones together, mixture.py takes turns between such
-streams. A sample is text that lies in the memory map: a rank reads the places it owns, and nothing else of it.
+samples.py cuts samples from concatenated documents, whole_documents.py packs whole documents, and
+mixture.py interleaves such streams. A sample is a view into the memory-mapped token store: a rank
+reads the positions it owns and no others.
 """
 
 from abc import ABC, abstractmethod
@@ -15,71 +16,92 @@ from megatron_ring.errors import DataError
 
 
 @dataclass(frozen=True)
-class Text:
-    """One sample where it lies: ``pieces`` of ``store``, views of it, that follow one another from place 0 on."""
+class SampleView:
+    """One sample: consecutive ``pieces``, which are views into ``store``, from position 0 on."""
 
     pieces: list[np.ndarray]
     store: TokenStore
     vocab_size: int
 
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at ``places``, which do not decrease: (len(places),) int64, IGNORED behind the last piece.
+    def tokens_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the tokens at ``positions``, which must not decrease.
 
-        Raises DataError for an id among them that the vocabulary does not have.
+        (len(positions),) int64, IGNORED after the last piece. Raises DataError for an id outside
+        the vocabulary.
         """
-        starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
-        bounds = np.searchsorted(places, starts)
-        tokens = np.full(len(places), IGNORED)
+        starts = self._piece_starts()
+        bounds = np.searchsorted(positions, starts)
+        tokens = np.full(len(positions), IGNORED)
         for piece, start, first, stop in zip(self.pieces, starts, bounds, bounds[1:]):
-            tokens[first:stop] = piece[places[first:stop] - start]
-        self._refuse_foreign(tokens[: bounds[-1]], places)
+            tokens[first:stop] = piece[positions[first:stop] - start]
+        self._refuse_unknown_ids(tokens[: bounds[-1]], positions)
         return tokens
 
-    def ends(self, end_of_document: int, seq_length: int) -> np.ndarray:
-        """Where documents end in the first ``seq_length`` places, and wherever no text is: (S,) bool."""
-        ends, start = np.ones(seq_length, bool), 0
+    def document_ends(self, end_of_document: int, seq_length: int) -> np.ndarray:
+        """Mark the end-of-document tokens and the padding of the first ``seq_length`` positions.
+
+        Returns (S,) bool.
+        """
+        ends = np.ones(seq_length, bool)
+        start = 0
         for piece in self.pieces:
-            found = piece[: seq_length - start] == end_of_document
-            ends[start : start + len(found)] = found
-            start += len(found)
+            piece_ends = piece[: seq_length - start] == end_of_document
+            ends[start : start + len(piece_ends)] = piece_ends
+            start += len(piece_ends)
         return ends
 
-    def _refuse_foreign(self, tokens: np.ndarray, places: np.ndarray) -> None:
-        foreign = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
-        if foreign.size:
-            first, prefix = foreign[0], self.store.prefix
+    def _piece_starts(self) -> np.ndarray:
+        """Return where each piece starts and where the last one ends: (pieces + 1,)."""
+        return np.cumsum([0, *(len(piece) for piece in self.pieces)])
+
+    def _refuse_unknown_ids(self, tokens: np.ndarray, positions: np.ndarray) -> None:
+        unknown = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
+        if unknown.size:
+            first = unknown[0]
+            prefix = self.store.prefix
             raise DataError(
-                f"the tokenizer does not fit the data: token store {prefix} has id {tokens[first]}, in "
-                f"{self._where(places[first])}, and the tokenizer has {self.vocab_size} ids, 0 to "
-                f"{self.vocab_size - 1}. Set --tokenizer-model to the one the store was written with; if it is, the "
-                f"file is damaged, and python tools/inspect_data.py {prefix} --verify names what else is."
+                f"the tokenizer does not fit the data: token store {prefix} has id "
+                f"{tokens[first]}, in {self._describe_location(positions[first])}, and the "
+                f"tokenizer has {self.vocab_size} ids, 0 to {self.vocab_size - 1}. Set "
+                "--tokenizer-model to the one the store was written with; if it is that one, the "
+                f"file is damaged, and python tools/inspect_data.py {prefix} --verify lists all "
+                "damage."
             )
 
-    def _where(self, place: int) -> str:
-        starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
-        number = np.searchsorted(starts, place, side="right") - 1
-        return self.store.where(self.pieces[number][place - starts[number] :])
+    def _describe_location(self, position: int) -> str:
+        starts = self._piece_starts()
+        n = np.searchsorted(starts, position, side="right") - 1
+        return self.store.where(self.pieces[n][position - starts[n] :])
 
 
 class Stream(ABC):
-    """Samples of ``seq_length`` tokens S, each known by its number alone, so that a resumed run goes on exactly."""
+    """Samples of ``seq_length`` S, found by number alone, so that a run resumes exactly."""
 
     seq_length: int
 
     @abstractmethod
-    def text(self, index: int) -> Text:
-        """Sample ``index``, counted over all epochs: up to S+1 tokens, of which those behind the first are targets."""
+    def text(self, index: int) -> SampleView:
+        """Return sample ``index``, counted over all epochs.
+
+        It holds up to S+1 tokens; those after the first are also targets.
+        """
 
     @abstractmethod
     def in_words(self) -> list[str]:
-        """A line for each token store: where it lies and what an epoch of it is."""
+        """Return one line per token store: its prefix and the size of an epoch."""
 
     def sample(self, index: int) -> np.ndarray:
-        """All of sample ``index``: (S+1,) int64, tokens [0, S) and their targets [1, S+1), IGNORED where no text is."""
-        return self.text(index).at(np.arange(self.seq_length + 1))
+        """Return all of sample ``index``: (S+1,) int64.
+
+        Tokens are [0, S), their targets [1, S+1); positions without text are IGNORED.
+        """
+        return self.text(index).tokens_at(np.arange(self.seq_length + 1))
 
 
 def shuffled(count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
-    """A permutation of ``range(count)``, (count,) int64, from the raw bits: NumPy promises those, unlike shuffle."""
+    """Return a permutation of ``range(count)``, (count,) int64, the same with any NumPy version.
+
+    NumPy guarantees the raw bits of a generator across versions, but not ``Generator.shuffle``.
+    """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, *purpose.encode()]))
     return np.argsort(bits.random_raw(count), kind="stable")

@@ -1,7 +1,7 @@
-"""The token store: Megatron's ``P.bin`` and ``P.idx``, byte for byte, written once and read by memory map.
+"""The token store: Megatron's ``P.bin`` and ``P.idx``, byte for byte, written once, read by mmap.
 
-``P.bin`` is the tokens of all documents, one after another; ``P.idx`` says where each begins (token_index.py). Which
-tokenizer a store was written with is in neither: see manifest.py.
+``P.bin`` holds the tokens of all documents, one after another; ``P.idx`` holds where each document
+begins (token_index.py). Neither records the tokenizer that wrote the store: see manifest.py.
 """
 
 import shutil
@@ -12,46 +12,47 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_ring.data.map_cache import FileState, OpenMaps, readable
+from megatron_ring.data.map_cache import FileState, MapCache, readable
 from megatron_ring.data.token_index import (
     LONGEST_SEQUENCE,
     damaged,
     idx_path,
     index_bytes,
     read_index,
-    write_again,
+    rewrite_command,
 )
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import create
 
-_COPIED_AT_ONCE = 1 << 20
+_COPY_CHUNK_BYTES = 1 << 20
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """``P.bin``."""
+    """Return the path of ``P.bin``."""
     return Path(f"{prefix}.bin")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron stores ids below ``vocab_size`` in: uint16 below 65500, else int32."""
+    """Return Megatron's type for ids below ``vocab_size``: uint16 below 65500, else int32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class TokenStoreWriter:
-    """Writes a store document by document, under temporary names until it is left without an exception.
+    """Writes a store document by document, under temporary names until the block ends.
+
+    An exception inside the ``with`` block leaves no files, and an older store unchanged.
 
     >>> with TokenStoreWriter(prefix, token_dtype(4096)) as writer:  # doctest: +SKIP
     ...     writer.add_document([17, 4, 1])
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
-        self._prefix, self._dtype = prefix, np.dtype(dtype)
-        # Four bytes a document, for there may be many millions.
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
+        # An array of 4 bytes per document, because there may be many millions.
         self._lengths = array("i")
-        self._temporary_bin, self._temporary_idx = (
-            Path(f"{prefix}.bin.tmp"),
-            Path(f"{prefix}.idx.tmp"),
-        )
+        self._temporary_bin = Path(f"{prefix}.bin.tmp")
+        self._temporary_idx = Path(f"{prefix}.idx.tmp")
 
     def __enter__(self) -> "TokenStoreWriter":
         self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
@@ -75,55 +76,59 @@ class TokenStoreWriter:
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document of token ids.
 
-        Raises DataError where it is longer than the format can count, or has ids that the store's
+        Raises DataError where it is longer than the format can record, or has ids that the store's
         type cannot hold.
         """
         if len(tokens) > LONGEST_SEQUENCE:
             raise DataError(
-                f"a document of {len(tokens)} tokens does not fit {idx_path(self._prefix)}, which counts a document's "
-                f"tokens up to {LONGEST_SEQUENCE}. Cut the document in two."
+                f"a document of {len(tokens)} tokens does not fit {idx_path(self._prefix)}, whose "
+                f"documents have at most {LONGEST_SEQUENCE} tokens. Split the document."
             )
-        tokens, ids = np.asarray(tokens), np.iinfo(self._dtype)
+        tokens = np.asarray(tokens)
+        ids = np.iinfo(self._dtype)
         if tokens.size and (tokens.min() < ids.min or tokens.max() > ids.max):
             raise DataError(
-                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self._dtype}, which holds {ids.min} to "
-                f"{ids.max}. Prepare the store with a tokenizer of at most {ids.max + 1} ids."
+                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self._dtype}, which "
+                f"holds {ids.min} to {ids.max}. Prepare the store with a tokenizer of at most "
+                f"{ids.max + 1} ids."
             )
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self._lengths.append(len(tokens))
 
     def add_store(self, prefix: str | Path) -> None:
-        """Append every document of another store. Raises DataError where it is of another type."""
+        """Append every document of another store. Raises DataError if its token type differs."""
         dtype, starts = read_index(prefix)
         if dtype != self._dtype:
             raise DataError(
-                f"token store {prefix} has tokens of {dtype}, and is to be added to one of {self._dtype}."
+                f"token store {prefix} has tokens of type {dtype} and cannot be appended to one of "
+                f"type {self._dtype}."
             )
         with bin_path(prefix).open("rb") as tokens:
-            shutil.copyfileobj(tokens, self._tokens, _COPIED_AT_ONCE)
+            shutil.copyfileobj(tokens, self._tokens, _COPY_CHUNK_BYTES)
         self._lengths.frombytes(np.diff(starts).astype(np.int32).tobytes())
 
     def _publish(self) -> None:
         with create(self._temporary_idx) as index:
             index.write(index_bytes(self._lengths, self._dtype))
-        # An old index goes first and the new one comes last, so that no moment pairs an index with other tokens.
+        # The old index is removed first and the new one is renamed last, so that at no moment an
+        # index lies beside tokens that it does not describe.
         idx_path(self._prefix).unlink(missing_ok=True)
         self._temporary_bin.replace(bin_path(self._prefix))
         self._temporary_idx.replace(idx_path(self._prefix))
 
 
 class TokenStore:
-    """A store opened for reading: where documents begin is kept in memory, the tokens are mapped.
+    """A store opened for reading: the starts of documents are in memory, the tokens are mapped.
 
-    ``lengths`` is (documents,) int64, the tokens of each document. Raises DataError for a store that is missing,
-    empty, damaged, or of another format. Stores that share ``maps`` have at most so many files open
-    together.
+    ``lengths`` is (documents,) int64, the tokens of each document. Stores that share ``maps`` share
+    its limit on open files. Raises DataError for a store that is missing, empty, damaged, or of
+    another format.
     """
 
-    def __init__(self, prefix: str | Path, maps: OpenMaps | None = None):
+    def __init__(self, prefix: str | Path, maps: MapCache | None = None):
         self.prefix = prefix
         _refuse_missing(prefix)
-        self._maps = OpenMaps(1) if maps is None else maps
+        self._maps = MapCache(1) if maps is None else maps
         self.dtype, self._starts = self._maps.read(idx_path(prefix), lambda: read_index(prefix))
         self._state = _checked_state(prefix, int(self._starts[-1]), self.dtype)
         self.lengths = np.diff(self._starts)
@@ -131,52 +136,66 @@ class TokenStore:
         self._tokens()
 
     def __len__(self) -> int:
-        """Documents."""
+        """Return the number of documents."""
         return len(self.lengths)
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of document ``i``: (lengths[i],), a read-only view in the store's own type, to be read at once.
+        """Return the tokens of document ``i``: (lengths[i],), a read-only view, to be read at once.
 
-        Raises DataError where the file has become shorter since it was opened, or was written
-        again.
+        The view has the store's own type. Raises DataError where the file was truncated or
+        rewritten since it was opened.
         """
         assert 0 <= i < len(self)
         return self._tokens()[self._starts[i] : self._starts[i + 1]]
 
     def where(self, tokens: np.ndarray) -> str:
-        """In words where the first of ``tokens``, part of what ``document`` has returned, lies."""
+        """Describe where ``tokens``, a slice of what ``document`` returned, begins in the file."""
         byte = tokens.ctypes.data - tokens.base.ctypes.data
         document = np.searchsorted(self._starts, byte // self.dtype.itemsize, side="right") - 1
         return f"document {document} at byte {byte} of {bin_path(self.prefix)}"
 
     def _tokens(self) -> np.ndarray:
-        """All tokens, of which the file still has every byte: reading a map past the end of its
-        file is a SIGBUS."""
+        """Return all tokens, after a check that the file still has every byte.
+
+        Reading a map beyond the end of its file would end the process with SIGBUS.
+        """
         mapped, tokens = self._maps.map(self._bin, self._state, self.dtype)
-        if (found := mapped.size()) < self._state.size:
-            cut = f"{found} bytes, and had {self._state.size} when it was opened: it was cut since"
-            raise damaged(self.prefix, Path(self._bin), cut)
+        size = mapped.size()
+        if size < self._state.size:
+            raise damaged(
+                self.prefix,
+                Path(self._bin),
+                f"{size} bytes, and had {self._state.size} when it was opened: it was truncated",
+            )
         return tokens
 
 
 def _refuse_missing(prefix: str | Path) -> None:
-    if missing := [
-        str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()
-    ]:
+    missing = []
+    for path in (bin_path(prefix), idx_path(prefix)):
+        with readable(path):
+            if not path.is_file():
+                missing.append(str(path))
+    if missing:
         raise DataError(
-            f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and P.idx, and "
-            f"--data-path names them by P alone. Set --data-path, or {write_again(prefix)}."
+            f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and "
+            "P.idx, and --data-path takes P, without a suffix. Set --data-path, or "
+            f"{rewrite_command(prefix)}."
         )
 
 
 def _checked_state(prefix: str | Path, tokens: int, dtype: np.dtype) -> FileState:
-    """The state of ``P.bin``, whose size must be that of so many tokens."""
+    """Return the state of ``P.bin`` after a check that its size is that of ``tokens`` tokens."""
     with readable(bin_path(prefix)):
         state = FileState.of(bin_path(prefix))
     expected = tokens * dtype.itemsize
     if not tokens:
         raise damaged(prefix, idx_path(prefix), "no tokens")
     if state.size != expected:
-        counted = f"{idx_path(prefix)} tells of {expected} ({tokens} tokens of {dtype.name})"
-        raise damaged(prefix, bin_path(prefix), f"{state.size} bytes, and {counted}")
+        raise damaged(
+            prefix,
+            bin_path(prefix),
+            f"{state.size} bytes, and {idx_path(prefix)} expects {expected} "
+            f"({tokens} tokens of {dtype.name})",
+        )
     return state

@@ -74,22 +74,25 @@ class NoAnswer(NamedTuple):
 
 
 class Intercom:
-    """This process's server for its peers' requests, and its client for theirs.
+    """Serves the requests of this process's peers, and sends requests to them.
 
-    place: returns this process's progress. alarmed: called with the suspected rank when a peer
-    reports a stall. members, networks: by rank; ranks with the same network are on one host.
+    read_progress: returns this process's progress. on_stall: called with the suspected rank when a
+    peer reports a stall. members, networks: by rank; ranks with the same network are on one host.
     """
 
     def __init__(
-        self, consensus: Consensus, place: Callable[[], Place], alarmed: Callable[[int], None]
+        self,
+        consensus: Consensus,
+        read_progress: Callable[[], Place],
+        on_stall: Callable[[int], None],
     ):
-        """Collective over all processes; blocks until all of them listen."""
+        """Start serving and exchange addresses; collective, and blocks until all processes serve."""
         self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
         self.networks: list[str] = consensus.gather(network_identity)
         on_one_host = len(set(self.networks)) == 1
         listening = listen(on_one_host, _BACKLOG)
-        self._read_progress = place
-        self._on_stall = alarmed
+        self._read_progress = read_progress
+        self._on_stall = on_stall
         address, port, *_ = listening.getsockname()
         self.own = Peer(
             consensus.rank, socket.gethostname(), os.getpid(), pid_identity(), address, port
@@ -110,7 +113,7 @@ class Intercom:
         except (OSError, ValueError) as error:
             return _diagnose(peer, error, self.own.pids)
 
-    def waits_from(self, rank: int) -> dict[Peer, Place | NoAnswer]:
+    def wait_chain(self, rank: int) -> dict[Peer, Place | NoAnswer]:
         """Follow the chain of waits from ``rank`` and return what each peer in it reports.
 
         The chain ends at a peer that does not wait for another, does not respond, or is already in
@@ -126,13 +129,13 @@ class Intercom:
             rank = response.waits_for if isinstance(response, Place) else NO_RANK
         return chain
 
-    def alarm(self, suspect: int) -> None:
+    def report_stall(self, suspect: int) -> None:
         """Report to every peer which rank stalls this one; failed requests are ignored."""
         others = [peer for peer in self.members if peer != self.own]
         with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as requests:
-            requests.map(lambda peer: self._report_stall(peer, suspect), others)
+            requests.map(lambda peer: self._send_stall(peer, suspect), others)
 
-    def _report_stall(self, peer: Peer, suspect: int) -> None:
+    def _send_stall(self, peer: Peer, suspect: int) -> None:
         with contextlib.suppress(OSError):
             self._exchange(peer, f"stalled {suspect}")
 

@@ -81,16 +81,16 @@ class StepRecord:
     ring: RingReport = field(default_factory=RingReport)
 
     @property
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The step's line in the metrics file."""
         own = {name: value for name, value in vars(self).items() if name != "ring"}
-        return own | self.ring.figures
+        return own | self.ring.metrics
 
     def events(self) -> Events:
         """Return the step's events for monitors, which accept single numbers only."""
         return [
             (f"train/{name}", value, self.step)
-            for name, value in self.figures.items()
+            for name, value in self.metrics.items()
             if name != "step" and isinstance(value, int | float)
         ]
 
@@ -104,7 +104,7 @@ class HeldOutRecord:
     loss: float
     bits_per_byte: float
 
-    def named(self, separator: str) -> dict[str, float]:
+    def prefixed(self, separator: str) -> dict[str, float]:
         """Return the values, each named by its part and its own name, joined by ``separator``."""
         return {
             f"{self.part}{separator}{name}": getattr(self, name)
@@ -115,15 +115,20 @@ class HeldOutRecord:
 class Report(Protocol):
     """The interface through which the training loop reports its steps."""
 
-    def step(self, record: StepRecord) -> None: ...
+    def step(self, record: StepRecord) -> None:
+        """Report an optimizer step."""
 
-    def held_out(self, record: HeldOutRecord) -> None: ...
+    def held_out(self, record: HeldOutRecord) -> None:
+        """Report a validation or the test."""
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str) -> None:
+        """Print a line between those of the steps."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Flush the metrics file to disk before a checkpoint, which must not be ahead of it."""
 
-    def rewind_to(self, step: int) -> None: ...
+    def rewind_to(self, step: int) -> None:
+        """Drop the steps after ``step``: the run continues from there with other samples."""
 
 
 class NullReporter:
@@ -145,7 +150,7 @@ class NullReporter:
         pass
 
 
-class Thinned(Generic[T]):
+class EvenlySampled(Generic[T]):
     """An evenly spaced subset of a series of any length, with at most ``limit`` values.
 
     It holds the first value and every ``stride``-th after it.
@@ -195,7 +200,7 @@ class ConsoleReport:
         self.first: StepRecord | None = None
         self.last: StepRecord | None = None
         self.validations: list[HeldOutRecord] = []
-        self.rates: Thinned[_Rates] = Thinned(_KEPT_RATES)
+        self.rates: EvenlySampled[_Rates] = EvenlySampled(_KEPT_RATES)
         self.step_seconds: deque[float] = deque(maxlen=min(self.interval, _KEPT_RATES))
         # disable=None: no bar without a terminal; the lines are printed in either case.
         self.bar = tqdm(
@@ -212,7 +217,7 @@ class ConsoleReport:
         self.last = record
         self.rates.add(_rates(record))
         self.step_seconds.append(record.step_seconds)
-        self._on_metrics_file(lambda file: file.write(record.figures))
+        self._on_metrics_file(lambda file: file.write(record.metrics))
         self._send_to_monitors(record.events())
         self.bar.set_postfix_str(
             f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s"
@@ -228,8 +233,8 @@ class ConsoleReport:
         if record.part == "validation":
             self.validations.append(record)
             del self.validations[1:-_KEPT_VALIDATIONS]
-        self._on_metrics_file(lambda file: file.write({"step": record.step} | record.named("_")))
-        events = [(name, value, record.step) for name, value in record.named("/").items()]
+        self._on_metrics_file(lambda file: file.write({"step": record.step} | record.prefixed("_")))
+        events = [(name, value, record.step) for name, value in record.prefixed("/").items()]
         self._send_to_monitors(events)
         self.log(
             f"step {record.step:>6}  {record.part} loss {record.loss:.4f}, "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_ring.checkpoint import names
 from megatron_ring.config import LoggingConfig
-from megatron_ring.console_streams import lossy
+from megatron_ring.console_streams import tolerant_stream
 from megatron_ring.errors import ConfigError, flag
 from megatron_ring.monitoring import metrics_file
 from megatron_ring.monitoring.ring_profile import trace
@@ -50,11 +50,13 @@ class BestEffort:
         except Exception as error:
             self.failures[what] += 1
             if self.failures[what] == 1:
-                tqdm.write(f"warning          {what} failed, the run continues: {reason(error)}")
+                tqdm.write(
+                    f"warning          {what} failed, the run continues: {describe_error(error)}"
+                )
             return None
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Describe an error in one line: the system's text for a file, else the type and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -169,7 +171,7 @@ def _path_problem(
             return "cannot be used: no permission to read and write it"
         return content_problem(path) if content_problem else None
     except (OSError, ValueError) as error:
-        return f"cannot be used: {reason(error)}"
+        return f"cannot be used: {describe_error(error)}"
 
 
 def _trace_problem(path: Path) -> str | None:
@@ -185,7 +187,7 @@ def picture_problem(path: Path, kinds: tuple[bytes, ...]) -> str | None:
     try:
         return _content_problem(path, kinds, "a picture") if _exists(path) else None
     except (OSError, ValueError) as error:
-        return f"cannot be used: {reason(error)}"
+        return f"cannot be used: {describe_error(error)}"
 
 
 def _content_problem(path: Path, beginnings: tuple[bytes, ...], what: str) -> str | None:
@@ -236,7 +238,7 @@ def _tolerant(stream: TextIO | None) -> TextIO:
         return open(os.devnull, "w")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    tolerant = lossy(stream, survives_all=True)
+    tolerant = tolerant_stream(stream, survives_all=True)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", []):
             if isinstance(handler, logging.StreamHandler) and handler.stream is stream:

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from megatron_ring.errors import DataError
-from megatron_ring.monitoring.metrics import Thinned
+from megatron_ring.monitoring.metrics import EvenlySampled
 from megatron_ring.monitoring.metrics_file import records
-from megatron_ring.monitoring.outputs import reason
+from megatron_ring.monitoring.outputs import describe_error
 
 Record = dict[str, Any]
 Records = list[Record]
@@ -32,8 +32,8 @@ def draw_loss(metrics_file: Path, picture: Path) -> Path:
     Returns ``picture``. Raises DataError if the file has no training step, OSError if the picture
     cannot be written.
     """
-    steps = Thinned[Record](_MAX_POINTS)
-    validations = Thinned[Record](_MAX_POINTS)
+    steps = EvenlySampled[Record](_MAX_POINTS)
+    validations = EvenlySampled[Record](_MAX_POINTS)
     try:
         for record in records(metrics_file):
             if "loss" in record:
@@ -42,7 +42,7 @@ def draw_loss(metrics_file: Path, picture: Path) -> Path:
             elif "validation_loss" in record:
                 validations.add(record)
     except OSError as error:
-        raise DataError(f"{metrics_file}: {reason(error)}. Set --metrics-file.") from error
+        raise DataError(f"{metrics_file}: {describe_error(error)}. Set --metrics-file.") from error
     if not steps.values:
         raise DataError(f"{metrics_file} has no training step. Set --metrics-file.")
     profiled = [step for step in steps.values if step["waits"]]

@@ -252,10 +252,10 @@ class Watchdog:
 
     def _diagnose(self) -> None:
         if not self._is_alarmed:
-            self.intercom.alarm(self._suspect)
+            self.intercom.report_stall(self._suspect)
         progress = self.read()
         first = self._suspect if progress.waits_for == NO_RANK else progress.waits_for
-        _print_fault(report(self.intercom.own, progress, self.intercom.waits_from(first)))
+        _print_fault(report(self.intercom.own, progress, self.intercom.wait_chain(first)))
 
 
 def _print_fault(message: str) -> None:

@@ -1,1 +1,1 @@
-"""What a run derives from its configuration before anything is built, and the rules it is checked by."""
+"""Resolved settings: what a run derives from its config before it starts, and the rules for it."""

@@ -1,4 +1,7 @@
-"""DeepSpeed's own config: what follows from our options, and the user's extras where they do not contradict it."""
+"""DeepSpeed's config: keys derived from our options, merged with the user's extra keys.
+
+An extra key that one of our options determines is refused.
+"""
 
 from typing import Any
 
@@ -6,8 +9,9 @@ from megatron_ring.config import Config, MemoryConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.grid import Grid
 
-# Keys of DeepSpeed's config that our own flags settle, whether they are derived or left out. Without a flag: fixed.
-_SETTLED_BY = {
+# Keys of DeepSpeed's config -> the flags that determine them. Derived keys that are not listed here
+# are fixed.
+_DETERMINED_BY = {
     "train_batch_size": "--global-batch-size",
     "train_micro_batch_size_per_gpu": "--micro-batch-size",
     "gradient_accumulation_steps": "--global-batch-size",
@@ -37,11 +41,13 @@ _SETTLED_BY = {
 
 
 def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``; raises ConfigError for extras that contradict what is derived.
+    """Return the dictionary for ``deepspeed.initialize``.
 
-    DeepSpeed sees context ranks as data ranks, so its batch sizes count a sequence once for each of its shards.
+    DeepSpeed treats context ranks as data ranks, so its batch sizes count a sequence once for each
+    of its shards. Raises ConfigError for extra keys that contradict derived ones.
     """
-    training, logging = config.training, config.logging
+    training = config.training
+    logging = config.logging
     derived = {
         "train_batch_size": training.micro_batch_size * micro_batches * grid.data_context,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -50,10 +56,11 @@ def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[s
         "zero_optimization": {"stage": training.zero_stage, **_offload(config.memory)},
         "bf16": {"enabled": dtype == "bf16"},
         "fp16": {"enabled": dtype == "fp16"},
-        # Sums over ranks in fp32 whatever the compute type: bf16 loses mass as the ring grows.
+        # Reductions over ranks are in fp32 whatever the compute dtype is: the rounding errors of
+        # bf16 grow with the ring.
         "communication_data_type": "fp32",
-        # DeepSpeed would cut what travels between stages into tensor ranks' parts, as though all of them held the same;
-        # under sequence_parallel they hold parts already.
+        # DeepSpeed would split what stages exchange over tensor ranks, assuming that all have the
+        # same. With sequence_parallel they have different parts already.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         # The optimizer is torch's AdamW, offloaded or not.
         "zero_allow_untested_optimizer": True,
@@ -69,34 +76,35 @@ def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[s
         "csv_monitor": {"enabled": bool(logging.csv_dir), "output_path": logging.csv_dir},
     }
     problems: list[str] = []
-    merged = _merged(derived, training.deepspeed, "", problems)
+    merged = _merge(derived, training.deepspeed, "", problems)
     if problems:
         raise ConfigError(problems)
     return merged
 
 
 def _offload(memory: MemoryConfig) -> dict[str, Any]:
-    """What ZeRO keeps in CPU memory; pinned, which DeepSpeed does of itself where there is something to pin for."""
-    kept = {"offload_optimizer": memory.offload_optimizer, "offload_param": memory.offload_param}
-    return {key: {"device": place} for key, place in kept.items() if place != "none"}
+    """Return ZeRO's offload keys. DeepSpeed pins the memory itself where that is of use."""
+    devices = {"offload_optimizer": memory.offload_optimizer, "offload_param": memory.offload_param}
+    return {key: {"device": device} for key, device in devices.items() if device != "none"}
 
 
-def _merged(
+def _merge(
     derived: dict[str, Any], extra: dict[str, Any], path: str, problems: list[str]
 ) -> dict[str, Any]:
+    """Merge extra keys into derived ones; appends to ``problems`` those that are refused."""
     merged = dict(derived)
     for key, value in extra.items():
         name = f"{path}{key}"
-        flag = _SETTLED_BY.get(name)
+        flag = _DETERMINED_BY.get(name)
         remedy = f"Set {flag} instead." if flag else "It is fixed."
         if isinstance(derived.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merged(derived[key], value, f"{name}.", problems)
+            merged[key] = _merge(derived[key], value, f"{name}.", problems)
         elif key in derived and derived[key] != value:
             problems.append(
                 f"deepspeed: {name} {value!r} contradicts the derived {derived[key]!r}. {remedy}"
             )
         elif key not in derived and flag:
-            problems.append(f"deepspeed: {name} is not set by hand. {remedy}")
+            problems.append(f"deepspeed: {name} is determined by other options. {remedy}")
         else:
             merged[key] = value
     return merged

@@ -1,8 +1,9 @@
-"""Lengths: a sample is laid out on the ring and shared out, down to the tokens of one process.
+"""Lengths: how the tokens of a sample are divided over the processes of a context group.
 
-S tokens make R ring shards of L, a shard U runs of l, and under ``sequence_parallel`` T tensor ranks share out each run
-between their layers. All parts are equal. Single striped tokens are dealt out whatever their number: what is missing
-from their last row is filled with tokens that count for nothing. Every other layout refuses what it cannot divide.
+A sample of S tokens is divided into R ring shards of L tokens, a shard into U Ulysses parts of l
+tokens, and with sequence_parallel each part over T tensor ranks between layers. All parts are
+equal. Striped single tokens support any length: the last row is padded with tokens that are masked
+out. Every other layout refuses a length that it cannot divide.
 """
 
 import itertools
@@ -15,68 +16,83 @@ from megatron_ring.parallel.grid import Grid
 
 
 def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
-    """The layout of a run whose lengths have no ``problems``, with --stripe-size auto settled for the kernel."""
-    parallel, length = config.parallel, laid_out_length(config, grid)
+    """Return the layout of a run, with --stripe-size auto resolved for the attention kernel.
+
+    The config must have no ``problems``.
+    """
+    parallel = config.parallel
+    length = padded_length(config, grid)
     stripe_size = parallel.stripe_size
     if stripe_size == "auto":
-        wide = (
+        may_be_wide = (
             parallel.context_parallel == "striped"
             and parallel.context_parallel_reduction == "arrival"
         )
-        widths = stripe_widths(kernel, device) if wide else ()
-        packed, window = config.data.reset_attention_mask, config.model.window_size
-        stripe_size = auto_stripe_size(length, grid.ring, widths, packed, window)
+        widths = stripe_widths(kernel, device) if may_be_wide else ()
+        stripe_size = auto_stripe_size(
+            length, grid.ring, widths, config.data.reset_attention_mask, config.model.window_size
+        )
     return Layout(parallel.context_parallel, length, grid.ring, stripe_size)
 
 
-def laid_out_length(config: Config, grid: Grid) -> int:
-    """seq_length, filled up to equal parts where single tokens are striped."""
-    parts = grid.context * tokens_are_shared_by(config, grid)
-    single_tokens = (
-        config.parallel.context_parallel == "striped" and config.parallel.stripe_size in ("auto", 1)
-    )
-    return -(-config.data.seq_length // parts) * parts if single_tokens else config.data.seq_length
+def padded_length(config: Config, grid: Grid) -> int:
+    """Return seq_length, padded to equal parts for striped single tokens."""
+    length = config.data.seq_length
+    if not stripes_single_tokens(config):
+        return length
+    parts = grid.context * tensor_ranks_per_token_split(config, grid)
+    return -(-length // parts) * parts
 
 
-def tokens_are_shared_by(config: Config, grid: Grid) -> int:
-    """The tensor ranks that split a process's tokens l between their layers: T, or 1 without sequence_parallel."""
+def stripes_single_tokens(config: Config) -> bool:
+    """Return whether the layout is striped and may have a stripe size of 1."""
+    parallel = config.parallel
+    return parallel.context_parallel == "striped" and parallel.stripe_size in ("auto", 1)
+
+
+def tensor_ranks_per_token_split(config: Config, grid: Grid) -> int:
+    """Return how many tensor ranks split a process's tokens between layers.
+
+    That is T with sequence_parallel, and 1 without.
+    """
     return grid.tensor if config.parallel.sequence_parallel else 1
 
 
 def problems(config: Config, grid: Grid) -> list[str]:
-    """Why a sample cannot be cut into equal parts."""
+    """Return why a sample cannot be divided into equal parts."""
     parallel = config.parallel
-    stripe_size = 1 if parallel.stripe_size == "auto" else parallel.stripe_size
     if config.data.seq_length < 1:
-        return []  # its section has said so
-    found = _division_problems(config, grid, stripe_size)
+        return []  # reported by its section
+    stripe_size = 1 if parallel.stripe_size == "auto" else parallel.stripe_size
+    messages = _division_problems(config, grid, stripe_size)
     if stripe_size > 1 and parallel.context_parallel != "striped":
-        found.append(
-            f"stripe_size {parallel.stripe_size} has no effect while context_parallel is {parallel.context_parallel}. "
-            "Set --stripe-size 1, or --context-parallel striped."
+        messages.append(
+            f"stripe_size {parallel.stripe_size} has no effect while context_parallel is "
+            f"{parallel.context_parallel}. Set --stripe-size 1, or --context-parallel striped."
         )
-    return found
+    return messages
 
 
 def _division_problems(config: Config, grid: Grid, stripe_size: int) -> list[str]:
-    name, length, sharing = (
-        config.parallel.context_parallel,
-        laid_out_length(config, grid),
-        tokens_are_shared_by(config, grid),
-    )
-    if sharing == 1:
+    name = config.parallel.context_parallel
+    length = padded_length(config, grid)
+    tensor_ranks = tensor_ranks_per_token_split(config, grid)
+
+    def layout_problems(length: int) -> list[str]:
         return Layout.problems(name, length, grid.ring, stripe_size, grid.ulysses)
-    parts = grid.context * sharing
+
+    if tensor_ranks == 1:
+        return layout_problems(length)
+    parts = grid.context * tensor_ranks
     multiple = next(
-        shortest
-        for shortest in itertools.count(parts, parts)
-        if not Layout.problems(name, shortest, grid.ring, stripe_size, grid.ulysses)
+        candidate for candidate in itertools.count(parts, parts) if not layout_problems(candidate)
     )
     if length % multiple == 0:
         return []
     return [
-        f"seq_length {length} cannot be cut into {parts} equal parts ({grid.ring} ring x {grid.ulysses} Ulysses x "
-        f"{sharing} tensor ranks, by sequence_parallel) and laid out {name}: it must be a multiple of {multiple}. "
-        f"Nearest: {nearest_multiples(length, multiple)}. Set --seq-length, use --context-parallel striped with "
-        "--stripe-size 1, which takes any length, or leave --sequence-parallel out."
+        f"seq_length {length} must be a multiple of {multiple}: the {name} layout divides it into "
+        f"{parts} equal parts ({grid.ring} ring x {grid.ulysses} Ulysses x {tensor_ranks} tensor "
+        f"ranks, by sequence_parallel). Nearest: {nearest_multiples(length, multiple)}. Set "
+        "--seq-length, use --context-parallel striped with --stripe-size 1, which supports any "
+        "length, or leave out --sequence-parallel."
     ]

@@ -1,7 +1,8 @@
-"""Rules between sections: what a model, its batch and its memory ask of the grid, of ZeRO and of the device.
+"""Rules between sections: what the model, the batch and memory options require of grid and device.
 
-A rule looks at a whole config on a grid and gives its message where it is broken: what was asked, the rule with its
-numbers, what would be legal, and the flag. Rules assume nothing of one another, so all that is wrong is said at once.
+A rule checks a whole config on a grid. Where it is broken it returns a message with the requested
+value, the rule and its numbers, legal values, and the flag. Rules do not depend on each other, so
+that all problems are reported together.
 """
 
 from collections.abc import Callable
@@ -16,32 +17,36 @@ from megatron_ring.settings.precision import precision
 
 
 def problems(config: Config, grid: Grid, device: str) -> list[str]:
-    """All that keeps ``config`` from running on ``grid``, but what its sections know of themselves."""
-    found = [message for rule in RULES if (message := rule(config, grid))]
-    return lengths.problems(config, grid) + found + _device_problems(config, grid, device)
+    """Return why ``config`` cannot run on ``grid``, apart from problems within a section."""
+    broken = [message for rule in RULES if (message := rule(config, grid))]
+    return lengths.problems(config, grid) + broken + _device_problems(config, grid, device)
 
 
 def _heads(config: Config, grid: Grid) -> str | None:
-    heads, split = config.model.num_attention_heads, grid.tensor * grid.ulysses
+    heads = config.model.num_attention_heads
+    split = grid.tensor * grid.ulysses
     if heads % split == 0:
         return None
     return (
-        f"num_attention_heads {heads} must be a multiple of {split} (tensor_model_parallel_size {grid.tensor} x "
-        f"ulysses_degree {grid.ulysses}): heads are split over tensor ranks, then traded among Ulysses ranks. Nearest: "
-        f"{nearest_multiples(heads, split)}; with {heads} heads the product may be {divisors(heads)}. "
-        "Set --num-attention-heads, --tensor-model-parallel-size or --ulysses-degree."
+        f"num_attention_heads {heads} must be a multiple of {split} (tensor_model_parallel_size "
+        f"{grid.tensor} x ulysses_degree {grid.ulysses}): heads are split over tensor ranks, then "
+        f"over Ulysses ranks. Nearest: {nearest_multiples(heads, split)}; with {heads} heads the "
+        f"product may be {divisors(heads)}. Set --num-attention-heads, "
+        "--tensor-model-parallel-size or --ulysses-degree."
     )
 
 
 def _query_groups(config: Config, grid: Grid) -> str | None:
-    heads, groups = config.model.num_attention_heads, config.model.key_value_heads
+    heads = config.model.num_attention_heads
+    groups = config.model.key_value_heads
     if groups == heads or groups % grid.tensor == 0:
         return None
     legal = [str(n) for n in range(grid.tensor, heads + 1, grid.tensor) if heads % n == 0]
     return (
-        f"num_query_groups {groups} must be a multiple of tensor_model_parallel_size {grid.tensor}: key-value heads "
-        "are split over tensor ranks, not repeated there. Set --tensor-model-parallel-size "
-        f"(legal: {divisors(groups)}), or --num-query-groups (legal: {', '.join(legal) or 'none'})."
+        f"num_query_groups {groups} must be a multiple of tensor_model_parallel_size "
+        f"{grid.tensor}: key-value heads are split over tensor ranks, not repeated. Set "
+        f"--tensor-model-parallel-size (legal: {divisors(groups)}), or --num-query-groups (legal: "
+        f"{', '.join(legal) or 'none'})."
     )
 
 
@@ -50,8 +55,9 @@ def _feed_forward(config: Config, grid: Grid) -> str | None:
     if size % grid.tensor == 0:
         return None
     return (
-        f"ffn_hidden_size {size} must be a multiple of tensor_model_parallel_size {grid.tensor}, whose ranks split it. "
-        f"Nearest: {nearest_multiples(size, grid.tensor)}. Set --ffn-hidden-size or --tensor-model-parallel-size."
+        f"ffn_hidden_size {size} must be a multiple of tensor_model_parallel_size {grid.tensor}, "
+        f"whose ranks split it. Nearest: {nearest_multiples(size, grid.tensor)}. Set "
+        "--ffn-hidden-size or --tensor-model-parallel-size."
     )
 
 
@@ -60,7 +66,7 @@ def _sequence_parallel(config: Config, grid: Grid) -> str | None:
         return None
     return (
         "sequence_parallel has no effect while tensor_model_parallel_size is 1. "
-        "Set --tensor-model-parallel-size, or leave --sequence-parallel out."
+        "Set --tensor-model-parallel-size, or leave out --sequence-parallel."
     )
 
 
@@ -69,41 +75,47 @@ def _stages(config: Config, grid: Grid) -> str | None:
     if not 0 < layers < grid.pipe:
         return None
     return (
-        f"num_layers {layers} leaves stages of pipeline_model_parallel_size {grid.pipe} without a layer. Set "
-        f"--num-layers to at least {grid.pipe}, or --pipeline-model-parallel-size to at most {layers}."
+        f"num_layers {layers} is less than pipeline_model_parallel_size {grid.pipe}: every stage "
+        f"needs a layer. Set --num-layers to at least {grid.pipe}, or "
+        f"--pipeline-model-parallel-size to at most {layers}."
     )
 
 
 def _batch(config: Config, grid: Grid) -> str | None:
-    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
-    if micro < 1 or whole <= 0 or whole % (micro * grid.data) == 0:
+    micro_batch = config.training.micro_batch_size
+    global_batch = config.training.global_batch_size
+    if micro_batch < 1 or global_batch <= 0:
+        return None
+    multiple = micro_batch * grid.data
+    if global_batch % multiple == 0:
         return None
     return (
-        f"global_batch_size {whole} must be a positive multiple of {micro * grid.data} (micro_batch_size {micro} x "
-        f"{grid.data} data ranks). Nearest: {nearest_multiples(whole, micro * grid.data)}. Set --global-batch-size."
+        f"global_batch_size {global_batch} must be a multiple of {multiple} (micro_batch_size "
+        f"{micro_batch} x {grid.data} data ranks). Nearest: "
+        f"{nearest_multiples(global_batch, multiple)}. Set --global-batch-size."
     )
 
 
 def _mlp_chunks(config: Config, grid: Grid) -> str | None:
-    tokens = lengths.laid_out_length(config, grid) // (
-        grid.context * lengths.tokens_are_shared_by(config, grid)
-    )
+    parts = grid.context * lengths.tensor_ranks_per_token_split(config, grid)
+    tokens = lengths.padded_length(config, grid) // parts
     chunks = config.memory.mlp_chunks
     if not 0 < tokens < chunks:
         return None
     return (
-        f"mlp_chunks {chunks} is more than the {tokens} tokens that a process has of a sequence. "
+        f"mlp_chunks {chunks} is more than the {tokens} tokens of a sequence on each process. "
         f"Set --mlp-chunks to at most {tokens}."
     )
 
 
-def _stages_keep_gradients(config: Config, grid: Grid) -> str | None:
+def _zero_in_pipeline(config: Config, grid: Grid) -> str | None:
     stage = config.training.zero_stage
     if grid.pipe == 1 or stage < 2:
         return None
     return (
-        f"zero_stage {stage} splits gradients, but stages of pipeline_model_parallel_size {grid.pipe} keep theirs "
-        "whole until the last micro-batch. Legal: 0, 1. Set --zero-stage 1, or --pipeline-model-parallel-size 1."
+        f"zero_stage {stage} splits gradients, but stages of pipeline_model_parallel_size "
+        f"{grid.pipe} keep theirs whole until the last micro-batch. Legal: 0, 1. "
+        "Set --zero-stage 1, or --pipeline-model-parallel-size 1."
     )
 
 
@@ -111,8 +123,8 @@ def _offload_optimizer(config: Config, grid: Grid) -> str | None:
     if config.memory.offload_optimizer == "none" or config.training.zero_stage > 0:
         return None
     return (
-        "offload_optimizer cpu moves what ZeRO keeps of the optimizer, and with zero_stage 0 that is nothing. "
-        "Legal: 1, 2, 3. Set --zero-stage 1, or --offload-optimizer none."
+        "offload_optimizer cpu moves the optimizer state that ZeRO partitions, and zero_stage 0 "
+        "does not partition it. Legal: 1, 2, 3. Set --zero-stage 1, or --offload-optimizer none."
     )
 
 
@@ -122,47 +134,48 @@ def _offload_param(config: Config, grid: Grid) -> str | None:
         return None
     if grid.pipe > 1:
         return (
-            "offload_param cpu needs zero_stage 3, which no pipeline takes. "
-            "Set --offload-param none, or --pipeline-model-parallel-size 1 with --zero-stage 3."
+            "offload_param cpu needs zero_stage 3, which pipelines do not support. Set "
+            "--offload-param none, or --pipeline-model-parallel-size 1 with --zero-stage 3."
         )
     return (
-        f"offload_param cpu moves parameters that ZeRO 3 has split, and zero_stage is {stage}. "
-        "Legal: 3. Set --zero-stage 3, or --offload-param none."
+        "offload_param cpu moves the parameters that ZeRO 3 partitions, but zero_stage is "
+        f"{stage}. Legal: 3. Set --zero-stage 3, or --offload-param none."
     )
 
 
 def _roll_back(config: Config, grid: Grid) -> str | None:
-    saving = config.checkpoint
-    if config.guards.on_bad_step != "roll-back" or saving.save_interval:
+    checkpoint = config.checkpoint
+    if config.guards.on_bad_step != "roll-back" or checkpoint.save_interval:
         return None
     return (
-        f"on_bad_step roll-back needs checkpoints to go back to, and save_interval is 0, with save "
-        f"{saving.save or 'empty'}. Set --save and --save-interval, or --on-bad-step skip."
+        "on_bad_step roll-back needs checkpoints to roll back to, but save_interval is 0, with "
+        f"save {checkpoint.save or 'empty'}. Set --save and --save-interval, or --on-bad-step skip."
     )
 
 
-def _blocks_of_ranks(config: Config, grid: Grid) -> str | None:
+def _invariant_ranks(config: Config, grid: Grid) -> str | None:
     parallel = config.parallel
     if parallel.context_parallel_reduction == "arrival" or grid.ring == 1:
         return None
-    single_tokens = parallel.context_parallel == "striped" and parallel.stripe_size in ("auto", 1)
-    if single_tokens and BLOCKS % grid.ring == 0:
+    if lengths.stripes_single_tokens(config) and BLOCKS % grid.ring == 0:
         return None
     return (
-        f"context_parallel_reduction invariant adds up over {BLOCKS} blocks of a sample, each whole on a rank, but "
-        f"context_parallel is {parallel.context_parallel} with stripe_size {parallel.stripe_size} on {grid.ring} ring "
-        f"ranks. Legal: striped with 1 on {divisors(BLOCKS)} ring ranks. Set --context-parallel striped with "
-        "--stripe-size 1, --context-parallel-size, or --context-parallel-reduction arrival."
+        f"context_parallel_reduction invariant accumulates over {BLOCKS} blocks of a sample, each "
+        f"whole on a rank, but context_parallel is {parallel.context_parallel} with stripe_size "
+        f"{parallel.stripe_size} on {grid.ring} ring ranks. Legal: striped with stripe_size 1 on "
+        f"{divisors(BLOCKS)} ring ranks. Set --context-parallel striped with --stripe-size 1, "
+        "--context-parallel-size, or --context-parallel-reduction arrival."
     )
 
 
-def _blocks_of_sample(config: Config, grid: Grid) -> str | None:
-    length = lengths.laid_out_length(config, grid)
+def _invariant_length(config: Config, grid: Grid) -> str | None:
+    length = lengths.padded_length(config, grid)
     if config.parallel.context_parallel_reduction == "arrival" or length % BLOCKS == 0:
         return None
     return (
-        f"seq_length {length} does not divide into the {BLOCKS} blocks of context_parallel_reduction invariant. "
-        f"Nearest: {nearest_multiples(length, BLOCKS)}. Set --seq-length, or --context-parallel-reduction arrival."
+        f"seq_length {length} must be a multiple of {BLOCKS}, the number of blocks of "
+        f"context_parallel_reduction invariant. Nearest: {nearest_multiples(length, BLOCKS)}. "
+        "Set --seq-length, or --context-parallel-reduction arrival."
     )
 
 
@@ -174,45 +187,47 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _stages,
     _batch,
     _mlp_chunks,
-    _stages_keep_gradients,
+    _zero_in_pipeline,
     _offload_optimizer,
     _offload_param,
     _roll_back,
-    _blocks_of_ranks,
-    _blocks_of_sample,
+    _invariant_ranks,
+    _invariant_length,
 )
 
 
 def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:
     try:
-        found = [_half_without_zero(config, grid, precision(config.training.dtype, device).name)]
-    except ConfigError as refused:
-        found = refused.problems
+        dtype = precision(config.training.dtype, device).name
+    except ConfigError as error:
+        messages = error.problems
+    else:
+        messages = _half_precision_problems(config, grid, dtype)
     if config.memory.offload_activations and device == "cpu":
-        found.append(
-            "offload_activations has no effect on this device, a CPU: activations lie in its memory already. "
-            "Leave --offload-activations out."
+        messages.append(
+            "offload_activations has no effect on this device, a CPU: activations are in CPU "
+            "memory already. Leave out --offload-activations."
         )
     if config.logging.profile_ring and device == "cuda":
-        found.append(
-            "profile_ring counts what the host waits, but on this device, CUDA, the device waits for transfers and not "
-            "the host: its figures would be wrong. Leave --profile-ring out."
+        messages.append(
+            "profile_ring measures the waits of the host, but on this device, CUDA, the device "
+            "waits for transfers and not the host. Leave out --profile-ring."
         )
-    return [message for message in found if message]
+    return messages
 
 
-def _half_without_zero(config: Config, grid: Grid, dtype: str) -> str | None:
-    # Of gradients in half precision DeepSpeed's optimizer without ZeRO cannot tell whose they are. A pipeline's in
-    # bfloat16 is another one, and right.
-    wrong = {
+def _half_precision_problems(config: Config, grid: Grid, dtype: str) -> list[str]:
+    # Without ZeRO, DeepSpeed's half-precision optimizers do not know which gradients are replicated
+    # over tensor ranks or pipeline stages. Pipelines use another optimizer in bf16, which does.
+    is_wrong = {
         "fp32": False,
         "bf16": grid.tensor > 1 and grid.pipe == 1,
         "fp16": grid.tensor * grid.pipe > 1,
     }
-    if config.training.zero_stage > 0 or not wrong[dtype]:
-        return None
-    return (
-        f"zero_stage 0 in {dtype} would count the gradient's norm wrongly (DeepSpeed's optimizer for it does) where "
-        f"{grid.tensor * grid.pipe} processes share a model: {grid.tensor} tensor x {grid.pipe} pipeline ranks. "
-        "Set --zero-stage 1, or --dtype fp32."
-    )
+    if config.training.zero_stage > 0 or not is_wrong[dtype]:
+        return []
+    return [
+        f"zero_stage 0 in {dtype} would compute a wrong gradient norm (a fault of DeepSpeed's "
+        f"optimizer for it) where {grid.tensor * grid.pipe} processes share a model: {grid.tensor} "
+        f"tensor x {grid.pipe} pipeline ranks. Set --zero-stage 1, or --dtype fp32."
+    ]

@@ -1,6 +1,7 @@
-"""From a config and a number of processes to what a run is made of, checked as a whole before anything is started.
+"""The resolved settings of a run, derived from its config and number of processes.
 
-Nothing here talks to other processes, so ``--dry-run`` and every bad request end here, with all problems at once.
+Everything is checked here before anything is started, without communication. So ``--dry-run`` and
+every illegal request end here, with all problems reported together.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import deepspeed_config, lengths, rules
 from megatron_ring.settings.precision import Precision, device_type, precision
 
+_MAX_ROPE_HEAD_DIM = 256  # of fused RoPE; a larger head dim is a separate operation
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What is settled before the first process group.
+    """The resolved settings of a run.
 
-    operations: who computes what beside attention. micro_batches: forward-backward passes of one optimizer step on each
-    data rank. deepspeed: its config.
+    device: "cpu" or "cuda". kernel: the attention kernel. operations: the libraries that compute
+    the other fused operations. micro_batches: forward-backward passes of one optimizer step on each
+    data rank. deepspeed: DeepSpeed's config.
     """
 
     config: Config
@@ -42,80 +46,88 @@ class Setup:
 
     @property
     def resident_length(self) -> int:
-        """l, the tokens of a sequence that a process is handed: L/U."""
+        """The tokens l = L/U of a sequence that each process holds."""
         return self.layout.shard_length // self.grid.ulysses
 
     @staticmethod
     def of(config: Config, world_size: int) -> "Setup":
-        """Raises ConfigError with everything that is wrong, KernelUnavailable for what was asked for by name in vain.
+        """Resolve ``config`` for a number of processes.
 
-        Extras for DeepSpeed are compared with what is derived, so they are looked at when all else is right.
+        Raises ConfigError with all problems, or KernelUnavailable if a kernel or library was
+        requested by name and cannot be used. DeepSpeed's extra keys are compared with derived ones,
+        so they are checked only when everything else is legal.
         """
-        problems = config.problems()
         device = device_type()
-        if not config.parallel.problems():
-            problems += _problems_of_processes(config, world_size, device)
-        if problems:
+        if problems := _problems(config, world_size, device):
             raise ConfigError(problems)
         grid = Grid.of(config.parallel, world_size)
-        chosen = precision(config.training.dtype, device)
-        features = _features(config)
+        dtype = precision(config.training.dtype, device)
         kernel = choose(
-            config.parallel.attention_kernel, device, chosen.dtype, config.model.head_dim, features
+            config.parallel.attention_kernel,
+            device,
+            dtype.dtype,
+            config.model.head_dim,
+            _attention_features(config),
         )
-        per_micro_batch = config.training.micro_batch_size * grid.data
-        global_batch_size = config.training.global_batch_size or per_micro_batch
-        micro_batches = global_batch_size // per_micro_batch
+        sequences_per_micro_batch = config.training.micro_batch_size * grid.data
+        global_batch_size = config.training.global_batch_size or sequences_per_micro_batch
+        micro_batches = global_batch_size // sequences_per_micro_batch
         return Setup(
             config=config,
             grid=grid,
             layout=lengths.layout(config, grid, kernel.name, device),
             device=device,
-            precision=chosen,
+            precision=dtype,
             kernel=kernel,
-            operations=_operations(config, grid, device, chosen.dtype),
+            operations=_fused_operations(config, grid, device, dtype.dtype),
             global_batch_size=global_batch_size,
             micro_batches=micro_batches,
-            deepspeed=deepspeed_config.derive(config, grid, micro_batches, chosen.name),
+            deepspeed=deepspeed_config.derive(config, grid, micro_batches, dtype.name),
         )
 
 
-def _problems_of_processes(config: Config, world_size: int, device: str) -> list[str]:
-    """Why the processes make no grid, or else what the rest of ``config`` cannot have of it and of their device."""
-    if problems := degrees.problems(config.parallel, world_size, config.dry_run):
+def _problems(config: Config, world_size: int, device: str) -> list[str]:
+    """Return the problems of the sections, then of the grid, or of the rules on a legal grid."""
+    problems = config.problems()
+    if config.parallel.problems():
         return problems
-    return rules.problems(config, Grid.of(config.parallel, world_size), device)
+    if of_grid := degrees.problems(config.parallel, world_size, config.dry_run):
+        return problems + of_grid
+    return problems + rules.problems(config, Grid.of(config.parallel, world_size), device)
 
 
-def _features(config: Config) -> list[Feature]:
-    """What the run asks of its attention kernel beyond a type and a head size."""
+def _attention_features(config: Config) -> list[Feature]:
+    """Return what the attention kernel must support, besides the dtype and the head dim."""
     model = config.model
-    asked = {
+    is_invariant = config.parallel.context_parallel_reduction == "invariant"
+    required = {
         Feature.DOCUMENTS: config.data.reset_attention_mask,
         Feature.WINDOW: model.window_size > 0,
         Feature.GROUPED_HEADS: model.key_value_heads != model.num_attention_heads,
         Feature.SINKS: model.softmax_type != "vanilla",
         Feature.SOFT_CAP: model.attn_logit_softcapping != 0,
         Feature.DROPOUT: model.attention_dropout != 0,
-        Feature.DETERMINISM: config.training.deterministic
-        or config.parallel.context_parallel_reduction == "invariant",
+        Feature.DETERMINISM: config.training.deterministic or is_invariant,
     }
-    return [feature for feature, wanted in asked.items() if wanted]
+    return [feature for feature, is_required in required.items() if is_required]
 
 
-def _operations(config: Config, grid: Grid, device: str, dtype: torch.dtype) -> choice.Choice:
-    """Who computes what the run has of the operations that libraries have fused."""
-    model, training = config.model, config.training
-    rope = model.position_embedding_type == "rope"
-    has = {
+def _fused_operations(config: Config, grid: Grid, device: str, dtype: torch.dtype) -> choice.Choice:
+    """Choose a library for each operation of the run that libraries have fused."""
+    model = config.model
+    training = config.training
+    has_rope = model.position_embedding_type == "rope"
+    used = {
         Operation.RMS_NORM: model.normalization == "RMSNorm",
         Operation.LAYER_NORM: model.normalization == "LayerNorm",
-        Operation.ROPE: rope and model.head_dim <= 256,
-        Operation.WIDE_ROPE: rope and model.head_dim > 256,
+        Operation.ROPE: has_rope and model.head_dim <= _MAX_ROPE_HEAD_DIM,
+        Operation.WIDE_ROPE: has_rope and model.head_dim > _MAX_ROPE_HEAD_DIM,
         Operation.SWIGLU: model.activation == "swiglu",
         Operation.CROSS_ENTROPY: grid.tensor == 1,
         Operation.SPLIT_CROSS_ENTROPY: grid.tensor > 1,
         Operation.ADAMW: True,
     }
-    wanted = [operation for operation, there in has.items() if there]
-    return choice.choose(training.fused_operations, device, dtype, wanted, training.deterministic)
+    operations = [operation for operation, is_used in used.items() if is_used]
+    return choice.choose(
+        training.fused_operations, device, dtype, operations, training.deterministic
+    )

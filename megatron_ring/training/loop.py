@@ -66,7 +66,7 @@ def train(
     guard = Guard(config.guards, start.state)
     bad_steps = BadSteps(engine, guard, saver, report)
     counter = StepCounter(start.state.step, last_step)
-    if eval_interval and start.state.step == 0:
+    if eval_interval > 0 and start.state.step == 0:
         report.held_out(evaluate("validation", engine, start, step=0))
     with saver, start.training_batches() as batches:
         for step in progress.steps(counter):
@@ -78,7 +78,7 @@ def train(
                     continue
 
             is_last = step == last_step
-            if eval_interval and (is_last or step % eval_interval == 0):
+            if eval_interval > 0 and (is_last or step % eval_interval == 0):
                 report.held_out(evaluate("validation", engine, start, step))
             if is_last and start.has("test"):
                 report.held_out(evaluate("test", engine, start, step))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_gpu import DTYPES
+from benchmarks.common import DTYPES
 from megatron_ring.kernels.attention import measured
 from tests.benchmarks import commands
 

@@ -8,7 +8,8 @@ import pytest
 import tyro
 
 from benchmarks import bench_head
-from benchmarks.bench_head import MIB, Options
+from benchmarks.bench_head import Options
+from benchmarks.common import MIB
 from megatron_ring.errors import ConfigError
 
 SMALL = ["--hidden-size", "8", "--vocab-size", "96", "--chunk-size", "32", "--rounds", "2"]

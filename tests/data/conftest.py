@@ -1,4 +1,4 @@
-"""A small tokenizer and small token stores, made once or in one call."""
+"""Fixtures: a small tokenizer, and small token stores written in one call."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,6 +18,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def store_of(tmp_path_factory) -> Callable[[Sequence[Sequence[int]]], TokenStore]:
+    """A function that writes documents to a new store and opens it."""
+
     def write(documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> TokenStore:
         prefix = tmp_path_factory.mktemp("store") / "P"
         with TokenStoreWriter(prefix, np.dtype(dtype)) as writer:

@@ -1,4 +1,4 @@
-"""BOS before documents: where the tokenizer itself puts one, on demand, and recorded."""
+"""BOS before documents: added as the tokenizer does or on demand, and recorded in the manifest."""
 
 import io
 import json
@@ -26,31 +26,41 @@ BOS, EOS = 256, 257
 
 
 def byte_level(folder: Path, template: str = "", config: dict | None = None) -> Path:
-    """A tokenizer.json with a token for each byte, <s> and </s>; ``template`` is its post-processor."""
+    """Write a tokenizer.json with a token per byte, <s> and </s>.
+
+    ``template`` is its post-processor and ``config`` its tokenizer_config.json.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(
-        models.BPE(vocab={spelled: n for n, spelled in enumerate(alphabet)}, merges=[])
-    )
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<s>", "</s>"])
+    vocabulary = {spelling: n for n, spelling in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     if template:
         special = [("<s>", BOS), ("</s>", EOS)]
-        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder / "tokenizer.json"
 
 
-def pieces(**options) -> bytes:
+def sentencepiece_model(**options) -> bytes:
     """A small sentencepiece model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=300, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
     return model.getvalue()
 
 
@@ -69,40 +79,41 @@ def pieces(**options) -> bytes:
         ("", {"bos_token": None, "add_bos_token": None}, ()),
     ],
 )
-def test_auto_is_what_the_tokenizer_itself_does(tmp_path, template, config, auto):
+def test_auto_follows_the_tokenizer(tmp_path, template, config, auto):
     tokenizer = Tokenizer.load(byte_level(tmp_path, template, config))
     assert tokenizer.begin_of_document("auto") == auto
     assert tokenizer.begin_of_document("on") == (auto or (BOS,))
     assert tokenizer.begin_of_document("off") == ()
 
 
-def test_a_sentencepiece_model_has_one_by_convention(tmp_path, tokenizer):
-    (tmp_path / "tokenizer.model").write_bytes(pieces())
+def test_a_sentencepiece_model_with_a_bos_piece_adds_it_by_convention(tmp_path, tokenizer):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     llama = Tokenizer.load(tmp_path / "tokenizer.model")
     assert llama.begin_of_document("auto") == llama.begin_of_document("on") == (1,)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     llama = Tokenizer.load(tmp_path / "tokenizer.model")
     assert llama.begin_of_document("auto") == ()
     assert llama.begin_of_document("on") == (1,)
-    # The model of our own training has none.
+    # The model that train_tokenizer makes has none.
     assert tokenizer.begin_of_document("auto") == ()
     with pytest.raises(DataError, match=r"no begin-of-sentence token.*--prepend-bos off"):
         tokenizer.begin_of_document("on")
 
 
 @pytest.mark.parametrize("template", ["", "<s> $A", "<s> $A </s>"])
-def test_documents_are_transformers_own(tmp_path, template):
+def test_documents_equal_those_of_transformers(tmp_path, template):
     transformers = pytest.importorskip("transformers")
     model = byte_level(tmp_path, template)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model), eos_token="</s>")
-    ours = Tokenizer.load(model)
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model), eos_token="</s>")
+    tokenizer = Tokenizer.load(model)
     texts = ["one", "", " zwölf\n"]
-    documents = ours.encode_documents(texts, ours.begin_of_document("auto"))
+    documents = tokenizer.encode_documents(texts, tokenizer.begin_of_document("auto"))
     for text, document in zip(texts, documents):
-        assert document.tolist() == [*(i for i in theirs(text).input_ids if i != EOS), EOS]
+        without_end = [token for token in reference(text).input_ids if token != EOS]
+        assert document.tolist() == [*without_end, EOS]
 
 
-def test_a_begin_that_is_the_end_is_refused(tmp_path):
+def test_a_bos_equal_to_the_end_token_is_refused(tmp_path):
     model = byte_level(tmp_path, "</s> $A")
     for prepend in ("auto", "on"):
         with pytest.raises(DataError, match=rf"id {EOS}.*--prepend-bos off, or --eod-token"):
@@ -111,7 +122,7 @@ def test_a_begin_that_is_the_end_is_refused(tmp_path):
     assert Tokenizer.load(model, "<s>").begin_of_document("auto") == (EOS,)
 
 
-def test_a_begin_that_the_vocabulary_lacks_is_refused(tmp_path):
+def test_a_bos_outside_the_vocabulary_is_refused(tmp_path):
     model = byte_level(tmp_path, "", {"bos_token": "<bos>", "add_bos_token": True})
     with pytest.raises(DataError, match=r"no token '<bos>'.*--prepend-bos off"):
         Tokenizer.load(model).begin_of_document("auto")
@@ -127,10 +138,8 @@ def test_a_begin_that_the_vocabulary_lacks_is_refused(tmp_path):
         [],
     ],
 )
-def test_a_configuration_of_other_types_is_refused(tmp_path, config):
-    with pytest.raises(
-        DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object).*Mend it"
-    ):
+def test_a_configuration_of_wrong_types_is_refused(tmp_path, config):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object)"):
         Tokenizer.load(byte_level(tmp_path, "", config))
 
 
@@ -143,20 +152,15 @@ def text(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "begin"), [([], [BOS]), (["--prepend-bos", "off"], [])])
-def test_a_store_and_its_manifest_have_it(text, tmp_path, capsys, flags, begin):
+def test_documents_and_manifest_have_the_bos(text, tmp_path, capsys, flags, begin):
     model = byte_level(tmp_path / "model", "<s> $A")
     prefix = tmp_path / "store" / "P"
-    arguments = [
-        "--input",
-        str(text),
-        "--output-prefix",
-        str(prefix),
-        "--tokenizer-model",
-        str(model),
-    ]
-    assert prepare_data([*arguments, *flags]) == 0
+    arguments = ["--input", str(text), "--output-prefix", str(prefix)]
+    assert prepare_data([*arguments, "--tokenizer-model", str(model), *flags]) == 0
     assert ("begin with ids [256]" in capsys.readouterr().out) == bool(begin)
-    store, manifest, tokenizer = TokenStore(prefix), read_manifest(prefix), Tokenizer.load(model)
+    store = TokenStore(prefix)
+    manifest = read_manifest(prefix)
+    tokenizer = Tokenizer.load(model)
     assert manifest.begin_of_document == tuple(begin)
     for number, name in enumerate("ab"):
         document = store.document(number).tolist()
@@ -168,7 +172,7 @@ def test_a_store_and_its_manifest_have_it(text, tmp_path, capsys, flags, begin):
     inspect_data([str(prefix), "--verify"])
 
 
-def test_the_configuration_is_kept_beside_the_store_so_that_auto_is_the_same_there(text, tmp_path):
+def test_auto_is_the_same_for_the_tokenizer_saved_beside_the_store(text, tmp_path):
     config = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
     first = Tokenizer.load(byte_level(tmp_path / "model", "", config))
     prepare(gather([text]), tmp_path / "store" / "P", first)
@@ -176,7 +180,7 @@ def test_the_configuration_is_kept_beside_the_store_so_that_auto_is_the_same_the
     assert again.begin_of_document("auto") == (BOS,)
 
 
-def test_both_ways_of_one_corpus_are_made_anew_and_not_blended(text, tmp_path):
+def test_stores_with_and_without_bos_cannot_be_blended(text, tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "model", "<s> $A"))
     corpus = gather([text])
     for name in ("auto", "off"):
@@ -185,12 +189,12 @@ def test_both_ways_of_one_corpus_are_made_anew_and_not_blended(text, tmp_path):
     config = DataConfig(data_path=path, seq_length=8, split=(1.0, 0.0))
     with pytest.raises(DataError, match=r"cannot be blended.*\[256\].*\[\].*--prepend-bos"):
         Dataset.open(config, seed=1)
-    # A store without a manifest does not say.
+    # A store without a manifest does not record its BOS and is accepted.
     manifest_path(tmp_path / "off" / "P").unlink()
     assert Dataset.open(config, seed=1).training.seq_length == 8
 
 
-def test_a_shard_of_the_other_kind_is_not_taken(text, tmp_path, monkeypatch):
+def test_a_shard_finished_without_bos_is_not_reused_with_bos(text, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "model", "<s> $A"))
     prefix = tmp_path / "P"
     monkeypatch.setattr("megatron_ring.data.prepare._join", lambda *_: 1 / 0)
@@ -201,25 +205,23 @@ def test_a_shard_of_the_other_kind_is_not_taken(text, tmp_path, monkeypatch):
     assert TokenStore(prefix).document(0)[0] == BOS
 
 
-def test_a_document_without_the_begin_that_its_manifest_has_is_found(text, tmp_path):
+def test_verify_finds_a_document_without_the_bos_of_its_manifest(text, tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "model"))
     manifest = prepare(gather([text]), tmp_path / "P", tokenizer).manifest
     other = Manifest(**{**vars(manifest), "begin_of_document": (BOS,)})
-    with pytest.raises(
-        DataError, match=r"document 0 begins with ids \[64\], and its manifest has \[256\]"
-    ):
+    with pytest.raises(DataError, match=r"document 0 begins with ids \[64\], .* \[256\]"):
         verify(TokenStore(tmp_path / "P"), other, tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("id", "fits"), [((1 << 22) - 1, True), (1 << 22, False), (1 << 30, False)]
+    ("id", "is_legal"), [((1 << 22) - 1, True), (1 << 22, False), (1 << 30, False)]
 )
-def test_token_ids_have_a_limit(tmp_path, id, fits):
+def test_token_ids_are_limited_to_2_to_the_22(tmp_path, id, is_legal):
     model = byte_level(tmp_path)
-    described = json.loads(model.read_text())
-    described["model"]["vocab"]["far"] = id
-    model.write_text(json.dumps(described))
-    if fits:
+    description = json.loads(model.read_text())
+    description["model"]["vocab"]["far"] = id
+    model.write_text(json.dumps(description))
+    if is_legal:
         assert Tokenizer.load(model).vocab_size == id + 1
         assert Tokenizer.load(model).bytes_per_token[[64, id]].tolist() == [1, 3]
     else:

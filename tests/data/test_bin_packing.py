@@ -1,4 +1,4 @@
-"""Bin packing: nothing lost, nothing cut, nothing too full, and no pack opened without need."""
+"""Bin packing: every piece is in exactly one pack, no pack is too full, and none is unneeded."""
 
 from itertools import chain, combinations, pairwise
 
@@ -7,55 +7,51 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.bin_packing import FITS, best_fit, greedy
+from megatron_ring.data.bin_packing import FITS, Packs, best_fit, greedy
 
 CAPACITY = 12
-some_lengths = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60).map(np.array)
+lengths_lists = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60).map(np.array)
 
 
-def filled(packs, lengths: np.ndarray) -> list[list[int]]:
+def packed_lengths(packs: Packs, lengths: np.ndarray) -> list[list[int]]:
     return [lengths[packs[n]].tolist() for n in range(len(packs))]
 
 
 def test_greedy_opens_a_pack_when_the_next_piece_does_not_fit():
-    assert filled(greedy(np.array([5, 5, 3, 12, 1, 11]), 12), np.array([5, 5, 3, 12, 1, 11])) == [
-        [5, 5],
-        [3],
-        [12],
-        [1, 11],
-    ]
+    lengths = np.array([5, 5, 3, 12, 1, 11])
+    assert packed_lengths(greedy(lengths, 12), lengths) == [[5, 5], [3], [12], [1, 11]]
 
 
-def test_best_fit_takes_the_longest_first_into_the_fullest_that_has_room():
+def test_best_fit_puts_the_longest_piece_first_into_the_fullest_pack_with_room():
     lengths = np.array([3, 9, 7, 2, 5, 1])  # 9 | 7 and 5 | 3 beside 9 | 2 and 1 left
-    assert filled(best_fit(lengths, 12), lengths) == [[3, 9], [7, 5], [2, 1]]
+    assert packed_lengths(best_fit(lengths, 12), lengths) == [[3, 9], [7, 5], [2, 1]]
 
 
-def test_best_fit_looks_at_one_window_after_another():
+def test_best_fit_packs_one_window_after_another():
     lengths = np.array([7, 7, 5, 5])
-    assert filled(best_fit(lengths, 12), lengths) == [[7, 5], [7, 5]]
-    assert filled(best_fit(lengths, 12, window=2), lengths) == [[7], [7], [5, 5]]
+    assert packed_lengths(best_fit(lengths, 12), lengths) == [[7, 5], [7, 5]]
+    assert packed_lengths(best_fit(lengths, 12, window=2), lengths) == [[7], [7], [5, 5]]
 
 
 @pytest.mark.parametrize("name", FITS)
-@given(lengths=some_lengths)
+@given(lengths=lengths_lists)
 def test_every_piece_is_in_one_pack_and_no_pack_is_too_full(name, lengths):
     packs = FITS[name](lengths, CAPACITY)
     assert sorted(packs.pieces.tolist()) == list(range(len(lengths)))
     assert packs.bounds[0] == 0
     assert packs.bounds[-1] == len(lengths)
-    assert all(0 < sum(pack) <= CAPACITY for pack in filled(packs, lengths))
+    assert all(0 < sum(pack) <= CAPACITY for pack in packed_lengths(packs, lengths))
 
 
-@given(lengths=some_lengths)
-def test_greedy_keeps_the_order_and_leaves_no_room_for_what_follows(lengths):
-    packs = filled(greedy(lengths, CAPACITY), lengths)
+@given(lengths=lengths_lists)
+def test_greedy_keeps_the_order_and_closes_a_pack_only_without_room_for_the_next(lengths):
+    packs = packed_lengths(greedy(lengths, CAPACITY), lengths)
     assert list(chain.from_iterable(packs)) == lengths.tolist()
     assert all(sum(pack) + following[0] > CAPACITY for pack, following in pairwise(packs))
 
 
-@given(lengths=some_lengths)
+@given(lengths=lengths_lists)
 def test_best_fit_opens_a_pack_only_for_a_piece_that_fits_into_none(lengths):
-    packs = filled(best_fit(lengths, CAPACITY), lengths)
-    for opened_before, pack in combinations(packs, 2):
-        assert CAPACITY - sum(opened_before) < max(pack)
+    packs = packed_lengths(best_fit(lengths, CAPACITY), lengths)
+    for earlier_pack, pack in combinations(packs, 2):
+        assert CAPACITY - sum(earlier_pack) < max(pack)

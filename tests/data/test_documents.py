@@ -1,4 +1,4 @@
-"""The documents of a file: exact, whatever it is compressed with, and named by line where they cannot be read."""
+"""Documents of a file: read exactly with any compression, and bad ones named by file and line."""
 
 import bz2
 import gzip
@@ -25,12 +25,12 @@ zstd = importlib.import_module(
 
 
 def documents(file: Path, json_key: str = "text") -> list[str]:
-    """Every document, as with --on-error stop."""
-    found = list(Piece(file, 0, file.stat().st_size).documents(Reading(json_key)))
-    for document in found:
-        if isinstance(document, DataError):
-            raise document
-    return found
+    """Read every document, as with --on-error stop."""
+    results = list(Piece(file, 0, file.stat().st_size).documents(Reading(json_key)))
+    for result in results:
+        if isinstance(result, DataError):
+            raise result
+    return results
 
 
 COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
@@ -43,9 +43,9 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSED.items())
-@pytest.mark.parametrize("spelled", [str.lower, str.upper])
-def test_a_compressed_file_is_what_it_holds(tmp_path, suffix, compress, spelled):
-    suffix = spelled(suffix)
+@pytest.mark.parametrize("change_case", [str.lower, str.upper])
+def test_a_compressed_file_is_read_as_its_content(tmp_path, suffix, compress, change_case):
+    suffix = change_case(suffix)
     (tmp_path / f"a.txt{suffix}").write_bytes(compress("grün\n".encode()))
     (tmp_path / f"b.jsonl{suffix}").write_bytes(
         compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n')
@@ -62,19 +62,19 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, compress, damage
     (tmp_path / f"a.jsonl{suffix}").write_bytes(damage(compress(b'{"text": "one"}\n' * 1000)))
     with pytest.raises(
         DataError,
-        match=rf"a\.jsonl\{suffix} is damaged: .*Fetch it again, or leave it out of --input",
+        match=rf"a\.jsonl\{suffix} is damaged: .*--input",
     ):
         documents(tmp_path / f"a.jsonl{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
-def test_content_says_how_a_file_is_compressed_where_its_name_does_not(tmp_path, suffix):
+def test_compression_is_recognized_by_content_where_the_name_has_no_suffix(tmp_path, suffix):
     (tmp_path / "a.jsonl").write_bytes(COMPRESSED[suffix](b'{"text": "one"}\n'))
     assert documents(tmp_path / "a.jsonl") == ["one"]
 
 
 @pytest.mark.parametrize("suffix", [".zst", ".bz2", ".xz"])
-def test_what_follows_a_compressed_stream_is_read_or_refused_and_not_left_out(tmp_path, suffix):
+def test_data_after_a_compressed_stream_is_read_or_refused_and_never_ignored(tmp_path, suffix):
     whole = COMPRESSED[suffix](b'{"text": "one"}\n')
     (tmp_path / f"a.jsonl{suffix}").write_bytes(whole + bytes(512) + whole + bytes(4))
     assert documents(tmp_path / f"a.jsonl{suffix}") == ["one", "one"]
@@ -110,47 +110,50 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, suffix, compress
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_document_that_is_too_long_takes_no_memory_and_the_next_is_read(tmp_path, suffix, name):
+def test_a_too_long_document_takes_little_memory_and_the_next_is_read(tmp_path, suffix, name):
     content = b"x" * (12 << 20) + b'\n{"text": "two"}\n'
     file = tmp_path / f"{name}{suffix}"
     file.write_bytes(COMPRESSED[suffix](content) if suffix else content)
     tracemalloc.start()
-    found = list(Piece(file, 0, file.stat().st_size).documents(Reading(max_document_bytes=1 << 16)))
+    reading = Reading(max_document_bytes=1 << 16)
+    results = list(Piece(file, 0, file.stat().st_size).documents(reading))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(found[0], DataError)
-    assert "--max-document-bytes" in str(found[0])
-    assert "65,536" in str(found[0])
-    assert found[1:] == (["two"] if name == "a.jsonl" else [])
+    assert isinstance(results[0], DataError)
+    assert "--max-document-bytes" in str(results[0])
+    assert "65,536" in str(results[0])
+    assert results[1:] == (["two"] if name == "a.jsonl" else [])
     assert peak < 6 << 20
 
 
-def test_the_longest_document_is_counted_with_its_line_end(tmp_path):
+def test_the_length_limit_excludes_the_line_end(tmp_path):
     line = b'{"text": "one"}\n'
     (tmp_path / "a.jsonl").write_bytes(2 * line)
     (tmp_path / "b.txt").write_bytes(b"one")
     piece = Piece(tmp_path / "a.jsonl", 0, 2 * len(line))
     assert list(piece.documents(Reading(max_document_bytes=len(line) - 1))) == ["one", "one"]
-    refused = list(piece.documents(Reading(max_document_bytes=len(line) - 2)))
-    assert [str(error).split(": ")[0][-9:] for error in refused] == ["a.jsonl:1", "a.jsonl:2"]
-    assert list(Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=3))) == ["one"]
-    assert isinstance(
-        *Piece(tmp_path / "b.txt", 0, 3).documents(Reading(max_document_bytes=2)), DataError
-    )
+    errors = list(piece.documents(Reading(max_document_bytes=len(line) - 2)))
+    assert [str(error).split(": ")[0][-9:] for error in errors] == ["a.jsonl:1", "a.jsonl:2"]
+    text = Piece(tmp_path / "b.txt", 0, 3)
+    assert list(text.documents(Reading(max_document_bytes=3))) == ["one"]
+    (error,) = text.documents(Reading(max_document_bytes=2))
+    assert isinstance(error, DataError)
 
 
-def test_cells_of_parquet_that_are_no_text_are_named_each(tmp_path):
+def test_each_parquet_cell_that_is_not_text_is_named(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(["one", None, "x" * 9, "", "two"]), "n": range(5)})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     piece = Piece(tmp_path / "a.parquet", 0, 1)
-    found = list(piece.documents(Reading(max_document_bytes=8)))
-    assert [found[0], *found[3:]] == ["one", "", "two"]
-    assert "a.parquet:2: the text under 'text' is null" in str(found[1])
-    assert "a.parquet:3: a cell of more than 8 bytes" in str(found[2])
+    results = list(piece.documents(Reading(max_document_bytes=8)))
+    assert [results[0], *results[3:]] == ["one", "", "two"]
+    assert "a.parquet:2: the text under 'text' is null" in str(results[1])
+    assert "a.parquet:3: a cell of more than 8 bytes" in str(results[2])
     assert "a.parquet:1: no text under 'n'; found int64" in str(next(piece.documents(Reading("n"))))
 
 
-def test_a_parquet_file_of_one_long_value_in_many_rows_is_refused(tmp_path, monkeypatch):
+def test_a_parquet_file_with_one_long_value_in_many_rows_is_refused_as_a_bomb(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     rows = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * 10_000]
@@ -160,7 +163,7 @@ def test_a_parquet_file_of_one_long_value_in_many_rows_is_refused(tmp_path, monk
         documents(tmp_path / "a.parquet")
 
 
-def test_a_parquet_file_is_known_by_its_content(tmp_path):
+def test_a_parquet_file_is_recognized_by_its_content(tmp_path):
     written = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["one"]}), written)
     (tmp_path / "a").write_bytes(written.getvalue())
@@ -181,7 +184,7 @@ def test_rows_of_parquet_are_documents(tmp_path):
         documents(tmp_path / "a.parquet")
 
 
-def test_a_row_without_text_is_named(tmp_path):
+def test_a_parquet_row_without_text_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet:2: the text under 'text' is null"):
         documents(tmp_path / "a.parquet")
@@ -192,18 +195,18 @@ def test_a_damaged_parquet_is_refused(tmp_path, keep):
     parquet.write_table(pyarrow.table({"text": ["one"] * 100}), tmp_path / "whole.parquet")
     content = (tmp_path / "whole.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(DataError, match=r"a\.parquet is damaged: .*no parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is damaged: .*not a parquet file"):
         documents(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
     ("name", "package"), [("a.parquet", "pyarrow.parquet"), ("a.txt.zst", zstd.__name__)]
 )
-def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch, name, package):
-    def absent(wanted: str) -> None:
-        raise ImportError(wanted)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    def raise_import_error(package: str) -> None:
+        raise ImportError(package)
 
-    monkeypatch.setattr("importlib.import_module", absent)
+    monkeypatch.setattr("importlib.import_module", raise_import_error)
     (tmp_path / name).write_bytes(b"any")
     with pytest.raises(
         DataError,
@@ -212,14 +215,14 @@ def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch, name, packa
         documents(tmp_path / name)
 
 
-def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path):
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
     (tmp_path / "latin.txt").write_bytes("one\ntwo\ngrün\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt:3: byte 0xfc is not UTF-8"):
         documents(tmp_path / "latin.txt")
 
 
 BAD_LINES = {
-    "not json": (b"{'text': 1}", "not a line of JSON: .*Every line of JSON lines .* is one object"),
+    "not json": (b"{'text': 1}", "not a line of JSON: .* is one object"),
     "not an object": (b'["text"]', "no text under 'text'; found list. Set --json-key"),
     "another key": (
         b'{"content": "a", "id": 1}',
@@ -227,10 +230,10 @@ BAD_LINES = {
     ),
     "null": (b'{"text": null, "id": 1}', "the text under 'text' is null. .*--on-error skip"),
     "not a string": (b'{"text": 5}', "the value under 'text' is int, not text. Set --json-key"),
-    "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "byte 0x00, as UTF-16 has them"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "byte 0x00, as in UTF-16"),
     "not UTF-8": (b'{"text": "\xfc"}', "byte 0xfc is not UTF-8"),
-    "half a surrogate pair": (b'{"text": "a\\ud800"}', "half a surrogate pair at character 1"),
-    "nested too deep": (b'{"text":' + b"[" * 100_000, "JSON nested too deep to be read"),
+    "unpaired surrogate": (b'{"text": "a\\ud800"}', "an unpaired surrogate at character 1"),
+    "nested too deep": (b'{"text":' + b"[" * 100_000, "JSON nested too deeply"),
 }
 
 
@@ -256,6 +259,6 @@ def test_a_file_of_only_a_byte_order_mark_is_empty(tmp_path, name):
     assert list(Reading().texts([Piece(tmp_path / name, 0, 3)], [])) == []
 
 
-def test_a_byte_order_mark_before_a_record_is_passed_over(tmp_path):
+def test_a_byte_order_mark_before_a_record_is_ignored(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
     assert documents(tmp_path / "a.jsonl") == ["a"]

@@ -1,4 +1,4 @@
-"""What a file holds: names in every spelling, content where the name does not decide, and refusals."""
+"""File formats: recognized by name, by content where the name does not decide, or refused."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from megatron_ring.data.file_formats import (
     NotJsonLines,
     UnreadableFormat,
     kind_of,
-    pattern,
     split_name,
+    suffix_pattern,
 )
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -31,7 +31,7 @@ PRETTY = b'{\n  "text": "one"\n}\n'
         (".gz", ("", "")),
     ],
 )
-def test_a_name_is_a_content_and_a_compression(name, parts):
+def test_a_name_is_split_into_content_and_compression_suffix(name, parts):
     assert split_name(name) == parts
 
 
@@ -62,14 +62,14 @@ def test_a_name_is_a_content_and_a_compression(name, parts):
         (b"a.txt" + bytes(252) + b"ustar\x00", "", Kind.TAR),
     ],
 )
-def test_the_name_decides_or_else_the_content(head, suffix, kind):
+def test_the_name_decides_the_kind_or_else_the_content(head, suffix, kind):
     assert kind_of(head, suffix, "text") is kind
 
 
 @pytest.mark.parametrize(
     "head", [PRETTY, b'[{"text": "one"}]', b"[\n", b"one", b"5\n", b"[" * (2 * HEAD_BYTES)]
 )
-def test_a_json_file_of_one_value_is_no_json_lines(head):
+def test_a_json_file_of_one_value_is_not_json_lines(head):
     with pytest.raises(NotJsonLines, match="jq -c"):
         kind_of(head[:HEAD_BYTES], ".json", "text")
 
@@ -91,12 +91,12 @@ def test_a_json_file_of_one_value_is_no_json_lines(head):
         ("one".encode("utf-16-le"), "", "UTF-16"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(head, suffix, name):
+def test_a_format_without_text_is_refused_and_named(head, suffix, name):
     with pytest.raises(UnreadableFormat, match=name):
         kind_of(head, suffix, "text")
 
 
-def test_patterns_that_are_counted_are_few():
-    assert pattern(".png") == "*.png"
-    assert pattern("") == "files without a suffix"
-    assert pattern(".x" * 20) == pattern(".\n") == "files with other suffixes"
+def test_unusual_suffixes_share_one_pattern():
+    assert suffix_pattern(".png") == "*.png"
+    assert suffix_pattern("") == "files without a suffix"
+    assert suffix_pattern(".x" * 20) == suffix_pattern(".\n") == "files with other suffixes"

@@ -1,4 +1,4 @@
-"""A token store has one fingerprint wherever it lies, and another one as soon as its tokens are others."""
+"""The fingerprint of a token store: independent of its path, different for different tokens."""
 
 import os
 import shutil
@@ -28,28 +28,28 @@ def content(prefix: Path) -> dict:
     return {key: value for key, value in fingerprint(prefix).items() if key != "prefix"}
 
 
-def test_it_counts_and_does_not_depend_on_the_path(tmp_path):
-    here = write(tmp_path / "a", DOCUMENTS)
-    there = write(tmp_path / "moved" / "b", DOCUMENTS)
-    assert fingerprint(here)["prefix"] == str(here)
-    assert (fingerprint(here)["documents"], fingerprint(here)["tokens"]) == (3, 8)
-    assert content(here) == content(there)
+def test_a_fingerprint_has_counts_and_does_not_depend_on_the_path(tmp_path):
+    first = write(tmp_path / "a", DOCUMENTS)
+    moved = write(tmp_path / "moved" / "b", DOCUMENTS)
+    assert fingerprint(first)["prefix"] == str(first)
+    assert (fingerprint(first)["documents"], fingerprint(first)["tokens"]) == (3, 8)
+    assert content(first) == content(moved)
 
 
 @pytest.mark.parametrize(
     "documents",
     [
-        [[1, 2, 3], [4], [5, 6, 7, 9]],  # one token, and no count
-        [[1, 2], [3, 4], [5, 6, 7, 8]],  # the border between documents alone
+        [[1, 2, 3], [4], [5, 6, 7, 9]],  # one token differs, all counts are equal
+        [[1, 2], [3, 4], [5, 6, 7, 8]],  # only the boundary between documents differs
         [[5, 6, 7, 8], [1, 2, 3], [4]],
         DOCUMENTS * 2,
     ],
 )
-def test_other_tokens_have_another(documents, tmp_path):
+def test_different_tokens_have_different_fingerprints(documents, tmp_path):
     assert content(write(tmp_path / "a", DOCUMENTS)) != content(write(tmp_path / "b", documents))
 
 
-def test_a_manifest_counts_by_what_it_states_of_the_text(tmp_path):
+def test_only_fields_about_the_text_affect_the_fingerprint_of_a_manifest(tmp_path):
     prefix = write(tmp_path / "a", DOCUMENTS)
     without = fingerprint(prefix)
     assert without["manifest_sha256"] == ""
@@ -63,27 +63,33 @@ def test_a_manifest_counts_by_what_it_states_of_the_text(tmp_path):
     assert fingerprint(prefix)["manifest_sha256"] != first["manifest_sha256"]
 
 
-def test_a_store_of_any_size_costs_a_bounded_number_of_bytes(tmp_path, monkeypatch):
+def test_the_bytes_read_are_bounded_at_any_store_size(tmp_path, monkeypatch):
     prefix = write(tmp_path / "a", DOCUMENTS)
     size = 1 << 40
     os.truncate(bin_path(prefix), size)
     read = []
     pread = os.pread
-    monkeypatch.setattr(module.os, "pread", lambda *of: read.append(of[1:]) or pread(*of))
+
+    def recording_pread(descriptor: int, count: int, offset: int) -> bytes:
+        read.append((count, offset))
+        return pread(descriptor, count, offset)
+
+    monkeypatch.setattr(module.os, "pread", recording_pread)
     assert fingerprint(prefix)["tokens"] == size // 2
     assert sum(count for count, _ in read) < 4 << 20
-    assert max(offset + count for count, offset in read) == size, "its end is read too"
+    assert max(offset + count for count, offset in read) == size, "the end of the file is read too"
 
 
-def test_blocks_in_the_middle_of_a_large_store_count(tmp_path):
+def test_blocks_in_the_middle_of_a_large_store_affect_the_fingerprint(tmp_path):
     generator = np.random.default_rng(0)
     documents = generator.integers(0, 1000, (64, 16384))
-    first, second = write(tmp_path / "a", documents), write(tmp_path / "b", np.roll(documents, 1))
+    first = write(tmp_path / "a", documents)
+    second = write(tmp_path / "b", np.roll(documents, 1))
     assert content(first) != content(second)
 
 
-@pytest.mark.parametrize("damage", ["gone", "pipe"])
-def test_what_cannot_be_read_is_a_data_error(damage, tmp_path):
+@pytest.mark.parametrize("damage", ["missing", "pipe"])
+def test_a_store_that_cannot_be_read_is_a_data_error(damage, tmp_path):
     prefix = write(tmp_path / "a", DOCUMENTS)
     bin_path(prefix).unlink()
     if damage == "pipe":
@@ -92,7 +98,7 @@ def test_what_cannot_be_read_is_a_data_error(damage, tmp_path):
         fingerprint(prefix)
 
 
-def test_a_copy_with_its_manifest_has_the_same(tmp_path):
+def test_a_copy_with_its_manifest_has_the_same_fingerprint(tmp_path):
     prefix = write(tmp_path / "a", DOCUMENTS)
     write_manifest(prefix, Manifest("t", 9, 3, 8, 40))
     (tmp_path / "copy").mkdir()

@@ -1,4 +1,4 @@
-"""Tokenizers and records that were made to do harm: one error in bounded memory, and nothing outside is written."""
+"""Malicious tokenizers and links: one error in bounded memory, and no write outside the folder."""
 
 import json
 import os
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_ring.data import hugging_face_tokenizer
-from megatron_ring.data.replace_file import replace_file
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.errors import DataError
+from megatron_ring.untrusted import replace_file
 from tests.limited import limited
 
 CONFIG = "tokenizer_config.json"
@@ -19,28 +19,29 @@ CONFIG = "tokenizer_config.json"
 
 @pytest.fixture
 def saved(tokenizer, tmp_path) -> Path:
-    """The file of a tokenizer."""
+    """The path of a saved tokenizer."""
     tokenizer.save(tmp_path / tokenizer.file_name)
     return tmp_path / tokenizer.file_name
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(DataError) as refused:
+def error_message(path: Path) -> str:
+    """Load the tokenizer in limited memory and return the message of its DataError."""
+    with pytest.raises(DataError) as caught:
         limited(lambda: Tokenizer.load(path).vocab_size)
-    assert len(str(refused.value)) < 2000
-    return str(refused.value)
+    assert len(str(caught.value)) < 2000
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("of_config", [False, True])
-def test_a_pipe_or_a_sparse_file_is_not_read(of_config, saved):
-    path = saved.with_name(CONFIG) if of_config else saved
+@pytest.mark.parametrize("is_config", [False, True])
+def test_a_pipe_or_a_sparse_file_is_not_read(is_config, saved):
+    path = saved.with_name(CONFIG) if is_config else saved
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    assert f"{path} cannot be read: it is not a regular file" in refusal(saved)
+    assert f"{path} cannot be read: it is not a regular file" in error_message(saved)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert f"{1 << 40} bytes" in refusal(saved)
+    assert f"{1 << 40} bytes" in error_message(saved)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +57,15 @@ def test_a_pipe_or_a_sparse_file_is_not_read(of_config, saved):
         b"\xff",
     ],
 )
-def test_a_configuration_of_other_types_or_depth_is_refused(content, saved):
+def test_a_configuration_of_wrong_types_or_too_deep_is_refused(content, saved):
     saved.with_name(CONFIG).write_bytes(content)
-    assert f"{CONFIG} cannot be read" in refusal(saved)
+    assert f"{CONFIG} cannot be read" in error_message(saved)
 
 
 @pytest.mark.parametrize(
     "content", [b'{"eos_token": "</s>"}', b'{"eos_token": {"content": "</s>"}}', b"{}"]
 )
-def test_the_spellings_of_an_end_are_read(content, saved, tokenizer):
+def test_both_forms_of_an_eos_token_are_read(content, saved, tokenizer):
     saved.with_name(CONFIG).write_bytes(content)
     assert Tokenizer.load(saved).end_of_document == tokenizer.end_of_document
 
@@ -78,9 +79,9 @@ def test_a_model_with_a_piece_that_is_not_utf8_is_refused_when_it_is_loaded(toke
 @pytest.mark.parametrize(
     "content", [b'{"a":' * 5000, b'{"model": {"type": ["BPE"]}}', b"{" + b" " * 10**6]
 )
-def test_a_tokenizer_json_of_other_types_or_depth_is_refused(content, tmp_path):
+def test_a_tokenizer_json_of_wrong_types_or_too_deep_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    assert "is not a tokenizer.json" in refusal(tmp_path / "tokenizer.json")
+    assert "is not a tokenizer.json" in error_message(tmp_path / "tokenizer.json")
 
 
 def tokenizer_json(**parts) -> bytes:
@@ -89,7 +90,7 @@ def tokenizer_json(**parts) -> bytes:
     return json.dumps({"version": "1.0", "added_tokens": [], **parts}).encode()
 
 
-def test_a_panic_of_the_tokenizers_library_is_one_error():
+def test_a_panic_of_the_tokenizers_library_is_a_data_error():
     panics = tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(
         DataError, match="tokenizer x .* is not a tokenizer.json: .*--tokenizer-model"
@@ -104,18 +105,18 @@ def test_a_panic_of_the_tokenizers_library_is_one_error():
         {"type": "WordLevel", "unk_token": "?", "vocab": {"</s>": 0, "a": 1}},
     ],
 )
-def test_a_text_that_the_tokenizers_library_cannot_encode_is_one_error(model):
-    made = Tokenizer(tokenizer_json(model=model), "x")
-    assert made.encode("a") == [1]
+def test_a_text_that_the_tokenizers_library_cannot_encode_is_a_data_error(model):
+    loaded = Tokenizer(tokenizer_json(model=model), "x")
+    assert loaded.encode("a") == [1]
     with pytest.raises(
         DataError, match="tokenizer x cannot encode a text that begins 'word': .*--tokenizer-model"
     ):
-        made.encode("word")
+        loaded.encode("word")
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_what_is_no_error_of_the_tokenizers_library_passes_through(stop):
-    with pytest.raises(stop), hugging_face_tokenizer._library("x", "cannot"):
+def test_errors_not_of_the_tokenizers_library_pass_through(stop):
+    with pytest.raises(stop), hugging_face_tokenizer._library_errors("x", "cannot"):
         raise stop
 
 
@@ -126,7 +127,7 @@ def test_a_post_processor_with_an_id_outside_the_vocabulary_is_refused_when_it_i
         Tokenizer(tokenizer_json(post_processor=frame), "x")
 
 
-def test_nothing_is_written_through_links_under_temporary_names(tmp_path):
+def test_links_under_temporary_names_are_not_followed(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     for name in ("manifest.json.tmp", "manifest.json", "P.bin.tmp", "P.idx.tmp", "P.bin"):

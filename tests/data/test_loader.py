@@ -1,4 +1,4 @@
-"""The loader: which rank is handed which token, and that the grid changes nothing but that."""
+"""The loader: each rank reads its own tokens, and the grid affects nothing else."""
 
 from dataclasses import fields
 from itertools import chain, count, islice, product
@@ -15,24 +15,42 @@ from megatron_ring.data.samples import SampleStream
 S = 16
 GLOBAL_BATCH = 8
 END = 0
-# flag -> what it changes in a batch
+# Each flag, and the field of a batch that it changes.
 FLAGS = {
     "reset_attention_mask": "document_starts",
     "reset_position_ids": "positions",
     "eod_mask_loss": "targets_Bl",
 }
-EVERY_FLAG = dict.fromkeys(FLAGS, True)
+ALL_FLAGS = dict.fromkeys(FLAGS, True)
 
 
 @pytest.fixture(scope="module")
 def stream(store_of) -> SampleStream:
-    """Some 31 samples an epoch, every token of it different."""
+    """31 samples an epoch, all tokens different."""
     documents = [range(1000 * i, 1000 * i + 50) for i in range(10)]
     return SampleStream(store_of(documents), range(10), seq_length=S, seed=5, vocab_size=65536)
 
 
-def channels(batch: Batch) -> torch.Tensor:
-    """What is known of each token, (B, l, 3): itself, its target, its position."""
+def only_batch(
+    stream: SampleStream, layout: Layout, ring_rank: int = 0, samples: int = 1, **options
+) -> Batch:
+    """The single micro-batch of a step of ``samples`` samples on one data rank."""
+    loader = Loader(
+        stream,
+        layout,
+        ring_rank,
+        data_rank=0,
+        data_size=1,
+        micro_batch_size=samples,
+        global_batch_size=samples,
+        **options,
+    )
+    (batch,) = loader.next_step()
+    return batch
+
+
+def token_target_position(batch: Batch) -> torch.Tensor:
+    """Each token of a batch with its target and its position: (B, l, 3)."""
     return torch.stack(
         [batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1
     )
@@ -47,20 +65,28 @@ def steps_of(
     steps: int,
     ulysses: int = 1,
 ) -> torch.Tensor:
-    """Inputs, targets and positions of every rank put back in their places: (steps x global batch, S, 3)."""
+    """Tokens, targets and positions of all ranks, assembled: (steps x global batch, S, 3)."""
     whole = torch.full((steps * GLOBAL_BATCH, layout.seq_length, 3), -1)
-    for data_rank, ring_rank, member in product(
-        range(data_size), range(layout.ring_size), range(ulysses)
-    ):
+    ranks = product(range(data_size), range(layout.ring_size), range(ulysses))
+    for data_rank, ring_rank, ulysses_rank in ranks:
         loader = Loader(
-            stream, layout, ring_rank, data_rank, data_size, micro_batch_size, GLOBAL_BATCH, consumed,
-            ulysses_rank=member, ulysses_size=ulysses,
-        )  # fmt: skip
+            stream,
+            layout,
+            ring_rank,
+            data_rank,
+            data_size,
+            micro_batch_size,
+            GLOBAL_BATCH,
+            consumed,
+            ulysses_rank=ulysses_rank,
+            ulysses_size=ulysses,
+        )
         for step in range(steps):
             for micro, batch in enumerate(loader.next_step()):
                 first = step * GLOBAL_BATCH + (micro * data_size + data_rank) * micro_batch_size
                 rows = torch.arange(first, first + micro_batch_size)[:, None]
-                whole[rows, layout.positions(ring_rank, member, ulysses)] = channels(batch)
+                positions_l = layout.positions(ring_rank, ulysses_rank, ulysses)
+                whole[rows, positions_l] = token_target_position(batch)
     return whole
 
 
@@ -72,20 +98,11 @@ def steps_of(
         ("zigzag", [[0, 7], [1, 6], [2, 5], [3, 4]], [[1, 8], [2, 7], [3, 6], [4, 5]]),
     ],
 )
-def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
+def test_tokens_0_to_7_on_four_ring_ranks(store_of, name, tokens, targets):
     stream = SampleStream(store_of([range(9)]), range(1), seq_length=8, seed=1, vocab_size=9)
     layout = Layout(name, seq_length=8, ring_size=4)
     for ring_rank in range(4):
-        loader = Loader(
-            stream,
-            layout,
-            ring_rank,
-            data_rank=0,
-            data_size=1,
-            micro_batch_size=1,
-            global_batch_size=1,
-        )
-        (batch,) = loader.next_step()
+        batch = only_batch(stream, layout, ring_rank)
         assert batch.tokens_Bl.tolist() == [tokens[ring_rank]]
         assert batch.targets_Bl.tolist() == [targets[ring_rank]]
         assert batch.positions.tolist() == tokens[ring_rank]
@@ -99,19 +116,17 @@ def test_tokens_0_to_7_on_four_ranks(store_of, name, tokens, targets):
         ("zigzag", [[0, 1], [6, 7], [2, 3], [4, 5]]),
     ],
 )
-def test_tokens_0_to_7_on_two_ring_ranks_of_two_ulysses_members(store_of, name, tokens):
+def test_tokens_0_to_7_on_two_ring_ranks_of_two_ulysses_ranks(store_of, name, tokens):
     stream = SampleStream(store_of([range(9)]), range(1), seq_length=8, seed=1, vocab_size=9)
-    for (ring_rank, member), held in zip(product(range(2), range(2)), tokens):
-        loader = Loader(
-            stream, Layout(name, 8, 2), ring_rank, 0, 1, 1, 1, ulysses_rank=member, ulysses_size=2
-        )
-        (batch,) = loader.next_step()
-        assert batch.tokens_Bl.tolist() == [held]
-        assert batch.targets_Bl.tolist() == [[token + 1 for token in held]]
-        assert batch.positions.tolist() == held
+    layout = Layout(name, 8, 2)
+    for (ring_rank, ulysses_rank), owned in zip(product(range(2), range(2)), tokens):
+        batch = only_batch(stream, layout, ring_rank, ulysses_rank=ulysses_rank, ulysses_size=2)
+        assert batch.tokens_Bl.tolist() == [owned]
+        assert batch.targets_Bl.tolist() == [[token + 1 for token in owned]]
+        assert batch.positions.tolist() == owned
 
 
-def test_one_process_gets_the_samples_as_they_are(stream):
+def test_one_process_reads_whole_samples(stream):
     loader = Loader(stream, Layout("none", S, 1), 0, 0, 1, micro_batch_size=2, global_batch_size=4)
     first, second = loader.next_step()
     for batch, indices in ((first, (0, 1)), (second, (2, 3))):
@@ -136,21 +151,21 @@ def test_one_process_gets_the_samples_as_they_are(stream):
     ],
     ids=lambda layout: f"{layout.name}{layout.ring_size}",
 )
-def test_all_ranks_together_hold_what_one_process_holds(
+def test_all_ranks_together_read_what_one_process_reads(
     stream, layout, ulysses, data_size, micro_batch_size
 ):
-    alone = steps_of(
+    one_process = steps_of(
         stream, Layout("none", S, 1), data_size=1, micro_batch_size=1, consumed=0, steps=5
     )
-    together = steps_of(
+    all_ranks = steps_of(
         stream, layout, data_size, micro_batch_size, consumed=0, steps=5, ulysses=ulysses
     )
-    assert torch.equal(together, alone)
+    assert torch.equal(all_ranks, one_process)
 
 
 @pytest.mark.parametrize("done", [1, 3, 4])
-def test_a_run_resumed_on_another_grid_meets_what_it_would_have_met(stream, done):
-    through = steps_of(
+def test_a_run_resumed_on_another_grid_continues_with_the_next_samples(stream, done):
+    uninterrupted = steps_of(
         stream, Layout("striped", S, 4), data_size=1, micro_batch_size=2, consumed=0, steps=6
     )
     resumed = steps_of(
@@ -161,10 +176,10 @@ def test_a_run_resumed_on_another_grid_meets_what_it_would_have_met(stream, done
         consumed=done * GLOBAL_BATCH,
         steps=6 - done,
     )
-    assert torch.equal(resumed, through[done * GLOBAL_BATCH :])
+    assert torch.equal(resumed, uninterrupted[done * GLOBAL_BATCH :])
 
 
-def test_consumed_samples_count_the_whole_global_batch_on_every_rank(stream):
+def test_every_rank_counts_the_whole_global_batch_as_consumed(stream):
     loader = Loader(stream, Layout("striped", S, 2), 1, 1, 2, 2, GLOBAL_BATCH, consumed_samples=24)
     loader.next_step()
     loader.next_step()
@@ -175,7 +190,8 @@ def test_the_second_epoch_has_another_order(stream):
     loader = Loader(
         stream, Layout("none", S, 1), 0, 0, 1, 1, global_batch_size=stream.samples_per_epoch
     )
-    first, second = ([batch.tokens_Bl.tolist() for batch in loader.next_step()] for _ in range(2))
+    first = [batch.tokens_Bl.tolist() for batch in loader.next_step()]
+    second = [batch.tokens_Bl.tolist() for batch in loader.next_step()]
     assert first != second
     assert len(first) == len(second) == stream.samples_per_epoch
 
@@ -183,7 +199,7 @@ def test_the_second_epoch_has_another_order(stream):
 # ---- packed documents ----
 
 PACKED_S = 24
-"""A multiple of what each layout below asks for."""
+"""A multiple of the length that each layout below needs."""
 
 LENGTHS = {
     "one token each": [1],
@@ -197,7 +213,10 @@ LENGTHS = {
 
 
 def packed_stream(store_of, lengths: list[int]) -> SampleStream:
-    """Two samples of documents of these lengths, over and over. One document of the store, so that nothing is moved."""
+    """Two samples filled with documents of these lengths, repeated.
+
+    They are one document of the store, so that shuffling does not reorder them.
+    """
     numbers = count(1)
     documents = ([*islice(numbers, length - 1), END] for _ in count() for length in lengths)
     tokens = list(islice(chain.from_iterable(documents), 2 * PACKED_S + 1))
@@ -210,44 +229,29 @@ def packed_batch(
     stream: SampleStream,
     layout: Layout,
     ring_rank: int = 0,
-    member: int = 0,
+    ulysses_rank: int = 0,
     ulysses: int = 1,
     **flags: bool,
 ) -> Batch:
-    packing = Packing(END, **flags)
-    loader = Loader(
+    return only_batch(
         stream,
         layout,
         ring_rank,
-        0,
-        1,
-        2,
-        2,
-        packing=packing,
-        ulysses_rank=member,
+        samples=2,
+        packing=Packing(END, **flags),
+        ulysses_rank=ulysses_rank,
         ulysses_size=ulysses,
     )
-    (batch,) = loader.next_step()
-    return batch
 
 
-def test_packed_documents_0_to_7_on_four_striped_ranks(store_of):
+def test_packed_documents_on_four_striped_ranks(store_of):
     stream = SampleStream(
         store_of([[1, 2, END, 4, END, END, 7, 8, 9]]), range(1), seq_length=8, seed=1, vocab_size=10
     )
     starts, targets, positions = [], [], []
+    layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        loader = Loader(
-            stream,
-            Layout("striped", 8, 4),
-            ring_rank,
-            0,
-            1,
-            1,
-            1,
-            packing=Packing(END, **EVERY_FLAG),
-        )
-        (batch,) = loader.next_step()
+        batch = only_batch(stream, layout, ring_rank, packing=Packing(END, **ALL_FLAGS))
         starts += [batch.document_starts.tolist()]
         targets += batch.targets_Bl.tolist()
         positions += batch.positions.tolist()
@@ -257,9 +261,10 @@ def test_packed_documents_0_to_7_on_four_striped_ranks(store_of):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_one_process_gets_what_the_packing_says_of_whole_samples(store_of, lengths):
-    stream, packing = packed_stream(store_of, lengths), Packing(END, **EVERY_FLAG)
-    batch = packed_batch(stream, Layout("none", PACKED_S, 1), **EVERY_FLAG)
+def test_one_process_reads_boundaries_computed_from_whole_samples(store_of, lengths):
+    stream = packed_stream(store_of, lengths)
+    packing = Packing(END, **ALL_FLAGS)
+    batch = packed_batch(stream, Layout("none", PACKED_S, 1), **ALL_FLAGS)
     samples = np.stack([stream.sample(0), stream.sample(1)])
     assert batch.tokens_Bl.tolist() == samples[:, :-1].tolist()
     assert batch.targets_Bl.tolist() == packing.targets(samples[:, :-1], samples[:, 1:]).tolist()
@@ -285,75 +290,55 @@ def test_one_process_gets_what_the_packing_says_of_whole_samples(store_of, lengt
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_packed_documents_do_not_depend_on_the_layout(store_of, layout, ulysses, lengths):
     stream = packed_stream(store_of, lengths)
-    alone = packed_batch(stream, Layout("none", PACKED_S, 1), **EVERY_FLAG)
-    together = torch.full((2, PACKED_S, 3), -1)
-    for ring_rank, member in product(range(layout.ring_size), range(ulysses)):
-        batch = packed_batch(stream, layout, ring_rank, member, ulysses, **EVERY_FLAG)
-        together[:, layout.positions(ring_rank, member, ulysses)] = channels(batch)
-        assert torch.equal(batch.document_starts, alone.document_starts)
-    assert torch.equal(together, channels(alone))
+    one_process = packed_batch(stream, Layout("none", PACKED_S, 1), **ALL_FLAGS)
+    all_ranks = torch.full((2, PACKED_S, 3), -1)
+    for ring_rank, ulysses_rank in product(range(layout.ring_size), range(ulysses)):
+        batch = packed_batch(stream, layout, ring_rank, ulysses_rank, ulysses, **ALL_FLAGS)
+        positions_l = layout.positions(ring_rank, ulysses_rank, ulysses)
+        all_ranks[:, positions_l] = token_target_position(batch)
+        assert torch.equal(batch.document_starts, one_process.document_starts)
+    assert torch.equal(all_ranks, token_target_position(one_process))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_each_flag_changes_only_its_own_thing(store_of, flag):
-    stream, layout = (
-        packed_stream(store_of, LENGTHS["of prime length"]),
-        Layout("striped", PACKED_S, 4),
-    )
+def test_each_flag_changes_only_its_own_field(store_of, flag):
+    stream = packed_stream(store_of, LENGTHS["of prime length"])
+    layout = Layout("striped", PACKED_S, 4)
     for ring_rank in range(4):
-        none, one, every = (
-            packed_batch(stream, layout, ring_rank, **on) for on in ({}, {flag: True}, EVERY_FLAG)
-        )
+        none = packed_batch(stream, layout, ring_rank)
+        one = packed_batch(stream, layout, ring_rank, **{flag: True})
+        all_on = packed_batch(stream, layout, ring_rank, **ALL_FLAGS)
         for field in fields(Batch):
-            expected = every if field.name == FLAGS[flag] else none
+            expected = all_on if field.name == FLAGS[flag] else none
             torch.testing.assert_close(
                 getattr(one, field.name), getattr(expected, field.name), rtol=0, atol=0
             )
 
 
-def test_what_fills_a_layout_is_the_last_ulysses_members(store_of):
-    """Five tokens on two ring ranks of two members: of eight places the last three repeat the last token."""
+def test_padding_of_a_layout_is_owned_by_the_last_ulysses_ranks(store_of):
+    """Five tokens on 2 ring x 2 Ulysses ranks: positions 5 to 7 repeat the last token."""
     stream = SampleStream(
         store_of([[1, 2, 3, 4, 5, 6]]), range(1), seq_length=5, seed=1, vocab_size=10
     )
     tokens, targets = [], []
-    for ring_rank, member in product(range(2), range(2)):
-        loader = Loader(
-            stream,
-            Layout("striped", 8, 2),
-            ring_rank,
-            0,
-            1,
-            1,
-            1,
-            ulysses_rank=member,
-            ulysses_size=2,
-        )
-        (batch,) = loader.next_step()
+    layout = Layout("striped", 8, 2)
+    for ring_rank, ulysses_rank in product(range(2), range(2)):
+        batch = only_batch(stream, layout, ring_rank, ulysses_rank=ulysses_rank, ulysses_size=2)
         tokens += batch.tokens_Bl.tolist()
         targets += batch.targets_Bl.tolist()
     assert tokens == [[1, 3], [5, 5], [2, 4], [5, 5]]
     assert targets == [[2, 4], [6, -100], [3, 5], [-100, -100]]
 
 
-def test_a_layout_longer_than_the_samples_is_filled_behind_their_end(store_of):
-    """Seven tokens on four ranks: the eighth place repeats the last token, predicts nothing and has no new position."""
+def test_a_layout_longer_than_the_samples_is_padded_at_their_end(store_of):
+    """Seven tokens on four ranks: position 7 repeats the last token and its position, no target."""
     stream = SampleStream(
         store_of([[1, 2, END, 4, 5, 6, 7, 8]]), range(1), seq_length=7, seed=1, vocab_size=10
     )
     tokens, targets, positions = [], [], []
+    layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        loader = Loader(
-            stream,
-            Layout("striped", 8, 4),
-            ring_rank,
-            0,
-            1,
-            1,
-            1,
-            packing=Packing(END, **EVERY_FLAG),
-        )
-        (batch,) = loader.next_step()
+        batch = only_batch(stream, layout, ring_rank, packing=Packing(END, **ALL_FLAGS))
         assert batch.document_starts.tolist() == [0, 3]
         tokens += batch.tokens_Bl.tolist()
         targets += batch.targets_Bl.tolist()

@@ -1,4 +1,4 @@
-"""P.json: written, read, and what it catches."""
+"""P.json: written, read, and compared with the tokenizer."""
 
 import json
 
@@ -24,30 +24,30 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
     assert manifest.bytes_per_token == 3.5
 
 
-def test_a_store_without_a_manifest_takes_any_tokenizer(tmp_path, tokenizer):
+def test_without_a_manifest_any_tokenizer_is_accepted(tmp_path, tokenizer):
     assert read_manifest(tmp_path / "P") is None
     check_tokenizer(tmp_path / "P", tokenizer)
 
 
-def test_another_tokenizer_than_the_stores_is_refused(tmp_path, tokenizer):
+def test_a_tokenizer_other_than_the_stores_is_refused(tmp_path, tokenizer):
     write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, tokenizer.vocab_size, 1, 2, 3))
     check_tokenizer(tmp_path / "P", tokenizer)
     with pytest.raises(
-        DataError, match=r"written with a tokenizer of 320 ids .*has 300 .*Set --tokenizer-model"
+        DataError, match=r"a tokenizer of 320 ids .*has 300 .*Set --tokenizer-model"
     ):
         check_tokenizer(tmp_path / "P", train_tokenizer([TEXT], 300))
 
 
-def test_another_end_of_documents_than_the_stores_is_refused(tmp_path, tokenizer):
+def test_an_end_of_document_id_other_than_the_stores_is_refused(tmp_path, tokenizer):
     write_manifest(tmp_path / "P", Manifest(tokenizer.fingerprint, 320, 1, 2, 3, end_of_document=0))
     with pytest.raises(
         DataError,
-        match=r"ends documents with id 0, and the tokenizer given with 1\. Set --tokenizer-mod",
+        match=r"ends documents with id 0, .* with 1\. Set --tokenizer-model",
     ):
         check_tokenizer(tmp_path / "P", tokenizer)
 
 
-def test_a_manifest_of_before_ends_were_kept_is_read(tmp_path, tokenizer):
+def test_a_manifest_older_than_the_end_of_document_field_is_read(tmp_path, tokenizer):
     old = '{"tokenizer_sha256": "%s", "vocab_size": 320, "documents": 1, "tokens": 2, "bytes": 3}'
     manifest_path(tmp_path / "P").write_text(old % tokenizer.fingerprint)
     check_tokenizer(tmp_path / "P", tokenizer)
@@ -71,7 +71,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"tokens": 5}', '{"tokens": ', "[" * 100_000, *BAD_VALUES]
 )
-def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
+def test_the_error_for_a_damaged_manifest_lists_its_fields(tmp_path, content):
     manifest_path(tmp_path / "P").write_text(content)
     with pytest.raises(
         DataError,
@@ -81,6 +81,6 @@ def test_a_damaged_manifest_says_what_it_should_be(tmp_path, content):
 
 
 @pytest.mark.parametrize("prefix", [".", "/", ""])
-def test_a_folder_has_no_tokenizer_beside_it(prefix):
+def test_a_folder_as_prefix_is_refused(prefix):
     with pytest.raises(DataError, match="is a folder, .*Set --data-path or --output-prefix"):
         tokenizer_path(prefix)

@@ -1,4 +1,4 @@
-"""Packing: documents found by their end-of-document tokens, and compared with a loop over single tokens."""
+"""Document boundaries: found by end-of-document tokens, and compared with a loop over tokens."""
 
 import numpy as np
 import pytest
@@ -14,16 +14,17 @@ END = 0
 ALL = Packing(END, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
 
 
-def everywhere(packing: Packing, tokens_BS: np.ndarray) -> np.ndarray:
-    """The positions of every token."""
+def all_positions(packing: Packing, tokens_BS: np.ndarray) -> np.ndarray:
+    """The positions of every token of whole samples."""
     return packing.positions(tokens_BS == END, np.arange(tokens_BS.shape[1]))
 
 
 def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Document starts, positions and targets of samples of S+1 tokens, each token asked in turn."""
+    """Document starts, positions and targets of samples of S+1 tokens, computed one by one."""
     starts, positions, targets = [], [], []
     for b, sample in enumerate(samples):
-        seq_length, start = len(sample) - 1, 0
+        seq_length = len(sample) - 1
+        start = 0
         positions.append([])
         targets.append([])
         for p in range(seq_length):
@@ -40,7 +41,7 @@ def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]]
     [
         pytest.param([1, 2, 3, 4, 5, 6], [0], [0, 1, 2, 3, 4, 5], id="no end"),
         pytest.param(
-            [1, 2, 3, 4, 5, END], [0], [0, 1, 2, 3, 4, 5], id="fills the sample: no start behind it"
+            [1, 2, 3, 4, 5, END], [0], [0, 1, 2, 3, 4, 5], id="fills the sample: no start after it"
         ),
         pytest.param([1, 2, 3, 4, END, 6], [0, 5], [0, 1, 2, 3, 4, 0], id="one token of the next"),
         pytest.param([1, 2, END, 4, 5, 6], [0, 3], [0, 1, 2, 0, 1, 2], id="cut at both edges"),
@@ -53,47 +54,44 @@ def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]]
         pytest.param([END], [0], [0], id="a sample of one end"),
     ],
 )
-def test_a_document_begins_at_0_and_behind_every_end(tokens, starts, positions):
+def test_a_document_begins_at_0_and_after_every_end(tokens, starts, positions):
     assert ALL.document_starts(np.array([tokens]) == END).tolist() == starts
-    assert everywhere(ALL, np.array([tokens])).tolist() == [positions]
+    assert all_positions(ALL, np.array([tokens])).tolist() == [positions]
 
 
 def test_every_sample_of_a_batch_begins_a_document():
     tokens_BS = np.array([[1, END, 3, 4], [5, 6, 7, END], [8, 9, END, 1]])
     assert ALL.document_starts(tokens_BS == END).tolist() == [0, 2, 4, 8, 11]
-    assert everywhere(ALL, tokens_BS).tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 0]]
+    assert all_positions(ALL, tokens_BS).tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 0]]
 
 
-def test_an_end_predicts_nothing_and_is_itself_predicted():
+def test_an_end_token_has_no_target_and_is_a_target_itself():
     targets_BS = ALL.targets(np.array([[1, END, 3, 4]]), np.array([[END, 3, 4, END]]))
     assert targets_BS.tolist() == [[END, IGNORED, 4, END]]
     assert counted_tokens(torch.from_numpy(targets_BS)) == 3
 
 
 def test_without_flags_a_sample_is_one_document():
-    tokens_BS, next_BS = (
-        np.array([[1, END, 3, 4], [5, 6, 7, END]]),
-        np.array([[END, 3, 4, 5], [6, 7, END, 8]]),
-    )
+    tokens_BS = np.array([[1, END, 3, 4], [5, 6, 7, END]])
+    next_BS = np.array([[END, 3, 4, 5], [6, 7, END, 8]])
     for packing in (NO_BORDERS, Packing(END)):
         assert packing.document_starts(tokens_BS == END) is None
-        assert everywhere(packing, tokens_BS).tolist() == [0, 1, 2, 3]
+        assert all_positions(packing, tokens_BS).tolist() == [0, 1, 2, 3]
         assert packing.targets(tokens_BS, next_BS).tolist() == next_BS.tolist()
 
 
-def test_everything_is_int64():
+def test_all_results_are_int64():
     tokens_BS = np.array([[1, END, 3, 4]])
-    made = (
+    results = (
         ALL.document_starts(tokens_BS == END),
-        everywhere(ALL, tokens_BS),
+        all_positions(ALL, tokens_BS),
         ALL.targets(tokens_BS, tokens_BS),
+        all_positions(NO_BORDERS, tokens_BS),
     )
-    assert {array.dtype for array in (*made, everywhere(NO_BORDERS, tokens_BS))} == {
-        np.dtype(np.int64)
-    }
+    assert {array.dtype for array in results} == {np.dtype(np.int64)}
 
 
-# One end in three tokens: with runs of ends, and with long documents.
+# One end in three tokens on average: runs of ends as well as long documents.
 @given(
     arrays(
         np.int64,
@@ -101,9 +99,10 @@ def test_everything_is_int64():
         elements=st.integers(0, 2),
     )
 )
-def test_any_samples_are_what_they_are_token_by_token(samples):
-    tokens_BS, next_BS = samples[:, :-1], samples[:, 1:]
+def test_any_samples_equal_the_loop_over_tokens(samples):
+    tokens_BS = samples[:, :-1]
+    next_BS = samples[:, 1:]
     starts, positions, targets = token_by_token(samples.tolist())
     assert ALL.document_starts(tokens_BS == END).tolist() == starts
-    assert everywhere(ALL, tokens_BS).tolist() == positions
+    assert all_positions(ALL, tokens_BS).tolist() == positions
     assert ALL.targets(tokens_BS, next_BS).tolist() == targets

@@ -1,4 +1,4 @@
-"""From documents to a store: what is in the files, and that nothing half done is ever taken for done."""
+"""Preparing a store: the content of its files, and recovery after interruptions."""
 
 import json
 from multiprocessing import get_context
@@ -7,7 +7,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from megatron_ring.data import corpus as cutting
+from megatron_ring.data import corpus as corpus_module
 from megatron_ring.data import prepare as module
 from megatron_ring.data import shards
 from megatron_ring.data.corpus import gather
@@ -29,7 +29,7 @@ def corpus(tmp_path):
     return gather([tmp_path / "text"])
 
 
-def test_a_store_gives_back_the_documents_each_with_its_end(corpus, tokenizer, tmp_path):
+def test_a_store_has_the_documents_each_with_its_end_token(corpus, tokenizer, tmp_path):
     prepare(corpus, tmp_path / "store" / "P", tokenizer)
     store = TokenStore(tmp_path / "store" / "P")
     documents = [store.document(i) for i in range(len(store))]
@@ -39,7 +39,7 @@ def test_a_store_gives_back_the_documents_each_with_its_end(corpus, tokenizer, t
     assert {int(document[-1]) for document in documents} == {tokenizer.end_of_document}
 
 
-def test_the_counts_are_those_of_the_store_and_the_text(corpus, tokenizer, tmp_path):
+def test_the_manifest_counts_documents_tokens_and_bytes(corpus, tokenizer, tmp_path):
     manifest = prepare(corpus, tmp_path / "store" / "P", tokenizer).manifest
     tokens = int(TokenStore(tmp_path / "store" / "P").lengths.sum())
     counts = {"documents": 3, "tokens": tokens, "bytes": corpus.file_bytes, "skipped": 0}
@@ -49,13 +49,12 @@ def test_the_counts_are_those_of_the_store_and_the_text(corpus, tokenizer, tmp_p
     assert read_manifest(tmp_path / "store" / "P") == manifest
 
 
-def test_the_folder_has_the_store_its_manifest_and_its_tokenizer(corpus, tokenizer, tmp_path):
+def test_the_folder_has_store_manifest_and_tokenizer_and_nothing_else(corpus, tokenizer, tmp_path):
     prepare(corpus, tmp_path / "store" / "P", tokenizer)
     names = sorted(path.name for path in (tmp_path / "store").iterdir())
     assert names == ["P.bin", "P.idx", "P.json", "tokenizer.model"]
-    assert (
-        Tokenizer.load(tmp_path / "store" / "tokenizer.model").fingerprint == tokenizer.fingerprint
-    )
+    saved = Tokenizer.load(tmp_path / "store" / "tokenizer.model")
+    assert saved.fingerprint == tokenizer.fingerprint
 
 
 def content(prefix: Path) -> dict[str, bytes]:
@@ -64,48 +63,48 @@ def content(prefix: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def many_shards(monkeypatch):
-    """Every file, and every few lines of a .jsonl, a shard of its own, for processes that any work is enough for."""
-    monkeypatch.setattr(cutting, "SHARD_BYTES", 100)
-    monkeypatch.setattr(module, "_BYTES_FOR_A_PROCESS", 1)
+    """Each file and every few lines of a .jsonl are a shard, and workers start for any work."""
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 100)
+    monkeypatch.setattr(module, "_BYTES_PER_PROCESS", 1)
 
 
-def test_shards_and_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+def test_shard_and_batch_sizes_do_not_affect_the_files(corpus, tokenizer, tmp_path, monkeypatch):
     prepare(corpus, tmp_path / "one" / "P", tokenizer)
-    monkeypatch.setattr(cutting, "SHARD_BYTES", 100)
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 100)
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 1)
     prepare(corpus, tmp_path / "two" / "P", tokenizer)
     assert content(tmp_path / "one" / "P") == content(tmp_path / "two" / "P")
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The files of the shards that are made, as they are."""
+def made(monkeypatch) -> list[str]:
+    """The names of the files whose shards are made in this process, in order."""
     files: list[str] = []
 
-    def told(job, tokenizer):
+    def recording_make_shard(job, tokenizer):
         files.extend(piece.file.name for piece in job.shard)
-        return shards.make(job, tokenizer)
+        return shards.make_shard(job, tokenizer)
 
-    monkeypatch.setattr(module, "make", told)
+    monkeypatch.setattr(module, "make_shard", recording_make_shard)
     return files
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_the_number_of_processes_changes_nothing(tokenizer, tmp_path, made):
+def test_the_number_of_processes_does_not_affect_the_files(tokenizer, tmp_path, made):
     lines = [json.dumps({"text": f"{number} {TEXT[number:]}"}) for number in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "rubbish", *lines[20:]]))
     corpus = gather([tmp_path / "a.jsonl"], reading=Reading(on_error="skip"))
     one = prepare(corpus, tmp_path / "1" / "P", tokenizer)
     made.clear()
     assert prepare(corpus, tmp_path / "2" / "P", tokenizer, workers=2) == one
-    assert made == []  # here, since two other processes made them
+    assert made == [], "made by two other processes"
     assert one.manifest.documents == 50
     assert [message.split(": ")[0] for message in one.skipped] == [f"{tmp_path}/a.jsonl:21"]
     assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_what_is_left_out_of_archives_is_counted_whatever_the_processes(tokenizer, tmp_path):
+def test_members_left_out_of_archives_are_counted_with_any_number_of_processes(tokenizer, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.zip", "b.zip"):
         with ZipFile(tmp_path / "in" / name, "w") as archive:
@@ -113,24 +112,23 @@ def test_what_is_left_out_of_archives_is_counted_whatever_the_processes(tokenize
                 archive.writestr(f"{number}.txt", f"{number} {TEXT}")
                 archive.writestr(f"{number}.png", "picture")
     corpus = gather([tmp_path / "in"])
-    found = [
-        prepare(corpus, tmp_path / str(n) / "P", tokenizer, workers=n).manifest for n in (1, 2)
-    ]
-    assert found[0] == found[1]
-    assert found[0].documents == 40
-    assert found[0].left_out == {"*.png in archives": 40}
+    one = prepare(corpus, tmp_path / "1" / "P", tokenizer, workers=1).manifest
+    two = prepare(corpus, tmp_path / "2" / "P", tokenizer, workers=2).manifest
+    assert one == two
+    assert one.documents == 40
+    assert one.left_out == {"*.png in archives": 40}
     assert content(tmp_path / "1" / "P") == content(tmp_path / "2" / "P")
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_after_an_interruption_only_what_is_left_is_made(corpus, tokenizer, tmp_path, made):
+def test_after_an_interruption_only_missing_shards_are_made(corpus, tokenizer, tmp_path, made):
     prepare(corpus, tmp_path / "whole" / "P", tokenizer)
-    c = tmp_path / "text" / "c.txt"
-    good = c.read_bytes()
-    c.write_bytes(b"\xff")
+    file = tmp_path / "text" / "c.txt"
+    good = file.read_bytes()
+    file.write_bytes(b"\xff")
     with pytest.raises(DataError):
         prepare(corpus, tmp_path / "P", tokenizer)
-    c.write_bytes(good)
+    file.write_bytes(good)
     made.clear()
     prepare(corpus, tmp_path / "P", tokenizer)
     assert made == ["c.txt"]
@@ -139,8 +137,8 @@ def test_after_an_interruption_only_what_is_left_is_made(corpus, tokenizer, tmp_
 
 
 @pytest.mark.usefixtures("many_shards")
-@pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost", "cut", "record"])
-def test_a_shard_of_other_things_is_made_again(
+@pytest.mark.parametrize("change", ["text", "tokenizer", "reading", "lost", "truncated", "record"])
+def test_a_shard_whose_input_changed_or_files_are_damaged_is_made_again(
     corpus, tokenizer, tmp_path, made, monkeypatch, change
 ):
     monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
@@ -156,7 +154,7 @@ def test_a_shard_of_other_things_is_made_again(
         corpus = gather([tmp_path / "text"], reading=Reading("content"))
     if change == "lost":
         min(work_folder(tmp_path / "P").glob("*.bin")).unlink()
-    if change == "cut":
+    if change == "truncated":
         min(work_folder(tmp_path / "P").glob("*.bin")).write_bytes(b"")
     if change == "record":
         min(work_folder(tmp_path / "P").glob("*.json")).write_bytes(b"")
@@ -166,7 +164,7 @@ def test_a_shard_of_other_things_is_made_again(
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_skipping_goes_on_from_where_a_bad_line_stopped_and_stopping_takes_nothing_skipped(
+def test_shards_with_skipped_documents_are_reused_only_with_on_error_skip(
     corpus, tokenizer, tmp_path, made, monkeypatch
 ):
     (tmp_path / "text" / "c.txt").write_bytes(b"\xff")
@@ -174,24 +172,23 @@ def test_skipping_goes_on_from_where_a_bad_line_stopped_and_stopping_takes_nothi
         prepare(corpus, tmp_path / "P", tokenizer)
     made.clear()
     monkeypatch.setattr(module, "_join", lambda *_: 1 / 0)
+    skipping = gather([tmp_path / "text"], reading=Reading(on_error="skip"))
     with pytest.raises(ZeroDivisionError):
-        prepare(
-            gather([tmp_path / "text"], reading=Reading(on_error="skip")), tmp_path / "P", tokenizer
-        )
+        prepare(skipping, tmp_path / "P", tokenizer)
     assert made == ["c.txt"]
     with pytest.raises(DataError, match=r"c\.txt:1"):
         prepare(corpus, tmp_path / "P", tokenizer)
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_a_file_given_twice_is_there_twice(tokenizer, tmp_path, made):
+def test_a_file_named_twice_is_made_once_and_joined_twice(tokenizer, tmp_path, made):
     (tmp_path / "a.txt").write_text(TEXT)
     corpus = gather([tmp_path / "a.txt", tmp_path / "a.txt"])
     assert prepare(corpus, tmp_path / "P", tokenizer).manifest.documents == 2
     assert made == ["a.txt"]
 
 
-def test_a_failure_leaves_the_store_that_was_there(corpus, tokenizer, tmp_path):
+def test_a_failure_leaves_an_older_store_unchanged(corpus, tokenizer, tmp_path):
     manifest = prepare(corpus, tmp_path / "P", tokenizer).manifest
     (tmp_path / "text" / "c.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"c\.txt:1"):
@@ -214,22 +211,22 @@ def test_a_tokenizer_is_trained_on_the_corpus(corpus):
 
 @pytest.fixture
 def small_library(corpus, monkeypatch):
-    """Three short texts instead of Python's library, and a vocabulary to match."""
+    """Three short texts instead of Python's library, and a small vocabulary."""
     monkeypatch.setattr(module, "python_library", lambda: corpus)
     monkeypatch.setattr(module, "DEFAULT_VOCAB_SIZE", 320)
 
 
 @pytest.mark.usefixtures("small_library")
-def test_the_library_is_prepared_once_by_processes_that_start_together(tmp_path, monkeypatch):
+def test_processes_that_start_together_prepare_the_library_once(tmp_path, monkeypatch):
     written = tmp_path / "written"
 
-    def counted(*arguments):
+    def recording_prepare(*arguments):
         with written.open("a") as file:
             file.write("once ")
         return prepare(*arguments)
 
-    monkeypatch.setattr(module, "prepare", counted)
-    # Forked, so that the processes see the small library.
+    monkeypatch.setattr(module, "prepare", recording_prepare)
+    # Forked processes inherit the small library.
     processes = [
         get_context("fork").Process(target=prepare_python_library, args=(tmp_path / "data",))
         for _ in range(3)
@@ -255,7 +252,7 @@ def test_the_library_is_prepared_again_after_an_interruption(tmp_path, lost):
 
 
 @pytest.mark.usefixtures("small_library")
-def test_a_tokenizer_that_an_interruption_left_is_not_in_the_way(tmp_path):
+def test_a_tokenizer_left_by_an_interruption_is_replaced(tmp_path):
     folder = tmp_path / "python-library"
     folder.mkdir()
     (folder / "tokenizer.model").write_text("of another Python")
@@ -263,6 +260,8 @@ def test_a_tokenizer_that_an_interruption_left_is_not_in_the_way(tmp_path):
 
 
 @pytest.mark.usefixtures("small_library")
-def test_the_library_does_not_meet_the_tokenizer_of_another_store(corpus, tokenizer, tmp_path):
+def test_the_library_does_not_conflict_with_the_tokenizer_of_another_store(
+    corpus, tokenizer, tmp_path
+):
     prepare(corpus, tmp_path / "P", tokenizer)
     assert len(TokenStore(prepare_python_library(tmp_path))) == 3

@@ -1,7 +1,8 @@
-"""One token stream: the global batches put together from all ranks of a grid are those of one process.
+"""The global batches assembled from all ranks of a grid equal those of one process.
 
-For a blend and every packing, over pipe, data, ring, Ulysses and tensor ranks, interrupted or not. Each rank opens the
-data for itself, as the processes of a run do, though of a pipeline only the first stage is given any.
+Tested for a blend and every packing, over pipeline, data, ring, Ulysses and tensor ranks, with and
+without an interruption. Each rank opens the data itself, as the processes of a run do; of a
+pipeline only the first stage reads any.
 """
 
 from dataclasses import replace
@@ -13,15 +14,14 @@ import torch
 from megatron_ring.config import DataConfig
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.dataset import Dataset
-from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.loader import Batch, LaterStageLoader, Loader, build_loader
 from megatron_ring.data.prefetch import Prefetcher
-from megatron_ring.data.stages import LaterStageLoader, loader_of
 from megatron_ring.parallel.grid import Coordinates, Grid
 
 S = 24
 GLOBAL_BATCH = 8
 STEPS = 4
-ALONE = ("none", Grid())
+ONE_PROCESS = ("none", Grid())
 GRIDS = [
     ("none", Grid(data=4)),
     ("striped", Grid(ring=3, tensor=2)),
@@ -29,29 +29,29 @@ GRIDS = [
     ("ring", Grid(ring=2, ulysses=2, tensor=2)),
     ("striped", Grid(pipe=2, data=2, ring=2, ulysses=2, tensor=2)),
 ]
+BOUNDARY_FLAGS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 STREAMS = {
     "one store": {},
     "a blend": {"blend": True},
     "greedy": {"packing": "greedy"},
     "best-fit": {"packing": "best-fit"},
-    "a blend, best-fit, documents apart": {"blend": True, "packing": "best-fit", "apart": True},
-    "a blend, documents apart": {"blend": True, "apart": True},
+    "a blend, best-fit, boundaries": {"blend": True, "packing": "best-fit", "boundaries": True},
+    "a blend, boundaries": {"blend": True, "boundaries": True},
 }
 
 
 @pytest.fixture(scope="module")
 def base(store_of, tokenizer, tmp_path_factory) -> DataConfig:
-    """A small and a large store of documents of 1 to 60 tokens; the small one goes round within the test."""
-    generator, end = np.random.default_rng(0), tokenizer.end_of_document
-    stores = [
-        store_of(
-            [
-                [*generator.integers(4, 300, size=n), end]
-                for n in generator.integers(0, 60, size=documents)
-            ]
-        )
-        for documents in (9, 60)
-    ]
+    """A small and a large store of documents of 1 to 60 tokens.
+
+    The small one is read for more than one epoch within a test.
+    """
+    generator = np.random.default_rng(0)
+    stores = []
+    for documents in (9, 60):
+        lengths = generator.integers(0, 60, size=documents)
+        end = tokenizer.end_of_document
+        stores.append(store_of([[*generator.integers(4, 300, size=n), end] for n in lengths]))
     model = tmp_path_factory.mktemp("tokenizer") / "the.model"
     tokenizer.save(model)
     path = ("0.7", str(stores[0].prefix), "0.3", str(stores[1].prefix))
@@ -60,125 +60,139 @@ def base(store_of, tokenizer, tmp_path_factory) -> DataConfig:
 
 @pytest.fixture(params=STREAMS)
 def config(request, base) -> DataConfig:
-    asked = dict(STREAMS[request.param])
-    path = base.data_path if asked.pop("blend", False) else base.data_path[3:]
-    flags = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-    return replace(base, data_path=path, **dict.fromkeys(flags, asked.pop("apart", False)), **asked)
+    options = dict(STREAMS[request.param])
+    path = base.data_path if options.pop("blend", False) else base.data_path[3:]
+    flags = dict.fromkeys(BOUNDARY_FLAGS, options.pop("boundaries", False))
+    return replace(base, data_path=path, **flags, **options)
 
 
-def opened(
+def open_loader(
     config: DataConfig, layout: Layout, grid: Grid, at: Coordinates, consumed: int
 ) -> Loader | LaterStageLoader:
     dataset = Dataset.open(config, seed=3)
-    sizes = GLOBAL_BATCH // grid.data // 2, GLOBAL_BATCH
-    return loader_of(dataset.training, dataset.packing, layout, grid, at, *sizes, consumed)
+    return build_loader(
+        dataset.training,
+        dataset.packing,
+        layout,
+        grid,
+        at,
+        micro_batch_size=GLOBAL_BATCH // grid.data // 2,
+        global_batch_size=GLOBAL_BATCH,
+        consumed_samples=consumed,
+    )
 
 
-def known(batch: Batch) -> torch.Tensor:
-    """What a rank knows of each of its tokens, (B, l, 3): itself, its target, its position."""
+def token_target_position(batch: Batch) -> torch.Tensor:
+    """Each token of a batch with its target and its position: (B, l, 3)."""
     return torch.stack(
         [batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1
     )
 
 
-def starts_of_samples(batch: Batch) -> list[list[int]]:
-    """Where the documents of each sample begin."""
+def starts_by_sample(batch: Batch) -> list[list[int]]:
+    """The positions in each sample where its documents begin."""
     if batch.document_starts is None:
         return [[0]] * len(batch.tokens_Bl)
-    sample_of, starts = batch.document_starts // S, batch.document_starts % S
+    sample_of = batch.document_starts // S
+    starts = batch.document_starts % S
     return [starts[sample_of == b].tolist() for b in range(len(batch.tokens_Bl))]
 
 
-def put_together(
+def assemble(
     config: DataConfig, name: str, grid: Grid, steps: range
 ) -> tuple[torch.Tensor, dict[int, list[list[int]]]]:
-    """The global batches of ``steps``, (samples, S, 3), and of each sample the documents, as every rank has them."""
+    """Read the global batches of ``steps`` on every rank and assemble them.
+
+    Returns (samples, S, 3) and the document starts of each sample, on which all ranks must agree.
+    """
     layout = Layout(name, S, grid.ring)
     whole = torch.full((len(steps) * GLOBAL_BATCH, S, 3), -1)
     documents: dict[int, list[list[int]]] = {}
     for rank in range(grid.world_size):
         at = grid.coordinates(rank)
-        loader = opened(config, layout, grid, at, steps.start * GLOBAL_BATCH)
-        places = layout.positions(at.ring, at.ulysses, grid.ulysses)
+        loader = open_loader(config, layout, grid, at, steps.start * GLOBAL_BATCH)
+        positions_l = layout.positions(at.ring, at.ulysses, grid.ulysses)
         batches = [batch for _ in steps for batch in loader.next_step()]
         assert loader.consumed_samples == steps.stop * GLOBAL_BATCH
-        assert bool(batches) == (at.pipe == 0), "what later stages need travels to them"
+        assert bool(batches) == (at.pipe == 0), "later stages read nothing"
         for micro, batch in enumerate(batches):
-            rows = torch.arange(len(batch.tokens_Bl)) + (micro * grid.data + at.data) * len(
-                batch.tokens_Bl
-            )
-            held = whole[rows[:, None], places]
-            # Tensor ranks have the same tokens as their fellows.
-            assert (held == -1).all() or torch.equal(held, known(batch))
-            whole[rows[:, None], places] = known(batch)
-            for row, starts in zip(rows.tolist(), starts_of_samples(batch)):
+            samples = len(batch.tokens_Bl)
+            rows = torch.arange(samples) + (micro * grid.data + at.data) * samples
+            index = (rows[:, None], positions_l)
+            # Tensor ranks read the same tokens as one another.
+            is_unread = (whole[index] == -1).all()
+            assert is_unread or torch.equal(whole[index], token_target_position(batch))
+            whole[index] = token_target_position(batch)
+            for row, starts in zip(rows.tolist(), starts_by_sample(batch)):
                 assert documents.setdefault(row, starts) == starts
     return whole, documents
 
 
-def test_every_grid_has_the_tokens_of_one_process(config):
-    whole, documents = put_together(config, *ALONE, range(STEPS))
+def test_every_grid_reads_the_tokens_of_one_process(config):
+    whole, documents = assemble(config, *ONE_PROCESS, range(STEPS))
     assert (whole[..., 0] >= 0).all()
     for name, grid in GRIDS:
-        together, found = put_together(config, name, grid, range(STEPS))
-        assert torch.equal(together, whole), grid
-        assert found == documents, grid
+        grid_whole, grid_documents = assemble(config, name, grid, range(STEPS))
+        assert torch.equal(grid_whole, whole), grid
+        assert grid_documents == documents, grid
 
 
 @pytest.mark.parametrize("done", [1, 3])
-def test_a_run_interrupted_and_resumed_on_another_grid_meets_the_rest(config, done):
-    whole, _ = put_together(config, *ALONE, range(STEPS))
-    before, _ = put_together(config, *GRIDS[2], range(done))
-    after, _ = put_together(config, *GRIDS[1], range(done, STEPS))
+def test_a_run_resumed_on_another_grid_reads_the_remaining_samples(config, done):
+    whole, _ = assemble(config, *ONE_PROCESS, range(STEPS))
+    before, _ = assemble(config, *GRIDS[2], range(done))
+    after, _ = assemble(config, *GRIDS[1], range(done, STEPS))
     assert torch.equal(torch.cat([before, after]), whole)
 
 
-def test_a_run_resumed_from_what_a_prefetcher_handed_out_meets_the_rest(config):
-    """What lay ready when the run was interrupted is prepared again."""
+def test_a_run_resumed_after_prefetching_reads_the_remaining_samples(config):
+    """Steps that were prepared but not returned before the interruption are prepared again."""
     name, grid = GRIDS[2]
-    asked = config, Layout(name, S, grid.ring), grid, grid.coordinates(1)
-    through, consumed, met = opened(*asked, 0), 0, []
+    arguments = config, Layout(name, S, grid.ring), grid, grid.coordinates(1)
+    consumed = 0
+    batches = []
     for _ in range(2):
-        with Prefetcher(opened(*asked, consumed)) as ahead:
-            met += [batch for _ in range(2) for batch in ahead.next_step()]
+        with Prefetcher(open_loader(*arguments, consumed)) as ahead:
+            batches += [batch for _ in range(2) for batch in ahead.next_step()]
             consumed = ahead.consumed_samples
-    expected = [batch for _ in range(4) for batch in through.next_step()]
-    assert consumed == through.consumed_samples
-    assert [known(batch).tolist() for batch in met] == [known(batch).tolist() for batch in expected]
+    uninterrupted = open_loader(*arguments, 0)
+    expected = [batch for _ in range(4) for batch in uninterrupted.next_step()]
+    assert consumed == uninterrupted.consumed_samples
+    assert len(batches) == len(expected)
+    for batch, expected_batch in zip(batches, expected):
+        assert torch.equal(token_target_position(batch), token_target_position(expected_batch))
 
 
-def test_the_blend_has_both_stores_as_often_as_they_weigh(base):
-    """22 of the 32 samples, 0.7 of them to within one half, are the small store's, which has been round by then."""
-    alone = [
+def test_a_blend_reads_both_stores_in_proportion_to_their_weights(base):
+    """Of 32 samples 22 (0.7 x 32 to within 1/2) are of the small store, more than its epoch."""
+    small, large = (
         Dataset.open(replace(base, data_path=base.data_path[n : n + 1]), seed=3).training
         for n in (1, 3)
-    ]
+    )
     blended = Dataset.open(base, seed=3).training
     samples = [blended.sample(index).tolist() for index in range(STEPS * GLOBAL_BATCH)]
-    taken = [
-        [stream.sample(index).tolist() for index in range(count)]
-        for stream, count in zip(alone, (22, 10))
-    ]
-    assert sorted(samples) == sorted(taken[0] + taken[1])
-    assert alone[0].samples_per_epoch < 22
+    from_small = [small.sample(index).tolist() for index in range(22)]
+    from_large = [large.sample(index).tolist() for index in range(10)]
+    assert sorted(samples) == sorted(from_small + from_large)
+    assert small.samples_per_epoch < 22
 
 
-def test_fill_predicts_nothing_and_is_seen_by_nothing(base, tokenizer):
-    """Behind a document that leaves room, each place is a document of its own, ends at once and counts for nothing."""
-    flags = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), True)
+def test_padding_has_no_targets_and_is_attended_by_no_text(base, tokenizer):
+    """Each padding position is a document of its own, an end-of-document token without target."""
+    flags = dict.fromkeys(BOUNDARY_FLAGS, True)
     config = replace(base, data_path=base.data_path[3:], packing="greedy", **flags)
     stream = Dataset.open(config, seed=3).training
-    filled = next(
+    padded = next(
         index
         for index in range(stream.samples_per_epoch)
         if (stream.sample(index)[:-1] < 0).sum() > 2
     )
-    text = int((stream.sample(filled) >= 0).sum())
-    first = filled // GLOBAL_BATCH * GLOBAL_BATCH
-    loader = opened(config, Layout("none", S, 1), Grid(), Coordinates(0, 0, 0, 0, 0), first)
-    batch = loader.next_step()[filled % GLOBAL_BATCH // 4]
-    row = filled % 4
+    text = int((stream.sample(padded) >= 0).sum())
+    first = padded // GLOBAL_BATCH * GLOBAL_BATCH
+    loader = open_loader(config, Layout("none", S, 1), Grid(), Coordinates(0, 0, 0, 0, 0), first)
+    batch = loader.next_step()[padded % GLOBAL_BATCH // 4]
+    row = padded % 4
     assert batch.tokens_Bl[row, text:].tolist() == [tokenizer.end_of_document] * (S - text)
     assert batch.targets_Bl[row, text - 1 :].tolist() == [-100] * (S - text + 1)
     assert batch.positions[row, text:].tolist() == [0] * (S - text)
-    assert starts_of_samples(batch)[row][-(S - text) :] == list(range(text, S))
+    assert starts_by_sample(batch)[row][-(S - text) :] == list(range(text, S))

@@ -1,4 +1,4 @@
-"""The tokenizer: exact on any text, and clear about models it cannot use."""
+"""The tokenizer: lossless on any text, and errors for models it cannot use."""
 
 import io
 
@@ -12,7 +12,7 @@ from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.errors import DataError
 from tests.data.text import TEXT
 
-# Characters that sentencepiece is known to treat specially, drawn more often than the rest of Unicode.
+# Characters that sentencepiece treats specially are drawn more often than the rest of Unicode.
 ANY_TEXT = st.text(
     st.sampled_from(" \n\t\r\0▁▅a<s>⁇\u00a0\ufeff\ufffd") | st.characters(codec="utf-8")
 )
@@ -24,13 +24,13 @@ ANY_TEXT = st.text(
 @example(text="  leading,  inner and trailing  ")
 @example(text="</s><unk><0x0A>")
 @example(text="▁ ▁▁")
-def test_decode_gives_back_exactly_what_was_encoded(tokenizer, text):
+def test_decode_returns_exactly_the_encoded_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=300)
 @given(text=ANY_TEXT)
-def test_bytes_per_token_add_up_to_the_text(tokenizer, text):
+def test_bytes_per_token_add_up_to_the_length_of_the_text(tokenizer, text):
     assert tokenizer.bytes_per_token[tokenizer.encode(text)].sum() == len(text.encode())
 
 
@@ -41,17 +41,13 @@ def test_bytes_per_token_of_each_kind_of_id(tokenizer):
     assert tokenizer.bytes_per_token[tokenizer.encode("    ")].sum() == 4
 
 
-def test_the_end_of_document_has_no_text_and_no_text_has_it(tokenizer):
-    assert (
-        tokenizer.decode(
-            [*tokenizer.encode("one"), tokenizer.end_of_document, *tokenizer.encode("two")]
-        )
-        == "onetwo"
-    )
+def test_the_end_of_document_has_no_text_and_no_text_encodes_to_it(tokenizer):
+    ids = [*tokenizer.encode("one"), tokenizer.end_of_document, *tokenizer.encode("two")]
+    assert tokenizer.decode(ids) == "onetwo"
     assert tokenizer.end_of_document not in tokenizer.encode("</s>")
 
 
-def test_a_text_longer_than_a_span_comes_back(tokenizer):
+def test_a_text_longer_than_a_span_is_lossless(tokenizer):
     text = TEXT * 1000 + "▁" + TEXT
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -67,12 +63,12 @@ def test_a_document_may_end_with_any_token_of_the_model(tokenizer):
     assert named.encode_documents(["a"])[0].tolist() == [*tokenizer.encode("a"), 0]
     with pytest.raises(
         DataError,
-        match="tokenizer named has no token '<stop>', .*Set --eod-token to a token that it",
+        match="tokenizer named has no token '<stop>', .*Set --eod-token",
     ):
         Tokenizer(tokenizer.model, "named", end="<stop>")
 
 
-def test_a_saved_tokenizer_is_loaded_as_it_was(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_loaded_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "folder" / "tokenizer.model")
     loaded = Tokenizer.load(tmp_path / "folder" / "tokenizer.model")
     assert loaded.fingerprint == tokenizer.fingerprint
@@ -90,7 +86,7 @@ def test_saving_over_another_tokenizer_is_refused(tokenizer, tmp_path):
 
 
 def trained_elsewhere(**options) -> bytes:
-    """A model with sentencepiece's own defaults, as older ones have: a space put in front, no bytes."""
+    """A model with sentencepiece's defaults: a space is added in front, and no byte pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT]),
@@ -103,7 +99,7 @@ def trained_elsewhere(**options) -> bytes:
     return model.getvalue()
 
 
-def test_a_model_trained_elsewhere_keeps_its_own_habits():
+def test_a_model_trained_elsewhere_keeps_its_own_behaviour():
     model = trained_elsewhere()
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     for text in ("a▁b", TEXT * 1000):
@@ -126,7 +122,7 @@ def test_a_missing_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a README"])
-def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, content):
     (tmp_path / "a.model").write_bytes(content)
     with pytest.raises(
         DataError, match=rf"a\.model \({len(content)} bytes\) is not a sentencepiece model"

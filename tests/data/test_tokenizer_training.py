@@ -1,4 +1,4 @@
-"""Training a tokenizer: the same each time, from the whole corpus, and clear about what a text cannot give."""
+"""Training a tokenizer: deterministic, from the whole corpus, and errors for too little text."""
 
 import pytest
 
@@ -11,9 +11,9 @@ def test_training_again_gives_the_same_model(tokenizer):
     assert train_tokenizer([TEXT], 320).fingerprint == tokenizer.fingerprint
 
 
-def test_training_sees_the_end_of_a_long_corpus():
+def test_training_samples_the_end_of_a_long_corpus():
     late = train_tokenizer([TEXT * 1000] * 30 + ["жук " * 1000] * 100, 320)
-    assert len(late.encode("ж")) == 1  # and not the two bytes of a character that was never met
+    assert len(late.encode("ж")) == 1  # not the two bytes of an unknown character
 
 
 def test_indentation_is_one_token(tokenizer):
@@ -25,11 +25,11 @@ def test_indentation_is_one_token(tokenizer):
     [
         (TEXT, 4096, r"too high \(4096\)\. Please set it to a value <= \d+"),
         (TEXT, 100, r"100 vs \d+"),
-        ("", 400, "there is nothing in it to learn from"),
-        ("\n\n", 400, "there is nothing in it to learn from"),
+        ("", 400, "nothing to learn from"),
+        ("\n\n", 400, "nothing to learn from"),
     ],
 )
-def test_a_vocabulary_that_the_text_cannot_give_is_refused(text, vocab_size, reason):
+def test_a_vocabulary_too_large_or_too_small_for_the_text_is_refused(text, vocab_size, reason):
     with pytest.raises(
         DataError, match=f"no tokenizer of {vocab_size} ids .*: .*{reason}.*Set --vocab-size"
     ):

@@ -1,4 +1,4 @@
-"""The token store: Megatron's bytes, round trips, and a message for every kind of damage."""
+"""The token store: Megatron's bytes, round trips, and an error for every kind of damage."""
 
 import os
 import struct
@@ -15,7 +15,8 @@ from megatron_ring.errors import DataError
 
 TYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16)
 
-# Documents [5, 6, 7] and [8, 1] as Megatron-core 0.16's IndexedDatasetBuilder writes them in uint16.
+# Documents [5, 6, 7] and [8, 1] in uint16, as Megatron-core 0.16's IndexedDatasetBuilder writes
+# them.
 MEGATRON_BIN = bytes.fromhex("0500 0600 0700 0800 0100")
 MEGATRON_IDX = (
     b"MMIDIDX\x00\x00"
@@ -29,7 +30,7 @@ MEGATRON_IDX = (
 
 @pytest.fixture
 def prefix(tmp_path) -> Path:
-    """A whole store of the two documents above."""
+    """An intact store of the two documents above."""
     (tmp_path / "P.bin").write_bytes(MEGATRON_BIN)
     (tmp_path / "P.idx").write_bytes(MEGATRON_IDX)
     return tmp_path / "P"
@@ -50,7 +51,7 @@ def test_megatrons_files_are_read(prefix):
     assert [store.document(i).tolist() for i in range(2)] == [[5, 6, 7], [8, 1]]
 
 
-def test_a_document_kept_as_several_sequences_is_read_whole(prefix):
+def test_a_document_stored_as_several_sequences_is_read_whole(prefix):
     Path(f"{prefix}.idx").write_bytes(
         MEGATRON_IDX[:18]
         + struct.pack("<QQ", 3, 3)
@@ -77,32 +78,32 @@ def test_documents_come_back_as_they_were_written(store_of, data, dtype):
     assert [store.document(i).tolist() for i in range(len(store))] == documents
 
 
-def interrupted_writing(prefix: Path) -> None:
+def write_interrupted(prefix: Path) -> None:
     with TokenStoreWriter(prefix, token_dtype(4096)) as writer:
         writer.add_document([1])
         raise KeyboardInterrupt
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path):
+def test_an_interrupted_writer_leaves_no_files(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        interrupted_writing(tmp_path / "P")
+        write_interrupted(tmp_path / "P")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_writer_leaves_the_old_store(prefix):
     with pytest.raises(KeyboardInterrupt):
-        interrupted_writing(prefix)
+        write_interrupted(prefix)
     assert TokenStore(prefix).document(0).tolist() == [5, 6, 7]
 
 
 def test_a_document_too_long_for_the_format_is_refused(tmp_path):
-    endless = np.broadcast_to(np.uint16(1), LONGEST_SEQUENCE + 1)
-    message = r"a document of 2147483648 tokens does not fit .*up to 2147483647"
+    too_long = np.broadcast_to(np.uint16(1), LONGEST_SEQUENCE + 1)
+    message = r"a document of 2147483648 tokens .* at most 2147483647"
     with (
         TokenStoreWriter(tmp_path / "P", token_dtype(4096)) as writer,
         pytest.raises(DataError, match=message),
     ):
-        writer.add_document(endless)
+        writer.add_document(too_long)
 
 
 @pytest.mark.parametrize("ids", [[0, 65536], [-1]])
@@ -114,7 +115,7 @@ def test_ids_that_the_type_cannot_hold_are_refused(ids, tmp_path):
         writer.add_document(ids)
 
 
-def test_a_store_of_another_type_is_not_added(prefix, tmp_path):
+def test_a_store_of_another_type_is_not_appended(prefix, tmp_path):
     with (
         TokenStoreWriter(tmp_path / "P", np.int32) as writer,
         pytest.raises(DataError, match="uint16"),
@@ -132,24 +133,27 @@ def test_a_missing_file_is_named(prefix, suffix):
         TokenStore(prefix)
 
 
-def test_a_path_with_its_suffix_is_told_to_go_without(prefix):
+def test_a_prefix_with_a_suffix_is_refused_with_the_rule(prefix):
     with pytest.raises(
-        DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*names them by P alone"
+        DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*--data-path .*without a suffix"
     ):
         TokenStore(f"{prefix}.bin")
 
 
 DAMAGED_INDICES = {
     "empty": (b"", r"P\.idx has 0 bytes, and its header alone takes 34"),
-    "cut in the header": (MEGATRON_IDX[:33], r"P\.idx has 33 bytes, and its header alone takes 34"),
-    "cut in the parts": (
+    "truncated in the header": (
+        MEGATRON_IDX[:33],
+        r"P\.idx has 33 bytes, and its header alone takes 34",
+    ),
+    "truncated in the arrays": (
         MEGATRON_IDX[:-1],
         r"81 bytes, and 2 sequences with 3 document bounds take 82",
     ),
     "bad magic": (b"PK" + MEGATRON_IDX[2:], r"b'PKIDIDX.*Megatron writes b'MMIDIDX"),
     "version": (
         MEGATRON_IDX[:9] + struct.pack("<Q", 2) + MEGATRON_IDX[17:],
-        "format version 2, and only 1 is known",
+        "format version 2, and only 1",
     ),
     "float tokens": (
         MEGATRON_IDX[:17] + b"\x07" + MEGATRON_IDX[18:],
@@ -157,11 +161,11 @@ DAMAGED_INDICES = {
     ),
     "a gap": (
         MEGATRON_IDX[:-32] + struct.pack("<q", 8) + MEGATRON_IDX[-24:],
-        "do not lie one after another",
+        "not contiguous",
     ),
     "bounds": (
         MEGATRON_IDX[:-8] + struct.pack("<q", 1),
-        "bounds that do not rise from 0 to its 2 sequences",
+        "bounds that do not increase from 0 to its 2 sequences",
     ),
     "no tokens": (MEGATRON_IDX[:18] + struct.pack("<QQq", 0, 1, 0), r"P\.idx has no tokens"),
 }
@@ -170,24 +174,26 @@ DAMAGED_INDICES = {
 @pytest.mark.parametrize(
     ("content", "message"), DAMAGED_INDICES.values(), ids=DAMAGED_INDICES.keys()
 )
-def test_a_damaged_index_is_described(prefix, content, message):
+def test_damage_of_an_index_is_described(prefix, content, message):
     Path(f"{prefix}.idx").write_bytes(content)
     with pytest.raises(DataError, match=f"(?s){message}.*Set --data-path"):
         TokenStore(prefix)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", MEGATRON_BIN[:-1], MEGATRON_BIN + b"\x00"], ids=["empty", "cut", "longer"]
+    "content",
+    [b"", MEGATRON_BIN[:-1], MEGATRON_BIN + b"\x00"],
+    ids=["empty", "truncated", "longer"],
 )
-def test_tokens_of_another_size_are_refused(prefix, content):
+def test_a_token_file_of_the_wrong_size_is_refused(prefix, content):
     Path(f"{prefix}.bin").write_bytes(content)
     with pytest.raises(
-        DataError, match=rf"P\.bin has {len(content)} bytes, .* tells of 10 \(5 tokens of uint16\)"
+        DataError, match=rf"P\.bin has {len(content)} bytes, .* 10 \(5 tokens of uint16\)"
     ):
         TokenStore(prefix)
 
 
-def test_tokens_that_are_cut_while_they_are_read_are_refused(prefix):
+def test_tokens_that_are_truncated_after_opening_are_refused(prefix):
     store = TokenStore(prefix)
     os.truncate(f"{prefix}.bin", 4)
     with pytest.raises(
@@ -198,18 +204,15 @@ def test_tokens_that_are_cut_while_they_are_read_are_refused(prefix):
 
 @settings(max_examples=200)
 @given(at=st.integers(0, len(MEGATRON_IDX) - 1), byte=st.integers(0, 255))
-def test_a_wrong_byte_in_the_index_is_refused_or_leaves_a_whole_store(tmp_path_factory, at, byte):
+def test_a_wrong_byte_in_the_index_is_refused_or_harmless(tmp_path_factory, at, byte):
     prefix = tmp_path_factory.getbasetemp() / "flipped"
     content = MEGATRON_IDX[:at] + bytes([byte]) + MEGATRON_IDX[at + 1 :]
     Path(f"{prefix}.bin").write_bytes(MEGATRON_BIN)
     Path(f"{prefix}.idx").write_bytes(content)
-    still_whole = (
-        content == MEGATRON_IDX,
-        content[17] == 3,  # int16 is as wide as uint16, and nothing else tells them apart
-        content[-16] in (0, 2)
-        and at == len(MEGATRON_IDX) - 16,  # another bound between the documents, but a bound
-    )
-    if any(still_whole):
+    is_unchanged = content == MEGATRON_IDX
+    is_int16 = content[17] == 3  # as wide as uint16, so that nothing else differs
+    is_other_legal_bound = at == len(MEGATRON_IDX) - 16 and content[-16] in (0, 2)
+    if is_unchanged or is_int16 or is_other_legal_bound:
         assert TokenStore(prefix).lengths.sum() == 5
     else:
         with pytest.raises(DataError):

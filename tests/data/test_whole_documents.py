@@ -1,4 +1,4 @@
-"""Whole documents in samples: which places hold text, what the last token predicts, and what an epoch holds."""
+"""Whole documents in samples: padding, the last token's target, and the content of an epoch."""
 
 from itertools import chain
 
@@ -23,29 +23,29 @@ def stream_of(
 
 
 def epoch(stream: WholeDocumentStream, number: int = 0) -> list[list[int]]:
+    """All samples of one epoch."""
     first = number * stream.samples_per_epoch
-    return [
-        stream.sample(index).tolist() for index in range(first, first + stream.samples_per_epoch)
-    ]
+    indices = range(first, first + stream.samples_per_epoch)
+    return [stream.sample(index).tolist() for index in indices]
 
 
 @every_fit
-def test_what_a_short_document_leaves_holds_no_text(store_of, fit):
+def test_a_short_document_is_followed_by_padding(store_of, fit):
     stream = stream_of(store_of([[1, 2, 3, 4]]), fit)
     assert epoch(stream) == [[1, 2, 3, 4, IGNORED, IGNORED, IGNORED]]
     assert stream.sample(0).dtype == np.int64
-    assert stream.lost_share == pytest.approx(2 / 6)
+    assert stream.padding_share == pytest.approx(2 / 6)
 
 
 @every_fit
-def test_a_document_that_fills_the_sample_ends_it_and_predicts_nothing_behind(store_of, fit):
+def test_the_last_token_of_a_document_that_fills_the_sample_has_no_target(store_of, fit):
     stream = stream_of(store_of([range(6)]), fit)
     assert epoch(stream) == [[0, 1, 2, 3, 4, 5, IGNORED]]
-    assert stream.lost_share == 0
+    assert stream.padding_share == 0
 
 
 @every_fit
-def test_a_longer_document_is_cut_and_the_cut_predicts_what_follows(store_of, fit):
+def test_a_long_document_is_cut_and_the_token_at_the_cut_has_a_target(store_of, fit):
     stream = stream_of(store_of([range(14)]), fit)
     assert sorted(epoch(stream), reverse=True) == [
         [12, 13, *[IGNORED] * 5],
@@ -54,60 +54,56 @@ def test_a_longer_document_is_cut_and_the_cut_predicts_what_follows(store_of, fi
     ]
 
 
-def test_best_fit_finds_what_goes_together(store_of):
-    """Lengths 4, 4, 2, 2 in whatever order: next-fit may leave room, best-fit leaves none."""
+def test_best_fit_combines_lengths_that_fill_a_sample(store_of):
+    """Lengths 4, 4, 2, 2 in any order: next-fit may leave padding, best-fit leaves none."""
     store = store_of([[1] * 4, [2] * 4, [3] * 2, [4] * 2])
-    assert stream_of(store, "best-fit").lost_share == 0
-    assert max(stream_of(store, "greedy", seed=seed).lost_share for seed in range(5)) > 0
+    assert stream_of(store, "best-fit").padding_share == 0
+    assert max(stream_of(store, "greedy", seed=seed).padding_share for seed in range(5)) > 0
 
 
 @every_fit
 @given(lengths=st.lists(st.integers(0, 15), min_size=1).filter(any), seed=st.integers(0, 2**32))
-def test_an_epoch_holds_every_token_once_in_whole_documents(store_of, fit, lengths, seed):
+def test_an_epoch_has_every_token_once_in_whole_documents(store_of, fit, lengths, seed):
     starts = np.cumsum([0, *lengths])
-    stream = stream_of(
-        store_of([range(start, start + n) for start, n in zip(starts, lengths)]), fit, seed=seed
-    )
+    documents = [range(start, start + n) for start, n in zip(starts, lengths)]
+    stream = stream_of(store_of(documents), fit, seed=seed)
     for number in (0, 1):
         texts = [
             [token for token in sample[:-1] if token != IGNORED] for sample in epoch(stream, number)
         ]
         assert sorted(chain.from_iterable(texts)) == list(range(sum(lengths)))
         for text in texts:
-            # A run of text begins where a document does, or S tokens, a whole sample, behind that.
+            # A run of consecutive tokens begins where a document does, or a multiple of S later.
             breaks = [0, *(i for i in range(1, len(text)) if text[i] != text[i - 1] + 1)]
-            begins = [
-                text[at] - starts[np.searchsorted(starts, text[at], side="right") - 1]
-                for at in breaks
-            ]
-            assert all(begin % S == 0 for begin in begins)
-    assert stream.lost_share == pytest.approx(1 - sum(lengths) / (stream.samples_per_epoch * S))
+            for i in breaks:
+                document = np.searchsorted(starts, text[i], side="right") - 1
+                assert (text[i] - starts[document]) % S == 0
+    assert stream.padding_share == pytest.approx(1 - sum(lengths) / (stream.samples_per_epoch * S))
 
 
 @every_fit
-def test_epochs_differ_in_order_and_any_sample_is_found_at_once(store_of, fit):
+def test_epochs_differ_in_order_only_and_any_sample_is_found_directly(store_of, fit):
     store = store_of([range(20 * i, 20 * i + 1 + i % 9) for i in range(40)])
     stream = stream_of(store, fit, seed=7)
-    first, second = epoch(stream, 0), epoch(stream, 1)
+    first = epoch(stream, 0)
+    second = epoch(stream, 1)
     assert first != second
     assert sorted(first) == sorted(second)
-    backwards = [
-        stream.sample(index).tolist() for index in reversed(range(2 * stream.samples_per_epoch))
-    ]
-    assert backwards[::-1] == first + second
+    indices = reversed(range(2 * stream.samples_per_epoch))
+    read_backwards = [stream.sample(index).tolist() for index in indices]
+    assert read_backwards[::-1] == first + second
     assert epoch(stream_of(store, fit, seed=8)) != first
 
 
 @every_fit
-def test_only_the_documents_of_the_range_are_met(store_of, fit):
-    stream = WholeDocumentStream(
-        store_of([[1] * 9, [2] * 9, [3] * 9]), range(1, 2), 4, seed=1, vocab_size=10, fit=fit
-    )
+def test_only_documents_of_the_range_are_read(store_of, fit):
+    store = store_of([[1] * 9, [2] * 9, [3] * 9])
+    stream = WholeDocumentStream(store, range(1, 2), 4, seed=1, vocab_size=10, fit=fit)
     assert {token for sample in epoch(stream) for token in sample} == {2, IGNORED}
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_refused(store_of):
-    """Even -100, which stands for a place without text."""
+def test_an_id_outside_the_vocabulary_is_refused(store_of):
+    """Even -100, which marks padding in a sample."""
     stream = stream_of(store_of([[1, IGNORED, 3]], np.int32), "greedy", vocab_size=320)
     with pytest.raises(
         DataError, match=r"P has id -100, .* has 320 ids, 0 to 319\. Set --tokenizer-model"
@@ -115,9 +111,8 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused(store_of):
         stream.sample(0)
 
 
-def test_what_fill_costs_is_told(store_of):
+def test_the_share_of_padding_is_described(store_of):
     stream = stream_of(store_of([[1, 2, 3, 4]]), "best-fit")
     (line,) = stream.in_words()
-    assert line.endswith(
-        "P: 1 training samples an epoch of whole documents (best-fit), 33.33% of their tokens lost to fill"
-    )
+    assert "P: 1 training samples an epoch" in line
+    assert "(best-fit), 33.33% padding" in line

@@ -1,4 +1,4 @@
-"""The text that the small tokenizer is trained on."""
+"""The text that the small test tokenizer is trained on."""
 
 TEXT = '''def fibonacci(n):
     """The first n numbers, each the sum of the two before it."""

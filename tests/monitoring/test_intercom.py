@@ -246,5 +246,5 @@ def test_a_chain_of_waits_ends_at_a_rank_that_does_not_exist():
     progress = ProgressTracker()
     intercom = Intercom(Alone(), progress.read, lambda rank: None)
     with contextlib.closing(intercom), progress.waiting_for(5):
-        [response] = intercom.waits_from(0).values()
+        [response] = intercom.wait_chain(0).values()
     assert response.waits_for == 5

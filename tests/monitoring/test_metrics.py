@@ -8,7 +8,7 @@ import re
 import pytest
 
 from megatron_ring.config import LoggingConfig
-from megatron_ring.monitoring.metrics import ConsoleReport, HeldOutRecord, StepRecord, Thinned
+from megatron_ring.monitoring.metrics import ConsoleReport, EvenlySampled, HeldOutRecord, StepRecord
 from megatron_ring.monitoring.plot import draw_loss
 
 STEP = {
@@ -188,8 +188,8 @@ def test_the_memory_of_a_report_does_not_grow_with_the_steps(tmp_path):
     assert abs(int(median.replace(",", "")) - 6_000) <= 10
 
 
-def test_a_thinned_series_is_evenly_spaced_and_bounded():
-    series = Thinned[int](8)
+def test_a_sampled_series_is_evenly_spaced_and_bounded():
+    series = EvenlySampled[int](8)
     for value in range(8):
         series.add(value)
     assert series.values == [*range(8)]

@@ -296,6 +296,6 @@ def test_a_folder_is_no_metrics_file(tmp_path):
 
 def test_a_kill_at_any_operation_loses_tears_and_repeats_no_line(tmp_path):
     command = [sys.executable, "-m", "tests.monitoring.killed_metrics", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) >= 50
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert completed.returncode == 0, completed.stderr
+    assert int(completed.stdout) >= 50

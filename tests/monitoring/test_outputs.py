@@ -139,8 +139,8 @@ def test_a_monitor_whose_library_is_missing_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for library in ("wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, library, raising=False)
-    found = refused(wandb_project="x", tensorboard_dir=str(tmp_path / "boards"))
-    tensorboard, wandb = found
+    problems = refused(wandb_project="x", tensorboard_dir=str(tmp_path / "boards"))
+    tensorboard, wandb = problems
     assert "tensorboard" in tensorboard
     assert "wandb" in wandb
 
@@ -164,9 +164,9 @@ def program(
     code = PREAMBLE + body + "\nopen('done', 'w').close()\n"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=folder, env=environment, **streams, timeout=60)
+    completed = subprocess.run(command, cwd=folder, env=environment, **streams, timeout=60)
     assert (folder / "done").exists()
-    return ended
+    return completed
 
 
 def pipe_without_a_reader() -> int:
@@ -191,36 +191,36 @@ os.write(1, b"C"), os.write(2, b"C")  # as a library in C would
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_lost_pipe_does_not_end_a_program(unbuffered, tmp_path):
     broken = pipe_without_a_reader()
-    ended = program(tmp_path, WRITES, unbuffered, stdout=broken, stderr=broken)
+    completed = program(tmp_path, WRITES, unbuffered, stdout=broken, stderr=broken)
     os.close(broken)
-    assert ended.returncode == 0
+    assert completed.returncode == 0
 
 
 def test_a_lost_stdout_is_reported_once_on_stderr(tmp_path):
     broken = pipe_without_a_reader()
-    ended = program(tmp_path, WRITES, stdout=broken, stderr=subprocess.PIPE)
+    completed = program(tmp_path, WRITES, stdout=broken, stderr=subprocess.PIPE)
     os.close(broken)
-    assert ended.returncode == 0
-    assert ended.stderr.count(b"stdout           lost: Broken pipe") == 1
-    assert b"Traceback" not in ended.stderr
-    assert b"3/3" in ended.stderr, "the progress bar continues"
+    assert completed.returncode == 0
+    assert completed.stderr.count(b"stdout           lost: Broken pipe") == 1
+    assert b"Traceback" not in completed.stderr
+    assert b"3/3" in completed.stderr, "the progress bar continues"
 
 
 def test_a_full_disk_under_the_console_does_not_end_a_program(tmp_path):
     with open("/dev/full", "w") as full:
         body = WRITES.replace("os.write(1", "(1")
-        ended = program(tmp_path, body, stdout=full, stderr=subprocess.PIPE)
-    assert ended.returncode == 0
-    assert b"Traceback" not in ended.stderr
+        completed = program(tmp_path, body, stdout=full, stderr=subprocess.PIPE)
+    assert completed.returncode == 0
+    assert b"Traceback" not in completed.stderr
 
 
 def test_a_working_console_shows_everything_in_order(tmp_path):
-    ended = program(tmp_path, WRITES, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out = ended.stdout.decode().splitlines()
+    completed = program(tmp_path, WRITES, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out = completed.stdout.decode().splitlines()
     assert [line for line in out if line.startswith("step")] == ["step 0", "step 1", "step 2"]
     assert [line.startswith("line") for line in out].count(True) == 3
     assert out.count("a library") == 3
-    assert ended.returncode == 0
+    assert completed.returncode == 0
 
 
 def test_closed_streams_do_not_end_a_program(tmp_path):

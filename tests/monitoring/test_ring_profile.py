@@ -216,8 +216,8 @@ def test_a_slow_rank_computes_longer_and_the_next_one_waits(size, profiles):
 def test_rank_0_reports_a_slow_rank_once_per_log_interval(size, profiles):
     first, second, third = profiles[size][0]["reports"]
     assert first == second == RingReport()
-    assert third.figures["slowest_rank"] == 1
-    assert 1.25 < third.figures["slowest_over_mean"] <= size
+    assert third.metrics["slowest_rank"] == 1
+    assert 1.25 < third.metrics["slowest_over_mean"] <= size
     assert third.lines[0].startswith("straggler        rank 1 (")
     for of_rank in profiles[size][1:]:
         assert of_rank["reports"] == [RingReport()] * 3

@@ -36,8 +36,8 @@ def test_profiling_is_refused_on_cuda():
     profiled = replace(CONFIG, logging=LoggingConfig(profile_ring=True))
 
     def problems(device: str) -> list[str]:
-        found = rules.problems(profiled, Grid(), device)
-        return [problem for problem in found if "profile_ring" in problem]
+        messages = rules.problems(profiled, Grid(), device)
+        return [message for message in messages if "profile_ring" in message]
 
     assert problems("cpu") == []
     [problem] = problems("cuda")

@@ -1,4 +1,4 @@
-"""What cannot work is refused before a process group forms, all of it at once, each with its rule and its flag."""
+"""Settings are resolved before any process group exists; all problems are reported together."""
 
 import pytest
 
@@ -9,56 +9,52 @@ from tests.training import tiny
 
 
 def problems(world_size: int, **sections) -> list[str]:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as raised:
         Setup.of(tiny.config(**sections), world_size)
-    return refused.value.problems
+    return raised.value.problems
 
 
-def test_a_length_that_the_layout_cannot_take_names_the_nearest_ones_and_the_way_out():
+def test_a_length_that_the_layout_cannot_divide_is_refused_with_the_nearest_ones():
     zigzag = {"context_parallel": "zigzag"}
-    assert problems(4, parallel=zigzag, data={"seq_length": 8190}) == [
-        "seq_length 8190 cannot be laid out zigzag on 4 ring ranks: it must be a multiple of 8 (2 x ring size). "
-        "Nearest: 8184, 8192. Set --seq-length, or use --context-parallel striped (multiple of 4)."
-    ]
+    [problem] = problems(4, parallel=zigzag, data={"seq_length": 8190})
+    assert problem.startswith("seq_length 8190 ")
+    for part in ("zigzag", "4 ring ranks", "multiple of 8", "8184, 8192", "multiple of 4"):
+        assert part in problem
+    for flag in ("--seq-length", "--context-parallel striped"):
+        assert flag in problem
 
 
-def test_context_ranks_that_do_not_divide_the_world():
-    assert problems(4, parallel={"context_parallel_size": 3}) == [
-        "context_parallel_size 3 does not divide the 4 processes that run. Legal: 1, 2, 4. "
-        "Set --context-parallel-size, or start another number of processes."
-    ]
+def test_context_ranks_that_do_not_divide_the_world_are_refused():
+    [problem] = problems(4, parallel={"context_parallel_size": 3})
+    assert problem.startswith("context_parallel_size 3 ")
+    for part in ("4 processes", "1, 2, 4", "--context-parallel-size"):
+        assert part in problem
 
 
-def test_a_stripe_without_stripes():
-    assert problems(2, parallel={"context_parallel": "ring", "stripe_size": 4}) == [
-        "stripe_size 4 has no effect while context_parallel is ring. "
-        "Set --stripe-size 1, or --context-parallel striped."
-    ]
+def test_a_stripe_size_without_the_striped_layout_is_refused():
+    [problem] = problems(2, parallel={"context_parallel": "ring", "stripe_size": 4})
+    assert problem.startswith("stripe_size 4 ")
+    for part in ("context_parallel is ring", "--stripe-size 1", "--context-parallel striped"):
+        assert part in problem
 
 
-def test_single_striped_tokens_are_dealt_out_whatever_their_number():
-    assert Setup.of(tiny.config(data={"seq_length": 47}), 4).layout.seq_length == 48
-    assert (
-        Setup.of(
-            tiny.config(data={"seq_length": 47}, parallel={"stripe_size": 1}), 3
-        ).layout.seq_length
-        == 48
-    )
-    assert Setup.of(tiny.config(data={"seq_length": 48}), 4).layout.seq_length == 48
-    assert (
-        Setup.of(
-            tiny.config(data={"seq_length": 47}, parallel={"ulysses_degree": 4}), 8
-        ).layout.seq_length
-        == 48
-    )
-    (said,) = problems(4, parallel={"stripe_size": 2}, data={"seq_length": 47})
-    assert said.startswith(
-        "seq_length 47 cannot be laid out striped on 4 ring ranks: it must be a multiple of 8"
-    )
+def test_striped_single_tokens_support_any_length_by_padding():
+    def padded_length(world_size: int, seq_length: int = 47, **parallel) -> int:
+        config = tiny.config(data={"seq_length": seq_length}, parallel=parallel)
+        return Setup.of(config, world_size).layout.seq_length
+
+    assert padded_length(4) == 48
+    assert padded_length(3, stripe_size=1) == 48
+    assert padded_length(4, seq_length=48) == 48
+    assert padded_length(8, ulysses_degree=4) == 48
+    [problem] = problems(4, parallel={"stripe_size": 2}, data={"seq_length": 47})
+    assert problem.startswith("seq_length 47 ")
+    for part in ("striped", "4 ring ranks", "multiple of 8"):
+        assert part in problem
 
 
-def test_all_problems_are_said_at_once():
-    found = problems(
+def test_all_problems_are_reported_together():
+    messages = problems(
         4,
         model={"hidden_size": 30},
         parallel={"context_parallel": "ring"},
@@ -66,16 +62,15 @@ def test_all_problems_are_said_at_once():
         training={"min_lr": 1.0, "lr_warmup_iters": 20},
         checkpoint={"save_interval": 5},
     )
-    named = [
+    values = [
         "hidden_size 30",
         "min_lr 1.0",
         "lr_warmup_iters 20",
         "save_interval 5",
         "seq_length 47",
     ]
-    assert [problem.startswith(name) for problem, name in zip(found, named, strict=True)] == [
-        True
-    ] * 5
+    for message, value in zip(messages, values, strict=True):
+        assert message.startswith(value)
 
 
 def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
@@ -88,43 +83,43 @@ def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
     assert (setup.global_batch_size, setup.micro_batches) == (6, 1)
 
 
-def test_context_ranks_default_to_all_that_is_left():
+def test_context_ranks_default_to_all_remaining_processes():
     assert Setup.of(tiny.config(), 4).grid.ring == 4
 
 
-def test_what_a_process_is_handed_of_a_sequence():
+def test_ulysses_ranks_divide_the_tokens_of_a_shard():
     setup = Setup.of(
         tiny.config(parallel={"ulysses_degree": 2, "tensor_model_parallel_size": 2}), 8
     )
     assert (setup.layout.shard_length, setup.resident_length) == (24, 12)
 
 
-def test_a_kernel_that_cannot_serve_says_what_is_missing(monkeypatch):
+def test_an_unsupported_kernel_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setitem(
         SUPPORT[Feature.FLOAT32],
         ("sdpa", "cpu"),
-        Unsupported("this test took it away", "Set another"),
+        Unsupported("removed by this test", "Set another"),
     )
     with pytest.raises(
-        KernelUnavailable, match="sdpa cannot do float32: this test took it away. Set another."
+        KernelUnavailable, match="sdpa .* float32: removed by this test. Set another."
     ):
         Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
     assert Setup.of(tiny.config(), 2).kernel.name == "reference"
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "remedy"),
     [
         ({"attention_dropout": 0.1}, "Set --attention-dropout 0"),
         ({"attn_logit_softcapping": 50.0}, "softcapping 0"),
     ],
 )
-def test_what_no_kernel_does_is_refused(model, said):
-    with pytest.raises(KernelUnavailable, match=said):
+def test_a_feature_without_a_kernel_is_refused(model, remedy):
+    with pytest.raises(KernelUnavailable, match=remedy):
         Setup.of(tiny.config(model=model), 2)
 
 
-def test_stripes_are_as_wide_as_the_kernel_likes_where_nothing_speaks_against_it():
+def test_auto_chooses_the_widest_stripes_that_suit_the_kernel_and_the_mask():
     def stripe(**sections) -> int:
         return Setup.of(tiny.config(**sections), 2).layout.stripe_size
 

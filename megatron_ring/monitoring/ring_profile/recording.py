@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.data.replace_file import replace_file
-from megatron_ring.monitoring.outputs import reason
+from megatron_ring.monitoring.outputs import describe_error
 from megatron_ring.monitoring.ring_profile.trace import ClockOffset, RankLog, StepLog, as_json
 from megatron_ring.parallel.consensus import Consensus
 
@@ -72,7 +72,7 @@ class TraceRecorder:
             replace_file(self._file, as_json(gathered).encode())
         except Exception as error:  # a failed trace must not end the run
             return [
-                f"ring trace       not written: {self._file}: {reason(error)}. "
+                f"ring trace       not written: {self._file}: {describe_error(error)}. "
                 "Set --profile-ring-trace."
             ]
         return [

@@ -28,14 +28,14 @@ class StepTime(NamedTuple):
 class RingReport:
     """What rank 0 reports about the ring in one step; empty on every other rank.
 
-    figures: keys and values for the step's line in the metrics file. lines: for the console.
+    metrics: keys and values for the step's line in the metrics file. lines: for the console.
     """
 
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def __add__(self, other: "RingReport") -> "RingReport":
-        return RingReport(self.figures | other.figures, self.lines + other.lines)
+        return RingReport(self.metrics | other.metrics, self.lines + other.lines)
 
 
 def gather_to_rank_zero(values: np.ndarray, consensus: Consensus) -> np.ndarray | None:

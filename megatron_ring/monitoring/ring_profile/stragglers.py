@@ -63,9 +63,9 @@ class StragglerDetector:
         if work is None or not work.any(axis=0).all():
             return RingReport()
         rank, over_mean = find_slowest(*work.T)
-        figures = {"slowest_rank": rank, "slowest_over_mean": over_mean}
+        metrics = {"slowest_rank": rank, "slowest_over_mean": over_mean}
         lines = [self._warning(rank, over_mean)] if over_mean > self._threshold else []
-        return RingReport(figures, lines)
+        return RingReport(metrics, lines)
 
     def _warning(self, rank: int, over_mean: float) -> str:
         return (
