@@ -369,3 +369,22 @@ def test_the_new_names_of_renamed_modules_exist():
         if not (ROOT / path).exists() and not (ROOT / "megatron_ring" / path).exists()
     ]
     assert missing == []
+
+
+def test_every_document_that_the_code_names_exists():
+    folders = "megatron_ring", "benchmarks", "tools", "tests", "configs", "docker"
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    named = {
+        (path.name, found)
+        for path in [*sources, ROOT / "pretrain_gpt.py", ROOT / "Makefile"]
+        if path.suffix in ("", ".py", ".yaml", ".sbatch")
+        for found in re.findall(r"\bdocs/(?:decisions/\d{4}|[\w/-]+\.md)", path.read_text())
+    }
+    assert len(named) > 10
+    # Records are cited by their numbers.
+    missing = [
+        (name, found)
+        for name, found in named
+        if not (ROOT / found).exists() and not any(ROOT.glob(f"{found}-*.md"))
+    ]
+    assert missing == []
