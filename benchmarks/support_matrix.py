@@ -1,4 +1,4 @@
-"""Write what each attention kernel does and does not do, from the table that the program itself asks.
+"""Write the support matrix of the attention kernels, from the table that the program itself reads.
 
 python -m benchmarks.support_matrix --output docs/support.md
 """
@@ -8,22 +8,24 @@ from pathlib import Path
 import tyro
 
 from megatron_ring.errors import reporting_errors
-from megatron_ring.kernels.attention.support import (
-    COLUMNS,
-    SUPPORT,
-    Support,
-    Unsupported,
-    Validation,
-)
+from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT
+from megatron_ring.kernels.selection import Cell, Unsupported
 
-_OPENING = """# What each attention kernel does
+_INTRODUCTION = """# What each attention kernel supports
 
-Written by `benchmarks/support_matrix.py` from `megatron_ring/kernels/attention/support.py`,
-which the program checks before it starts: a feature that the run needs and its kernel does not
-support ends it with exit code 5. *tested* has a parity test with a float64
-oracle behind it; *interpreted* has one in Triton's interpreter, is compiled in a test, and has never run on such a
-device; *unproven* is written, held in tests to what its library asks and answers, and has never run there either. A
-run that relies on one of these two says so. A package, version or compute capability that a kernel lacks is named too.
+Written by `benchmarks/support_matrix.py` from `megatron_ring/kernels/attention/support.py`. The
+program reads this table before a run starts: if the run needs a feature that its kernel does not
+support, it ends with exit code 5 and the message below the table.
+
+| cell | meaning |
+| --- | --- |
+| tested | a parity test with a float64 oracle on this type of device |
+| interpreted | a parity test in Triton's interpreter, compiled in a test, never run on such a device |
+| unproven | written, its calls tested against the library's signatures, never run on such a device |
+| refused | see the note with this number |
+
+A run that relies on an interpreted or unproven cell prints a warning. If a package, version or
+compute capability that a kernel requires is missing, the message names it.
 """
 
 
@@ -39,26 +41,21 @@ def main(output: Path = Path("docs/support.md")) -> None:
 
 
 def matrix() -> str:
-    """The table, and under it every refusal with its reason and what to do instead."""
+    """The page: introduction, table, and a note for each refusal with its reason and the alternative."""
     refusals: list[Unsupported] = []
     header = ["feature", *(f"{kernel} on {device}" for kernel, device in COLUMNS)]
-    rows = [
-        [feature.value, *(_word(cell, refusals) for cell in cells.values())]
-        for feature, cells in SUPPORT.items()
-    ]
-    table = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    rows = [header, ["---"] * len(header)]
+    for feature, cells in SUPPORT.items():
+        rows.append([feature.value, *(_word(cell, refusals) for cell in cells.values())])
+    table = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [f"{n}. {refused.reason}. {refused.instead}." for n, refused in enumerate(refusals, 1)]
-    return "\n".join([_OPENING, *table, "", *notes, ""])
+    return "\n".join([_INTRODUCTION, *table, "", *notes, ""])
 
 
-def _word(cell: Support, refusals: list[Unsupported]) -> str:
-    """One word for a cell; a refusal gets the number of its note."""
-    if isinstance(cell, Validation):
-        return {
-            Validation.TESTED: "tested",
-            Validation.INTERPRETED: "interpreted",
-            Validation.UNPROVEN: "unproven",
-        }[cell]
+def _word(cell: Cell, refusals: list[Unsupported]) -> str:
+    """The word for a cell; a refusal is added to ``refusals`` and gets the number of its note."""
+    if not isinstance(cell, Unsupported):
+        return cell.value
     if cell not in refusals:
         refusals.append(cell)
     return f"refused ({refusals.index(cell) + 1})"

@@ -1,7 +1,8 @@
-"""Real ranks for a test: processes joined by gloo over loopback, one thread each.
+"""Real ranks for a test: processes joined by gloo over loopback, with one thread each.
 
-They meet in a file of their own, so that no two tests can collide on a port, and are forked from a server that has
-imported once what all of them would: a tenth of a second of a processor instead of two.
+Their rendezvous is a file of their own, so that tests cannot collide on a port. They are forked
+from a server that has imported the common modules once: a start takes a tenth of a second of CPU
+time instead of two.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-# What a rank of a run imports, from its first line to its first step. The last brings torch's compiler, which is more
-# than all else: DeepSpeed asks for it when it is given an optimizer. What is not installed is passed over.
-IMPORTED = [
+# What a rank of a run imports before its first step. The last one brings torch's compiler, which
+# DeepSpeed needs once it gets an optimizer and which takes longer than all others. The server
+# ignores modules that are not installed.
+PRELOADED = [
     "torch",
     "torch._dynamo",
     "megatron_ring.training.assembly",
@@ -33,7 +35,10 @@ class RankFailed(Exception):
 
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """``body(rank, world_size, *args)`` in each of ``world_size`` processes; what they returned, in rank order."""
+    """Run ``body(rank, world_size, *args)`` in ``world_size`` processes; return results by rank.
+
+    Raises RankFailed with the traceback of the first rank that raises.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             fork_processes(_rank, (world_size, Path(folder), body, args), world_size)
@@ -46,8 +51,8 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any
 
 
 def fork_processes(fn: Callable[..., None], args: tuple, nprocs: int) -> None:
-    """``torch.multiprocessing.spawn``, but that the processes are forked."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    """Do what ``torch.multiprocessing.spawn`` does, with forked processes."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     start_processes(fn, args, nprocs, start_method="forkserver")
 
 
@@ -55,13 +60,13 @@ def _rank(rank: int, world_size: int, folder: Path, body: Callable[..., Any], ar
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        meeting = f"file://{folder}/rendezvous"
-        dist.init_process_group("gloo", meeting, timedelta(minutes=5), world_size, rank)
+        rendezvous = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", rendezvous, timedelta(minutes=5), world_size, rank)
         torch.save(body(rank, world_size, *args), folder / f"{rank}.pt")
     except BaseException:
         with contextlib.suppress(FileExistsError), open(folder / "failure", "x") as failure:
             failure.write(f"rank {rank} of {world_size} failed: {traceback.format_exc()}")
         raise
-    # Without both, a rank that is done may abort another's last transfer.
+    # Without both, a rank that has finished may abort the last transfer of another.
     dist.barrier()
     dist.destroy_process_group()

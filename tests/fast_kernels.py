@@ -1,7 +1,7 @@
-"""The kernels that tests may run by the hundred: those that a CPU computes.
+"""The kernels that run on a CPU, fast enough for hundreds of test cases.
 
-Triton's are interpreted here, which is slow and one at a time; test_triton.py has a choice of cases. Of vendors'
-kernels test_flash.py and test_cudnn.py have stand-ins.
+Triton's kernel is interpreted on a CPU, which is slow and single-threaded; test_triton.py tests a
+selection of cases. Vendors' kernels have stand-ins in test_flash.py and test_torch_operators.py.
 """
 
 from megatron_ring.kernels.attention import KERNELS

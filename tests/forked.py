@@ -1,7 +1,8 @@
-"""A program in a process forked from one that has imported what it will: a moment of a processor instead of seconds.
+"""A program run in a process forked from one that has its imports: it starts in a moment.
 
-It finds what ``python program`` would: its arguments, its folder, its environment, its output and its exit code. That a
-program finds its imports by itself is for tests that start it with an interpreter or a launcher.
+It gets the arguments, folder and environment that ``python program`` would give it, and its output
+and exit code are captured. Tests of a program's own imports start it with an interpreter or a
+launcher instead.
 """
 
 import atexit
@@ -14,46 +15,56 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.distributed import IMPORTED
+from tests.distributed import PRELOADED
 
 
 class Forked:
-    """What is named as in subprocess.Popen does the same. It ends with the tests at the latest."""
+    """A running program, with the interface of subprocess.Popen; it ends with the tests."""
 
     def __init__(
         self, command: Sequence[str], folder: Path, environment: Mapping[str, str], stderr: int
     ):
-        """``command`` begins with a program in Python; ``stderr``: STDOUT or PIPE."""
-        self._said = tempfile.TemporaryDirectory()
-        self._out = Path(self._said.name, "out")
-        self._err = self._out if stderr == subprocess.STDOUT else Path(self._said.name, "err")
+        """Start ``command``, which begins with a Python program; ``stderr`` is STDOUT or PIPE."""
+        self._outputs = tempfile.TemporaryDirectory()
+        self._out = Path(self._outputs.name, "out")
+        self._err = self._out if stderr == subprocess.STDOUT else Path(self._outputs.name, "err")
         self._out.touch()
         self._err.touch()
-        multiprocessing.set_forkserver_preload(IMPORTED)
-        place = folder, dict(environment), (self._out, self._err)
-        context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_run, args=(list(command), *place), daemon=True)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_run,
+            args=(list(command), folder, dict(environment), (self._out, self._err)),
+            daemon=True,
+        )
         self._process.start()
 
     @property
     def pid(self) -> int:
+        """The pid of the program."""
         return self._process.pid
 
     @property
     def returncode(self) -> int | None:
+        """The exit code, or None while the program runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
+        """Return the exit code, or None while the program runs."""
         return self.returncode
 
     def send_signal(self, number: int) -> None:
+        """Send a signal to the program."""
         os.kill(self.pid, number)
 
     def kill(self) -> None:
+        """Kill the program."""
         self._process.kill()
 
     def communicate(self, timeout: float) -> tuple[str, str | None]:
-        """What it said, once it has ended. Unlike Popen's, one that has not ended in time is killed."""
+        """Return stdout and stderr once the program has ended.
+
+        Unlike Popen's, this kills a program that has not ended within ``timeout`` seconds.
+        """
         self._process.join(timeout)
         if self.returncode is None:
             self.kill()
@@ -74,4 +85,6 @@ def _run(
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # an interpreter does that, and multiprocessing does not; wandb writes its file there
+        # multiprocessing does not run exit functions, unlike an interpreter; wandb writes its file
+        # in one.
+        atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""What a call does within limits of memory and processor time, for input that would take all there is."""
+"""Calls with limits of memory and CPU time, for tests of inputs that could exhaust either."""
 
 import multiprocessing
 import resource
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 1 << 30
-"""Bytes of address space beyond those that the process has."""
+"""Bytes of address space in addition to what the process has."""
 SECONDS = 20
-"""Of a processor. What is refused takes far less; what is not would take minutes, or for ever."""
+"""CPU time. Refusing an input takes far less; processing it would take minutes or never end."""
 
 
 class Exceeded(Exception):
-    """The call was ended by a limit, or waited for something that never came."""
+    """A limit ended the call, or it blocked until the timeout."""
 
 
 def limited(call: Callable[[], Any], waits: float = 120) -> Any:
     """Return what ``call`` returns, or raise what it raises, from a forked process with limits.
 
-    Raises Exceeded for a MemoryError, for more than SECONDS of processor time, and after ``waits``
-    seconds of any kind, which stand for waiting without end.
+    Raises Exceeded for a MemoryError, for more than SECONDS of CPU time, and after ``waits``
+    seconds of wall-clock time, which stand for a call that blocks forever.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

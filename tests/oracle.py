@@ -1,7 +1,8 @@
-"""The oracle: attention over the whole sequence in plain torch and float64, its gradients by autograd.
+"""The oracle: attention over the whole sequence in plain torch and float64, with autograd.
 
-Written from softmax(q k^T / sqrt(D)) v alone and sharing no line with the package, so that both cannot be wrong alike.
-The masks are written from what they mean: which document a token is of, and how far back another token is.
+It is written from softmax(q k^T / sqrt(D)) v alone and shares no code with the package, so that
+both cannot have the same bug. Its masks are written from their definition: a token's document, and
+the distance between two tokens.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import torch
 
 
 class Attention(NamedTuple):
-    """What attention gives, and its gradients: out and dq (B, S, H, D), dk and dv (B, S, G, D), lse (B, H, S)."""
+    """Results and gradients: out and dq (B, S, H, D), dk and dv (B, S, G, D), lse (B, H, S)."""
 
     out: torch.Tensor
     dq: torch.Tensor
@@ -29,7 +30,7 @@ def random_inputs(
     dtype: torch.dtype = torch.float64,
     head_size: int = 16,
 ) -> list[torch.Tensor]:
-    """Standard normal q, k, v and gradient of the output; the same for the same arguments, rounded to ``dtype``."""
+    """Return standard normal q, k, v and dout, rounded to ``dtype``; the same for equal sizes."""
     generator = torch.Generator().manual_seed(1000 * tokens + heads + groups)
     shapes = [(batch, tokens, each, head_size) for each in (heads, groups, groups, heads)]
     return [
@@ -38,7 +39,7 @@ def random_inputs(
 
 
 def random_dlse(q_BSHD: torch.Tensor) -> torch.Tensor:
-    """Standard normal gradient of the log-sum-exp, (B, H, S), for such queries, in float32 (float64 for float64)."""
+    """Return a standard normal gradient of lse, (B, H, S), in float32 (float64 for float64)."""
     batch, tokens, heads, _ = q_BSHD.shape
     generator = torch.Generator().manual_seed(tokens)
     dlse_BHS = torch.randn(batch, heads, tokens, generator=generator, dtype=torch.float64)
@@ -46,26 +47,29 @@ def random_dlse(q_BSHD: torch.Tensor) -> torch.Tensor:
 
 
 def documents(samples: int, tokens: int, lengths: Sequence[int]) -> torch.Tensor:
-    """document_BS, the document of each token: these lengths over and over, through samples laid end to end."""
-    repeated = (
-        itertools.repeat(number, length) for number, length in enumerate(itertools.cycle(lengths))
+    """Return document_BS, each token's document: repeated lengths through concatenated samples."""
+    numbered = enumerate(itertools.cycle(lengths))
+    numbers = itertools.chain.from_iterable(
+        itertools.repeat(number, length) for number, length in numbered
     )
-    numbers = itertools.islice(itertools.chain.from_iterable(repeated), samples * tokens)
-    return torch.tensor(list(numbers)).view(samples, tokens)
+    return torch.tensor(list(itertools.islice(numbers, samples * tokens))).view(samples, tokens)
 
 
 def document_starts(document_BS: torch.Tensor) -> torch.Tensor:
-    """Where documents begin in the samples laid end to end; each sample begins one, if only the rest of one."""
+    """Return where documents begin in the concatenated samples; each sample begins a document."""
     begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
     begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
     return begins_BS.flatten().nonzero().flatten()
 
 
 def visible(document_BS: torch.Tensor, window: int = 0) -> torch.Tensor:
-    """visible_BSS[sample, query, key]: of one document, not ahead, less than ``window`` tokens back unless it is 0."""
+    """Return visible_BSS[sample, query, key]: same document, causal, and within the window.
+
+    A window of n tokens shows the token itself and the n - 1 before it; 0 is no window.
+    """
     p = torch.arange(document_BS.shape[1])
-    back_SS = p[:, None] - p
-    near_SS = (back_SS >= 0) & (back_SS < (window or len(p)))
+    distance_SS = p[:, None] - p
+    near_SS = (distance_SS >= 0) & (distance_SS < (window or len(p)))
     return (document_BS[:, :, None] == document_BS[:, None, :]) & near_SS
 
 
@@ -77,10 +81,15 @@ def attention(
     visible_BSS: torch.Tensor | None = None,
     dlse_BHS: torch.Tensor | None = None,
 ) -> Attention:
-    """Query head i reads key-value head i // (H / G). ``visible_BSS[..., query, key]``, or one (S, S) for all samples,
-    is causal unless given; ``dlse_BHS``, the gradient of the log-sum-exp, is 0 unless given."""
+    """Compute attention and its gradients; query head i reads key-value head i // (H / G).
+
+    Args:
+        visible_BSS: mask [..., query, key], or one (S, S) for all samples; causal by default.
+        dlse_BHS: gradient of the log-sum-exp; 0 by default.
+    """
     q, k, v = (x.detach().double().requires_grad_() for x in (q_BSHD, k_BSGD, v_BSGD))
-    queries, keys, groups = q.shape[1], k.shape[1], k.shape[2]
+    queries = q.shape[1]
+    keys, groups = k.shape[1:3]
     if visible_BSS is None:
         visible_BSS = torch.ones(queries, keys, dtype=torch.bool).tril()
     scores = torch.einsum("bqgnd,bkgd->bgnqk", q.unflatten(2, (groups, -1)), k) / q.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""What tests of the whole program share: a folder to work in, ports, and ranks started without a launcher."""
+"""Shared by tests of the whole program: a working folder, ports, and ranks without a launcher."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ PROGRAM = ROOT / "pretrain_gpt.py"
 
 
 def working_folder(folder: Path, config: str) -> Path:
-    """``folder`` with ``config`` as small.yaml and a prepared store, text/tokens."""
+    """Prepare ``folder``, with ``config`` as small.yaml and a token store at text/tokens."""
     (folder / "small.yaml").write_text(config)
     (folder / "pages").mkdir()
     for page in range(20):
@@ -34,7 +34,7 @@ def working_folder(folder: Path, config: str) -> Path:
 
 
 def free_port() -> str:
-    """As flags and environments say it."""
+    """Return a free port as a string, for flags and environment variables."""
     return str(environment.free_port())
 
 
@@ -48,9 +48,9 @@ def start_rank(
     config: str = "small.yaml",
     **variables: str,
 ) -> Forked:
-    """``program`` as one of two ranks that meet at ``port``, without a launcher.
+    """Start ``program`` as one of two ranks with their rendezvous at ``port``, without a launcher.
 
-    ``variables`` are more of its environment, or another ``WORLD_SIZE``.
+    ``variables`` are added to its environment, and may override ``WORLD_SIZE``.
     """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {

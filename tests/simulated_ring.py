@@ -1,7 +1,7 @@
-"""A ring within one process: a thread per rank, and queues for links. Each rank receives a copy of its own.
+"""A ring within one process: a thread per rank, and queues as links. Each rank receives a copy.
 
-It runs the package's own ``ring.forward`` and ``ring.backward`` on a whole sequence: shards it by the layout, and puts
-the results back in the sequence's order.
+It runs the package's ``ring.forward`` and ``ring.backward`` on a whole sequence: it shards the
+sequence by the layout and restores the order of the results.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,16 +20,19 @@ from tests.oracle import Attention
 
 
 class LinkBroken(Exception):
-    """The previous rank failed and will send no more."""
+    """The previous rank failed and will send nothing more."""
 
 
 @dataclass(frozen=True)
 class QueueTransfer:
+    """One exchange in flight; checks that the sent tensor is not written to meanwhile."""
+
     sent: torch.Tensor
     version: int
     arriving: Queue
 
     def wait(self) -> torch.Tensor:
+        """Return the received tensor, or raise LinkBroken if the sender failed."""
         received = self.arriving.get()
         if received is None:
             raise LinkBroken
@@ -38,37 +41,44 @@ class QueueTransfer:
 
 
 class QueueExchange:
-    """The n-th transfer that a rank starts meets the n-th of the others, in whatever order they are awaited.
+    """Pairs the n-th transfer of a rank with the n-th of the others, awaited in any order.
 
-    slots[ring_rank][n]: what the n-th transfer brings to that rank. sent: the bytes of each transfer started here.
+    Attributes:
+        slots: slots[ring_rank][n] carries the n-th transfer to that rank.
+        sent: the bytes of each transfer started here.
     """
 
     def __init__(self, ring_rank: int, slots: list[list[Queue]]):
-        self.ring_rank, self.slots = ring_rank, slots
+        self.ring_rank = ring_rank
+        self.slots = slots
         self.sent: list[int] = []
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> QueueTransfer:
+        """Send ``tensor`` on by ``distance`` ranks; does not block."""
         assert tensor.is_contiguous(), "only contiguous tensors can be sent"
-        number, receiver = len(self.sent), (self.ring_rank + distance) % len(self.slots)
+        number = len(self.sent)
+        receiver = (self.ring_rank + distance) % len(self.slots)
         self.slots[receiver][number].put(tensor.clone())
         self.sent.append(tensor.numel() * tensor.itemsize)
         return QueueTransfer(tensor, tensor._version, self.slots[self.ring_rank][number])
 
-    def hang_up(self) -> None:
-        """Let nobody wait for what will not be sent."""
+    def close(self) -> None:
+        """Release all ranks that wait for transfers that this rank will not start."""
         for slots in self.slots:
             for slot in slots[len(self.sent) :]:
                 slot.put(None)
 
 
 class Exchanges(NamedTuple):
-    """The bytes of the transfers that each rank started, one after another."""
+    """The bytes of the transfers that each rank started, in order."""
 
     forward: list[list[int]]
     backward: list[list[int]]
 
 
 class RingRun(NamedTuple):
+    """Results of a simulated ring, and what it sent."""
+
     results: Attention
     exchanges: Exchanges
 
@@ -84,21 +94,20 @@ def run(
     dlse_BHS=None,
     **settings,
 ) -> RingRun:
-    """Attention of a batch of whole sequences, and its gradients, by a ring of ``layout.ring_size`` threads.
+    """Compute attention of whole sequences, and its gradients, in a ring of threads.
 
-    Where the mask has several samples, the batch's are laid end to end, as the model's are. ``settings``: of the Ring.
+    If the mask has several samples, those of the batch are concatenated, as in the model.
+    ``settings`` are more fields of the Ring.
     """
     positions = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     scale = q_BSHD.shape[-1] ** -0.5
 
     def shards(x: torch.Tensor) -> list[torch.Tensor]:
-        return [_laid_end_to_end(x[:, at], mask) for at in positions]
+        return [_concatenate_samples(x[:, local], mask) for local in positions]
 
-    q, dout, kv = (
-        shards(q_BSHD),
-        shards(dout_BSHD),
-        [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))],
-    )
+    q = shards(q_BSHD)
+    dout = shards(dout_BSHD)
+    kv = [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))]
     dlse = [None] * layout.ring_size if dlse_BHS is None else [x.mT for x in shards(dlse_BHS.mT)]
 
     def forward(ring: ring_loop.Ring):
@@ -111,11 +120,13 @@ def run(
         return ring_loop.backward(dout[rank], dlse[rank], q[rank], kv[rank], *forwards[rank], ring)
 
     backwards, backward_exchanges = _on_every_rank(layout, kernel, scale, mask, backward, settings)
-    (outs, lses), (dqs, dkvs) = zip(*forwards), zip(*backwards)
-    order, dks, dvs = torch.cat(positions).argsort(), *zip(*dkvs)
+    outs, lses = zip(*forwards)
+    dqs, dkvs = zip(*backwards)
+    dks, dvs = zip(*dkvs)
+    order = torch.cat(positions).argsort()
 
     def whole(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([_taken_apart(x, mask) for x in parts], dim=1)[:, order]
+        return torch.cat([_separate_samples(x, mask) for x in parts], dim=1)[:, order]
 
     results = Attention(
         whole(outs), whole(dqs), whole(dks), whole(dvs), whole(lse.mT for lse in lses).mT
@@ -123,11 +134,11 @@ def run(
     return RingRun(results, Exchanges(forward_exchanges, backward_exchanges))
 
 
-def _laid_end_to_end(x: torch.Tensor, mask: Mask) -> torch.Tensor:
+def _concatenate_samples(x: torch.Tensor, mask: Mask) -> torch.Tensor:
     return x.unflatten(0, (-1, mask.samples)).flatten(1, 2)
 
 
-def _taken_apart(x: torch.Tensor, mask: Mask) -> torch.Tensor:
+def _separate_samples(x: torch.Tensor, mask: Mask) -> torch.Tensor:
     return x.unflatten(1, (mask.samples, -1)).flatten(0, 1)
 
 
@@ -138,28 +149,28 @@ def _on_every_rank(
     mask: Mask,
     body: Callable[[ring_loop.Ring], tuple],
     settings: dict,
-):
-    """``body`` in a thread per rank: what each returned and what it sent. The first failure is raised here."""
+) -> tuple[list[tuple], list[list[int]]]:
+    """Run ``body`` in a thread per rank; return the results and the bytes sent, by rank.
+
+    Raises the first failure that is not a consequence of another rank's.
+    """
     size = layout.ring_size
     slots = [[Queue() for _ in range(2 * size)] for _ in range(size)]
     exchanges = [QueueExchange(rank, slots) if size > 1 else None for rank in range(size)]
 
-    def rank_body(rank: int):
+    def run_rank(rank: int):
         try:
-            return body(
-                ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask, **settings)
-            )
+            ring = ring_loop.Ring(layout, rank, kernel, scale, exchanges[rank], mask, **settings)
+            return body(ring)
         finally:
             if exchanges[rank]:
-                exchanges[rank].hang_up()
+                exchanges[rank].close()
 
     with ThreadPoolExecutor(size) as threads:
-        futures = [threads.submit(rank_body, rank) for rank in range(size)]
+        futures = [threads.submit(run_rank, rank) for rank in range(size)]
     failures = [future.exception() for future in futures if future.exception()]
     if failures:
-        raise next(
-            (failure for failure in failures if not isinstance(failure, LinkBroken)), failures[0]
-        )
-    return [future.result() for future in futures], [
-        exchange.sent if exchange else [] for exchange in exchanges
-    ]
+        own_failures = (failure for failure in failures if not isinstance(failure, LinkBroken))
+        raise next(own_failures, failures[0])
+    sent = [exchange.sent if exchange else [] for exchange in exchanges]
+    return [future.result() for future in futures], sent

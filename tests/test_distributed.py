@@ -1,3 +1,5 @@
+"""Failures in the ranks of a test are reported."""
+
 import pytest
 
 from tests.distributed import RankFailed, run_ranks
@@ -8,7 +10,7 @@ def fail_on_rank_one(rank: int, world_size: int, reason: str) -> None:
         raise ValueError(reason)
 
 
-def test_a_failure_names_its_rank_and_keeps_its_traceback():
+def test_a_failure_is_reported_with_its_rank_and_traceback():
     with pytest.raises(
         RankFailed,
         match=r"rank 1 of 2 failed(.|\n)*fail_on_rank_one(.|\n)*ValueError: no such thing",

@@ -1,4 +1,4 @@
-"""A forked program finds what an interpreter would give it, and ends as it would."""
+"""A forked program runs as under an interpreter, and ends as it would there."""
 
 import signal
 import subprocess
@@ -15,6 +15,7 @@ print(__name__, sys.argv[1:], os.getcwd(), os.environ.get("WORD"), os.environ.ge
 print("a fault", file=sys.stderr)
 sys.exit(7)
 """
+WAITS = "import signal; signal.pause()"
 
 
 def start(folder: Path, program: str, *flags: str, stderr: int = subprocess.PIPE) -> Forked:
@@ -22,7 +23,7 @@ def start(folder: Path, program: str, *flags: str, stderr: int = subprocess.PIPE
     return Forked([str(folder / "program.py"), *flags], folder, {"WORD": "given"}, stderr)
 
 
-def test_its_arguments_folder_environment_output_and_exit_code_are_its_own(tmp_path):
+def test_arguments_folder_environment_outputs_and_exit_code_are_the_programs_own(tmp_path):
     program = start(tmp_path, PROGRAM, "--a", "b")
     assert program.communicate(timeout=60) == (
         f"__main__ ['--a', 'b'] {tmp_path} given None\nthe end\n",
@@ -32,27 +33,28 @@ def test_its_arguments_folder_environment_output_and_exit_code_are_its_own(tmp_p
 
 
 def test_both_outputs_may_be_one(tmp_path):
-    said, nothing = start(tmp_path, PROGRAM, stderr=subprocess.STDOUT).communicate(timeout=60)
-    assert sorted(said.splitlines())[1:] == ["a fault", "the end"]
-    assert nothing is None
+    program = start(tmp_path, PROGRAM, stderr=subprocess.STDOUT)
+    stdout, stderr = program.communicate(timeout=60)
+    assert sorted(stdout.splitlines())[1:] == ["a fault", "the end"]
+    assert stderr is None
 
 
-def test_one_that_fails_says_where(tmp_path):
-    failed = start(tmp_path, "raise ValueError('this')")
-    assert "program.py" in failed.communicate(timeout=60)[1]
-    assert failed.returncode == 1
+def test_a_program_that_raises_prints_its_traceback(tmp_path):
+    program = start(tmp_path, "raise ValueError('this')")
+    assert "program.py" in program.communicate(timeout=60)[1]
+    assert program.returncode == 1
 
 
-def test_signals_reach_it(tmp_path):
-    struck = start(tmp_path, "import signal; signal.pause()")
-    struck.send_signal(signal.SIGKILL)
-    assert struck.communicate(timeout=60) == ("", "")
-    assert struck.returncode == -signal.SIGKILL
+def test_a_program_gets_signals(tmp_path):
+    program = start(tmp_path, WAITS)
+    program.send_signal(signal.SIGKILL)
+    assert program.communicate(timeout=60) == ("", "")
+    assert program.returncode == -signal.SIGKILL
 
 
-def test_one_that_does_not_end_is_killed(tmp_path):
-    endless = start(tmp_path, "import signal; signal.pause()")
+def test_a_program_that_does_not_end_in_time_is_killed(tmp_path):
+    program = start(tmp_path, WAITS)
     with pytest.raises(subprocess.TimeoutExpired):
-        endless.communicate(timeout=0.5)
-    assert endless.communicate(timeout=60) == ("", "")
-    assert endless.returncode == -signal.SIGKILL
+        program.communicate(timeout=0.5)
+    assert program.communicate(timeout=60) == ("", "")
+    assert program.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""--fused-operations in the whole program on a CPU: what it says, what it trains, and how it refuses."""
+"""--fused-operations in the whole program on a CPU: its console lines, its losses, and its refusals."""
 
 import json
 import subprocess
@@ -24,18 +24,14 @@ def folder(tmp_path_factory) -> Path:
     return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
-def program(asked: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        PROGRAM,
-        "--config",
-        "small.yaml",
-        "--fused-operations",
-        asked,
-        *flags,
-    ]
+def run_program(library: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
+    options = ["--config", "small.yaml", "--fused-operations", library, *flags]
     return subprocess.run(
-        map(str, command), cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, str(PROGRAM), *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -43,39 +39,30 @@ def losses(file: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
 
 
-def test_auto_trains_as_torch_does_and_both_say_once_who_computes(folder):
-    reasons = {
-        "auto": "liger, flash-attn, apex: for cuda alone, and this device is a cpu",
-        "torch": "asked for",
-    }
-    for asked, reason in reasons.items():
-        found = program(asked, "--metrics-file", f"{asked}.jsonl", folder=folder)
-        assert found.returncode == 0, found.stderr
-        assert found.stdout.count("\noperations ") == 1
-        assert (
-            f"\noperations       torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW: {reason}\n"
-            in found.stdout
-        )
+def test_auto_equals_torch_on_a_cpu_and_both_print_the_choice_once(folder):
+    for library, reason in {"auto": "CUDA only", "torch": "requested"}.items():
+        run = run_program(library, "--metrics-file", f"{library}.jsonl", folder=folder)
+        assert run.returncode == 0, run.stderr
+        (line,) = (line for line in run.stdout.splitlines() if line.startswith("operations "))
+        assert "torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW: " in line
+        assert reason in line
     assert len(losses(folder / "torch.jsonl")) == 3
     assert losses(folder / "auto.jsonl") == losses(folder / "torch.jsonl")
 
 
-def test_a_dry_run_says_it_too():
-    said = plan(Setup.of(tiny.config(model={"activation": "gelu"}), 2))
-    assert "\noperations       torch for RMSNorm, RoPE, cross entropy, AdamW: liger" in said
+def test_a_dry_run_prints_the_choice():
+    text = plan(Setup.of(tiny.config(model={"activation": "gelu"}), 2))
+    assert "\noperations       torch for RMSNorm, RoPE, cross entropy, AdamW: liger" in text
 
 
-def test_a_vocabulary_that_is_split_is_called_so():
-    said = plan(Setup.of(tiny.config(parallel={"tensor_model_parallel_size": 2}), 2))
-    assert "cross entropy of a split vocabulary, AdamW: liger" in said
+def test_a_split_vocabulary_is_named_in_the_choice():
+    text = plan(Setup.of(tiny.config(parallel={"tensor_model_parallel_size": 2}), 2))
+    assert "cross entropy of a split vocabulary, AdamW: liger" in text
 
 
-def test_a_library_that_cannot_be_had_ends_the_run_with_its_message_and_code(folder):
-    found = program("apex", folder=folder)
-    assert found.returncode == 5
-    assert (
-        "fused_operations apex is not to be had: for cuda alone, and this device is a cpu."
-        in found.stderr
-    )
-    assert "Set --fused-operations auto or torch." in found.stderr
-    assert "Traceback" not in found.stderr
+def test_an_unavailable_library_ends_the_run_with_exit_code_5(folder):
+    run = run_program("apex", folder=folder)
+    assert run.returncode == 5
+    assert "fused_operations apex is unavailable: CUDA only" in run.stderr
+    assert "Set --fused-operations auto or torch." in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,6 +1,6 @@
-"""Comparison of attention with the float64 oracle, by the package's own table of tolerances.
+"""Comparison of attention with the float64 oracle, by the package's table of tolerances.
 
-A test that needs more than the table allows has found a bug.
+A test that needs a larger tolerance than the table's has found a bug.
 """
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ["TOLERANCE", "beyond_tolerance", "error"]
 
 
 def beyond_tolerance(actual, expected, dtype: torch.dtype) -> dict[str, float]:
-    """The errors, by name, that are not within ``dtype``'s tolerance (nan never is); both are named tuples."""
+    """Return the errors above ``dtype``'s tolerance, nan included, by field of the named tuples."""
     errors = {
         name: error(getattr(actual, name), getattr(expected, name)) for name in actual._fields
     }

@@ -1,1 +1,4 @@
-"""The heart: where tokens live (layout), who sees whom (mask), how keys travel (ring), what the model calls."""
+"""Context parallelism: token ownership (layout), visibility (mask) and the ring loop (ring).
+
+``attention.py`` has the module that the model calls.
+"""

@@ -1,15 +1,20 @@
-"""What the model calls: attention over a sequence that is split over a ring of Ulysses groups.
+"""Attention over a sequence that is split over a ring of Ulysses groups, as the model calls it.
 
-Around the ring, the members of a Ulysses group trade heads for tokens and back; within it, a rank holds a ring shard.
+Each rank holds one shard of the ring, or its part of one where several Ulysses ranks share a ring
+rank. These exchange heads for tokens before the ring and tokens for heads after it.
 
-The ring is a ``torch.library`` custom op, forward and backward, so that autograd, selective activation checkpointing
-and the compiler see one node with the output and the log-sum-exp as its results: recomputing a layer can keep them
-and never runs the ring a second time. An op takes tensors, numbers and text, so the ring's communicators are passed
-by the names torch.distributed gives them, the kernel by its own, and the progress of the process (``ProgressTracker``)
-as a tensor. The operators write to that tensor without declaring it in their schemas: no operator reads it.
+The ring is a ``torch.library`` custom op, forward and backward, so that autograd, selective
+activation checkpointing and the compiler see one node whose results are the output and the
+log-sum-exp: recomputing a layer can keep both and never runs the ring a second time. A custom op
+takes only tensors, numbers and strings, so ``RingSpec`` passes the ring's communicators by the
+names that torch.distributed gave them and the kernel by its own (docs/decisions/0002), and the
+progress of this process (``ProgressTracker``) is passed as a tensor. The operators write to that
+tensor although their schemas do not declare it (docs/decisions/0022).
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +22,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatron_ring.context_parallel import invariant, ulysses
 from megatron_ring.context_parallel import ring as ring_loop
-from megatron_ring.context_parallel.counted import counted
+from megatron_ring.context_parallel.hop_cost import with_work_count
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import mask_of_documents, mask_of_window
 from megatron_ring.kernels.attention import KERNELS, stack_to_kernel_layout, to_kernel_layout
@@ -25,16 +30,20 @@ from megatron_ring.kernels.attention.state import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.progress import Direction, ProgressTracker
 
-# In which order a ring adds up: as the hops bring it, or the same for rings of 1, 2, 4 and 8.
+# Accumulation order. arrival: in hop order. invariant: the same for rings of 1, 2, 4 and 8 ranks.
 REDUCTIONS = {"arrival": ring_loop, "invariant": invariant}
 
 
 class ContextParallelAttention:
-    """Attention of local queries over the whole sequence, given the layout, a kernel by name and the groups.
+    """Computes the attention of this process's queries over the whole sequence.
 
-    ``place`` is where it notes what it does; it must know the layer when it is called. ``reduction``: of REDUCTIONS.
-    Talks on the ring's two communicators and in the Ulysses group, and blocks; all of their ranks must call it equally
-    often and alike.
+    Every call communicates on the two communicators of the ring and in the Ulysses group, and
+    blocks. All of their ranks must call it equally often, with the same shapes and the same mask.
+
+    Args:
+        kernel: a key of ``KERNELS``.
+        progress: where the ring records its progress; ``progress.layer`` must be set before a call.
+        reduction: a key of ``REDUCTIONS``.
     """
 
     def __init__(
@@ -42,16 +51,16 @@ class ContextParallelAttention:
         layout: Layout,
         kernel: str,
         groups: ProcessGroups,
-        place: ProgressTracker | None = None,
+        progress: ProgressTracker | None = None,
         reduction: str = "arrival",
     ):
         ring_size = dist.get_world_size(groups.ring_links[0]) if groups.ring_links else 1
-        assert layout.ring_size == ring_size, "a layout for another ring than the groups'"
+        assert layout.ring_size == ring_size, "the layout is for another ring size than the groups"
         self.layout = layout
         self.kernel = kernel
-        self.links = " ".join(group.group_name for group in groups.ring_links or ())
-        self.members = ulysses.UlyssesGroup.of(groups.ulysses)
-        self.place = place or ProgressTracker()
+        self.links = tuple(group.group_name for group in groups.ring_links or ())
+        self.ulysses_group = ulysses.UlyssesGroup.of(groups.ulysses)
+        self.progress = progress or ProgressTracker()
         self.reduction = reduction
 
     def __call__(
@@ -62,19 +71,21 @@ class ContextParallelAttention:
         window: int = 0,
         document_starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out_BlHD, like q, and lse_BHl of the scores; both have gradients.
+        """Return out_BlHD in q's type and lse_BHl of the scores; both have gradients.
 
-        q is (batch, l, query heads, head size), k and v have key-value heads: this process's tokens, as
-        ``Layout.positions`` has them, RoPE applied. ``window``: keys a token sees, itself included; 0 is all behind it.
-        ``document_starts``: (documents,) int64 on the CPU, increasing, where documents begin when the batch's samples
-        are laid end to end.
+        Args:
+            q_BlHD: queries of this process's tokens, in the order of ``Layout.positions``, with
+                RoPE applied; k and v alike, with G key-value heads.
+            window: number of keys a token sees, itself included; 0 for all keys up to itself.
+            document_starts: (documents,) int64 on the CPU, increasing: where documents begin when
+                the samples of the batch are concatenated.
         """
         kv_2BlGD = stack_to_kernel_layout(self.kernel, [k_BlGD, v_BlGD])
-        q_BLhD, kv_2BLgD = ulysses.gather_tokens(q_BlHD, kv_2BlGD, self.members)
-        out_BLhD, lse_BhL = self._of_shards(q_BLhD, kv_2BLgD, window, document_starts)
-        return ulysses.gather_heads(out_BLhD, lse_BhL, self.members)
+        q_BLhD, kv_2BLgD = ulysses.gather_tokens(q_BlHD, kv_2BlGD, self.ulysses_group)
+        out_BLhD, lse_BhL = self._attend_shards(q_BLhD, kv_2BLgD, window, document_starts)
+        return ulysses.gather_heads(out_BLhD, lse_BhL, self.ulysses_group)
 
-    def _of_shards(
+    def _attend_shards(
         self,
         q_BLHD: torch.Tensor,
         kv_2BLGD: torch.Tensor,
@@ -83,19 +94,71 @@ class ContextParallelAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, length, *_ = q_BLHD.shape
         assert length == self.layout.shard_length, (
-            "queries of another length than the layout's shard"
+            f"queries of length {length}, but the layout's shard has {self.layout.shard_length}"
         )
-        settings = window, self.layout.name, self.layout.stripe_size, self.kernel, self.links
-        settings += self.place.layer, self.place.numbers, self.reduction
+        spec = RingSpec(
+            layout=self.layout.name,
+            kernel=self.kernel,
+            reduction=self.reduction,
+            links=self.links,
+            stripe_size=self.layout.stripe_size,
+            window=window,
+            samples=1 if document_starts is None else batch,
+            layer=self.progress.layer,
+        )
+        progress = self.progress.buffer
         arrange = functools.partial(to_kernel_layout, self.kernel)
         if document_starts is None:
-            return ring_attention(arrange(q_BLHD), arrange(kv_2BLGD), None, 1, *settings)
-        # Each sample has documents of its own, and a hop one mask: the samples become one, end to end.
-        q_1NHD, kv_21NGD = q_BLHD.flatten(0, 1).unsqueeze(0), kv_2BLGD.flatten(1, 2).unsqueeze(1)
+            return ring_attention(
+                arrange(q_BLHD), arrange(kv_2BLGD), None, progress, *spec.to_op_arguments()
+            )
+        # Samples have different documents, and a hop has one mask, so the samples are concatenated.
+        q_1NHD = q_BLHD.flatten(0, 1).unsqueeze(0)
+        kv_21NGD = kv_2BLGD.flatten(1, 2).unsqueeze(1)
         out_1NHD, lse_1HN = ring_attention(
-            arrange(q_1NHD), arrange(kv_21NGD), document_starts, batch, *settings
+            arrange(q_1NHD), arrange(kv_21NGD), document_starts, progress, *spec.to_op_arguments()
         )
         return out_1NHD.view_as(q_BLHD), lse_1HN.view(-1, batch, length).transpose(0, 1)
+
+
+class RingSpec(NamedTuple):
+    """Everything but tensors that the ring operators need, in values that an operator can take.
+
+    ``to_op_arguments`` and ``from_op_arguments`` are the only places that know the packed form.
+
+    Attributes:
+        layout: a name of ``layout.NAMES``.
+        kernel: a key of ``KERNELS``.
+        reduction: a key of ``REDUCTIONS``.
+        links: group names of the ring's two communicators; empty for a ring of one rank.
+        stripe_size: of a striped layout, in tokens.
+        window: number of keys a token sees, itself included; 0 for no window.
+        samples: number of samples concatenated along L; 1 without packed documents.
+        layer: index of the layer in the whole model, for progress reports.
+    """
+
+    layout: str
+    kernel: str
+    reduction: str = "arrival"
+    links: tuple[str, ...] = ()
+    stripe_size: int = 1
+    window: int = 0
+    samples: int = 1
+    layer: int = 0
+
+    def to_op_arguments(self) -> tuple[str, list[int]]:
+        """Return the operators' ``names`` and ``sizes``."""
+        names = " ".join((self.layout, self.kernel, self.reduction, *self.links))
+        return names, [self.stripe_size, self.window, self.samples, self.layer]
+
+    @staticmethod
+    def from_op_arguments(names: str, sizes: Sequence[int]) -> "RingSpec":
+        """Invert ``to_op_arguments``."""
+        layout, kernel, reduction, *links = names.split(" ")
+        stripe_size, window, samples, layer = sizes
+        return RingSpec(
+            layout, kernel, reduction, tuple(links), stripe_size, window, samples, layer
+        )
 
 
 @torch.library.custom_op("megatron_ring::ring_attention", mutates_args=())
@@ -103,26 +166,21 @@ def ring_attention(
     q_BLHD: torch.Tensor,
     kv_2BLGD: torch.Tensor,
     document_starts: torch.Tensor | None,
-    samples: int,
-    window: int,
-    layout: str,
-    stripe_size: int,
-    kernel: str,
-    links: str,
-    layer: int = 0,
-    place: torch.Tensor | None = None,
-    reduction: str = "arrival",
+    progress: torch.Tensor | None,
+    names: str,
+    sizes: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``forward`` of ``REDUCTIONS[reduction]`` over the ring whose communicators ``links`` names; empty: a ring of one.
+    """Run the ring forward; ``names`` and ``sizes`` are a RingSpec.
 
-    With ``document_starts``, L is that of ``samples`` shards end to end. ``place``: a ProgressTracker' numbers.
+    With ``document_starts``, L is the length of ``samples`` concatenated shards. ``progress`` is
+    the buffer of a ProgressTracker; it is written to during the call (docs/decisions/0022).
+    Communicates on the ring's two communicators and blocks.
     """
-    noted = ProgressTracker(place)
-    ring = _ring(
-        q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted
-    )
-    with noted.in_ring(layer, Direction.FORWARD):
-        return REDUCTIONS[reduction].forward(q_BLHD, kv_2BLGD, ring)
+    spec = RingSpec.from_op_arguments(names, sizes)
+    tracker = ProgressTracker(progress)
+    ring = _ring(q_BLHD, document_starts, tracker, spec)
+    with tracker.in_ring(spec.layer, Direction.FORWARD):
+        return REDUCTIONS[spec.reduction].forward(q_BLHD, kv_2BLGD, ring)
 
 
 @torch.library.custom_op("megatron_ring::ring_attention_backward", mutates_args=())
@@ -134,24 +192,21 @@ def ring_attention_backward(
     out_BLHD: torch.Tensor,
     lse_BHL: torch.Tensor,
     document_starts: torch.Tensor | None,
-    samples: int,
-    window: int,
-    layout: str,
-    stripe_size: int,
-    kernel: str,
-    links: str,
-    layer: int = 0,
-    place: torch.Tensor | None = None,
-    reduction: str = "arrival",
+    progress: torch.Tensor | None,
+    names: str,
+    sizes: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``backward`` of ``REDUCTIONS[reduction]``, its gradients cast to the types of q and kv."""
-    noted = ProgressTracker(place)
-    ring = _ring(
-        q_BLHD, document_starts, samples, window, layout, stripe_size, kernel, links, noted
-    )
-    with noted.in_ring(layer, Direction.BACKWARD):
-        reduce = REDUCTIONS[reduction].backward
-        dq_BLHD, dkv_2BLGD = reduce(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring)
+    """Run the ring backward and cast the gradients to the types of q and kv.
+
+    The last four arguments are those of ``ring_attention``; ``progress`` is written to here too.
+    """
+    spec = RingSpec.from_op_arguments(names, sizes)
+    tracker = ProgressTracker(progress)
+    ring = _ring(q_BLHD, document_starts, tracker, spec)
+    with tracker.in_ring(spec.layer, Direction.BACKWARD):
+        dq_BLHD, dkv_2BLGD = REDUCTIONS[spec.reduction].backward(
+            dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ring
+        )
     return dq_BLHD.to(q_BLHD.dtype), dkv_2BLGD.to(kv_2BLGD.dtype)
 
 
@@ -169,50 +224,49 @@ def _(dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, *rest):
     )
 
 
-def _keep_for_backward(ctx, inputs, output):
-    q_BLHD, kv_2BLGD, ctx.document_starts, *ctx.settings = inputs
+def _save_for_backward(ctx, inputs, output):
+    q_BLHD, kv_2BLGD, *ctx.settings = inputs
     ctx.save_for_backward(q_BLHD, kv_2BLGD, *output)
-    ctx.set_materialize_grads(False)  # that None says lse has no gradient
+    ctx.set_materialize_grads(False)  # so that dlse is None where lse has no gradient
 
 
 def _backward(ctx, dout_BLHD, dlse_BHL):
     q_BLHD, kv_2BLGD, out_BLHD, lse_BHL = ctx.saved_tensors
     dout_BLHD = torch.zeros_like(out_BLHD) if dout_BLHD is None else dout_BLHD.contiguous()
     gradients = ring_attention_backward(
-        dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, ctx.document_starts, *ctx.settings
+        dout_BLHD, dlse_BHL, q_BLHD, kv_2BLGD, out_BLHD, lse_BHL, *ctx.settings
     )
-    return *gradients, None, *(None for _ in ctx.settings)
+    return *gradients, *(None for _ in ctx.settings)
 
 
-ring_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+ring_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _ring(
     q_BLHD: torch.Tensor,
     document_starts: torch.Tensor | None,
-    samples: int,
-    window: int,
-    layout: str,
-    stripe_size: int,
-    kernel: str,
-    links: str,
-    place: ProgressTracker,
+    progress: ProgressTracker,
+    spec: RingSpec,
 ) -> ring_loop.Ring:
-    exchange = _exchange(links, place) if links else None
+    exchange = _exchange(spec.links, progress) if spec.links else None
     ring_size = len(exchange.members) if exchange else 1
-    packed = document_starts is not None
-    mask = mask_of_documents(document_starts, window, samples) if packed else mask_of_window(window)
+    if document_starts is None:
+        mask = mask_of_window(spec.window)
+    else:
+        mask = mask_of_documents(document_starts, spec.window, spec.samples)
+    seq_length = q_BLHD.shape[1] // spec.samples * ring_size
     return ring_loop.Ring(
-        layout=Layout(layout, q_BLHD.shape[1] // samples * ring_size, ring_size, stripe_size),
+        layout=Layout(spec.layout, seq_length, ring_size, spec.stripe_size),
         ring_rank=exchange.ring_rank if exchange else 0,
-        kernel=counted(KERNELS[kernel], place),
+        kernel=with_work_count(KERNELS[spec.kernel], progress),
         scale=q_BLHD.shape[-1] ** -0.5,
         exchange=exchange,
         mask=mask,
-        on_hop=place.begin_hop,
+        on_hop=progress.begin_hop,
         in_halves=exchange is None or exchange.is_slow,
     )
 
 
-def _exchange(links: str, place: ProgressTracker) -> RingExchange:
-    return RingExchange.over(tuple(_resolve_process_group(name) for name in links.split()), place)
+def _exchange(links: tuple[str, ...], progress: ProgressTracker) -> RingExchange:
+    groups = tuple(_resolve_process_group(name) for name in links)
+    return RingExchange.over(groups, progress)

@@ -1,16 +1,18 @@
-"""A ring whose bits do not depend on its size: what it adds up, it adds block by block, in an order of the sample's.
+"""A ring whose results have the same bits for every ring size: it accumulates by fixed blocks.
 
-A sample is dealt out to eight blocks as the striped layout deals single tokens to a ring of eight. Of a smaller ring a
-rank has the tokens of several such blocks, takes them apart, and everything is computed between two blocks, by the same
-call on the same numbers in rings of 1, 2, 4 and 8 ranks.
+A sample is split into eight blocks as the striped layout splits single tokens over a ring of
+eight. In a smaller ring a rank owns the tokens of several blocks and separates them. Everything is
+computed between two blocks, by the same call on the same numbers in rings of 1, 2, 4 and 8 ranks.
 
-The queries of block i meet the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7: counted with the bits reversed. What
-a rank can compute in one hop are those t that have one remainder modulo R, and in this order they are neighbours for
-every such R. So the ring only passes its keys on in another order than ``ring.py``: by as many ranks as the remainder
-changes. The gradients of keys go along and meet the queries in the same order, so nothing is kept until its turn.
+The queries of block i meet the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7, which is
+counting with reversed bits. In one hop a rank can compute those t that have the same remainder
+modulo R, and in this order they are adjacent for every such R. So the ring differs from ``ring.py``
+only in how far keys travel after each hop: by as many ranks as the remainder changes. The gradients
+of keys travel along and meet the queries in the same order, so nothing is stored until its turn.
 
-The price: backward, a rank adds to the sums that it was sent, and so waits for them before it computes; the keys travel
-also where the queries would be fewer bytes; a hop is several smaller calls, on copies.
+The price: in backward, a rank adds to the accumulators that it receives, so it waits for them
+before it computes; the keys travel even where the queries would be fewer bytes; a hop is several
+smaller calls, on copies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,35 +31,39 @@ _ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
 
 
 class _Pair(NamedTuple):
-    """Two blocks that meet: which of our queries, which of the keys at hand, and what the ones see of the others."""
+    """One kernel call: indices of a local query block and a held key block, and the key ranges."""
 
     queries: int
     keys: int
-    runs: KeyRanges
+    key_ranges: KeyRanges
 
 
 class _Hop(NamedTuple):
-    """The pairs of one hop, in order, and by how many ranks the keys go on behind it: home after the last."""
+    """The block pairs of one hop in order; after it the keys travel ``distance`` ranks.
+
+    After the last hop ``distance`` leads to their owner.
+    """
 
     pairs: list[_Pair]
     distance: int
-    last: bool
+    is_last: bool
 
 
 def forward(
     q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``ring.forward``, and with the same bits for every size of the ring."""
-    q_nBlHD, kv_n2BlGD = _blocks(q_BLHD, 1, ring), _blocks(kv_2BLGD, 2, ring)
+    """Compute ``ring.forward`` with the same bits for every ring size."""
+    q_nBlHD = _blocks(q_BLHD, 1, ring)
+    kv_n2BlGD = _blocks(kv_2BLGD, 2, ring)
     states = [RunningSoftmax.empty(q_BlHD) for q_BlHD in q_nBlHD]
     for hop in _hops(ring):
-        travelling = None if hop.last else ring.exchange.start(kv_n2BlGD, hop.distance)
-        for queries, keys, runs in hop.pairs:
+        in_flight = None if hop.is_last else ring.exchange.start(kv_n2BlGD, hop.distance)
+        for queries, keys, key_ranges in hop.pairs:
             ring.kernel.forward(
-                q_nBlHD[queries], *kv_n2BlGD[keys], runs, ring.scale, states[queries]
+                q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale, states[queries]
             )
-        if travelling:
-            kv_n2BlGD = travelling.wait()
+        if in_flight:
+            kv_n2BlGD = in_flight.wait()
     out_BLHD = _joined([state.out_BLHD for state in states], 1)
     return out_BLHD.to(q_BLHD.dtype), _joined([state.lse_BHL for state in states], 2)
 
@@ -71,63 +77,70 @@ def backward(
     lse_BHL: torch.Tensor,
     ring: Ring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``ring.backward``, and with the same bits for every size of the ring."""
+    """Compute ``ring.backward`` with the same bits for every ring size."""
     dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
-    q, dout = (_blocks(x, 1, ring) for x in (q_BLHD, dout_BLHD))
-    out = _blocks_of_output(out, dout, ring)
-    lse, kv = _blocks(lse_BHL, 2, ring), _blocks(kv_2BLGD, 2, ring)
-    dq, dkv, sums = zero_sums(q), zero_sums(kv), None
+    q_nBlHD = _blocks(q_BLHD, 1, ring)
+    dout_nBlHD = _blocks(dout_BLHD, 1, ring)
+    out_blocks = _blocks_of_output(out, dout_nBlHD, ring)
+    lse_nBHl = _blocks(lse_BHL, 2, ring)
+    kv_n2BlGD = _blocks(kv_2BLGD, 2, ring)
+    dq_nBlHD = zero_sums(q_nBlHD)
+    dkv_n2BlGD = zero_sums(kv_n2BlGD)
+    returning = None
     for hop in _hops(ring):
-        travelling = None if hop.last else ring.exchange.start(kv, hop.distance)
-        dkv = sums.wait() if sums else dkv
-        for queries, keys, runs in hop.pairs:
+        in_flight = None if hop.is_last else ring.exchange.start(kv_n2BlGD, hop.distance)
+        if returning:
+            dkv_n2BlGD = returning.wait()
+        for queries, keys, key_ranges in hop.pairs:
             ring.kernel.backward(
-                dout[queries], q[queries], *kv[keys], out[queries], lse[queries], runs, ring.scale,
-                dq[queries], *dkv[keys],
+                dout_nBlHD[queries], q_nBlHD[queries], *kv_n2BlGD[keys], out_blocks[queries],
+                lse_nBHl[queries], key_ranges, ring.scale, dq_nBlHD[queries], *dkv_n2BlGD[keys],
             )  # fmt: skip
-        sums = ring.exchange.start(dkv, hop.distance) if ring.exchange else None
-        if travelling:
-            kv = travelling.wait()
-    return _joined(dq, 1), _joined(sums.wait() if sums else dkv, 2)
+        if ring.exchange:
+            returning = ring.exchange.start(dkv_n2BlGD, hop.distance)
+        if in_flight:
+            kv_n2BlGD = in_flight.wait()
+    if returning:
+        dkv_n2BlGD = returning.wait()
+    return _joined(dq_nBlHD, 1), _joined(dkv_n2BlGD, 2)
 
 
 def _hops(ring: Ring) -> Iterator[_Hop]:
-    to_a_rank = BLOCKS // ring.layout.ring_size
+    blocks_per_rank = BLOCKS // ring.layout.ring_size
     for hop in ring.hop_indices():
-        start = hop * to_a_rank
-        offsets, following = _ORDER[start : start + to_a_rank], _ORDER[(start + to_a_rank) % BLOCKS]
-        distance = (following - offsets[0]) % ring.layout.ring_size
-        yield _Hop(list(_pairs(ring, offsets)), distance, last=hop == ring.hops - 1)
+        start = hop * blocks_per_rank
+        offsets = _ORDER[start : start + blocks_per_rank]
+        next_offset = _ORDER[(start + blocks_per_rank) % BLOCKS]
+        distance = (next_offset - offsets[0]) % ring.layout.ring_size
+        yield _Hop(list(_pairs(ring, offsets)), distance, is_last=hop == ring.hops - 1)
 
 
 def _pairs(ring: Ring, offsets: tuple[int, ...]) -> Iterator[_Pair]:
-    ranks, layout = ring.layout.ring_size, Layout("striped", ring.layout.seq_length, BLOCKS)
+    ranks = ring.layout.ring_size
+    block_layout = Layout("striped", ring.layout.seq_length, BLOCKS)
     for offset in offsets:
-        for of_queries in range(ring.ring_rank, BLOCKS, ranks):
-            of_keys = (of_queries - offset) % BLOCKS
-            yield _Pair(
-                of_queries // ranks,
-                of_keys // ranks,
-                hop_runs(layout, of_queries, of_keys, ring.mask),
-            )
+        for query_block in range(ring.ring_rank, BLOCKS, ranks):
+            key_block = (query_block - offset) % BLOCKS
+            key_ranges = hop_runs(block_layout, query_block, key_block, ring.mask)
+            yield _Pair(query_block // ranks, key_block // ranks, key_ranges)
 
 
 def _blocks(x: torch.Tensor, tokens_dim: int, ring: Ring) -> torch.Tensor:
-    """The n blocks of a rank's tokens, in a new dim before all others, each contiguous.
+    """Return the n blocks of a rank's tokens in a new leading dimension, contiguous.
 
-    Block k has every n-th token from the k-th on: of the sample, those of block k x R + rank.
+    Block k has every n-th token from the k-th on; in the sample it is block k x R + rank.
     """
-    to_a_rank = BLOCKS // ring.layout.ring_size
-    return x.unflatten(tokens_dim, (-1, to_a_rank)).movedim(tokens_dim + 1, 0).contiguous()
+    blocks_per_rank = BLOCKS // ring.layout.ring_size
+    return x.unflatten(tokens_dim, (-1, blocks_per_rank)).movedim(tokens_dim + 1, 0).contiguous()
 
 
 def _blocks_of_output(out: Output, dout_nBlHD: torch.Tensor, ring: Ring) -> Sequence[Output]:
-    """The n blocks of an output, or what stands in for each."""
+    """Return the n blocks of an output, or a KnownDelta for each."""
     if isinstance(out, KnownDelta):
         return [KnownDelta(*block) for block in zip(_blocks(out.delta_BHL, 2, ring), dout_nBlHD)]
     return _blocks(out, 1, ring)
 
 
 def _joined(blocks: list[torch.Tensor] | torch.Tensor, tokens_dim: int) -> torch.Tensor:
-    """What ``_blocks`` has taken apart, contiguous."""
+    """Invert ``_blocks``; the result is contiguous."""
     return torch.stack(tuple(blocks), tokens_dim + 1).flatten(tokens_dim, tokens_dim + 1)

@@ -1,16 +1,18 @@
-"""Layouts: which process owns which token. ``Layout.positions`` is the only statement of it in the tree.
+"""Layouts: which process owns which token. ``Layout.positions`` is the only place that defines it.
 
-The loader shards with it, RoPE receives it as a tensor, the masks and the planner count from it, and the tests
-rebuild the full mask from it. Nothing here knows torch.distributed, and nothing here computes attention.
+The loader shards by it, RoPE gets it as a tensor, masks and the planner are derived from it, and
+the tests rebuild the full mask from it. This module neither communicates nor computes attention.
 
-- ``ring``: contiguous shards (Liu, Zaharia and Abbeel 2023, Ring Attention, section 3). Under a causal mask rank 0
-  idles while rank R-1 works in every hop.
-- ``striped``: tokens dealt out like cards (Brandon et al. 2023, Striped Attention, section 3), so that every rank has
-  the same work in every hop. Stripes of ``stripe_size`` tokens are dealt forth and back, so that no rank has always the
-  later one; single tokens as in the paper, which keeps every hop one triangle (docs/decisions/0005).
+- ``ring``: contiguous shards (Liu, Zaharia and Abbeel 2023, Ring Attention, section 3). Under a
+  causal mask rank 0 idles while rank R-1 works in every hop.
+- ``striped``: stripes of tokens are assigned to the ranks in turn (Brandon et al. 2023, Striped
+  Attention, section 3), so that every rank has the same work in every hop. Stripes of
+  ``stripe_size`` tokens are assigned in alternating direction, so that no rank always has the later
+  one; single tokens always in the same direction, as in the paper, which keeps every hop one
+  triangle (docs/decisions/0005).
 - ``zigzag``: rank r owns chunks r and 2R-1-r of 2R, pairing an early chunk with a late one.
 
-Where a ring rank is several processes, its Ulysses members, each holds a run of its shard.
+If a ring rank is a group of Ulysses ranks, each of them holds a contiguous part of its shard.
 """
 
 import math
@@ -30,22 +32,30 @@ def _contiguous(layout: "Layout", ring_rank: int) -> torch.Tensor:
 
 
 def _striped(layout: "Layout", ring_rank: int) -> torch.Tensor:
-    stripe, i = layout.stripe_size, torch.arange(layout.shard_length)
-    dealt = i // stripe
-    back = dealt % 2 == 1 if stripe > 1 else torch.zeros_like(dealt, dtype=torch.bool)
-    place = torch.where(back, layout.ring_size - 1 - ring_rank, ring_rank)
-    return (dealt * layout.ring_size + place) * stripe + i % stripe
+    stripe = layout.stripe_size
+    i = torch.arange(layout.shard_length)
+    round_number = i // stripe
+    is_reversed = (round_number % 2 == 1) if stripe > 1 else torch.zeros_like(i, dtype=torch.bool)
+    turn = torch.where(is_reversed, layout.ring_size - 1 - ring_rank, ring_rank)
+    return (round_number * layout.ring_size + turn) * stripe + i % stripe
 
 
 def _zigzag(layout: "Layout", ring_rank: int) -> torch.Tensor:
     chunk = torch.arange(layout.shard_length // 2)
-    early, late = ring_rank, 2 * layout.ring_size - 1 - ring_rank
+    early = ring_rank
+    late = 2 * layout.ring_size - 1 - ring_rank
     return torch.cat([early * len(chunk) + chunk, late * len(chunk) + chunk])
 
 
 class _Rules(NamedTuple):
-    """positions and hops: as ``Layout`` has them. multiple_of: (ring size, stripe size) -> what seq_length must be a
-    multiple of; ``rule`` says it in words."""
+    """What distinguishes one layout.
+
+    Attributes:
+        positions: implements ``Layout.positions`` for a ring rank.
+        multiple_of: (ring size, stripe size) -> what seq_length must be a multiple of.
+        rule: ``multiple_of`` in words, for error messages.
+        hops: implements ``Layout.hops``.
+    """
 
     positions: Positions
     multiple_of: Callable[[int, int], int]
@@ -53,29 +63,34 @@ class _Rules(NamedTuple):
     hops: Callable[["Layout", int], int]
 
 
-def _to_the_shard_looked_back_to(layout: "Layout", reach: int) -> int:
+def _hops_within_reach(layout: "Layout", reach: int) -> int:
     return min(layout.ring_size, 1 + -(-reach // layout.shard_length))
 
 
-def _all_around(layout: "Layout", reach: int) -> int:
+def _all_hops(layout: "Layout", reach: int) -> int:
     return layout.ring_size
 
 
+_CONTIGUOUS = _Rules(
+    positions=_contiguous,
+    multiple_of=lambda ring_size, stripe: ring_size,
+    rule="ring size",
+    hops=_hops_within_reach,
+)
 _LAYOUTS: dict[str, _Rules] = {
-    "none": _Rules(
-        _contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to
-    ),
-    "ring": _Rules(
-        _contiguous, lambda ring_size, stripe: ring_size, "ring size", _to_the_shard_looked_back_to
-    ),
+    "none": _CONTIGUOUS,
+    "ring": _CONTIGUOUS,
     "striped": _Rules(
-        _striped,
-        lambda ring_size, stripe: ring_size * stripe,
-        "ring size x stripe size",
-        _all_around,
+        positions=_striped,
+        multiple_of=lambda ring_size, stripe: ring_size * stripe,
+        rule="ring size x stripe size",
+        hops=_all_hops,
     ),
     "zigzag": _Rules(
-        _zigzag, lambda ring_size, stripe: 2 * ring_size, "2 x ring size", _all_around
+        positions=_zigzag,
+        multiple_of=lambda ring_size, stripe: 2 * ring_size,
+        rule="2 x ring size",
+        hops=_all_hops,
     ),
 }
 
@@ -84,9 +99,10 @@ NAMES = tuple(_LAYOUTS)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ``seq_length`` tokens of a sample live on a ring of ``ring_size`` ranks.
+    """How the ``seq_length`` tokens of a sample are distributed over a ring of ``ring_size`` ranks.
 
-    Raises ConfigError when the layout cannot take the length; ``problems`` gives the reasons without raising.
+    Raises ConfigError if the layout does not allow that length; ``problems`` returns the reasons
+    without raising.
     """
 
     name: str
@@ -100,15 +116,16 @@ class Layout:
 
     @property
     def shard_length(self) -> int:
-        """L, the tokens each ring rank owns."""
+        """L, the number of tokens that each ring rank owns."""
         return self.seq_length // self.ring_size
 
     def positions(
         self, ring_rank: int, ulysses_rank: int = 0, ulysses_size: int = 1
     ) -> torch.Tensor:
-        """The positions in the sample of a process's tokens: (l,) int64, increasing.
+        """Return the positions in the sample of a process's tokens: (l,) int64, increasing.
 
-        Of the shard of ``ring_rank``, Ulysses member u of U holds the u-th of U equal runs; alone, (L,), all of it.
+        Ulysses rank u of U holds the u-th of U equal contiguous parts of the shard of
+        ``ring_rank``; the default is the whole shard, (L,).
         """
         assert 0 <= ring_rank < self.ring_size
         assert 0 <= ulysses_rank < ulysses_size
@@ -116,17 +133,18 @@ class Layout:
         return _LAYOUTS[self.name].positions(self, ring_rank).chunk(ulysses_size)[ulysses_rank]
 
     def hops(self, reach: int) -> int:
-        """Hops after which no rank has anything left to see, when no query looks further back than ``reach`` tokens."""
+        """Return how many hops suffice if no query looks further back than ``reach`` tokens."""
         return _LAYOUTS[self.name].hops(self, reach)
 
     @staticmethod
     def problems(
         name: str, seq_length: int, ring_size: int, stripe_size: int = 1, ulysses_size: int = 1
     ) -> list[str]:
-        """Why these numbers make no layout, each reason with its rule, the nearest legal values and the flag."""
+        """Return why these numbers make no layout: each rule, nearest legal values and flag."""
         if name not in _LAYOUTS:
             return [
-                f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. Set --context-parallel."
+                f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. "
+                "Set --context-parallel."
             ]
         if stripe_size < 1:
             return [f"stripe_size {stripe_size} must be at least 1. Set --stripe-size."]
@@ -141,44 +159,49 @@ class Layout:
 def _length_problems(
     name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int
 ) -> list[str]:
-    finest, rule = ring_size * ulysses_size, _LAYOUTS[name].rule
-    multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), finest)
+    rule = _LAYOUTS[name].rule
+    smallest_multiple = ring_size * ulysses_size
+    multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), smallest_multiple)
     if seq_length > 0 and seq_length % multiple == 0:
         return []
-    ranks, remedy = f"{ring_size} ring ranks", "Set --seq-length"
+    ranks = f"{ring_size} ring ranks"
+    remedy = "Set --seq-length"
     if ulysses_size > 1:
         ranks += f" of {ulysses_size} Ulysses ranks"
         rule += ", and ring size x Ulysses degree"
-    if multiple != finest:
+    if multiple != smallest_multiple:
         striped = "striped with --stripe-size 1" if name == "striped" else "striped"
-        remedy += f", or use --context-parallel {striped} (multiple of {finest})"
+        remedy += f", or use --context-parallel {striped} (multiple of {smallest_multiple})"
     return [
         f"seq_length {seq_length} cannot be laid out {name} on {ranks}: it must be a multiple of "
         f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
     ]
 
 
-# Packed documents spread evenly over wide stripes only by their number: what that takes, measured in docs/log.md.
-_ROUNDS_OF_A_PACK = 32
-_ROUND_OF_A_PACK = 2048
+# Packed documents balance over wide stripes only on average, so they need many short rounds.
+# Both numbers are measured in docs/log.md.
+_MIN_ROUNDS_OF_PACKED = 32
+_MAX_ROUND_TOKENS_OF_PACKED = 2048
 
 
 def auto_stripe_size(
     seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0
 ) -> int:
-    """What --stripe-size auto stands for: the widest of a kernel's favourite ``widths`` that deals out evenly, else 1.
+    """Return what --stripe-size auto means: the widest of the kernel's ``widths`` that fits.
 
-    Evenly is as often forth as back. Where documents are ``packed`` it is also in many rounds, and short ones unless no
-    width is that narrow. A ``window`` should span two rounds; where no width is that narrow, the narrowest is the least
-    uneven.
+    A width fits if it balances the work, with as many rounds in one direction as in the other.
+    ``packed`` documents also need many rounds, and short ones unless no width is that narrow. A
+    ``window`` should span two rounds; if no width is that narrow, the narrowest is the least
+    unbalanced. Returns 1 if no width fits.
     """
     even = [width for width in widths if seq_length % (2 * ring_size * width) == 0]
     if packed:
-        many = [width for width in even if ring_size * width * _ROUNDS_OF_A_PACK <= seq_length]
-        return _widest(many, at_most=_ROUND_OF_A_PACK // ring_size)
+        most = seq_length // (ring_size * _MIN_ROUNDS_OF_PACKED)
+        in_many_rounds = [width for width in even if width <= most]
+        return _widest(in_many_rounds, at_most=_MAX_ROUND_TOKENS_OF_PACKED // ring_size)
     return _widest(even, at_most=window // (2 * ring_size) if window else seq_length)
 
 
 def _widest(widths: Sequence[int], at_most: int) -> int:
-    """The widest up to ``at_most``, else the narrowest of all, else single tokens."""
+    """Return the widest up to ``at_most``, else the narrowest of all, else 1."""
     return max((width for width in widths if width <= at_most), default=min(widths, default=1))

@@ -1,9 +1,10 @@
-"""From positions to the mask language: which run of a source's keys each query sees.
+"""From positions to key ranges: which contiguous range of another rank's keys each query sees.
 
-A query at position p may see the keys in ``[first(p), p]``, where first(p) is the start of its document or the far end
-of its window, whichever is nearer. Layouts list positions in increasing order, so among one source's keys that is one
-run. Whole triangles and rectangles, strict or not, follow from it and are stated nowhere: under the striped layout a
-source behind us gives j <= i, a source ahead of us j < i (Brandon et al. 2023, section 3.2).
+A query at position p sees the keys in ``[first(p), p]``, where first(p) is the start of its
+document or of its window, whichever is later. Layouts list positions in increasing order, so among
+the keys of one rank that is one range. Triangles and rectangles, strict or not, follow from it and
+need no case of their own: under the striped layout, an earlier source rank gives j <= i and a later
+one j < i (Brandon et al. 2023, section 3.2).
 """
 
 import functools
@@ -18,12 +19,14 @@ from megatron_ring.kernels.attention.runs import KeyRanges
 
 @dataclass(frozen=True)
 class Mask:
-    """What narrows causal attention: a sliding window, the documents of a pack, both or neither.
+    """Restricts causal attention by a sliding window, by packed documents, by both or not at all.
 
-    window: a token sees itself and the ``window`` - 1 before it; 0 is no window.
-    document_starts: where documents begin, increasing from 0; () is one document a sample.
-    samples: how many samples are laid end to end. A batch of packs is one longer pack: each sample begins a document.
-    runs: what ``hop_runs`` has computed under this mask, kept for as long as the mask is.
+    Attributes:
+        window: a token sees itself and the ``window`` - 1 tokens before it; 0 for no window.
+        document_starts: where documents begin, increasing from 0; () for one document per sample.
+        samples: number of concatenated samples. A batch of packed samples is one longer packed
+            sample in which each sample begins a document.
+        runs: cache of ``hop_runs``, which lives as long as the mask.
     """
 
     window: int = 0
@@ -35,11 +38,11 @@ class Mask:
 
     def __post_init__(self):
         assert self.samples == 1 or self.document_starts, (
-            "samples end to end, and nothing that keeps them apart"
+            "concatenated samples need document_starts to separate them"
         )
 
     def first_visible(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """first(p) of each of ``positions``, non-decreasing as they are; None where it is 0 for all."""
+        """Return first(p) for each of ``positions``, non-decreasing; None if it is 0 for all."""
         first = None
         if self.document_starts:
             starts = torch.tensor(self.document_starts)
@@ -50,7 +53,7 @@ class Mask:
         return first
 
     def reach(self, seq_length: int) -> int:
-        """How far back a query looks at most: the largest p - first(p)."""
+        """Return how far back any query looks: the largest p - first(p)."""
         reach = seq_length - 1
         if self.document_starts:
             bounds = torch.tensor([*self.document_starts, self.samples * seq_length])
@@ -66,9 +69,10 @@ def key_runs(
     key_positions: torch.Tensor,
     first_visible: torch.Tensor | None = None,
 ) -> KeyRanges:
-    """The runs of keys that queries at ``query_positions`` see among keys at ``key_positions``, both increasing.
+    """Return the range of keys that each query sees, given the positions of both, increasing.
 
-    ``first_visible`` is first(p) for each query, non-decreasing; without it a query sees everything up to itself.
+    ``first_visible`` is first(p) for each query, non-decreasing; without it a query sees everything
+    up to itself.
     """
     hi = torch.searchsorted(key_positions, query_positions, right=True)
     if first_visible is None:
@@ -77,33 +81,32 @@ def key_runs(
 
 
 def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRanges:
-    """What the queries of ``ring_rank`` see of the keys of ``source`` under ``layout`` and ``mask``.
+    """Return what the queries of ``ring_rank`` see of the keys of ring rank ``source``.
 
-    Computed once and kept in ``mask``, since every layer needs the same runs, forward and backward.
+    The result is cached in ``mask``: every layer needs the same ranges, forward and backward.
     """
     key = layout, ring_rank, source
     if key not in mask.runs:
-        if len(mask.runs) >= _MOST_RUNS:
+        if len(mask.runs) >= _MAX_CACHED:
             mask.runs.pop(next(iter(mask.runs)))
-        queries, keys = (
-            _end_to_end(layout.positions(rank), layout, mask) for rank in (ring_rank, source)
-        )
+        queries = _concatenated(layout.positions(ring_rank), layout, mask)
+        keys = _concatenated(layout.positions(source), layout, mask)
         mask.runs[key] = key_runs(queries, keys, mask.first_visible(queries))
     return mask.runs[key]
 
 
 @functools.lru_cache(maxsize=64)
 def mask_of_window(window: int) -> Mask:
-    """The mask of samples that are one document each."""
+    """Return the mask of samples that are one document each."""
     return Mask(window)
 
 
 def mask_of_documents(document_starts: torch.Tensor, window: int, samples: int) -> Mask:
-    """The mask of a batch of packs; the same object for every call of one batch.
+    """Return the mask of a batch of packed samples; the same object for every call of one batch.
 
-    The mask, with the runs in it, lives as long as the tensor ``document_starts``, that is as long
-    as its batch is in flight. Runs of earlier batches are of no use, and at a million tokens they
-    are 16 MB a batch. A buffer that was refilled for another batch is told by its content.
+    The mask and its cached ranges live as long as the tensor ``document_starts``, which is as long
+    as its batch is in flight. Ranges of earlier batches are of no use, and at a million tokens they
+    take 16 MB per batch. A buffer that was refilled for another batch is detected by its content.
     """
     content, masks = _MASKS_OF_BATCHES.get(document_starts, (None, {}))
     if content is None or not torch.equal(content, document_starts):
@@ -114,10 +117,11 @@ def mask_of_documents(document_starts: torch.Tensor, window: int, samples: int) 
     return masks[window, samples]
 
 
-# A mask without documents serves a whole run, and tools use it with many layouts.
-_MOST_RUNS = 1024
+# A mask without documents lives as long as the process, and benchmarks use it with many layouts.
+_MAX_CACHED = 1024
 _MASKS_OF_BATCHES = WeakTensorKeyDictionary()
 
 
-def _end_to_end(positions_L: torch.Tensor, layout: Layout, mask: Mask) -> torch.Tensor:
+def _concatenated(positions_L: torch.Tensor, layout: Layout, mask: Mask) -> torch.Tensor:
+    """Return the positions of the rank's tokens in all ``mask.samples`` samples."""
     return (torch.arange(mask.samples)[:, None] * layout.seq_length + positions_L).flatten()

@@ -1,9 +1,9 @@
-"""The ring loop: keys and values travel, each rank computes on those at hand, and results merge by log-sum-exp.
+"""The ring loop: keys and values travel, each rank attends to those it holds, results merge by lse.
 
-Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). One loop serves every layout: which keys a hop's
-queries see comes from the mask, what computes it from the kernel, how tensors travel from the exchange. Backward, the
-keys go around once more, or the queries do where those are fewer bytes. No layout, device or library is named here,
-and nothing in a hop waits but for what the next hop needs.
+Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). One loop serves every layout:
+the mask determines which keys the queries of a hop see, the kernel computes, the exchange moves
+tensors. In backward the keys go around once more, or the queries do if they are fewer bytes. No
+layout, device or library is named here, and a hop waits only for what the next hop needs.
 """
 
 import functools
@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import (
@@ -27,102 +27,113 @@ from megatron_ring.kernels.attention.state import (
     heads_of,
     zero_sums,
 )
-from megatron_ring.parallel.messages import packed, unpacked
+from megatron_ring.parallel.recv_buffers import pack_bytes, unpack_bytes
 
 
 class Transfer(Protocol):
-    """A tensor on its way around the ring, and its like on the way here."""
+    """One exchange in flight: a tensor being sent, and one of the same form being received."""
 
     def wait(self) -> torch.Tensor:
-        """What was sent to this rank; the tensor that it sent may be reused from now on."""
+        """Return the received tensor; from now on the sent tensor may be written to."""
 
 
 class Exchange(Protocol):
-    """How a rank passes a tensor on. Every rank of a ring starts the same exchanges in the same order."""
+    """Sends tensors around the ring. All ranks must start the same exchanges in the same order."""
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> Transfer:
-        """Send ``tensor`` ``distance`` ranks on (back, where negative), receive its like; returns at once."""
+        """Send ``tensor`` on by ``distance`` ranks and receive its like, without blocking.
+
+        A negative ``distance`` sends back.
+        """
 
 
 @dataclass(frozen=True)
 class Ring:
-    """One rank's place in a ring, and what it computes with."""
+    """One rank's position in a ring, and what it computes with.
+
+    Attributes:
+        exchange: None in a ring of one rank.
+        on_hop: called with (hop, hops) as each hop begins, for monitoring.
+        sends_queries: given q and kv, whether backward sends the queries rather than the keys.
+        in_halves: whether backward keeps half of the work on the rank's own keys until the last
+            message is in flight, at the price of one more kernel call (docs/decisions/0013).
+    """
 
     layout: Layout
     ring_rank: int
     kernel: HopKernel
     scale: float
-    exchange: Exchange | None  # None where the ring has one member: there is nobody to send to
+    exchange: Exchange | None
     mask: Mask = CAUSAL
-    on_hop: Callable[[int, int], object] = lambda hop, hops: (
-        None
-    )  # told of each, for those who watch
-    # Given q and kv, whether backward sends the queries rather than the keys.
+    on_hop: Callable[[int, int], object] = lambda hop, hops: None
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
-    # Whether backward keeps half of the work on own keys for the last message, which costs calls (docs/decisions/0013).
     in_halves: bool = True
 
     @functools.cached_property
     def hops(self) -> int:
-        """How often keys meet queries; fewer than ranks where nobody looks back that far. The same on every rank."""
+        """Number of hops, equal on all ranks: fewer than ranks if no query looks back as far."""
         return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
 
     def hop_indices(self) -> Iterator[int]:
-        """The hops in turn, from 0."""
+        """Yield the hops in order, from 0."""
         for hop in range(self.hops):
             self.on_hop(hop, self.hops)
             yield hop
 
     def keys_of(self, hop: int) -> int:
-        """The ring rank whose keys our queries meet in ``hop``: our own first, so that no row starts with nothing."""
+        """Return the ring rank that owns the keys of ``hop``.
+
+        Hop 0 has this rank's own, so that every query sees a key before it meets those of others.
+        """
         return (self.ring_rank - hop) % self.layout.ring_size
 
     def queries_of(self, hop: int) -> int:
-        """The ring rank whose queries our keys meet in ``hop``, where the queries travel."""
+        """Return the ring rank that owns the queries of ``hop``, if the queries travel."""
         return (self.ring_rank + hop) % self.layout.ring_size
 
-    def runs(self, queries_of: int, keys_of: int) -> KeyRanges:
-        """What the queries of one ring rank see of the keys of another."""
+    def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
+        """Return what the queries of one ring rank see of the keys of another."""
         return hop_runs(self.layout, queries_of, keys_of, self.mask)
 
     @property
-    def own_runs(self) -> KeyRanges:
+    def own_key_ranges(self) -> KeyRanges:
         """What this rank's queries see of its own keys."""
-        return self.runs(self.ring_rank, self.ring_rank)
+        return self.key_ranges(self.ring_rank, self.ring_rank)
 
     def send_kv_or_q(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
-        """Send what is needed again in the next hop; the last hop's keys or queries need not come home."""
+        """Send the tensor that the next hop needs; that of the last hop need not return."""
         return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
 
     def send_grad_accumulators(
-        self, sums: torch.Tensor, hop: int, distance: int
+        self, accumulators: torch.Tensor, hop: int, distance: int
     ) -> Transfer | None:
-        """Send the gradients of what travels after it, and after the last hop home, wherever the ring was cut.
+        """Send the gradients of the travelling tensor after it, after the last hop to its owner.
 
-        Not those of the first hop, in which what travels has not left its rank.
+        They return to the owner from wherever the ring was cut. Those of the first hop are not
+        sent: the travelling tensor has not left its owner yet.
         """
         if hop == 0:
             return None
-        return self.exchange.start(
-            sums, distance if hop < self.hops - 1 else -distance * (self.hops - 1)
-        )
+        is_last = hop == self.hops - 1
+        return self.exchange.start(accumulators, -distance * hop if is_last else distance)
 
 
 def forward(
     q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention of this rank's queries over the whole sequence: causal, and narrower where the mask is.
+    """Compute exact attention of this rank's queries over the whole sequence, under ``ring.mask``.
 
-    ``kv_2BLGD`` holds K and V, dense, so that they travel as one message. Returns the output in q's type and
-    the log-sum-exp (batch, heads, L) in float32 (float64 for float64). One exchange less than there are hops.
+    ``kv_2BLGD`` holds K and V, dense, so that they travel as one message. Returns the output in q's
+    type and the log-sum-exp (batch, heads, L) in float32 (float64 for float64). Starts one exchange
+    less than there are hops.
     """
     state = RunningSoftmax.empty(q_BLHD)
     for hop in ring.hop_indices():
-        travelling = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
-        runs = ring.runs(ring.ring_rank, ring.keys_of(hop))
-        ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], runs, ring.scale, state)
-        if travelling:
-            kv_2BLGD = travelling.wait()
+        in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
+        key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
+        ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], key_ranges, ring.scale, state)
+        if in_flight:
+            kv_2BLGD = in_flight.wait()
     return state.out_BLHD.to(q_BLHD.dtype), state.lse_BHL
 
 
@@ -135,21 +146,23 @@ def backward(
     lse_BHL: torch.Tensor,
     ring: Ring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dkv) of ``forward``, in the accumulation type: float32, or float64 for float64.
+    """Compute the gradients (dq, dkv) of ``forward`` in float32, or float64 for float64.
 
-    What is fewer bytes goes around: K and V, or Q with what belongs to it. Its gradients follow one hop behind, from
-    the first rank that adds to them until they are home; those of the first hop stay there. Each rank adds its share
-    when its own is computed. ``in_halves``, half of the work on its own keys is left until the sums go home, behind
-    which there would be none.
-    ``dlse`` is None where no gradient reaches the log-sum-exp.
+    Whichever is fewer bytes goes around: K and V, or Q with the tensors of its rows. Their gradient
+    accumulators follow one hop later, from the first rank that adds to them until they are back at
+    their owner; those of the first hop stay there. Each rank adds its share once it has computed
+    its own. With ``in_halves``, half of the work on the rank's own keys is left until the
+    accumulators return, when there would be nothing else to compute.
+
+    ``dlse`` is None if no gradient reaches the log-sum-exp.
     """
     dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
-    travels = _queries_travel if ring.sends_queries(q_BLHD, kv_2BLGD) else _keys_travel
-    return travels(QuerySide(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
+    send = _send_queries if ring.sends_queries(q_BLHD, kv_2BLGD) else _send_keys
+    return send(QuerySide(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
 
 
 class QuerySide(NamedTuple):
-    """A rank's queries, and what their gradients need."""
+    """A rank's queries and the tensors of their rows that their gradients need."""
 
     dout_BLHD: torch.Tensor
     q_BLHD: torch.Tensor
@@ -157,57 +170,61 @@ class QuerySide(NamedTuple):
     lse_BHL: torch.Tensor
 
 
-def _keys_travel(
+def _send_keys(
     own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    every, early, late = _heads(own_2BLGD, ring)
-    dq_BLHD, own_sums, kv_2BLGD, sums = zero_sums(own.q_BLHD), zero_sums(own_2BLGD), own_2BLGD, None
+    all_groups, first_groups, last_groups = _split_groups(own_2BLGD, ring)
+    dq_BLHD = zero_sums(own.q_BLHD)
+    own_dkv_2BLGD = zero_sums(own_2BLGD)
+    kv_2BLGD = own_2BLGD
+    returning = None
     for hop in ring.hop_indices():
-        travelling = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD, runs = (
-            zero_sums(kv_2BLGD) if hop else own_sums,
-            ring.runs(ring.ring_rank, ring.keys_of(hop)),
-        )
-        _add_gradients(ring, runs, every if hop else early, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
-        if sums:
-            dkv_2BLGD = sums.wait().add_(dkv_2BLGD)
-        sums = ring.send_grad_accumulators(dkv_2BLGD, hop, distance=1)
-        if travelling:
-            kv_2BLGD = travelling.wait()
-    _add_gradients(ring, ring.own_runs, late, own, own_2BLGD, dq_BLHD, own_sums)
-    return dq_BLHD, own_sums.add_(sums.wait()) if sums else own_sums
+        in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
+        dkv_2BLGD = zero_sums(kv_2BLGD) if hop else own_dkv_2BLGD
+        key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
+        groups = all_groups if hop else first_groups
+        _add_gradients(ring, key_ranges, groups, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
+        if returning:
+            dkv_2BLGD = returning.wait().add_(dkv_2BLGD)
+        returning = ring.send_grad_accumulators(dkv_2BLGD, hop, distance=1)
+        if in_flight:
+            kv_2BLGD = in_flight.wait()
+    _add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
+    return dq_BLHD, own_dkv_2BLGD.add_(returning.wait()) if returning else own_dkv_2BLGD
 
 
-def _queries_travel(
+def _send_queries(
     own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    every, early, late = _heads(kv_2BLGD, ring)
-    dkv_2BLGD, own_sums, rows, sums = zero_sums(kv_2BLGD), zero_sums(own.q_BLHD), own, None
-    load = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
-    message = packed(load) if ring.hops > 1 else None
+    all_groups, first_groups, last_groups = _split_groups(kv_2BLGD, ring)
+    dkv_2BLGD = zero_sums(kv_2BLGD)
+    own_dq_BLHD = zero_sums(own.q_BLHD)
+    rows = own
+    returning = None
+    payload = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
+    message = pack_bytes(payload) if ring.hops > 1 else None
     for hop in ring.hop_indices():
-        travelling = ring.send_kv_or_q(message, hop, distance=-1)
-        dq_BLHD, runs = (
-            zero_sums(own.q_BLHD) if hop else own_sums,
-            ring.runs(ring.queries_of(hop), ring.ring_rank),
-        )
-        _add_gradients(ring, runs, every if hop else early, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
-        if sums:
-            dq_BLHD = sums.wait().add_(dq_BLHD)
-        sums = ring.send_grad_accumulators(dq_BLHD, hop, distance=-1)
-        if travelling:
-            message = travelling.wait()
-            q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpacked(message, load)
+        in_flight = ring.send_kv_or_q(message, hop, distance=-1)
+        dq_BLHD = zero_sums(own.q_BLHD) if hop else own_dq_BLHD
+        key_ranges = ring.key_ranges(ring.queries_of(hop), ring.ring_rank)
+        groups = all_groups if hop else first_groups
+        _add_gradients(ring, key_ranges, groups, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
+        if returning:
+            dq_BLHD = returning.wait().add_(dq_BLHD)
+        returning = ring.send_grad_accumulators(dq_BLHD, hop, distance=-1)
+        if in_flight:
+            message = in_flight.wait()
+            q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpack_bytes(message, payload)
             rows = QuerySide(dout_BLHD, q_BLHD, KnownDelta(delta_BHL, dout_BLHD), lse_BHL)
-    _add_gradients(ring, ring.own_runs, late, own, kv_2BLGD, own_sums, dkv_2BLGD)
-    return own_sums.add_(sums.wait()) if sums else own_sums, dkv_2BLGD
+    _add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
+    return own_dq_BLHD.add_(returning.wait()) if returning else own_dq_BLHD, dkv_2BLGD
 
 
-def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
-    """Of the key-value heads all, and those for which a rank's queries meet its own keys first, and last.
+def _split_groups(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
+    """Return all key-value heads, those for which own queries and keys meet first, and last.
 
-    Half and half, so that there is work both while the first message travels and while the last sums go home; or all
-    first.
+    Half each, so that there is work both while the first message travels and while the last
+    accumulators return; without ``in_halves`` all of them first.
     """
     groups = kv_2BLGD.shape[3]
     border = -(-groups // 2) if ring.in_halves and ring.hops > 1 else groups
@@ -216,24 +233,26 @@ def _heads(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
 
 def _add_gradients(
     ring: Ring,
-    runs: KeyRanges,
+    key_ranges: KeyRanges,
     groups: slice,
     rows: QuerySide,
     kv_2BLGD: torch.Tensor,
     dq_BLHD: torch.Tensor,
-    dkv_2BLGD,
+    dkv_2BLGD: torch.Tensor,
 ) -> None:
-    """Add to ``dq`` and ``dkv`` what comes of these key-value heads and the queries that read them."""
+    """Add to ``dq`` and ``dkv`` the share of these key-value heads and the queries reading them."""
     if groups.start == groups.stop:
         return
-    to_a_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
-    heads = slice(groups.start * to_a_group, groups.stop * to_a_group)
-    dout_BLhD, q_BLhD = (x[:, :, heads] for x in (rows.dout_BLHD, rows.q_BLHD))
-    # A KnownDelta is not cut where all heads are wanted, so that its output is computed once.
+    heads_per_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
+    heads = slice(groups.start * heads_per_group, groups.stop * heads_per_group)
+    dout_BLhD = rows.dout_BLHD[:, :, heads]
+    q_BLhD = rows.q_BLHD[:, :, heads]
+    # A KnownDelta is not sliced if all heads are wanted, so that its output is computed once.
     out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else heads_of(rows.out, heads)
-    (k_BLgD, v_BLgD), (dk_BLgD, dv_BLgD) = kv_2BLGD[:, :, :, groups], dkv_2BLGD[:, :, :, groups]
+    k_BLgD, v_BLgD = kv_2BLGD[:, :, :, groups]
+    dk_BLgD, dv_BLgD = dkv_2BLGD[:, :, :, groups]
     ring.kernel.backward(
-        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out, rows.lse_BHL[:, heads], runs, ring.scale,
+        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out, rows.lse_BHL[:, heads], key_ranges, ring.scale,
         dq_BLHD[:, :, heads], dk_BLgD, dv_BLgD,
     )  # fmt: skip
 
@@ -241,7 +260,7 @@ def _add_gradients(
 def with_gradient_of_lse(
     dlse_BHL: torch.Tensor | None, dout_BLHD: torch.Tensor, out_BLHD: torch.Tensor
 ) -> tuple[torch.Tensor, Output]:
-    """A ``dout`` and ``out`` from which a kernel that knows of no ``dlse`` finds the gradients of all three."""
+    """Return a ``dout`` and ``out`` by which a kernel without ``dlse`` gets all three gradients."""
     if dlse_BHL is None:
         return dout_BLHD, out_BLHD
     delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
@@ -250,12 +269,12 @@ def with_gradient_of_lse(
 
 
 def _nudge_zero_dout(dout_BLHD: torch.Tensor, delta_BHL: torch.Tensor) -> torch.Tensor:
-    """dout, with two elements next to 0 in rows of zeros, and of what is as good as 0 beside delta.
+    """Return dout with two tiny elements in rows that are zero, or negligible compared with delta.
 
-    No output of a row whose lse alone is read has this delta, and where dout is tiny, an output
-    that has it would overflow.
+    Kernels that take an output instead of delta get one that has this delta. A row of zeros, as
+    where only lse has a gradient, has no such output; where dout is tiny, it would overflow.
     """
-    # As small as leaves its output, about the inverse, finite; float16 is short of room.
+    # As small as keeps that output, about the inverse, finite; float16 has little range.
     epsilon = max(torch.finfo(delta_BHL.dtype).eps, 16 / torch.finfo(dout_BLHD.dtype).max)
     least_BLH1 = (delta_BHL * epsilon).transpose(1, 2).unsqueeze(-1)
     too_small_BLH1 = dout_BLHD.abs().amax(-1, keepdim=True) < least_BLH1.abs()

@@ -16,11 +16,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
 from megatron_ring.checkpoint.finite import NotFinite, not_finite
 from megatron_ring.checkpoint.state import RunState
@@ -57,6 +59,13 @@ _MONITORS = {
     "wandb": WandbMonitor,
     "csv_monitor": csvMonitor,
     "comet": CometMonitor,
+}
+
+# Settings of ZeRO 3 under which DeepSpeed keeps partitions of another kind or a second one.
+_OTHER_PARTITIONS = {
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
 }
 
 
@@ -397,3 +406,45 @@ class _ModelParallelUnit:
 
     def get_data_parallel_rank(self) -> int:
         return dist.get_rank(self.data_context)
+
+
+def zero3_partitioner(
+    setup: Setup, groups: ProcessGroups
+) -> Callable[[torch.nn.Parameter], tuple[torch.Tensor, int]] | None:
+    """Return a function that partitions an unallocated parameter as ZeRO 3 would; None: leave it to DeepSpeed.
+
+    DeepSpeed partitions a parameter that exists whole on every rank. The returned function takes one that has shape
+    and type but no memory of its own, allocates this rank's partition where DeepSpeed would, and returns the part of
+    it before the padding, with the index of its first element in the flattened parameter.
+    """
+    zero = setup.deepspeed["zero_optimization"]
+    if zero["stage"] != 3 or setup.grid.data_context == 1 or zero.keys() & _OTHER_PARTITIONS:
+        return None
+    offload = zero.get("offload_param", {})
+    partitions = deepspeed.zero.Init(
+        data_parallel_group=groups.data_context if setup.grid.tensor > 1 else None,
+        remote_device=offload.get("device"),
+        pin_memory=offload.get("pin_memory", False),
+        dtype=setup.precision.dtype,
+    )
+    # Init does this if it is given a module: under ZeRO 3 every linear layer is DeepSpeed's.
+    if zero.get("memory_efficient_linear", True):
+        partitions._enable_mem_efficient_linear()
+
+    def partition(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
+        partitions._convert_to_deepspeed_param(parameter)
+        parameter.ds_numel_aligned = parameter.aligned_size()
+        length = parameter.ds_numel_aligned // parameter.ds_zero_partition_world_size
+        device = partitions.local_device if parameter.ds_persist else partitions.remote_device
+        owned = torch.zeros(length, dtype=parameter.dtype, device=torch.device(device))
+        if partitions.pin_memory and owned.device.type == "cpu":
+            owned = get_accelerator().pin_memory(owned)
+        owned.ds_numel = length
+        owned.status = PartitionedParamStatus.AVAILABLE
+        owned.final_location = None
+        parameter.ds_tensor = owned
+        parameter.partition()  # frees the data, of which a partition exists
+        start = length * parameter.ds_zero_partition_rank
+        return owned[: max(0, min(length, parameter.ds_numel - start))], start
+
+    return partition

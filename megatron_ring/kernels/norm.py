@@ -1,7 +1,8 @@
 """RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba, Kiros and Hinton 2016): one function, and a module around it.
 
-The function here is torch's. Given bfloat16 it takes the statistics, scale and shift in float32 and rounds once, on the
-way out; a test holds it to that. Other libraries' functions of the same signature may take its place (fused/).
+The function here is torch's. For bfloat16 inputs it computes statistics, scale and shift in float32
+and rounds once, at the end; a test checks that. Other libraries' functions of the same signature can
+replace it (fused/).
 """
 
 from collections.abc import Callable
@@ -11,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 NormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
-"""(x_BlE, weight_E, bias_E or None, epsilon) -> (B, l, E) in the type of ``x_BlE``; any number of dims before E."""
+"""(x_BlE, weight_E, bias_E or None, epsilon) -> (B, l, E) in the dtype of x; any number of dims before E."""
 
 
 def normalize(
     x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
-    """The last dim normalised, times the weight, plus the bias: LayerNorm if there is a bias, else RMSNorm.
+    """Normalise the last dim, multiply by the weight and add the bias: LayerNorm with a bias, else RMSNorm.
 
     ``epsilon`` is added to the mean square (RMSNorm) or to the variance (LayerNorm) before the root.
     """
@@ -27,7 +28,10 @@ def normalize(
 
 
 class Norm(nn.Module):
-    """x_BlE -> (B, l, E) by ``function``, with a weight of E and, if asked for, a bias of E: the identity at first."""
+    """A norm of the last dim, (B, l, E) -> (B, l, E), with a weight of E and optionally a bias of E.
+
+    It starts without scale and shift: the weight with ones, the bias with zeros.
+    """
 
     def __init__(self, size: int, epsilon: float, bias: bool, function: NormFunction):
         super().__init__()
@@ -41,5 +45,6 @@ class Norm(nn.Module):
 
 
 def norm(normalization: str, size: int, epsilon: float, function: NormFunction = normalize) -> Norm:
-    """The module that ``normalization`` names: RMSNorm, which has no bias, or LayerNorm, which has one."""
-    return Norm(size, epsilon, {"RMSNorm": False, "LayerNorm": True}[normalization], function)
+    """The module for ``normalization``: RMSNorm, which has no bias, or LayerNorm, which has one."""
+    has_bias = {"RMSNorm": False, "LayerNorm": True}[normalization]
+    return Norm(size, epsilon, has_bias, function)

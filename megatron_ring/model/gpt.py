@@ -25,7 +25,7 @@ from megatron_ring.model.attention import AttentionFunction, SelfAttention
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import DEFAULT_MEMORY, in_chunks, run_block
-from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, vocabulary_part
+from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, part_shape, vocabulary_part
 from megatron_ring.parallel.tensor_exchange import (
     ALONE,
     TensorParallel,
@@ -238,8 +238,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Every parameter is in one group, tied ones once.
     """
-    parameters = list(model.parameters())
+    matrices = [p for p in model.parameters() if len(part_shape(p)) >= 2]
+    vectors = [p for p in model.parameters() if len(part_shape(p)) < 2]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]

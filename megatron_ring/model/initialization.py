@@ -48,16 +48,23 @@ def build(
     prefix: str = "",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    partition: OwnedElements | None = None,
     **options: object,
 ) -> M:
     """Return an initialized ``module_type(config, *args, **options)``, which must have ``tensor``.
 
-    ``prefix`` and a parameter's name in the module make up its name in a whole GPT.
+    ``prefix`` and a parameter's name in the module make up its name in a whole GPT. ``partition``
+    replaces a parameter that has no memory by this rank's ZeRO 3 partition, which it returns as
+    ``initialize`` describes; None: the rank stores its whole tensor-parallel part.
     """
     with torch.device("meta"):
         module = module_type(config, *args, **options)
-    materialize(module, device, dtype)
-    initialize(module, config, seed, prefix)
+    if partition is None:
+        materialize(module, device, dtype)
+        initialize(module, config, seed, prefix)
+    else:
+        materialize(module, device, dtype, allocate=_without_memory)
+        initialize(module, config, seed, prefix, partition)
     return module
 
 
@@ -90,6 +97,11 @@ def materialize(
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of ``shape`` all of whose elements are the same number in memory."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def _all_elements(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
@@ -141,14 +153,23 @@ def random_blocks(
     16 unless the tensor is smaller, therefore consume the stream as one call does.
     """
     count = shape[0]
-    elements_per_row = math.prod(shape[1:])
-    rows_per_block = block_elements // max(elements_per_row, 1) // _ROWS_PER_STEP * _ROWS_PER_STEP
-    rows_per_block = max(rows_per_block, _ROWS_PER_STEP)
+    rows_per_block = _rows_per_block(shape, block_elements)
     row = 0
     while row < count:
         rows = rows_per_block if count - row >= rows_per_block + _ROWS_PER_STEP else count - row
         yield row, torch.randn((rows, *shape[1:]), generator=generator)
         row += rows
+
+
+def largest_block_bytes(shape: tuple[int, ...]) -> int:
+    """Return the most bytes that a block of a parameter of whole shape ``shape`` may have."""
+    rows = min(_rows_per_block(shape, BLOCK_ELEMENTS) + _ROWS_PER_STEP - 1, shape[0])
+    return rows * math.prod(shape[1:]) * torch.float32.itemsize
+
+
+def _rows_per_block(shape: tuple[int, ...], block_elements: int) -> int:
+    rows = block_elements // max(math.prod(shape[1:]), 1)
+    return max(rows // _ROWS_PER_STEP * _ROWS_PER_STEP, _ROWS_PER_STEP)
 
 
 def _constant(name: str) -> float | None:

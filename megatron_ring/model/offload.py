@@ -1,9 +1,9 @@
-"""Activations in CPU memory between a layer's forward and its backward (--offload-activations), fetched ahead of use.
+"""Activations in CPU memory between a layer's forward and backward (--offload-activations), prefetched in backward.
 
-What autograd saves in a layer goes out as it is saved, and comes back while the layer after it is differentiated, as
-in vDNN (Rhu et al. 2016, section 3). With --recompute full that is a layer's input and its attention's output. On CUDA
-copies run in a stream of their own, to and from pinned memory, and the computation waits for none that it does not
-need yet. On a CPU the same steps are taken and nothing is gained.
+What autograd saves in a layer is copied out as it is saved, and copied back while the layer after it is in backward,
+as in vDNN (Rhu et al. 2016, section 3). With --recompute full that is a layer's input and its attention's output. On
+CUDA, copies run in a stream of their own, to and from pinned memory, and the computation waits only for copies that it
+needs. On a CPU the same steps run without any benefit.
 """
 
 import contextlib
@@ -14,76 +14,81 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# In bytes: less is not worth a copy.
 SMALLEST = 1 << 16
+"""Smallest storage to offload, in bytes: less is not worth a copy."""
 
 
 class Offload:
     """One forward pass through some layers, and its backward: ``with offload.layer(): x = run_block(...)`` for each.
 
-    Parameters and views of them stay where they are; so do tensors on other devices than ``device``, and storages of
-    fewer than ``smallest`` bytes.
+    Not offloaded are parameters and views of them, tensors on other devices than ``device``, and storages of fewer
+    than ``smallest`` bytes.
     """
 
     def __init__(self, device: torch.device, smallest: int = SMALLEST):
         self.device = device
         self.smallest = smallest
-        self.last: _Layer | None = None
-        self.reached: _Layer | None = None
+        self.last: _Layer | None = None  # the last layer of the forward pass so far
+        self.current: _Layer | None = None  # the layer that backward is in
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
-        """The next layer's forward: what autograd saves in it goes to CPU memory."""
-        self.last = layer = _Layer(self.device, self.last)
-        with torch.autograd.graph.saved_tensors_hooks(
-            functools.partial(self._pack, layer), self._unpack
-        ):
+        """Run the next layer's forward inside: what autograd saves in it is copied to CPU memory."""
+        layer = _Layer(self.device, previous=self.last)
+        self.last = layer
+        pack = functools.partial(self._pack, layer)
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
-        layer.forward_is_over()
+        layer.end_forward()
 
-    def _pack(self, layer: "_Layer", tensor: torch.Tensor) -> "torch.Tensor | _Moved":
-        if not self._moves(tensor):
-            # A result that held itself would never be freed. Parameters are held as they are: ZeRO 3 puts them together
-            # in other memory before backward.
+    def _pack(self, layer: "_Layer", tensor: torch.Tensor) -> "torch.Tensor | _Offloaded":
+        if not self._is_offloaded(tensor):
+            # A result that holds itself would never be freed, hence detach. Parameters are held as
+            # they are: ZeRO 3 gathers them in other memory before backward.
             return tensor if tensor.is_leaf else tensor.detach()
-        place = layer.send(tensor.untyped_storage())
-        return _Moved(
-            layer, place, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return _Offloaded(
+            layer,
+            layer.copy_out(tensor.untyped_storage()),
+            tensor.dtype,
+            tensor.size(),
+            tensor.stride(),
+            tensor.storage_offset(),
         )
 
-    def _moves(self, tensor: torch.Tensor) -> bool:
-        owner = tensor if tensor._base is None else tensor._base
-        large = tensor.untyped_storage().nbytes() >= self.smallest
+    def _is_offloaded(self, tensor: torch.Tensor) -> bool:
+        base = tensor if tensor._base is None else tensor._base
         return (
-            large and tensor.device.type == self.device.type and not isinstance(owner, nn.Parameter)
+            tensor.untyped_storage().nbytes() >= self.smallest
+            and tensor.device.type == self.device.type
+            and not isinstance(base, nn.Parameter)
         )
 
-    def _unpack(self, packed: "torch.Tensor | _Moved") -> torch.Tensor:
+    def _unpack(self, packed: "torch.Tensor | _Offloaded") -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        self._reach(packed.layer)
-        storage = packed.layer.storage(packed.place)
+        self._enter(packed.layer)
+        storage = packed.layer.storage(packed.index)
         empty = torch.empty(0, dtype=packed.dtype, device=self.device)
         return empty.set_(storage, packed.offset, packed.size, packed.stride)
 
-    def _reach(self, layer: "_Layer") -> None:
-        """Backward has come to ``layer``: the one that it has left goes, the one that it comes to next is fetched."""
-        if layer is self.reached:
+    def _enter(self, layer: "_Layer") -> None:
+        """Backward has reached ``layer``: free the layer that it has left, and prefetch the one that comes next."""
+        if layer is self.current:
             return
-        if self.reached:
-            self.reached.drop()
-        self.reached = layer
+        if self.current:
+            self.current.free()
+        self.current = layer
         layer.fetch()
-        if layer.before:
-            layer.before.fetch()
+        if layer.previous:
+            layer.previous.fetch()
 
 
 @dataclass(frozen=True)
-class _Moved:
-    """A tensor in a storage that is elsewhere."""
+class _Offloaded:
+    """A tensor whose storage is in CPU memory. index: of its storage among those of ``layer``."""
 
     layer: "_Layer"
-    place: int
+    index: int
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -91,57 +96,62 @@ class _Moved:
 
 
 class _Layer:
-    """What one layer saved. Storages are moved, not tensors: a view keeps all of its storage alive, and several one.
+    """What one layer saved. Storages are copied, not tensors: views share a storage, and each keeps all of it alive.
 
-    copies: their bytes in CPU memory. fetched: on the device again, each with what tells that it has arrived.
+    sources: storages copied out so far in forward. copies: their bytes in CPU memory. fetched: their copies on the
+    device, each with the event that ends the transfer.
     """
 
-    def __init__(self, device: torch.device, before: "_Layer | None"):
+    def __init__(self, device: torch.device, previous: "_Layer | None"):
         self.device = device
-        self.before = before
-        self.sent: list[torch.UntypedStorage] = []
+        self.previous = previous
+        self.sources: list[torch.UntypedStorage] = []
         self.copies: list[torch.Tensor] = []
         self.fetched: list[tuple[torch.Tensor, torch.cuda.Event | None]] | None = None
 
-    def send(self, storage: torch.UntypedStorage) -> int:
-        """Copy a storage to CPU memory unless that is done; its number among the layer's."""
-        addresses = [sent.data_ptr() for sent in self.sent]
+    def copy_out(self, storage: torch.UntypedStorage) -> int:
+        """Copy a storage to CPU memory unless it is there already; return its index among the layer's storages."""
+        addresses = [source.data_ptr() for source in self.sources]
         if storage.data_ptr() in addresses:
             return addresses.index(storage.data_ptr())
-        self.sent.append(storage)  # held, so that no other storage of the layer can get its address
-        there = torch.empty(
-            storage.nbytes(), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
-        _copy(
-            there, torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), self.device
-        )
-        self.copies.append(there)
+        self.sources.append(storage)  # held, so that no other storage of the layer gets its address
+        on_cuda = self.device.type == "cuda"
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_cuda)
+        source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        _copy(copy, source, self.device)
+        self.copies.append(copy)
         return len(self.copies) - 1
 
-    def forward_is_over(self) -> None:
-        self.sent.clear()
+    def end_forward(self) -> None:
+        """Release the storages on the device."""
+        self.sources.clear()
 
     def fetch(self) -> None:
-        """Begin to bring everything back, unless that is done."""
-        if self.fetched is None:
-            here = [torch.empty_like(there, device=self.device) for there in self.copies]
-            self.fetched = [
-                (x, _copy(x, there, self.device)) for x, there in zip(here, self.copies)
-            ]
+        """Begin to copy all storages back to the device, unless that has begun."""
+        if self.fetched is not None:
+            return
+        self.fetched = []
+        targets = [torch.empty_like(copy, device=self.device) for copy in self.copies]
+        for target, copy in zip(targets, self.copies):
+            self.fetched.append((target, _copy(target, copy, self.device)))
 
-    def storage(self, place: int) -> torch.UntypedStorage:
-        """A storage that was fetched. On CUDA the current stream waits for it, not the host."""
-        x, arrival = self.fetched[place]
+    def storage(self, index: int) -> torch.UntypedStorage:
+        """Return a fetched storage. On CUDA the current stream waits for it, not the host."""
+        fetched, arrival = self.fetched[index]
         if arrival:
             arrival.wait()
-        return x.untyped_storage()
+        return fetched.untyped_storage()
 
-    def drop(self) -> None:
+    def free(self) -> None:
+        """Release the fetched storages."""
         self.fetched = None
 
 
 def _copy(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> torch.cuda.Event | None:
-    """``to`` becomes ``of``; one of them is on ``device``. On CUDA that only begins, and the event tells the end."""
+    """Copy ``of`` into ``to``, one of which is on ``device``.
+
+    On CUDA the copy is only enqueued; the returned event marks its end.
+    """
     if device.type != "cuda":
         to.copy_(of)
         return None
@@ -149,12 +159,13 @@ def _copy(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> torch.cud
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         to.copy_(of, non_blocking=True)
-    # Whoever frees it while it is copied must not have its memory used for something else.
-    (to if to.is_cuda else of).record_stream(stream)
+    # If the tensor is freed during the copy, its memory must not be reused before the copy ends.
+    on_device = to if to.is_cuda else of
+    on_device.record_stream(stream)
     return stream.record_event()
 
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the whole run, so that copies come one after another: none comes back before it has gone."""
+    """Return the stream of all copies: they run in order, so nothing is fetched before it was copied out."""
     return torch.cuda.Stream(device)

@@ -1,1 +1,1 @@
-"""The grid of processes and the groups that talk along its axes."""
+"""The process grid, its process groups, and communication along its axes."""

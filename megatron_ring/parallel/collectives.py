@@ -1,12 +1,13 @@
-"""Process groups along the grid's axes, built once and passed on, and the ring's exchange. Talks torch.distributed.
+"""Process groups along the grid's axes, built once and passed on, and the exchange of a ring.
 
-A ring has two communicators. What rank r sends goes through number r % 2, so that what a rank sends to its neighbour
-and what it receives do not queue behind each other, and neighbours post in an order that cannot lock. (Where both ways
-share a number, as at the link that closes a ring of odd size, a rank posts them as one batch.)
+A ring has two communicators. Rank r sends on number r % 2, so that what a rank sends to its
+neighbour and what it receives do not queue behind each other, and neighbours post in an order that
+cannot deadlock. Where both directions use the same number, as at the link that closes a ring of odd
+size, a rank posts them as one batch (docs/decisions/0003).
 
-Within a machine, where gloo talks, what goes through them are tickets for messages (same_machine.py).
-On CUDA each has a stream of its own, on which a message waits for what was posted before it and for nothing after
-(docs/decisions/0017-messages-have-streams-of-their-own.md).
+Within a machine, with gloo, the communicators carry only tickets for messages (same_machine.py).
+On CUDA each has a stream of its own, on which a message waits for what was posted before it and for
+nothing after it (docs/decisions/0017-messages-have-streams-of-their-own.md).
 """
 
 from dataclasses import dataclass, field
@@ -16,164 +17,195 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.messages import in_memory
 from megatron_ring.parallel.progress import ProgressTracker
-from megatron_ring.parallel.recv_buffers import RecvBufferPool
+from megatron_ring.parallel.recv_buffers import RecvBufferPool, storage_order_view
 from megatron_ring.parallel.same_machine import (
-    Fetched,
     PeerMemoryReader,
+    ReadFuture,
+    peer_memory_reader,
     probe_shared_memory,
-    reader_within,
     send_ticket,
     wait,
 )
 
-# The watchdog names a stall at --ring-timeout; torch's own limit, which names nothing, must not come before it.
+# The watchdog reports a stall after --ring-timeout with its cause. torch's own timeout reports no
+# cause and must expire later.
 _SECONDS_FOR_THE_WATCHDOG = 60
 _LONGEST_SUSPENSION = timedelta(days=30)
+
+RingLinks = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
 @dataclass(frozen=True)
 class RingTransfer:
-    """A tensor on its way around the ring, and its like on the way here."""
+    """One exchange in flight: a tensor being sent around the ring, and its like being received.
 
-    works: list[tuple[int, dist.Work | Fetched]]  # each with the global rank at its other end
-    sent: (
-        torch.Tensor
-    )  # held until the transfer is over: gloo, or who receives it, reads it in the background
+    Attributes:
+        works: (global rank of the peer, operation) pairs to wait for.
+        sent: held until the transfer ends, because gloo or the receiver reads it in the background.
+        sender: global rank from which ``received`` comes.
+        sent_at: the transfer's identity in the log of ``progress``.
+        timeout: of each wait; None for the process group's own.
+    """
+
+    works: list[tuple[int, dist.Work | ReadFuture]]
+    sent: torch.Tensor
     received: torch.Tensor
-    sender: int  # of what is received, a global rank
-    sent_at: int  # as place.sends tells
-    place: ProgressTracker
-    room: RecvBufferPool
-    limit: timedelta | None  # of each wait, as RingExchange has it
+    sender: int
+    sent_at: int
+    progress: ProgressTracker
+    buffers: RecvBufferPool
+    timeout: timedelta | None
 
     def wait(self) -> torch.Tensor:
-        """What was sent to this rank; what it sent may be written to now. On CUDA the stream waits, not the host."""
+        """Return the received tensor; the sent one may be written to from now on.
+
+        On CUDA the stream waits, not the host.
+        """
         for peer, work in self.works:
-            with self.place.waiting_for(peer):
-                wait(work, self.limit)
-        self.place.received(self.sent_at, self.sender)
-        self.room.release(self.sent)
+            with self.progress.waiting_for(peer):
+                wait(work, self.timeout)
+        self.progress.record_receive(self.sent_at, self.sender)
+        self.buffers.release(self.sent)
         return self.received
 
 
 @dataclass(frozen=True)
 class RingExchange:
-    """Passing a tensor on around a ring of at least two ranks.
+    """Sends tensors around a ring of at least two ranks.
 
-    members: the ring's global ranks in ring order; links: its two communicators; ring_rank: this process's position.
-    place: where it is noted for whom this process waits. room: where messages arrive. fetcher: what reads them in the
-    memory of other members; all members have one, or none has.
-    limit: of a wait; None is torch's own.
+    Attributes:
+        members: the ring's global ranks in ring order.
+        links: its two communicators.
+        ring_rank: this process's position.
+        progress: records which rank this process waits for.
+        buffers: where messages are received.
+        peer_reader: reads messages in the memory of other members; all members have one, or none.
+        timeout: of each wait; None for the process group's own.
     """
 
     members: tuple[int, ...]
-    links: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    links: RingLinks
     ring_rank: int
-    place: ProgressTracker = field(default_factory=ProgressTracker)
-    room: RecvBufferPool = field(default_factory=RecvBufferPool)
-    fetcher: PeerMemoryReader | None = None
-    limit: timedelta | None = None
+    progress: ProgressTracker = field(default_factory=ProgressTracker)
+    buffers: RecvBufferPool = field(default_factory=RecvBufferPool)
+    peer_reader: PeerMemoryReader | None = None
+    timeout: timedelta | None = None
 
     @staticmethod
-    def over(
-        links: tuple[dist.ProcessGroup, dist.ProcessGroup], place: ProgressTracker | None = None
-    ) -> "RingExchange":
-        """This process's, in the ring whose ``links`` these are."""
-        members = tuple(dist.get_process_group_ranks(links[0]))
-        rank, fetcher = dist.get_rank(links[0]), reader_within(links[0])
-        limit = _LONGEST_SUSPENSION if links[0].group_name in _unlimited else None
+    def over(links: RingLinks, progress: ProgressTracker | None = None) -> "RingExchange":
+        """Create the exchange of this process in the ring that ``links`` connect."""
         return RingExchange(
-            members, links, rank, place or ProgressTracker(), fetcher=fetcher, limit=limit
+            members=tuple(dist.get_process_group_ranks(links[0])),
+            links=links,
+            ring_rank=dist.get_rank(links[0]),
+            progress=progress or ProgressTracker(),
+            peer_reader=peer_memory_reader(links[0]),
+            timeout=_LONGEST_SUSPENSION if links[0].group_name in _watched_links else None,
         )
 
     @property
     def is_slow(self) -> bool:
-        """Whether a message takes so much longer than to copy it in memory that it pays to compute meanwhile."""
-        return self.fetcher is None
+        """Whether a message takes so much longer than a copy in memory that overlap pays."""
+        return self.peer_reader is None
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
-        """Send ``tensor`` (dense) ``distance`` ranks on and receive its like from as far back; does not block."""
+        """Send a dense ``tensor`` on by ``distance`` ranks and receive its like; does not block."""
         size = len(self.members)
-        sender, receiver = (self.ring_rank - distance) % size, (self.ring_rank + distance) % size
-        received, sent_at = (
-            self.room.acquire(tensor),
-            self.place.sends(tensor.nbytes, self.members[receiver]),
-        )
-        within_the_machine = self.fetcher is not None and tensor.device.type == "cpu"
-        way = self._by_ticket if within_the_machine else self._over_the_network
-        works = way(tensor, receiver, received, sender)
-        peer = self.members[sender]
+        sender = (self.ring_rank - distance) % size
+        receiver = (self.ring_rank + distance) % size
+        received = self.buffers.acquire(tensor)
+        sent_at = self.progress.record_send(tensor.nbytes, self.members[receiver])
+        reads_peers = self.peer_reader is not None and tensor.device.type == "cpu"
+        post = self._post_ticket if reads_peers else self._post_messages
+        works = post(tensor, receiver, received, sender)
         return RingTransfer(
-            works, tensor, received, peer, sent_at, self.place, self.room, self.limit
+            works=works,
+            sent=tensor,
+            received=received,
+            sender=self.members[sender],
+            sent_at=sent_at,
+            progress=self.progress,
+            buffers=self.buffers,
+            timeout=self.timeout,
         )
 
-    def _by_ticket(
+    def _post_ticket(
         self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
-    ) -> list[tuple[int, dist.Work | Fetched]]:
-        own_link, link_of_sender = (self.links[rank % 2] for rank in (self.ring_rank, sender))
-        receiver, sender = self.members[receiver], self.members[sender]
-        with self.place.waiting_for(receiver):  # as in _post
-            offered = send_ticket(tensor, receiver, own_link)
-        with self.place.waiting_for(sender):
-            fetched = self.fetcher.fetch(received, sender, link_of_sender, self.limit)
-        return [(sender, fetched), *((receiver, work) for work in offered)]
+    ) -> list[tuple[int, dist.Work | ReadFuture]]:
+        own_link = self.links[self.ring_rank % 2]
+        link_of_sender = self.links[sender % 2]
+        receiver = self.members[receiver]
+        sender = self.members[sender]
+        with self.progress.waiting_for(receiver):  # as in _post
+            ticket_works = send_ticket(tensor, receiver, own_link)
+        with self.progress.waiting_for(sender):
+            future = self.peer_reader.start_read(received, sender, link_of_sender, self.timeout)
+        return [(sender, future), *((receiver, work) for work in ticket_works)]
 
-    def _over_the_network(
+    def _post_messages(
         self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
     ) -> list[tuple[int, dist.Work]]:
-        posts = [
-            (self.ring_rank % 2, dist.isend, in_memory(tensor), self.members[receiver]),
-            (sender % 2, dist.irecv, in_memory(received), self.members[sender]),
-        ]
+        send = storage_order_view(tensor), self.members[receiver]
+        receive = storage_order_view(received), self.members[sender]
+        own_number = self.ring_rank % 2
         works = []
-        for link in (0, 1):
-            posted = [
-                dist.P2POp(op, x, peer, self.links[link])
-                for number, op, x, peer in posts
-                if number == link
-            ]
-            works += self._post(posted) if posted else []
+        for number, link in enumerate(self.links):
+            ops = []
+            if own_number == number:
+                ops.append(dist.P2POp(dist.isend, *send, link))
+            if sender % 2 == number:
+                ops.append(dist.P2POp(dist.irecv, *receive, link))
+            if ops:
+                works += self._post(ops)
         return works
 
-    def _post(self, posted: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
-        """Does not block; but where a neighbour has died it is here, or in waiting, that gloo says so."""
-        with self.place.waiting_for(posted[0].peer):
-            works = dist.batch_isend_irecv(posted)
-        return [
-            (op.peer, work) for op, work in zip(posted, works)
-        ]  # NCCL has one work for the whole batch
+    def _post(self, ops: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
+        """Start the operations; does not block.
+
+        If a neighbour has died, gloo raises either here or in the wait, so both are recorded as
+        waiting for that neighbour.
+        """
+        with self.progress.waiting_for(ops[0].peer):
+            works = dist.batch_isend_irecv(ops)
+        # NCCL returns one work for the whole batch.
+        return [(op.peer, work) for op, work in zip(ops, works)]
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups this process talks in. None where it would talk to itself alone.
+    """The groups of this process; None for a group of one.
 
-    data_context: all that share parameters and differ in tokens, D x C: losses and counts are summed over it.
-    ring_links: the two communicators of this process's ring. ulysses: those that trade heads for tokens with it.
-    tensor: those that split every layer with it. model: those that hold one copy of all parameters between them, P x T.
+    Attributes:
+        data_context: ranks that share parameters and differ in tokens, D x C; losses and counts are
+            summed over it.
+        ring_links: the two communicators of this process's ring.
+        ulysses: ranks that exchange heads for tokens with this one.
+        tensor: ranks that split every layer with this one.
+        model: ranks that hold one copy of all parameters between them, P x T.
     """
 
     data_context: dist.ProcessGroup | None = None
-    ring_links: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    ring_links: RingLinks | None = None
     ulysses: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
     model: dist.ProcessGroup | None = None
 
     @staticmethod
     def build(grid: Grid, global_rank: int, ring_timeout: int = 0) -> "ProcessGroups":
-        """Build every group of the grid; all processes call it, in the same place. Blocks until all have.
+        """Build all groups of the grid. Collective over all processes; blocks until all call it.
 
-        ``ring_timeout``: seconds after which a watchdog ends a wait in the ring; torch itself would a minute later,
-        NCCL's own watchdog included. 0: there is none, and torch's limit is its default.
+        Args:
+            ring_timeout: seconds after which a watchdog ends a wait in the ring. torch's own
+                timeout, NCCL's watchdog included, is set a minute later. 0: no watchdog, and
+                torch's default timeout.
         """
-        limit = (
-            timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG) if ring_timeout else None
-        )
+        timeout = None
+        if ring_timeout:
+            timeout = timedelta(seconds=ring_timeout + _SECONDS_FOR_THE_WATCHDOG)
         return ProcessGroups(
             data_context=_own_group(grid.members("data", "ring", "ulysses"), global_rank),
-            ring_links=_ring_links(grid, global_rank, limit),
+            ring_links=_ring_links(grid, global_rank, timeout),
             ulysses=_own_group(grid.members("ulysses"), global_rank),
             tensor=_own_group(grid.members("tensor"), global_rank),
             model=_own_group(grid.members("pipe", "tensor"), global_rank),
@@ -181,69 +213,68 @@ class ProcessGroups:
 
     @property
     def data_context_rank_and_size(self) -> tuple[int, int]:
-        """(rank, ranks) of this process among those that share its parameters: data x context."""
+        """(rank, size) of this process in data x context, the ranks that share its parameters."""
         group = self.data_context
         return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` summed over data x context, in place, and returned."""
+        """All-reduce ``tensor`` over data x context, in place, and return it; blocks."""
         if self.data_context is not None:
             dist.all_reduce(tensor, group=self.data_context)
         return tensor
 
 
-_unlimited: set[str] = set()  # names of the links whose waits a watchdog limits
+_watched_links: set[str] = set()  # group names of links whose waits a watchdog ends
 
 
-def let_links_outlast_suspensions(links: tuple[dist.ProcessGroup, dist.ProcessGroup]) -> None:
-    """Leave the time limit of waits on these links to the watchdog, which must run from now on.
+def let_links_outlast_suspensions(links: RingLinks) -> None:
+    """Leave the timeout of waits on these links to the watchdog, which must run from now on.
 
-    gloo counts the time in which its process was suspended as time that it has waited, and the
-    watchdog does not. NCCL's limit stays: the host does not wait for the device, so that it is the
-    only one there.
+    gloo counts time in which its process was suspended as waiting time, and the watchdog does not.
+    NCCL's timeout stays: there the host does not wait for the device, so it is the only one.
     """
     if "nccl" not in dist.get_backend_config(links[0]):
-        _unlimited.update(link.group_name for link in links)
+        _watched_links.update(link.group_name for link in links)
 
 
-def _ring_links(
-    grid: Grid, global_rank: int, limit: timedelta | None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+def _ring_links(grid: Grid, global_rank: int, timeout: timedelta | None) -> RingLinks | None:
     if grid.ring == 1:
         return None
     links = tuple(
-        _own_group(grid.members("ring"), global_rank, limit, _link_options(limit)) for _ in range(2)
+        _own_group(grid.members("ring"), global_rank, timeout, _link_options(timeout))
+        for _ in range(2)
     )
     for link in links:
-        # NCCL makes its communicator at the first call, which all ranks of the group must join; in an odd ring
-        # rank 0 has no transfer on the second link.
+        # NCCL creates its communicator in the first call, which all ranks of the group must join;
+        # in a ring of odd size rank 0 has no transfer on the second link.
         dist.barrier(group=link)
-    if "nccl" not in dist.get_backend_config():  # which has ways of its own within a machine
+    if "nccl" not in dist.get_backend_config():  # NCCL has its own transports within a machine
         probe_shared_memory(links[0])
     return links
 
 
-def _link_options(limit: timedelta | None) -> "dist.ProcessGroupNCCL.Options | None":
-    """Of one link alone, since torch writes into them; None where NCCL is not what talks.
+def _link_options(timeout: timedelta | None) -> "dist.ProcessGroupNCCL.Options | None":
+    """Return options for one link, to which torch will write; None without NCCL.
 
-    NCCL copies by kernels. On a stream of high priority they get the next free multiprocessors, before those blocks of
-    an attention kernel that have yet to start.
+    NCCL copies with kernels. On a stream of high priority they get the next free multiprocessors,
+    before those blocks of an attention kernel that have yet to start.
     """
     if "nccl" not in dist.get_backend_config():
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if limit is not None:
-        options._timeout = limit  # torch goes by the group's, and warns where the two differ
+    if timeout is not None:
+        options._timeout = timeout  # torch uses the group's, and warns if the two differ
     return options
 
 
 def _own_group(
     groups: list[list[int]],
     global_rank: int,
-    limit: timedelta | None = None,
-    options: "dist.ProcessGroupNCCL.Options | None" = None,  # a class that torch built without NCCL lacks
+    timeout: timedelta | None = None,
+    # A string, because torch built without NCCL does not have this class.
+    options: "dist.ProcessGroupNCCL.Options | None" = None,
 ) -> dist.ProcessGroup | None:
     if len(groups[0]) == 1:
         return None
-    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit, pg_options=options)
+    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout, pg_options=options)
     return own

@@ -1,40 +1,52 @@
-"""What processes do as one: each learns what every other got, and a fault of one is a fault of all."""
+"""Consensus between processes: every rank gets every rank's result, and an error of one ends all.
 
-from collections.abc import Callable
+Only errors of the user's, MegatronRingError, are shared. Any other exception is raised where it
+occurs; the launcher then ends the other ranks.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
+from megatron_ring.parallel.process_id import Process, in_words
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """All processes, over a group of their own, so that a thread may talk here while another talks elsewhere."""
+    """Collectives over all processes, in a group of their own.
+
+    A thread may use it while another thread communicates in other groups.
+    """
 
     group: dist.ProcessGroup
 
     @staticmethod
     def build() -> "Consensus":
-        """All processes call it, in the same place. Over gloo, because what is said are Python's objects."""
+        """Create the group, over gloo, because Python objects are exchanged. Collective; blocks."""
         return Consensus(dist.new_group(backend="gloo"))
 
     @property
     def rank(self) -> int:
+        """Global rank of this process."""
         return dist.get_rank(self.group)
 
     @property
     def ranks(self) -> int:
+        """Number of processes."""
         return dist.get_world_size(self.group)
 
     def gather(self, act: Callable[[], Any]) -> list[Any]:
-        """What each gets when it acts, in rank order, on every rank; the first user's fault is
-        raised on all.
+        """Call ``act`` on every rank and return all results, in rank order, on every rank; blocks.
 
-        The rank that the fault is from raises its own error, with its cause and traceback; the
-        others raise a copy.
+        If ``act`` raises a MegatronRingError on any rank, the first one is raised on all. The rank
+        that it is from raises its own error, with its cause and traceback; the others raise a copy.
         """
         outcome: Any
         try:
@@ -49,11 +61,67 @@ class Consensus:
         return outcomes
 
     def run_on_rank_zero(self, act: Callable[[], Any]) -> Any:
-        """What rank 0 gets when it acts, on every rank; its fault too."""
+        """Call ``act`` on rank 0 only and return its result, or raise its error, on every rank."""
         return self.gather(act if self.rank == 0 else lambda: None)[0]
 
-    def any_rank(self, so: bool) -> bool:
-        """Whether it is so on any rank, the same on all: one all-reduce of a number, cheap enough for every step."""
-        anywhere = torch.tensor(int(so))
+    def any_rank(self, condition: bool) -> bool:
+        """Return on every rank whether ``condition`` is true on any.
+
+        One all-reduce of one number, cheap enough for every step; blocks.
+        """
+        anywhere = torch.tensor(int(condition))
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.group)
         return bool(anywhere)
+
+
+def run_checked(consensus: Consensus, act: Callable[[], Result]) -> Result:
+    """Call ``act`` and return its result on this rank; blocks until all ranks have called it.
+
+    If ``act`` raises a MegatronRingError on any rank, the first one is raised on all, prefixed with
+    the ranks that raised one, unless all did.
+    """
+    result = None
+    own_error = None
+    try:
+        result = act()
+    except MegatronRingError as error:
+        own_error = error
+    outcomes = consensus.gather(lambda: (Process.here(consensus.rank), own_error))
+    failed = [process for process, error in outcomes if error]
+    if failed:
+        first = next(error for _, error in outcomes if error)
+        prefix = "" if len(failed) == len(outcomes) else f"on {in_words(failed)}: "
+        raise type(first)(prefix + problem for problem in first.problems) from (own_error or first)
+    return result
+
+
+def run_checked_each_step(consensus: Consensus, act: Callable[[], Result]) -> Result:
+    """Do what ``run_checked`` does at the cost of one all-reduce of a number if no rank fails."""
+    result = None
+    own_error = None
+    try:
+        result = act()
+    except MegatronRingError as error:
+        own_error = error
+    if consensus.any_rank(own_error is not None):
+        run_checked(consensus, lambda: _raise(own_error))
+    return result
+
+
+def _raise(error: MegatronRingError | None) -> None:
+    if error:
+        raise error
+
+
+@contextlib.contextmanager
+def abort_collectively() -> Iterator[None]:
+    """Leave the process groups together if the body raises a MegatronRingError, as all ranks must.
+
+    After that no rank waits for another, and one rank can report the error for all.
+    """
+    try:
+        yield
+    except MegatronRingError:
+        dist.barrier()
+        dist.destroy_process_group()
+        raise

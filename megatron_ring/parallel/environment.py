@@ -1,9 +1,10 @@
-"""What the launcher says of this process. The one file that reads ``os.environ``.
+"""The launcher's environment variables. This is the only module that reads ``os.environ``.
 
-``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` sets SLURM's names; alone, a process is
-the whole world. A batch script carries SLURM's names too, but only within a step of srun do they count processes.
-The ranks of a step meet on its first node, at a port of their own, unless MASTER_ADDR and MASTER_PORT say where.
-A variable that is set but empty, as compose files and wrapper scripts export them, counts as unset.
+``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` sets SLURM's variables;
+without a launcher the world size is 1. A batch script has SLURM's variables too, but they count
+processes only within a step of srun. The rendezvous of a step's ranks is on its first node, at a
+port of its own, unless MASTER_ADDR and MASTER_PORT are set. A variable that is set but empty, as
+exported by compose files and wrapper scripts, counts as unset.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 
 from megatron_ring.errors import ConfigError
 
-# Variables of launchers and of the libraries that training uses. CUDA_VISIBLE_DEVICES is not one
-# of them: set but empty, it means that no device may be used.
+# Variables of launchers and of the libraries that training uses. CUDA_VISIBLE_DEVICES is not among
+# them: set but empty, it means that no device may be used.
 _NAMES = ("RANK", "WORLD_SIZE")
 _PREFIXES = (
     "CUBLAS_",
@@ -43,9 +44,9 @@ _PREFIXES = (
 
 
 def remove_empty_variables() -> None:
-    """Remove those variables of launchers and libraries that are set but empty.
+    """Remove variables of launchers and libraries that are set but empty.
 
-    Libraries read them while they are imported, and some fail on an empty one: DeepSpeed does on
+    Libraries read them on import, and some fail on an empty one: DeepSpeed does on
     DEEPSPEED_TIMEOUT and DS_ACCELERATOR. So the package calls this before it imports any library.
     """
     for name, value in list(os.environ.items()):
@@ -55,10 +56,14 @@ def remove_empty_variables() -> None:
 
 @dataclass(frozen=True)
 class Environment:
-    """global_rank, world_size: among all processes. local_rank, local_size: among those of this machine.
+    """This process's rank and resources.
 
-    threads: how many this process should compute with on a CPU: OMP_NUM_THREADS where that is set, else what srun gave
-    each, else its share of the cores, so that ranks on one machine do not fight for them.
+    Attributes:
+        global_rank: rank among all ``world_size`` processes.
+        local_rank: rank among the ``local_size`` processes of this machine.
+        threads: threads to compute with on a CPU: OMP_NUM_THREADS if set, else the CPUs per task
+            of srun, else this process's share of the cores, so that ranks of one machine do not
+            compete for them.
     """
 
     global_rank: int
@@ -69,9 +74,12 @@ class Environment:
 
     @staticmethod
     def read() -> "Environment":
-        """The launcher's variables. Raises ConfigError for those that are no numbers or out of range."""
+        """Read the launcher's variables.
+
+        Raises ConfigError for variables that are not numbers or out of range.
+        """
         world_size = _integer("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
-        # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        # deepspeed sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         local_size = _integer(
             "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=len(_ranks_of_node()) or world_size
         )
@@ -92,7 +100,8 @@ class Environment:
             f"WORLD_SIZE is {self.world_size}, and must be at least 1": self.world_size >= 1,
             f"LOCAL_WORLD_SIZE is {self.local_size}, and must be at least 1": self.local_size >= 1,
             f"LOCAL_RANK is {self.local_rank}, and must be at least 0": self.local_rank >= 0,
-            f"RANK is {self.global_rank}, and must be at least 0 and below WORLD_SIZE {self.world_size}": (
+            f"RANK is {self.global_rank}, and must be at least 0 "
+            f"and below WORLD_SIZE {self.world_size}": (
                 0 <= self.global_rank < max(1, self.world_size)
             ),
             f"OMP_NUM_THREADS is {self.threads}, and must be at least 1": self.threads >= 1,
@@ -100,12 +109,12 @@ class Environment:
         return [f"{rule}. Set it, or unset it." for rule, holds in rules.items() if not holds]
 
     def complete(self) -> None:
-        """Give torch's rendezvous what the launcher left out, so that a bare ``python`` is a world of one.
+        """Set the variables of torch's rendezvous that the launcher left out.
 
-        Raises ConfigError where srun dealt out the ranks so that rings would leave the nodes at
-        every hop, and where MASTER_PORT is no port.
+        So that plain ``python`` runs with a world size of 1. Raises ConfigError if srun distributed
+        the ranks so that rings would leave the node in every hop, or if MASTER_PORT is not a port.
         """
-        _check_neighbours(_ranks_of_node())
+        _check_consecutive(_ranks_of_node())
         _set_default("RANK", str(self.global_rank))
         _set_default("LOCAL_RANK", str(self.local_rank))
         _set_default("WORLD_SIZE", str(self.world_size))
@@ -120,49 +129,53 @@ class Environment:
 
 
 def slurm_job() -> tuple[str, int]:
-    """Return the id of the SLURM job that this process is of, "" outside of one, and how often it was requeued."""
+    """Return the id of this process's SLURM job, "" without one, and how often it was requeued."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0
 
 
 def launched_by_deepspeed() -> bool:
-    """Return whether DeepSpeed's launcher of a node has started this process: no other sets these names together."""
+    """Return whether DeepSpeed's node launcher started this process.
+
+    No other launcher sets this combination of variables.
+    """
     return {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
 def launched_by_torchelastic() -> bool:
-    """Return whether torchrun, or another program with torch's elastic agent, has started this process."""
+    """Return whether torchrun, or another program with torch's elastic agent, is the launcher."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# What makes a library add up in the same order every time; the first value is given where none is.
-_FIXED_ORDER = {
+# Values with which a library accumulates in the same order in every call; the first is the default.
+_DETERMINISTIC_VALUES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    "NCCL_NVLS_ENABLE": (
-        "0",
-    ),  # sums that NVLink's switches take, which differ from call to call (NVIDIA/nccl#1497)
+    # NVLink SHARP: sums computed by the switches differ from call to call (NVIDIA/nccl#1497).
+    "NCCL_NVLS_ENABLE": ("0",),
 }
 
 
 def fix_order_of_sums() -> None:
-    """Have cuBLAS and NCCL repeat themselves. They read it as they start, so it must come before both.
+    """Make cuBLAS and NCCL deterministic; must be called before either starts.
 
-    Raises ConfigError where the environment says otherwise.
+    Raises ConfigError if the environment sets other values.
     """
     problems = [
-        f"deterministic needs {name} to be {' or '.join(legal)}, and the environment has {os.environ[name]}. "
+        f"deterministic needs {name} to be {' or '.join(legal)}, "
+        f"and the environment has {os.environ[name]}. "
         f"Unset {name}, or leave --deterministic out."
-        for name, legal in _FIXED_ORDER.items()
+        for name, legal in _DETERMINISTIC_VALUES.items()
         if (_value(name) or legal[0]) not in legal
     ]
     if problems:
         raise ConfigError(problems)
-    for name, (first, *_) in _FIXED_ORDER.items():
+    for name, (first, *_) in _DETERMINISTIC_VALUES.items():
         _set_default(name, first)
 
 
-# By their numbers in glibc's malloc.h, and what the environment may say of them.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Constants of glibc's malloc.h, and the variables by which a user may set the same parameters.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _MALLOC_SETTINGS = (
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
@@ -172,32 +185,33 @@ _MALLOC_SETTINGS = (
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next, where the environment does not say how it should be.
+    """Make glibc reuse freed memory instead of returning it, unless the environment configures it.
 
-    By itself it gives tensors of 32 MB and more back at once, and takes each anew, page by page (docs/decisions/0021).
+    By default it returns tensors of 32 MB and more to the system at once, and allocates each one
+    anew, page by page (docs/decisions/0021).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
     if mallopt and not any(_value(name) for name in _MALLOC_SETTINGS):
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)  # an int's greatest
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)  # the largest int
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never trim
 
 
 def first_host(node_list: str) -> str:
-    """The first name of SLURM's short form of many.
+    """Return the first host of SLURM's compressed node list.
 
-    >>> first_host("node[01-03,7],other"), first_host("gpu1,gpu2"), first_host("rack[2,4]-node[5-6]")
-    ('node01', 'gpu1', 'rack2-node5')
+    >>> first_host("node[01-03,7],other"), first_host("rack[2,4]-node[5-6]")
+    ('node01', 'rack2-node5')
     """
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", node_list).group()
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
 
 
-# Below those that a system gives out by itself: no connection takes one of these before a process listens there.
+# Below the ephemeral ports, so that no connection takes one before a process listens on it.
 _PORTS = range(15000, 30000)
 
 
 def free_port() -> int:
-    """One of this machine's at which processes that this one starts can meet."""
+    """Return a free port of this machine for the rendezvous of processes that this one starts."""
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -205,60 +219,63 @@ def free_port() -> int:
 
 
 def _port(world_size: int) -> int:
-    """Of the step's own: jobs that share a node must not meet.
+    """Return the rendezvous port: within a step of srun, one derived from the job and the step.
 
-    Alone a process meets nobody, and takes whichever is free.
+    Jobs that share a node must have different ones. A single process needs none and takes any.
     """
     if not _in_step():
         return 29500 if world_size > 1 else 0
-    return _PORTS[
-        (_integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)) % len(_PORTS)
-    ]
+    number = _integer("SLURM_JOB_ID", default=0) + _integer("SLURM_STEP_ID", default=0)
+    return _PORTS[number % len(_PORTS)]
 
 
 def socket_interfaces(names: Sequence[str]) -> list[str]:
-    """Those of this host's network interfaces that the environment names for gloo, then for NCCL.
+    """Return those of this host's network interfaces that are set for gloo, then those for NCCL.
 
-    GLOO_SOCKET_IFNAME lists names. NCCL_SOCKET_IFNAME lists beginnings of names; after ``=`` whole
-    names, after ``^`` what to leave out.
+    GLOO_SOCKET_IFNAME lists names. NCCL_SOCKET_IFNAME lists prefixes of names; after ``=`` whole
+    names, after ``^`` exclusions.
     """
-    wanted = [name for name in (_value("GLOO_SOCKET_IFNAME") or "").split(",") if name in names]
+    gloo = [name for name in (_value("GLOO_SOCKET_IFNAME") or "").split(",") if name in names]
     rule = _value("NCCL_SOCKET_IFNAME")
     if rule is None:
-        return wanted
-    parts = tuple(part for part in rule.lstrip("^=").split(",") if part)
+        return gloo
+    listed = tuple(part for part in rule.lstrip("^=").split(",") if part)
     if "=" in rule[:2]:
-        matching = [name for name in names if name in parts]
+        matching = [name for name in names if name in listed]
     else:
-        matching = [name for name in names if name.startswith(parts)]
-    return wanted + ([n for n in names if n not in matching] if rule[0] == "^" else matching)
+        matching = [name for name in names if name.startswith(listed)]
+    if rule[0] == "^":
+        return gloo + [name for name in names if name not in matching]
+    return gloo + matching
 
 
 def master_address() -> str:
-    """The host on which the ranks meet."""
+    """Return the host of the rendezvous."""
     return _value("MASTER_ADDR") or "127.0.0.1"
 
 
 def _ranks_of_node() -> list[int]:
-    """The ranks that srun runs on this node; none if it was not srun that started this process."""
+    """Return the ranks that srun runs on this node; none if another launcher is in use."""
     ranks = _value("SLURM_GTIDS") if _in_step() and not _value("RANK") else None
     return [_whole_number("SLURM_GTIDS", rank) for rank in ranks.split(",")] if ranks else []
 
 
-def _check_neighbours(ranks: list[int]) -> None:
+def _check_consecutive(ranks: list[int]) -> None:
     if ranks and ranks[-1] - ranks[0] + 1 != len(ranks):
         raise ConfigError(
-            f"srun runs ranks {', '.join(map(str, ranks))} on this node, which are no neighbours: a ring would leave "
-            "the node at every hop. Start with srun --distribution=block."
+            f"srun runs ranks {', '.join(map(str, ranks))} on this node, which are not "
+            "consecutive: a ring would leave the node in every hop. "
+            "Start with srun --distribution=block."
         )
 
 
 def _in_step() -> bool:
+    """Return whether this process runs in a step of srun."""
     return _value("SLURM_STEP_ID") is not None
 
 
 def _integer(*names: str, default: int) -> int:
-    """The first of the variables that is set; SLURM's only within a step of srun."""
+    """Return the first of the variables that is set; SLURM's count only within a step of srun."""
     for name in names:
         value = _value(name)
         if value is not None and (_in_step() or not name.startswith("SLURM_")):
@@ -277,7 +294,7 @@ def _whole_number(name: str, value: str) -> int:
 
 
 def _value(name: str) -> str | None:
-    """The variable's value; None where it is unset or empty."""
+    """Return the variable's value; None if it is unset or empty."""
     return os.environ.get(name) or None
 
 

@@ -1,12 +1,14 @@
-"""Who runs where: the rank, host and process id by which the self-test names a process, and ranks in words."""
+"""Identity of processes: a rank's host and pid for messages; a pid's start time on this host."""
 
 import itertools
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-_HOSTS_NAMED = 3
+_MAX_HOSTS_LISTED = 3
 
 
 class Process(NamedTuple):
@@ -18,25 +20,65 @@ class Process(NamedTuple):
 
     @staticmethod
     def here(global_rank: int) -> "Process":
+        """Return the identity of this process."""
         return Process(global_rank, socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
+        """Format as ``"rank 5 (node1, process 4242)"``."""
         return f"rank {self.global_rank} ({self.host}, process {self.pid})"
 
 
 def in_words(processes: Sequence[Process]) -> str:
-    """Processes in rank order, with their hosts, few or counted: ``"ranks 0-2, 5 (node1, node2)"``."""
+    """Format processes in rank order, with their hosts, as ``"ranks 0-2, 5 (node1, node2)"``.
+
+    More than three hosts are only counted.
+    """
     hosts = sorted({process.host for process in processes})
-    where = ", ".join(hosts) if len(hosts) <= _HOSTS_NAMED else f"{len(hosts)} hosts"
-    return f"rank{'s' * (len(processes) > 1)} {_runs([process.global_rank for process in processes])} ({where})"
+    where = ", ".join(hosts) if len(hosts) <= _MAX_HOSTS_LISTED else f"{len(hosts)} hosts"
+    ranks = _ranges([process.global_rank for process in processes])
+    return f"rank{'s' * (len(processes) > 1)} {ranks} ({where})"
 
 
-def _runs(ranks: Sequence[int]) -> str:
-    """Increasing numbers, neighbours put together.
+def _ranges(ranks: Sequence[int]) -> str:
+    """Format increasing numbers, with consecutive ones as a range.
 
-    >>> _runs([0, 1, 2, 5])
+    >>> _ranges([0, 1, 2, 5])
     '0-2, 5'
     """
-    grouped = itertools.groupby(enumerate(ranks), key=lambda found: found[1] - found[0])
+    # Consecutive numbers have the same difference to their index.
+    grouped = itertools.groupby(enumerate(ranks), key=lambda indexed: indexed[1] - indexed[0])
     runs = [[rank for _, rank in group] for _, group in grouped]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+@dataclass(frozen=True)
+class ProcStat:
+    """The state of a process of this host, from Linux's /proc/PID/stat.
+
+    Attributes:
+        state: R, S, D, T, Z and so on.
+        parent: pid of the parent.
+        start: start time in clock ticks since boot. pid and start together identify a process,
+            because pids are reused.
+    """
+
+    pid: int
+    state: str
+    parent: int
+    start: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether only its exit code is left, for its parent to collect."""
+        return self.state in "ZX"
+
+    @staticmethod
+    def read(pid: int) -> "ProcStat | None":
+        """Return the state of process ``pid``; None without such a process, or without /proc."""
+        try:
+            content = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        # The name, in parentheses before these fields, may contain anything.
+        fields = content.rpartition(b")")[2].split()
+        return ProcStat(pid, fields[0].decode(), int(fields[1]), int(fields[19]))

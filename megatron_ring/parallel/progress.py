@@ -1,11 +1,13 @@
-"""Where this process is, in a few numbers: written by whoever trains, read by whoever watches.
+"""Progress of this process, in a few integers: written by the training thread, read by monitoring.
 
-The numbers lie in a tensor on the host, because the ring is an operator, and what an operator is given are tensors,
-numbers and text (docs/decisions/0002). A note is a write to memory: it takes no lock, waits for no device and allocates
-nothing there. What is read together is written together, so that another thread never sees half a note.
+The integers are in a tensor on the host, because the ring is a custom op, and a custom op takes
+only tensors, numbers and strings (docs/decisions/0002). Recording is a write to memory: it takes no
+lock, waits for no device and allocates nothing there. Values that are read together are written
+together, so that another thread never sees half an update.
 
-Behind the place there may be room for more: for the sum of the work done in rings, which finds stragglers, and for a
-log of all that is noted (ring_log.py), which is a profile. A note that finds no room for itself is not kept.
+The tensor may have room for more than the progress: for the accumulated work in rings, which finds
+stragglers, and for a log of all events (ring_log.py), which is a profile. An event without room for
+it is not recorded.
 """
 
 import contextlib
@@ -24,15 +26,22 @@ NO_RANK = -1
 
 
 class Direction(IntEnum):
+    """Direction of a pass through the ring."""
+
     FORWARD = 0
     BACKWARD = 1
 
 
 class Place(NamedTuple):
-    """What a process does, and for how many ``seconds`` it has done that.
+    """What a process is doing, and for how long.
 
-    step: counted from 1, 0 before the first; layer: as parameters' names count it, from 0 over all pipeline stages;
-    hop: of ``hops``, from 1, and 0 of 0 outside of the ring; waits_for: a global rank, or NO_RANK.
+    Attributes:
+        step: counted from 1; 0 before the first.
+        layer: index as in parameter names, from 0 over all pipeline stages.
+        direction: a Direction.
+        hop: from 1, of ``hops``; both are 0 outside of the ring.
+        seconds: how long it has been doing that.
+        waits_for: the global rank it waits for, or NO_RANK.
     """
 
     step: int
@@ -44,7 +53,7 @@ class Place(NamedTuple):
     waits_for: int
 
     def __str__(self) -> str:
-        """As in ``"has waited 31 s for rank 2 in step 12, layer 5, backward, hop 2 of 4"``."""
+        """Format as ``"has waited 31 s for rank 2 in step 12, layer 5, backward, hop 2 of 4"``."""
         if not self.hops:
             return f"has been outside of the ring for {self.seconds:.0f} s, in step {self.step}"
         direction = Direction(self.direction).name.lower()
@@ -54,51 +63,59 @@ class Place(NamedTuple):
         return f"has waited {self.seconds:.0f} s for rank {self.waits_for} in {where}"
 
 
-class Work(NamedTuple):
+class RingWork(NamedTuple):
     """What a process has done in rings so far.
 
-    nanoseconds: within passes, but for waits. products: (query, key) pairs that it multiplied, each as often as it did.
+    Attributes:
+        nanoseconds: time within passes, without waits.
+        products: (query, key) pairs, each counted once per matrix product of its kernel.
     """
 
     nanoseconds: int
     products: int
 
 
-_PLACE, _WORK = len(Place._fields), len(Work._fields)
+_PROGRESS_FIELDS = len(Place._fields)
+_WORK_FIELDS = len(RingWork._fields)
 
 
 class ProgressTracker:
-    """A Place that is kept up to date. ``numbers``: int64 on the CPU, the first 7 one for each of Place's.
+    """Records the progress of this process in a tensor, and reads it from any thread.
 
-    In the place of seconds they have the moment, time.monotonic_ns(), from which these count. Behind them may be two
-    for Work, and behind those a log. None: new ones, for a Place alone. adds_work_up: whether there is room for Work.
+    Attributes:
+        buffer: int64 on the CPU. The first 7 are the fields of Place, except that ``seconds`` is
+            stored as the time.monotonic_ns() from which they count. Two for RingWork may follow,
+            and after them a log.
+        adds_work_up: whether the buffer has room for RingWork.
+        log: the RingLog in the buffer, or None.
     """
 
-    def __init__(self, numbers: torch.Tensor | None = None):
-        self.numbers = _fresh_numbers(0) if numbers is None else numbers
-        cells = self.numbers.numpy()  # writing there costs a tenth of writing to the tensor
-        self._cells, self._work, log = (
-            cells[:_PLACE],
-            cells[_PLACE : _PLACE + _WORK],
-            cells[_PLACE + _WORK :],
-        )
+    def __init__(self, buffer: torch.Tensor | None = None):
+        """Use ``buffer``, such as another tracker's; by default a new one, without work."""
+        self.buffer = _new_buffer() if buffer is None else buffer
+        cells = self.buffer.numpy()  # writing to it costs a tenth of writing to the tensor
+        self._cells = cells[:_PROGRESS_FIELDS]
+        after_progress = cells[_PROGRESS_FIELDS:]
+        self._work = after_progress[:_WORK_FIELDS]
         self.adds_work_up = len(self._work) > 0
+        log = after_progress[_WORK_FIELDS:]
         self.log = RingLog(log) if len(log) else None
 
     @staticmethod
     def with_work(log_rows: int = 0) -> "ProgressTracker":
-        """One that adds up its work, and with ``log_rows`` keeps a log of so many."""
-        return ProgressTracker(_fresh_numbers(_WORK + (RingLog.cells(log_rows) if log_rows else 0)))
+        """Create a tracker that accumulates work, and keeps a log if ``log_rows`` is above 0."""
+        log_cells = RingLog.cells(log_rows) if log_rows else 0
+        return ProgressTracker(_new_buffer(_WORK_FIELDS + log_cells))
 
     def read(self) -> Place:
-        """Where this process is now; from any thread."""
-        *place, since, waits_for = self._cells.tolist()
-        return Place(*place, (time.monotonic_ns() - since) / 1e9, waits_for)
+        """Return the current progress; may be called from any thread."""
+        *fields, since, waits_for = self._cells.tolist()
+        return Place(*fields, (time.monotonic_ns() - since) / 1e9, waits_for)
 
     @property
-    def work(self) -> Work:
-        """Of this process, since it began."""
-        return Work(*self._work.tolist())
+    def work(self) -> RingWork:
+        """The work of this process since it started."""
+        return RingWork(*self._work.tolist())
 
     @property
     def layer(self) -> int:
@@ -106,13 +123,13 @@ class ProgressTracker:
         return int(self._cells[Place._fields.index("layer")])
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """``numbers``, each the step from when it is taken."""
+        """Yield ``numbers``, recording each as the current step."""
         for number in numbers:
             self._write("step", number)
             yield number
 
     def follow(self, model: nn.Module) -> None:
-        """Know from now on which of the model's ``blocks.N`` was entered last, computed again or not."""
+        """Record from now on which of the model's ``blocks.N`` runs, recomputation included."""
         for name, module in model.named_modules():
             if number := re.search(r"\bblocks\.(\d+)$", name):
                 module.register_forward_pre_hook(
@@ -121,49 +138,52 @@ class ProgressTracker:
 
     @contextlib.contextmanager
     def in_ring(self, layer: int, direction: Direction) -> Iterator[None]:
-        """Around a pass of the ring. One that fails is never left: what it was at can still be read."""
-        entered = self._note(Event.ENTERED, layer, direction)
+        """Record a pass of the ring; one that raises is not ended, so that it can still be read."""
+        entered = self._log(Event.ENTERED, layer, direction)
         self._write("layer", layer, direction)
         yield
-        left = self._note(Event.LEFT)
+        left = self._log(Event.LEFT)
         self._write("hop", 0, 0, left, NO_RANK)
         self._add_work(left - entered)
 
     def begin_hop(self, hop: int, hops: int) -> None:
-        """``hop`` counts from 0, as the ring does."""
-        self._write("hop", hop + 1, hops, self._note(Event.HOP, hop + 1, hops), NO_RANK)
+        """Record that ``hop``, counted from 0 as in the ring, begins."""
+        self._write("hop", hop + 1, hops, self._log(Event.HOP, hop + 1, hops), NO_RANK)
 
     @contextlib.contextmanager
     def waiting_for(self, global_rank: int) -> Iterator[None]:
-        """Around what another process can hold up. A wait that fails is never over."""
-        began = self._note(Event.WAITING, global_rank)
+        """Record a wait for another process. A wait that raises is not ended."""
+        began = self._log(Event.WAITING, global_rank)
         self._write("seconds", began, global_rank)
         yield
-        over = self._note(Event.WAITED)
-        self._write("seconds", over, NO_RANK)
-        self._add_work(began - over)
+        ended = self._log(Event.WAITED)
+        self._write("seconds", ended, NO_RANK)
+        self._add_work(began - ended)
 
-    def sends(self, size: int, receiver: int) -> int:
-        """``size`` bytes to a global rank; returns the moment, by which ``received`` knows the transfer."""
-        return self._note(Event.SENT, size, receiver)
+    def record_send(self, size: int, receiver: int) -> int:
+        """Record that a send of ``size`` bytes to a global rank starts.
 
-    def received(self, sent_at: int, sender: int) -> None:
-        """What a global rank sent, in the transfer that began when ``sends`` said."""
-        self._note(Event.RECEIVED, sent_at, sender)
+        Returns the time, which identifies the transfer in ``record_receive``.
+        """
+        return self._log(Event.SENT, size, receiver)
 
-    def multiplies(self, products: int) -> None:
-        """So many pairs of a query and a key, each product of the two counted."""
+    def record_receive(self, sent_at: int, sender: int) -> None:
+        """Record the arrival of a global rank's message in the transfer begun at ``sent_at``."""
+        self._log(Event.RECEIVED, sent_at, sender)
+
+    def add_products(self, products: int) -> None:
+        """Add (query, key) pairs, each counted once per matrix product."""
         self._add_work(products=products)
 
     @contextlib.contextmanager
     def optimizing(self) -> Iterator[None]:
-        """Around the optimizer's step."""
-        self._note(Event.OPTIMIZING)
+        """Record the optimizer's step."""
+        self._log(Event.OPTIMIZING)
         yield
-        self._note(Event.OPTIMIZED)
+        self._log(Event.OPTIMIZED)
 
-    def _note(self, event: Event, a: int = 0, b: int = 0) -> int:
-        """The moment, noted where there is a log."""
+    def _log(self, event: Event, a: int = 0, b: int = 0) -> int:
+        """Append to the log, if there is one, and return the time."""
         moment = time.monotonic_ns()
         if self.log is not None:
             self.log.add(moment, event, a, b)
@@ -174,11 +194,11 @@ class ProgressTracker:
             self._work += nanoseconds, products
 
     def _write(self, first: str, *values: int) -> None:
-        at = Place._fields.index(first)
-        self._cells[at : at + len(values)] = values
+        start = Place._fields.index(first)
+        self._cells[start : start + len(values)] = values
 
 
-def _fresh_numbers(room: int) -> torch.Tensor:
-    """Those of a Place outside of the ring, and ``room`` more."""
-    place = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NO_RANK])
-    return torch.cat([place, torch.zeros(room, dtype=place.dtype)])
+def _new_buffer(more: int = 0) -> torch.Tensor:
+    """Return the integers of a process outside of the ring, and ``more`` zeros."""
+    progress = torch.tensor([0, 0, 0, 0, 0, time.monotonic_ns(), NO_RANK])
+    return torch.cat([progress, torch.zeros(more, dtype=progress.dtype)])

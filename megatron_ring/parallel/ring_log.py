@@ -1,7 +1,8 @@
-"""What a process did in its rings, moment by moment: rows of four numbers, written in order, read once a step.
+"""A log of what a process did in its rings: rows of four integers, in order, read once a step.
 
-A row is the moment, time.monotonic_ns(), what happened, and two numbers that say more of it. The rows lie in an array
-of a fixed size, so that noting one neither allocates nor waits. What does not fit is counted.
+A row has the time, time.monotonic_ns(), the event, and two integers that depend on the event. The
+rows are in an array of a fixed size, so that appending one neither allocates nor blocks. Rows that
+do not fit are counted.
 """
 
 from enum import IntEnum
@@ -11,22 +12,22 @@ import numpy as np
 
 
 class Event(IntEnum):
-    """What happened, and what the row's ``a`` and ``b`` are."""
+    """What happened, and what the row's ``a`` and ``b`` hold."""
 
-    ENTERED = 0  # a pass of the ring. a: the layer, b: the Direction
-    HOP = 1  # began. a: which, from 1, b: of how many
-    SENT = 2  # a message was handed over. a: its bytes, b: the receiver's global rank
-    WAITING = 3  # for another process. a: its global rank
-    WAITED = 4  # that wait is over
-    RECEIVED = (
-        5  # a message is here. a: the moment when its like was sent, b: the sender's global rank
-    )
-    LEFT = 6  # the pass is over
+    ENTERED = 0  # a pass of the ring began. a: layer, b: Direction
+    HOP = 1  # a hop began. a: its number from 1, b: number of hops
+    SENT = 2  # a send was started. a: bytes, b: the receiver's global rank
+    WAITING = 3  # a wait for another process began. a: its global rank
+    WAITED = 4  # that wait ended
+    RECEIVED = 5  # a message arrived. a: time of the SENT of its transfer, b: sender's global rank
+    LEFT = 6  # the pass ended
     OPTIMIZING = 7  # the optimizer's step began
-    OPTIMIZED = 8  # and is over
+    OPTIMIZED = 8  # the optimizer's step ended
 
 
 class Row(NamedTuple):
+    """One event: its time, an Event, and the two integers that Event defines."""
+
     moment: int
     event: int
     a: int
@@ -34,31 +35,34 @@ class Row(NamedTuple):
 
 
 class RingLog:
-    """A log in ``cells``, (1 + 4 x capacity,) int64: how many rows there were, then those that fit."""
+    """A log in ``cells``, (1 + 4 x capacity,) int64: the number of rows written, then the rows."""
 
     def __init__(self, cells: np.ndarray):
-        self._count, self._rows = cells[:1], cells[1:].reshape(-1, len(Row._fields))
+        self._count = cells[:1]
+        self._rows = cells[1:].reshape(-1, len(Row._fields))
 
     @staticmethod
     def cells(capacity: int) -> int:
-        """How many numbers a log of ``capacity`` rows takes."""
+        """Return how many integers a log of ``capacity`` rows takes."""
         return 1 + capacity * len(Row._fields)
 
     def add(self, moment: int, event: Event, a: int, b: int) -> None:
+        """Append a row, or only count it if the log is full."""
         count = int(self._count[0])
         if count < len(self._rows):
             self._rows[count] = moment, event, a, b
         self._count[0] = count + 1
 
     def clear(self) -> None:
+        """Remove all rows."""
         self._count[0] = 0
 
     @property
     def rows(self) -> np.ndarray:
-        """(rows, 4) int64, a copy of those since the log was cleared."""
+        """The rows since the log was cleared: (rows, 4) int64, a copy."""
         return self._rows[: self._count[0]].copy()
 
     @property
     def missed(self) -> int:
-        """How many more there were than fit."""
+        """Number of rows that did not fit."""
         return max(0, int(self._count[0]) - len(self._rows))

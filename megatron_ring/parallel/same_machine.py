@@ -1,8 +1,9 @@
-"""Messages between processes of one machine: who receives one reads it out of the sender's memory.
+"""Messages between processes of one machine: the receiver reads them from the sender's memory.
 
-Over a network a message is copied into the kernel and out of it, packet by packet, by the cores that should compute.
-Within a machine one copy is enough, from where it lies to where it is wanted: Linux's process_vm_readv. What goes over
-the link is a ticket that says where it lies, and back comes a receipt, until which it must stay as it is.
+Over a network a message is copied into the kernel and out of it, packet by packet, by the cores
+that should compute. Within a machine one copy is enough, from the sender's tensor to the
+receiver's: Linux's process_vm_readv. The link carries only a ticket with the address of the
+message, and a receipt in return; until the receipt arrives the message must not change.
 (docs/decisions/0020-within-a-machine-tickets-travel.md)
 """
 
@@ -21,136 +22,153 @@ import torch
 import torch.distributed as dist
 
 _C = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
-# What goes over a link may be either, in the same direction.
-_TICKET, _RECEIPT = 0, 1
+# A link may carry both in the same direction, so their tags differ.
+_TICKET_TAG = 0
+_RECEIPT_TAG = 1
 
 
 class MemoryUnreadable(RuntimeError):
-    """A message cannot be read where it lies: who sent it has ended. Of the class of what gloo raises then."""
+    """A message cannot be read from its sender's memory, for example because the sender has ended.
+
+    gloo raises a RuntimeError too if its peer has ended.
+    """
 
 
-# ---- what travels ----
+# ---- sending and receiving ----
 
 
 def send_ticket(
     message: torch.Tensor, receiver: int, link: dist.ProcessGroup
 ) -> tuple[dist.Work, dist.Work]:
-    """Let a global rank read a dense tensor, which must stay as it is until both of these are over; does not block."""
-    ticket = dist.isend(ticket_for(message), receiver, link, tag=_TICKET)
-    return ticket, dist.irecv(torch.empty(1, dtype=torch.uint8), receiver, link, tag=_RECEIPT)
+    """Let a global rank read a dense tensor; does not block.
+
+    Returns the send of the ticket and the receive of the receipt. The message must not change until
+    both have completed.
+    """
+    ticket = dist.isend(ticket_for(message), receiver, link, tag=_TICKET_TAG)
+    receipt = dist.irecv(torch.empty(1, dtype=torch.uint8), receiver, link, tag=_RECEIPT_TAG)
+    return ticket, receipt
 
 
-class Fetched(Future):
-    """A message that is on its way here. Waited for as torch's Work is."""
+class ReadFuture(Future):
+    """A message that is being read in the background; it is waited for like torch's Work."""
 
     def wait(self) -> None:
-        """Until it is here. Raises what went wrong on the way."""
+        """Block until the message was read; raise the error if reading failed."""
         self.result()
 
 
-class _Order(NamedTuple):
-    fetched: Fetched
+class _ReadRequest(NamedTuple):
+    future: ReadFuture
     ticket: torch.Tensor
-    ticket_came: dist.Work
+    ticket_work: dist.Work
     into: torch.Tensor
     sender: int
     link: dist.ProcessGroup
-    limit: timedelta | None
+    timeout: timedelta | None
 
 
-def wait(work: dist.Work | Fetched, limit: timedelta | None) -> None:
-    """Until a transfer is over; ``limit`` in place of its group's, None: its group's."""
-    if limit is None or isinstance(work, Fetched):
+def wait(work: dist.Work | ReadFuture, timeout: timedelta | None) -> None:
+    """Block until a transfer has completed; ``timeout`` None means that of its process group."""
+    if timeout is None or isinstance(work, ReadFuture):
         work.wait()
     else:
-        work.wait(limit)
+        work.wait(timeout)
 
 
 class PeerMemoryReader:
-    """Reads in the background what is offered to this process, one message after another, as gloo receives.
+    """Reads messages for this process in the background, one after another, as gloo receives them.
 
-    So a receiver that is busy keeps no sender waiting. Its thread is a daemon, which no pool of Python's would give: a
-    process that fails must be able to leave while a neighbour still owes it a ticket.
+    So a receiver that is busy does not delay its sender. The thread is a daemon, which Python's
+    thread pools do not offer: a process that fails must be able to exit while it still waits for a
+    neighbour's ticket.
     """
 
     def __init__(self):
-        self._orders = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="fetcher", daemon=True).start()
+        self._requests = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="peer-memory-reader", daemon=True).start()
 
-    def fetch(
+    def start_read(
         self,
         into: torch.Tensor,
         sender: int,
         link: dist.ProcessGroup,
-        limit: timedelta | None = None,
-    ) -> Fetched:
-        """Receive in a tensor, dense as what is sent, what a global rank offers next on ``link``.
+        timeout: timedelta | None = None,
+    ) -> ReadFuture:
+        """Read the next message that a global rank sends on ``link``; does not block.
 
-        Does not block. ``limit``: of the wait for it, in place of the link's.
+        ``into`` must be dense in the same way as the message. ``timeout`` replaces that of the link
+        in the wait for the ticket.
         """
-        fetched, ticket = Fetched(), torch.empty(3, dtype=torch.int64)
-        ticket_came = dist.irecv(ticket, sender, link, tag=_TICKET)
-        self._orders.put(_Order(fetched, ticket, ticket_came, into, sender, link, limit))
-        return fetched
+        future = ReadFuture()
+        ticket = torch.empty(3, dtype=torch.int64)
+        ticket_work = dist.irecv(ticket, sender, link, tag=_TICKET_TAG)
+        self._requests.put(_ReadRequest(future, ticket, ticket_work, into, sender, link, timeout))
+        return future
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         while True:
-            order = self._orders.get()
-            fetched, error = order.fetched, _carry_out(order)
-            del order  # with the tensors, of which nothing must be kept behind the transfer
+            request = self._requests.get()
+            future = request.future
+            error = _read_and_acknowledge(request)
+            del request  # it holds tensors, which must be freed with the transfer
             if error:
-                fetched.set_exception(error)  # for whoever waits, as torch's Work has it
+                future.set_exception(error)  # raised in the wait, as by torch's Work
             else:
-                fetched.set_result(None)
+                future.set_result(None)
 
 
-def _carry_out(order: _Order) -> Exception | None:
-    """What went wrong."""
+def _read_and_acknowledge(request: _ReadRequest) -> Exception | None:
+    """Carry out the request and return the error, if one occurred."""
     try:
-        wait(order.ticket_came, order.limit)
-        read(order.ticket, order.into)
-        receipt = dist.isend(
-            torch.ones(1, dtype=torch.uint8), order.sender, order.link, tag=_RECEIPT
-        )
-        wait(receipt, order.limit)
+        wait(request.ticket_work, request.timeout)
+        read_peer_memory(request.ticket, request.into)
+        receipt = torch.ones(1, dtype=torch.uint8)
+        work = dist.isend(receipt, request.sender, request.link, tag=_RECEIPT_TAG)
+        wait(work, request.timeout)
     except Exception as error:
         return error
     return None
 
 
-# ---- whose memory can be read ----
+# ---- which processes can read each other ----
 
-_fetchers: dict[str, PeerMemoryReader | None] = {}  # by the names of the groups that met
+_readers: dict[str, PeerMemoryReader | None] = {}  # by the names of groups that were probed
 
 
 def probe_shared_memory(group: dist.ProcessGroup) -> None:
-    """Find out whether all of ``group`` can read each other's memory. Collective; blocks until all have called it.
+    """Find out whether all ranks of ``group`` can read each other's memory. Collective; blocks.
 
-    Who is in another network namespace counts as another machine, as a container does, or a machine that is simulated.
+    A process in another network namespace, such as a container or a simulated machine, counts as
+    one on another machine.
     """
-    _let_others_read()
+    _allow_reading()
     number = torch.tensor([secrets.randbits(62)])
-    said, agreed = [None] * group.size(), [None] * group.size()
-    dist.all_gather_object(said, (_machine(), ticket_for(number), number.item()), group=group)
-    dist.all_gather_object(agreed, all(_can_read(*each) for each in said), group=group)
-    _fetchers[group.group_name] = PeerMemoryReader() if all(agreed) else None
+    probe = _machine_id(), ticket_for(number), number.item()
+    probes = [None] * group.size()
+    dist.all_gather_object(probes, probe, group=group)
+    can_read_all = all(_can_read(*each) for each in probes)
+    verdicts = [None] * group.size()
+    dist.all_gather_object(verdicts, can_read_all, group=group)
+    _readers[group.group_name] = PeerMemoryReader() if all(verdicts) else None
 
 
-def reader_within(group: dist.ProcessGroup) -> PeerMemoryReader | None:
-    """What reads the messages of its members; None where one of them cannot be read, or they did not meet."""
-    return _fetchers.get(group.group_name)
+def peer_memory_reader(group: dist.ProcessGroup) -> PeerMemoryReader | None:
+    """Return the reader of a group's messages; None if a rank is unreadable or not probed."""
+    return _readers.get(group.group_name)
 
 
-def _let_others_read() -> None:
-    """Where Linux's Yama guards the memory of processes, as on Ubuntu, each must allow it."""
-    with contextlib.suppress(AttributeError):  # as on macOS, which has no such call
+def _allow_reading() -> None:
+    """Let others read this process's memory where Linux's Yama forbids it, as on Ubuntu."""
+    with contextlib.suppress(AttributeError):  # macOS has no prctl
         _C.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
 
 
-def _machine() -> tuple[str, ...] | None:
-    """What tells this machine, its numbers of processes and its network from all others; None where nothing does."""
+def _machine_id() -> tuple[str, ...] | None:
+    """Return what identifies this machine, its pid namespace and its network; None if unknown."""
     try:
         namespaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))
         return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
@@ -159,47 +177,53 @@ def _machine() -> tuple[str, ...] | None:
 
 
 def _can_read(machine: tuple[str, ...] | None, ticket: torch.Tensor, number: int) -> bool:
-    if machine is None or machine != _machine():
+    if machine is None or machine != _machine_id():
         return False
-    found = torch.zeros(1, dtype=torch.int64)
+    read = torch.zeros(1, dtype=torch.int64)
     try:
-        read(ticket, found)
-    except (AttributeError, MemoryUnreadable):  # no such call, or not allowed
+        read_peer_memory(ticket, read)
+    except (AttributeError, MemoryUnreadable):  # the system call is missing, or not permitted
         return False
-    return found.item() == number
+    return read.item() == number
 
 
 # ---- reading ----
 
 
-class _Span(ctypes.Structure):
+class _MemoryRange(ctypes.Structure):
+    """The system call's struct iovec."""
+
     _fields_ = [("address", ctypes.c_void_p), ("size", ctypes.c_size_t)]
 
 
 def ticket_for(message: torch.Tensor) -> torch.Tensor:
-    """Where a dense tensor lies: (3,) int64, the process, the address in it and the bytes."""
+    """Return where a dense tensor is in memory: (3,) int64, process id, address and bytes."""
     return torch.tensor([os.getpid(), message.data_ptr(), message.nbytes])
 
 
-def read(ticket: torch.Tensor, into: torch.Tensor) -> None:
-    """Copy what the ticket is for into a tensor that is dense as the message is. Raises MemoryUnreadable."""
+def read_peer_memory(ticket: torch.Tensor, into: torch.Tensor) -> None:
+    """Copy the message of a ticket to ``into``, which is dense in the same way.
+
+    Raises MemoryUnreadable if the sizes differ or the memory cannot be read.
+    """
     pid, address, size = ticket.tolist()
     if pid <= 0 or address < 0 or size != into.nbytes:
         raise MemoryUnreadable(
-            f"process {pid} offers a message of {size} bytes at {address}, where {into.nbytes} are waited for"
+            f"process {pid} sends a message of {size} bytes at address {address}, "
+            f"but {into.nbytes} bytes are expected"
         )
     done = 0
     while done < size:
-        here, there = (_Span(start + done, size - done) for start in (into.data_ptr(), address))
-        copied = _readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        local = _MemoryRange(into.data_ptr() + done, size - done)
+        remote = _MemoryRange(address + done, size - done)
+        copied = _readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if copied <= 0:
-            raise MemoryUnreadable(
-                f"cannot read what process {pid} sent: {os.strerror(ctypes.get_errno())}"
-            )
+            reason = os.strerror(ctypes.get_errno())
+            raise MemoryUnreadable(f"cannot read the message of process {pid}: {reason}")
         done += copied
 
 
-def _readv(pid: int, *spans_and_flags) -> int:
+def _readv(pid: int, *ranges_and_flags) -> int:
     function = _C.process_vm_readv
     function.restype = ctypes.c_ssize_t
     function.argtypes = [
@@ -210,4 +234,4 @@ def _readv(pid: int, *spans_and_flags) -> int:
         ctypes.c_ulong,
         ctypes.c_ulong,
     ]
-    return function(pid, *spans_and_flags)
+    return function(pid, *ranges_and_flags)

@@ -1,8 +1,9 @@
-"""Layers whose weights are split over the ranks of the tensor axis (Shoeybi et al. 2019, Megatron-LM, section 3).
+"""Layers with weights split over the tensor axis (Shoeybi et al. 2019, Megatron-LM, section 3).
 
-A column-parallel layer splits its outputs, a row-parallel one its inputs, an embedding the vocabulary. They come in
-pairs, around which ``tensor_exchange.py`` communicates: ``to_tensor_region`` before the first layer,
-``from_tensor_region`` after the second. In shapes, ``m`` is a process's tokens outside the pairs.
+A column-parallel layer splits its outputs, a row-parallel one its inputs, an embedding the
+vocabulary. They come in pairs, around which ``tensor_exchange.py`` communicates:
+``to_tensor_region`` before the first layer, ``from_tensor_region`` after the second. In shapes,
+``m`` is the number of a process's tokens outside the pairs.
 """
 
 import functools
@@ -18,15 +19,15 @@ from megatron_ring.parallel.tensor_exchange import (
     ALONE,
     ShardKept,
     TensorParallel,
+    all_reduce_,
+    all_reduced,
     from_tensor_region,
-    reduced,
-    summed,
 )
 
 
 @dataclass(frozen=True)
 class Split:
-    """The part of a whole parameter that a tensor rank holds: ``indices`` of dimension ``dim``, of size ``whole``."""
+    """A tensor rank's part of a parameter: ``indices`` of dimension ``dim``, of size ``whole``."""
 
     dim: int
     indices: range
@@ -34,29 +35,28 @@ class Split:
 
 
 def split_of(parameter: nn.Parameter) -> Split | None:
-    """How ``parameter`` is split over the tensor axis; None where every rank has all of it."""
+    """Return how ``parameter`` is split over the tensor axis; None if every rank has all of it."""
     return getattr(parameter, "tensor_parallel_split", None)
 
 
 def split_parameter(whole_shape: tuple[int, ...], dim: int, tensor: TensorParallel) -> nn.Parameter:
-    """An empty parameter that holds this rank's part of ``whole_shape`` along ``dim``."""
+    """Create an uninitialised parameter for this rank's part of ``whole_shape`` along ``dim``."""
     indices = tensor.part(whole_shape[dim])
     parameter = nn.Parameter(torch.empty(*whole_shape[:dim], len(indices), *whole_shape[dim + 1 :]))
     if tensor.size > 1:
         parameter.tensor_parallel_split = Split(dim, indices, whole_shape[dim])
-        parameter.tensor_model_parallel = (
-            True  # DeepSpeed's word for: counts on every rank in the gradient norm
-        )
+        # DeepSpeed's mark of parameters that count on every rank in the gradient norm.
+        parameter.tensor_model_parallel = True
     return parameter
 
 
 def part_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of what this tensor rank has of ``parameter``, which ZeRO 3 hides between uses."""
+    """Return the shape of this tensor rank's part of ``parameter``, also while ZeRO 3 shards it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape that ``parameter`` has on one process."""
+    """Return the shape that ``parameter`` has without tensor parallelism."""
     split = split_of(parameter)
     shape = list(part_shape(parameter))
     if split:
@@ -74,9 +74,9 @@ class ColumnParallelLinear(nn.Module):
         self.bias = split_parameter((outputs,), 0, tensor) if bias else None
 
     def forward(self, x: torch.Tensor, kept: ShardKept | None = None) -> torch.Tensor:
-        """Apply the layer to what ``to_tensor_region`` gives, so that several layers share one exchange.
+        """Apply the layer to a result of ``to_tensor_region``, which several layers may share.
 
-        ``kept``: what backward keeps of ``x``; None: ``x`` itself.
+        ``kept`` is what is saved of ``x`` for backward; None for ``x`` itself.
         """
         if kept is None:
             return functional.linear(x, self.weight, self.bias)
@@ -84,7 +84,10 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the columns of W, the inputs, split: (B, l, in/T) -> (B, m, out)."""
+    """y = x W^T + b with the columns of W, the inputs, split: (B, l, in/T) -> (B, m, out).
+
+    Communicates in the tensor group and blocks.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, tensor: TensorParallel = ALONE):
         super().__init__()
@@ -98,7 +101,10 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Rows of a table, the table's rows split: int64 (B, l) -> (B, m, width). Uneven parts are no harm."""
+    """An embedding with the rows of its table split: int64 (B, l) -> (B, m, width).
+
+    The parts may be uneven. Communicates in the tensor group and blocks.
+    """
 
     def __init__(self, vocab_size: int, width: int, tensor: TensorParallel = ALONE):
         super().__init__()
@@ -110,38 +116,43 @@ class VocabularyParallelEmbedding(nn.Module):
         if split is None:
             return functional.embedding(tokens_Bl, self.weight)
         row = tokens_Bl - split.indices.start
-        here = (row >= 0) & (row < len(split.indices))
-        # A row of another rank counts as zeros; the sum over ranks brings it.
-        x = functional.embedding(torch.where(here, row, 0), self.weight) * here.unsqueeze(-1)
+        is_local = (row >= 0) & (row < len(split.indices))
+        # Rows of other ranks are zeros here and are filled in by the sum over ranks.
+        local_row = torch.where(is_local, row, 0)
+        x = functional.embedding(local_row, self.weight) * is_local.unsqueeze(-1)
         return from_tensor_region(x, self.tensor)
 
 
 def mark_local_heads(module: nn.Module) -> nn.Module:
-    """``module``, marked as one that every tensor rank holds whole and applies to its own heads only."""
+    """Mark ``module`` as replicated over tensor ranks but applied to each rank's heads only."""
     for parameter in module.parameters():
         parameter.sees_own_heads_only = True
     return module
 
 
 def all_reduce_replicated_grads(module: nn.Module, tensor: TensorParallel) -> None:
-    """Have the gradients of what every tensor rank holds whole summed over them, once, where each saw a part only.
+    """Register hooks that sum gradients of replicated parameters over tensor ranks where needed.
 
-    Under sequence_parallel a rank sees its own tokens of everything. Without it every rank sees all tokens, and such
-    gradients are equal already, but for those of parameters that meet a rank's own heads.
+    With sequence_parallel a rank computes their gradients from its own tokens only. Without it
+    every rank has all tokens and these gradients are equal already, except for parameters that are
+    applied to a rank's own heads only.
     """
     for parameter in module.parameters():
-        in_part = tensor.sequence_parallel or getattr(parameter, "sees_own_heads_only", False)
-        if tensor.size > 1 and split_of(parameter) is None and in_part:
-            parameter.register_hook(functools.partial(summed, tensor=tensor))
+        is_partial = tensor.sequence_parallel or getattr(parameter, "sees_own_heads_only", False)
+        if tensor.size > 1 and split_of(parameter) is None and is_partial:
+            parameter.register_hook(functools.partial(all_reduced, tensor=tensor))
 
 
 def vocabulary_part(weight_vE: torch.Tensor, tensor: TensorParallel) -> VocabularyPart | None:
-    """Which rows of a head's matrix ``weight_vE`` are, and how the parts meet; None where it is whole."""
+    """Return which rows of the head's matrix ``weight_vE`` has, and how to reduce over the parts.
+
+    None if the matrix is not split.
+    """
     split = split_of(weight_vE)
     if split is None:
         return None
     return VocabularyPart(
         split.indices.start,
-        sum=functools.partial(reduced, group=tensor.group, op=dist.ReduceOp.SUM),
-        max=functools.partial(reduced, group=tensor.group, op=dist.ReduceOp.MAX),
+        sum=functools.partial(all_reduce_, group=tensor.group, op=dist.ReduceOp.SUM),
+        max=functools.partial(all_reduce_, group=tensor.group, op=dist.ReduceOp.MAX),
     )

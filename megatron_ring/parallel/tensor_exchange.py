@@ -1,12 +1,14 @@
-"""What the ranks of the tensor axis exchange around a pair of split layers: a sum, or its two halves.
+"""Communication of the tensor axis around a pair of split layers: an all-reduce, or its two halves.
 
-Between a column-parallel and a row-parallel layer nothing is exchanged, and around them one sum forward and one
-backward (Shoeybi et al. 2019, Megatron-LM, section 3). With ``sequence_parallel`` (Korthikanti et al. 2022, section
-4.2.2) the tokens outside the pair are split over the same ranks: a reduce-scatter stands behind it in the place of the
-sum, an all-gather before it, and the two move as many bytes as the sum.
+A column-parallel and a row-parallel layer need no communication between them, and around them one
+all-reduce forward and one backward (Shoeybi et al. 2019, Megatron-LM, section 3). With
+``sequence_parallel`` (Korthikanti et al. 2022, section 4.2.2) the tokens outside the pair are split
+over the same ranks: a reduce-scatter after the pair replaces the all-reduce, an all-gather before
+it supplies all tokens, and the two move as many bytes as the all-reduce.
 
-In shapes, ``m`` is a process's tokens outside the pairs: l, or l/T with sequence_parallel. Everything is done by
-blocking collectives of the tensor group, in the order of the model, which is the same on all of its ranks.
+In shapes, ``m`` is the number of a process's tokens outside the pairs: l, or l/T with
+sequence_parallel. All collectives block, in the tensor group, in the order of the model, which is
+the same on all of its ranks.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's place on the tensor axis. ``group`` is None where it has one rank: nothing is exchanged then."""
+    """This process's position on the tensor axis; ``group`` is None for an axis of one rank."""
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
@@ -27,7 +29,7 @@ class TensorParallel:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None, sequence_parallel: bool) -> "TensorParallel":
-        """This process's place in ``group``, the tensor axis."""
+        """Return this process's position in ``group``, the tensor axis."""
         if group is None:
             return ALONE
         return TensorParallel(
@@ -35,7 +37,7 @@ class TensorParallel:
         )
 
     def part(self, whole: int) -> range:
-        """The indices of ``whole`` that belong to this rank: runs in rank order, the last ones shorter if uneven."""
+        """Return this rank's indices of ``whole``: contiguous in rank order, shorter at the end."""
         share = -(-whole // self.size)
         return range(min(self.rank * share, whole), min((self.rank + 1) * share, whole))
 
@@ -45,15 +47,16 @@ ALONE = TensorParallel()
 
 
 def to_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    """Before column-parallel layers: (B, m, E) -> (B, l, E). Backward, the ranks' gradients are summed."""
+    """Enter column-parallel layers: (B, m, E) -> (B, l, E); backward sums the ranks' gradients."""
     if tensor.size == 1:
         return x
-    ways = (_gathered, _summed_and_scattered) if tensor.sequence_parallel else (_as_it_is, summed)
-    return _Exchange.apply(x, tensor, *ways)
+    if tensor.sequence_parallel:
+        return _Exchange.apply(x, tensor, _all_gathered, _reduce_scattered)
+    return _Exchange.apply(x, tensor, _unchanged, all_reduced)
 
 
 class ShardKept:
-    """The input of column-parallel layers under sequence parallelism, of which backward keeps a shard.
+    """The input of column-parallel layers with sequence parallelism, of which a shard is saved.
 
     Korthikanti et al. 2022, section 4.2.2: the all-gather's result is not stored for backward. Each
     rank stores its own (B, l/T, E), and the first of the layers whose weight gradient is computed
@@ -67,13 +70,13 @@ class ShardKept:
     def linear(
         self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` as ``to_tensor_region`` gathered it from the shard."""
+        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` that ``to_tensor_region`` gathered."""
         self.gather.layers += 1
         return _LinearOfGathered.apply(x_BlE, self.shard_BmE, weight, bias, self.gather)
 
 
 class _GatherForBackward:
-    """Gathers a shard once for ``layers`` layers; holds the result until the last of them used it.
+    """Gathers a shard once for ``layers`` layers, and keeps the result until the last has used it.
 
     It holds no tensor between forward and backward: the shard is among the saved tensors of
     autograd, where activation offloading can move it.
@@ -82,15 +85,17 @@ class _GatherForBackward:
     def __init__(self, tensor: TensorParallel):
         self.tensor = tensor
         self.layers = 0
-        self._unserved = 0
+        self._pending_layers = 0
         self._whole_BlE: torch.Tensor | None = None
 
     def whole(self, shard_BmE: torch.Tensor) -> torch.Tensor:
-        """Return the gathered (B, l, E). The first call blocks in an all-gather of the tensor group."""
+        """Return the gathered (B, l, E); the first call blocks in a tensor group's all-gather."""
         if self._whole_BlE is None:
-            self._whole_BlE, self._unserved = _gathered(shard_BmE, self.tensor), self.layers
-        whole_BlE, self._unserved = self._whole_BlE, self._unserved - 1
-        if self._unserved == 0:
+            self._whole_BlE = _all_gathered(shard_BmE, self.tensor)
+            self._pending_layers = self.layers
+        whole_BlE = self._whole_BlE
+        self._pending_layers -= 1
+        if self._pending_layers == 0:
             self._whole_BlE = None
         return whole_BlE
 
@@ -122,53 +127,59 @@ class _LinearOfGathered(torch.autograd.Function):
 
 
 def from_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    """After row-parallel products: the sum over the ranks of (B, l, E), of which a rank keeps its (B, m, E)."""
+    """Leave row-parallel layers: sum (B, l, E) over the ranks and return this rank's (B, m, E)."""
     if tensor.size == 1:
         return x
-    ways = (_summed_and_scattered, _gathered) if tensor.sequence_parallel else (summed, _as_it_is)
-    return _Exchange.apply(x, tensor, *ways)
+    if tensor.sequence_parallel:
+        return _Exchange.apply(x, tensor, _reduce_scattered, _all_gathered)
+    return _Exchange.apply(x, tensor, all_reduced, _unchanged)
 
 
 def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    """This rank's m of l tokens, of (..., l): all of them without sequence_parallel. No gradient flows through it."""
+    """Return this rank's m of l tokens of x (..., l); all of them without sequence_parallel.
+
+    No gradient flows through it.
+    """
     return x.chunk(tensor.size, dim=-1)[tensor.rank] if tensor.sequence_parallel else x
 
 
 class _Exchange(torch.autograd.Function):
-    """``there`` forward and ``back`` backward, each from (x, tensor) to what takes x's place."""
+    """Applies one function of (x, tensor) in forward and another one in backward."""
 
     @staticmethod
-    def forward(ctx, x, tensor, there, back):
-        ctx.tensor, ctx.back = tensor, back
-        return there(x, tensor)
+    def forward(ctx, x, tensor, in_forward, in_backward):
+        ctx.tensor = tensor
+        ctx.in_backward = in_backward
+        return in_forward(x, tensor)
 
     @staticmethod
     def backward(ctx, dx):
-        return ctx.back(dx, ctx.tensor), None, None, None
+        return ctx.in_backward(dx, ctx.tensor), None, None, None
 
 
-def summed(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
-    """A new tensor: ``x`` summed over the tensor ranks."""
-    return reduced(x.clone(memory_format=torch.contiguous_format), tensor.group, dist.ReduceOp.SUM)
+def all_reduced(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+    """Return the sum of ``x`` over the tensor ranks, a new tensor; blocks."""
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return all_reduce_(copy, tensor.group, dist.ReduceOp.SUM)
 
 
-def reduced(x: torch.Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> torch.Tensor:
-    """``x`` reduced over ``group``, in place, and returned."""
+def all_reduce_(x: torch.Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> torch.Tensor:
+    """Reduce ``x`` over ``group`` in place and return it; blocks."""
     dist.all_reduce(x, op, group)
     return x
 
 
-def _as_it_is(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def _unchanged(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return x.view_as(x)
 
 
-def _gathered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def _all_gathered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     parts = x.new_empty(tensor.size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(parts, x.contiguous(), group=tensor.group)
     return torch.cat(parts.chunk(tensor.size), dim=1)
 
 
-def _summed_and_scattered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def _reduce_scattered(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     parts = torch.cat(x.chunk(tensor.size, dim=1))
     own = parts.new_empty(parts.shape[0] // tensor.size, *parts.shape[1:])
     dist.reduce_scatter_tensor(own, parts, group=tensor.group)

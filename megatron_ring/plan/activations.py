@@ -1,9 +1,9 @@
-"""Bytes that a layer keeps for backward and needs at work, for each token that a process holds. Counted from the model.
+"""Bytes per token that a layer keeps for backward and needs while it is being computed, counted from the model.
 
-A process's residual stream has m tokens, l or l/T with sequence_parallel; all else is of l tokens and H/T heads. What
-is counted is what autograd saves in torch's operators, as model/ and kernels/ call them; Korthikanti et al. 2022
-(section 4.1) count alike for another model, and Liu et al. 2023 (Ring Attention, table 1) for blocks of one layer.
-Recomputation changes what is kept; whatever it is, the layer that is at work has all of it again.
+A process has l tokens, of which the residual stream holds m: all, or l/T with sequence_parallel. Counted are the
+tensors that autograd saves in the operators that model/ and kernels/ call. Korthikanti et al. 2022 (section 4.1) count
+alike for another model, and Liu et al. 2023 (Ring Attention, table 1) for the blocks of one layer. Recomputation
+changes what is kept; in any mode, the layer that backward is in has all of its tensors again.
 """
 
 import math
@@ -12,29 +12,31 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.config import Config
+from megatron_ring.model.shapes import layer_shapes
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.parameters import share
 
-_WIDE = torch.float32.itemsize
+_FP32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one token. kept: from forward to backward. working: besides, while backward is in this layer."""
+    """Bytes per token. kept: from forward to backward. working: on top, while backward is in this layer."""
 
     kept: float
     working: float
 
 
 @dataclass(frozen=True)
-class _Tensors:
-    """Bytes of a token's tensors in a layer. ring_keys: K and V after Ulysses' repetition. inner: one of width F/T.
+class _TensorBytes:
+    """Bytes per token of a layer's tensors.
 
-    norm: what a norm keeps of its input, which may be the input itself: shared, else 0. gathered: the
-    norm's output, of all tensor ranks. attention_input, feed_forward_input: what the column-parallel
-    layers keep of it: a rank's own shard under sequence_parallel, unless backward computes the region
-    again (tensor_exchange.ShardKept). head_norms: what those of query and key heads keep, if there are
-    any. product: a matrix product's of the stream's width.
+    norm: what a norm keeps of its input; shared: the part of it that is the input itself, else 0.
+    gathered: the norm's output, gathered from all tensor ranks. attention_input, mlp_input: what
+    the column-parallel layers keep of it, which is the rank's own shard under sequence_parallel
+    unless backward recomputes the region (tensor_exchange.ShardKept). head_norms: what norms of
+    query and key heads keep, if there are any. matmul: the output of a matmul of the width of the
+    stream. ring_keys: K and V after Ulysses repeats heads. inner: one tensor of width F/T.
     """
 
     residual: float
@@ -42,9 +44,9 @@ class _Tensors:
     shared: float
     gathered: float
     attention_input: float
-    feed_forward_input: float
+    mlp_input: float
     head_norms: float
-    product: float
+    matmul: float
     queries: float
     keys: float
     ring_keys: float
@@ -52,136 +54,161 @@ class _Tensors:
     inner: float
 
 
-def papers_bytes_per_token(hidden_size: int) -> int:
-    """6 x hidden: what a layer needs in bfloat16 by Ring Attention's table 1 (Liu et al. 2023), 6bch by its letters.
+def ring_attention_paper_bytes(hidden_size: int) -> int:
+    """Return 6 x hidden: bytes per token of a layer in bfloat16 by Ring Attention's table 1 (Liu et al. 2023).
 
-    There a device holds c tokens of b samples, h wide, and six blocks of them: Q, K, V, the output, and K and V on
-    their way. The layer's input is all that lasts, 2 x hidden bytes.
+    The paper writes 6bch for c tokens of b samples, h wide, on a device: six blocks, which are Q, K, V, the output,
+    and K and V in transfer. Only the layer's input is kept, 2 x hidden bytes.
     """
     return 6 * hidden_size
 
 
 def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> LayerBytes:
-    """What one layer needs for each of a process's l tokens, as ``config.memory`` says."""
-    memory, tensors = config.memory, _tensors(config, grid, dtype, device)
-    attention, feed_forward = (
-        _saved_by_attention(config, grid, tensors),
-        _saved_by_feed_forward(config, tensors),
-    )
-    if memory.recompute == "none":
-        taken_over = attention, tensors.shared if memory.mlp_chunks > 1 else feed_forward
-        kept = attention + (tensors.residual if memory.mlp_chunks > 1 else feed_forward)
+    """Return the bytes of one layer for each of a process's l tokens, under ``config.memory``."""
+    memory = config.memory
+    tensors = _tensor_bytes(config, grid, dtype, device)
+    attention = _saved_by_attention(config, grid, tensors)
+    mlp = _saved_by_mlp(config, tensors)
+    # Parts of what is kept that are reused, not duplicated, when the layer is recomputed.
+    if memory.recompute != "none":
+        kept, attention_reused, mlp_reused = _kept_for_recomputation(config, tensors)
+    elif memory.mlp_chunks > 1:
+        kept = attention + tensors.residual
+        attention_reused, mlp_reused = attention, tensors.shared
     else:
-        kept, *taken_over = _kept_for_recomputation(config, tensors)
-    # Where backward needs most: between the feed-forward's matrices, or in attention, the feed-forward being done.
-    gradients_of_inner = (2 if config.model.activation == "swiglu" else 1) * tensors.inner
-    gathered_again = tensors.gathered if tensors.feed_forward_input < tensors.gathered else 0
-    working = tensors.residual + max(
-        (feed_forward - taken_over[1] + gradients_of_inner + gathered_again) / memory.mlp_chunks,
-        _backward_through_attention(config, grid, tensors, dtype)
-        + tensors.residual
-        - taken_over[1],
+        kept = attention + mlp
+        attention_reused, mlp_reused = attention, mlp
+    # Backward needs the most between the matmuls of the MLP, or in attention after the MLP is done.
+    inner_gradients = _input_projections(config) * tensors.inner
+    gathered_again = tensors.gathered if tensors.mlp_input < tensors.gathered else 0
+    in_mlp = (mlp - mlp_reused + inner_gradients + gathered_again) / memory.mlp_chunks
+    in_attention = (
+        _backward_through_attention(config, grid, tensors, dtype) + tensors.residual - mlp_reused
     )
-    working += attention - taken_over[0]
+    working = tensors.residual + max(in_mlp, in_attention) + attention - attention_reused
     return LayerBytes(kept, working)
 
 
 def inputs_gathered_again(config: Config) -> int:
-    """How many gathered inputs of a layer backward gathers once more (model/execution.py)."""
-    return _keeps_shard_of_attention_input(config) + _keeps_shard_of_feed_forward_input(config)
+    """Return how many gathered inputs of a layer backward gathers again (recompute.shard_for_backward)."""
+    return _keeps_shard_of_attention_input(config) + _keeps_shard_of_mlp_input(config)
 
 
 def _keeps_shard_of_attention_input(config: Config) -> bool:
     return config.parallel.sequence_parallel and config.memory.recompute == "none"
 
 
-def _keeps_shard_of_feed_forward_input(config: Config) -> bool:
+def _keeps_shard_of_mlp_input(config: Config) -> bool:
     return _keeps_shard_of_attention_input(config) and config.memory.mlp_chunks == 1
 
 
-def _tensors(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _Tensors:
-    model, ranks = config.model, grid.tensor
-    size, hidden = dtype.itemsize, model.hidden_size
+def _input_projections(config: Config) -> int:
+    """Return how many matmuls lead from the stream to width F: gate and up, or up."""
+    names = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    shapes = layer_shapes(config.model)
+    return sum(name in shapes for name in names)
+
+
+def _tensor_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> _TensorBytes:
+    model = config.model
+    ranks = grid.tensor
+    shapes = layer_shapes(model, ranks)
+    heads = share(model.num_attention_heads, ranks)
+    groups = share(model.key_value_heads, ranks)
+    size = dtype.itemsize
+    gathered = size * model.hidden_size
     split = ranks if config.parallel.sequence_parallel else 1
-    heads, groups = share(model.num_attention_heads, ranks), share(model.key_value_heads, ranks)
-    gathered = size * hidden
-    # RMSNorm on a CPU is several operators, which keep x and x / rms in float32; LayerNorm and CUDA's keep x.
-    wide = model.normalization == "RMSNorm" and device == "cpu"
+    # RMSNorm on a CPU is several operators, which keep x and x / rms in float32; LayerNorm, and
+    # any norm on CUDA, keeps x.
+    keeps_fp32 = model.normalization == "RMSNorm" and device == "cpu"
 
     def norm(width: int) -> int:
-        return 2 * _WIDE * width + _WIDE if wide else size * width + 2 * _WIDE
+        return 2 * _FP32 * width + _FP32 if keeps_fp32 else size * width + 2 * _FP32
 
-    return _Tensors(
-        residual=size * hidden / split,
-        norm=norm(hidden) / split,
-        shared=0 if wide and size < _WIDE else size * hidden / split,
+    return _TensorBytes(
+        residual=gathered / split,
+        norm=norm(model.hidden_size) / split,
+        shared=0 if keeps_fp32 and size < _FP32 else gathered / split,
         gathered=gathered,
         attention_input=gathered / (split if _keeps_shard_of_attention_input(config) else 1),
-        feed_forward_input=gathered / (split if _keeps_shard_of_feed_forward_input(config) else 1),
+        mlp_input=gathered / (split if _keeps_shard_of_mlp_input(config) else 1),
         head_norms=model.qk_layernorm * (heads + groups) * norm(model.head_dim),
-        product=size * hidden,
-        queries=size * heads * model.head_dim,
-        keys=2 * size * groups * model.head_dim,
+        matmul=gathered,
+        queries=size * shapes["attention.q_proj.weight"][0],
+        keys=2 * size * shapes["attention.k_proj.weight"][0],
         ring_keys=2 * size * math.lcm(groups, grid.ulysses) * model.head_dim,
-        lse=_WIDE * heads,
-        inner=size * share(model.feed_forward_size, ranks),
+        lse=_FP32 * heads,
+        inner=size * shapes["mlp.up_proj.weight"][0],
     )
 
 
-def _saved_by_attention(config: Config, grid: Grid, x: _Tensors) -> float:
-    """Norm, its output, norms of heads, Q, K and V as the ring takes them, the ring's output and log-sum-exp."""
-    saved = x.norm + x.attention_input + x.head_norms + x.queries + x.ring_keys + x.queries + x.lse
-    saved += x.queries if grid.ulysses > 1 else 0  # the output with its heads together again
-    return saved + (x.queries + x.lse if config.model.softmax_type != "vanilla" else 0)
+def _saved_by_attention(config: Config, grid: Grid, x: _TensorBytes) -> float:
+    """Return the norm, its output, norms of heads, Q, K, V as the ring takes them, its output and log-sum-exp."""
+    ring_output = x.queries + x.lse
+    saved = x.norm + x.attention_input + x.head_norms + x.queries + x.ring_keys + ring_output
+    if grid.ulysses > 1:
+        saved += x.queries  # the output after the all-to-all that restores all heads
+    if config.model.softmax_type != "vanilla":
+        saved += ring_output
+    return saved
 
 
-def _saved_by_feed_forward(config: Config, x: _Tensors) -> float:
-    """Norm, its output, and of width F: gate, silu(gate), up and their product; or the product and its gelu."""
-    return (
-        x.norm + x.feed_forward_input + (4 if config.model.activation == "swiglu" else 2) * x.inner
-    )
+def _saved_by_mlp(config: Config, x: _TensorBytes) -> float:
+    """Return the norm, its output, and of width F: gate, silu(gate), up and their product; or up and its gelu."""
+    inner_tensors = 4 if config.model.activation == "swiglu" else 2
+    return x.norm + x.mlp_input + inner_tensors * x.inner
 
 
-def _kept_for_recomputation(config: Config, x: _Tensors) -> tuple[float, float, float]:
-    """What is kept, and how much of it attention and feed-forward take over when they are computed again.
+def _kept_for_recomputation(config: Config, x: _TensorBytes) -> tuple[float, float, float]:
+    """Return the bytes kept, and how many of them attention and MLP reuse when they are recomputed.
 
-    The block's input; the ring's results unless it runs again; and with ``selective`` every product.
+    Kept are the block's input, the ring's results unless it runs again, and with ``selective`` every matmul.
     """
     memory = config.memory
     attention = 0.0 if memory.recompute_attention else x.queries + x.lse
-    feed_forward = 0.0
+    mlp = 0.0
     if memory.recompute == "selective":
-        attention += x.queries + x.keys + x.product
+        attention += x.queries + x.keys + x.matmul
         if memory.mlp_chunks == 1:
-            feed_forward = (2 if config.model.activation == "swiglu" else 1) * x.inner + x.product
-    return x.residual + attention + feed_forward, attention + x.shared, feed_forward
+            mlp = _input_projections(config) * x.inner + x.matmul
+    return x.residual + attention + mlp, attention + x.shared, mlp
 
 
 def _backward_through_attention(
-    config: Config, grid: Grid, x: _Tensors, dtype: torch.dtype
+    config: Config, grid: Grid, x: _TensorBytes, dtype: torch.dtype
 ) -> float:
-    by_blocks = config.parallel.context_parallel_reduction == "invariant"
-    return (_backward_by_blocks if by_blocks else _backward_through_ring)(grid, x, dtype)
+    if config.parallel.context_parallel_reduction == "invariant":
+        return _backward_in_blocks(grid, x, dtype)
+    return _backward_through_ring(grid, x, dtype)
 
 
-def _backward_by_blocks(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
-    """The same of context_parallel/invariant: the keys travel, and all is there in blocks, put together at the end."""
-    queries_sum, keys_sum = (_WIDE / dtype.itemsize * y for y in (x.queries, x.ring_keys))
+def _backward_in_blocks(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
+    """Return the bytes of context_parallel/invariant: keys travel, all blocks exist and are concatenated at the end."""
+    fp32_factor = _FP32 / dtype.itemsize
+    queries_sum = fp32_factor * x.queries
+    keys_sum = fp32_factor * x.ring_keys
     blocks = 3 * x.queries + x.ring_keys + queries_sum + keys_sum
-    travelling = 2 * (x.ring_keys + keys_sum) if grid.ring > 1 else 0
-    return x.queries + blocks + max(travelling, queries_sum + keys_sum)
+    in_transfer = 2 * (x.ring_keys + keys_sum) if grid.ring > 1 else 0
+    return x.queries + blocks + max(in_transfer, queries_sum + keys_sum)
 
 
-def _backward_through_ring(grid: Grid, x: _Tensors, dtype: torch.dtype) -> float:
-    """The gradient of the output, float32 sums of those of Q, K and V, and what is on its way (context_parallel/ring).
+def _backward_through_ring(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
+    """Return the output's gradient, the float32 sums for Q, K and V, and what is in transfer (context_parallel/ring).
 
-    On its way are one message that leaves and one that comes, and so for the sums that follow: of the keys, or of the
-    queries with their outputs' gradients, lse and delta, whichever are fewer bytes. A rank's own sums wait at home for
-    these, beside those of the hop at hand.
+    In transfer are one message that is sent and one that is received, and as many for the sums that follow: of the
+    keys, or of the queries with their outputs' gradients, lse and delta, whichever are fewer bytes. With more than two
+    ranks a rank's own sums wait for those besides the sums of the current hop.
     """
-    queries_sum, keys_sum = (_WIDE / dtype.itemsize * y for y in (x.queries, x.ring_keys))
+    fp32_factor = _FP32 / dtype.itemsize
+    queries_sum = fp32_factor * x.queries
+    keys_sum = fp32_factor * x.ring_keys
     cast = 0 if dtype == torch.float32 else x.queries + x.ring_keys
-    of_keys, of_queries = (x.ring_keys, keys_sum), (2 * x.queries + 2 * x.lse, queries_sum)
+    of_keys = (x.ring_keys, keys_sum)
+    of_queries = (2 * x.queries + 2 * x.lse, queries_sum)
     message, sums = min(of_keys, of_queries, key=sum)
-    travelling = 2 * (message + sums) + (sums if grid.ring > 2 else 0) if grid.ring > 1 else 0
-    return x.queries + queries_sum + keys_sum + max(cast, travelling)
+    in_transfer = 0.0
+    if grid.ring > 1:
+        in_transfer = 2 * (message + sums)
+    if grid.ring > 2:
+        in_transfer += sums
+    return x.queries + queries_sum + keys_sum + max(cast, in_transfer)

@@ -1,8 +1,8 @@
-"""The rate that a device could reach at most: by its data sheet if its exact name is known, else none.
+"""Peak FLOP/s of devices, from data sheets by the exact device name; unknown names have none.
 
-Rates are dense matrix products with accumulation in float32, without structured sparsity: half of
-the figure where a data sheet states it with sparsity. One name is one rate: an RTX A1000 is no A100,
-and an H100 PCIe is no H100 SXM. Parts of a GPU (MIG) and laptop versions have names of their own.
+Rates are of dense matmuls with accumulation in float32, without structured sparsity: half of the
+figure where a data sheet states it with sparsity. Names match exactly: an RTX A1000 is not an A100,
+and an H100 PCIe is not an H100 SXM. MIG slices and laptop versions have names of their own.
 """
 
 import re
@@ -13,9 +13,9 @@ import torch
 
 
 class _Peak(NamedTuple):
-    """name: a pattern of the whole name that torch reports, without "NVIDIA ". Rates in TFLOP/s.
+    """Peak rates in TFLOP/s. name: a pattern for the whole name that torch reports, without "NVIDIA ".
 
-    bf16: 0 where the device has no bfloat16 products. fp16: 0 means as bf16.
+    bf16: 0 where the device has no bfloat16 matmuls. fp16: 0 means as bf16.
     """
 
     name: str
@@ -60,7 +60,7 @@ _PEAKS = (
     _Peak(r"GeForce RTX 3090 Ti", 80, "GA102 white paper, RTX 3090 Ti"),
     _Peak(r"GeForce RTX 4090", 165.2, "Ada white paper, RTX 4090"),
     _Peak(r"GeForce RTX 5090", 209.5, "RTX Blackwell white paper, RTX 5090"),
-    # AMD. Of an MI250 or MI250X torch sees each of the two dies, which has half of the rate.
+    # AMD. torch reports each of the two dies of an MI250 or MI250X, which has half of the rate.
     _Peak(r"AMD Instinct MI210", 181, "MI210"),
     _Peak(r"AMD Instinct MI250", 362.1 / 2, "MI250, one of two dies"),
     _Peak(r"AMD Instinct MI250X", 383 / 2, "MI250X, one of two dies"),
@@ -71,28 +71,26 @@ _PEAKS = (
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> tuple[float | None, str]:
-    """What one process could reach, in FLOP/s, and where the number comes from.
+    """Return the peak FLOP/s of one process and the source of the number.
 
-    None for a GPU of another name or another ``dtype``, with the reason. A CPU is measured.
+    For a GPU of unknown name or another ``dtype``: None and the reason. A CPU is measured.
     """
     if device != "cuda":
-        rate = _measured_product_rate(device, dtype)
-        return rate, "measured on a 1024 x 1024 product"
+        return _measured_matmul_rate(device, dtype), "measured on a 1024 x 1024 matmul"
     name = torch.cuda.get_device_name()
-    word = str(dtype).removeprefix("torch.")
-    peak = next(
-        (peak for peak in _PEAKS if re.fullmatch(peak.name, name.removeprefix("NVIDIA "))), None
-    )
-    rates = {torch.bfloat16: peak.bf16, torch.float16: peak.fp16 or peak.bf16} if peak else {}
-    if not (rate := rates.get(dtype, 0)):
-        return (
-            None,
-            f"no data sheet's rate is known here for {name} in {word}, so no utilisation is shown",
-        )
+    dtype_name = str(dtype).removeprefix("torch.")
+    short_name = name.removeprefix("NVIDIA ")
+    peak = next((peak for peak in _PEAKS if re.fullmatch(peak.name, short_name)), None)
+    rate = 0.0
+    if peak:
+        rates = {torch.bfloat16: peak.bf16, torch.float16: peak.fp16 or peak.bf16}
+        rate = rates.get(dtype, 0.0)
+    if not rate:
+        return None, f"no data sheet rate for {name} in {dtype_name}, so no utilization is shown"
     return rate * 1e12, f"{peak.sheet} data sheet"
 
 
-def _measured_product_rate(
+def _measured_matmul_rate(
     device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 5
 ) -> float:
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,8 +1,8 @@
-"""Who works when: the visible pairs of every rank in every hop, the critical path, and the bounds that follow.
+"""Work of every rank in every hop, as visible pairs; the critical path and the bounds that follow from it.
 
-A hop ends when its slowest rank is done, so a ring takes the sum over hops of the slowest rank. Under the contiguous
-layout that is nearly R full hops; balanced, it is R half-full ones: the speed-up of balance is at most 2 - 1/R
-(Brandon et al. 2023, section 3.3).
+A hop ends when its slowest rank has finished, so a ring takes the sum over hops of the slowest rank. Under the
+contiguous layout that is nearly R full hops; a balanced one has R half-full hops: balancing speeds the ring up by at
+most 2 - 1/R (Brandon et al. 2023, section 3.3).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Timeline:
 
     @property
     def critical_path(self) -> float:
-        """Sum over hops of the slowest rank's work."""
+        """The sum over hops of the slowest rank's work."""
         return float(self.work_RR.max(dim=1).values.sum())
 
     @property
@@ -32,25 +32,25 @@ class Timeline:
 
     @property
     def gain_of_balance(self) -> float:
-        """How many times faster the same work would be done if every rank had its equal share of every hop."""
+        """The speed-up if every rank had an equal share of every hop's work."""
         return self.critical_path / float(self.work_RR.sum(dim=0).mean())
 
 
 def counted(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
-    """The visible (query, key) pairs of every hop and rank."""
+    """Return the visible (query, key) pairs of every hop and rank."""
     ranks = range(layout.ring_size)
 
     def pairs(rank: int, hop: int) -> int:
-        return hop_runs(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs
+        source = (rank - hop) % layout.ring_size
+        return hop_runs(layout, rank, source, mask).visible_pairs
 
-    return Timeline(
-        torch.tensor([[pairs(rank, hop) for rank in ranks] for hop in ranks], dtype=torch.float64)
-    )
+    work = [[pairs(rank, hop) for rank in ranks] for hop in ranks]
+    return Timeline(torch.tensor(work, dtype=torch.float64))
 
 
 def bound_over_ring(layout_name: str, ring_size: int) -> float:
-    """The most that a layout can gain over the contiguous ring, when hops cost what is visible in them.
+    """Return the largest possible speed-up of a layout over the contiguous ring, if hops cost their visible pairs.
 
-    For causal attention over one long document; under any other mask it is the ring's own ``gain_of_balance``.
+    For causal attention over one long document. Under any other mask the bound is the ring's own ``gain_of_balance``.
     """
     return 1.0 if layout_name == "ring" else 2 - 1 / ring_size

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_ring.engine.engine import Engine
+from megatron_ring.engine.engine import Engine, zero3_partitioner
 from megatron_ring.engine.pipeline_engine import PipelineEngine, build_stage
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.gpt import GPT
@@ -35,6 +35,7 @@ def build_model(
         seed=config.training.seed,
         device=setup.device,
         dtype=setup.precision.dtype,
+        partition=zero3_partitioner(setup, groups),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the model calls: between real ranks against the oracle, and as an operator that torch understands."""
+"""ContextParallelAttention between real ranks against the oracle, and as an operator of torch."""
 
 import functools
 import itertools
@@ -13,7 +13,11 @@ from torch.utils.checkpoint import (
 )
 
 from megatron_ring.context_parallel import attention
-from megatron_ring.context_parallel.attention import ContextParallelAttention, ring_attention
+from megatron_ring.context_parallel.attention import (
+    ContextParallelAttention,
+    RingSpec,
+    ring_attention,
+)
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -33,9 +37,12 @@ from tests.tolerances import TOLERANCE, beyond_tolerance
 
 
 class Case(NamedTuple):
-    """lengths: of the documents that the batch's samples are packed with; () is none. groups: the key-value heads.
+    """What is computed, apart from the grid.
 
-    shard: the tokens of a ring rank.
+    Attributes:
+        groups: number of key-value heads.
+        lengths: of the documents with which the samples are packed; () for no packing.
+        shard: number of tokens of a ring rank.
     """
 
     layout: str
@@ -53,40 +60,41 @@ class Case(NamedTuple):
 
 
 LAYOUTS = [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
-NUMBERS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
-WHOLE, *SPARSE = [(0, ()), (0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
+KERNEL_DTYPES = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("reference", torch.float64)]
+CAUSAL = (0, ())  # window and document lengths
+SPARSE = [(0, (7, 1, 13)), (5, ()), (5, (7, 1, 13))]
 CASES = [
-    *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
-    # Backward, the queries of four groups travel, and the keys of two.
+    *(Case(*layout, *kernel) for layout in LAYOUTS for kernel in KERNEL_DTYPES),
+    # In backward the queries travel with four groups, and the keys with two.
     *(
-        Case(*layout, *numbers, groups, *narrowed)
+        Case(*layout, *kernel, groups, *mask)
         for layout in LAYOUTS
-        for groups, numbers in [(4, NUMBERS[0]), (4, NUMBERS[2]), (2, NUMBERS[2])]
-        for narrowed in SPARSE
+        for groups, kernel in [(4, KERNEL_DTYPES[0]), (4, KERNEL_DTYPES[2]), (2, KERNEL_DTYPES[2])]
+        for mask in SPARSE
     ),
 ]
-# Of Ulysses members that are as many as the groups, more, or no divisor of them.
+# The number of Ulysses ranks equals that of groups, exceeds it, or does not divide it.
 HEADS_AND_GROUPS = [
     (4, 4, SPARSE[0]),
     (4, 1, SPARSE[2]),
-    (6, 3, WHOLE),
+    (6, 3, CAUSAL),
     (6, 3, SPARSE[2]),
     (12, 6, SPARSE[1]),
 ]
 ULYSSES_CASES = [
-    *(Case(*layout, *numbers) for layout in LAYOUTS for numbers in NUMBERS),
+    *(Case(*layout, *kernel) for layout in LAYOUTS for kernel in KERNEL_DTYPES),
     *(
-        Case(*layout, *NUMBERS[2], groups, *narrowed, heads)
+        Case(*layout, *KERNEL_DTYPES[2], groups, *mask, heads)
         for layout in LAYOUTS
-        for heads, groups, narrowed in HEADS_AND_GROUPS
+        for heads, groups, mask in HEADS_AND_GROUPS
     ),
     *(
-        Case(*layout, *numbers, groups, *narrowed, heads=6, shard=15)
+        Case(*layout, *kernel, groups, *mask, heads=6, shard=15)
         for layout in [("ring", 1), ("striped", 1), ("striped", 5)]
-        for numbers, groups, narrowed in zip(NUMBERS, (6, 2, 1), SPARSE)
+        for kernel, groups, mask in zip(KERNEL_DTYPES, (6, 2, 1), SPARSE)
     ),
 ]
-# By world size: rings and Ulysses groups of one to four, and both at once.
+# By world size: rings and Ulysses groups of one to four ranks, and both at once.
 GRIDS = {
     2: [Grid(ulysses=2)],
     3: [Grid(ring=3)],
@@ -99,58 +107,64 @@ GRIDS = {
     ],
     6: [Grid(ring=3, ulysses=2), Grid(ring=2, ulysses=3)],
 }
-LENGTH, BATCH, HEADS, GROUPS = 12, 2, 4, 2
-ALONE = ProcessGroups()
+LENGTH = 12
+BATCH = 2
+HEADS = 4
+GROUPS = 2
+NO_GROUPS = ProcessGroups()
 
 
 def cases_on(grid: Grid) -> list[Case]:
-    """Those whose heads and shards the Ulysses members can share out."""
+    """Return the cases whose heads and shards the Ulysses ranks divide."""
     cases = ULYSSES_CASES if grid.ulysses > 1 else CASES
     return [case for case in cases if case.heads % grid.ulysses == case.shard % grid.ulysses == 0]
 
 
 def on_real_ranks(rank: int, world_size: int) -> dict:
-    """This rank's output and gradients for every grid and case."""
-    found = {}
+    """Return this rank's output and gradients for every grid and case."""
+    results = {}
     for grid in GRIDS[world_size]:
         groups = ProcessGroups.build(grid, rank)
-        found |= {(grid, case): on_one_rank(case, grid, groups, rank) for case in cases_on(grid)}
-    return found
+        for case in cases_on(grid):
+            results[grid, case] = on_one_rank(case, grid, groups, rank)
+    return results
 
 
 def whole_inputs(case: Case, tokens: int) -> list[torch.Tensor]:
-    """q, k, v and the gradients of the output and of the log-sum-exp, of every rank together."""
+    """Return q, k, v and the gradients of output and log-sum-exp, for the whole sequence."""
     inputs = oracle.random_inputs(BATCH, tokens, case.heads, case.groups, case.dtype)
     return [*inputs, oracle.random_dlse(inputs[0])]
 
 
-def tokens_of(case: Case, grid: Grid, rank: int) -> torch.Tensor:
+def positions_of(case: Case, grid: Grid, rank: int) -> torch.Tensor:
     at = grid.coordinates(rank)
     return case.on(grid.ring).positions(at.ring, at.ulysses, grid.ulysses)
 
 
 def on_one_rank(case: Case, grid: Grid, groups: ProcessGroups, rank: int) -> oracle.Attention:
-    layout, here = case.on(grid.ring), tokens_of(case, grid, rank)
+    layout = case.on(grid.ring)
+    local = positions_of(case, grid, rank)
     q, k, v, dout, dlse = whole_inputs(case, layout.seq_length)
-    inputs, starts = [x[:, here].requires_grad_() for x in (q, k, v)], None
+    inputs = [x[:, local].requires_grad_() for x in (q, k, v)]
+    starts = None
     if case.lengths:
         starts = oracle.document_starts(oracle.documents(BATCH, layout.seq_length, case.lengths))
     out, lse = ContextParallelAttention(layout, case.kernel, groups)(*inputs, case.window, starts)
-    gradients = torch.autograd.grad((out, lse), inputs, (dout[:, here], dlse[..., here]))
+    gradients = torch.autograd.grad((out, lse), inputs, (dout[:, local], dlse[..., local]))
     return oracle.Attention(out.detach(), *gradients, lse.detach())
 
 
 @functools.cache
 def expected_of(case: Case, tokens: int) -> oracle.Attention:
-    """The oracle's, of the whole sequence."""
+    """Return the oracle's result for the whole sequence."""
     *inputs, dlse = whole_inputs(case, tokens)
     document_BS = oracle.documents(BATCH, tokens, case.lengths or (tokens,))
     return oracle.attention(*inputs, oracle.visible(document_BS, case.window), dlse)
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict[int, list[dict]]:
-    """What every rank found, by world size."""
+def results() -> dict[int, list[dict]]:
+    """The results of every rank, by world size."""
     return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
 
 
@@ -166,88 +180,101 @@ def short(grid: Grid) -> str:
         for case in cases_on(grid)
     ],
 )
-def test_real_ranks_agree_with_the_oracle(grid, case, ranks):
+def test_real_ranks_agree_with_the_oracle(grid, case, results):
     whole = expected_of(case, grid.ring * case.shard)
-    for rank, found in enumerate(ranks[grid.world_size]):
-        here = tokens_of(case, grid, rank)
-        expected = oracle.Attention(*(x[:, here] for x in whole[:4]), whole.lse[..., here])
-        assert beyond_tolerance(found[grid, case], expected, case.dtype) == {}
-        assert {x.dtype for x in found[grid, case][:4]} == {case.dtype}
-        assert found[grid, case].lse.dtype == accumulation_dtype(case.dtype)
+    for rank, of_rank in enumerate(results[grid.world_size]):
+        local = positions_of(case, grid, rank)
+        expected = oracle.Attention(*(x[:, local] for x in whole[:4]), whole.lse[..., local])
+        result = of_rank[grid, case]
+        assert beyond_tolerance(result, expected, case.dtype) == {}
+        assert {x.dtype for x in result[:4]} == {case.dtype}
+        assert result.lse.dtype == accumulation_dtype(case.dtype)
 
 
-@pytest.mark.parametrize("narrowed", [WHOLE, *SPARSE], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, *SPARSE], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernel", FAST_KERNELS)
-def test_alone_it_is_plain_attention(kernel, dtype, narrowed):
-    case = Case("striped", 1, kernel, dtype, GROUPS, *narrowed)
-    assert (
-        beyond_tolerance(on_one_rank(case, Grid(), ALONE, 0), expected_of(case, case.shard), dtype)
-        == {}
-    )
+def test_on_a_single_process_it_is_plain_attention(kernel, dtype, mask):
+    case = Case("striped", 1, kernel, dtype, GROUPS, *mask)
+    result = on_one_rank(case, Grid(), NO_GROUPS, 0)
+    assert beyond_tolerance(result, expected_of(case, case.shard), dtype) == {}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernel", FAST_KERNELS)
-def test_the_log_sum_exp_may_be_all_that_is_read(kernel, dtype):
+def test_gradients_are_right_if_only_the_log_sum_exp_has_one(kernel, dtype):
     q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS, dtype)
-    dlse, inputs = oracle.random_dlse(q), [x.requires_grad_() for x in (q, k, v)]
-    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(*inputs)
+    dlse = oracle.random_dlse(q)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, NO_GROUPS)(*inputs)
     gradients = torch.autograd.grad(lse, inputs, dlse)
-    found = oracle.Attention(out.detach(), *gradients, lse.detach())
+    result = oracle.Attention(out.detach(), *gradients, lse.detach())
     expected = oracle.attention(q, k, v, torch.zeros_like(q), dlse_BHS=dlse)
-    assert beyond_tolerance(found, expected, dtype) == {}
+    assert beyond_tolerance(result, expected, dtype) == {}
 
 
 @pytest.mark.parametrize("kernel", FAST_KERNELS)
-def test_views_are_as_good_as_contiguous_tensors(kernel):
-    """Queries, keys and values cut from one projection, and a gradient that arrives transposed or expanded."""
+def test_views_give_the_same_results_as_contiguous_tensors(kernel):
+    """q, k and v are views of one projection; dout is transposed, or expanded from a sum."""
     q, k, v, dout = oracle.random_inputs(BATCH, LENGTH, 4, 4)
     fused = torch.cat([q, k, v], dim=2).requires_grad_()
-    out, lse = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, ALONE)(
-        *fused.chunk(3, dim=2)
-    )
+    attention = ContextParallelAttention(Layout("none", LENGTH, 1), kernel, NO_GROUPS)
+    out, lse = attention(*fused.chunk(3, dim=2))
+
+    def result(dfused: torch.Tensor) -> oracle.Attention:
+        return oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach())
+
+    transposed = dout.transpose(0, 1).contiguous().transpose(0, 1)
+    (dfused,) = torch.autograd.grad(out, fused, transposed, retain_graph=True)
     expected = oracle.attention(q, k, v, dout)
-    (dfused,) = torch.autograd.grad(
-        out, fused, dout.transpose(0, 1).contiguous().transpose(0, 1), retain_graph=True
-    )
-    assert (
-        beyond_tolerance(
-            oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()),
-            expected,
-            torch.float64,
-        )
-        == {}
-    )
+    assert beyond_tolerance(result(dfused), expected, torch.float64) == {}
     (dfused,) = torch.autograd.grad(out.sum(), fused)
-    ones = oracle.attention(q, k, v, torch.ones_like(q))
-    assert (
-        beyond_tolerance(
-            oracle.Attention(out.detach(), *dfused.chunk(3, dim=2), lse.detach()),
-            ones,
-            torch.float64,
-        )
-        == {}
-    )
+    expected = oracle.attention(q, k, v, torch.ones_like(q))
+    assert beyond_tolerance(result(dfused), expected, torch.float64) == {}
+
+
+SPECS = [
+    RingSpec("striped", "sdpa"),
+    RingSpec("zigzag", "flash", "invariant", ("12", "abc"), 256, 4096, 3, 31),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_spec_survives_being_packed_into_operator_arguments(spec):
+    assert RingSpec.from_op_arguments(*spec.to_op_arguments()) == spec
 
 
 @pytest.mark.parametrize(
     ("document_starts", "samples"), [(None, 1), (torch.tensor([0, 2, 6]), 2)], ids=["", "packed"]
 )
 def test_torch_accepts_the_operator(document_starts, samples):
-    """Schema, autograd, fake tensors and tracing, forward and backward."""
+    """opcheck: schema, autograd, fake tensors and tracing, forward and backward."""
     q, k, v, _ = oracle.random_inputs(1, LENGTH, HEADS, GROUPS, torch.float32)
-    packing, layout = (document_starts, samples, 4), ("striped", 1, "sdpa", "")
+    spec = RingSpec("striped", "sdpa", window=4, samples=samples)
     for inputs in (
         (q, torch.stack([k, v])),
         (to_kernel_layout("sdpa", q), stack_to_kernel_layout("sdpa", [k, v])),
     ):
-        torch.library.opcheck(
-            ring_attention, (*(x.requires_grad_() for x in inputs), *packing, *layout)
-        )
+        tensors = [x.requires_grad_() for x in inputs]
+        arguments = (*tensors, document_starts, None, *spec.to_op_arguments())
+        torch.library.opcheck(ring_attention, arguments)
 
 
-class Counting:
+def test_torch_refuses_autograd_for_an_operator_that_declares_a_mutation():
+    """The reason why the schema does not declare its writes to progress (docs/decisions/0022).
+
+    If this test fails, torch allows it and the decision can be revisited.
+    """
+
+    @torch.library.custom_op("megatron_ring_tests::writes_progress", mutates_args=("progress",))
+    def writes_progress(x: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(RuntimeError, match="non-functional operator"):
+        writes_progress.register_autograd(lambda ctx, dx: (dx, None))
+
+
+class CountingKernel:
     """The reference kernel, with a count of its forward passes."""
 
     backward = staticmethod(reference.backward)
@@ -266,7 +293,7 @@ def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 @pytest.mark.parametrize(
-    ("context_fn", "forwards_a_layer"),
+    ("context_fn", "forwards_per_layer"),
     [
         (
             {"context_fn": functools.partial(create_selective_checkpoint_contexts, keep_attention)},
@@ -274,12 +301,15 @@ def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
         ),
         ({}, 2),
     ],
-    ids=["kept", "recomputed"],
+    ids=["saved", "recomputed"],
 )
-def test_recomputing_a_layer_need_not_run_the_ring_again(context_fn, forwards_a_layer, monkeypatch):
-    kernel, layers = Counting(), 3
+def test_selective_checkpointing_does_not_run_the_ring_again(
+    context_fn, forwards_per_layer, monkeypatch
+):
+    kernel = CountingKernel()
+    layers = 3
     monkeypatch.setitem(KERNELS, "counting", kernel)
-    attention = ContextParallelAttention(Layout("striped", LENGTH, 1), "counting", ALONE)
+    attention = ContextParallelAttention(Layout("striped", LENGTH, 1), "counting", NO_GROUPS)
     x, *_, dout = oracle.random_inputs(BATCH, LENGTH, HEADS, HEADS)
     x.requires_grad_()
 
@@ -292,37 +322,34 @@ def test_recomputing_a_layer_need_not_run_the_ring_again(context_fn, forwards_a_
             out = apply(out)
         return torch.autograd.grad(out, x, dout)[0]
 
-    plain = stack(layer)
+    without_checkpointing = stack(layer)
     kernel.forwards = 0
     recomputed = stack(lambda x: checkpoint(layer, x, use_reentrant=False, **context_fn))
-    assert torch.equal(recomputed, plain)
-    assert kernel.forwards == forwards_a_layer * layers
+    assert torch.equal(recomputed, without_checkpointing)
+    assert kernel.forwards == forwards_per_layer * layers
 
 
-def test_queries_of_another_length_than_the_shard_are_our_own_fault():
+def test_queries_of_another_length_than_the_shard_fail_an_assertion():
     q, k, v, _ = oracle.random_inputs(BATCH, LENGTH, HEADS, GROUPS)
-    with pytest.raises(AssertionError, match="queries of another length than the layout's shard"):
-        ContextParallelAttention(Layout("none", LENGTH + 1, 1), "reference", ALONE)(q, k, v)
+    attention = ContextParallelAttention(Layout("none", LENGTH + 1, 1), "reference", NO_GROUPS)
+    with pytest.raises(AssertionError, match=rf"length {LENGTH}.* shard has {LENGTH + 1}"):
+        attention(q, k, v)
 
 
-def own_keys_in_halves(rank: int, world_size: int) -> dict[str, bool]:
+def splits_own_keys(rank: int, world_size: int) -> dict[str, bool]:
+    """Return whether backward splits the work on own keys, by how messages travel."""
     links = ProcessGroups.build(Grid(ring=world_size), rank).ring_links
-    names = " ".join(link.group_name for link in links)
+    spec = RingSpec("striped", "reference", links=tuple(link.group_name for link in links))
 
     def in_halves() -> bool:
-        q_BLHD, place = torch.ones(1, 4, 2, 8), ProgressTracker()
-        return attention._ring(
-            q_BLHD, None, 1, 0, "striped", 1, "reference", names, place
-        ).in_halves
+        return attention._ring(torch.ones(1, 4, 2, 8), None, ProgressTracker(), spec).in_halves
 
-    found = {"within the machine": in_halves()}
+    within_machine = in_halves()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "reader_within", lambda group: None)
-        return found | {"over a network": in_halves()}
+        patch.setattr(collectives, "peer_memory_reader", lambda group: None)
+        return {"within the machine": within_machine, "over a network": in_halves()}
 
 
-def test_own_keys_are_met_in_halves_where_messages_are_slow():
-    assert (
-        run_ranks(2, own_keys_in_halves)
-        == [{"within the machine": False, "over a network": True}] * 2
-    )
+def test_work_on_own_keys_is_split_in_halves_only_if_messages_are_slow():
+    expected = {"within the machine": False, "over a network": True}
+    assert run_ranks(2, splits_own_keys) == [expected] * 2

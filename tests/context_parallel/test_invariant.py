@@ -1,4 +1,4 @@
-"""Rings of one to eight ranks give the same bits, and the right ones, where sums are over the sample's own blocks."""
+"""With the invariant reduction, rings of 1, 2, 4 and 8 ranks give the same, correct bits."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -23,7 +23,12 @@ SAMPLES, HEADS = 2, 4
 
 
 class Case(NamedTuple):
-    """lengths: of the documents that the samples are packed with; () is none. lse_read: it has a gradient too."""
+    """What is computed, apart from the ring size.
+
+    Attributes:
+        lengths: of the documents with which the samples are packed; () for no packing.
+        with_dlse: whether the log-sum-exp has a gradient too.
+    """
 
     kernel: str
     dtype: torch.dtype
@@ -31,7 +36,7 @@ class Case(NamedTuple):
     groups: int = 2
     window: int = 0
     lengths: tuple[int, ...] = ()
-    lse_read: bool = False
+    with_dlse: bool = False
 
     @property
     def document_BS(self) -> torch.Tensor:
@@ -43,16 +48,14 @@ class Case(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        return (
-            Mask(self.window, tuple(self.starts.tolist()), SAMPLES)
-            if self.lengths
-            else Mask(self.window)
-        )
+        if not self.lengths:
+            return Mask(self.window)
+        return Mask(self.window, tuple(self.starts.tolist()), SAMPLES)
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """q, k, v, the output's gradient and that of the log-sum-exp."""
+        """Return q, k, v, and the gradients of the output and of the log-sum-exp, if it has one."""
         inputs = oracle.random_inputs(SAMPLES, self.tokens, HEADS, self.groups, self.dtype)
-        return *inputs, oracle.random_dlse(inputs[0]) if self.lse_read else None
+        return *inputs, oracle.random_dlse(inputs[0]) if self.with_dlse else None
 
 
 CASES = [
@@ -61,46 +64,45 @@ CASES = [
     for dtype in (torch.float32, torch.bfloat16)
     for rest in [(56, 4), (56, 1, 9), (56, 2, 0, (7, 13, 1)), (56, 2, 20, (30, 9), True)]
 ]
-# Blocks of more than one of the kernel's tiles, and of one token.
+# Blocks of more than one kernel tile, and of one token.
 CASES += [Case("sdpa", torch.float32, tokens) for tokens in (8 * 131, 8)]
 
 
 @pytest.fixture
-def by_blocks(monkeypatch) -> None:
-    """Simulated rings reduce by blocks."""
+def invariant_reduction(monkeypatch) -> None:
+    """Simulated rings use the invariant reduction."""
     monkeypatch.setattr(ring_loop, "forward", invariant.forward)
     monkeypatch.setattr(ring_loop, "backward", invariant.backward)
 
 
-def of_ring(case: Case, size: int, layout: str = "striped") -> oracle.Attention:
+def result_of_ring(case: Case, size: int, layout_name: str = "striped") -> oracle.Attention:
     *inputs, dlse = case.inputs()
-    layout = Layout(layout, case.tokens, size)
+    layout = Layout(layout_name, case.tokens, size)
     return simulated_ring.run(layout, KERNELS[case.kernel], *inputs, case.mask, dlse).results
 
 
-def differing(first: oracle.Attention, second: oracle.Attention) -> list[str]:
+def differing_fields(first: oracle.Attention, second: oracle.Attention) -> list[str]:
     return [name for name, x, y in zip(first._fields, first, second) if not torch.equal(x, y)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_the_bits_are_the_same_and_right_for_every_size(case, by_blocks):
-    found = {size: of_ring(case, size) for size in SIZES}
-    assert {size: differing(found[1], found[size]) for size in SIZES} == {
-        size: [] for size in SIZES
-    }
+def test_bits_are_equal_for_every_ring_size_and_within_tolerance(case, invariant_reduction):
+    results = {size: result_of_ring(case, size) for size in SIZES}
+    for size in SIZES:
+        assert differing_fields(results[1], results[size]) == [], f"ring of {size}"
     *inputs, dlse = case.inputs()
     expected = oracle.attention(*inputs, oracle.visible(case.document_BS, case.window), dlse)
-    assert beyond_tolerance(found[1], expected, case.dtype) == {}
+    assert beyond_tolerance(results[1], expected, case.dtype) == {}
 
 
 @pytest.mark.parametrize("name", ["none", "ring", "zigzag"])
-def test_one_process_has_them_too_whatever_its_layout(name, by_blocks):
+def test_a_single_process_has_the_same_bits_with_any_layout(name, invariant_reduction):
     case = CASES[0]
-    assert differing(of_ring(case, 1, name), of_ring(case, 8)) == []
+    assert differing_fields(result_of_ring(case, 1, name), result_of_ring(case, 8)) == []
 
 
 class CountingKernel:
-    """A kernel that counts its calls by direction and by the numbers of queries and keys."""
+    """The reference kernel; counts calls by direction and by numbers of queries and keys."""
 
     def __init__(self):
         self.calls: Counter[tuple[str, int, int]] = Counter()
@@ -116,55 +118,57 @@ class CountingKernel:
         reference.backward(dout_BLHD, q_BLHD, k_BLGD, *rest)
 
 
-def calls_of_ring(size: int) -> Counter[tuple[str, int, int]]:
+def kernel_calls(size: int) -> Counter[tuple[str, int, int]]:
     kernel = CountingKernel()
     *inputs, _ = Case("reference", torch.float32).inputs()
     simulated_ring.run(Layout("striped", 56, size), kernel, *inputs)
     return kernel.calls
 
 
-def test_every_size_makes_the_same_calls_between_the_same_blocks(by_blocks):
+def test_every_ring_size_makes_the_same_kernel_calls(invariant_reduction):
     """The reason for equal bits, which holds on every processor."""
-    calls = {size: calls_of_ring(size) for size in SIZES}
+    calls = {size: kernel_calls(size) for size in SIZES}
     assert {(queries, keys) for _, queries, keys in calls[1]} == {(7, 7)}
     assert all(calls[size] == calls[1] for size in SIZES)
 
 
-def test_in_order_of_arrival_the_calls_depend_on_the_size():
-    assert {size for _, size, _ in calls_of_ring(1)}.isdisjoint(
-        {size for _, size, _ in calls_of_ring(8)}
-    )
+def test_with_the_arrival_reduction_kernel_calls_depend_on_the_ring_size():
+    queries_of_one = {queries for _, queries, _ in kernel_calls(1)}
+    queries_of_eight = {queries for _, queries, _ in kernel_calls(8)}
+    assert queries_of_one.isdisjoint(queries_of_eight)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_keys_go_around_once_and_their_gradients_come_home(size, by_blocks):
+def test_keys_go_around_once_and_their_gradients_return(size, invariant_reduction):
     *inputs, _ = Case("reference", torch.float32).inputs()
     exchanges = simulated_ring.run(Layout("striped", 56, size), reference, *inputs).exchanges
-    around, home = size - 1, size if size > 1 else 0
-    assert [len(sent) for sent in exchanges.forward] == [around] * size
-    assert [len(sent) for sent in exchanges.backward] == [around + home] * size
+    of_keys = size - 1
+    of_gradients = size if size > 1 else 0
+    assert [len(sent) for sent in exchanges.forward] == [of_keys] * size
+    assert [len(sent) for sent in exchanges.backward] == [of_keys + of_gradients] * size
 
 
-REAL = Case("sdpa", torch.bfloat16, window=20, lengths=(30, 9))
+CASE_OF_REAL_RANKS = Case("sdpa", torch.bfloat16, window=20, lengths=(30, 9))
 
 
 def on_real_ranks(rank: int, world_size: int) -> oracle.Attention:
-    """This rank's results in the order of its tokens."""
-    layout = Layout("striped", REAL.tokens, world_size)
-    attend = ContextParallelAttention(
-        layout, REAL.kernel, ProcessGroups.build(Grid(ring=world_size), rank), reduction="invariant"
-    )
-    here = layout.positions(rank)
-    q, k, v, dout, _ = (None if x is None else x[:, here] for x in REAL.inputs())
+    """Return this rank's results in the order of its tokens."""
+    case = CASE_OF_REAL_RANKS
+    layout = Layout("striped", case.tokens, world_size)
+    groups = ProcessGroups.build(Grid(ring=world_size), rank)
+    attention = ContextParallelAttention(layout, case.kernel, groups, reduction="invariant")
+    local = layout.positions(rank)
+    q, k, v, dout = (x[:, local] for x in case.inputs()[:4])
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = attend(*inputs, REAL.window, REAL.starts)
+    out, lse = attention(*inputs, case.window, case.starts)
     return oracle.Attention(out.detach(), *torch.autograd.grad(out, inputs, dout), lse.detach())
 
 
 def test_real_ranks_have_the_bits_of_one_process():
     whole = run_ranks(1, on_real_ranks)[0]
     for world_size in (2, 4):
-        for rank, found in enumerate(run_ranks(world_size, on_real_ranks)):
-            here = Layout("striped", REAL.tokens, world_size).positions(rank)
-            expected = oracle.Attention(*(x[:, here] for x in whole[:4]), whole.lse[..., here])
-            assert differing(found, expected) == []
+        layout = Layout("striped", CASE_OF_REAL_RANKS.tokens, world_size)
+        for rank, result in enumerate(run_ranks(world_size, on_real_ranks)):
+            local = layout.positions(rank)
+            expected = oracle.Attention(*(x[:, local] for x in whole[:4]), whole.lse[..., local])
+            assert differing_fields(result, expected) == []

@@ -1,3 +1,5 @@
+"""Key ranges from positions: every layout sees exactly the keys that the dense mask allows."""
+
 import itertools
 import weakref
 
@@ -30,52 +32,51 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 
-def dense(runs: KeyRanges, keys: int) -> torch.Tensor:
-    """The (queries, keys) mask that ``runs`` says."""
-    return runs.visible(Tile(slice(0, len(runs.lo)), slice(0, keys), TileKind.MASKED))
+def dense_mask(key_ranges: KeyRanges, keys: int) -> torch.Tensor:
+    """Return ``key_ranges`` as a dense (queries, keys) mask."""
+    tile = Tile(slice(0, len(key_ranges.lo)), slice(0, keys), TileKind.MASKED)
+    return key_ranges.visible(tile)
 
 
-def seen_from_everywhere(layout: Layout, first_visible: torch.Tensor) -> torch.Tensor:
-    """The whole (S, S) mask, put together from the runs of every rank and source."""
+def mask_of_all_shards(layout: Layout, first_visible: torch.Tensor) -> torch.Tensor:
+    """Return the (S, S) mask, assembled from the key ranges of every pair of ranks."""
     visible_SS = torch.zeros(layout.seq_length, layout.seq_length, dtype=torch.bool)
     shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     for queries in shards:
         for keys in shards:
-            visible_SS[queries[:, None], keys] = dense(
-                key_runs(queries, keys, first_visible[queries]), len(keys)
-            )
+            key_ranges = key_runs(queries, keys, first_visible[queries])
+            visible_SS[queries[:, None], keys] = dense_mask(key_ranges, len(keys))
     return visible_SS
 
 
 @each_layout
-def test_causal_runs_are_the_causal_mask(layout):
+def test_causal_key_ranges_give_the_causal_mask(layout):
     visible_SS = torch.zeros(layout.seq_length, layout.seq_length, dtype=torch.bool)
-    for rank in range(layout.ring_size):
-        for source in range(layout.ring_size):
-            at = layout.positions(rank)[:, None], layout.positions(source)
-            visible_SS[at] = dense(hop_runs(layout, rank, source), layout.shard_length)
+    for rank, source in itertools.product(range(layout.ring_size), repeat=2):
+        at = layout.positions(rank)[:, None], layout.positions(source)
+        visible_SS[at] = dense_mask(hop_runs(layout, rank, source), layout.shard_length)
     assert torch.equal(visible_SS, torch.ones_like(visible_SS).tril())
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 100])
 @each_layout
-def test_a_sliding_window_is_a_band(layout, window):
+def test_a_sliding_window_gives_a_band(layout, window):
     p = torch.arange(layout.seq_length)
     band_SS = (p[:, None] >= p) & (p[:, None] - p < window)
-    assert torch.equal(seen_from_everywhere(layout, p - window + 1), band_SS)
+    assert torch.equal(mask_of_all_shards(layout, p - window + 1), band_SS)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 3, 5), (13, 1), (1000,)], ids=str)
 @each_layout
-def test_documents_see_only_themselves(layout, lengths):
-    """Documents of these lengths, over and over, cut where the sample ends."""
+def test_tokens_see_only_their_own_document(layout, lengths):
+    """Documents of these lengths repeat; the last one is cut at the end of the sample."""
     numbered = zip(range(layout.seq_length), itertools.cycle(lengths))
     document_S = torch.tensor(
         [number for number, length in numbered for _ in range(length)][: layout.seq_length]
     )
     start_S = torch.searchsorted(document_S, document_S)
     blocks_SS = (document_S[:, None] == document_S).tril()
-    assert torch.equal(seen_from_everywhere(layout, start_S), blocks_SS)
+    assert torch.equal(mask_of_all_shards(layout, start_S), blocks_SS)
 
 
 MASKS = {
@@ -91,26 +92,29 @@ def mask_of(document_BS: torch.Tensor, window: int) -> Mask:
     return Mask(window, tuple(oracle.document_starts(document_BS).tolist()), len(document_BS))
 
 
-def seen_from_everywhere_in_a_pack(layout: Layout, mask: Mask) -> torch.Tensor:
-    """Which keys of which sample each query of each sees, (B, S, B, S), from the hops of every rank and source."""
+def mask_of_all_shards_and_samples(layout: Layout, mask: Mask) -> torch.Tensor:
+    """Return which keys of which sample each query of each sample sees, (B, S, B, S)."""
     shape = mask.samples, layout.seq_length
+    shard_shape = mask.samples, layout.shard_length
     visible_BSBS = torch.zeros(*shape, *shape, dtype=torch.bool)
     for rank, source in itertools.product(range(layout.ring_size), repeat=2):
-        seen_LM = dense(hop_runs(layout, rank, source, mask), mask.samples * layout.shard_length)
-        folded = seen_LM.view(mask.samples, layout.shard_length, mask.samples, layout.shard_length)
-        queries, keys = layout.positions(rank), layout.positions(source)
-        visible_BSBS[:, queries[:, None], :, keys] = folded.permute(1, 3, 0, 2)
+        key_ranges = hop_runs(layout, rank, source, mask)
+        visible = dense_mask(key_ranges, mask.samples * layout.shard_length)
+        visible_BLBL = visible.view(*shard_shape, *shard_shape)
+        queries = layout.positions(rank)
+        keys = layout.positions(source)
+        visible_BSBS[:, queries[:, None], :, keys] = visible_BLBL.permute(1, 3, 0, 2)
     return visible_BSBS
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("name", MASKS)
 @each_layout
-def test_samples_laid_end_to_end_see_only_themselves(layout, name, samples):
-    """Each is masked as the oracle masks it, and no query sees a key of another sample."""
+def test_concatenated_samples_see_only_themselves(layout, name, samples):
+    """Each sample is masked as by the oracle, and no query sees a key of another sample."""
     window, lengths = MASKS[name]
     document_BS = oracle.documents(samples, layout.seq_length, lengths or (layout.seq_length,))
-    visible_BSBS = seen_from_everywhere_in_a_pack(layout, mask_of(document_BS, window))
+    visible_BSBS = mask_of_all_shards_and_samples(layout, mask_of(document_BS, window))
     expected_BSBS = torch.zeros_like(visible_BSBS)
     for sample, visible_SS in enumerate(oracle.visible(document_BS, window)):
         expected_BSBS[sample, :, sample] = visible_SS
@@ -119,8 +123,7 @@ def test_samples_laid_end_to_end_see_only_themselves(layout, name, samples):
 
 @pytest.mark.parametrize("name", MASKS)
 @each_layout
-def test_a_mask_knows_how_far_back_it_looks(layout, name):
-    """To the farthest key that any query sees."""
+def test_the_reach_of_a_mask_is_the_farthest_key_that_any_query_sees(layout, name):
     window, lengths = MASKS[name]
     document_BS = oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,))
     p = torch.arange(layout.seq_length)
@@ -130,7 +133,7 @@ def test_a_mask_knows_how_far_back_it_looks(layout, name):
 
 @pytest.mark.parametrize("name", MASKS)
 @each_layout
-def test_nothing_is_left_to_see_in_the_hops_that_are_cut(layout, name):
+def test_no_key_is_visible_in_hops_that_are_cut(layout, name):
     window, lengths = MASKS[name]
     mask = mask_of(oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,)), window)
     for hop in range(layout.hops(mask.reach(layout.seq_length)), layout.ring_size):
@@ -142,7 +145,7 @@ WHOLE = Tiling(rows=8, split_triangles=False)
 ALL, BUT_FIRST, BUT_LAST = slice(0, 8), slice(1, 8), slice(0, 7)
 FIRST_HALF, SECOND_HALF = slice(0, 4), slice(4, 8)
 
-# What a rank in the middle sees of its own keys, of a source before it and of one after it: queries, keys, how.
+# Tiles that cover what a rank sees of its own keys, of an earlier rank's and of a later rank's.
 RECTANGLES = {
     "ring": (
         [(ALL, ALL, TileKind.CAUSAL)],
@@ -163,56 +166,55 @@ RECTANGLES = {
 
 
 @pytest.mark.parametrize("name", RECTANGLES)
-def test_every_hop_is_one_rectangle(name):
-    """DESIGN section 3: what vendor kernels are fed."""
+def test_every_hop_is_at_most_one_rectangle(name):
+    """A vendor kernel needs only one call per hop."""
     layout = Layout(name, 4 * 8, 4)
-    own, before, after = ([Tile(*tile) for tile in tiles] for tiles in RECTANGLES[name])
-    for rank in range(4):
-        for source in range(4):
-            expected = own if source == rank else before if source < rank else after
-            assert list(hop_runs(layout, rank, source).tiles(WHOLE)) == expected
+    own, earlier, later = ([Tile(*tile) for tile in tiles] for tiles in RECTANGLES[name])
+    for rank, source in itertools.product(range(4), repeat=2):
+        of_others = earlier if source < rank else later
+        expected = own if source == rank else of_others
+        assert list(hop_runs(layout, rank, source).tiles(WHOLE)) == expected
 
 
-def test_a_stripe_of_one_tile_needs_no_mask_but_at_home():
+def test_stripes_of_one_tile_need_masked_tiles_only_for_own_keys():
     layout = Layout("striped", 4 * 32, 4, stripe_size=8)
-    for rank in range(4):
-        for source in range(4):
-            kinds = {
-                tile.kind
-                for tile in hop_runs(layout, rank, source).tiles(Tiling(8, split_triangles=True))
-            }
-            assert (kinds == {TileKind.FULL}) == (rank != source)
+    tiling = Tiling(8, split_triangles=True)
+    for rank, source in itertools.product(range(4), repeat=2):
+        kinds = {tile.kind for tile in hop_runs(layout, rank, source).tiles(tiling)}
+        assert (kinds == {TileKind.FULL}) == (rank != source)
 
 
-def test_runs_are_computed_once_for_every_layer_of_a_batch():
-    layout, starts = Layout("striped", 16, 4), torch.tensor([0, 5, 9])
-    first, again = (hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2))
-    assert first is again
+def test_key_ranges_are_computed_once_for_every_layer_of_a_batch():
+    layout = Layout("striped", 16, 4)
+    starts = torch.tensor([0, 5, 9])
+    first, second = (hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2))
+    assert first is second
     other_window = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
     assert other_window is not first
     assert hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) is first
     assert hop_runs(layout, 2, 1, mask_of_window(4)) is hop_runs(layout, 2, 1, mask_of_window(4))
 
 
-def test_a_buffer_that_is_refilled_with_other_documents_has_another_mask():
+def test_a_buffer_refilled_with_other_documents_gets_another_mask():
     starts = torch.tensor([0, 5, 9])
     before = mask_of_documents(starts, 0, 1)
-    starts.numpy()[:] = [0, 2, 11]  # as a receive writes: torch counts no change
+    starts.numpy()[:] = [0, 2, 11]  # like a receive, without a new version in torch
     assert mask_of_documents(starts, 0, 1).document_starts == (0, 2, 11)
     assert before.document_starts == (0, 5, 9)
 
 
-def test_runs_are_freed_with_their_batch():
-    layout, freed = Layout("striped", 16, 4), []
+def test_key_ranges_are_freed_with_their_batch():
+    layout = Layout("striped", 16, 4)
+    freed = []
     for batch in range(3):
         starts = torch.tensor([0, 5 + batch])
-        runs = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
-        weakref.finalize(runs, freed.append, batch)
-        del runs
+        key_ranges = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
+        weakref.finalize(key_ranges, freed.append, batch)
+        del key_ranges
     assert freed == [0, 1]
 
 
-def test_a_mask_without_documents_keeps_a_bounded_number_of_runs():
+def test_a_mask_without_documents_caches_a_bounded_number_of_key_ranges():
     mask = Mask()
     for length in range(1, 1100):
         hop_runs(Layout("none", length, 1), 0, 0, mask)
@@ -220,12 +222,12 @@ def test_a_mask_without_documents_keeps_a_bounded_number_of_runs():
 
 
 def test_all_layers_of_a_batch_share_one_mask_forward_and_backward(monkeypatch):
-    made = []
-    monkeypatch.setattr(mask_module, "Mask", lambda *given: made.append(given) or Mask(*given))
-    attend = ContextParallelAttention(Layout("none", 12, 1), "reference", ProcessGroups())
-    starts, x = torch.tensor([0, 5]), torch.randn(1, 12, 2, 8, requires_grad=True)
-    out = x
+    created = []
+    monkeypatch.setattr(mask_module, "Mask", lambda *args: created.append(args) or Mask(*args))
+    attention = ContextParallelAttention(Layout("none", 12, 1), "reference", ProcessGroups())
+    starts = torch.tensor([0, 5])
+    out = torch.randn(1, 12, 2, 8, requires_grad=True)
     for _ in range(3):
-        out, _ = attend(out, out, out, 0, starts)
+        out, _ = attention(out, out, out, 0, starts)
     out.sum().backward()
-    assert made == [(0, (0, 5), 1)]
+    assert created == [(0, (0, 5), 1)]

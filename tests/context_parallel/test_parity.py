@@ -1,7 +1,7 @@
-"""Exact attention for any documents, any window and any layout, with keys or queries on their way back.
+"""Attention is exact for any documents, window and layout, whether keys or queries travel.
 
-Rings of one to eight ranks against the oracle, forward and backward: cases that once needed thought, by name, and many
-more that hypothesis draws.
+Rings of one to eight ranks against the oracle, forward and backward: named cases that have been
+difficult, and many more that hypothesis draws.
 """
 
 from dataclasses import dataclass, replace
@@ -20,16 +20,19 @@ from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
 TOKENS, HEADS = 130, 4
-HEAD_SIZE = 8
-# Equal heads are fewer bytes as queries, grouped heads as keys.
+HEAD_DIM = 8
+# Number of key-value heads with which each of them travels in backward, being fewer bytes.
 GROUPS = {"queries": [4], "keys": [1, 2]}
 
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: of the documents, over and over through the samples laid end to end; () is no packing.
+    """What is computed.
 
-    unread: each so-many-th token's output has no gradient; 0 is none. lse_read: the log-sum-exp has one.
+    Attributes:
+        lengths: of the documents, repeated through the concatenated samples; () for no packing.
+        zero_dout_every: every n-th token's output has no gradient; 0 if all have one.
+        with_dlse: whether the log-sum-exp has a gradient.
     """
 
     layout: Layout
@@ -39,29 +42,27 @@ class Case:
     groups: int = 4
     dtype: torch.dtype = torch.float64
     kernel: str = "sdpa"
-    unread: int = 0
-    lse_read: bool = True
+    zero_dout_every: int = 0
+    with_dlse: bool = True
 
     @property
     def document_BS(self) -> torch.Tensor:
-        return oracle.documents(
-            self.samples, self.layout.seq_length, self.lengths or (self.layout.seq_length,)
-        )
+        tokens = self.layout.seq_length
+        return oracle.documents(self.samples, tokens, self.lengths or (tokens,))
 
     @property
     def mask(self) -> Mask:
         if not self.lengths:
             return Mask(self.window)
-        return Mask(
-            self.window, tuple(oracle.document_starts(self.document_BS).tolist()), self.samples
-        )
+        starts = oracle.document_starts(self.document_BS).tolist()
+        return Mask(self.window, tuple(starts), self.samples)
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         q, k, v, dout = oracle.random_inputs(
-            self.samples, self.layout.seq_length, HEADS, self.groups, self.dtype, HEAD_SIZE
+            self.samples, self.layout.seq_length, HEADS, self.groups, self.dtype, HEAD_DIM
         )
-        if self.unread:
-            dout[:, :: self.unread] = 0
+        if self.zero_dout_every:
+            dout[:, :: self.zero_dout_every] = 0
         return q, k, v, dout
 
     @property
@@ -71,13 +72,14 @@ class Case:
 
 
 def mistakes(case: Case) -> dict[str, float]:
+    """Return which of output, log-sum-exp and gradients differ from the oracle, and by how much."""
     inputs = case.inputs()
-    dlse = oracle.random_dlse(inputs[0]) if case.lse_read else None
-    found = simulated_ring.run(
+    dlse = oracle.random_dlse(inputs[0]) if case.with_dlse else None
+    run = simulated_ring.run(
         case.layout, KERNELS[case.kernel], *inputs, mask=case.mask, dlse_BHS=dlse
-    ).results
+    )
     expected = oracle.attention(*inputs, oracle.visible(case.document_BS, case.window), dlse)
-    return beyond_tolerance(found, expected, case.dtype)
+    return beyond_tolerance(run.results, expected, case.dtype)
 
 
 @st.composite
@@ -89,7 +91,7 @@ def layouts(draw, name: str) -> Layout:
 
 
 def documents_in(layout: Layout) -> st.SearchStrategy[tuple[int, ...]]:
-    """Single tokens, fewer than there are ranks, primes, shards, whole samples, and any."""
+    """Draw lengths: single tokens, fewer than ranks, primes, shards, whole samples, and any."""
     ring_size, tokens = layout.ring_size, layout.seq_length
     lengths = st.one_of(
         st.just(1),
@@ -109,38 +111,38 @@ def windows_in(layout: Layout) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def cases(draw, name: str, narrowed: str, travels: str) -> Case:
+def cases(draw, name: str, mask: str, travels: str) -> Case:
     layout = draw(layouts(name))
     return Case(
         layout,
-        lengths=draw(documents_in(layout)) if "documents" in narrowed else (),
-        window=draw(windows_in(layout)) if "window" in narrowed else 0,
+        lengths=draw(documents_in(layout)) if "documents" in mask else (),
+        window=draw(windows_in(layout)) if "window" in mask else 0,
         samples=draw(st.integers(1, 3)),
         groups=draw(st.sampled_from(GROUPS[travels])),
         dtype=draw(st.sampled_from(list(TOLERANCE))),
         kernel=draw(st.sampled_from(list(FAST_KERNELS))),
-        unread=draw(st.sampled_from([0, 3, 1])),
-        lse_read=draw(st.booleans()),
+        zero_dout_every=draw(st.sampled_from([0, 3, 1])),
+        with_dlse=draw(st.booleans()),
     )
 
 
-each_way = pytest.mark.parametrize("travels", GROUPS)
+each_traveller = pytest.mark.parametrize("travels", GROUPS)
 each_kernel = pytest.mark.parametrize("kernel", FAST_KERNELS)
 
 
-@each_way
-@pytest.mark.parametrize("narrowed", ["whole", "documents", "window", "window in documents"])
+@each_traveller
+@pytest.mark.parametrize("mask", ["causal", "documents", "window", "window in documents"])
 @pytest.mark.parametrize("name", ["ring", "striped", "zigzag"])
 @settings(max_examples=24)
 @given(data=st.data())
-def test_any_documents_window_and_layout(name, narrowed, travels, data):
-    case = data.draw(cases(name, narrowed, travels))
+def test_any_documents_window_and_layout_are_exact(name, mask, travels, data):
+    case = data.draw(cases(name, mask, travels))
     assert case.travels == travels
     assert mistakes(case) == {}
 
 
-NAMED = {
-    "documents shorter than the ring, so that ranks hold none of them": Case(
+DIFFICULT_CASES = {
+    "documents shorter than the ring, so that ranks hold none of their tokens": Case(
         Layout("striped", 40, 8), (1, 2, 3, 5)
     ),
     "documents within a rank": Case(Layout("ring", 40, 4), (5,)),
@@ -173,7 +175,7 @@ NAMED = {
     "a window in tiles cut at documents": Case(
         Layout("striped", 600, 2), (310, 7, 283), window=290
     ),
-    "a window behind a document one short of a tile": Case(
+    "a window after a document one token short of a tile": Case(
         Layout("none", 531, 1), (127, 404), window=400
     ),
     "tiles of stripes": Case(Layout("striped", 640, 2, stripe_size=16), (310, 7, 283), window=290),
@@ -181,15 +183,15 @@ NAMED = {
 
 
 @each_kernel
-@each_way
-@pytest.mark.parametrize("name", NAMED)
-def test_what_once_needed_thought(name, travels, kernel):
-    case = replace(NAMED[name], groups=GROUPS[travels][-1], kernel=kernel)
+@each_traveller
+@pytest.mark.parametrize("name", DIFFICULT_CASES)
+def test_difficult_cases_are_exact(name, travels, kernel):
+    case = replace(DIFFICULT_CASES[name], groups=GROUPS[travels][-1], kernel=kernel)
     assert case.travels == travels
     assert mistakes(case) == {}
 
 
-# of eight ranks with eight tokens each: window, documents and hops
+# For eight ranks of eight tokens each: window, documents and number of hops.
 CUTS = [
     (1, (), 1),
     (9, (), 2),
@@ -202,9 +204,9 @@ CUTS = [
 
 
 @each_kernel
-@each_way
+@each_traveller
 @pytest.mark.parametrize(("window", "lengths", "hops"), CUTS)
-def test_a_ring_that_is_cut_is_as_exact(window, lengths, hops, travels, kernel):
+def test_a_ring_with_fewer_hops_is_exact(window, lengths, hops, travels, kernel):
     case = Case(
         Layout("ring", 64, 8), lengths, window, samples=2, groups=GROUPS[travels][0], kernel=kernel
     )
@@ -213,12 +215,21 @@ def test_a_ring_that_is_cut_is_as_exact(window, lengths, hops, travels, kernel):
     assert mistakes(case) == {}
 
 
-@each_way
+@each_traveller
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("unread", [0, 3, 1], ids=["everywhere", "not everywhere", "nowhere"])
-def test_the_log_sum_exp_has_a_gradient_whether_or_not_the_output_has(unread, dtype, travels):
+@pytest.mark.parametrize(
+    "zero_dout_every", [0, 3, 1], ids=["all have dout", "some have dout", "none has dout"]
+)
+def test_gradients_of_the_log_sum_exp_are_exact_with_and_without_dout(
+    zero_dout_every, dtype, travels
+):
     case = Case(
-        Layout("striped", 42, 3), (20, 9), 15, dtype=dtype, groups=GROUPS[travels][0], unread=unread
+        Layout("striped", 42, 3),
+        lengths=(20, 9),
+        window=15,
+        dtype=dtype,
+        groups=GROUPS[travels][0],
+        zero_dout_every=zero_dout_every,
     )
     assert case.travels == travels
     assert mistakes(case) == {}

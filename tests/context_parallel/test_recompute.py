@@ -1,4 +1,4 @@
-"""The promise of the ring's operator: between real ranks, computing a layer again sends no key around a second time."""
+"""Recomputing a layer between real ranks does not send the keys around a second time."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,7 +21,7 @@ GRIDS = {2: Grid(ring=2), 3: Grid(ring=3), 4: Grid(ring=2, ulysses=2)}  # by wor
 LENGTH = 12  # of one process
 DOCUMENTS = {"one document": None, "packed": torch.tensor([0, 5, 17])}
 
-MODES = {
+RECOMPUTE_MODES = {
     "none": MemoryConfig(),
     "selective": MemoryConfig(recompute="selective"),
     "full": MemoryConfig(recompute="full"),
@@ -29,39 +29,39 @@ MODES = {
 }
 MEMORY = {
     f"{name}, {chunks} chunks": replace(mode, mlp_chunks=chunks)
-    for name, mode in MODES.items()
+    for name, mode in RECOMPUTE_MODES.items()
     for chunks in (1, 5)
 }
 
 
-class Step(NamedTuple):
-    """Exchanges started in forward and in backward, and all gradients."""
+class StepResult(NamedTuple):
+    """Numbers of exchanges started in forward and in backward, and all gradients."""
 
     forward: int
     backward: int
     gradients: list[torch.Tensor]
 
 
-def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], Step]:
+def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], StepResult]:
     grid = GRIDS[world_size]
-    groups, at = ProcessGroups.build(grid, rank), grid.coordinates(rank)
+    groups = ProcessGroups.build(grid, rank)
+    at = grid.coordinates(rank)
     layout = Layout("striped", LENGTH * world_size, grid.ring)
     attention = ContextParallelAttention(layout, "reference", groups)
     positions = layout.positions(at.ring, at.ulysses, grid.ulysses)
-    found = {}
+    results = {}
     for packing, starts in DOCUMENTS.items():
         for name, memory in MEMORY.items():
             layers = build(
                 Layers, MODEL, layout.seq_length, attention, seed=1, memory=memory
             ).double()
-            x_BlE = torch.randn(
-                1, LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)
-            ).double()
-            found[packing, name] = step(layers, x_BlE, positions, starts)
-    return found
+            generator = torch.Generator().manual_seed(rank)
+            x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, generator=generator).double()
+            results[packing, name] = step(layers, x_BlE, positions, starts)
+    return results
 
 
-def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> Step:
+def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> StepResult:
     x_BlE.requires_grad_()
     with patch.object(
         RingExchange, "start", autospec=True, side_effect=RingExchange.start
@@ -70,12 +70,12 @@ def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> S
         forward = start.call_count
         y_BlE.sin().sum().backward()
         gradients = [x_BlE.grad, *(parameter.grad for parameter in layers.parameters())]
-        return Step(forward, start.call_count - forward, gradients)
+        return StepResult(forward, start.call_count - forward, gradients)
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict[int, list[dict[tuple[str, str], Step]]]:
-    """What every rank found, by world size."""
+def results() -> dict[int, list[dict[tuple[str, str], StepResult]]]:
+    """The results of every rank, by world size."""
     return {world_size: run_ranks(world_size, on_real_ranks) for world_size in GRIDS}
 
 
@@ -87,26 +87,23 @@ each_packing = pytest.mark.parametrize("packing", DOCUMENTS)
 @each_memory
 @each_packing
 @each_world
-def test_keys_travel_once_forward_whatever_is_computed_again(world_size, packing, name, ranks):
-    ring, layers = GRIDS[world_size].ring, MODEL.num_layers
-    once = layers * (ring - 1)
-    of_backward = 2 * once  # keys on, and their gradients behind them
-    again = once if MEMORY[name].recompute_attention else 0
-    for found in ranks[world_size]:
-        assert found[packing, name].forward == once
-        assert found[packing, name].backward == of_backward + again
+def test_keys_travel_once_forward_whatever_is_recomputed(world_size, packing, name, results):
+    once = MODEL.num_layers * (GRIDS[world_size].ring - 1)
+    of_gradients = 2 * once  # keys, and their gradients after them
+    of_recomputation = once if MEMORY[name].recompute_attention else 0
+    for of_rank in results[world_size]:
+        assert of_rank[packing, name].forward == once
+        assert of_rank[packing, name].backward == of_gradients + of_recomputation
 
 
 @each_memory
 @each_packing
 @each_world
-def test_gradients_are_those_of_keeping_everything(world_size, packing, name, ranks):
-    for found in ranks[world_size]:
-        expected, gradients = (
-            found[packing, "none, 1 chunks"].gradients,
-            found[packing, name].gradients,
-        )
+def test_gradients_equal_those_without_recomputation(world_size, packing, name, results):
+    for of_rank in results[world_size]:
+        expected = of_rank[packing, "none, 1 chunks"].gradients
+        gradients = of_rank[packing, name].gradients
         largest = max(float(gradient.abs().max()) for gradient in expected)
         rounding = 0 if MEMORY[name].mlp_chunks == 1 else 1e-12 * largest
-        for gradient, as_expected in zip(gradients, expected):
-            torch.testing.assert_close(gradient, as_expected, rtol=0, atol=rounding)
+        for gradient, expected_gradient in zip(gradients, expected):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=rounding)

@@ -1,3 +1,5 @@
+"""The ring loop in simulated rings: exact for every layout, with the intended exchanges."""
+
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
 
-# layout and stripe size, and shard lengths it can take: one token, odd ones, and around the kernels' tile of 128
+# Layout and stripe size, and shard lengths: one token, odd, and around the kernels' tile of 128.
 LENGTHS = {
     ("ring", 1): (1, 2, 7, 33, 129, 130),
     ("striped", 1): (1, 2, 7, 33, 129, 130),
@@ -27,8 +29,11 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 def mistakes(
     layout: str, stripe: int, ring_size: int, length: int, kernel: str, inputs: list[torch.Tensor]
-):
-    """What differs from the oracle: output, log-sum-exp and gradients of a ring whose ranks hold ``length`` tokens."""
+) -> dict[str, float]:
+    """Return which of output, log-sum-exp and gradients differ from the oracle, and by how much.
+
+    ``length`` is the number of tokens per rank.
+    """
     run = simulated_ring.run(
         Layout(layout, ring_size * length, ring_size, stripe), KERNELS[kernel], *inputs
     )
@@ -39,7 +44,9 @@ def mistakes(
 @each_kernel
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
 @each_layout
-def test_a_ring_is_attention_over_the_whole_sequence(layout, stripe, ring_size, kernel, dtype):
+def test_a_ring_computes_attention_over_the_whole_sequence(
+    layout, stripe, ring_size, kernel, dtype
+):
     inputs = oracle.random_inputs(2, ring_size * 48, heads=4, groups=2, dtype=dtype)
     assert mistakes(layout, stripe, ring_size, 48, kernel, inputs) == {}
 
@@ -49,7 +56,7 @@ def test_a_ring_is_attention_over_the_whole_sequence(layout, stripe, ring_size, 
     ("layout", "stripe", "length"),
     [(*layout, length) for layout in LENGTHS for length in LENGTHS[layout]],
 )
-def test_every_shard_length(layout, stripe, length, kernel):
+def test_shards_of_any_length_are_exact(layout, stripe, length, kernel):
     inputs = oracle.random_inputs(1, 3 * length, heads=2, groups=1)
     assert mistakes(layout, stripe, 3, length, kernel, inputs) == {}
 
@@ -58,7 +65,7 @@ def test_every_shard_length(layout, stripe, length, kernel):
 @each_kernel
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_grouped_heads_and_batches(groups, batch, kernel, dtype):
+def test_grouped_heads_and_batches_are_exact(groups, batch, kernel, dtype):
     inputs = oracle.random_inputs(batch, 2 * 33, heads=4, groups=groups, dtype=dtype)
     assert mistakes("striped", 1, 2, 33, kernel, inputs) == {}
 
@@ -67,31 +74,33 @@ def test_grouped_heads_and_batches(groups, batch, kernel, dtype):
 @pytest.mark.parametrize(
     ("layout", "stripe"), [("ring", 1), ("striped", 1), ("striped", 3), ("zigzag", 1)]
 )
-def test_eight_ranks(layout, stripe, kernel):
+def test_a_ring_of_eight_is_exact(layout, stripe, kernel):
     inputs = oracle.random_inputs(1, 8 * 18, heads=2, groups=2, dtype=torch.float32)
     assert mistakes(layout, stripe, 8, 18, kernel, inputs) == {}
 
 
-# Equal heads send the queries back, grouped ones the keys.
-each_way = pytest.mark.parametrize("groups", [2, 1], ids=["queries", "keys"])
+# In backward the queries travel with equal heads, and the keys with grouped heads.
+each_traveller = pytest.mark.parametrize("groups", [2, 1], ids=["queries", "keys"])
 
 
-def exchanged(layout: Layout, mask: Mask, groups: int) -> tuple[list[int], list[int]]:
-    """How many exchanges each rank started, forward and backward."""
+def exchange_counts(layout: Layout, mask: Mask, groups: int) -> tuple[list[int], list[int]]:
+    """Return how many exchanges each rank started in forward and in backward."""
     inputs = oracle.random_inputs(mask.samples, layout.seq_length, heads=2, groups=groups)
     exchanges = simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
     return [len(sent) for sent in exchanges.forward], [len(sent) for sent in exchanges.backward]
 
 
-@each_way
+@each_traveller
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 8])
-def test_what_travels_goes_around_once_and_its_sums_come_home(ring_size, groups):
-    """R - 1 exchanges forward; R - 1 backward, and as many of the gradients of what travels."""
-    around, layout = ring_size - 1, Layout("zigzag", 2 * ring_size, ring_size)
-    assert exchanged(layout, CAUSAL, groups) == ([around] * ring_size, [2 * around] * ring_size)
+def test_tensors_travel_once_around_and_accumulators_return_to_their_owner(ring_size, groups):
+    """R - 1 exchanges forward; R - 1 backward, and as many of gradient accumulators."""
+    around = ring_size - 1
+    layout = Layout("zigzag", 2 * ring_size, ring_size)
+    expected = [around] * ring_size, [2 * around] * ring_size
+    assert exchange_counts(layout, CAUSAL, groups) == expected
 
 
-# of four ranks with six tokens each, window and documents, and how often keys meet queries
+# For four ranks of six tokens each: window and documents, and the number of hops.
 HOPS_OF_A_CONTIGUOUS_RING = [
     (Mask(), 4),
     *(
@@ -107,27 +116,28 @@ HOPS_OF_A_CONTIGUOUS_RING = [
 ]
 
 
-@each_way
+@each_traveller
 @pytest.mark.parametrize(("mask", "hops"), HOPS_OF_A_CONTIGUOUS_RING, ids=str)
-def test_a_contiguous_ring_is_cut_where_nobody_looks_further(mask, hops, groups):
-    """One exchange less than hops forward; backward as many again, and as many of sums, the last of them home."""
+def test_a_contiguous_ring_is_cut_where_no_query_looks_further(mask, hops, groups):
+    """One exchange less than hops forward; as many backward, and as many of accumulators."""
     around = hops - 1
-    assert exchanged(Layout("ring", 24, 4), mask, groups) == ([around] * 4, [2 * around] * 4)
+    counts = exchange_counts(Layout("ring", 24, 4), mask, groups)
+    assert counts == ([around] * 4, [2 * around] * 4)
 
 
-@each_way
+@each_traveller
 @pytest.mark.parametrize(
     "mask", [Mask(2), Mask(0, tuple(range(24)))], ids=["a window", "documents"]
 )
 @pytest.mark.parametrize(("name", "stripe"), [("striped", 1), ("striped", 3), ("zigzag", 1)])
-def test_the_other_layouts_go_all_the_way_around(name, stripe, mask, groups):
-    assert exchanged(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [6] * 4)
+def test_the_other_layouts_always_do_all_hops(name, stripe, mask, groups):
+    assert exchange_counts(Layout(name, 24, 4, stripe), mask, groups) == ([3] * 4, [6] * 4)
 
 
 @each_dtype
 @each_kernel
 @each_layout
-def test_a_ring_repeats_itself_bit_for_bit(layout, stripe, kernel, dtype):
+def test_a_ring_is_bitwise_reproducible(layout, stripe, kernel, dtype):
     inputs = oracle.random_inputs(1, 3 * 48, heads=4, groups=2, dtype=dtype)
     first, again = (
         simulated_ring.run(Layout(layout, 3 * 48, 3, stripe), KERNELS[kernel], *inputs)
@@ -139,47 +149,47 @@ def test_a_ring_repeats_itself_bit_for_bit(layout, stripe, kernel, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_kernel
 def test_the_error_does_not_grow_with_the_ring(kernel, dtype):
-    """Sums stay in float32 from hop to hop: eight merges leave no more rounding in the output than one block does."""
+    """Accumulators stay in float32 between hops: eight merges round the output no more than one."""
     inputs = oracle.random_inputs(1, 8 * 24, heads=4, groups=4, dtype=dtype)
     expected = oracle.attention(*inputs).out
 
     def typical_error(ring_size: int) -> float:
-        out = simulated_ring.run(
-            Layout("striped", 8 * 24, ring_size), KERNELS[kernel], *inputs
-        ).results.out
+        layout = Layout("striped", 8 * 24, ring_size)
+        out = simulated_ring.run(layout, KERNELS[kernel], *inputs).results.out
         return (out.double() - expected).square().mean().sqrt().item()
 
     assert typical_error(8) < 1.5 * typical_error(1)
 
 
 def error_of_dq(kernel: str, ring_size: int, travels: str, inputs, dlse=None) -> float:
-    """Relative to the norm of dq."""
+    """Return the norm of the error relative to the norm of dq."""
     layout = Layout("striped" if ring_size > 1 else "none", inputs[0].shape[1], ring_size)
     settings = {"dlse_BHS": dlse, "sends_queries": lambda q, kv: travels == "queries"}
-    found = simulated_ring.run(layout, KERNELS[kernel], *inputs, **settings).results.dq
+    dq = simulated_ring.run(layout, KERNELS[kernel], *inputs, **settings).results.dq
     expected = oracle.attention(*inputs, dlse_BHS=dlse).dq
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((dq.double() - expected).norm() / expected.norm())
 
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lse_read", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize("with_dlse", [False, True], ids=["output", "output and lse"])
 @pytest.mark.parametrize("travels", ["queries", "keys"])
-def test_equal_gradients_of_positive_inputs_do_not_add_up_errors(travels, lse_read, dtype, kernel):
-    """There an error of delta is the same for all keys, and they do not cancel it out.
+def test_errors_of_delta_do_not_accumulate_for_positive_inputs(travels, with_dlse, dtype, kernel):
+    """With equal gradients and positive inputs an error of delta has the same sign for all keys.
 
-    Compared with one process that computes in float32 from an output that is rounded once.
+    So it does not cancel out. The bound is the error of one process that computes in float32 from
+    an output that is rounded once.
     """
     inputs = oracle.random_inputs(1, 192, heads=2, groups=2, head_size=64)
     inputs = [*(x.abs().to(dtype) for x in inputs[:3]), torch.ones_like(inputs[3], dtype=dtype)]
-    dlse = 0.1 * oracle.random_dlse(inputs[0]) if lse_read else None
-    alone = error_of_dq("reference", 1, travels, inputs)
+    dlse = 0.1 * oracle.random_dlse(inputs[0]) if with_dlse else None
+    on_one_process = error_of_dq("reference", 1, travels, inputs)
     for ring_size in (1, 4):
-        assert error_of_dq(kernel, ring_size, travels, inputs, dlse) <= 2.5 * alone
+        assert error_of_dq(kernel, ring_size, travels, inputs, dlse) <= 2.5 * on_one_process
 
 
 @each_kernel
-def test_the_output_is_in_the_type_of_the_queries_and_the_sums_in_float32(kernel):
+def test_the_output_has_the_type_of_the_queries_and_accumulators_are_float32(kernel):
     inputs = oracle.random_inputs(1, 4, heads=2, groups=1, dtype=torch.bfloat16)
     results = simulated_ring.run(Layout("striped", 4, 2), KERNELS[kernel], *inputs).results
     assert results.out.dtype == torch.bfloat16
@@ -188,12 +198,12 @@ def test_the_output_is_in_the_type_of_the_queries_and_the_sums_in_float32(kernel
     }
 
 
-def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
+def test_the_error_of_a_rank_is_raised_and_no_rank_waits_for_it():
     class OutOfMemory:
-        """Rank 0 fails in the second hop, with a transfer yet to start."""
+        """Rank 0 fails in the second hop, before it starts its last transfer."""
 
-        def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, scale, state):
-            if runs.visible_pairs == 0:
+        def forward(self, q_BLHD, k_BLGD, v_BLGD, key_ranges, scale, state):
+            if key_ranges.visible_pairs == 0:
                 raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -202,22 +212,22 @@ def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
         )
 
 
-class Diary:
-    """An exchange that keeps what it is given, and a kernel that computes nothing: what they were asked, in order."""
+class EventRecorder:
+    """Records calls as an exchange that returns its input and as a kernel that does nothing."""
 
     def __init__(self):
         self.events: list[str] = []
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "Sent":
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "RecordedTransfer":
         number = sum(event.startswith("start") for event in self.events)
         self.events.append(f"start {number}")
-        return Sent(tensor, f"wait {number}", self.events)
+        return RecordedTransfer(tensor, f"wait {number}", self.events)
 
     def backward(self, dout_BLHD, *tensors) -> None:
         self.events.append(f"compute {dout_BLHD.shape[2]} heads")
 
 
-class Sent(NamedTuple):
+class RecordedTransfer(NamedTuple):
     tensor: torch.Tensor
     event: str
     events: list[str]
@@ -227,28 +237,36 @@ class Sent(NamedTuple):
         return self.tensor
 
 
-HALF, ALL = "compute 2 heads", "compute 4 heads"
+HALF = "compute 2 heads"
+ALL = "compute 4 heads"
+
+
+def events_of_backward(layout: Layout, groups: int, in_halves: bool) -> list[str]:
+    recorder = EventRecorder()
+    q = torch.ones(1, 4, 4, 8)
+    kv = torch.ones(2, 1, 4, groups, 8)
+    lse = torch.zeros(1, 4, 4)
+    ring = ring_loop.Ring(layout, 0, recorder, 1.0, recorder, in_halves=in_halves)
+    ring_loop.backward(q, None, q, kv, q, lse, ring)
+    return recorder.events
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
-def test_backward_computes_while_anything_travels_home_included(groups):
-    """Of the work on own keys half comes first, beside the first message, and half last, beside the last sums. The sums
-    of the first hop have nowhere to go: they are a rank's own."""
-    diary, layout = Diary(), Layout("striped", 12, 3)
-    q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
-    ring_loop.backward(q, None, q, kv, q, lse, ring_loop.Ring(layout, 0, diary, 1.0, diary))
+def test_backward_computes_while_any_message_travels(groups):
+    """Half of the work on own keys overlaps the first message, the other half the last one.
+
+    The accumulators of the first hop are a rank's own and are not sent.
+    """
     hops = (
         ["start 0", HALF, "wait 0"],
         ["start 1", ALL, "start 2", "wait 1"],
         [ALL, "wait 2", "start 3"],
     )
-    assert diary.events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]
+    events = events_of_backward(Layout("striped", 12, 3), groups, in_halves=True)
+    assert events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
-def test_where_messages_are_quick_the_own_keys_are_met_at_once(groups):
-    diary, layout = Diary(), Layout("striped", 8, 2)
-    q, kv, lse = torch.ones(1, 4, 4, 8), torch.ones(2, 1, 4, groups, 8), torch.zeros(1, 4, 4)
-    ring = ring_loop.Ring(layout, 0, diary, 1.0, diary, in_halves=False)
-    ring_loop.backward(q, None, q, kv, q, lse, ring)
-    assert diary.events == ["start 0", ALL, "wait 0", ALL, "start 1", "wait 1"]
+def test_if_messages_are_fast_all_own_keys_come_first(groups):
+    events = events_of_backward(Layout("striped", 8, 2), groups, in_halves=False)
+    assert events == ["start 0", ALL, "wait 0", ALL, "start 1", "wait 1"]

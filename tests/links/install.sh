@@ -1,10 +1,10 @@
 #!/bin/bash
-# See that ip and tc are here for tests/links, and the right to use them: install Debian's, as root, or say how.
+# Check that tests/links can use ip and tc: root is required; install Debian's iproute2 if missing.
 set -euo pipefail
 
 export PATH=$PATH:/usr/sbin
 if [[ $(id -u) -ne 0 ]]; then
-    echo "network namespaces can be made by root alone: run this as root" >&2
+    echo "only root can create network namespaces: run this as root" >&2
     exit 1
 fi
 command -v ip >/dev/null && command -v tc >/dev/null && exit

@@ -1,7 +1,8 @@
 """A ring over limited links: its results, its bytes and what the benchmark derives from its times.
 
-How much of a link's time is hidden depends on what else the machine does. ``benchmarks/bench_overlap.py``
-measures it and docs/benchmarks/overlap.md has the figures; nothing here depends on a clock.
+How much of the communication is hidden depends on what else the machine does.
+``benchmarks/bench_overlap.py`` measures it and docs/benchmarks/overlap.md has the figures; no test here
+depends on a clock.
 """
 
 import json
@@ -27,27 +28,24 @@ RATIOS = ["0.35", "1.6"]
 def rows(tmp_path_factory) -> list[dict]:
     """The benchmark's rows: without a limit, over the faster link and over the slower one."""
     file = tmp_path_factory.mktemp("overlap") / "overlap.json"
-    flags = [
-        text
-        for name, value in SETTING.items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    flags = []
+    for name, value in SETTING.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
     bench = [*SLOW_LINK, *commands.command("bench_overlap", *flags)]
-    subprocess.run(
-        [*bench, "--ratios", *RATIOS, "--json", file], env=commands.ENVIRONMENT, check=True
-    )
+    command = [*bench, "--ratios", *RATIOS, "--json", file]
+    subprocess.run(command, env=commands.ENVIRONMENT, check=True)
     return json.loads(file.read_text())["rows"]
 
 
-def test_each_ratio_gets_a_link_of_its_own_limit(rows):
+def test_the_limits_of_the_links_have_the_requested_ratio(rows):
     unlimited, fast, slow = rows
     assert unlimited["mbit"] is None
-    # Both limits are derived from one measured time, so their ratio is that of the flags.
+    # Both limits are derived from one measured time.
     assert fast["mbit"] / slow["mbit"] == pytest.approx(1.6 / 0.35)
 
 
 def test_the_same_bytes_are_sent_over_every_link(rows):
-    """K and V once forward, once backward, and the gradients of both home, in float32."""
+    """K and V once in forward, once in backward, and their gradients, in float32."""
     expected = 3 * 2 * SETTING["tokens"] * SETTING["kv_heads"] * SETTING["head_dim"] * 4
     for row in rows:
         assert row["bytes_per_second"] * row["communication"] == pytest.approx(expected)
@@ -58,16 +56,17 @@ def test_a_link_can_be_hidden_if_the_shard_is_as_long_as_the_criterion_needs(row
         assert row["can_hide"] == (max(row["needs"]) <= SETTING["tokens"])
 
 
-def test_results_are_the_same_bits_over_every_link_and_right(tmp_path):
-    """Each rank compares its own with the float64 oracle before it writes them."""
-    found = []
+def test_results_are_right_and_the_same_bits_over_every_link(tmp_path):
+    """Each rank compares its results with the float64 oracle before it writes them."""
+    results = []
     for name, limit in (("unlimited", []), ("slow", ["--mbit", "20"])):
         folder = tmp_path / name
         folder.mkdir()
         program = [sys.executable, ROOT / "tests" / "links" / "ring_over_link.py"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run([*SLOW_LINK, *limit, *program], cwd=folder, env=environment, check=True)
-        found.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
-    unlimited, slow = found
-    for of_rank, other in zip(unlimited, slow, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(of_rank, other, strict=True))
+        results.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
+    unlimited, slow = results
+    for of_rank, of_rank_over_slow_link in zip(unlimited, slow, strict=True):
+        for x, y in zip(of_rank, of_rank_over_slow_link, strict=True):
+            assert torch.equal(x, y)

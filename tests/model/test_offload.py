@@ -94,7 +94,7 @@ def test_memory_is_free_between_a_layers_forward_and_its_backward(memory, llama)
         x_BSE = torch.randn(2, LENGTH, llama.hidden_size).requires_grad_()
         y_BSE = forward(layers, x_BSE, kept.layer)
         copies = sum(
-            copy.numel() for layer in (kept.last, kept.last.before) for copy in layer.copies
+            copy.numel() for layer in (kept.last, kept.last.previous) for copy in layer.copies
         )
         assert copies > 0
         assert (

@@ -1,4 +1,4 @@
-"""What one learns all learn; what one may not do none does."""
+"""Every rank gets every rank's result, and an error of one rank is raised on all."""
 
 import pytest
 
@@ -7,21 +7,20 @@ from megatron_ring.parallel.consensus import Consensus
 from tests.distributed import run_ranks
 
 
-def agree(rank: int, world_size: int) -> list[int]:
+def reach_consensus(rank: int, world_size: int) -> list[int]:
     consensus = Consensus.build()
     assert (consensus.rank, consensus.ranks) == (rank, world_size)
-    acted = []
-    assert consensus.run_on_rank_zero(lambda: acted.append(rank) or "said by 0") == "said by 0"
-    assert acted == ([0] if rank == 0 else []), "nobody else acts"
+    calls = []
+    result = consensus.run_on_rank_zero(lambda: calls.append(rank) or "result of rank 0")
+    assert result == "result of rank 0"
+    assert calls == ([0] if rank == 0 else []), "only rank 0 runs the function"
     with pytest.raises(DataError, match="by 1"):
         consensus.gather(lambda: fail_on(1, rank, DataError("by 1")))
     with pytest.raises(CheckpointError, match="by 0"):
         consensus.run_on_rank_zero(lambda: fail_on(0, rank, CheckpointError("by 0")))
-    assert [consensus.any_rank(rank in them) for them in ((), (1,), range(world_size))] == [
-        False,
-        True,
-        True,
-    ]
+    assert not consensus.any_rank(False)
+    assert consensus.any_rank(rank == 1)
+    assert consensus.any_rank(True)
     return consensus.gather(lambda: rank * 10)
 
 
@@ -30,5 +29,5 @@ def fail_on(failing: int, rank: int, error: Exception) -> None:
         raise error
 
 
-def test_all_know_what_each_got_and_a_fault_is_everyone_s():
-    assert run_ranks(3, agree) == [[0, 10, 20]] * 3
+def test_results_and_errors_reach_all_ranks():
+    assert run_ranks(3, reach_consensus) == [[0, 10, 20]] * 3

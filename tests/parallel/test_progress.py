@@ -1,4 +1,4 @@
-"""What is noted of a process while its layers run, are run again and are differentiated."""
+"""The progress that is recorded while layers run, are recomputed and run backward."""
 
 import pytest
 import torch
@@ -10,30 +10,31 @@ from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.gpt import Layers
 from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker, Work
+from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker, RingWork
 from megatron_ring.parallel.ring_log import Event
 
 MODEL = ModelConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
-STAGE = range(2, 4)  # the layers of a pipeline's second stage
+STAGE = range(2, 4)  # the layers of the second pipeline stage
 LENGTH = 8
 
 FORWARD = [(7, 2, Direction.FORWARD, 1, 1), (7, 3, Direction.FORWARD, 1, 1)]
 BACKWARD = [(7, 3, Direction.BACKWARD, 1, 1), (7, 2, Direction.BACKWARD, 1, 1)]
-AGAIN = [FORWARD[1], BACKWARD[0], FORWARD[0], BACKWARD[1]]
+RECOMPUTED_BACKWARD = [FORWARD[1], BACKWARD[0], FORWARD[0], BACKWARD[1]]
 
 
-class Noting:
-    """The reference kernel, with a list of the places where it was called."""
+class ProgressRecordingKernel:
+    """The reference kernel; records the progress at which it was called."""
 
-    def __init__(self, place: ProgressTracker):
-        self.place, self.places = place, []
+    def __init__(self, progress: ProgressTracker):
+        self.progress = progress
+        self.calls = []
 
     def forward(self, *inputs) -> None:
-        self.places.append(self.place.read()[:5])
+        self.calls.append(self.progress.read()[:5])
         reference.forward(*inputs)
 
     def backward(self, *inputs) -> None:
-        self.places.append(self.place.read()[:5])
+        self.calls.append(self.progress.read()[:5])
         reference.backward(*inputs)
 
 
@@ -43,92 +44,91 @@ class Noting:
         (MemoryConfig(), BACKWARD),
         (MemoryConfig(recompute="selective"), BACKWARD),
         (MemoryConfig(recompute="full"), BACKWARD),
-        (MemoryConfig(recompute="full", recompute_attention=True), AGAIN),
+        (MemoryConfig(recompute="full", recompute_attention=True), RECOMPUTED_BACKWARD),
     ],
-    ids=["kept", "selective", "full", "attention too"],
+    ids=["no recompute", "selective", "full", "attention too"],
 )
-def test_a_stages_layers_have_their_numbers_in_the_whole_model_both_ways(
+def test_layers_of_a_stage_are_recorded_with_their_index_in_the_whole_model(
     memory, backward, monkeypatch
 ):
-    place = ProgressTracker()
-    kernel = Noting(place)
-    monkeypatch.setitem(KERNELS, "noting", kernel)
+    progress = ProgressTracker()
+    kernel = ProgressRecordingKernel(progress)
+    monkeypatch.setitem(KERNELS, "recording", kernel)
     attention = ContextParallelAttention(
-        Layout("striped", LENGTH, 1), "noting", ProcessGroups(), place
+        Layout("striped", LENGTH, 1), "recording", ProcessGroups(), progress
     )
     layers = build(Layers, MODEL, LENGTH, attention, seed=1, memory=memory, layers=STAGE)
-    place.follow(layers)
-    for _ in place.steps([7]):
+    progress.follow(layers)
+    for _ in progress.steps([7]):
         x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, requires_grad=True)
         layers.run(x_BlE, torch.arange(LENGTH), None).sum().backward()
-    assert kernel.places == FORWARD + backward
-    assert place.read().hops == 0, "outside of the ring again"
+    assert kernel.calls == FORWARD + backward
+    assert progress.read().hops == 0, "the process has left the ring"
 
 
-def test_a_wait_is_noted_until_it_is_over():
-    place = ProgressTracker()
-    with place.in_ring(5, Direction.BACKWARD):
-        place.begin_hop(1, 4)
-        with place.waiting_for(2):
-            assert place.read()._replace(seconds=0) == Place(
-                0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2
-            )
-        assert place.read().waits_for == NO_RANK
-    assert place.read().hops == 0
+def test_a_wait_is_recorded_until_it_ends():
+    progress = ProgressTracker()
+    with progress.in_ring(5, Direction.BACKWARD):
+        progress.begin_hop(1, 4)
+        with progress.waiting_for(2):
+            waiting = progress.read()._replace(seconds=0)
+            assert waiting == Place(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
+        assert progress.read().waits_for == NO_RANK
+    assert progress.read().hops == 0
 
 
-def test_a_wait_that_fails_is_still_told():
-    place = ProgressTracker()
+def test_a_wait_that_raises_stays_recorded():
+    progress = ProgressTracker()
 
-    def lose() -> None:
-        with place.in_ring(5, Direction.FORWARD), place.waiting_for(2):
+    def lose_connection() -> None:
+        with progress.in_ring(5, Direction.FORWARD), progress.waiting_for(2):
             raise RuntimeError("Connection closed by peer")
 
     with pytest.raises(RuntimeError):
-        lose()
-    assert place.read().waits_for == 2
+        lose_connection()
+    assert progress.read().waits_for == 2
 
 
-def test_seconds_begin_anew_with_every_hop_and_every_wait():
-    place = ProgressTracker()
-    place.begin_hop(0, 2)
-    place.numbers[Place._fields.index("seconds")] -= 10**10
-    assert 10 <= place.read().seconds < 20
-    with place.waiting_for(0):
-        assert place.read().seconds < 10
+def test_seconds_restart_with_every_hop_and_every_wait():
+    progress = ProgressTracker()
+    progress.begin_hop(0, 2)
+    progress.buffer[Place._fields.index("seconds")] -= 10**10
+    assert 10 <= progress.read().seconds < 20
+    with progress.waiting_for(0):
+        assert progress.read().seconds < 10
 
 
-def test_what_an_operator_notes_is_read_outside_of_it():
-    place = ProgressTracker()
-    ProgressTracker(place.numbers).begin_hop(2, 3)
-    assert place.read().hop == 3
+def test_trackers_of_one_buffer_share_their_progress():
+    progress = ProgressTracker()
+    ProgressTracker(progress.buffer).begin_hop(2, 3)
+    assert progress.read().hop == 3
 
 
-def test_work_is_a_pass_but_for_its_waits(monkeypatch):
+def test_work_is_the_time_of_a_pass_without_its_waits(monkeypatch):
     moments = iter(range(100, 200, 10))
-    place = ProgressTracker.with_work()
+    progress = ProgressTracker.with_work()
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
-    with place.in_ring(0, Direction.FORWARD):  # at 100
-        place.begin_hop(0, 1)
-        with place.waiting_for(1):  # from 120 to 130
+    with progress.in_ring(0, Direction.FORWARD):  # at 100
+        progress.begin_hop(0, 1)
+        with progress.waiting_for(1):  # from 120 to 130
             pass
-    place.multiplies(7)
-    assert place.work == Work(nanoseconds=140 - 100 - 10, products=7)
+    progress.add_products(7)
+    assert progress.work == RingWork(nanoseconds=140 - 100 - 10, products=7)
 
 
-def test_everything_that_is_noted_is_in_the_log(monkeypatch):
+def test_all_events_are_logged(monkeypatch):
     moments = iter(range(100, 200, 10))
-    place = ProgressTracker.with_work(log_rows=9)
+    progress = ProgressTracker.with_work(log_rows=9)
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
-    with place.in_ring(5, Direction.BACKWARD):
-        place.begin_hop(1, 4)
-        sent_at = place.sends(1000, receiver=3)
-        with place.waiting_for(2):
+    with progress.in_ring(5, Direction.BACKWARD):
+        progress.begin_hop(1, 4)
+        sent_at = progress.record_send(1000, receiver=3)
+        with progress.waiting_for(2):
             pass
-        place.received(sent_at, sender=2)
-    with place.optimizing():
+        progress.record_receive(sent_at, sender=2)
+    with progress.optimizing():
         pass
-    assert place.log.rows.tolist() == [
+    assert progress.log.rows.tolist() == [
         [100, Event.ENTERED, 5, Direction.BACKWARD],
         [110, Event.HOP, 2, 4],
         [120, Event.SENT, 1000, 3],
@@ -141,26 +141,26 @@ def test_everything_that_is_noted_is_in_the_log(monkeypatch):
     ]
 
 
-def test_what_does_not_fit_into_the_log_is_counted():
-    place = ProgressTracker.with_work(log_rows=2)
+def test_rows_that_do_not_fit_into_the_log_are_counted():
+    progress = ProgressTracker.with_work(log_rows=2)
     for hop in range(3):
-        place.begin_hop(hop, 3)
-    assert place.log.rows[:, 2].tolist() == [1, 2]
-    assert place.log.missed == 1
-    place.log.clear()
-    assert len(place.log.rows) == place.log.missed == 0
+        progress.begin_hop(hop, 3)
+    assert progress.log.rows[:, 2].tolist() == [1, 2]
+    assert progress.log.missed == 1
+    progress.log.clear()
+    assert len(progress.log.rows) == progress.log.missed == 0
 
 
-def test_an_operator_notes_in_the_same_log():
-    place = ProgressTracker.with_work(log_rows=1)
-    ProgressTracker(place.numbers).begin_hop(2, 3)
-    assert place.log.rows[0, 1:].tolist() == [Event.HOP, 3, 3]
+def test_trackers_of_one_buffer_share_their_log():
+    progress = ProgressTracker.with_work(log_rows=1)
+    ProgressTracker(progress.buffer).begin_hop(2, 3)
+    assert progress.log.rows[0, 1:].tolist() == [Event.HOP, 3, 3]
 
 
-def test_without_room_only_the_place_is_kept():
-    place = ProgressTracker()
-    with place.in_ring(1, Direction.FORWARD):
-        place.multiplies(3)
-    assert place.log is None
-    assert not place.adds_work_up
-    assert len(place.numbers) == len(Place._fields)
+def test_a_small_buffer_keeps_progress_without_work_and_log():
+    progress = ProgressTracker()
+    with progress.in_ring(1, Direction.FORWARD):
+        progress.add_products(3)
+    assert progress.log is None
+    assert not progress.adds_work_up
+    assert len(progress.buffer) == len(Place._fields)

@@ -1,4 +1,4 @@
-"""Layers split over tensor ranks are the whole layers: outputs and gradients in float64, parts laid together."""
+"""Layers split over tensor ranks equal whole layers: losses and gradients in float64."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +34,7 @@ CONFIGS = {
 
 
 def loss_and_gradients(config: ModelConfig, tensor: TensorParallel) -> tuple[float, dict]:
-    """The loss, and by parameter its gradient with the range of it that is here (None: all)."""
+    """Return the loss and, by parameter, its gradient with its Split (None if it is not split)."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS, targets_BS = torch.randint(VOCABULARY, (2, 2, LENGTH), generator=generator)
     model = build(
@@ -47,7 +47,7 @@ def loss_and_gradients(config: ModelConfig, tensor: TensorParallel) -> tuple[flo
         tensor=tensor,
         memory=MemoryConfig(loss_chunk_size=5),
     ).double()
-    # Biases and norms start where a forgotten gradient of theirs would not show.
+    # At their initial values, a missing gradient of biases and norms would not show.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -63,7 +63,7 @@ def one_rank(rank: int, world_size: int, sequence_parallel: bool) -> dict[str, t
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_loss_and_gradients_are_those_of_the_whole_model(size, sequence_parallel):
+def test_loss_and_gradients_equal_those_of_the_whole_model(size, sequence_parallel):
     ranks = run_ranks(size, one_rank, sequence_parallel)
     for name, config in CONFIGS.items():
         expected_loss, expected = loss_and_gradients(config, ALONE)
@@ -71,25 +71,24 @@ def test_loss_and_gradients_are_those_of_the_whole_model(size, sequence_parallel
         assert losses == pytest.approx([expected_loss] * size, rel=1e-12)
         assert any(split for _, split in gradients[0].values())
         for parameter, (whole, _) in expected.items():
-            found, split = gradients[0][parameter]
+            gradient, split = gradients[0][parameter]
+            of_ranks = [of_rank[parameter][0] for of_rank in gradients]
             if split:
-                found = torch.cat([of_rank[parameter][0] for of_rank in gradients], dim=split.dim)
+                gradient = torch.cat(of_ranks, dim=split.dim)
             else:
-                assert all(torch.equal(of_rank[parameter][0], found) for of_rank in gradients), (
-                    parameter
-                )
+                assert all(torch.equal(of_rank, gradient) for of_rank in of_ranks), parameter
             torch.testing.assert_close(
-                found, whole, rtol=1e-10, atol=1e-12, msg=lambda m, p=parameter: f"{p}: {m}"
+                gradient, whole, rtol=1e-10, atol=1e-12, msg=lambda m, p=parameter: f"{p}: {m}"
             )
 
 
-def test_an_uneven_vocabulary_is_split_in_runs_and_covers_itself():
+def test_parts_of_an_uneven_vocabulary_are_contiguous_and_cover_it():
     parts = [TensorParallel(None, rank, 4).part(61) for rank in range(4)]
     assert [len(part) for part in parts] == [16, 16, 16, 13]
     assert [i for part in parts for i in part] == list(range(61))
 
 
-def test_fewer_rows_than_ranks_leave_the_last_ones_empty():
+def test_fewer_rows_than_ranks_leave_the_last_parts_empty():
     assert [len(TensorParallel(None, rank, 4).part(3)) for rank in range(4)] == [1, 1, 1, 0]
     assert [len(TensorParallel(None, rank, 4).part(5)) for rank in range(4)] == [2, 2, 1, 0]
 
@@ -97,8 +96,8 @@ def test_fewer_rows_than_ranks_leave_the_last_ones_empty():
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-class Counted:
-    """Counts the collectives of a region by name."""
+class CollectiveCounter:
+    """Counts calls of collectives by name."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls: Counter[str] = Counter()
@@ -112,18 +111,22 @@ class Counted:
 
         return count
 
-    def taken(self) -> dict[str, int]:
-        calls, self.calls = dict(self.calls), Counter()
+    def reset(self) -> dict[str, int]:
+        """Return the counts since the last reset."""
+        calls = dict(self.calls)
+        self.calls.clear()
         return calls
 
 
-def kept_by_a_layer(rank: int, world_size: int) -> tuple[dict[str, int], list[dict]]:
-    """How many whole (B, l, E) a layer saves, by model, and its collectives forward and backward."""
-    gathered_kept, collectives = {}, []
+def saved_by_a_layer(rank: int, world_size: int) -> tuple[dict[str, int], list[dict]]:
+    """Return how many gathered (B, l, E) a layer saves, by model, and its collectives."""
+    gathered_saved = {}
+    collectives = []
     for name, model_config in CONFIGS.items():
         tensor = TensorParallel.of(dist.group.WORLD, sequence_parallel=True)
         model = build(GPT, model_config, VOCABULARY, LENGTH, plain_attention, seed=1, tensor=tensor)
-        rotation, block = model.rotation(torch.arange(LENGTH)), model.blocks["0"]
+        rotation = model.rotation(torch.arange(LENGTH))
+        block = model.blocks["0"]
         present = [*block.parameters(), *(vars(rotation).values() if rotation else ())]
         excluded = {x.untyped_storage().data_ptr() for x in present}
         saved = {}
@@ -135,21 +138,21 @@ def kept_by_a_layer(rank: int, world_size: int) -> tuple[dict[str, int], list[di
 
         x_BmE = torch.randn(1, LENGTH // world_size, model_config.hidden_size, requires_grad=True)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            counted = Counted(monkeypatch)
+            counter = CollectiveCounter(monkeypatch)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 y = block(x_BmE, rotation, None)
-            forward = counted.taken()
+            forward = counter.reset()
             y.sum().backward()
-            collectives.append([forward, counted.taken()])
-        gathered = LENGTH * model_config.hidden_size * x_BmE.itemsize
-        gathered_kept[name] = sum(size == gathered for size, _ in saved.values())
-    return gathered_kept, collectives
+            collectives.append([forward, counter.reset()])
+        gathered_bytes = LENGTH * model_config.hidden_size * x_BmE.itemsize
+        gathered_saved[name] = sum(size == gathered_bytes for size, _ in saved.values())
+    return gathered_saved, collectives
 
 
-def test_a_layer_keeps_no_gathered_input_and_gathers_each_once_more_in_backward():
+def test_a_layer_saves_no_gathered_input_and_gathers_each_again_in_backward():
     """Forward: two inputs gathered, two outputs scattered; backward the reverse, and the inputs."""
-    for gathered_kept, collectives in run_ranks(2, kept_by_a_layer):
-        assert gathered_kept == dict.fromkeys(CONFIGS, 0)
+    for gathered_saved, collectives in run_ranks(2, saved_by_a_layer):
+        assert gathered_saved == dict.fromkeys(CONFIGS, 0)
         for forward, backward in collectives:
             assert forward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}
             assert backward == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 2}

@@ -1,4 +1,4 @@
-"""The rate of a device by its exact name: dense products in half precision, by its data sheet."""
+"""The rate of a device by its exact name: dense matmuls in half precision, from its data sheet."""
 
 import re
 
@@ -66,12 +66,12 @@ def test_a_device_has_the_rate_of_its_own_data_sheet(name, teraflops, monkeypatc
         ("A device of next year", torch.float16),
     ],
 )
-def test_another_name_or_type_has_none_and_says_so(name, dtype, monkeypatch):
+def test_another_name_or_type_has_no_rate_and_a_reason(name, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     rate, reason = peak_flops("cuda", dtype)
     assert rate is None
     assert name in reason
-    assert "no utilisation" in reason
+    assert "no utilization" in reason
 
 
 def test_a_device_without_bfloat16_has_a_rate_in_float16(monkeypatch):
@@ -79,7 +79,7 @@ def test_a_device_without_bfloat16_has_a_rate_in_float16(monkeypatch):
     assert peak_flops("cuda", torch.float16)[0] == 125e12
 
 
-def test_no_name_is_two_devices():
+def test_a_name_matches_one_device():
     for name, _ in KNOWN:
         matching = [
             peak

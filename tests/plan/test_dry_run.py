@@ -1,4 +1,4 @@
-"""What --dry-run prints, without processes and without data."""
+"""The output of --dry-run, without processes and without data."""
 
 import pytest
 import torch
@@ -20,135 +20,120 @@ EVERY_AXIS = {
 }
 
 
-def told(world_size: int, **sections: dict) -> str:
+def printed(world_size: int, **sections: dict) -> str:
     return "\n".join(plan_lines(Setup.of(tiny.config(**sections), world_size)))
 
 
 def test_every_rank_has_its_coordinates():
-    said = told(32, parallel=EVERY_AXIS, training={"zero_stage": 1, "global_batch_size": 16})
-    assert (
-        " rank     pipe     data     ring  ulysses   tensor\n    0        0        0        0        0        0"
-        in said
-    )
-    assert "\n   31        1        1        1        1        1" in said
+    output = printed(32, parallel=EVERY_AXIS, training={"zero_stage": 1, "global_batch_size": 16})
+    header = " rank     pipe     data     ring  ulysses   tensor"
+    assert f"{header}\n    0        0        0        0        0        0" in output
+    assert "\n   31        1        1        1        1        1" in output
 
 
-def test_the_picture_says_how_ulysses_cuts_a_shard():
-    assert "Ulysses" not in told(4)
-    said = told(4, parallel={"ulysses_degree": 2})
-    assert "ring rank 1  .#.#" in said
-    assert "each ring rank is 2 Ulysses members: of its 24 tokens" in said
-    assert "member u has the u-th run of 12" in said
+def test_the_drawing_states_how_ulysses_splits_a_shard():
+    assert "Ulysses" not in printed(4)
+    output = printed(4, parallel={"ulysses_degree": 2})
+    assert "ring rank 1  .#.#" in output
+    assert "each ring rank is 2 Ulysses members: of its 24 tokens" in output
+    assert "member u holds the u-th run of 12" in output
 
 
-def test_memory_is_told_by_stage_with_its_error_and_its_exact_peak():
-    setup = Setup.of(
-        tiny.config(parallel=EVERY_AXIS, training={"zero_stage": 1, "global_batch_size": 16}), 16
-    )
-    said = "\n".join(plan_lines(setup))
+def test_memory_is_listed_by_stage_with_its_error_and_its_exact_peak():
+    training = {"zero_stage": 1, "global_batch_size": 16}
+    setup = Setup.of(tiny.config(parallel=EVERY_AXIS, training=training), 16)
+    output = "\n".join(plan_lines(setup))
     first, last = memory_of_stages(setup, 4096)
-    assert f"within {ERROR:.0%} of what is measured" in said
-    assert f"peak             {first.peak:,}, {last.peak:,} bytes by stage" in said
+    assert f"within {ERROR:.0%} of the measured" in output
+    assert f"peak             {first.peak:,}, {last.peak:,} bytes by stage" in output
     for name in ("parameters", "gradients", "optimizer", "activations"):
-        assert name in said
-        assert human(getattr(first, name)) in said
-    assert "2 micro-batches in flight on the first stage" in said
-    assert "6 x hidden, bf16: 192" in said
+        assert name in output
+        assert human(getattr(first, name)) in output
+    assert "2 micro-batches in flight on the first stage" in output
+    assert "6 x hidden, bf16: 192" in output
+
+
+def first_stage(world_size: int, **sections):
+    return memory_of_stages(Setup.of(tiny.config(**sections), world_size), 61)[0]
 
 
 def test_activations_shrink_with_recomputation_and_the_optimizer_with_zero():
-    def planned(**sections):
-        return memory_of_stages(Setup.of(tiny.config(**sections), 4), 61)[0]
-
-    modes = [
-        planned(memory={"recompute": mode}).activations for mode in ("none", "selective", "full")
+    activations = [
+        first_stage(4, memory={"recompute": mode}).activations
+        for mode in ("none", "selective", "full")
     ]
-    assert modes == sorted(modes, reverse=True)
-    assert (
-        planned(training={"zero_stage": 1}).optimizer
-        < planned(training={"zero_stage": 0}).optimizer
-    )
+    assert activations == sorted(activations, reverse=True)
+    with_zero = first_stage(4, training={"zero_stage": 1})
+    without = first_stage(4, training={"zero_stage": 0})
+    assert with_zero.optimizer < without.optimizer
 
 
-def test_deepspeeds_own_keys_are_planned_with():
+def test_keys_of_deepspeeds_config_enter_the_plan():
     small = {"zero_optimization": {"reduce_bucket_size": 1000}}
-    default, chosen = (
-        memory_of_stages(
-            Setup.of(tiny.config(training={"zero_stage": 1, "deepspeed": extra}), 2), 61
-        )[0].bucket
-        for extra in ({}, small)
-    )
+    default = first_stage(2, training={"zero_stage": 1, "deepspeed": {}}).bucket
+    chosen = first_stage(2, training={"zero_stage": 1, "deepspeed": small}).bucket
     assert default - chosen == 4 * (500_000_000 - 1000)
 
 
-def test_a_pipeline_in_bfloat16_splits_its_optimizer_even_without_zero():
+def test_a_pipeline_in_bfloat16_shards_its_optimizer_even_without_zero():
     def optimizer(**parallel):
         training = {"zero_stage": 0, "dtype": "bf16"}
-        return memory_of_stages(Setup.of(tiny.config(training=training, parallel=parallel), 4), 61)[
-            0
-        ].optimizer
+        return first_stage(4, training=training, parallel=parallel).optimizer
 
     assert optimizer(pipeline_model_parallel_size=2) < optimizer() / 2
 
 
-def test_bytes_of_every_exchange_are_told():
+def test_bytes_of_every_exchange_are_listed():
     training = {"global_batch_size": 16, "micro_batch_size": 2}
-    said = told(16, parallel=EVERY_AXIS, training=training)
-    tokens, stream = 2 * 12, 2 * 12 * 32 * 4  # l = 48 / 2 ring / 2 ulysses, E = 32
-    q, kv = (
-        tokens * 2 * 8 * 4,
-        tokens * 2 * 2 * 8 * 4,
-    )  # 2 of 4 query heads; 1 of 2 key-value heads, twice for Ulysses
-    assert f"bytes of a hop   {kv:,} forward (K and V)" in said
-    assert f"bytes of Ulysses {(q + kv) // 2:,} before attention" in said
-    assert (
-        f"bytes of tensor  {2 * stream:,} in a layer's forward, {2 * stream:,} in its backward"
-        in said
-    )
-    assert (
-        f"bytes of a stage {stream + 16 * tokens:,} forward to the next one for a micro-batch, {stream:,} back"
-        in said
-    )
-    assert "bubble           11.1% of a step a stage waits: 2 stages, 8 micro-batches" in said
+    output = printed(16, parallel=EVERY_AXIS, training=training)
+    tokens = 2 * 12  # l = 48 / 2 ring / 2 ulysses
+    stream = tokens * 32 * 4  # E = 32
+    q = tokens * 2 * 8 * 4  # 2 of 4 query heads
+    kv = tokens * 2 * 2 * 8 * 4  # 1 of 2 key-value heads, twice for Ulysses
+    assert f"bytes of a hop   {kv:,} forward" in output
+    assert f"bytes of Ulysses {(q + kv) // 2:,} before attention" in output
+    both = f"{2 * stream:,} in a layer's forward, {2 * stream:,} in its backward"
+    assert f"bytes of tensor  {both}" in output
+    sent = f"{stream + 16 * tokens:,} forward to the next one for a micro-batch"
+    assert f"bytes of a stage {sent}, {stream:,} back" in output
+    assert "11.1% of a step: 2 stages, 8 micro-batches" in output
 
 
-def test_what_one_process_would_not_send_is_not_told():
-    said = told(1)
+def test_one_process_lists_no_exchange():
+    output = printed(1)
     for word in ("bytes of", "bubble", "layout"):
-        assert word not in said
+        assert word not in output
 
 
-def test_the_vocabulary_is_the_default_texts_the_tokenizers_or_assumed(tmp_path):
-    assert "for 4,096 token ids, which the tokenizer of the default text has" in told(1)
-    missing = told(1, data={"data_path": (str(tmp_path / "nothing"),)})
-    assert (
-        f"for {ASSUMED_VOCAB_SIZE:,} token ids, assumed, as {tmp_path}/tokenizer.model cannot be read"
-        in missing
-    )
-    train_tokenizer(["some words to train on, and some more"], 280).save(
-        tmp_path / "tokenizer.model"
-    )
-    found = told(1, data={"data_path": (str(tmp_path / "nothing"),)})
-    assert f"for 280 token ids, by {tmp_path}/tokenizer.model" in found
+def test_the_vocabulary_is_that_of_the_default_text_or_the_tokenizer_or_assumed(tmp_path):
+    assert "for 4,096 token ids" in printed(1)
+    data = {"data_path": (str(tmp_path / "nothing"),)}
+    without_tokenizer = printed(1, data=data)
+    assert f"for {ASSUMED_VOCAB_SIZE:,} token ids (assumed" in without_tokenizer
+    assert f"{tmp_path}/tokenizer.model" in without_tokenizer
+    tokenizer = train_tokenizer(["some words to train on, and some more"], 280)
+    tokenizer.save(tmp_path / "tokenizer.model")
+    assert f"for 280 token ids (from {tmp_path}/tokenizer.model)" in printed(1, data=data)
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "-"), (5, "5 B"), (2048, "2.00 KiB"), (3 * 2**30, "3.00 GiB")]
+    ("count", "formatted"), [(0, "-"), (5, "5 B"), (2048, "2.00 KiB"), (3 * 2**30, "3.00 GiB")]
 )
-def test_bytes_in_human_units(count, said):
-    assert human(count) == said
+def test_bytes_are_formatted_in_binary_units(count, formatted):
+    assert human(count) == formatted
 
 
-def test_nothing_is_started():
+def test_a_plan_starts_no_processes():
     plan(Setup.of(tiny.config(), 4))
     assert not torch.distributed.is_initialized()
 
 
-def test_the_keys_travel_where_sums_are_the_same_for_every_ring():
-    model, parallel = {"num_query_groups": 4}, {"stripe_size": 1}
-    assert "backward (the queries travel; " in told(4, model=model, parallel=parallel)
-    by_blocks = parallel | {"context_parallel_reduction": "invariant"}
-    assert "backward (the keys travel; " in told(4, model=model, parallel=by_blocks)
+def test_the_keys_travel_with_a_reduction_that_is_the_same_for_every_ring():
+    model = {"num_query_groups": 4}
+    parallel = {"stripe_size": 1}
+    assert "(the queries travel; " in printed(4, model=model, parallel=parallel)
+    invariant = parallel | {"context_parallel_reduction": "invariant"}
+    assert "(the keys travel; " in printed(4, model=model, parallel=invariant)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +149,6 @@ def test_the_keys_travel_where_sums_are_the_same_for_every_ring():
         ),
     ],
 )
-def test_what_was_converted_is_told_once(sections, line):
+def test_a_converted_value_is_listed_once(sections, line):
     assert console.plan(Setup.of(tiny.config(**sections), 1)).splitlines().count(line) == 1
     assert f"\n{line[:17]}" not in console.plan(Setup.of(tiny.config(), 1))

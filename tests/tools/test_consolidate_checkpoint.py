@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.model import initialization
 from megatron_ring.model.gpt import GPT
 from tests.checkpoint import imagined
 from tools.average_checkpoints import main as average
@@ -52,7 +53,8 @@ def test_the_file_of_a_mean_is_a_gpt_of_the_options_in_its_metadata(tmp_path):
     """As a reader has it who knows our model and nothing of checkpoints."""
     config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, add_qkv_bias=True)
     models = [
-        GPT(config, vocab_size=7, seq_length=16, attention=None, seed=seed) for seed in (1, 2)
+        initialization.build(GPT, config, vocab_size=7, seq_length=16, attention=None, seed=seed)
+        for seed in (1, 2)
     ]
     for step, model in enumerate(models):
         imagined.write(tmp_path / "run", step, {"weight": model.state_dict()}, Config(model=config))
@@ -61,7 +63,7 @@ def test_the_file_of_a_mean_is_a_gpt_of_the_options_in_its_metadata(tmp_path):
     with safe_open(tmp_path / "mean.safetensors", framework="pt") as file:
         about = file.metadata()
     sizes = {name: int(about[name]) for name in ("vocab_size", "seq_length")}
-    mean = GPT(ModelConfig(**json.loads(about["model"])), **sizes, attention=None, seed=0)
+    mean = GPT(ModelConfig(**json.loads(about["model"])), **sizes, attention=None)
     mean.load_state_dict(load_file(tmp_path / "mean.safetensors"), strict=True)
     for found, first, second in zip(
         *(model.parameters() for model in (mean, *models)), strict=True

@@ -1,4 +1,4 @@
-"""Which kernel a run gets: what ``--attention-kernel`` asks for, or the fastest that can serve, and why."""
+"""Choose the attention kernel of a run: the one that ``--attention-kernel`` names, or the fastest that supports it."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -6,110 +6,84 @@ from typing import NamedTuple
 import torch
 
 from megatron_ring.errors import KernelUnavailable
-from megatron_ring.kernels.attention.flash_version import flash_version
+from megatron_ring.kernels.attention.flash import flash_version
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.measured import Order, order
-from megatron_ring.kernels.attention.missing import missing
+from megatron_ring.kernels.attention.measured import auto_order
 from megatron_ring.kernels.attention.support import (
-    INTERPRETED,
-    UNPROVEN,
+    KERNEL_SPECS,
     Feature,
-    Unsupported,
-    of_tensors,
+    features_of_tensors,
     support,
 )
-
-# What of the features asked for a kernel refuses, by the reason for it; none are named where it cannot run at all.
-Refusals = dict[Unsupported, list[Feature]]
+from megatron_ring.kernels.selection import (
+    Assessment,
+    Candidates,
+    Refusal,
+    first_usable,
+    refusals,
+)
 
 
 class KernelChoice(NamedTuple):
+    """The name of the chosen kernel and the reason for it."""
+
     name: str
     reason: str
 
 
-class _Wanted(NamedTuple):
-    """What a kernel has to do, and where."""
-
-    device_type: str
-    head_dim: int
-    features: list[Feature]
-    machine: Machine
-
-    @property
-    def deterministic(self) -> bool:
-        return Feature.DETERMINISM in self.features
-
-
 def choose(
-    asked: str,
+    requested: str,
     device_type: str,
     dtype: torch.dtype,
     head_dim: int,
     features: Iterable[Feature] = (),
     machine: Machine | None = None,
 ) -> KernelChoice:
-    """The kernel for ``--attention-kernel asked``, which does all of ``features`` with such tensors on ``machine``.
+    """Choose the kernel for ``--attention-kernel requested`` that supports all ``features`` and such tensors.
 
-    Raises KernelUnavailable when the one asked for, or for ``auto`` every one, refuses some of it, saying all of it.
+    ``machine`` is this one by default. Raises KernelUnavailable, with every reason, if the requested
+    kernel, or with ``auto`` every kernel, cannot be used.
     """
-    named = sorted({*features, *of_tensors(dtype, head_dim)}, key=list(Feature).index)
-    wanted = _Wanted(device_type, head_dim, named, machine or Machine.here())
-    auto = order(device_type, dtype, named, wanted.machine)
-    candidates = auto if asked == "auto" else Order((asked,), "asked for")
-    refusals = {name: _refusals(name, wanted) for name in candidates.kernels}
-    able = [name for name, refused in refusals.items() if not refused]
-    if not able:
-        raise KernelUnavailable(_messages(refusals))
-    return KernelChoice(able[0], "; ".join(_reasons(able[0], candidates, refusals, wanted)))
+    machine = machine or Machine.here()
+    required = sorted({*features, *features_of_tensors(dtype, head_dim)}, key=list(Feature).index)
+    deterministic = Feature.DETERMINISM in required
 
+    def assess(kernel: str) -> Assessment:
+        cells = {feature: support(kernel, device_type, feature) for feature in required}
+        if device_type != "cuda":
+            return Assessment(cells)
+        return Assessment(cells, KERNEL_SPECS[kernel].unavailable(machine, head_dim, deterministic))
 
-def _refusals(kernel: str, wanted: _Wanted) -> Refusals:
-    """What the table of support refuses, and what this machine lacks."""
-    found: Refusals = {}
-    for feature in wanted.features:
-        cell = support(kernel, wanted.device_type, feature)
-        if isinstance(cell, Unsupported):
-            found.setdefault(cell, []).append(feature)
-    on_cuda = wanted.device_type == "cuda"
-    if on_cuda and (lack := missing(kernel, wanted.machine, wanted.head_dim, wanted.deterministic)):
-        found[lack] = []
-    return found
-
-
-def _messages(refusals: dict[str, Refusals]) -> list[str]:
-    """One message for every reason, though several kernels may have it."""
-    features = {
-        refused: names for of_kernel in refusals.values() for refused, names in of_kernel.items()
-    }
-    return [
-        f"attention_kernel {_cannot(' and '.join(name for name in refusals if refused in refusals[name]), asked_for)}: "
-        f"{refused.reason}. {refused.instead}."
-        for refused, asked_for in features.items()
-    ]
-
-
-def _reasons(
-    chosen: str, candidates: Order, refusals: dict[str, Refusals], wanted: _Wanted
-) -> Iterator[str]:
-    """Why this kernel, and what of it no test has seen."""
-    yield candidates.reason
-    for name in candidates.kernels[: candidates.kernels.index(chosen)]:
-        for refused, features in refusals[name].items():
-            yield f"{_cannot(name, features)}: {refused.reason}"
+    candidates = Candidates((requested,), "requested")
+    if requested == "auto":
+        candidates = auto_order(device_type, dtype, required, machine)
+    assessments = {name: assess(name) for name in candidates.names}
+    chosen = first_usable(assessments)
+    if chosen is None:
+        raise KernelUnavailable([_message(refusal) for refusal in refusals(assessments)])
+    reasons = [candidates.reason, *_reasons(chosen, assessments)]
     if chosen == "flash":
-        yield flash_version(wanted.machine, wanted.head_dim, wanted.deterministic).reason
-    for proof in (INTERPRETED, UNPROVEN):
-        unseen = [
-            one for one in wanted.features if support(chosen, wanted.device_type, one) is proof
-        ]
-        if unseen:
-            yield f"{proof.value}: {_named(unseen)}"
+        reasons.append(flash_version(machine, head_dim, deterministic).reason)
+    return KernelChoice(chosen, "; ".join(reasons))
 
 
-def _cannot(kernels: str, features: list[Feature]) -> str:
-    return f"{kernels} cannot do {_named(features)}" if features else f"{kernels} cannot run here"
+def _reasons(chosen: str, assessments: dict[str, Assessment]) -> Iterator[str]:
+    """Yield why the candidates before the chosen one were refused, and which features of it are untested here."""
+    for refusal in refusals(assessments, before=chosen):
+        yield f"{_unsupported(refusal)}: {refusal.cause.reason}"
+    for validation, features in assessments[chosen].caveats():
+        yield f"{validation.caveat}: {', '.join(features)}"
 
 
-def _named(features: list[Feature]) -> str:
-    return ", ".join(feature.value for feature in features)
+def _message(refusal: Refusal) -> str:
+    cause = refusal.cause
+    return f"attention_kernel {_unsupported(refusal)}: {cause.reason}. {cause.instead}."
+
+
+def _unsupported(refusal: Refusal) -> str:
+    """Format the subject of a refusal, such as "sdpa and reference do not support attention dropout"."""
+    kernels = " and ".join(refusal.implementations)
+    if not refusal.requirements:
+        return f"{kernels} cannot run here"
+    does = "does" if len(refusal.implementations) == 1 else "do"
+    return f"{kernels} {does} not support {', '.join(refusal.requirements)}"

@@ -1,50 +1,55 @@
-"""One hop through Dao's flash-attn, version 3 on Hopper GPUs where it is installed, else version 2.
+"""One hop with Dao's flash-attn: version 3 on Hopper GPUs where it is installed, else version 2.
 
-Its packed functions take what needs no mask, many tiles in a call (packs.py): each document of a striped pack is a
-triangle, whatever its length. What is left, the edges of windows and of wide stripes, goes to torch's memory-efficient
-kernel. The layout is ours, (tokens, heads, head size) with fewer key-value heads, so nothing is transposed.
+Its packed ("varlen") functions compute the tiles that need no mask, many tiles in one call
+(varlen.py): each document of a striped pack is a triangle, whatever its length. The remaining tiles,
+at the edges of windows and of wide stripes, use torch's memory-efficient operator. flash-attn has the
+same memory layout, (tokens, heads, head dim) with grouped heads, so nothing is transposed.
 
-Under ``torch.use_deterministic_algorithms`` gradients are added up in the same order every time. Never run on a GPU.
+Under ``torch.use_deterministic_algorithms`` gradients are accumulated in a fixed order. The tests use
+stand-ins with the parameters of both versions; neither has run on a GPU.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from packaging.version import Version
 
-from megatron_ring.kernels.attention import flash2, flash3, torch_efficient
-from megatron_ring.kernels.attention.flash_version import flash_version
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.packs import Pack
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
-from megatron_ring.kernels.attention.tiled import Tiled
+from megatron_ring.kernels.attention.tiled_kernel import TiledKernel
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
+from megatron_ring.kernels.attention.torch_operators import CUDA_EFFICIENT
+from megatron_ring.kernels.attention.varlen import VarlenCall
+from megatron_ring.kernels.selection import Unsupported
 
-_TILING = Tiling(rows=1024, split_triangles=False, part_documents=True)
-_LEFT = Tiled(_TILING, lambda tile: torch_efficient if tile.kind is TileKind.MASKED else None)
+_TILING = Tiling(rows=1024, split_triangles=False, split_documents=True)
+_MASKED_TILES = TiledKernel(
+    _TILING, lambda tile: CUDA_EFFICIENT if tile.kind is TileKind.MASKED else None
+)
 
 
 def forward(
     q_BLHD: torch.Tensor,
     k_BLGD: torch.Tensor,
     v_BLGD: torch.Tensor,
-    runs: KeyRanges,
+    key_ranges: KeyRanges,
     scale: float,
     state: RunningSoftmax,
 ) -> None:
-    """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
+    """As in ``HopKernel``."""
     batch, library = len(q_BLHD), _library(q_BLHD)
-    for pack in runs.packs(_TILING):
-        q, k, v = q_BLHD[:, pack.queries], k_BLGD[:, pack.keys], v_BLGD[:, pack.keys]
-        out, lse = library.forward(*map(_end_to_end, (q, k, v)), *_sequences(runs, pack, q), scale)
-        lse_BHL = lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        # Version 2 answers +inf for a row that sees nothing, and would so win every merge.
-        state.merge(
-            pack.queries,
-            out.unflatten(0, (batch, -1)),
-            lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf),
+    for call in key_ranges.varlen_calls(_TILING):
+        q, k, v = q_BLHD[:, call.queries], k_BLGD[:, call.keys], v_BLGD[:, call.keys]
+        out, lse = library.forward(
+            *map(_end_to_end, (q, k, v)), *_sequences(key_ranges, call, q), scale
         )
-    _LEFT.forward(q_BLHD, k_BLGD, v_BLGD, runs, scale, state)
+        lse_BHL = lse.unflatten(1, (batch, -1)).transpose(0, 1)
+        # Version 2 returns +inf for a row that sees nothing, which would dominate every merge.
+        lse_BHL = lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf)
+        state.merge(call.queries, out.unflatten(0, (batch, -1)), lse_BHL)
+    _MASKED_TILES.forward(q_BLHD, k_BLGD, v_BLGD, key_ranges, scale, state)
 
 
 def backward(
@@ -54,44 +59,182 @@ def backward(
     v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    runs: KeyRanges,
+    key_ranges: KeyRanges,
     scale: float,
     dq_BLHD: torch.Tensor,
     dk_BLGD: torch.Tensor,
     dv_BLGD: torch.Tensor,
 ) -> None:
-    """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
-    inputs, sums = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, output_of(out)), (dq_BLHD, dk_BLGD, dv_BLGD)
-    library, deterministic = _library(q_BLHD), torch.are_deterministic_algorithms_enabled()
-    for pack in runs.packs(_TILING):
-        rows, keys = pack.queries, pack.keys
-        tensors = [
-            _end_to_end(x[:, part]) for x, part in zip(inputs, (rows, rows, keys, keys, rows))
-        ]
+    """As in ``HopKernel``."""
+    inputs = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, output_of(out))
+    sums = (dq_BLHD, dk_BLGD, dv_BLGD)
+    library = _library(q_BLHD)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    for call in key_ranges.varlen_calls(_TILING):
+        rows, keys = call.queries, call.keys
+        spans = (rows, rows, keys, keys, rows)
+        tensors = [_end_to_end(x[:, span]) for x, span in zip(inputs, spans)]
         lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1).contiguous()
         gradients = library.backward(
-            *tensors, lse_HT, *_sequences(runs, pack, q_BLHD), scale, deterministic
+            *tensors, lse_HT, *_sequences(key_ranges, call, q_BLHD), scale, deterministic
         )
-        for whole, part, gradient in zip(sums, (rows, keys, keys), gradients):
-            whole[:, part] += gradient.unflatten(0, (len(q_BLHD), -1))
-    _LEFT.backward(*inputs, lse_BHL, runs, scale, *sums)
-
-
-def _library(q: torch.Tensor) -> ModuleType:
-    """The version for such queries; ``choose`` has made sure that there is one."""
-    version = flash_version(
-        Machine.here(), q.shape[-1], torch.are_deterministic_algorithms_enabled()
-    )
-    return {2: flash2, 3: flash3}[version.number]
+        for total, span, gradient in zip(sums, (rows, keys, keys), gradients):
+            total[:, span] += gradient.unflatten(0, (len(q_BLHD), -1))
+    _MASKED_TILES.backward(*inputs, lse_BHL, key_ranges, scale, *sums)
 
 
 def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Samples one behind the other; a copy only of parts of several samples."""
+    """Samples one after the other, (B * L, H, D); copies only a slice of several samples."""
     return x_BLHD.flatten(0, 1)
 
 
 def _sequences(
-    runs: KeyRanges, pack: Pack, q: torch.Tensor
+    key_ranges: KeyRanges, call: VarlenCall, q: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[int, int], bool]:
-    """The cumulative lengths (2, sequences + 1), the longest sequences of queries and keys, and whether triangles."""
-    return runs.pack_bounds(pack, len(q), q.device), pack.longest, pack.kind is TileKind.CAUSAL
+    """cu_seqlens (2, sequences + 1), the longest sequences of queries and of keys, and whether they are triangles."""
+    cu_seqlens = key_ranges.cu_seqlens(call, len(q), q.device)
+    return cu_seqlens, call.longest, call.kind is TileKind.CAUSAL
+
+
+# ---- the two versions ----
+
+
+@dataclass(frozen=True)
+class VarlenFunctions:
+    """The packed functions of one version, imported when first called, because they load CUDA.
+
+    T and U are the query and key tokens of a call, all sequences end to end.
+
+    forward: (q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal, scale) -> (out_THD, lse_HT in float32;
+        -inf or +inf where a query sees nothing).
+    backward: (dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal, scale,
+        deterministic) -> (dq_THD, dk_UGD, dv_UGD), from the final ``out`` and the contiguous ``lse``.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., list[torch.Tensor]]
+
+
+def _forward_2(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: float):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q_THD, k_UGD, v_UGD, *cu_seqlens, *_at_least_two_queries(longest),
+        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, alibi_slopes=None, return_softmax=False,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward_2(
+    dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal: bool, scale: float,
+    deterministic: bool,
+):  # fmt: skip
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    gradients = [torch.empty_like(x) for x in (q_THD, k_UGD, v_UGD)]
+    _flash_attn_varlen_backward(
+        dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, *gradients, *cu_seqlens,
+        *_at_least_two_queries(longest),
+        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, alibi_slopes=None, deterministic=deterministic,
+    )  # fmt: skip
+    return gradients
+
+
+def _at_least_two_queries(longest: tuple[int, int]) -> tuple[int, int]:
+    """With a maximum of one query, version 2 assumes that every sequence has exactly one."""
+    queries, keys = longest
+    return max(queries, 2), keys
+
+
+def _forward_3(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: float):
+    out, lse, *_ = _operators_3().fwd(
+        q_THD, k_UGD, v_UGD, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=longest[0], max_seqlen_k=longest[1], softmax_scale=scale, is_causal=causal,
+        num_splits=1,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward_3(
+    dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal: bool, scale: float,
+    deterministic: bool,
+):  # fmt: skip
+    gradients = [torch.empty_like(x) for x in (q_THD, k_UGD, v_UGD)]
+    _operators_3().bwd(
+        dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, *gradients,
+        cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=longest[0], max_seqlen_k=longest[1], softmax_scale=scale, is_causal=causal,
+        deterministic=deterministic,
+    )  # fmt: skip
+    return gradients
+
+
+def _operators_3():
+    import flash_attn_3._C  # noqa: F401  it registers them
+
+    return torch.ops.flash_attn_3
+
+
+# Version 2 (Dao 2023, FlashAttention-2) from 2.7 on, for Ampere and later GPUs: the functions below
+# its autograd ones, because the gradient of a hop needs the merged out and lse. Their parameters are
+# the same in 2.7.0 and 2.8.3. Version 3 (Shah et al. 2024, FlashAttention-3), for Hopper GPUs: its
+# operators, because the Python functions above them changed their parameters within 3.0.0b1 and the
+# operators did not (read at commit 01d6dd1 of Dao-AILab/flash-attention).
+_FUNCTIONS = {
+    2: VarlenFunctions(_forward_2, _backward_2),
+    3: VarlenFunctions(_forward_3, _backward_3),
+}
+# The first version 2 whose functions return (out, lse, ...) and take window_size_left and window_size_right.
+_OLDEST_2 = "2.7"
+_INSTALL = "pip install -U flash-attn --no-build-isolation, or set --attention-kernel auto"
+
+
+@dataclass(frozen=True)
+class FlashVersion:
+    """The version of flash-attn that is used, and why not the other."""
+
+    number: int
+    reason: str
+
+
+def flash_version(
+    machine: Machine, head_dim: int, deterministic: bool
+) -> FlashVersion | Unsupported:
+    """Version 3 where it supports the run, else version 2, else what is missing."""
+    why_not_3 = _why_not_3(machine, head_dim, deterministic)
+    if not why_not_3:
+        return FlashVersion(3, "flash-attn 3 is installed and built for compute capability 9.0")
+    if too_low := machine.requires_capability((8, 0)):
+        return too_low
+    if not machine.flash_2:
+        return Unsupported(f"flash-attn 2 is not installed, and {why_not_3}", _INSTALL)
+    if Version(machine.flash_2) < Version(_OLDEST_2):
+        reason = f"flash-attn {machine.flash_2} is older than {_OLDEST_2}, and {why_not_3}"
+        return Unsupported(reason, _INSTALL)
+    return FlashVersion(2, f"flash-attn {machine.flash_2}: {why_not_3}")
+
+
+def unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
+    """Why neither version can run on ``machine``, None if one can."""
+    version = flash_version(machine, head_dim, deterministic)
+    return version if isinstance(version, Unsupported) else None
+
+
+def _why_not_3(machine: Machine, head_dim: int, deterministic: bool) -> str:
+    if not machine.flash_3:
+        return "flash-attn 3 (the package flash_attn_3) is not installed"
+    if machine.capability != (9, 0):
+        actual = "{}.{}".format(*machine.capability)
+        return f"flash-attn 3 is built for compute capability 9.0, not {actual}"
+    if deterministic and head_dim > 192:
+        return f"flash-attn 3 is deterministic for head dims up to 192, not {head_dim}"
+    return ""
+
+
+def _library(q: torch.Tensor) -> VarlenFunctions:
+    """The functions of the version for such queries; ``choose`` has made sure that there is one."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    version = flash_version(Machine.here(), q.shape[-1], deterministic)
+    return _FUNCTIONS[version.number]

@@ -1,19 +1,22 @@
-"""What of this machine and its libraries decides which attention kernel can run and is fast."""
+"""The properties of this machine and its libraries that decide which attention kernel can run and is fast."""
 
 import functools
-import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
 import torch
 
-from megatron_ring.kernels.attention.support import Unsupported
+from megatron_ring.kernels.selection import Unsupported, installed_version
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpu: its name, "" without one. capability: its compute capability. cudnn: 91002 is 9.10.2; 0 where torch is built
-    without it. flash_2: the version of flash-attn, "" without it. flash_3: flash-attn 3 is installed."""
+    """A GPU and the libraries installed beside it.
+
+    gpu: its name, "" without one. capability: its compute capability.
+    cudnn: torch's cuDNN version, 91002 for 9.10.2, 0 where torch is built without cuDNN.
+    flash_2: the version of flash-attn, "" without it. flash_3: whether flash-attn 3 is installed.
+    """
 
     gpu: str = ""
     capability: tuple[int, int] = (0, 0)
@@ -25,32 +28,25 @@ class Machine:
     @staticmethod
     @functools.cache
     def here() -> "Machine":
-        """This process's; looked up once, for hops ask too."""
+        """The machine of this process; cached, because hops need it too."""
         gpu = torch.cuda.is_available()
         return Machine(
             gpu=torch.cuda.get_device_name() if gpu else "",
             capability=torch.cuda.get_device_capability() if gpu else (0, 0),
             cudnn=torch.backends.cudnn.version() or 0,
-            flash_2=_version("flash-attn"),
+            flash_2=installed_version("flash-attn"),
             flash_3=bool(importlib.util.find_spec("flash_attn_3")),
             triton=bool(importlib.util.find_spec("triton")),
         )
 
-    def named(self, device_type: str) -> str:
-        """The GPU's name, or the type of the device."""
+    def device_name(self, device_type: str) -> str:
+        """The GPU's name on CUDA, else the device type."""
         return (self.gpu if device_type == "cuda" else "") or device_type
 
-    def below(self, capability: tuple[int, int]) -> Unsupported | None:
-        """Why a kernel that needs a GPU of this compute capability cannot run."""
+    def requires_capability(self, capability: tuple[int, int]) -> Unsupported | None:
+        """Why a kernel that requires this compute capability cannot run, None if it can."""
         if self.capability >= capability:
             return None
-        has = "this one has {}.{}".format(*self.capability) if self.gpu else "there is none"
-        needs = "it needs a GPU of compute capability {}.{}".format(*capability)
-        return Unsupported(f"{needs}, and {has}", "Set --attention-kernel sdpa, or auto")
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        actual = "this one has {}.{}".format(*self.capability) if self.gpu else "there is none"
+        required = "it requires a GPU of compute capability {}.{}".format(*capability)
+        return Unsupported(f"{required}, and {actual}", "Set --attention-kernel sdpa, or auto")

@@ -1,6 +1,6 @@
-"""Which kernel is the fastest, as measured: what ``--attention-kernel auto`` goes by.
+"""The measured speed of kernels by device, dtype and mask: the order in which ``--attention-kernel auto`` tries them.
 
-``benchmarks/bench_gpu.py`` ends with the lines of this table for the GPU that it ran on, ready to be put in here.
+``benchmarks/bench_gpu.py`` prints the lines of this table for the GPU that it ran on, ready to be pasted here.
 """
 
 import enum
@@ -10,17 +10,31 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import Feature
+from megatron_ring.kernels.attention.support import Feature, published_order
+from megatron_ring.kernels.selection import Candidates
 
 
 class MaskKind(enum.Enum):
+    """The masks that are measured separately; the value is the name in messages."""
+
     CAUSAL = "a causal mask"
     SPARSE = "documents or a window"
+
+    @staticmethod
+    def of(features: Iterable[Feature]) -> "MaskKind":
+        """SPARSE for a run with packed documents or sliding windows."""
+        sparse = {Feature.DOCUMENTS, Feature.WINDOW} & set(features)
+        return MaskKind.SPARSE if sparse else MaskKind.CAUSAL
 
 
 @dataclass(frozen=True)
 class Measured:
-    """device: a type, or how a GPU's name begins. milliseconds: of a rank's hops, forward and backward, by kernel."""
+    """One measurement.
+
+    device: a device type, or the beginning of a GPU's name.
+    milliseconds: by kernel, the time of a rank's hops, forward and backward.
+    source: where it was measured.
+    """
 
     device: str
     dtype: torch.dtype
@@ -30,21 +44,14 @@ class Measured:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The fastest first; the reference, which is not asked where its scores would fill the memory, last."""
-        asked = sorted(self.milliseconds, key=self.milliseconds.__getitem__)
-        return (*asked, *({"reference"} - set(asked)))
+        """The fastest kernel first. The reference, not measured where its scores would fill the memory, is last."""
+        fastest_first = sorted(self.milliseconds, key=self.milliseconds.__getitem__)
+        return (*fastest_first, *({"reference"} - set(fastest_first)))
 
 
-@dataclass(frozen=True)
-class Order:
-    """In which order ``auto`` asks the kernels, and why."""
-
-    kernels: tuple[str, ...]
-    reason: str
-
-
-# One thread of a CPU that multiplies in bf16; benchmarks/bench_gpu.py --device cpu --tokens 512 --heads 4 --kv-heads 2
-# --head-dim 64 --ring-sizes 1 --packs 4096 --dtype fp32 --order-dtypes fp32 bf16 fp64 --minutes 2 --rounds 2
+# One thread of a CPU that multiplies in bf16; benchmarks/bench_gpu.py --device cpu --tokens 512 --heads 4
+# --kv-heads 2 --head-dim 64 --ring-sizes 1 --packs 4096 --dtype fp32 --order-dtypes fp32 bf16 fp64
+# --minutes 2 --rounds 2
 _CPU = "commit 133eb48, torch 2.13.0"
 
 MEASURED = (
@@ -57,37 +64,19 @@ MEASURED = (
 )
 
 
-def order(
+def auto_order(
     device_type: str, dtype: torch.dtype, features: Iterable[Feature], machine: Machine
-) -> Order:
-    """What was measured on such a device, else what others have published for GPUs."""
-    mask = mask_kind(features)
-    device, case = machine.named(device_type), f"{dtype} with {mask.value}"
+) -> Candidates:
+    """The kernels in the order measured on such a device, else in the order of published figures for GPUs."""
+    mask = MaskKind.of(features)
+    device = machine.device_name(device_type)
+    case = f"{dtype} with {mask.value}"
     for entry in MEASURED:
         if device.startswith(entry.device) and (entry.dtype, entry.mask) == (dtype, mask):
-            return Order(
-                entry.order,
-                f"{entry.order[0]} is the fastest in {case}, as measured ({entry.source})",
-            )
+            fastest = f"{entry.order[0]} is the fastest in {case}, as measured ({entry.source})"
+            return Candidates(entry.order, fastest)
     unmeasured = f"no measurement for {device} in {case}"
     if device_type == "cuda":
-        return Order(
-            _published(mask, machine), f"{unmeasured}: the order is that of published figures"
-        )
-    return Order(("sdpa", "reference"), f"{unmeasured}: a fused kernel before a plain one")
-
-
-def _published(mask: MaskKind, machine: Machine) -> tuple[str, ...]:
-    """On Hopper cuDNN lies between versions 3 and 2 of flash-attn (Shah et al. 2024, FlashAttention-3, section 4).
-
-    For documents and windows flash-attn alone has a call that takes many short sequences.
-    """
-    if mask is MaskKind.SPARSE:
-        return "flash", "sdpa", "reference"
-    cudnn_first = machine.capability >= (9, 0) and not machine.flash_3
-    return (*(("cudnn", "flash") if cudnn_first else ("flash", "cudnn")), "sdpa", "reference")
-
-
-def mask_kind(features: Iterable[Feature]) -> MaskKind:
-    narrowed = {Feature.DOCUMENTS, Feature.WINDOW} & set(features)
-    return MaskKind.SPARSE if narrowed else MaskKind.CAUSAL
+        names = published_order(mask is MaskKind.SPARSE, machine)
+        return Candidates(names, f"{unmeasured}: the order is that of published figures")
+    return Candidates(("sdpa", "reference"), f"{unmeasured}: a fused kernel before a plain one")

@@ -1,7 +1,16 @@
-"""The mask language: query i sees the keys of one run ``[lo[i], hi[i])``, and what kernels ask of such runs.
+r"""The mask as key ranges: query i sees the keys ``[lo[i], hi[i])`` of another shard.
 
-One pair of integers per query says causal, sliding window and packed documents, under every layout and stripe size.
-Both bounds are non-decreasing along the queries. Nothing here knows where tokens live or who computes.
+One pair of integers per query expresses causal masks, sliding windows and packed documents, in every
+layout and stripe size. Both bounds are non-decreasing along the queries. Four queries of a rank and
+the four keys of its successor in a striped ring of two (tokens 0 2 4 6 and 1 3 5 7), with a window of 4:
+
+    query 0    . . . .    [0, 0)
+    query 2    x . . .    [0, 1)      tiles.py      covers the visible pairs with tiles
+    query 4    x x . .    [0, 2)      varlen.py     groups tiles into packed calls
+    query 6    . x x .    [1, 3)      Triton        reads lo and hi directly
+
+``context_parallel/mask.py`` computes the ranges from the layout. Nothing here depends on where
+tokens are or on ranks.
 """
 
 from collections.abc import Callable
@@ -9,79 +18,83 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_ring.kernels.attention.packs import Pack, packed
 from megatron_ring.kernels.attention.tiles import Tile, Tiling, cover
+from megatron_ring.kernels.attention.varlen import VarlenCall, varlen_calls
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
 class KeyRanges:
-    """The runs of keys that a shard of queries sees in another shard: ``lo``, ``hi``, (L,) int64, non-decreasing."""
+    """The keys of one shard that each query of another sees: ``lo`` and ``hi``, (L,) int64, non-decreasing.
+
+    Everything derived from them is computed once and kept, because all layers of a model share it.
+    """
 
     lo: torch.Tensor
     hi: torch.Tensor
     _tiles: dict[Tiling, tuple[Tile, ...]] = field(default_factory=dict, init=False, repr=False)
-    _packs: dict[Tiling, tuple[Pack, ...]] = field(default_factory=dict, init=False, repr=False)
+    _calls: dict[Tiling, tuple[VarlenCall, ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _on_device: dict[tuple, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs are visible: the work of the hop."""
+        """The number of visible (query, key) pairs, which is the work of the hop."""
         return int((self.hi - self.lo).clamp(min=0).sum())
 
     def tiles(self, tiling: Tiling) -> tuple[Tile, ...]:
-        """The tiles that cover the runs, each visible pair exactly once; computed once per tiling and kept."""
+        """Tiles that cover each visible pair exactly once."""
         if tiling not in self._tiles:
             self._tiles[tiling] = tuple(cover(self.lo, self.hi, tiling))
         return self._tiles[tiling]
 
-    def packs(self, tiling: Tiling) -> tuple[Pack, ...]:
-        """The tiles that need no mask, as many as can in one call; computed once per tiling and kept."""
-        if tiling not in self._packs:
-            self._packs[tiling] = tuple(packed(self.tiles(tiling)))
-        return self._packs[tiling]
+    def varlen_calls(self, tiling: Tiling) -> tuple[VarlenCall, ...]:
+        """The tiles that need no mask, in as few packed calls as possible."""
+        if tiling not in self._calls:
+            self._calls[tiling] = tuple(varlen_calls(self.tiles(tiling)))
+        return self._calls[tiling]
 
-    def pack_bounds(self, pack: Pack, samples: int, device: torch.device) -> torch.Tensor:
-        """Where the sequences of ``pack`` begin and end, (2, sequences + 1) int32, on ``device``; put there once."""
+    def cu_seqlens(self, call: VarlenCall, samples: int, device: torch.device) -> torch.Tensor:
+        """The cumulative lengths of ``call``, (2, sequences + 1) int32 on ``device``."""
         return self._kept(
-            ("pack", pack, samples, device), lambda: torch.tensor(pack.bounds(samples))
+            ("cu_seqlens", call, samples, device), lambda: torch.tensor(call.cu_seqlens(samples))
         )
 
     def bounds(self, device: torch.device) -> torch.Tensor:
-        """lo and hi, (2, L) int32, on ``device``; put there once, on the current stream, and kept."""
+        """``lo`` and ``hi``, (2, L) int32 on ``device``."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
     def query_ranges(self, keys: int, device: torch.device) -> torch.Tensor:
-        """The runs read the other way, (2, keys) int32, on ``device``: by which queries, from and to, a key is seen.
+        """The transposed ranges, (2, keys) int32 on ``device``: key j is seen by queries [from[j], to[j])."""
 
-        Put there once, on the current stream, and kept.
-        """
-
-        def found() -> torch.Tensor:
+        def transpose() -> torch.Tensor:
             key = torch.arange(keys)
-            return torch.stack(
-                [torch.searchsorted(bound, key, right=True) for bound in (self.hi, self.lo)]
-            )
+            first = torch.searchsorted(self.hi, key, right=True)
+            stop = torch.searchsorted(self.lo, key, right=True)
+            return torch.stack([first, stop])
 
-        return self._kept(("query_ranges", keys, device), found)
+        return self._kept(("query_ranges", keys, device), transpose)
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute a tensor as int32 on the device that ends ``name``, once; copied on the current stream."""
         if name not in self._on_device:
-            self._on_device[name] = _put(compute().to(torch.int32), name[-1])
+            self._on_device[name] = _copy_async(compute().to(torch.int32), name[-1])
         return self._on_device[name]
 
     def visible(self, tile: Tile, device: torch.device = _CPU) -> torch.Tensor:
-        """Which keys of ``tile`` each of its queries sees: (queries, keys) bool, found on ``device``."""
+        """Which keys of ``tile`` each of its queries sees: (queries, keys) bool, computed on ``device``."""
         keys = torch.arange(tile.keys.start, tile.keys.stop, device=device)
         lo, hi = self.bounds(device)[:, tile.queries, None]
         return (lo <= keys) & (keys < hi)
 
 
-def _put(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``host`` on ``device``, by a copy that queues on the current stream and that the host does not wait for.
+def _copy_async(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor to ``device`` on the current stream, without the host waiting.
 
-    Out of pageable memory, or where nobody says otherwise, it would wait until all that was queued before is done too:
-    in the midst of a ring, with the next exchange yet to be posted. Torch reuses pinned memory behind the copy.
+    A copy from pageable memory, or a blocking one, would wait until everything queued before it is
+    done: in the middle of a ring, with the next exchange not yet posted. Torch reuses pinned memory
+    only after the copy.
     """
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -1,23 +1,26 @@
-"""One hop through torch's own fused attention: its flash kernel on a CPU, on CUDA that and the memory-efficient one.
+"""One hop with torch's attention operators: the kernels ``sdpa`` (this module's functions) and ``cudnn``.
 
-On CUDA whole rectangles and triangles go to the flash kernel (bf16, fp16) and everything else to the memory-efficient
-one.
+``sdpa`` uses the flash operator on a CPU. On CUDA it uses the flash operator for FULL and CAUSAL tiles
+in fp16 and bf16, and the memory-efficient one for MASKED tiles and float32.
+
+``cudnn`` uses cuDNN's fused attention, and the memory-efficient operator for what cuDNN does not take:
+masked tiles, and tiles of a single query or key. cuDNN makes a plan for every new shape. The shapes
+of packed documents differ in every batch, so ``auto`` does not select it for them. It has never run
+on a GPU.
 """
 
 import torch
 
-from megatron_ring.kernels.attention import torch_cpu, torch_efficient, torch_flash
-from megatron_ring.kernels.attention.tiled import Tiled
-from megatron_ring.kernels.attention.tiles import TileKind, Tiling
-
-# Measured, docs/log.md: a triangle in tiles of 128 computes 53% of its square, torch's CPU kernel alone up to 62%. From
-# 768 queries on it takes them in blocks of 256 instead of 64.
-ON_CPU = Tiled(Tiling(rows=128, split_triangles=True, tall=768), lambda tile: torch_cpu)
-_WHOLE = Tiling(rows=1024, split_triangles=False)
-ON_CUDA = Tiled(
-    _WHOLE, lambda tile: torch_efficient if tile.kind is TileKind.MASKED else torch_flash
+from megatron_ring.kernels.attention.machine import Machine
+from megatron_ring.kernels.attention.tiled_kernel import TiledKernel, TileOperator
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
+from megatron_ring.kernels.attention.torch_operators import (
+    CPU_FLASH,
+    CUDA_EFFICIENT,
+    CUDA_FLASH,
+    CUDNN,
 )
-ON_CUDA_IN_FLOAT32 = Tiled(_WHOLE, lambda tile: torch_efficient)
+from megatron_ring.kernels.selection import Unsupported
 
 
 def forward(q_BLHD: torch.Tensor, *rest) -> None:
@@ -30,7 +33,51 @@ def backward(dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, *rest) -> None:
     _kernel(q_BLHD).backward(dout_BLHD, q_BLHD, *rest)
 
 
-def _kernel(q: torch.Tensor) -> Tiled:
+def _kernel(q: torch.Tensor) -> TiledKernel:
     if q.device.type == "cpu":
         return ON_CPU
     return ON_CUDA if q.dtype in (torch.bfloat16, torch.float16) else ON_CUDA_IN_FLOAT32
+
+
+def _cuda_operator(tile: Tile) -> TileOperator:
+    return CUDA_EFFICIENT if tile.kind is TileKind.MASKED else CUDA_FLASH
+
+
+def _cudnn_operator(tile: Tile) -> TileOperator:
+    several = all(span.stop - span.start > 1 for span in (tile.queries, tile.keys))
+    return CUDNN if several and tile.kind is not TileKind.MASKED else CUDA_EFFICIENT
+
+
+# Measured (docs/log.md): a triangle in tiles of 128 computes 53% of its square, torch's CPU operator
+# alone up to 62%. From 768 queries on the operator uses blocks of 256 queries instead of 64.
+ON_CPU = TiledKernel(Tiling(rows=128, split_triangles=True, tall_rows=768), lambda tile: CPU_FLASH)
+_GPU_TILING = Tiling(rows=1024, split_triangles=False)
+ON_CUDA = TiledKernel(_GPU_TILING, _cuda_operator)
+ON_CUDA_IN_FLOAT32 = TiledKernel(_GPU_TILING, lambda tile: CUDA_EFFICIENT)
+WITH_CUDNN = TiledKernel(_GPU_TILING, _cudnn_operator)
+
+
+def cudnn_unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
+    """Why cuDNN cannot run on ``machine``, by torch's own conditions (can_use_cudnn_attention in sdp_utils.cpp)."""
+    other_kernel = "Set --attention-kernel sdpa, or auto"
+    newer_torch = f"Install a torch for CUDA with cuDNN 9.0 or later. {other_kernel}"
+    if machine.cudnn == 0:
+        return Unsupported("torch is built without cuDNN", newer_torch)
+    if machine.cudnn < 90000:
+        version = _cudnn_version(machine.cudnn)
+        return Unsupported(f"cuDNN {version} is older than 9.0", newer_torch)
+    if too_low := machine.requires_capability((8, 0)):
+        return too_low
+    if head_dim > 128 and not (machine.capability == (9, 0) and machine.cudnn >= 91000):
+        reason = (
+            f"it supports head dims up to 128, not {head_dim}; "
+            "larger ones require compute capability 9.0 and cuDNN 9.10"
+        )
+        return Unsupported(reason, other_kernel)
+    return None
+
+
+def _cudnn_version(number: int) -> str:
+    """Format torch's version number: 91002 is 9.10.2; before 9.0, 8907 is 8.9.7."""
+    major = 10000 if number >= 90000 else 1000
+    return f"{number // major}.{number % major // 100}.{number % 100}"

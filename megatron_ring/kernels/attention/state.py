@@ -1,7 +1,8 @@
-"""The running softmax of a ring: output and log-sum-exp in float32, merged block by block, cast once at the end.
+"""The running softmax of a ring: output and log-sum-exp in float32, merged block by block.
 
-Blockwise parallel attention (Liu and Abbeel 2023, section 3; Milakov and Gimelshein 2018, online softmax). The merge
-never exponentiates a raw log-sum-exp: the weight of a new block is sigmoid(lse_block - lse).
+They are cast once, at the end. Blockwise parallel attention (Liu and Abbeel 2023, section 3; Milakov
+and Gimelshein 2018, online softmax). The merge never exponentiates a raw log-sum-exp: the weight of a
+new block is sigmoid(lse_block - lse).
 """
 
 import functools
@@ -12,9 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class RunningSoftmax:
-    """What the queries have seen so far, updated in place.
+    """Attention over the keys that the queries have seen so far, updated in place.
 
-    out_BLHD: (batch, queries, heads, head size), float32, or float64 for float64 inputs; 0 where nothing was seen.
+    out_BLHD: (batch, queries, heads, head dim), float32, or float64 for float64 inputs; 0 where
+        nothing was seen.
     lse_BHL: (batch, heads, queries), natural log, same dtype; -inf where nothing was seen.
     """
 
@@ -23,6 +25,7 @@ class RunningSoftmax:
 
     @staticmethod
     def empty(q_BLHD: torch.Tensor) -> "RunningSoftmax":
+        """The state of queries that have seen nothing yet."""
         batch, length, heads, _ = q_BLHD.shape
         dtype = accumulation_dtype(q_BLHD.dtype)
         return RunningSoftmax(
@@ -31,9 +34,10 @@ class RunningSoftmax:
         )
 
     def merge(self, queries: slice, out_BLHD: torch.Tensor, lse_BHL: torch.Tensor) -> None:
-        """Take in what ``queries`` see in one more block of keys: its normalised output and its log-sum-exp."""
+        """Merge the normalised output and log-sum-exp of ``queries`` over one more block of keys."""
         old_BHL = self.lse_BHL[:, :, queries]
-        # A row that sees nothing here weighs nothing; unclamped it would weigh nan where it had seen nothing before.
+        # A row that sees nothing in this block has weight 0. Without the clamp its weight would be nan
+        # if it had not seen anything before either.
         weight_BHL = torch.sigmoid(lse_BHL - old_BHL.clamp(min=torch.finfo(old_BHL.dtype).min))
         old_BLHD = self.out_BLHD[:, queries]
         old_BLHD.lerp_(out_BLHD.to(old_BLHD.dtype), weight_BHL.transpose(1, 2).unsqueeze(-1))
@@ -41,32 +45,32 @@ class RunningSoftmax:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over blocks are kept in: float32 for everything but float64."""
+    """The dtype of sums over blocks: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zero_sums(like: torch.Tensor) -> torch.Tensor:
-    """Contiguous zeros, in which to add up gradients of ``like`` over blocks."""
+    """Contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
     return torch.zeros_like(
         like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
     )
 
 
 def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
-    """delta_BHL, all that the gradient of attention needs of its output: the product with dout, summed over a head.
+    """The sum of out * dout over a head, delta_BHL: the only use of the output in the gradient of attention.
 
-    A score's gradient is p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). That of lse by a score is p,
-    so a gradient of lse is taken off delta.
+    The gradient of a score is p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The
+    derivative of lse by a score is p, so a gradient of lse is subtracted from delta.
     """
     return (dout_BLHD.to(accumulation_dtype(dout_BLHD.dtype)) * out_BLHD).sum(-1).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class KnownDelta:
-    """What a kernel's ``backward`` gets in place of an output of which only delta is known.
+    """The argument of a kernel's ``backward`` in place of an output of which only delta is known.
 
-    Kernels that take delta read ``delta_BHL`` (by ``delta_of``). Those whose operators compute it
-    from an output get one that has this delta (by ``output_of``).
+    Kernels that need only delta read ``delta_BHL`` through ``delta_of``. Kernels whose operators
+    compute delta from an output get one with this delta through ``output_of``.
     """
 
     delta_BHL: torch.Tensor
@@ -82,36 +86,38 @@ Output = torch.Tensor | KnownDelta
 
 
 def delta_of(out: Output, dout_BLHD: torch.Tensor) -> torch.Tensor:
-    """delta_BHL of an output, or the known one."""
+    """Return delta_BHL, computed from an output or known."""
     return out.delta_BHL if isinstance(out, KnownDelta) else delta(out, dout_BLHD)
 
 
 def output_of(out: Output) -> torch.Tensor:
-    """out_BLHD, or one that has the known delta."""
+    """Return out_BLHD, or an output with the known delta."""
     return out.output_BLHD if isinstance(out, KnownDelta) else out
 
 
 def heads_of(out: Output, heads: slice) -> Output:
-    """Some heads of an output, or of what stands in for one."""
+    """Return some heads of an output or of a known delta."""
     if isinstance(out, KnownDelta):
         return KnownDelta(out.delta_BHL[:, heads], out.dout_BLHD[:, :, heads])
     return out[:, :, heads]
 
 
 def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
-    """An output in the type of dout that has this delta; contiguous.
+    """Construct a contiguous output with this delta, in the dtype of dout.
 
-    In types of two bytes, rounding all of its elements is not good enough: where those of dout are
-    equal, they are rounded alike, and the errors add up over the head. So the output is 0 but for
-    two elements. Where dout is largest it is delta / dout, and where dout is second largest it
-    makes up for the rounding of the first, which leaves 2^-17 of delta in bfloat16. In a row with a
-    single element that is not 0 in dout, delta is rounded once, and a row of zeros gets zeros.
+    In float32 and float64 it is a multiple of dout. In 2-byte dtypes that would not be accurate
+    enough: where elements of dout are equal, their rounding errors are equal and add up over the
+    head. So the output is 0 except for two elements. Where dout is largest it is delta / dout, and
+    where dout is second largest it compensates the rounding of the first, which leaves an error of
+    2^-17 of delta in bfloat16. In a row with a single non-zero element of dout, delta is rounded
+    once, and a row of zeros gets zeros.
 
-    An element may be as large as all elements of the original output together. This could overflow
+    One element may be as large as all elements of the original output together. This could overflow
     in float16, so there all other elements carry their part of delta.
     """
-    rest_BLH1, size = delta_BHL.transpose(1, 2).unsqueeze(-1), dout_BLHD.shape[-1]
-    if dout_BLHD.itemsize > 2 or size == 1:
+    rest_BLH1 = delta_BHL.transpose(1, 2).unsqueeze(-1)
+    head_dim = dout_BLHD.shape[-1]
+    if dout_BLHD.itemsize > 2 or head_dim == 1:
         return _along(dout_BLHD.contiguous(), rest_BLH1)
     dout_BLHD = dout_BLHD.contiguous()
     first, second = _two_largest(dout_BLHD)
@@ -122,41 +128,41 @@ def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tenso
     else:
         out_BLHD = torch.zeros_like(dout_BLHD)
     rest, out, dout = rest_BLH1.flatten(), out_BLHD.view(-1), dout_BLHD.view(-1)
-    for at in (first, second):
-        element, rest = _share(rest, dout.index_select(0, at))
-        out.index_copy_(0, at, element)
+    for index in (first, second):
+        element, rest = _element_for(rest, dout.index_select(0, index))
+        out.index_copy_(0, index, element)
     return out_BLHD
 
 
 def _along(dout_BLHD: torch.Tensor, delta_BLH1: torch.Tensor) -> torch.Tensor:
-    """The multiple of dout with this delta, the shortest of all outputs with it, rounded."""
+    """The multiple of dout with this delta, rounded; of all outputs with it, it has the smallest norm."""
     norm_BLH1 = torch.linalg.vector_norm(dout_BLHD, dim=-1, keepdim=True, dtype=delta_BLH1.dtype)
     factor_BLH1 = (delta_BLH1 / norm_BLH1 / norm_BLH1).masked_fill_(norm_BLH1 == 0, 0.0)
     return (dout_BLHD * factor_BLH1).to(dout_BLHD.dtype)
 
 
-def _share(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output's element of each row, in the type of dout, and what its rounding leaves of delta."""
+def _element_for(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The element of each row that yields delta, in the dtype of dout, and the error that its rounding leaves."""
     wide = dout.to(delta.dtype)
     element = (delta / wide).masked_fill_(wide == 0, 0.0).to(dout.dtype)
     return element, delta - element * wide
 
 
 def _two_largest(x_BLHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where two elements of each row are, the largest by their leading bits; x is of two bytes.
+    """Find the two largest elements of each row, by their leading bits; x has a 2-byte dtype.
 
-    Returns int64 indices into the flattened, contiguous ``x``, one of each row. On a CPU torch.topk
-    takes ten times as long. The bits of a number without its sign are ordered as its magnitude is.
+    Returns int64 indices into the flattened, contiguous ``x``, one per row. On a CPU torch.topk takes
+    ten times as long. Without the sign, the bits of a number have the same order as its magnitude.
     The lowest bits are replaced by the index in the row, so that one maximum finds both; elements
-    whose other bits agree (within a factor of 4 in bfloat16 with heads of 256) count as equally
-    large.
+    whose other bits are equal (within a factor of 4 in bfloat16 with a head dim of 256) count as
+    equally large.
     """
-    size = x_BLHD.shape[-1]
-    index_bits = (1 << (size - 1).bit_length()) - 1
+    head_dim = x_BLHD.shape[-1]
+    index_bits = (1 << (head_dim - 1).bit_length()) - 1
     key = x_BLHD.view(torch.int16) & (torch.iinfo(torch.int16).max & ~index_bits)
-    key |= torch.arange(size, dtype=torch.int16, device=x_BLHD.device)
-    key = key.view(-1, size)
-    starts = torch.arange(0, x_BLHD.numel(), size, device=x_BLHD.device)
+    key |= torch.arange(head_dim, dtype=torch.int16, device=x_BLHD.device)
+    key = key.view(-1, head_dim)
+    starts = torch.arange(0, x_BLHD.numel(), head_dim, device=x_BLHD.device)
     first = starts + (key.amax(-1) & index_bits)
     key.view(-1).index_fill_(0, first, 0)
     return first, starts + (key.amax(-1) & index_bits)

@@ -1,146 +1,42 @@
-"""What each kernel does and does not do: one cell for every kernel, device and feature, and nothing in between.
+"""The registry of attention kernels: what each supports, requires and runs fastest with.
 
-``choose`` asks this table before anything starts, so that no feature is ever ignored in silence. A test walks through
-it: behind every TESTED cell is a parity test with the float64 oracle, behind every Unsupported one its message.
+``KERNEL_SPECS`` has one entry for each kernel. A new kernel is a file with the two functions of
+``HopKernel``, an entry here, and a test. From the entries ``SUPPORT`` is built: one cell for every
+kernel, device and feature. ``choose`` reads it before a run starts, so no feature is ignored
+silently, and a test walks through it: every TESTED cell has a parity test with the float64 oracle,
+every Unsupported one a test of its message.
 """
 
 import enum
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from megatron_ring.kernels.attention import flash, reference, sdpa
+from megatron_ring.kernels.attention.hop_kernel import HopKernel
+from megatron_ring.kernels.attention.machine import Machine
+from megatron_ring.kernels.selection import Cell, Unsupported, Validation
+
 
 class Feature(enum.Enum):
-    """What a run may ask of a kernel; the value is how messages call it."""
+    """What a run may require of a kernel; the value is its name in messages."""
 
     DOCUMENTS = "packed documents"
-    WINDOW = "a sliding window"
-    GROUPED_HEADS = "fewer key-value heads than query heads"
+    WINDOW = "sliding windows"
+    GROUPED_HEADS = "grouped-query attention"
     SINKS = "attention sinks"
-    SOFT_CAP = "capped scores"
-    DROPOUT = "dropout of attention weights"
-    DETERMINISM = "the same bits every time"
+    SOFT_CAP = "logit soft-capping"
+    DROPOUT = "attention dropout"
+    DETERMINISM = "bitwise determinism"
     FLOAT64 = "float64"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-    HEAD_DIM_MULTIPLE_OF_8 = "a head size up to 256 that 8 divides"
-    OTHER_HEADS = "a head size above 256 or that 8 does not divide"
+    HEAD_DIM_MULTIPLE_OF_8 = "head dims up to 256, multiples of 8"
+    OTHER_HEADS = "other head dims"
 
-
-class Validation(enum.Enum):
-    """How well a cell is known to work."""
-
-    TESTED = "tested"
-    INTERPRETED = "tested in Triton's interpreter and compiled, and never run on such a device"
-    UNPROVEN = "written and never run on such a device"
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """reason: why not; instead: what to do, with the flag. Sentences without their full stops."""
-
-    reason: str
-    instead: str
-
-
-Support = Validation | Unsupported
-TESTED, INTERPRETED, UNPROVEN = Validation
-
-_ON_CUDA = "torch's fused operators on cuda do not take it"
-_OF_TWO_BYTES = "its tiles fill the shared memory with elements of two bytes"
-_OF_EIGHTS = (
-    "its table of tile sizes ends at 256, and rows that do not begin at 16 bytes load slowly"
-)
-_REFERENCE = "Set --attention-kernel reference, or auto"
-_REPEATING = "Set --attention-kernel flash, sdpa, triton or reference"
-_NO_CAP = Unsupported(
-    "the gradient through a capped score is in none of torch's operators",
-    "Set --attn-logit-softcapping 0, and hold scores down by a lower --lr or --clip-grad",
-)
-_NO_CAP_AT_EDGES = Unsupported(
-    "flash-attn caps scores, torch's kernel for what it leaves does not", _NO_CAP.instead
-)
-_NO_DROPOUT = Unsupported(
-    "each hop would have to draw the whole sequence's dropout again, by position",
-    "Set --attention-dropout 0, and regularise by --weight-decay",
-)
-
-_TWO_BYTES_ONLY = Unsupported(
-    "it computes in elements of two bytes", "Set --attention-kernel sdpa, or auto"
-)
-_HEADS_OF_EIGHTS_ONLY = Unsupported(
-    "its head sizes end at 256, in steps of 8",
-    f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
-)
-
-# A column is a kernel on a device; "other" is any device that is not named beside the same kernel.
-COLUMNS = (
-    ("sdpa", "cpu"),
-    ("reference", "cpu"),
-    ("flash", "cuda"),
-    ("cudnn", "cuda"),
-    ("sdpa", "cuda"),
-    ("triton", "cuda"),
-    ("reference", "other"),
-)
-_EVERYWHERE = (TESTED, TESTED, UNPROVEN, UNPROVEN, UNPROVEN, INTERPRETED, UNPROVEN)
-_ROWS: dict[Feature, tuple[Support, ...]] = {
-    Feature.DOCUMENTS: _EVERYWHERE,
-    Feature.WINDOW: _EVERYWHERE,
-    Feature.GROUPED_HEADS: _EVERYWHERE,
-    Feature.SINKS: _EVERYWHERE,
-    Feature.SOFT_CAP: (_NO_CAP, _NO_CAP, _NO_CAP_AT_EDGES, _NO_CAP, _NO_CAP, _NO_CAP, _NO_CAP),
-    Feature.DROPOUT: (_NO_DROPOUT,) * 7,
-    Feature.DETERMINISM: (
-        TESTED,
-        TESTED,
-        UNPROVEN,
-        Unsupported("cuDNN adds up gradients in any order", _REPEATING),
-        UNPROVEN,
-        INTERPRETED,
-        UNPROVEN,
-    ),
-    Feature.FLOAT64: (
-        TESTED,
-        TESTED,
-        _TWO_BYTES_ONLY,
-        _TWO_BYTES_ONLY,
-        Unsupported(_ON_CUDA, _REFERENCE),
-        Unsupported(_OF_TWO_BYTES, _REFERENCE),
-        UNPROVEN,
-    ),
-    Feature.FLOAT32: (
-        TESTED,
-        TESTED,
-        _TWO_BYTES_ONLY,
-        _TWO_BYTES_ONLY,
-        UNPROVEN,
-        Unsupported(_OF_TWO_BYTES, _REFERENCE),
-        UNPROVEN,
-    ),
-    Feature.BFLOAT16: _EVERYWHERE,
-    Feature.FLOAT16: _EVERYWHERE,
-    Feature.HEAD_DIM_MULTIPLE_OF_8: _EVERYWHERE,
-    Feature.OTHER_HEADS: (
-        TESTED,
-        TESTED,
-        _HEADS_OF_EIGHTS_ONLY,
-        _HEADS_OF_EIGHTS_ONLY,
-        Unsupported(
-            _ON_CUDA,
-            f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
-        ),
-        Unsupported(
-            _OF_EIGHTS,
-            f"{_REFERENCE}, or choose --hidden-size and --num-attention-heads for such a size",
-        ),
-        UNPROVEN,
-    ),
-}
-SUPPORT: dict[Feature, dict[tuple[str, str], Support]] = {
-    feature: dict(zip(COLUMNS, cells)) for feature, cells in _ROWS.items()
-}
 
 _DTYPES = {
     torch.float64: Feature.FLOAT64,
@@ -150,16 +46,236 @@ _DTYPES = {
 }
 
 
-def of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
-    """What queries of this type and head size ask for."""
-    of_eights = head_dim <= 256 and head_dim % 8 == 0
-    return {_DTYPES[dtype], Feature.HEAD_DIM_MULTIPLE_OF_8 if of_eights else Feature.OTHER_HEADS}
+def features_of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
+    """The features that queries of this dtype and head dim require."""
+    regular = head_dim <= 256 and head_dim % 8 == 0
+    return {_DTYPES[dtype], Feature.HEAD_DIM_MULTIPLE_OF_8 if regular else Feature.OTHER_HEADS}
 
 
-def support(kernel: str, device_type: str, feature: Feature) -> Support:
-    """The cell of the table."""
+Column = Mapping[Feature, Cell]
+"""What a kernel supports on one type of device."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything the program must know of one kernel.
+
+    kernel: its implementation, None where its package is not installed.
+    support: its column by device type; "other" is any device that no kernel names.
+    unavailable: (machine, head dim, deterministic) -> why it cannot run on that machine's GPU, None
+        if it can.
+    stripe_widths: by device type, the stripe widths it is faster with than with single tokens, the
+        widest and fastest first (docs/log.md). They are multiples of its tile, which leave
+        rectangles on every hop but the first.
+    heads_first: the device types on which it is faster with each head's tokens contiguous in memory.
+    """
+
+    kernel: HopKernel | None
+    support: Mapping[str, Column]
+    unavailable: Callable[[Machine, int, bool], Unsupported | None] = lambda *_: None
+    stripe_widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads_first: frozenset[str] = frozenset()
+
+
+# ---- refusals ----
+
+_REFERENCE = "Set --attention-kernel reference, or auto"
+_OTHER_HEAD_DIM = (
+    f"{_REFERENCE}, or change --hidden-size and --num-attention-heads to such a head dim"
+)
+_NO_SOFT_CAP = Unsupported(
+    "none of torch's operators computes the gradient of soft-capped scores",
+    "Set --attn-logit-softcapping 0, and limit scores with a lower --lr or --clip-grad",
+)
+_NO_SOFT_CAP_IN_MASKED_TILES = Unsupported(
+    "flash-attn soft-caps scores, but torch's kernel for the masked tiles does not",
+    _NO_SOFT_CAP.instead,
+)
+_NO_DROPOUT = Unsupported(
+    "each hop would have to redraw the dropout of the whole sequence, by position",
+    "Set --attention-dropout 0, and regularise with --weight-decay",
+)
+_HALF_PRECISION_ONLY = Unsupported(
+    "it supports only fp16 and bf16", "Set --attention-kernel sdpa, or auto"
+)
+_SMALL_MULTIPLES_OF_8_ONLY = Unsupported(
+    "it supports head dims up to 256 that are multiples of 8", _OTHER_HEAD_DIM
+)
+_NOT_IN_TORCH_ON_CUDA = "torch's fused operators on CUDA do not support it"
+_TRITON_TILES_FILL_SHARED_MEMORY = Unsupported(
+    "its tiles fill shared memory with 2-byte elements", _REFERENCE
+)
+
+
+def _column(validation: Validation, refused: Mapping[Feature, Unsupported] | None = None) -> Column:
+    """A column: ``refused`` where it has an entry, no soft-capping or dropout, and ``validation`` elsewhere."""
+    everywhere = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
+    exceptions = everywhere | dict(refused or {})
+    return {feature: exceptions.get(feature, validation) for feature in Feature}
+
+
+# ---- the kernels ----
+
+
+def _triton_kernel() -> HopKernel | None:
+    if not importlib.util.find_spec("triton"):
+        return None
+    from megatron_ring.kernels.attention import triton
+
+    return triton
+
+
+def _triton_unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
+    if machine.triton:
+        return None
+    install = "pip install triton, or set --attention-kernel auto"
+    return Unsupported("triton is not installed", install)
+
+
+KERNEL_SPECS: dict[str, KernelSpec] = {
+    "flash": KernelSpec(
+        kernel=flash,
+        support={
+            "cuda": _column(
+                Validation.UNPROVEN,
+                {
+                    Feature.SOFT_CAP: _NO_SOFT_CAP_IN_MASKED_TILES,
+                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
+                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
+                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
+                },
+            )
+        },
+        unavailable=flash.unavailable,
+    ),
+    "cudnn": KernelSpec(
+        kernel=sdpa.WITH_CUDNN,
+        support={
+            "cuda": _column(
+                Validation.UNPROVEN,
+                {
+                    Feature.DETERMINISM: Unsupported(
+                        "cuDNN accumulates gradients in no fixed order",
+                        "Set --attention-kernel flash, sdpa, triton or reference",
+                    ),
+                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
+                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
+                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
+                },
+            )
+        },
+        unavailable=sdpa.cudnn_unavailable,
+    ),
+    "sdpa": KernelSpec(
+        kernel=sdpa,
+        support={
+            "cpu": _column(Validation.TESTED),
+            "cuda": _column(
+                Validation.UNPROVEN,
+                {
+                    Feature.FLOAT64: Unsupported(_NOT_IN_TORCH_ON_CUDA, _REFERENCE),
+                    Feature.OTHER_HEADS: Unsupported(_NOT_IN_TORCH_ON_CUDA, _OTHER_HEAD_DIM),
+                },
+            ),
+        },
+        stripe_widths={"cpu": (2048, 1024, 512, 256, 128)},
+        # torch's CPU operator reads a head's rows from end to end; in a model's memory layout the
+        # other heads' rows are in between.
+        heads_first=frozenset({"cpu"}),
+    ),
+    "triton": KernelSpec(
+        kernel=_triton_kernel(),
+        support={
+            "cuda": _column(
+                Validation.INTERPRETED,
+                {
+                    Feature.FLOAT64: _TRITON_TILES_FILL_SHARED_MEMORY,
+                    Feature.FLOAT32: _TRITON_TILES_FILL_SHARED_MEMORY,
+                    Feature.OTHER_HEADS: Unsupported(
+                        "its table of tile sizes ends at head dim 256, and rows that are not "
+                        "aligned to 16 bytes load slowly",
+                        _OTHER_HEAD_DIM,
+                    ),
+                },
+            )
+        },
+        unavailable=_triton_unavailable,
+    ),
+    "reference": KernelSpec(
+        kernel=reference,
+        support={"cpu": _column(Validation.TESTED), "other": _column(Validation.UNPROVEN)},
+    ),
+}
+
+KERNELS: dict[str, HopKernel] = {
+    name: spec.kernel for name, spec in KERNEL_SPECS.items() if spec.kernel is not None
+}
+
+COLUMNS: tuple[tuple[str, str], ...] = tuple(
+    (name, device)
+    for device in ("cpu", "cuda", "other")
+    for name, spec in KERNEL_SPECS.items()
+    if device in spec.support
+)
+"""The kernel and device type of each column, in the order of docs/support.md."""
+
+SUPPORT: dict[Feature, dict[tuple[str, str], Cell]] = {
+    feature: {
+        (name, device): KERNEL_SPECS[name].support[device][feature] for name, device in COLUMNS
+    }
+    for feature in Feature
+}
+
+
+def support(kernel: str, device_type: str, feature: Feature) -> Cell:
+    """The cell of the support table for ``kernel`` on such a device."""
     cells = SUPPORT[feature]
     if cell := cells.get((kernel, device_type)) or cells.get((kernel, "other")):
         return cell
-    known = " and ".join(device for name, device in COLUMNS if name == kernel)
-    return Unsupported(f"it exists for {known}, not {device_type}", _REFERENCE)
+    devices = " and ".join(device for name, device in COLUMNS if name == kernel)
+    return Unsupported(f"it runs on {devices}, not {device_type}", _REFERENCE)
+
+
+# ---- preferences ----
+
+
+def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
+    """The order in which ``auto`` tries the kernels on a GPU without measurements, by published figures.
+
+    On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et al. 2024, FlashAttention-3,
+    section 4). For documents and windows (``sparse``) only flash-attn has a call for many short
+    sequences.
+    """
+    if sparse:
+        return "flash", "sdpa", "reference"
+    if machine.capability >= (9, 0) and not machine.flash_3:
+        return "cudnn", "flash", "sdpa", "reference"
+    return "flash", "cudnn", "sdpa", "reference"
+
+
+def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
+    """The stripe widths that a kernel is faster with than with single tokens, the widest and fastest first."""
+    spec = KERNEL_SPECS.get(kernel)
+    return spec.stripe_widths.get(device_type, ()) if spec else ()
+
+
+def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
+    """Return an equal tensor in the memory layout that ``kernel`` is fastest with; copies only if necessary.
+
+    There may be further dimensions before these.
+    """
+    if not _prefers_heads_first(kernel, x_BLHD):
+        return x_BLHD
+    return x_BLHD.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def stack_to_kernel_layout(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``torch.stack`` and ``to_kernel_layout`` in one copy."""
+    if not _prefers_heads_first(kernel, tensors_BLHD[0]):
+        return torch.stack(tuple(tensors_BLHD))
+    return torch.stack([x.transpose(-3, -2) for x in tensors_BLHD]).transpose(-3, -2)
+
+
+def _prefers_heads_first(kernel: str, x: torch.Tensor) -> bool:
+    spec = KERNEL_SPECS.get(kernel)
+    return spec is not None and x.device.type in spec.heads_first

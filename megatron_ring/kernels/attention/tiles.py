@@ -1,7 +1,21 @@
-"""Tiles that cover the runs of a hop: rectangles without a mask, triangles, and small remainders.
+r"""Tiles that cover what the queries of a hop can see: unmasked rectangles, triangles, and small masked remainders.
 
-The visible region is cut into rectangles that need no mask (FULL), triangles aligned at their top left (CAUSAL) and
-small remainders that a kernel must mask by the runs (MASKED); what nobody sees lies in no tile.
+A tile is a rectangle of queries x keys. Its kind states what a kernel must mask inside it. Together
+the tiles cover each visible (query, key) pair exactly once; regions that no query sees are in no
+tile. Two examples, with queries downwards and keys to the right, ``Tiling(rows=2, split_triangles=True)``:
+
+    a causal mask            a sliding window of 5
+
+    \ . . . . . . .          \ . . . . . . . . .
+    \ \ . . . . . .          \ \ . . . . . . . .        \   CAUSAL, no mask needed
+    # # \ . . . . .          # # \ . . . . . . .        #   FULL, no mask needed
+    # # \ \ . . . .          # # \ \ . . . . . .        m   MASKED, visible
+    # # # # \ . . .          m m # # # - . . . .        -   MASKED, not visible
+    # # # # \ \ . .          - m # # # m . . . .        .   in no tile
+    # # # # # # \ .          . . m m # # # - . .
+    # # # # # # \ \          . . - m # # # m . .
+
+Without ``split_triangles`` the causal mask on the left is a single CAUSAL tile.
 """
 
 import bisect
@@ -13,9 +27,11 @@ import torch
 
 
 class TileKind(enum.Enum):
+    """What is visible inside a tile."""
+
     FULL = "every query sees every key"
-    CAUSAL = "query i sees the keys up to i; the tile is square"
-    MASKED = "each query sees its own run"
+    CAUSAL = "query i sees keys 0 to i of the tile, which is square"
+    MASKED = "each query sees its own key range"
 
 
 @dataclass(frozen=True)
@@ -29,37 +45,50 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel likes its tiles.
+    """The tile shapes that a kernel computes efficiently.
 
-    rows: queries of the smallest tile. Wide visible regions are still handed over whole.
-    split_triangles: cut a causal triangle into rectangles and triangles of ``rows`` queries. It pays where the kernel
-        skips only coarse blocks of a triangle, as torch's CPU kernel does (64 to 256 queries x 512 keys).
-    part_documents: cut between documents however short, so that each has tiles of its own. It pays where many small
-        tiles go to the kernel in one call.
-    tall: queries from which the kernel is faster, to be had where a cut in the middle would leave fewer.
+    rows: queries of the smallest tile. Wide visible regions are still covered by a single tile.
+    split_triangles: split a causal triangle into rectangles and triangles of ``rows`` queries. This
+        pays where the kernel skips only coarse blocks of a triangle, as torch's CPU kernel does
+        (64 to 256 queries x 512 keys).
+    split_documents: split between documents however short they are, so that each has its own tiles.
+        This pays where one kernel call takes many small tiles.
+    tall_rows: the number of queries from which the kernel is faster. Where a split in the middle
+        would leave fewer, it is moved up.
     """
 
     rows: int
     split_triangles: bool
-    part_documents: bool = False
-    tall: int = 0
+    split_documents: bool = False
+    tall_rows: int = 0
 
 
 def cover(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> Iterator[Tile]:
-    """The tiles of the runs ``[lo, hi)``, each visible pair in exactly one of them."""
+    """Yield tiles that cover the key ranges ``[lo, hi)``, each visible pair in exactly one tile."""
     return _Cover.of(lo, hi, tiling).tiles()
+
+
+KeySpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Cover:
-    """Halve the queries again and again; at each node hand over the keys that all its queries see.
+    """Split the queries in half recursively; each node emits tiles for the keys that all its queries see.
 
-    ``done`` is the span of keys that an ancestor has handed over already: every query of a node sees it, so the spans
-    of a path from the root are nested and each pair is covered once.
+    A node is a span of queries [start, stop). ``covered`` is the span of keys that its ancestors have
+    emitted already. Every query of the node sees all of it, so the spans along a path from the root
+    are nested, and each pair is covered once:
 
-    causal_until[i]: the first query behind i that does not see exactly one key more than the one before it.
-    borders: the queries that see no key which the one before them sees. Between documents there is nothing to cover,
-    so a node is cut there rather than in its middle, and each document has its own triangle.
+        node [0, 8)        all queries see key 0 only, less than a tile: split
+          node [0, 4)      split in the same way
+          node [4, 8)      all see keys [0, 4): emit FULL, then continue with covered = [0, 4)
+            node [4, 6)    a triangle of keys beside the covered ones: emit CAUSAL
+            node [6, 8)    all see [4, 6): emit FULL, then the triangle that is left: emit CAUSAL
+
+    causal_until[i]: the first query after i that does not see exactly one key more than its predecessor.
+    borders: the queries that share no visible key with their predecessor. Nothing is visible across
+        such a border between documents, so a node is split there instead of in its middle, and each
+        document keeps its own triangle.
     """
 
     lo: list[int]
@@ -70,12 +99,8 @@ class _Cover:
 
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
-        stops = torch.cat(
-            [
-                torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1,
-                torch.tensor([len(lo)]),
-            ]
-        )
+        breaks = torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1
+        stops = torch.cat([breaks, torch.tensor([len(lo)])])
         causal_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
         borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
         return _Cover(lo.tolist(), hi.tolist(), causal_until.tolist(), borders.tolist(), tiling)
@@ -83,112 +108,119 @@ class _Cover:
     def tiles(self) -> Iterator[Tile]:
         return self._node(0, len(self.lo), None)
 
-    def _node(self, start: int, stop: int, done: tuple[int, int] | None) -> Iterator[Tile]:
-        start, stop = self._trim_masked_rows(start, stop, done)
+    def _node(self, start: int, stop: int, covered: KeySpan | None) -> Iterator[Tile]:
+        start, stop = self._trim_masked_rows(start, stop, covered)
         if start == stop:
             return
+        queries = slice(start, stop)
         small = self._is_small(start, stop)
-        if self._is_triangle(start, stop, done) and (small or not self.tiling.split_triangles):
-            key = done[1] if done else self.lo[start]
-            yield Tile(slice(start, stop), slice(key, self.hi[stop - 1]), TileKind.CAUSAL)
+        if self._is_triangle(start, stop, covered) and (small or not self.tiling.split_triangles):
+            first_key = covered[1] if covered else self.lo[start]
+            yield Tile(queries, slice(first_key, self.hi[stop - 1]), TileKind.CAUSAL)
             return
-        seen_by_all = self._seen_by_all(start, stop, done)
-        new = list(_outside(seen_by_all, done)) if seen_by_all else []
+        common = self._seen_by_all(start, stop, covered)
+        new = list(_outside(common, covered)) if common else []
         if new and (small or self._is_wide_enough(start, stop, new)):
-            yield from (Tile(slice(start, stop), keys, TileKind.FULL) for keys in new)
-            yield from self._node(start, stop, seen_by_all)  # what is left may be a triangle
+            for keys in new:
+                yield Tile(queries, keys, TileKind.FULL)
+            yield from self._node(start, stop, common)  # the rest may be a triangle
         elif small:
             seen_by_any = (self.lo[start], self.hi[stop - 1])
-            yield from (
-                Tile(slice(start, stop), keys, TileKind.MASKED)
-                for keys in _outside(seen_by_any, done)
-            )
+            for keys in _outside(seen_by_any, covered):
+                yield Tile(queries, keys, TileKind.MASKED)
         else:
-            middle = self._middle(start, stop)
-            yield from self._node(start, middle, done)
-            yield from self._node(middle, stop, done)
+            split = self._split_point(start, stop)
+            yield from self._node(start, split, covered)
+            yield from self._node(split, stop, covered)
 
     def _is_small(self, start: int, stop: int) -> bool:
-        return stop - start <= self.tiling.rows and not (
-            self.tiling.part_documents and self._near(start, stop)
-        )
+        """Whether a node is not split any further."""
+        if stop - start > self.tiling.rows:
+            return False
+        return not (self.tiling.split_documents and self._borders_near_middle(start, stop))
 
     @staticmethod
     def _is_wide_enough(start: int, stop: int, new: list[slice]) -> bool:
-        """Whether there are keys enough for a tile of all of a node's queries.
+        """Whether there are enough keys for a tile of all queries of a node.
 
-        Each tile adds to the sums of its queries and of its keys: for as many pairs, the closer to a square the less.
-        But halves are tiles more; where they begin to pay is measured in docs/log.md.
+        Each tile adds to the sums of its queries and of its keys: for the same number of pairs, the
+        closer to a square, the less memory traffic. But splitting makes more tiles; the threshold of
+        a quarter was measured (docs/log.md).
         """
         return 4 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
-    def _near(self, start: int, stop: int) -> list[int]:
-        """The borders within a node next to its middle."""
-        at = bisect.bisect_left(self.borders, (start + stop) // 2)
-        return [border for border in self.borders[max(0, at - 1) : at + 1] if start < border < stop]
+    def _borders_near_middle(self, start: int, stop: int) -> list[int]:
+        """The borders inside a node closest to its middle, on either side."""
+        index = bisect.bisect_left(self.borders, (start + stop) // 2)
+        nearest = self.borders[max(0, index - 1) : index + 1]
+        return [border for border in nearest if start < border < stop]
 
-    def _middle(self, start: int, stop: int) -> int:
-        """Where to cut: the border nearest to the middle, else the middle in whole tiles from the start.
+    def _split_point(self, start: int, stop: int) -> int:
+        """Where to split a node: at the border nearest to its middle, else at a multiple of ``rows``.
 
-        Or before it, where that makes the later queries ``tall``, of which a rectangle with the keys before them comes.
+        The multiple is the one at or before the middle. It is moved up where that leaves
+        ``tall_rows`` queries after it, whose rectangle with the keys before them is then tall.
         """
-        half, rows = (start + stop) // 2, self.tiling.rows
-        if near := self._near(start, stop):
-            return min(near, key=lambda border: abs(border - half))
-        early = half - start
-        if 4 * self.tiling.tall <= 3 * (stop - start):  # else the rectangle would be narrow
-            early = min(early, stop - start - self.tiling.tall)
-        return start + max(early // rows, 1) * rows
+        middle = (start + stop) // 2
+        if borders := self._borders_near_middle(start, stop):
+            return min(borders, key=lambda border: abs(border - middle))
+        rows, tall_rows = self.tiling.rows, self.tiling.tall_rows
+        before = middle - start
+        if 4 * tall_rows <= 3 * (stop - start):  # otherwise the rectangle would be narrow
+            before = min(before, stop - start - tall_rows)
+        return start + max(before // rows, 1) * rows
 
-    def _trim_masked_rows(
-        self, start: int, stop: int, done: tuple[int, int] | None
-    ) -> tuple[int, int]:
-        """The queries left when those at either end that see nothing outside ``done`` are dropped."""
+    def _trim_masked_rows(self, start: int, stop: int, covered: KeySpan | None) -> tuple[int, int]:
+        """Drop the queries at either end of a node that see nothing outside ``covered``."""
 
-        def blind(query: int) -> bool:
+        def is_done(query: int) -> bool:
             lo, hi = self.lo[query], self.hi[query]
-            return hi <= lo or (done is not None and done[0] <= lo and hi <= done[1])
+            return hi <= lo or (covered is not None and covered[0] <= lo and hi <= covered[1])
 
-        while start < stop and blind(start):
+        while start < stop and is_done(start):
             start += 1
-        while start < stop and blind(stop - 1):
+        while start < stop and is_done(stop - 1):
             stop -= 1
         return start, stop
 
-    def _is_triangle(self, start: int, stop: int, done: tuple[int, int] | None) -> bool:
-        """Whether, outside ``done``, query i of the node sees exactly i + 1 keys, all from one first key."""
-        left, first = done or (self.lo[start], self.lo[start])
+    def _is_triangle(self, start: int, stop: int, covered: KeySpan | None) -> bool:
+        """Whether query i of the node sees, outside ``covered``, exactly the first i + 1 keys after it."""
+        first_visible, first_key = covered or (self.lo[start], self.lo[start])
         return (
-            self.lo[start] == left
-            and self.hi[start] == first + 1
+            self.lo[start] == first_visible
+            and self.hi[start] == first_key + 1
             and self.causal_until[start] >= stop
         )
 
-    def _seen_by_all(
-        self, start: int, stop: int, done: tuple[int, int] | None
-    ) -> tuple[int, int] | None:
-        """The keys that every query of the node sees, with ``done``; rounded inwards to whole tiles where runs climb.
+    def _seen_by_all(self, start: int, stop: int, covered: KeySpan | None) -> KeySpan | None:
+        """The keys that every query of a node sees, ``covered`` included; None if there are none.
 
-        Not where they climb by stairs, at which an edge is as good as any: what rounding leaves would be a tile more.
+        Where a bound rises along the queries, the span is rounded inwards to multiples of ``rows``.
+        An upper bound that rises in steps is not rounded: there any edge is as good, and what
+        rounding leaves over would be one more tile.
         """
         rows = self.tiling.rows
-        left, right, origin = self.lo[stop - 1], self.hi[start], self.lo[start]
+        left, right = self.lo[stop - 1], self.hi[start]
+        origin = self.lo[start]
         if left != self.lo[start]:
-            left, origin = -(-left // rows) * rows, 0
+            left = -(-left // rows) * rows
+            origin = 0
         if right != self.hi[stop - 1] and self.causal_until[start] > start + 1:
             right = origin + (right - origin) // rows * rows
         if left >= right:
             return None
-        # A node rounds from where its own runs begin, and may so fall short of its ancestor.
-        return (min(left, done[0]), max(right, done[1])) if done else (left, right)
+        if covered is None:
+            return left, right
+        # A node rounds relative to its own first key, and may fall short of its ancestor's span.
+        return min(left, covered[0]), max(right, covered[1])
 
 
-def _outside(span: tuple[int, int], done: tuple[int, int] | None) -> Iterator[slice]:
-    """The parts of ``span`` before and behind ``done``."""
-    if done is None:
+def _outside(span: KeySpan, covered: KeySpan | None) -> Iterator[slice]:
+    """Yield the parts of ``span`` before and after ``covered``."""
+    if covered is None:
         yield slice(*span)
         return
-    if span[0] < done[0]:
-        yield slice(span[0], done[0])
-    if done[1] < span[1]:
-        yield slice(done[1], span[1])
+    if span[0] < covered[0]:
+        yield slice(span[0], covered[0])
+    if covered[1] < span[1]:
+        yield slice(covered[1], span[1])

@@ -1,8 +1,9 @@
-"""NVIDIA Apex's operations: norms and RoPE in CUDA, in float32 alone.
+"""NVIDIA Apex's operations: norms and RoPE in CUDA, only in float32.
 
-In smaller types its norms round before the weight and its RoPE rounds cos and sin. Built from source with its CUDA
-extensions, which it looks for at the first step; here they are looked for when this file is imported. Read at commits
-014f30f (norms) and 8b19c3f (RoPE); never run by us.
+In smaller dtypes its norms round before the weight is applied, and its RoPE rounds cos and sin. Apex
+is built from source with its CUDA extensions, which it loads at the first step; importing this module
+loads them, so that a missing one is found before. Read at commits 014f30f (norms) and 8b19c3f (RoPE);
+we have never run it.
 """
 
 import importlib
@@ -20,7 +21,7 @@ for _extension in ("fused_layer_norm_cuda", "fused_rotary_positional_embedding")
 def norm(
     x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
-    """All in float32."""
+    """RMSNorm without a bias, else LayerNorm; computed in float32."""
     if bias_E is None:
         return fused_rms_norm_affine(x_BlE, weight_E, weight_E.shape, eps=epsilon)
     return fused_layer_norm_affine(x_BlE, weight_E, bias_E, weight_E.shape, eps=epsilon)
@@ -29,22 +30,27 @@ def norm(
 def rope(
     q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """It takes tokens first, and the angles of one sequence twice; samples that number theirs apart become one."""
+    """Rotate queries and keys.
+
+    Apex takes the token dimension first, and the angles of one sequence, each twice. Samples with
+    positions of their own are passed as one long sequence.
+    """
     angles = [
         torch.cat([x, x], dim=-1).flatten(0, -2)[:, None, None]
         for x in (rotation.cos_lP, rotation.sin_lP)
     ]
-    apart = rotation.cos_lP.dim() == 3
-    return _turned(q_BlHD, *angles, apart), _turned(k_BlGD, *angles, apart)
+    per_sample = rotation.cos_lP.dim() == 3
+    return _rotate(q_BlHD, *angles, per_sample), _rotate(k_BlGD, *angles, per_sample)
 
 
-def _turned(
-    x_BlHD: torch.Tensor, cos_N11D: torch.Tensor, sin_N11D: torch.Tensor, apart: bool
+def _rotate(
+    x_BlHD: torch.Tensor, cos_N11D: torch.Tensor, sin_N11D: torch.Tensor, per_sample: bool
 ) -> torch.Tensor:
-    if apart:
+    if per_sample:
         x_N1HD = x_BlHD.flatten(0, 1).unsqueeze(1)
         return fused_apply_rotary_pos_emb_cached(x_N1HD, cos_N11D, sin_N11D).view(x_BlHD.shape)
-    # Transposed in memory, so that it is contiguous once it is transposed back.
-    return fused_apply_rotary_pos_emb_cached(
+    # With transposed memory (the last argument) the result is contiguous after transposing back.
+    rotated_lBHD = fused_apply_rotary_pos_emb_cached(
         x_BlHD.transpose(0, 1), cos_N11D, sin_N11D, True
-    ).transpose(0, 1)
+    )
+    return rotated_lBHD.transpose(0, 1)

@@ -1,11 +1,10 @@
-"""--fused-operations settled: for each operation of a run the library that computes it, and why.
+"""Choose the library that computes each operation of a run, for ``--fused-operations``.
 
-A library asked for by name computes all that it can, and torch the rest. ``auto`` is torch but on CUDA, where it takes
-for each operation the first library of a list that is installed and can.
+A library requested by name computes everything it supports, and torch the rest. ``auto`` is torch on
+a CPU. On CUDA it uses for each operation the first installed library that supports it.
 """
 
 import importlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,13 +13,13 @@ from packaging.version import Version
 
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.kernels.fused.support import (
-    LIBRARIES,
-    OFFERS,
-    PREFERENCE,
-    Library,
-    Operation,
-    refusal,
+from megatron_ring.kernels.fused.support import LIBRARIES, OFFERS, PREFERENCE, Library, Operation
+from megatron_ring.kernels.selection import (
+    Assessment,
+    Unsupported,
+    first_usable,
+    installed_version,
+    refusals,
 )
 
 _FIELDS = {
@@ -32,12 +31,12 @@ _FIELDS = {
     Operation.CROSS_ENTROPY: "cross_entropy",
     Operation.SPLIT_CROSS_ENTROPY: "cross_entropy",
 }
-"""Of Operations. AdamW is no part of a model, and always torch's."""
+"""The field of ``Operations`` for each operation. AdamW is not part of a model, and always torch's."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One operation's library and the reason."""
+class OperationChoice:
+    """The library chosen for one operation, and the reason."""
 
     operation: Operation
     library: str
@@ -46,13 +45,13 @@ class Settled:
 
 @dataclass(frozen=True)
 class Choice:
-    """settled: in the order asked for. operations: what that comes down to, for the model."""
+    """The choices in the order of the required operations, and the functions for the model."""
 
-    settled: tuple[Settled, ...]
+    settled: tuple[OperationChoice, ...]
     operations: Operations = TORCH
 
     def in_words(self) -> list[str]:
-        """``liger for RMSNorm, RoPE: asked for``, a line for each library and reason."""
+        """Format one line for each library and reason, such as ``liger for RMSNorm, RoPE: requested``."""
         groups: dict[tuple[str, str], list[str]] = {}
         for choice in self.settled:
             groups.setdefault((choice.library, choice.reason), []).append(choice.operation.value)
@@ -63,94 +62,94 @@ class Choice:
 
 
 def choose(
-    asked: str,
+    requested: str,
     device_type: str,
     dtype: torch.dtype,
-    wanted: Iterable[Operation],
+    required: Iterable[Operation],
     deterministic: bool = False,
 ) -> Choice:
-    """Who computes ``wanted`` for ``--fused-operations asked``, on such a device, in such a type.
+    """Choose a library for each of ``required``, for ``--fused-operations requested``, in ``dtype``.
 
-    Raises KernelUnavailable for a library that was asked for by name and can compute none of it, saying why.
+    Raises KernelUnavailable, with the reasons, if a library requested by name supports none of them.
     """
-    candidates = PREFERENCE if asked == "auto" else tuple(dict.fromkeys((asked, "torch")))
-    absent = {name: _absence(name, device_type) for name in candidates}
-    settled = []
-    for operation in wanted:
-        refusals = {
-            name: absent[name] or refusal(operation, name, dtype, deterministic)
-            for name in candidates
-        }
-        settled.append(_settled(operation, asked, refusals))
-    if asked not in ("auto", "torch") and all(choice.library == "torch" for choice in settled):
-        raise KernelUnavailable(_message(asked, absent[asked], settled))
-    return Choice(tuple(settled), _operations(settled))
+    names = PREFERENCE if requested == "auto" else tuple(dict.fromkeys((requested, "torch")))
+    unavailable = {name: _unavailable(name, device_type) for name in names}
+
+    def assess(name: str, operation: Operation) -> Assessment:
+        if unavailable[name]:
+            return Assessment({}, unavailable[name])
+        return Assessment({operation: OFFERS[operation][name].cell(dtype, deterministic)})
+
+    choices = []
+    for operation in required:
+        assessments = {name: assess(name, operation) for name in names}
+        library = first_usable(assessments)  # torch supports everything
+        reason = "; ".join(_reasons(library, requested, assessments))
+        choices.append(OperationChoice(operation, library, reason))
+    if requested not in ("auto", "torch") and all(one.library == "torch" for one in choices):
+        raise KernelUnavailable(_message(requested, unavailable[requested], choices))
+    return Choice(tuple(choices), _operations(choices))
 
 
-def _settled(operation: Operation, asked: str, refusals: dict[str, str | None]) -> Settled:
-    """The first library that does not refuse; torch never does."""
-    library = next(name for name, refused in refusals.items() if not refused)
-    return Settled(operation, library, "; ".join(_reasons(operation, library, asked, refusals)))
-
-
-def _reasons(
-    operation: Operation, library: str, asked: str, refusals: dict[str, str | None]
-) -> Iterator[str]:
-    """Why this library, why none of those before it, and what of it no test has seen."""
-    if library == asked:
-        yield "asked for"
-    passed_over: dict[str, list[str]] = {}
-    for name in list(refusals)[: list(refusals).index(library)]:
-        passed_over.setdefault(refusals[name], []).append(name)
-    yield from (f"{', '.join(names)}: {refused}" for refused, names in passed_over.items())
+def _reasons(library: str, requested: str, assessments: dict[str, Assessment]) -> Iterator[str]:
+    """Yield why this library, why none before it, and how it has been validated."""
+    if library == requested:
+        yield "requested"
+    for refusal in refusals(assessments, before=library):
+        yield f"{', '.join(refusal.implementations)}: {refusal.cause.reason}"
     if library != "torch":
-        if asked == "auto":
-            yield "installed, and whether it is the fastest nobody has measured"
-        yield OFFERS[operation][library].proof.value
+        if requested == "auto":
+            yield "installed; which library is fastest has not been measured"
+        for validation, _ in assessments[library].caveats():
+            yield validation.caveat
 
 
-def _absence(name: str, device_type: str) -> str | None:
-    """Why a library is not there at all; None if it is."""
+def _unavailable(name: str, device_type: str) -> Unsupported | None:
+    """Why a library cannot be used at all on this machine, None if it can."""
     if name == "torch":
         return None
     if device_type != "cuda":
-        return f"for cuda alone, and this device is a {device_type}"
-    return missing(LIBRARIES[name])
+        return Unsupported(f"CUDA only, and this device is a {device_type}")
+    reason = missing(LIBRARIES[name])
+    return Unsupported(reason) if reason else None
 
 
 def missing(library: Library) -> str | None:
-    """What of a library is missing on this machine, and how to get it; None if it can be used."""
-    try:
-        found = importlib.metadata.version(library.distribution)
-        if Version(found) < Version(library.oldest):
-            return (
-                f"{library.distribution} {found} is older than {library.oldest} ({library.install})"
-            )
-        importlib.import_module(library.module)
-    except importlib.metadata.PackageNotFoundError:
+    """What of a library is missing on this machine, and how to install it; None if it can be used."""
+    version = installed_version(library.distribution)
+    if not version:
         return f"not installed ({library.install})"
+    if Version(version) < Version(library.oldest):
+        return (
+            f"{library.distribution} {version} is older than {library.oldest} ({library.install})"
+        )
+    try:
+        importlib.import_module(library.module)
     except ImportError as error:
         return f"it cannot be imported, {error} ({library.install})"
     return None
 
 
-def _message(asked: str, absent: str | None, settled: list[Settled]) -> str:
-    refused = [
-        f"{choice.operation.value}: {choice.reason.removeprefix(f'{asked}: ')}"
-        for choice in settled
-    ]
+def _message(
+    requested: str, unavailable: Unsupported | None, choices: list[OperationChoice]
+) -> str:
+    if unavailable:
+        reasons = unavailable.reason
+    else:
+        reasons = "; ".join(
+            f"{one.operation.value}: {one.reason.removeprefix(f'{requested}: ')}" for one in choices
+        )
     return (
-        f"fused_operations {asked} is not to be had: {absent or '; '.join(refused)}. "
+        f"fused_operations {requested} is unavailable: {reasons}. "
         "Set --fused-operations auto or torch."
     )
 
 
-def _operations(settled: list[Settled]) -> Operations:
-    functions = {
-        _FIELDS[choice.operation]: getattr(
-            importlib.import_module(LIBRARIES[choice.library].module), _FIELDS[choice.operation]
-        )
-        for choice in settled
-        if choice.library != "torch"
-    }
+def _operations(choices: list[OperationChoice]) -> Operations:
+    functions = {}
+    for choice in choices:
+        if choice.library != "torch":
+            module = importlib.import_module(LIBRARIES[choice.library].module)
+            name = _FIELDS[choice.operation]
+            functions[name] = getattr(module, name)
     return replace(TORCH, **functions)

@@ -1,10 +1,12 @@
-"""The operations of a model that may be another library's: a function each, torch's by default.
+"""The model's operations that other libraries can replace: one function each, torch's by default.
 
-A library's module beside this one has functions of the same names and signatures. They give torch's numbers within the
-tolerances of the tests and need no rank. Forward they write to nothing that they are given but a chunk's logits.
-Backward they may write to what is theirs alone by then: the gradient that comes, SwiGLU's gate and up.
+The modules of the libraries (liger.py, flash_attn.py, apex.py) have functions with these names and
+signatures. They match torch's numbers within the tolerances of the tests and do not depend on a
+rank. Forward they write only to a chunk's logits. Backward they may overwrite what nothing else
+needs any more: the incoming gradient, and SwiGLU's gate and up.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,9 +20,11 @@ from megatron_ring.kernels.rope import Rotation, rotate_both
 
 @dataclass(frozen=True)
 class Operations:
-    """norm: RMSNorm or LayerNorm (norm.py). rope: q_BlHD, k_BlGD, turned by a rotation (rope.py).
+    """The functions a model calls.
 
-    swiglu: silu(gate_BlF) * up_BlF (activation.py). cross_entropy: of a chunk's logits (cross_entropy.py).
+    norm: RMSNorm or LayerNorm (norm.py). rope: rotates q_BlHD and k_BlGD (rope.py).
+    swiglu: silu(gate_BlF) * up_BlF (activation.py).
+    cross_entropy: that of a chunk's logits (cross_entropy.py).
     """
 
     norm: NormFunction = normalize
@@ -32,4 +36,18 @@ class Operations:
 
 
 TORCH = Operations()
-"""All by torch, on any device and in any type."""
+"""All operations by torch, on any device and in any dtype."""
+
+
+def ignore_invalid_targets(
+    target_c1: torch.Tensor, rows: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace targets outside the vocabulary, for libraries that would read a logit out of bounds.
+
+    Returns target_c with ``ignore_index`` in their place, and what to add to the loss: infinity if
+    there are any, else 0. Nothing is copied to the host.
+    """
+    target_c = target_c1.flatten()
+    invalid_c = (target_c != ignore_index) & ((target_c < 0) | (target_c >= rows))
+    penalty = torch.where(invalid_c.any(), math.inf, 0.0)
+    return torch.where(invalid_c, ignore_index, target_c), penalty

@@ -1,17 +1,21 @@
-"""Which library computes which operation: one cell for each, with the types it takes and why it takes no others.
+"""Which library computes which operation: one cell for each, with the dtypes it supports.
 
-``choose`` (choice.py) asks this table before anything starts. A test walks through it: what a cell offers has a test of
-its numbers behind it, and docs/fused.md shows the table as it is here.
+``LIBRARIES`` has one entry for each library. ``choose`` (choice.py) reads it before a run starts. A
+test walks through it: every supported cell has a test of its numbers, and docs/fused.md shows this
+table.
 """
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from megatron_ring.kernels.selection import Cell, Unsupported, Validation
+
 
 class Operation(enum.Enum):
-    """What a run may ask for; the value is how messages call it."""
+    """What a run may require; the value is its name in messages."""
 
     RMS_NORM = "RMSNorm"
     LAYER_NORM = "LayerNorm"
@@ -23,114 +27,136 @@ class Operation(enum.Enum):
     ADAMW = "AdamW"
 
 
-class Validation(enum.Enum):
-    """How well a cell is known to work."""
+@dataclass(frozen=True)
+class Offer:
+    """A cell of the table.
 
-    TESTED = "tested"
-    INTERPRETED = "tested in Triton's interpreter, and never run on such a device"
-    STAND_IN = "tested with a stand-in for the library, and never run on such a device"
+    validation: how it has been validated, None if the operation is not supported in any dtype.
+    dtypes: the supported ones. reason: why no others.
+    varies: why its bits differ from run to run, "" if they do not.
+    """
+
+    validation: Validation | None
+    dtypes: frozenset[torch.dtype]
+    reason: str
+    varies: str = ""
+
+    def cell(self, dtype: torch.dtype, deterministic: bool) -> Cell:
+        """What a run in ``dtype`` gets, with or without ``--deterministic``."""
+        if dtype not in self.dtypes:
+            return Unsupported(self.reason)
+        if deterministic and self.varies:
+            return Unsupported(self.varies)
+        return self.validation
 
 
 @dataclass(frozen=True)
 class Library:
-    """distribution: the name and, if it matters, the oldest version. install: how to get it. module: ours around it."""
+    """A library other than torch; all of them run only on CUDA.
+
+    distribution: the installed distribution. oldest: its first version that works.
+    install: how to install it. module: our wrapper, with functions named as in ``Operations``.
+    offers: what it supports; an operation without an entry has no kernel there.
+    """
 
     distribution: str
     oldest: str
     install: str
     module: str
-
-
-LIBRARIES = {
-    "liger": Library(
-        "liger-kernel",
-        "0.8.5",
-        "pip install 'liger-kernel>=0.8.5'",
-        "megatron_ring.kernels.fused.liger",
-    ),
-    "flash-attn": Library(
-        "flash-attn",
-        "2.8.3",
-        "pip install 'flash-attn>=2.8.3' --no-build-isolation",
-        "megatron_ring.kernels.fused.flash_attn",
-    ),
-    "apex": Library(
-        "apex",
-        "0.1",
-        "NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA extensions: the package apex that pip "
-        "finds is another project",
-        "megatron_ring.kernels.fused.apex",
-    ),
-}
-"""Those beside torch. They compute on CUDA alone."""
-
-PREFERENCE = ("liger", "flash-attn", "apex", "torch")
-"""What ``auto`` takes first on CUDA. Nobody has measured it."""
-
-_SMALL = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_FLOAT32 = frozenset({torch.float32})
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A cell. dtypes: what it takes; reason: why no other. varies: why its bits are not the same in every run."""
-
-    proof: Validation | None
-    dtypes: frozenset[torch.dtype]
-    reason: str
-    varies: str = ""
-
-
-_TESTED, _INTERPRETED, _STAND_IN = Validation
-_TORCH = Offer(_TESTED, _SMALL | {torch.float64}, "")
-_LIGER = Offer(_INTERPRETED, _SMALL, "it computes in float32")
-_FLASH = Offer(_STAND_IN, _SMALL, "it computes in float32")
-_TIMED = Offer(
-    _STAND_IN, _SMALL, "it computes in float32", varies="it times its kernels and takes the fastest"
-)
+    offers: Mapping[Operation, Offer]
 
 
 def _refused(reason: str) -> Offer:
     return Offer(None, frozenset(), reason)
 
 
-_NONE = _refused("it has none")
-_SPLIT = _refused("it meets the other ranks itself, over equal parts, and ours may be uneven")
-_ROUNDED = Offer(
-    _STAND_IN, _FLOAT32, "smaller types are rounded before the weight, where ours are rounded once"
-)
-_ANGLES = Offer(
-    _STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' type, where ours stay float32"
-)
-_UNGUARDED = _refused("it reads the logit of a target that does not count, outside of the row")
-_STEPS = _refused(
-    "it counts steps by group, where checkpoints and refused steps count them by parameter"
-)
-_WIDE = _refused("its heads end at 256")
+_UP_TO_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_FLOAT32 = frozenset({torch.float32})
 
-COLUMNS = ("torch", "liger", "flash-attn", "apex")
-_ROWS: dict[Operation, tuple[Offer, Offer, Offer, Offer]] = {
-    Operation.RMS_NORM: (_TORCH, _LIGER, _TIMED, _ROUNDED),
-    Operation.LAYER_NORM: (_TORCH, _LIGER, _TIMED, _ROUNDED),
-    Operation.ROPE: (_TORCH, _LIGER, _FLASH, _ANGLES),
-    Operation.WIDE_ROPE: (_TORCH, _LIGER, _WIDE, _ANGLES),
-    Operation.SWIGLU: (_TORCH, _LIGER, _FLASH, _NONE),
-    Operation.CROSS_ENTROPY: (_TORCH, _LIGER, _FLASH, _UNGUARDED),
-    Operation.SPLIT_CROSS_ENTROPY: (_TORCH, _SPLIT, _SPLIT, _UNGUARDED),
-    Operation.ADAMW: (_TORCH, _NONE, _NONE, _STEPS),
+_TORCH = Offer(Validation.TESTED, _UP_TO_FLOAT32 | {torch.float64}, "")
+_NO_KERNEL = _refused("it has no such kernel")
+_EVEN_SPLIT_ONLY = _refused(
+    "it reduces over the ranks itself and requires equal parts, and ours may be uneven"
+)
+
+_LIGER = Offer(Validation.INTERPRETED, _UP_TO_FLOAT32, "it computes in float32")
+_FLASH = Offer(Validation.STAND_IN, _UP_TO_FLOAT32, "it computes in float32")
+_FLASH_NORM = Offer(
+    Validation.STAND_IN,
+    _UP_TO_FLOAT32,
+    "it computes in float32",
+    varies="it times several kernels and uses the fastest",
+)
+_APEX_NORM = Offer(
+    Validation.STAND_IN,
+    _FLOAT32,
+    "it rounds smaller dtypes before the weight is applied; ours rounds once, after it",
+)
+_APEX_ROPE = Offer(
+    Validation.STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' dtype; ours are float32"
+)
+_APEX_CROSS_ENTROPY = _refused("it reads the logit of an ignored target, outside the row")
+
+LIBRARIES = {
+    "liger": Library(
+        distribution="liger-kernel",
+        oldest="0.8.5",
+        install="pip install 'liger-kernel>=0.8.5'",
+        module="megatron_ring.kernels.fused.liger",
+        offers={
+            Operation.RMS_NORM: _LIGER,
+            Operation.LAYER_NORM: _LIGER,
+            Operation.ROPE: _LIGER,
+            Operation.WIDE_ROPE: _LIGER,
+            Operation.SWIGLU: _LIGER,
+            Operation.CROSS_ENTROPY: _LIGER,
+            Operation.SPLIT_CROSS_ENTROPY: _EVEN_SPLIT_ONLY,
+        },
+    ),
+    "flash-attn": Library(
+        distribution="flash-attn",
+        oldest="2.8.3",
+        install="pip install 'flash-attn>=2.8.3' --no-build-isolation",
+        module="megatron_ring.kernels.fused.flash_attn",
+        offers={
+            Operation.RMS_NORM: _FLASH_NORM,
+            Operation.LAYER_NORM: _FLASH_NORM,
+            Operation.ROPE: _FLASH,
+            Operation.WIDE_ROPE: _refused("it supports head dims up to 256"),
+            Operation.SWIGLU: _FLASH,
+            Operation.CROSS_ENTROPY: _FLASH,
+            Operation.SPLIT_CROSS_ENTROPY: _EVEN_SPLIT_ONLY,
+        },
+    ),
+    "apex": Library(
+        distribution="apex",
+        oldest="0.1",
+        install="NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA extensions: "
+        "the package apex that pip installs is another project",
+        module="megatron_ring.kernels.fused.apex",
+        offers={
+            Operation.RMS_NORM: _APEX_NORM,
+            Operation.LAYER_NORM: _APEX_NORM,
+            Operation.ROPE: _APEX_ROPE,
+            Operation.WIDE_ROPE: _APEX_ROPE,
+            Operation.CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
+            Operation.SPLIT_CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
+            Operation.ADAMW: _refused(
+                "it counts steps per parameter group; checkpoints and skipped steps count them per parameter"
+            ),
+        },
+    ),
 }
+
+COLUMNS = ("torch", *LIBRARIES)
+
+PREFERENCE = (*LIBRARIES, "torch")
+"""The order in which ``auto`` tries the libraries on CUDA. It has not been measured."""
+
 OFFERS: dict[Operation, dict[str, Offer]] = {
-    operation: dict(zip(COLUMNS, offers)) for operation, offers in _ROWS.items()
+    operation: {
+        "torch": _TORCH,
+        **{name: library.offers.get(operation, _NO_KERNEL) for name, library in LIBRARIES.items()},
+    }
+    for operation in Operation
 }
-
-
-def refusal(
-    operation: Operation, library: str, dtype: torch.dtype, deterministic: bool
-) -> str | None:
-    """Why a library that is there does not compute this operation; None if it does."""
-    offer = OFFERS[operation][library]
-    if dtype not in offer.dtypes:
-        return offer.reason
-    if deterministic and offer.varies:
-        return offer.varies
-    return None

@@ -1,11 +1,11 @@
-"""Compile Triton's kernels for GPUs that are not here, and print what each is made of: one JSON object a line.
+"""Compile Triton's kernels for absent GPUs and print properties of the machine code as JSON lines.
 
     PYTHONPATH=. TRITON_INTERPRET=0 python tests/kernels/attention/compiled_triton.py 80 128 256
 
 compiles for compute capability 8.0 and head sizes 128 and 256.
 
-In a process of its own: under TRITON_INTERPRET nothing is compiled. What the machine code holds is read from what
-CUDA's own tools, which come with Triton, say of it.
+It needs a process of its own, because nothing is compiled under TRITON_INTERPRET. The machine code is
+disassembled with CUDA's own tools, which Triton includes.
 """
 
 import itertools
@@ -33,32 +33,36 @@ GENERATIONS = {80: "ampere", 90: "hopper"}
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"))
 
 
-def compiled(kernel: str, head: int, architecture: int, dtype: str) -> CompiledKernel:
-    """As it is launched on such a GPU."""
-    settings = blocks_for(kernel, head, GENERATIONS[architecture]).settings(head)
+def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> CompiledKernel:
+    """Compile a kernel as for a launch on such a GPU."""
+    settings = blocks_for(kernel, head_dim, GENERATIONS[architecture]).settings(head_dim)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
     names = KERNELS[kernel].arg_names
-    signature = {name: "constexpr" if name in settings else type_of(name, dtype) for name in names}
-    # As at a launch: torch's memory begins at 16 bytes, and lengths of shards are mostly multiples of 16.
-    multiples = [
+    signature = {
+        name: "constexpr" if name in settings else argument_type(name, dtype) for name in names
+    }
+    # As at a launch: torch's memory is aligned to 16 bytes, and lengths of shards are mostly multiples of 16.
+    multiples_of_16 = [
         name for name in names if signature[name].startswith("*") or name in ("queries", "keys")
     ]
     source = ASTSource(
         KERNELS[kernel],
         signature,
         {(names.index(name),): value for name, value in settings.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in multiples_of_16},
     )
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def made_of(kernel: CompiledKernel) -> dict[str, Any]:
-    """What a program needs and how it computes.
+def properties(kernel: CompiledKernel) -> dict[str, Any]:
+    """The resources of a program and its instructions.
 
-    shared: bytes. stages: blocks under way. spills: moves between registers and stack within innermost loops.
-    warps_of_products: how many warps lie down and across the tile of each matrix product.
+    shared: bytes of shared memory. stages: blocks in flight.
+    spills: moves between registers and stack within innermost loops.
+    warps_of_products: the numbers of warps down and across the tile of each matrix product.
     """
     source, layouts = kernel.asm["ptx"], kernel.asm["ttgir"]
+    warps = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d+), (\d+)\]", layouts)
     return {
         "shared": kernel.metadata.shared,
         "stages": kernel.metadata.num_stages,
@@ -67,53 +71,52 @@ def made_of(kernel: CompiledKernel) -> dict[str, Any]:
         "mma": source.count("mma.sync"),
         "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", source)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", source)),
-        "warps_of_products": [
-            [int(down), int(across)]
-            for down, across in re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d+), (\d+)\]", layouts)
-        ],
+        "warps_of_products": [[int(down), int(across)] for down, across in warps],
     }
 
 
-def type_of(name: str, dtype: str) -> str:
+def argument_type(name: str, dtype: str) -> str:
+    """The type of a kernel's argument in Triton's notation."""
     if name in ("dout", "q", "k", "v"):
         return f"*{dtype}"
     if name in ("out", "lse", "log2_lse", "delta", "dq", "dk", "dv"):
         return "*fp32"
-    if name in ("lo", "hi", "seen_from", "seen_to"):
+    if name in ("lo", "hi", "query_from", "query_to"):
         return "*i32"
     return "fp32" if "scale" in name else "i32"
 
 
 def spills(machine_code: bytes) -> int:
-    """Loads and stores of the stack within loops that hold no other loop."""
+    """Count the loads and stores of the stack within loops that contain no other loop."""
     instructions = disassembled(machine_code)
-    jumps = [
-        (int(found[1], 16), at)
-        for at, text in instructions
-        if (found := re.search(r"BRA.* 0x(\w+)", text))
-    ]
-    loops = [(start, stop) for start, stop in jumps if start < stop]
+    loops = []
+    for address, text in instructions:
+        jump = re.search(r"BRA.* 0x(\w+)", text)
+        if jump and int(jump[1], 16) < address:
+            loops.append((int(jump[1], 16), address))
     innermost = [loop for loop in loops if not any(loop[0] <= x < y < loop[1] for x, y in loops)]
-    assert innermost, "a kernel that walks has loops"
-    of_stack = [at for at, text in instructions if "LDL" in text or "STL" in text]
-    return sum(any(start <= at <= stop for start, stop in innermost) for at in of_stack)
+    assert innermost, "these kernels have loops"
+    stack_accesses = [at for at, text in instructions if "LDL" in text or "STL" in text]
+    return sum(any(start <= at <= stop for start, stop in innermost) for at in stack_accesses)
 
 
 def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
-    """Every instruction's address and text."""
+    """The address and text of every instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        said = subprocess.run(
+        listing = subprocess.run(
             [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", said)]
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)
+    return [(int(address, 16), text) for address, text in instructions]
 
 
 if __name__ == "__main__":
-    architecture, *heads = (int(number) for number in sys.argv[1:])
-    for kernel, head in itertools.product(KERNELS, heads):
-        sizes = blocks_for(kernel, head, GENERATIONS[architecture])
-        case = {"kernel": kernel, "head": head, "architecture": architecture}
+    architecture, *head_dims = (int(number) for number in sys.argv[1:])
+    for kernel, head_dim in itertools.product(KERNELS, head_dims):
+        sizes = blocks_for(kernel, head_dim, GENERATIONS[architecture])
+        case = {"kernel": kernel, "head_dim": head_dim, "architecture": architecture}
         case["rows"] = sizes.block_k if kernel == "keys" else sizes.block_q
-        print(json.dumps(case | made_of(compiled(kernel, head, architecture, "bf16"))), flush=True)
+        compiled_kernel = compiled(kernel, head_dim, architecture, "bf16")
+        print(json.dumps(case | properties(compiled_kernel)), flush=True)

@@ -1,79 +1,42 @@
-"""Stand-ins for flash-attn 2.8.3 and for the operators of flash-attn 3, as they were read in their sources."""
+"""Stand-ins for flash-attn 2.8.3 and for the operators of flash-attn 3, with the parameters of their sources."""
 
 import torch
 
-from tests.kernels.attention.stand_ins import packed_backward, packed_forward
+from tests.kernels.attention.float64_attention import varlen_backward, varlen_forward
 
-# What the last gradient was asked for, with ``deterministic`` or without.
+# The ``deterministic`` arguments of the backward calls.
 DETERMINISTIC: list[bool] = []
 
 
 def _flash_attn_varlen_forward(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes=None,
-    return_softmax: bool = False,
-    block_table=None,
-    leftpad_k=None,
-    seqused_k=None,
-    zero_tensors: bool = False,
-):
-    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (
-        0.0,
-        -1,
-        -1,
-        0.0,
-        False,
-    )
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+    softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
+    softcap: float = 0.0, alibi_slopes=None, return_softmax: bool = False, block_table=None,
+    leftpad_k=None, seqused_k=None, zero_tensors: bool = False,
+):  # fmt: skip
+    assert (dropout_p, softcap, return_softmax) == (0.0, 0.0, False)
+    assert (window_size_left, window_size_right) == (-1, -1)
     if max_seqlen_q == 1 and q.shape[1] > k.shape[1]:
         assert len(q) == len(cu_seqlens_q) - 1, (
-            "it lays the heads of a group out as queries, one for each sequence"
+            "it lays out the heads of a group as queries, one query per sequence"
         )
-    shape = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    out, lse = packed_forward(q, k, v, *shape, causal, softmax_scale, blind=torch.inf)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out, lse = varlen_forward(q, k, v, *lengths, causal, softmax_scale, masked_lse=torch.inf)
     return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
 
 
 def _flash_attn_varlen_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_lse,
-    dq,
-    dk,
-    dv,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes,
-    deterministic: bool,
-    rng_state=None,
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes, deterministic: bool, rng_state=None,
     zero_tensors: bool = False,
-):
-    assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+):  # fmt: skip
+    assert (dropout_p, softcap) == (0.0, 0.0)
+    assert (window_size_left, window_size_right) == (-1, -1)
     DETERMINISTIC.append(deterministic)
-    shape = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    packed_backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), *shape, causal, softmax_scale)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    gradients = (dq, dk, dv)
+    varlen_backward(dout, q, k, v, out, softmax_lse, gradients, *lengths, causal, softmax_scale)
     return torch.empty(0)
 
 
@@ -94,44 +57,43 @@ float softcap = 0.0, bool deterministic = False, int sm_margin = 0) -> (Tensor(d
 Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
-def register_3(library: torch.library.Library) -> None:
+def register_version_3(library: torch.library.Library) -> None:
     """Define and implement flash-attn 3's operators in ``library``, of the namespace flash_attn_3."""
     for schema, implementation in ((FWD_3, _fwd_3), (BWD_3, _bwd_3)):
         library.define(" ".join(schema.split("\n")))
         library.impl(schema.partition("(")[0], implementation, "CPU")
 
 
-def _fwd_3(q, k, v, *options, **named):
-    given = _arguments(FWD_3, (q, k, v, *options), named)
-    assert given["num_splits"] == 1, "else it splits as its heuristic likes"
-    out, lse = packed_forward(q, k, v, *_shape(given), blind=-torch.inf)
+def _fwd_3(q, k, v, *positional, **named):
+    arguments = _arguments(FWD_3, (q, k, v, *positional), named)
+    assert arguments["num_splits"] == 1, "otherwise its heuristic may split"
+    out, lse = varlen_forward(q, k, v, *_lengths_mask_and_scale(arguments), masked_lse=-torch.inf)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
-def _bwd_3(*options, **named):
-    given = _arguments(BWD_3, options, named)
-    DETERMINISTIC.append(given["deterministic"])
-    dout, q, k, v, out, lse, *gradients = list(given.values())[:9]
-    assert q.shape[2] <= 192 or not given["deterministic"], (
+def _bwd_3(*positional, **named):
+    arguments = _arguments(BWD_3, positional, named)
+    DETERMINISTIC.append(arguments["deterministic"])
+    dout, q, k, v, out, lse, *gradients = list(arguments.values())[:9]
+    assert q.shape[2] <= 192 or not arguments["deterministic"], (
         "Deterministic backward not supported for hdim 256."
     )
-    packed_backward(dout, q, k, v, out, lse, gradients, *_shape(given))
+    varlen_backward(dout, q, k, v, out, lse, gradients, *_lengths_mask_and_scale(arguments))
     return *gradients, *(torch.empty(0) for _ in range(5))
 
 
-def _arguments(schema: str, given: tuple, named: dict) -> dict:
-    """What was given and the schema's defaults, by name."""
-    arguments = torch._C.parse_schema(schema.replace("\n", " ")).arguments
-    return {
-        one.name: named.get(one.name, given[place] if place < len(given) else one.default_value)
-        for place, one in enumerate(arguments)
-    }
+def _arguments(schema: str, positional: tuple, named: dict) -> dict:
+    """The arguments of a call by name, with the schema's defaults."""
+    arguments = {}
+    parameters = torch._C.parse_schema(schema.replace("\n", " ")).arguments
+    for index, parameter in enumerate(parameters):
+        default = positional[index] if index < len(positional) else parameter.default_value
+        arguments[parameter.name] = named.get(parameter.name, default)
+    return arguments
 
 
-def _shape(given: dict) -> tuple:
-    bounds, longest = ("cu_seqlens_q", "cu_seqlens_k"), ("max_seqlen_q", "max_seqlen_k")
-    return (
-        *(given[name] for name in (*bounds, *longest)),
-        given["is_causal"],
-        given["softmax_scale"],
-    )
+def _lengths_mask_and_scale(arguments: dict) -> tuple:
+    names = (
+        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "softmax_scale",
+    )  # fmt: skip
+    return tuple(arguments[name] for name in names)

@@ -1,6 +1,9 @@
 """Every kernel over the hops of every layout, with windows and packed documents, against the oracle's dense mask."""
 
 import itertools
+import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -35,70 +38,79 @@ each_short_layout = pytest.mark.parametrize("layout", SHORT, ids=str)
 each_long_layout = pytest.mark.parametrize("layout", LONG, ids=str)
 
 
+@dataclass(frozen=True)
+class Serialized:
+    """A kernel that runs in one thread at a time.
+
+    Triton's interpreter replaces parts of its language while it runs a kernel, so ranks that are
+    threads must not run it together.
+    """
+
+    kernel: HopKernel
+    lock: Any = field(default_factory=threading.Lock)
+
+    def forward(self, *arguments) -> None:
+        with self.lock:
+            self.kernel.forward(*arguments)
+
+    def backward(self, *arguments) -> None:
+        with self.lock:
+            self.kernel.backward(*arguments)
+
+
 def window(tokens: int, width: int) -> torch.Tensor:
-    """The first position that each position sees through a window."""
+    """The first visible position of each position with a sliding window."""
     return torch.arange(tokens) - width + 1
 
 
 def documents(tokens: int, *lengths: int) -> torch.Tensor:
-    """The first position that each position sees in documents of these lengths, over and over."""
-    spans = zip(itertools.accumulate(itertools.cycle(lengths), initial=0), itertools.cycle(lengths))
-    starts = (start for start, length in spans for _ in range(length))
-    return torch.tensor(list(itertools.islice(starts, tokens)))
+    """The first visible position of each position in documents of these lengths, repeated as necessary."""
+    first_visible = []
+    start = 0
+    for length in itertools.cycle(lengths):
+        if start >= tokens:
+            return torch.tensor(first_visible[:tokens])
+        first_visible += [start] * length
+        start += length
 
 
 def hop_by_hop(
     layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, q, k, v, dout
 ) -> oracle.Attention:
-    """What a ring computes, rank after rank and without any communication."""
-    scale, shards = (
-        q.shape[-1] ** -0.5,
-        [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)],
-    )
+    """Compute what a ring computes, one rank after another and without communication."""
+    scale = q.shape[-1] ** -0.5
+    shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     whole = RunningSoftmax.empty(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=whole.out_BLHD.dtype) for x in (q, k, v))
-    for at in shards:
-        hops = [(source, key_runs(at, source, first_visible[at])) for source in shards]
-        own_q, own_dout, own_dq, state = (
-            q[:, at],
-            dout[:, at],
-            dq[:, at],
-            RunningSoftmax.empty(q[:, at]),
-        )
-        for source, runs in hops:
-            kernel.forward(own_q, k[:, source], v[:, source], runs, scale, state)
+    for own in shards:
+        hops = [(source, key_runs(own, source, first_visible[own])) for source in shards]
+        own_q, own_dout, own_dq = q[:, own], dout[:, own], dq[:, own]
+        state = RunningSoftmax.empty(own_q)
+        for source, key_ranges in hops:
+            kernel.forward(own_q, k[:, source], v[:, source], key_ranges, scale, state)
         out, lse = state.out_BLHD.to(q.dtype), state.lse_BHL
-        for source, runs in hops:
-            own_dk, own_dv = dk[:, source], dv[:, source]
+        for source, key_ranges in hops:
+            source_dk, source_dv = dk[:, source], dv[:, source]
             kernel.backward(
-                own_dout,
-                own_q,
-                k[:, source],
-                v[:, source],
-                out,
-                lse,
-                runs,
-                scale,
-                own_dq,
-                own_dk,
-                own_dv,
-            )
-            dk[:, source], dv[:, source] = own_dk, own_dv
-        dq[:, at], whole.out_BLHD[:, at], whole.lse_BHL[:, :, at] = own_dq, out.to(dq.dtype), lse
+                own_dout, own_q, k[:, source], v[:, source], out, lse, key_ranges, scale,
+                own_dq, source_dk, source_dv,
+            )  # fmt: skip
+            dk[:, source], dv[:, source] = source_dk, source_dv
+        dq[:, own] = own_dq
+        whole.out_BLHD[:, own] = out.to(dq.dtype)
+        whole.lse_BHL[:, :, own] = lse
     return oracle.Attention(whole.out_BLHD, dq, dk, dv, whole.lse_BHL)
 
 
-def mistakes(
+def hop_errors(
     layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, heads: int, groups: int, dtype
-):
+) -> dict[str, float]:
+    """The errors of a kernel, by tensor, that are beyond the tolerance of ``dtype``."""
     inputs = oracle.random_inputs(1, layout.seq_length, heads, groups, dtype)
-    p = torch.arange(layout.seq_length)
-    visible_SS = (first_visible[:, None] <= p) & (p <= p[:, None])
-    return beyond_tolerance(
-        hop_by_hop(layout, kernel, first_visible, *inputs),
-        oracle.attention(*inputs, visible_SS),
-        dtype,
-    )
+    position = torch.arange(layout.seq_length)
+    visible_SS = (first_visible[:, None] <= position) & (position <= position[:, None])
+    results = hop_by_hop(layout, kernel, first_visible, *inputs)
+    return beyond_tolerance(results, oracle.attention(*inputs, visible_SS), dtype)
 
 
 @each_dtype
@@ -106,7 +118,7 @@ def mistakes(
 @pytest.mark.parametrize("width", [1, 2, 7, 25, 1000])
 @each_short_layout
 def test_sliding_windows(layout, width, kernel, dtype):
-    assert mistakes(layout, kernel, window(60, width), 4, 2, dtype) == {}
+    assert hop_errors(layout, kernel, window(60, width), 4, 2, dtype) == {}
 
 
 @each_dtype
@@ -114,14 +126,14 @@ def test_sliding_windows(layout, width, kernel, dtype):
 @pytest.mark.parametrize("lengths", [(1,), (2, 5, 1), (3, 31), (59, 1), (60,)], ids=str)
 @each_short_layout
 def test_packed_documents(layout, lengths, kernel, dtype):
-    assert mistakes(layout, kernel, documents(60, *lengths), 4, 2, dtype) == {}
+    assert hop_errors(layout, kernel, documents(60, *lengths), 4, 2, dtype) == {}
 
 
 @each_kernel
 @each_short_layout
 def test_windows_within_documents(layout, kernel):
     first_visible = torch.maximum(window(60, 6), documents(60, 4, 17))
-    assert mistakes(layout, kernel, first_visible, 4, 2, torch.float64) == {}
+    assert hop_errors(layout, kernel, first_visible, 4, 2, torch.float64) == {}
 
 
 @each_kernel
@@ -132,44 +144,46 @@ def test_windows_within_documents(layout, kernel):
 )
 @each_long_layout
 def test_many_tiles(layout, first_visible, kernel):
-    assert mistakes(layout, kernel, first_visible, 1, 1, torch.float32) == {}
+    assert hop_errors(layout, kernel, first_visible, 1, 1, torch.float32) == {}
 
 
 @each_kernel
 def test_queries_that_see_nothing_in_any_hop_are_zero(kernel):
     q, k, v, _ = oracle.random_inputs(1, 6, 2, 1)
-    lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T
+    lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T.contiguous()
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, KeyRanges(lo.contiguous(), hi.contiguous()), 0.25, state)
-    blind = [0, 1, 3, 5]
-    assert (state.out_BLHD[:, blind] == 0).all()
-    assert (state.lse_BHL[..., blind] == -torch.inf).all()
+    kernel.forward(q, k, v, KeyRanges(lo, hi), 0.25, state)
+    masked_rows = [0, 1, 3, 5]
+    assert (state.out_BLHD[:, masked_rows] == 0).all()
+    assert (state.lse_BHL[..., masked_rows] == -torch.inf).all()
     assert state.lse_BHL[..., [2, 4]].isfinite().all()
 
 
 @each_kernel
-def test_gradients_are_added_to_what_is_there(kernel):
+def test_gradients_are_added_to_the_buffers(kernel):
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1)
-    runs, state = key_runs(torch.arange(5), torch.arange(5)), RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, runs, 0.25, state)
-    fresh = [torch.zeros_like(x) for x in (q, k, v)]
-    begun = [torch.ones_like(x) for x in (q, k, v)]
-    for gradients in (fresh, begun):
-        kernel.backward(dout, q, k, v, state.out_BLHD, state.lse_BHL, runs, 0.25, *gradients)
-    for sum_from_one, sum_from_zero in zip(begun, fresh):
-        torch.testing.assert_close(sum_from_one, sum_from_zero + 1)
+    key_ranges = key_runs(torch.arange(5), torch.arange(5))
+    state = RunningSoftmax.empty(q)
+    kernel.forward(q, k, v, key_ranges, 0.25, state)
+    zeros = [torch.zeros_like(x) for x in (q, k, v)]
+    ones = [torch.ones_like(x) for x in (q, k, v)]
+    for buffers in (zeros, ones):
+        out, lse = state.out_BLHD, state.lse_BHL
+        kernel.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *buffers)
+    for from_one, from_zero in zip(ones, zeros):
+        torch.testing.assert_close(from_one, from_zero + 1)
 
 
 @each_kernel
-def test_views_are_as_good_as_contiguous_tensors(kernel):
+def test_inputs_may_be_views(kernel):
     """Queries, keys and values are often slices of one fused projection."""
-    fused_BLHD = torch.randn(
-        1, 40, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    fused_BLHD = torch.randn(1, 40, 6, 16, dtype=torch.float64, generator=generator)
     q, k, v = fused_BLHD[:, :, :2], fused_BLHD[:, :, 2:4], fused_BLHD[:, :, 4:]
-    runs, results = key_runs(torch.arange(40), torch.arange(40)), []
+    key_ranges = key_runs(torch.arange(40), torch.arange(40))
+    results = []
     for inputs in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
         state = RunningSoftmax.empty(q)
-        kernel.forward(*inputs, runs, 0.25, state)
+        kernel.forward(*inputs, key_ranges, 0.25, state)
         results.append(state.out_BLHD)
     torch.testing.assert_close(*results)

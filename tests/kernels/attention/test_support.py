@@ -1,4 +1,4 @@
-"""The support matrix is true: what it calls tested is tested here, and what it refuses says why."""
+"""The support table is true: every TESTED cell is tested here, and every refused one has its message."""
 
 import pytest
 import torch
@@ -8,18 +8,11 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import (
-    COLUMNS,
-    INTERPRETED,
-    SUPPORT,
-    TESTED,
-    UNPROVEN,
-    Feature,
-    Unsupported,
-)
+from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, Feature, support
+from megatron_ring.kernels.selection import Unsupported, Validation
 from megatron_ring.model.attention import with_sink
 from tests import oracle, simulated_ring
-from tests.kernels.attention.one_at_a_time import OneAtATime
+from tests.kernels.attention.test_hops import Serialized
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
 
 LAYOUT = Layout("striped", 60, 3)
@@ -28,41 +21,42 @@ STARTS = tuple(oracle.document_starts(PACK).tolist())
 WHOLE = oracle.documents(1, 60, (60,))
 
 
-def parity(
-    kernel: str, dtype=torch.float32, groups=4, head_size=16, mask: Mask = CAUSAL, visible=None
+def check_parity(
+    kernel: str, dtype=torch.float32, groups=4, head_dim=16, mask: Mask = CAUSAL, visible=None
 ) -> None:
-    inputs = oracle.random_inputs(1, 60, 4, groups, dtype, head_size)
-    found = simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs, mask=mask).results
-    assert beyond_tolerance(found, oracle.attention(*inputs, visible), dtype) == {}
+    inputs = oracle.random_inputs(1, 60, 4, groups, dtype, head_dim)
+    results = simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs, mask=mask).results
+    assert beyond_tolerance(results, oracle.attention(*inputs, visible), dtype) == {}
 
 
-def documents(kernel: str) -> None:
-    parity(kernel, mask=Mask(document_starts=STARTS), visible=oracle.visible(PACK))
+def check_documents(kernel: str) -> None:
+    check_parity(kernel, mask=Mask(document_starts=STARTS), visible=oracle.visible(PACK))
 
 
-def window(kernel: str) -> None:
-    parity(kernel, mask=Mask(window=11), visible=oracle.visible(WHOLE, 11))
-    parity(kernel, mask=Mask(11, STARTS), visible=oracle.visible(PACK, 11))
+def check_window(kernel: str) -> None:
+    check_parity(kernel, mask=Mask(window=11), visible=oracle.visible(WHOLE, 11))
+    check_parity(kernel, mask=Mask(11, STARTS), visible=oracle.visible(PACK, 11))
 
 
-def grouped_heads(kernel: str) -> None:
-    parity(kernel, groups=2)
-    parity(kernel, groups=1)
+def check_grouped_heads(kernel: str) -> None:
+    check_parity(kernel, groups=2)
+    check_parity(kernel, groups=1)
 
 
-def sinks(kernel: str) -> None:
-    """Output and gradients are those of a softmax with a column more, the sink's own gradient included."""
+def check_sinks(kernel: str) -> None:
+    """Output and gradients equal those of a softmax with one more column; so does the sink's gradient."""
     q, k, v, dout = oracle.random_inputs(1, 60, 4, 4, torch.float32)
     out, lse = (x.requires_grad_() for x in _forward(kernel, q, k, v, dout))
     sink_H = torch.linspace(-2, 2, 4).requires_grad_()
-    given, dout_of_ring, dlse, dsink = _expected_and_gradients(q, k, v, dout, out, lse, sink_H)
-    found = simulated_ring.run(
+    expected, dout_of_ring, dlse, dsink = _expected_and_gradients(q, k, v, dout, out, lse, sink_H)
+    results = simulated_ring.run(
         LAYOUT, KERNELS[kernel], q, k, v, dout_of_ring, dlse_BHS=dlse
     ).results
-    for name, expected in given["gradients"].items():
-        assert error(getattr(found, name), expected) <= TOLERANCE[torch.float32]
-    assert error(with_sink(out, lse, sink_H).detach(), given["out"]) <= TOLERANCE[torch.float32]
-    assert error(dsink, given["dsink"]) <= 10 * TOLERANCE[torch.float32]  # a sum over sixty queries
+    tolerance = TOLERANCE[torch.float32]
+    for name, gradient in expected["gradients"].items():
+        assert error(getattr(results, name), gradient) <= tolerance
+    assert error(with_sink(out, lse, sink_H).detach(), expected["out"]) <= tolerance
+    assert error(dsink, expected["dsink"]) <= 10 * tolerance  # a sum over sixty queries
 
 
 def _forward(kernel: str, q, k, v, dout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +65,7 @@ def _forward(kernel: str, q, k, v, dout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
-    """What the definition gives, and what autograd sends back to the ring through ``with_sink``."""
+    """The results by definition, and the gradients that autograd passes back to the ring through ``with_sink``."""
     dout_of_ring, dlse, dsink = torch.autograd.grad(
         with_sink(out, lse, sink_H), (out, lse, sink_H), dout
     )
@@ -80,72 +74,71 @@ def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
     scores = scores.masked_fill(oracle.visible(WHOLE)[:, None].logical_not(), -torch.inf)
     column = inputs[3].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    expected = torch.einsum("bhqk,bkhd->bqhd", weights, inputs[2])
-    dq, dk, dv, expected_dsink = torch.autograd.grad(expected, inputs, dout.double())
-    given = {
-        "out": expected.detach(),
+    expected_out = torch.einsum("bhqk,bkhd->bqhd", weights, inputs[2])
+    dq, dk, dv, expected_dsink = torch.autograd.grad(expected_out, inputs, dout.double())
+    expected = {
+        "out": expected_out.detach(),
         "gradients": {"dq": dq, "dk": dk, "dv": dv},
         "dsink": expected_dsink,
     }
-    return given, dout_of_ring, dlse, dsink
+    return expected, dout_of_ring, dlse, dsink
 
 
-def determinism(kernel: str) -> None:
+def check_determinism(kernel: str) -> None:
     inputs = oracle.random_inputs(1, 60, 4, 2, torch.float32)
     first, again = (simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs).results for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again))
 
 
-def head_sizes(*sizes: int):
-    def proof(kernel: str) -> None:
-        for size in sizes:
-            parity(kernel, head_size=size)
+def check_head_dims(*head_dims: int):
+    def check(kernel: str) -> None:
+        for head_dim in head_dims:
+            check_parity(kernel, head_dim=head_dim)
 
-    return proof
-
-
-def dtype(of: torch.dtype):
-    return lambda kernel: parity(kernel, dtype=of)
+    return check
 
 
-PROOFS = {
-    Feature.DOCUMENTS: documents,
-    Feature.WINDOW: window,
-    Feature.GROUPED_HEADS: grouped_heads,
-    Feature.SINKS: sinks,
-    Feature.DETERMINISM: determinism,
-    Feature.FLOAT64: dtype(torch.float64),
-    Feature.FLOAT32: dtype(torch.float32),
-    Feature.BFLOAT16: dtype(torch.bfloat16),
-    Feature.FLOAT16: dtype(torch.float16),
-    Feature.HEAD_DIM_MULTIPLE_OF_8: head_sizes(8, 64, 96, 128, 256),
-    Feature.OTHER_HEADS: head_sizes(1, 5, 20, 257),
+def check_dtype(dtype: torch.dtype):
+    return lambda kernel: check_parity(kernel, dtype=dtype)
+
+
+CHECKS = {
+    Feature.DOCUMENTS: check_documents,
+    Feature.WINDOW: check_window,
+    Feature.GROUPED_HEADS: check_grouped_heads,
+    Feature.SINKS: check_sinks,
+    Feature.DETERMINISM: check_determinism,
+    Feature.FLOAT64: check_dtype(torch.float64),
+    Feature.FLOAT32: check_dtype(torch.float32),
+    Feature.BFLOAT16: check_dtype(torch.bfloat16),
+    Feature.FLOAT16: check_dtype(torch.float16),
+    Feature.HEAD_DIM_MULTIPLE_OF_8: check_head_dims(8, 64, 96, 128, 256),
+    Feature.OTHER_HEADS: check_head_dims(1, 5, 20, 257),
 }
 CELLS = [(feature, *column) for feature in SUPPORT for column in SUPPORT[feature]]
 each_cell = pytest.mark.parametrize(("feature", "kernel", "device"), CELLS)
-# What a run of such a feature has besides it: a type and a head size that every kernel takes.
-USUAL = {"flash": torch.bfloat16, "cudnn": torch.bfloat16, "triton": torch.bfloat16}
 DTYPES = {
     Feature.FLOAT64: torch.float64,
+    Feature.FLOAT32: torch.float32,
     Feature.BFLOAT16: torch.bfloat16,
     Feature.FLOAT16: torch.float16,
 }
+HEAD_DIMS = {Feature.HEAD_DIM_MULTIPLE_OF_8: 64, Feature.OTHER_HEADS: 257}
 
-
+# Every library is installed.
 COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True, triton=True)
 
 
-def ask(kernel: str, feature: Feature, device: str):
-    """Ask for the feature in the way a run does: types and head sizes by the tensors, the rest by name."""
-    head_dim = 257 if feature is Feature.OTHER_HEADS else 64
-    of_tensors = feature in DTYPES or feature in (
-        Feature.FLOAT32,
-        Feature.HEAD_DIM_MULTIPLE_OF_8,
-        Feature.OTHER_HEADS,
-    )
-    features = [] if of_tensors else [feature]
-    usual = torch.float32 if feature is Feature.FLOAT32 else USUAL.get(kernel, torch.float32)
-    return choose(kernel, device, DTYPES.get(feature, usual), head_dim, features, COMPLETE)
+def choose_with(kernel: str, feature: Feature, device: str):
+    """Require a feature as a run does: dtypes and head dims through the tensors, the others by name.
+
+    The rest of the run is supported by the kernel: float32 if possible, else bfloat16, and a head dim of 64.
+    """
+    refuses_float32 = isinstance(support(kernel, device, Feature.FLOAT32), Unsupported)
+    dtype = DTYPES.get(feature, torch.bfloat16 if refuses_float32 else torch.float32)
+    head_dim = HEAD_DIMS.get(feature, 64)
+    named = [] if feature in DTYPES or feature in HEAD_DIMS else [feature]
+    return choose(kernel, device, dtype, head_dim, named, COMPLETE)
 
 
 def test_every_cell_is_filled():
@@ -155,67 +148,52 @@ def test_every_cell_is_filled():
 
 
 @each_cell
-def test_a_tested_cell_has_its_parity_test_and_a_refused_one_its_error(feature, kernel, device):
+def test_a_tested_cell_has_a_parity_test_and_a_refused_one_its_message(feature, kernel, device):
     cell = SUPPORT[feature][kernel, device]
-    if cell is TESTED:
-        assert device == "cpu", "what this machine can test"
-        assert ask(kernel, feature, device).reason == "asked for"
-        PROOFS[feature](kernel)
-    elif cell is INTERPRETED:
-        assert device == "cuda"
-        assert (
-            feature.value
-            in ask(kernel, feature, device).reason.partition(f"{INTERPRETED.value}: ")[2]
-        )
-    elif cell is UNPROVEN:
-        assert device != "cpu"
-        unproven = ask(kernel, feature, "cuda").reason.partition(
-            "written and never run on such a device: "
-        )[2]
-        assert feature.value in unproven
-    else:
+    if isinstance(cell, Unsupported):
         with pytest.raises(KernelUnavailable) as refused:
-            ask(kernel, feature, device)
-        assert (
-            f"attention_kernel {kernel} cannot do {feature.value}: {cell.reason}. {cell.instead}."
-            in str(refused.value)
-        )
+            choose_with(kernel, feature, device)
+        message = f"not support {feature.value}: {cell.reason}. {cell.instead}."
+        assert f"attention_kernel {kernel} does {message}" in str(refused.value)
         assert "--" in cell.instead
+    elif cell is Validation.TESTED:
+        assert device == "cpu", "the device of this machine"
+        assert choose_with(kernel, feature, device).reason == "requested"
+        CHECKS[feature](kernel)
+    else:
+        assert device != "cpu"
+        assert cell is not Validation.INTERPRETED or device == "cuda"
+        reason = choose_with(kernel, feature, "cuda").reason
+        assert feature.value in reason.partition(f"{cell.caveat}: ")[2]
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    "feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is INTERPRETED]
+    "feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is Validation.INTERPRETED]
 )
-def test_an_interpreted_cell_has_its_parity_test(feature, monkeypatch):
-    monkeypatch.setitem(KERNELS, "triton", OneAtATime(KERNELS["triton"]))
-    PROOFS[feature]("triton")
+def test_an_interpreted_cell_has_a_parity_test(feature, monkeypatch):
+    monkeypatch.setitem(KERNELS, "triton", Serialized(KERNELS["triton"]))
+    CHECKS[feature]("triton")
 
 
-def test_a_kernel_that_does_not_exist_on_a_device_says_where_it_does():
-    with pytest.raises(
-        KernelUnavailable,
-        match="sdpa cannot do float32, a head .*: it exists for cpu and cuda, not mps",
-    ):
+def test_a_kernel_on_an_unsupported_device_is_refused_with_its_devices():
+    message = "sdpa does not support float32, head dims .*: it runs on cpu and cuda, not mps"
+    with pytest.raises(KernelUnavailable, match=message):
         choose("sdpa", "mps", torch.float32, 64)
     assert choose("auto", "mps", torch.float32, 64).name == "reference"
 
 
-def test_what_no_kernel_does_is_said_once():
+def test_a_feature_that_no_kernel_supports_is_refused_once():
     with pytest.raises(KernelUnavailable) as refused:
         choose("auto", "cpu", torch.float32, 64, [Feature.SOFT_CAP, Feature.DROPOUT])
     assert [message.split(":")[0] for message in refused.value.problems] == [
-        "attention_kernel sdpa and reference cannot do capped scores",
-        "attention_kernel sdpa and reference cannot do dropout of attention weights",
+        "attention_kernel sdpa and reference do not support logit soft-capping",
+        "attention_kernel sdpa and reference do not support attention dropout",
     ]
 
 
-def test_every_refusal_is_a_reason_and_a_flag():
-    refused = {
-        cell
-        for cells in SUPPORT.values()
-        for cell in cells.values()
-        if isinstance(cell, Unsupported)
-    }
+def test_every_refusal_has_a_reason_and_a_flag():
+    cells = {cell for cells in SUPPORT.values() for cell in cells.values()}
+    refused = [cell for cell in cells if isinstance(cell, Unsupported)]
     assert refused
     assert all(cell.reason and "--" in cell.instead for cell in refused)

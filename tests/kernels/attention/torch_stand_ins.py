@@ -1,16 +1,16 @@
-"""Stand-ins for torch's operators for CUDA, put behind their own schemas for tensors on a CPU."""
+"""Stand-ins for torch's attention operators for CUDA, registered under their schemas for tensors on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from tests.kernels.attention.stand_ins import TWO_BYTES, attend, attend_backward
+from tests.kernels.attention.float64_attention import HALF_PRECISION, attend, attend_backward
 
 
 @contextmanager
-def torchs_operators_for_cuda() -> Iterator[None]:
-    """The dispatcher finds them, and holds every call to the operator's schema."""
+def stand_ins_for_cuda_operators() -> Iterator[None]:
+    """Register the stand-ins; the dispatcher checks every call against the operator's schema."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         for name in ("flash", "efficient", "cudnn"):
             for suffix in ("", "_backward"):
@@ -26,81 +26,35 @@ def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, 
 
 
 def _flash_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    dropout_p,
-    is_causal,
-    seed,
-    offset,
-    *,
+    dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *,
     scale=None,
-):
+):  # fmt: skip
     assert (max_q, max_k, dropout_p) == (q.shape[2], k.shape[2], 0.0)
     return _backward(dout, q, k, v, out, lse, is_causal, scale)
 
 
 def _cudnn(
-    q,
-    k,
-    v,
-    attn_bias,
-    compute_log_sumexp,
-    dropout_p=0.0,
-    is_causal=False,
-    return_debug_mask=False,
-    *,
-    scale=None,
-):
+    q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
+    return_debug_mask=False, *, scale=None,
+):  # fmt: skip
     assert attn_bias is None
     assert compute_log_sumexp
-    assert min(q.shape[2], k.shape[2]) > 1, "it does not support sequences of length 1"
+    assert min(q.shape[2], k.shape[2]) > 1, "cuDNN does not support sequences of length 1"
     out, lse = _forward(q, k, v, is_causal, scale)
-    unused = torch.empty(0)
-    return (
-        out,
-        lse.unsqueeze(-1),
-        unused,
-        unused,
-        q.shape[2],
-        k.shape[2],
-        torch.empty(()),
-        torch.empty(()),
-        unused,
-    )
+    unused, scalar = torch.empty(0), torch.empty(())
+    lengths = q.shape[2], k.shape[2]
+    return out, lse.unsqueeze(-1), unused, unused, *lengths, scalar, scalar, unused
 
 
 def _cudnn_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    seed,
-    offset,
-    bias,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    dropout_p,
-    is_causal,
-    *,
-    scale=None,
-):
+    dout, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal,
+    *, scale=None,
+):  # fmt: skip
     assert (max_q, max_k, dropout_p) == (q.shape[2], k.shape[2], 0.0)
     assert bias is cum_q is cum_k is None
     assert (seed.dtype, offset.dtype) == (torch.int64, torch.int64)
     assert all(x.transpose(1, 2).is_contiguous() for x in (dout, out)), (
-        "as the plan kept for such queries has them"
+        "the strides of the plan that is cached for such queries"
     )
     assert lse.is_contiguous()
     assert lse.shape[-1] == 1
@@ -111,51 +65,38 @@ def _efficient(
     q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None
 ):
     assert compute_log_sumexp
-    assert q.shape[1] == k.shape[1], "it knows no groups"
-    out, lse = _forward(
-        q, k, v, is_causal, scale, _checked(attn_bias, q, k), (*TWO_BYTES, torch.float32)
-    )
+    assert q.shape[1] == k.shape[1], "the operator does not support grouped heads"
+    bias = _bias_of_one_head(attn_bias, q, k)
+    out, lse = _forward(q, k, v, is_causal, scale, bias, (*HALF_PRECISION, torch.float32))
     padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), torch.nan)
     padded[..., : lse.shape[2]] = lse.masked_fill(lse == -torch.inf, 0.0)
     return out, padded, torch.empty(()), torch.empty(())
 
 
 def _efficient_backward(
-    dout,
-    q,
-    k,
-    v,
-    attn_bias,
-    out,
-    lse,
-    seed,
-    offset,
-    dropout_p,
-    grad_input_mask,
-    is_causal=False,
-    *,
-    scale=None,
-):
-    assert lse.shape[-1] % 32 == 0, "whole warps"
+    dout, q, k, v, attn_bias, out, lse, seed, offset, dropout_p, grad_input_mask, is_causal=False,
+    *, scale=None,
+):  # fmt: skip
+    assert lse.shape[-1] % 32 == 0, "lse is padded to whole warps"
     assert list(grad_input_mask) == [True, True, True, False]
-    assert out.transpose(1, 2).is_contiguous(), "in half precision strides are not read"
-    inputs = dout, q, k, v, out, lse[..., : q.shape[2]]
-    return *_backward(
-        *inputs, is_causal, scale, _checked(attn_bias, q, k), (*TWO_BYTES, torch.float32)
-    ), None
+    assert out.transpose(1, 2).is_contiguous(), "in half precision the operator ignores strides"
+    bias = _bias_of_one_head(attn_bias, q, k)
+    dtypes = (*HALF_PRECISION, torch.float32)
+    lse = lse[..., : q.shape[2]]
+    return *_backward(dout, q, k, v, out, lse, is_causal, scale, bias, dtypes), None
 
 
-def _checked(bias, q, k) -> torch.Tensor | None:
-    """The bias of one head: all have the same."""
+def _bias_of_one_head(bias, q, k) -> torch.Tensor | None:
+    """Check the bias and return that of one head, because all heads have the same."""
     if bias is None:
         return None
     assert (bias.dtype, tuple(bias.shape)) == (q.dtype, (*q.shape[:3], k.shape[2]))
-    assert (bias.stride(3), bias.stride(2) % 8) == (1, 0), "rows that begin at 16 bytes"
+    assert (bias.stride(3), bias.stride(2) % 8) == (1, 0), "rows are aligned to 16 bytes"
     return bias[0, 0]
 
 
-def _forward(q, k, v, causal: bool, scale: float, bias=None, dtypes=TWO_BYTES):
-    """Of (batch, heads, tokens, head size): out as q lies, lse in float32."""
+def _forward(q, k, v, causal: bool, scale: float, bias=None, dtypes=HALF_PRECISION):
+    """Attention of (batch, heads, tokens, head dim): out with the strides of q, lse in float32."""
     assert q.dtype in dtypes
     assert q.dtype == k.dtype == v.dtype
     results = [
@@ -165,8 +106,11 @@ def _forward(q, k, v, causal: bool, scale: float, bias=None, dtypes=TWO_BYTES):
     return torch.stack(outs).to(q.dtype).transpose(1, 2), torch.stack(lses).float()
 
 
-def _backward(dout, q, k, v, out, lse, causal: bool, scale: float, bias=None, dtypes=TWO_BYTES):
-    assert all(x.dtype in dtypes and x.dtype == q.dtype for x in (dout, q, k, v, out))
+def _backward(
+    dout, q, k, v, out, lse, causal: bool, scale: float, bias=None, dtypes=HALF_PRECISION
+):
+    assert q.dtype in dtypes
+    assert all(x.dtype == q.dtype for x in (dout, k, v, out))
     assert lse.dtype == torch.float32
     samples = zip(*(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse)
     gradients = zip(*(attend_backward(*sample, causal, scale, bias) for sample in samples))

@@ -1,8 +1,11 @@
-"""Liger-Kernel in Triton's interpreter, which from Triton 3.6 to 3.9 lacks two things that its kernels ask for.
+"""Run Liger-Kernel in Triton's interpreter, which from Triton 3.6 to 3.9 lacks two things that its kernels need.
 
-A kernel's float arguments are float32 scalars where it is compiled, and Python's floats in the interpreter. Functions
-of libdevice have no body there. Products of two bfloat16 numbers are wrong there, which is SwiGLU's forward alone.
-What a compiled kernel writes no dispatch mode sees, and so it is here: the interpreter's copies back are hidden.
+- Float arguments of a kernel are float32 scalars when compiled, but Python floats in the interpreter.
+- Functions of libdevice have no implementation there.
+
+Products of two bfloat16 numbers are wrong in the interpreter, which affects only SwiGLU's forward. A
+dispatch mode does not see what a compiled kernel writes; so that it does not here either, the
+interpreter's copies back are hidden.
 """
 
 import numpy as np
@@ -15,21 +18,21 @@ from triton.runtime import interpreter
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert, launch = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
+    """Patch the interpreter for Liger-Kernel."""
+    convert = interpreter._implicit_cvt
+    launch = interpreter.GridExecutor.__call__
 
-    def converted(argument):
-        if isinstance(argument, float):
-            return tl.tensor(
-                interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32),
-                tl.float32,
-            )
-        return convert(argument)
+    def convert_float_to_float32(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        value = np.array([argument], dtype=np.float32)
+        return tl.tensor(interpreter.TensorHandle(value, tl.float32), tl.float32)
 
-    def unseen(executor, *arguments, **options):
+    def launch_outside_dispatch_modes(executor, *arguments, **options):
         with _disable_current_modes():
             return launch(executor, *arguments, **options)
 
-    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", unseen)
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert_float_to_float32)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_outside_dispatch_modes)
     for module in (rms_norm, layer_norm):
         monkeypatch.setattr(module, "rsqrt", lambda x: tl.rsqrt(x))

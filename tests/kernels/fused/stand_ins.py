@@ -1,6 +1,6 @@
-"""flash-attn's and Apex's functions as they are called, computed in torch: their arguments, demands and roundings.
+"""Stand-ins in torch for functions of flash-attn and Apex: the same parameters, requirements and rounding.
 
-Written from flash-attn 2.8.3 and from NVIDIA Apex at 014f30f and 8b19c3f, of which nothing runs without a GPU.
+Written from flash-attn 2.8.3 and NVIDIA Apex at 014f30f and 8b19c3f, neither of which runs without a GPU.
 """
 
 import importlib
@@ -12,24 +12,26 @@ import torch
 from torch.nn import functional
 
 
-def stood_in(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict], ours: str) -> ModuleType:
-    """Our module ``ours``, imported while ``modules`` hold these functions; forgotten with ``monkeypatch``."""
-    packages = {leaf.rsplit(".", n)[0] for leaf in modules for n in range(leaf.count(".") + 1)}
-    for name in packages:
+def import_with_stand_ins(
+    monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict], wrapper: str
+) -> ModuleType:
+    """Import our module ``wrapper`` while ``modules`` have the stand-ins; ``monkeypatch`` removes both again."""
+    names = {module.rsplit(".", n)[0] for module in modules for n in range(module.count(".") + 1)}
+    for name in names:
         module = ModuleType(name)
         module.__path__ = []
         vars(module).update(modules.get(name, {}))
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, ours, None)  # so that undoing removes what is imported below
-    del sys.modules[ours]
-    return importlib.import_module(ours)
+    # Setting the entry first makes monkeypatch remove the module that is imported below.
+    monkeypatch.setitem(sys.modules, wrapper, None)
+    del sys.modules[wrapper]
+    return importlib.import_module(wrapper)
 
 
-def _statistics(x, weight, bias, eps, rms):
+def _normalized(x, weight, bias, eps, rms):
     x = x if rms else x - x.mean(-1, keepdim=True)
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + (
-        0 if bias is None else bias
-    )
+    scaled = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return scaled + (0 if bias is None else bias)
 
 
 # ---- flash-attn ----
@@ -38,26 +40,19 @@ def _statistics(x, weight, bias, eps, rms):
 def rms_norm_fn(
     x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0
 ):
-    widened = (None if p is None else p.float() for p in (weight, bias))
-    return _statistics(x.float(), *widened, eps, rms=True).type_as(x)
+    parameters = (None if p is None else p.float() for p in (weight, bias))
+    return _normalized(x.float(), *parameters, eps, rms=True).type_as(x)
 
 
 def layer_norm_fn(
     x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0
 ):
-    return _statistics(x.float(), weight.float(), bias.float(), eps, rms=False).type_as(x)
+    return _normalized(x.float(), weight.float(), bias.float(), eps, rms=False).type_as(x)
 
 
 def apply_rotary_emb(
-    x,
-    cos,
-    sin,
-    interleaved=False,
-    inplace=False,
-    seqlen_offsets=0,
-    cu_seqlens=None,
-    max_seqlen=None,
-):
+    x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None
+):  # fmt: skip
     seqlen_ro, half = cos.shape
     assert sin.shape == cos.shape
     assert x.shape[-1] == 2 * half <= 256
@@ -74,36 +69,30 @@ def swiglu(x, y):
 class _FlashCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ignore_index, inplace_backward):
-        n_cols, lse = logits.shape[1], logits.float().logsumexp(-1)
-        counts, inside = labels != ignore_index, (labels >= 0) & (labels < n_cols)
+        n_cols = logits.shape[1]
+        lse = logits.float().logsumexp(-1)
+        counts = labels != ignore_index
+        inside = (labels >= 0) & (labels < n_cols)
         own = logits.float().gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
         ctx.save_for_backward(logits, lse, labels)
         ctx.ignore_index, ctx.inplace_backward = ignore_index, inplace_backward
-        return torch.where(
-            counts & inside, lse - own, 0.0
-        )  # a label that is no column costs nothing
+        # The loss of a label outside the columns is 0.
+        return torch.where(counts & inside, lse - own, 0.0)
 
     @staticmethod
     def backward(ctx, grad_losses):
         logits, lse, labels = ctx.saved_tensors
         one_hot = torch.arange(logits.shape[1]) == labels[:, None]
-        share = torch.where(labels == ctx.ignore_index, 0.0, grad_losses)[:, None]
+        grads = torch.where(labels == ctx.ignore_index, 0.0, grad_losses)[:, None]
         dlogits = logits if ctx.inplace_backward else torch.empty_like(logits)
-        dlogits.copy_(((logits.float() - lse[:, None]).exp() - one_hot.float()) * share)
+        dlogits.copy_(((logits.float() - lse[:, None]).exp() - one_hot.float()) * grads)
         return dlogits, None, None, None
 
 
 def cross_entropy_loss(
-    logits,
-    labels,
-    precomputed_lse=None,
-    label_smoothing=0.0,
-    logit_scale=1.0,
-    lse_square_scale=0.0,
-    ignore_index=-100,
-    inplace_backward=False,
-    process_group=None,
-):
+    logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0,
+    ignore_index=-100, inplace_backward=False, process_group=None,
+):  # fmt: skip
     assert labels.shape == (len(logits),)
     losses = _FlashCrossEntropy.apply(logits, labels, ignore_index, inplace_backward)
     return losses, torch.zeros_like(losses)
@@ -132,21 +121,17 @@ def fused_layer_norm_affine(
     input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False
 ):
     assert tuple(normalized_shape) == weight.shape
-    return (
-        functional.layer_norm(input.float(), weight.shape, None, None, eps).type_as(input) * weight
-        + bias
-    )
+    normalized = functional.layer_norm(input.float(), weight.shape, None, None, eps)
+    return normalized.type_as(input) * weight + bias
 
 
 def fused_apply_rotary_pos_emb_cached(t, cos_, sin_, transpose_output_memory=False):
     assert cos_.shape == sin_.shape == (t.shape[0], 1, 1, t.shape[3])
     first, second = t.chunk(2, -1)
-    turned = t * cos_.type_as(t) + torch.cat([-second, first], -1) * sin_.type_as(t)
-    return (
-        turned.transpose(0, 1).contiguous().transpose(0, 1)
-        if transpose_output_memory
-        else turned.contiguous()
-    )
+    rotated = t * cos_.type_as(t) + torch.cat([-second, first], -1) * sin_.type_as(t)
+    if transpose_output_memory:
+        return rotated.transpose(0, 1).contiguous().transpose(0, 1)
+    return rotated.contiguous()
 
 
 APEX = {

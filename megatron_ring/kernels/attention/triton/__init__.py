@@ -1,7 +1,8 @@
-"""One hop in Triton: the mask language as it is, a run of keys per query, whatever the layout, documents or windows.
+"""One hop in Triton, for key ranges as they are: any layout, with documents or windows.
 
-Tiles that nobody sees are skipped, tiles that all their queries see wholly go without a mask. State and gradients are
-float32, read and written in place. The block sizes are a small table (blocks.py), not a search.
+Blocks in which nothing is visible are skipped; blocks that all their queries see completely are
+computed without a mask. State and gradients are float32, read and written in place. The block sizes
+are a small table (blocks.py), not a search.
 """
 
 import torch
@@ -21,20 +22,19 @@ def forward(
     q_BLHD: torch.Tensor,
     k_BLGD: torch.Tensor,
     v_BLGD: torch.Tensor,
-    runs: KeyRanges,
+    key_ranges: KeyRanges,
     scale: float,
     state: RunningSoftmax,
 ) -> None:
-    """Let the queries see their runs of this block of keys; ``state`` is updated in place."""
+    """As in ``HopKernel``."""
     q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
-    assert all(x.is_contiguous() for x in (state.out_BLHD, state.lse_BHL)), (
-        "a state that can be continued in place"
-    )
-    batch, queries, heads, head = q.shape
-    sizes = blocks_for("forward", head, generation_of(q.device))
+    in_place = state.out_BLHD.is_contiguous() and state.lse_BHL.is_contiguous()
+    assert in_place, "the state is updated in place and must be contiguous"
+    batch, queries, heads, head_dim = q.shape
+    sizes = blocks_for("forward", head_dim, generation_of(q.device))
     forward_hop[triton.cdiv(queries, sizes.block_q), heads, batch](
-        q, k, v, state.out_BLHD, state.lse_BHL, *runs.bounds(q.device),
-        queries, k.shape[1], heads, k.shape[2], scale * LOG2_E.value, **sizes.settings(head),
+        q, k, v, state.out_BLHD, state.lse_BHL, *key_ranges.bounds(q.device),
+        queries, k.shape[1], heads, k.shape[2], scale * LOG2_E.value, **sizes.settings(head_dim),
     )  # fmt: skip
 
 
@@ -45,44 +45,44 @@ def backward(
     v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    runs: KeyRanges,
+    key_ranges: KeyRanges,
     scale: float,
     dq_BLHD: torch.Tensor,
     dk_BLGD: torch.Tensor,
     dv_BLGD: torch.Tensor,
 ) -> None:
-    """Add this block's share to ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` are the final, merged ones."""
+    """As in ``HopKernel``."""
     dout, q, k, v = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD))
     inputs = dout, q, k, v, _log2(lse_BHL), delta_of(out, dout).contiguous()
-    batch, queries, heads, head = q.shape
+    batch, queries, heads, head_dim = q.shape
     keys, groups = k.shape[1:3]
-    shape, generation = (queries, keys, heads, groups), generation_of(q.device)
-    sizes = blocks_for("queries", head, generation)
+    shape = (queries, keys, heads, groups)
+    generation = generation_of(q.device)
+    sizes = blocks_for("queries", head_dim, generation)
     backward_hop_queries[triton.cdiv(queries, sizes.block_q), heads, batch](
-        *inputs, *runs.bounds(q.device), dq_BLHD,
-        *shape, _heads_of_a_token(dq_BLHD), scale, **sizes.settings(head),
+        *inputs, *key_ranges.bounds(q.device), dq_BLHD,
+        *shape, _token_stride_in_heads(dq_BLHD), scale, **sizes.settings(head_dim),
     )  # fmt: skip
-    sizes = blocks_for("keys", head, generation)
+    sizes = blocks_for("keys", head_dim, generation)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, *runs.query_ranges(keys, q.device), dk_BLGD, dv_BLGD,
-        *shape, _heads_of_a_token(dk_BLGD, dv_BLGD), scale, **sizes.settings(head),
+        *inputs, *key_ranges.query_ranges(keys, q.device), dk_BLGD, dv_BLGD,
+        *shape, _token_stride_in_heads(dk_BLGD, dv_BLGD), scale, **sizes.settings(head_dim),
     )  # fmt: skip
 
 
 def _log2(lse_BHL: torch.Tensor) -> torch.Tensor:
-    """As a power of two. Queries that saw nothing get an infinite sum, beside which no key weighs anything."""
+    """The log-sum-exp in base 2; +inf for queries that saw nothing, so that no key gets any weight."""
     return torch.where(lse_BHL.isneginf(), torch.inf, lse_BHL * LOG2_E.value).contiguous()
 
 
-def _heads_of_a_token(*sums_BLHD: torch.Tensor) -> int:
-    """How many heads lie between two tokens in memory: sums may be some heads of contiguous ones."""
-    (batch, tokens, _, head), (of_sample, of_token, of_head, of_element) = (
-        sums_BLHD[0].shape,
-        sums_BLHD[0].stride(),
-    )
-    assert (of_head, of_element, of_token % head) == (head, 1, 0), (
-        "sums whose heads lie side by side"
-    )
-    assert batch == 1 or of_sample == tokens * of_token, "sums whose samples lie end to end"
-    assert all(x.stride() == sums_BLHD[0].stride() for x in sums_BLHD), "sums that lie alike"
-    return of_token // head
+def _token_stride_in_heads(*sums_BLHD: torch.Tensor) -> int:
+    """The distance of two tokens in memory, in heads: the sums may be some heads of contiguous tensors."""
+    batch, tokens, _, head_dim = sums_BLHD[0].shape
+    sample_stride, token_stride, head_stride, element_stride = sums_BLHD[0].stride()
+    adjacent = (head_stride, element_stride, token_stride % head_dim) == (head_dim, 1, 0)
+    assert adjacent, "the heads of a token must be adjacent in memory"
+    end_to_end = batch == 1 or sample_stride == tokens * token_stride
+    assert end_to_end, "samples must follow each other without a gap"
+    same = all(x.stride() == sums_BLHD[0].stride() for x in sums_BLHD)
+    assert same, "all sums must have the same strides"
+    return token_stride // head_dim

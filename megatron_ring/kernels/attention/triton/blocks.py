@@ -1,4 +1,4 @@
-"""How many queries and keys a Triton program of each kernel takes at a time, by head size and generation of GPU."""
+"""The block sizes of the Triton kernels, by head dim and GPU generation."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -10,29 +10,33 @@ Generation = Literal["ampere", "hopper"]
 
 
 class Blocks(NamedTuple):
-    """Queries x keys of a tile; warps of a program; stages: blocks under way to shared memory at a time."""
+    """The tile of a program and its resources.
+
+    block_q, block_k: queries and keys of a tile. warps: those of a program.
+    stages: the number of blocks in flight to shared memory.
+    """
 
     block_q: int
     block_k: int
     warps: int
     stages: int
 
-    def settings(self, head: int) -> dict[str, Any]:
-        """A launch's compile-time arguments."""
-        interpreted = triton.knobs.runtime.interpret  # whose bfloat16 products are wrong
+    def settings(self, head_dim: int) -> dict[str, Any]:
+        """The compile-time arguments of a launch."""
         return {
-            "HEAD": head,
-            "PADDED": max(16, triton.next_power_of_2(head)),
+            "HEAD_DIM": head_dim,
+            "PADDED": max(16, triton.next_power_of_2(head_dim)),
             "BLOCK_Q": self.block_q,
             "BLOCK_K": self.block_k,
-            "UPCAST": interpreted,
+            "UPCAST": triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
-# Compiled for sm_80 and sm_90 no innermost loop of these spills a register (docs/decisions/0015, with what else was
-# asked of them). Which is the fastest has not been measured, for want of a GPU: benchmarks/tune_blocks.py does.
+# Compiled for sm_80 and sm_90, none of these spills a register in an innermost loop
+# (docs/decisions/0015, with the other requirements). Which sizes are the fastest has not been
+# measured, for lack of a GPU: benchmarks/tune_blocks.py does that.
 TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
     "ampere": {
         "forward": {
@@ -64,12 +68,13 @@ TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
 
 
 def generation_of(device: torch.device) -> Generation:
-    """Whose tiles a device gets: hopper's where a program may have 227 KiB of shared memory, else ampere's."""
+    """The generation whose tiles fit a device: hopper where a program may use 227 KiB of shared memory, else ampere."""
     if device.type == "cpu":  # the interpreter
         return "ampere"
     return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
 
 
-def blocks_for(kernel: Kernel, head: int, generation: Generation) -> Blocks:
-    """For heads of this size, at most 256; sizes between take the next one's."""
-    return next(sizes for largest, sizes in TABLE[generation][kernel].items() if head <= largest)
+def blocks_for(kernel: Kernel, head_dim: int, generation: Generation) -> Blocks:
+    """The sizes for a head dim of at most 256; a head dim that is not in the table uses the next larger one."""
+    table = TABLE[generation][kernel]
+    return next(sizes for largest, sizes in table.items() if head_dim <= largest)

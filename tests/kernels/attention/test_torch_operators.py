@@ -1,19 +1,19 @@
-"""Torch's operators for CUDA, cuDNN's among them: parity by stand-ins behind their schemas, and shapes without data."""
+"""Torch's operators for CUDA, cuDNN's included: parity with stand-ins for them, and their schemas without data."""
 
 import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, key_runs
-from megatron_ring.kernels.attention import cudnn, sdpa
+from megatron_ring.kernels.attention import sdpa
 from megatron_ring.kernels.attention.runs import KeyRanges
 from megatron_ring.kernels.attention.state import RunningSoftmax
 from tests import oracle, simulated_ring
-from tests.kernels.attention.test_hops import LONG, SHORT, documents, mistakes, window
-from tests.kernels.attention.torch_stand_ins import torchs_operators_for_cuda
+from tests.kernels.attention.test_hops import LONG, SHORT, documents, hop_errors, window
+from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
 from tests.tolerances import beyond_tolerance
 
-KERNELS = {"cudnn": cudnn.KERNEL, "sdpa": sdpa.ON_CUDA}
+KERNELS = {"cudnn": sdpa.WITH_CUDNN, "sdpa": sdpa.ON_CUDA}
 MASKS = {
     "causal": window(60, 60),
     "a window": window(60, 7),
@@ -27,7 +27,7 @@ each_layout = pytest.mark.parametrize("layout", SHORT, ids=str)
 
 @pytest.fixture
 def operators():
-    with torchs_operators_for_cuda():
+    with stand_ins_for_cuda_operators():
         yield
 
 
@@ -35,32 +35,33 @@ def operators():
 @each_kernel
 @each_mask
 @each_layout
-def test_hops(layout, first_visible, kernel):
-    assert mistakes(layout, kernel, first_visible, 4, 2, torch.float16) == {}
+def test_hops_match_the_oracle(layout, first_visible, kernel):
+    assert hop_errors(layout, kernel, first_visible, 4, 2, torch.float16) == {}
 
 
 @pytest.mark.usefixtures("operators")
 @each_mask
-def test_hops_in_float32(first_visible):
-    assert mistakes(SHORT[2], sdpa.ON_CUDA_IN_FLOAT32, first_visible, 4, 2, torch.float32) == {}
+def test_hops_in_float32_match_the_oracle(first_visible):
+    assert hop_errors(SHORT[2], sdpa.ON_CUDA_IN_FLOAT32, first_visible, 4, 2, torch.float32) == {}
 
 
 @pytest.mark.usefixtures("operators")
 @each_kernel
 @pytest.mark.parametrize("layout", LONG, ids=str)
-def test_tiles_of_the_size_that_gpus_get(layout, kernel):
-    assert mistakes(layout, kernel, window(1400, 1400), 1, 1, torch.bfloat16) == {}
+def test_tiles_of_the_size_used_on_gpus_match_the_oracle(layout, kernel):
+    assert hop_errors(layout, kernel, window(1400, 1400), 1, 1, torch.bfloat16) == {}
 
 
 @pytest.mark.usefixtures("operators")
 @each_kernel
-def test_queries_that_never_see_anything_have_no_gradient(kernel):
+def test_queries_that_see_nothing_have_zero_gradient(kernel):
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float16)
     lo, hi = torch.tensor([[0, 2], [2, 2], [2, 4], [4, 4], [4, 5], [4, 5]]).T.contiguous()
-    runs, state = KeyRanges(lo, hi), RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, runs, 0.25, state)
+    key_ranges = KeyRanges(lo, hi)
+    state = RunningSoftmax.empty(q)
+    kernel.forward(q, k, v, key_ranges, 0.25, state)
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    kernel.backward(dout, q, k, v, state.out_BLHD.half(), state.lse_BHL, runs, 0.25, *sums)
+    kernel.backward(dout, q, k, v, state.out_BLHD.half(), state.lse_BHL, key_ranges, 0.25, *sums)
     assert (state.lse_BHL[..., [1, 3]] == -torch.inf).all()
     assert all(gradient.isfinite().all() for gradient in sums)
     assert (sums[0][:, [1, 3]] == 0).all()
@@ -69,29 +70,31 @@ def test_queries_that_never_see_anything_have_no_gradient(kernel):
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=11)], ids=["causal", "a window"])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_rings(mask, groups):
-    """Two samples, keys or queries on their way, and a gradient of lse."""
+def test_rings_match_the_oracle(mask, groups):
+    """Two samples, either keys or queries sent around the ring, and a gradient of lse."""
     inputs = oracle.random_inputs(2, 60, 4, groups, torch.float16)
     dlse = oracle.random_dlse(inputs[0])
-    found = simulated_ring.run(
-        Layout("striped", 60, 3), cudnn.KERNEL, *inputs, mask=mask, dlse_BHS=dlse
+    results = simulated_ring.run(
+        Layout("striped", 60, 3), sdpa.WITH_CUDNN, *inputs, mask=mask, dlse_BHS=dlse
     ).results
     visible = oracle.visible(oracle.documents(2, 60, (60,)), mask.window)
-    assert beyond_tolerance(found, oracle.attention(*inputs, visible, dlse), torch.float16) == {}
+    assert beyond_tolerance(results, oracle.attention(*inputs, visible, dlse), torch.float16) == {}
 
 
 @each_kernel
 @each_mask
 @each_layout
-def test_torch_itself_takes_every_call(layout, first_visible, kernel):
-    """On tensors without data: torch's own checks of names, types and shapes, for what it would give to a GPU."""
-    at, source = layout.positions(layout.ring_size - 1), layout.positions(0)
-    runs = key_runs(at, source, first_visible[at])
+def test_every_call_conforms_to_torchs_schema(layout, first_visible, kernel):
+    """On meta tensors torch checks names, types and shapes of the calls it would make on a GPU."""
+    query_positions = layout.positions(layout.ring_size - 1)
+    key_positions = layout.positions(0)
+    key_ranges = key_runs(query_positions, key_positions, first_visible[query_positions])
     q, dout, k, v = (
         torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta")
         for n in (4, 4, 2, 2)
     )
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, runs, 0.25, state)
+    kernel.forward(q, k, v, key_ranges, 0.25, state)
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    kernel.backward(dout, q, k, v, state.out_BLHD.bfloat16(), state.lse_BHL, runs, 0.25, *sums)
+    out = state.out_BLHD.bfloat16()
+    kernel.backward(dout, q, k, v, out, state.lse_BHL, key_ranges, 0.25, *sums)

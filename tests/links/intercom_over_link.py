@@ -1,4 +1,4 @@
-"""A program for tests: two ranks on networks of their own ask each other, then the link between them is cut."""
+"""A program for tests: two ranks in separate networks use the intercom, then their link is cut."""
 
 import json
 import os
@@ -24,26 +24,27 @@ def _is_open(address: str, port: int) -> bool:
 
 
 def main() -> None:
-    """Write to a file of this rank's number: addresses, answers, and whether loopback is listened at."""
+    """Write this rank's address, answers, and loopback state to a file named by its rank."""
     dist.init_process_group("gloo")
     consensus = Consensus.build()
     check_reach(consensus)
     intercom = Intercom(consensus, ProgressTracker().read, lambda rank: None)
     other = 1 - consensus.rank
-    found = {
+    result = {
         "address": intercom.own.address,
         "on loopback": _is_open("127.0.0.1", intercom.own.port),
     }
-    found["answers"] = not isinstance(intercom.ask(other), NoAnswer)
+    result["answers"] = not isinstance(intercom.ask(other), NoAnswer)
     dist.barrier()
     subprocess.run(["ip", "link", "set", "ring0", "down"], check=True)
     answer = intercom.ask(other)
-    found["after the cut"] = isinstance(answer, NoAnswer) and not answer.has_ended
-    Path(f"{consensus.rank}.new").write_text(json.dumps(found))
+    result["unreachable but not ended"] = isinstance(answer, NoAnswer) and not answer.has_ended
+    Path(f"{consensus.rank}.new").write_text(json.dumps(result))
     Path(f"{consensus.rank}.new").replace(str(consensus.rank))
-    while not Path(str(other)).exists():  # one that has ended is known to have
+    # Keep running until the other rank has asked: it could tell that this process has ended.
+    while not Path(str(other)).exists():
         time.sleep(0.05)
-    os._exit(0)  # the groups cannot be left in order
+    os._exit(0)  # the groups cannot be destroyed without the link
 
 
 if __name__ == "__main__":

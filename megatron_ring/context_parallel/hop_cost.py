@@ -1,0 +1,75 @@
+"""What a hop costs: the matrix products of its kernel, and the bytes that a rank sends in it.
+
+Products are counted from the mask. Under a contiguous layout, or where documents are short, ranks
+have unequal work by design, and the rank that takes longer may be the faster one: times of two
+ranks can be compared only per product.
+
+Bytes decide what travels in backward. A rank may send on the keys it has or the queries it has.
+Keys carry V, dK and dV; queries carry dO, lse, delta and dQ, for every query head instead of every
+key-value head. With equal heads the queries are fewer bytes; with enough query heads per key-value
+head the keys are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.parallel.progress import ProgressTracker
+
+# Matrix products of a visible pair: scores and output; backward: scores again, dP, dQ, dK and dV.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
+
+
+def with_work_count(kernel: HopKernel, progress: ProgressTracker) -> HopKernel:
+    """Wrap ``kernel`` to add its matrix products to ``progress``, if that accumulates work."""
+    return _WorkCountingKernel(kernel, progress) if progress.adds_work_up else kernel
+
+
+@dataclass(frozen=True)
+class _WorkCountingKernel:
+    kernel: HopKernel
+    progress: ProgressTracker
+
+    def forward(self, q_BLHD, k_BLGD, v_BLGD, key_ranges, *rest) -> None:
+        self.progress.add_products(FORWARD_PRODUCTS * _visible_pairs(q_BLHD, key_ranges))
+        self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, key_ranges, *rest)
+
+    def backward(
+        self, dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, key_ranges, *rest
+    ) -> None:
+        self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(q_BLHD, key_ranges))
+        self.kernel.backward(
+            dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, key_ranges, *rest
+        )
+
+
+def _visible_pairs(q_BLHD: torch.Tensor, key_ranges: KeyRanges) -> int:
+    """Return the visible pairs of all samples and of this call's heads, which may be a subset."""
+    samples, _, heads, _ = q_BLHD.shape
+    return samples * heads * key_ranges.visible_pairs
+
+
+def backward_bytes(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> dict[str, int]:
+    """Return the bytes a rank sends in one hop of backward if the keys or the queries travel."""
+    accumulator_size = accumulation_dtype(q_BLHD.dtype).itemsize
+    rows = q_BLHD.shape[:-1].numel()
+    return {
+        "keys": kv_2BLGD.numel() * (kv_2BLGD.itemsize + accumulator_size),
+        "queries": (
+            q_BLHD.numel() * (2 * q_BLHD.itemsize + accumulator_size) + rows * 2 * accumulator_size
+        ),
+    }
+
+
+def queries_are_lighter(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> bool:
+    """Return whether sending the queries takes fewer bytes than sending the keys.
+
+    That is so below 4/3 query heads per key-value head in float32, and below 3/2 in bfloat16, both
+    without the bytes of lse and delta.
+    """
+    sent = backward_bytes(q_BLHD, kv_2BLGD)
+    return sent["queries"] < sent["keys"]

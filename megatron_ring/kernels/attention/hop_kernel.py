@@ -1,0 +1,48 @@
+"""The interface of an attention kernel: one hop, forward and backward."""
+
+from typing import Protocol
+
+import torch
+
+from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax
+
+
+class HopKernel(Protocol):
+    """Attention of a rank's queries over the keys of one shard, on one device and without communication.
+
+    Shapes: q, out (batch, queries, heads, head dim); k, v (batch, keys, key-value heads, head dim).
+    A module with these two functions is a kernel. To add one: write its file, add an entry to
+    ``KERNEL_SPECS`` in support.py, and test it with tests/kernels/attention/test_hops.py.
+    """
+
+    def forward(
+        self,
+        q_BLHD: torch.Tensor,
+        k_BLGD: torch.Tensor,
+        v_BLGD: torch.Tensor,
+        key_ranges: KeyRanges,
+        scale: float,
+        state: RunningSoftmax,
+    ) -> None:
+        """Attend to the keys of this shard that each query can see, and update ``state`` in place."""
+
+    def backward(
+        self,
+        dout_BLHD: torch.Tensor,
+        q_BLHD: torch.Tensor,
+        k_BLGD: torch.Tensor,
+        v_BLGD: torch.Tensor,
+        out: Output,
+        lse_BHL: torch.Tensor,
+        key_ranges: KeyRanges,
+        scale: float,
+        dq_BLHD: torch.Tensor,
+        dk_BLGD: torch.Tensor,
+        dv_BLGD: torch.Tensor,
+    ) -> None:
+        """Add this hop's contribution to ``dq``, ``dk`` and ``dv``, which are float32 (float64 for float64).
+
+        ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD or a
+        ``KnownDelta`` instead of it; ``state.delta_of`` and ``state.output_of`` read either.
+        """

@@ -1,0 +1,102 @@
+"""A hop kernel made of a library's operator for rectangles and triangles: tile by tile, merged by log-sum-exp.
+
+The output of each tile is merged into the running softmax; its gradients are accumulated in float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
+
+
+@dataclass(frozen=True)
+class TileOperator:
+    """One library's attention of one tile; shapes as in HopKernel, of the tile's queries (L) and keys (M).
+
+    forward: (q_BLHD, k_BMGD, v_BMGD, causal, bias_LM, scale) -> (out_BLHD, lse_BHL). ``causal``:
+        query i sees keys 0 to i of as many. ``bias_LM`` is added to the scores: 0 or -inf in the type
+        of q, None for no mask. The lse of a row that sees nothing is ignored.
+    backward: (dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal, bias_LM, scale)
+        -> (dq_BLHD, dk_BMGD, dv_BMGD), from the final ``out`` and ``lse``, merged over all hops.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TiledKernel:
+    """A HopKernel that calls an operator for each tile.
+
+    operator_for: the operator for a tile, None for a tile that is computed elsewhere.
+    """
+
+    tiling: Tiling
+    operator_for: Callable[[Tile], TileOperator | None]
+
+    def forward(
+        self,
+        q_BLHD: torch.Tensor,
+        k_BLGD: torch.Tensor,
+        v_BLGD: torch.Tensor,
+        key_ranges: KeyRanges,
+        scale: float,
+        state: RunningSoftmax,
+    ) -> None:
+        """As in ``HopKernel``."""
+        for tile in key_ranges.tiles(self.tiling):
+            operator = self.operator_for(tile)
+            if operator is None:
+                continue
+            q = q_BLHD[:, tile.queries]
+            k, v = k_BLGD[:, tile.keys], v_BLGD[:, tile.keys]
+            bias, masked_rows = _bias(key_ranges, tile, q_BLHD)
+            out, lse = operator.forward(q, k, v, tile.kind is TileKind.CAUSAL, bias, scale)
+            if masked_rows is not None:
+                # torch's operators return 0, not -inf, for a row that sees nothing.
+                lse = lse.masked_fill(masked_rows, -torch.inf)
+            state.merge(tile.queries, out, lse)
+
+    def backward(
+        self,
+        dout_BLHD: torch.Tensor,
+        q_BLHD: torch.Tensor,
+        k_BLGD: torch.Tensor,
+        v_BLGD: torch.Tensor,
+        out: Output,
+        lse_BHL: torch.Tensor,
+        key_ranges: KeyRanges,
+        scale: float,
+        dq_BLHD: torch.Tensor,
+        dk_BLGD: torch.Tensor,
+        dv_BLGD: torch.Tensor,
+    ) -> None:
+        """As in ``HopKernel``."""
+        for tile in key_ranges.tiles(self.tiling):
+            operator = self.operator_for(tile)
+            if operator is None:
+                continue
+            rows, keys = tile.queries, tile.keys
+            bias, _ = _bias(key_ranges, tile, q_BLHD)
+            dq, dk, dv = operator.backward(
+                dout_BLHD[:, rows], q_BLHD[:, rows], k_BLGD[:, keys], v_BLGD[:, keys],
+                output_of(out)[:, rows], lse_BHL[:, :, rows], tile.kind is TileKind.CAUSAL, bias, scale,
+            )  # fmt: skip
+            dq_BLHD[:, rows] += dq
+            dk_BLGD[:, keys] += dk
+            dv_BLGD[:, keys] += dv
+
+
+def _bias(
+    key_ranges: KeyRanges, tile: Tile, q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The bias of a masked tile, (queries, keys), and which of its queries see nothing; else two None."""
+    if tile.kind is not TileKind.MASKED:
+        return None, None
+    visible = key_ranges.visible(tile, q.device)
+    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+    return bias.masked_fill_(~visible, -torch.inf), ~visible.any(-1)

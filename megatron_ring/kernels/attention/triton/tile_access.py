@@ -1,0 +1,95 @@
+"""Functions shared by the Triton kernels of a hop: access to tiles of tokens x one head, and the loop bounds of a tile.
+
+Tensors are (batch, tokens, heads, head dim), contiguous or some heads of a contiguous tensor. A head
+dim that is not a power of two is padded to one in registers only.
+
+HEAD_DIM is the head dim, PADDED the next power of two, BLOCK the tokens of a tile.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointers(
+    base, sample, tokens, heads, head, start,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Pointers to one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
+
+    The first is 64-bit, because a shard may have more than 2**31 elements; offsets from it are 32-bit.
+    """
+    first = base + ((sample.to(tl.int64) * tokens + start) * heads + head) * HEAD_DIM
+    rows = tl.arange(0, BLOCK) * (heads * HEAD_DIM)
+    return first + rows[:, None] + tl.arange(0, PADDED)[None, :]
+
+
+@triton.jit
+def inside(tokens, start, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Which elements of such a tile exist: tokens before the last and elements within the head dim."""
+    rows = start + tl.arange(0, BLOCK) < tokens
+    columns = tl.arange(0, PADDED) < HEAD_DIM
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def load(
+    base, sample, tokens, heads, head, start,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Load a tile, with 0 for elements that do not exist.
+
+    WHOLE: all of its tokens exist. UPCAST: convert to float32, which the interpreter's products need.
+    """
+    at = pointers(base, sample, tokens, heads, head, start, BLOCK, HEAD_DIM, PADDED)
+    if WHOLE and HEAD_DIM == PADDED:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=inside(tokens, start, BLOCK, HEAD_DIM, PADDED), other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def add(
+    base, sample, tokens, heads, head, start, tile,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Add ``tile`` to memory. No other program may write to the same elements."""
+    at = pointers(base, sample, tokens, heads, head, start, BLOCK, HEAD_DIM, PADDED)
+    exists = inside(tokens, start, BLOCK, HEAD_DIM, PADDED)
+    tl.store(at, tl.load(at, mask=exists, other=0.0) + tile, mask=exists)
+
+
+@triton.jit
+def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The loop of the tile of BLOCK rows from ``start`` over the columns it sees, in whole blocks of STEP.
+
+    Rows and columns are queries and keys with the key ranges, or keys and queries with the query
+    ranges: lo and hi are non-decreasing in both. Returns (first, unmasked_from, unmasked_to, stop).
+    All rows see the blocks between the middle two completely, so these need no mask; if there are
+    none, both equal ``stop``.
+    """
+    last = tl.minimum(start + BLOCK, rows) - 1
+    any_from, all_from = tl.load(lo + start), tl.load(lo + last)
+    all_to, stop = tl.load(hi + start), tl.load(hi + last)
+    first = any_from // STEP * STEP
+    unmasked_from = tl.maximum((all_from + STEP - 1) // STEP * STEP, first)
+    unmasked_to = all_to // STEP * STEP
+    none = unmasked_from >= unmasked_to
+    return first, tl.where(none, stop, unmasked_from), tl.where(none, stop, unmasked_to), stop
+
+
+@triton.jit
+def load_ranges(lo, hi, indices, rows):
+    """The ranges [lo, hi) of these rows; empty for a row after the last."""
+    exists = indices < rows
+    lo_of_rows = tl.load(lo + indices, mask=exists, other=0)
+    hi_of_rows = tl.load(hi + indices, mask=exists, other=0)
+    return lo_of_rows, hi_of_rows
+
+
+@triton.jit
+def visible(lo, hi, columns):
+    """Whether a row's range [lo, hi) contains a column; rows and columns are along different dims."""
+    return (lo <= columns) & (columns < hi)
