@@ -86,7 +86,7 @@ class Intercom:
         read_progress: Callable[[], Place],
         on_stall: Callable[[int], None],
     ):
-        """Start serving and exchange addresses; collective, and blocks until all processes serve."""
+        """Start serving and exchange addresses; collective, blocks until all processes serve."""
         self.key = consensus.run_on_rank_zero(lambda: secrets.token_hex(16))
         self.networks: list[str] = consensus.gather(network_identity)
         on_one_host = len(set(self.networks)) == 1
