@@ -340,7 +340,7 @@ def test_the_index_lists_every_decision_with_its_title_date_and_status():
     for record in sorted(folder.glob("[0-9]*.md")):
         number, title = re.match(r"# (\d+)\. (.*)", record.read_text()).groups()
         date, status = re.search(
-            r"\*\*Date:\*\* (\S+)\. \*\*Status:\*\* (\w+)", record.read_text()
+            r"Date:\**\s+(\S+)\.\s+\**Status:\**\s+(\w+)", record.read_text()
         ).groups()
         assert record.name.startswith(f"{int(number):04}-")
         records.append((number, title, record.name, date, status))
@@ -367,5 +367,24 @@ def test_the_new_names_of_renamed_modules_exist():
         path
         for path in new
         if not (ROOT / path).exists() and not (ROOT / "megatron_ring" / path).exists()
+    ]
+    assert missing == []
+
+
+def test_every_document_that_the_code_names_exists():
+    folders = "megatron_ring", "benchmarks", "tools", "tests", "configs", "docker"
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    named = {
+        (path.name, found)
+        for path in [*sources, ROOT / "pretrain_gpt.py", ROOT / "Makefile"]
+        if path.suffix in ("", ".py", ".yaml", ".sbatch")
+        for found in re.findall(r"\bdocs/(?:decisions/\d{4}|[\w/-]+\.md)", path.read_text())
+    }
+    assert len(named) > 10
+    # Records are cited by their numbers.
+    missing = [
+        (name, found)
+        for name, found in named
+        if not (ROOT / found).exists() and not any(ROOT.glob(f"{found}-*.md"))
     ]
     assert missing == []

@@ -1,4 +1,4 @@
-"""Write docs/reference/options.md: every option of config.py with its values, default and help.
+"""Write docs/reference/options.md: every option with its values, default and help.
 
 python tools/write_option_reference.py --output docs/reference/options.md
 """
@@ -18,7 +18,7 @@ from megatron_ring.errors import flag, reporting_errors
 _INTRODUCTION = """\
 # Options
 
-Written by `tools/write_option_reference.py` from `megatron_ring/config.py`. An option has one name:
+Written by `tools/write_option_reference.py` from `megatron_ring/config/`. An option has one name:
 a key of its section in the YAML file of `--config`, and a flag. YAML overrides the defaults, flags
 override YAML. A flag that is on or off has a negative form, such as `--no-sequence-parallel`.
 """
