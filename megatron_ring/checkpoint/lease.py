@@ -48,7 +48,7 @@ LOOKS = 12
 """Polls of an unchanged lease before it is taken over: twelve missed renewals, one minute."""
 
 # A run writes its lease right after creating the file, so it is readable after this delay.
-_SECOND_LOOK_SECONDS = 0.2
+_SECOND_READ_SECONDS = 0.2
 
 Report = Callable[[str], None]
 
@@ -111,7 +111,7 @@ def _is_free(
 
     Raises CheckpointError if its run is alive.
     """
-    for look in range(looks):
+    for poll in range(looks):
         if found.is_released:
             return True
         record = found.record
@@ -125,7 +125,7 @@ def _is_free(
         # A stopped process (T) or one in uninterruptible sleep (D) may never continue.
         if state and state in "RSI":
             raise _in_use(folder, found)
-        if look == 0:
+        if poll == 0:
             report(
                 f"lease            {folder} was last held by {found}. Waiting up to "
                 f"{looks * seconds:.0f} s to see whether that run still renews its lease"
@@ -214,7 +214,7 @@ class Lease:
         A folder that cannot be read proves nothing; writing the checkpoint will fail there anyway.
         """
         with self._lock, contextlib.suppress(OSError):
-            self._look()
+            self._update()
         self.raise_if_lost()
 
     def renew(self) -> None:
@@ -226,7 +226,7 @@ class Lease:
             if self._ending.is_set():
                 return
             try:
-                self._look()
+                self._update()
                 if not self.lost:
                     self._write(replace(self._record, renewals=self._record.renewals + 1))
             except OSError as error:
@@ -277,8 +277,8 @@ class Lease:
             flush=True,
         )
 
-    def _look(self) -> None:
-        """Set the successor if there is one; otherwise ensure that this run's file is the lease.
+    def _update(self) -> None:
+        """Find a successor if there is one; otherwise ensure that this run's file is the lease.
 
         A lease file that a user has deleted is written again. If there are entries with a higher
         number that are not leases, or a copy in place of the file, a lease with a higher number is
@@ -293,7 +293,7 @@ class Lease:
         if not others:
             return
         if not self._successor_of(others):
-            time.sleep(_SECOND_LOOK_SECONDS)
+            time.sleep(_SECOND_READ_SECONDS)
             others = self._others()
         self._successor = self._successor_of(others)
         if others and not self._successor:
