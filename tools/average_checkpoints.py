@@ -31,8 +31,7 @@ class Options:
     last: int = 0
     """K: average the last K checkpoints of the single given folder. 0: average the given ones."""
     weights: tuple[float, ...] = ()
-    """Weight of each checkpoint, in the given order; with --last, from the oldest to the newest.
-    Empty: equal weights."""
+    """Weights in the order of the checkpoints; with --last, from the oldest. Empty: all equal."""
 
     def problems(self) -> list[str]:
         """Return every invalid option or combination, each with its remedy."""
@@ -88,7 +87,7 @@ def _last(options: Options) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with the error's exit code after printing its message."""
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         print(run(options))
 
 

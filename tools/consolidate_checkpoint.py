@@ -25,8 +25,7 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a checkpoint, or a --save folder, of which the latest checkpoint is used."""
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.safetensors")]
-    """File to write, which must not exist. Its metadata has the model's options as JSON, and the
-    step."""
+    """File to write, which must not exist. Its metadata has the step and the model's options."""
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
     """dtype of the tensors. A value that is too large for it is an error."""
     kind: Literal["weight", "exp_avg", "exp_avg_sq"] = "weight"
@@ -61,7 +60,7 @@ def run(options: Options) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with the error's exit code after printing its message."""
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         print(run(options))
 
 

@@ -34,9 +34,9 @@ from megatron_ring.errors import reporting_errors
 class Import:
     """Import HF_DIR, a transformers model, into OUT, a folder for --load."""
 
-    hf_dir: Annotated[Path, tyro.conf.Positional]
+    hf_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HF_DIR")]
     """Folder with config.json and safetensors files, as written by save_pretrained."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the checkpoint, which must be new or empty."""
     stretch: Annotated[Stretch, tyro.conf.OmitArgPrefixes] = field(default_factory=Stretch)
 
@@ -45,11 +45,11 @@ class Import:
 class Export:
     """Export CHECKPOINT, written on any grid, into HF_DIR, a folder for transformers."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a checkpoint, or a --save folder, of which the newest checkpoint is used."""
-    hf_dir: Annotated[Path, tyro.conf.Positional]
+    hf_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HF_DIR")]
     """Folder for the model, which must be new or empty."""
-    options: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(
+    export: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(
         default_factory=ExportOptions
     )
 
@@ -102,7 +102,7 @@ def run_export(command: Export) -> None:
 
     Raises CheckpointError, and ConfigError for an invalid shard size.
     """
-    exported = export_checkpoint(command.checkpoint, command.hf_dir, command.options)
+    exported = export_checkpoint(command.checkpoint, command.hf_dir, command.export)
     if exported.checkpoint.note:
         print(exported.checkpoint.note)
     dtypes = _describe_dtypes(exported.dtypes)

@@ -16,7 +16,8 @@ from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.errors import reporting_errors
 
-EQUAL, DIFFERENT = 0, 1
+EQUAL = 0
+DIFFERENT = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     Exits with the error's exit code after printing its message.
     """
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         return run(options)
 
 

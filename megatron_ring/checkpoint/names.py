@@ -81,9 +81,9 @@ def checkpoints(folder: Path) -> list[Path]:
     If there is none, returns those marked for deletion: a save that is killed after it has renamed
     the previous checkpoint of its step, and before it has renamed its own, leaves only that one.
     """
-    found = [path for path in _entries(folder) if _NAME.fullmatch(path.name)]
-    visible = [path for path in found if not path.name.startswith(REMOVED)]
-    return sorted(visible or found, key=step_of, reverse=True)
+    all_checkpoints = [path for path in _entries(folder) if _NAME.fullmatch(path.name)]
+    visible = [path for path in all_checkpoints if not path.name.startswith(REMOVED)]
+    return sorted(visible or all_checkpoints, key=step_of, reverse=True)
 
 
 def hidden(folder: Path, prefix: str) -> list[Path]:
@@ -98,19 +98,19 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     ``latest`` is damaged and leaves no candidate, all checkpoints are returned: to start from
     scratch because of one byte would be the greater loss.
     """
-    found = checkpoints(folder)
+    existing = checkpoints(folder)
     pointer = folder / LATEST
     if not os.path.lexists(pointer):
-        return found, []
+        return existing, []
     name = _content(pointer)
-    if name in [path.name for path in found]:
+    if name in [path.name for path in existing]:
         problems = []
     else:
         problems = [f"{pointer} is passed over: it names {name!r}, which does not exist."]
     if not _NAME.fullmatch(name):
-        return found, problems
-    up_to_latest = [path for path in found if step_of(path) <= step_of(Path(name))]
-    return up_to_latest or found, problems
+        return existing, problems
+    up_to_latest = [path for path in existing if step_of(path) <= step_of(Path(name))]
+    return up_to_latest or existing, problems
 
 
 def _content(pointer: Path) -> str:

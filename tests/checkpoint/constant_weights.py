@@ -11,7 +11,8 @@ from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import Config, ModelConfig
 
-VOCABULARY, LENGTH = 48, 32
+VOCABULARY = 48
+LENGTH = 32
 
 
 def write(

@@ -15,7 +15,8 @@ from tests.model.conftest import plain_attention
 NOT_COMPARED = {"transformers_version", "_name_or_path", "max_window_layers"}
 
 # As in tests/training/tiny.py, so that its runs can train these models.
-VOCABULARY, LENGTH = 61, 48
+VOCABULARY = 61
+LENGTH = 48
 
 _SIZES = {
     "vocab_size": VOCABULARY,

@@ -13,7 +13,8 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import Piece
 from megatron_ring.config import Config
 
-TENSOR, ZERO = 2, 3
+TENSOR = 2
+ZERO = 3
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -46,10 +46,10 @@ def cuts(draw) -> tuple[tuple[int, ...], list[int]]:
 def test_a_range_of_elements_is_its_boxes_one_after_another(drawn):
     shape, borders = drawn
     for start, stop in pairwise(borders):
-        found = boxes.cut(shape, start, stop)
-        indices = [index for box in found for index in elements(box, shape)]
+        pieces = boxes.cut(shape, start, stop)
+        indices = [index for box in pieces for index in elements(box, shape)]
         assert indices == list(range(start, stop))
-        assert sum(map(boxes.size, found)) == stop - start
+        assert sum(map(boxes.size, pieces)) == stop - start
 
 
 @given(cuts())
@@ -62,7 +62,8 @@ def test_a_range_of_elements_has_few_boxes(drawn):
 @given(st.data())
 def test_the_overlap_of_two_boxes_has_the_elements_in_both(data):
     shape = data.draw(SHAPES)
-    a, b = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
+    a = data.draw(boxes_in(shape))
+    b = data.draw(boxes_in(shape))
     shared = set(elements(a, shape)) & set(elements(b, shape))
     common = boxes.overlap(a, b)
     assert shared == (set() if common is None else set(elements(common, shape)))
@@ -71,7 +72,8 @@ def test_the_overlap_of_two_boxes_has_the_elements_in_both(data):
 @given(st.data())
 def test_indices_relative_to_another_box_refer_to_the_same_elements(data):
     shape = data.draw(SHAPES)
-    outer, other = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
+    outer = data.draw(boxes_in(shape))
+    other = data.draw(boxes_in(shape))
     common = boxes.overlap(outer, other)
     if common is not None:
         inner = boxes.relative_to(common, outer)
@@ -83,32 +85,32 @@ def test_indices_relative_to_another_box_refer_to_the_same_elements(data):
 @given(cuts(), st.data())
 def test_the_boxes_of_all_ranges_are_a_partition_but_not_with_one_missing_or_twice(drawn, data):
     shape, borders = drawn
-    found = [box for start, stop in pairwise(borders) for box in boxes.cut(shape, start, stop)]
-    found = data.draw(st.permutations(found))
-    assert boxes.is_partition(found, shape)
-    assert not boxes.is_partition(found[1:], shape)
-    assert not boxes.is_partition([*found, found[0]], shape)
+    pieces = [box for start, stop in pairwise(borders) for box in boxes.cut(shape, start, stop)]
+    pieces = data.draw(st.permutations(pieces))
+    assert boxes.is_partition(pieces, shape)
+    assert not boxes.is_partition(pieces[1:], shape)
+    assert not boxes.is_partition([*pieces, pieces[0]], shape)
 
 
 @given(st.data())
 def test_boxes_are_a_partition_if_and_only_if_they_have_each_element_once(data):
     """Most drawn sets overlap, miss elements, or do both with the right sum of sizes."""
     shape = data.draw(SHAPES)
-    found = data.draw(st.lists(boxes_in(shape), max_size=4))
-    indices = sorted(index for box in found for index in elements(box, shape))
-    assert boxes.is_partition(found, shape) == (indices == list(range(math.prod(shape))))
+    pieces = data.draw(st.lists(boxes_in(shape), max_size=4))
+    indices = sorted(index for box in pieces for index in elements(box, shape))
+    assert boxes.is_partition(pieces, shape) == (indices == list(range(math.prod(shape))))
 
 
 @pytest.mark.parametrize(
-    "found", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"]
+    "text", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"]
 )
-def test_boxes_whose_sizes_add_up_need_not_be_a_partition(found):
-    assert not boxes.is_partition([boxes.parse(box) for box in found.split()], (2, 4))
+def test_boxes_whose_sizes_add_up_need_not_be_a_partition(text):
+    assert not boxes.is_partition([boxes.parse(box) for box in text.split()], (2, 4))
 
 
-@pytest.mark.parametrize("found", ["0:4", "0:2,0:2,0:1", "2:0,0:2", "0:2,0:2 1:1,0:2"])
-def test_boxes_of_other_dimensions_or_without_elements_are_not_a_partition(found):
-    assert not boxes.is_partition([boxes.parse(box) for box in found.split()], (2, 2))
+@pytest.mark.parametrize("text", ["0:4", "0:2,0:2,0:1", "2:0,0:2", "0:2,0:2 1:1,0:2"])
+def test_boxes_of_other_dimensions_or_without_elements_are_not_a_partition(text):
+    assert not boxes.is_partition([boxes.parse(box) for box in text.split()], (2, 2))
 
 
 @given(st.data())

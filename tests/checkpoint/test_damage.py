@@ -77,21 +77,22 @@ OF_STEP_10 = st.sampled_from([f"step-00000010/{name}" for name in OWN])
 ANYWHERE = st.sampled_from(
     ["latest", *(f"step-{step:08d}/{name}" for step in STEPS for name in OWN)]
 )
-POSITION, CONTENT = st.integers(0, 1 << 20), st.binary(max_size=300)
+POSITION = st.integers(0, 1 << 20)
+CONTENT = st.binary(max_size=300)
 
 
 def newest_after(pristine: Path, damages: list[tuple[Callable, str, int, bytes]]) -> store.Stored:
-    """Return what is found in a copy after ``damages``, after checking that its files are intact.
+    """Return the checkpoint found in a copy after ``damages``, each of another file.
 
-    Each damage is of another file.
+    Checks that the files of that checkpoint are intact.
     """
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(shutil.copytree(pristine, Path(parent, "copy")))
         for damage, file, at, content in damages:
             damage(folder / file, at, content)
-        found = store.newest(folder)
-        assert contents(found.path) == contents(pristine / found.path.name)
-        return found
+        stored = store.newest(folder)
+        assert contents(stored.path) == contents(pristine / stored.path.name)
+        return stored
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,9 +108,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_one_damaged_file_makes_a_run_resume_from_the_previous_checkpoint(
     pristine, damage, file, at, content
 ):
-    found = newest_after(pristine, [(damage, file, at, content)])
-    assert found.state == state(5)
-    [reason] = found.skipped
+    stored = newest_after(pristine, [(damage, file, at, content)])
+    assert stored.state == state(5)
+    [reason] = stored.skipped
     assert "step-00000010 is passed over" in reason
 
 
@@ -147,5 +148,5 @@ def test_files_that_a_checkpoint_does_not_list_are_not_part_of_it(pristine, file
         for inner, at, content in files:
             (folder / "step-00000010" / inner).mkdir(exist_ok=True)
             (folder / "step-00000010" / inner / f"{at}.pt").write_bytes(content)
-        found = store.newest(folder)
-        assert (found.state, found.skipped) == (state(10), ())
+        stored = store.newest(folder)
+        assert (stored.state, stored.skipped) == (state(10), ())

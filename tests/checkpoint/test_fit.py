@@ -139,14 +139,14 @@ def test_a_new_run_may_change_options_that_do_not_change_tensors(tmp_path):
 
 def test_changed_data_options_are_listed_with_both_values(tmp_path):
     write(tmp_path, 5)
-    found = store.newest(tmp_path)
-    assert fit.other_data(found, Config()) == []
-    assert fit.other_data(found, Config(data=DataConfig(split=(98, 2)))) == []
+    stored = store.newest(tmp_path)
+    assert fit.other_data(stored, Config()) == []
+    assert fit.other_data(stored, Config(data=DataConfig(split=(98, 2)))) == []
     changed = Config(
         data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64),
         training=TrainingConfig(seed=1),
     )
-    assert fit.other_data(found, changed) == [
+    assert fit.other_data(stored, changed) == [
         "data_path () there, ('0.7', 'a', '0.3', 'b') here",
         "seq_length 1024 there, 64 here",
         "seed 1234 there, 1 here",

@@ -34,7 +34,8 @@ def imported(folder: Path, out: Path, stretch: Stretch | None = None) -> Summary
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:
-    expected, found = tensors(first), tensors(second)
+    expected = tensors(first)
+    found = tensors(second)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert {name: x.dtype for name, x in found.items()} == {

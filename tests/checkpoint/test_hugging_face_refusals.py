@@ -555,7 +555,8 @@ def test_a_sparse_file_of_terabytes_is_refused(name, theirs, tmp_path):
 
 
 def test_a_snapshot_in_the_hubs_cache_may_link_to_its_blobs(theirs, tmp_path):
-    snapshot, blobs = tmp_path / "cache/snapshots/0123", tmp_path / "cache/blobs"
+    snapshot = tmp_path / "cache/snapshots/0123"
+    blobs = tmp_path / "cache/blobs"
     snapshot.mkdir(parents=True)
     theirs.rename(blobs)
     for file in blobs.iterdir():

@@ -68,13 +68,14 @@ def trained(tmp_path_factory) -> Path:
 def test_transformers_computes_the_logits_of_the_trained_model(family, trained):
     tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     checkpoint = Summary.of(trained / family / "ours/step-00000001")
-    found = logits(trained / family / "back", tokens_BS)
-    torch.testing.assert_close(found, our_logits(checkpoint, tokens_BS), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, logits(trained / family / "theirs", tokens_BS), atol=1e-3)
+    exported = logits(trained / family / "back", tokens_BS)
+    torch.testing.assert_close(exported, our_logits(checkpoint, tokens_BS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(exported, logits(trained / family / "theirs", tokens_BS), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_has_changed_every_tensor(family, trained):
-    before, after = tensors(trained / family / "theirs"), tensors(trained / family / "back")
+    before = tensors(trained / family / "theirs")
+    after = tensors(trained / family / "back")
     assert after.keys() == before.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []

@@ -26,9 +26,9 @@ def test_a_save_folder_is_the_checkpoint_that_latest_names(tmp_path):
 def test_a_damaged_latest_is_reported(tmp_path):
     path = write(tmp_path, 5)
     (tmp_path / "latest").write_text("step-00000099")
-    found = locate(tmp_path)
-    assert found.path == path
-    assert "step-00000099" in found.note
+    located = locate(tmp_path)
+    assert located.path == path
+    assert "step-00000099" in located.note
 
 
 def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):

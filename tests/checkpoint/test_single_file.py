@@ -45,12 +45,13 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_the_file_has_the_whole_tensors(tmp_path, kind, dtype):
-    whole, file = imagined.weights(1), tmp_path / "a.safetensors"
+    whole = imagined.weights(1)
+    file = tmp_path / "a.safetensors"
     size = consolidate(written(tmp_path, whole, kind), file, kind, dtype)
-    found = contents(file)
-    assert found.keys() == whole.keys()
+    read_back = contents(file)
+    assert read_back.keys() == whole.keys()
     assert all(
-        same(found[name], values.to(dtype or torch.float32)) for name, values in whole.items()
+        same(read_back[name], values.to(dtype or torch.float32)) for name, values in whole.items()
     )
     assert size == file.stat().st_size
 
@@ -95,8 +96,8 @@ def test_scalars_and_non_ascii_names_are_written(tmp_path):
     single_file.write(
         tmp_path / "a.safetensors", entries, lambda entry: values[entry.name], {"format": "pt"}
     )
-    found = contents(tmp_path / "a.safetensors")
-    assert all(same(found[name], tensor) for name, tensor in values.items())
+    read_back = contents(tmp_path / "a.safetensors")
+    assert all(same(read_back[name], tensor) for name, tensor in values.items())
 
 
 @pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 7e4), (torch.bfloat16, 3.4e38)])

@@ -9,7 +9,8 @@ import torch
 from megatron_ring.checkpoint import statistics
 from megatron_ring.checkpoint.statistics import Difference, Statistics, difference
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 
 
 @pytest.fixture(params=[3, 2**20], autouse=True)

@@ -16,8 +16,8 @@ from tests.checkpoint.small import state, write
 def test_the_newest_complete_checkpoint_is_found_with_its_state(tmp_path):
     write(tmp_path, 5)
     path = write(tmp_path, 10)
-    found = store.newest(tmp_path)
-    assert (found.path, found.state, found.skipped) == (path, state(10), ())
+    stored = store.newest(tmp_path)
+    assert (stored.path, stored.state, stored.skipped) == (path, state(10), ())
     assert (tmp_path / "latest").read_text() == "step-00000010\n"
     assert load_yaml(path / "config.yaml") == Config()
 
@@ -80,12 +80,13 @@ def flip(file: Path, position: int) -> None:
 
 @pytest.mark.parametrize("parts", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path, parts):
-    good, damaged = write(tmp_path, 5), write(tmp_path, 10)
+    good = write(tmp_path, 5)
+    damaged = write(tmp_path, 10)
     size = (damaged / "config.yaml").stat().st_size
     DAMAGES[parts](damaged)
-    found = store.newest(tmp_path)
-    assert found.path == good
-    [reason] = found.skipped
+    stored = store.newest(tmp_path)
+    assert stored.path == good
+    [reason] = stored.skipped
     for part in (f"{tmp_path}/step-00000010", *parts):
         assert part.replace("SIZE", str(size)) in reason
 
@@ -98,14 +99,15 @@ def test_a_foreign_file_in_a_checkpoint_is_not_damage(tmp_path, name):
     path = write(tmp_path, 10)
     (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_text("not ours")
-    found = store.newest(tmp_path)
-    assert (found.path, found.skipped) == (path, ())
+    stored = store.newest(tmp_path)
+    assert (stored.path, stored.skipped) == (path, ())
     _, files = store.described(path)
     assert store.foreign_files(path, files) == [name]
 
 
 def test_a_checkpoint_that_the_disk_fails_to_read_is_skipped(tmp_path, monkeypatch):
-    good, unreadable = write(tmp_path, 5), write(tmp_path, 10)
+    good = write(tmp_path, 5)
+    unreadable = write(tmp_path, 10)
     read_back = FileRecord.of
 
     def fails(path: Path) -> FileRecord:
@@ -114,9 +116,9 @@ def test_a_checkpoint_that_the_disk_fails_to_read_is_skipped(tmp_path, monkeypat
         return read_back(path)
 
     monkeypatch.setattr(FileRecord, "of", fails)
-    found = store.newest(tmp_path)
-    assert found.path == good
-    [reason] = found.skipped
+    stored = store.newest(tmp_path)
+    assert stored.path == good
+    [reason] = stored.skipped
     assert str(unreadable) in reason
     assert "Input/output error" in reason
 
@@ -144,9 +146,9 @@ def test_a_damaged_latest_is_reported_and_loses_no_checkpoint(tmp_path, content)
     write(tmp_path, 5)
     path = write(tmp_path, 10)
     (tmp_path / "latest").write_text(content)
-    found = store.newest(tmp_path)
-    assert found.path == path
-    [reason] = found.skipped
+    stored = store.newest(tmp_path)
+    assert stored.path == path
+    [reason] = stored.skipped
     assert f"{tmp_path}/latest" in reason
     assert repr(content.strip()) in reason
 
@@ -155,9 +157,9 @@ def test_if_the_latest_checkpoint_is_gone_the_previous_one_of_the_same_run_is_fo
     write(tmp_path, 20)
     before = write(tmp_path, 5)
     (write(tmp_path, 10)).rename(tmp_path / "elsewhere")
-    found = store.newest(tmp_path)
-    assert found.path == before
-    [reason] = found.skipped
+    stored = store.newest(tmp_path)
+    assert stored.path == before
+    [reason] = stored.skipped
     assert f"{tmp_path}/latest" in reason
     assert "'step-00000010'" in reason
 

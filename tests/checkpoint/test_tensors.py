@@ -69,8 +69,11 @@ def boxes_in(draw, shape: tuple[int, ...]) -> boxes.Box:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_tensors_written_in_any_boxes_are_read_back_by_any_box(data):
-    shape, dtype = data.draw(SHAPES), data.draw(TYPES)
-    whole, split, box = numbered(shape, dtype), data.draw(splits(shape)), data.draw(boxes_in(shape))
+    shape = data.draw(SHAPES)
+    dtype = data.draw(TYPES)
+    whole = numbered(shape, dtype)
+    split = data.draw(splits(shape))
+    box = data.draw(boxes_in(shape))
     with tempfile.TemporaryDirectory() as folder:
         write(
             Path(folder),
@@ -341,8 +344,8 @@ def test_files_that_were_read_do_not_stay_mapped(tmp_path, monkeypatch):
         [[("p", boxes.parse("0:8"))], [("q", boxes.parse("0:8"))]],
     )
     read = Tensors.open(tmp_path)
-    found = [read.read("p")]
+    values_read = [read.read("p")]
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
-    found.append(read.read("q"))
+    values_read.append(read.read("q"))
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-    assert all(same(values, numbered((8,))) for values in [*found, read.read("p")])
+    assert all(same(values, numbered((8,))) for values in [*values_read, read.read("p")])

@@ -41,15 +41,13 @@ class ExportOptions:
     """Options of an export."""
 
     family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
-    """Family of the exported model. Empty: the family that it was imported from, or the first that
-    describes the model exactly."""
+    """Family to export as. Empty: the imported one, or the first that fits the model exactly."""
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = _STORED
     """dtype of the weights. stored: as in the checkpoint, which is fp32 after training."""
     max_shard_size: str = "5GB"
     """Largest total size of the tensors in a file; KB, MB and GB are powers of 1000."""
     tokenizer: Path | None = None
-    """Folder with the tokenizer's files. None: those in the checkpoint, which only an imported one
-    has."""
+    """Folder with the tokenizer's files. None: those in the checkpoint, if it was imported."""
 
 
 @dataclass(frozen=True)

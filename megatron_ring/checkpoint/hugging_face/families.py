@@ -222,11 +222,11 @@ def unsupported_by_family(family: Family, model: ModelConfig, seq_length: int) -
     """Return the properties of ``model`` that the family cannot express; none if it can."""
     read_back, problems = read_model(family, write_model(family, model, seq_length))
     wanted = _comparable_fields(resolved(model, seq_length))
-    found = _comparable_fields(resolved(read_back, seq_length))
+    expressed = _comparable_fields(resolved(read_back, seq_length))
     return problems + [
-        f"{name} is {wanted[name]}, and can only be {found[name]}."
+        f"{name} is {wanted[name]}, and can only be {expressed[name]}."
         for name in wanted
-        if name in found and wanted[name] != found[name]
+        if name in expressed and wanted[name] != expressed[name]
     ]
 
 

@@ -154,18 +154,18 @@ def _indexed(path: Path) -> dict[str, Header]:
         file_of = validate(document, dict[str, dict[str, str]])["weight_map"]
         for file in set(file_of.values()):
             path_inside(path, file)
-    found = {
+    headers = {
         (name, file): header
         for file in sorted(set(file_of.values()))
         for name, header in _headers_of(path, file)
     }
-    if found.keys() != file_of.items():
-        differing = sorted({name for name, _ in found.keys() ^ file_of.items()})
+    if headers.keys() != file_of.items():
+        differing = sorted({name for name, _ in headers.keys() ^ file_of.items()})
         raise CheckpointError(
             f"{path / INDEX} and the files that it names do not have the same tensors: "
             f"{', '.join(differing[:3])}."
         )
-    return {name: header for (name, _), header in found.items()}
+    return {name: header for (name, _), header in headers.items()}
 
 
 def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str, Header]) -> None:

@@ -139,14 +139,14 @@ def _map_tensors(folder: Folder, family: Family, shapes: Shapes) -> dict[str, Te
     CheckpointError with everything that is missing, unexpected, or of another shape or dtype.
     """
     wanted = _with_names_of_folder(folder, family, tensor_mapping.tensors(family.modules, shapes))
-    found = {
+    headers = {
         name: header for name, header in folder.headers.items() if not name.endswith(family.buffers)
     }
-    problems = [f"{name} is missing." for name in wanted if name not in found]
+    problems = [f"{name} is missing." for name in wanted if name not in headers]
     for name, tensor in wanted.items():
-        if name in found:
-            problems += _header_problems(name, found[name], tensor)
-    for name in found:
+        if name in headers:
+            problems += _header_problems(name, headers[name], tensor)
+    for name in headers:
         if name not in wanted:
             problems += _left_over_problems(folder, name, wanted)
     if problems:
