@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one model: a command line over checkpoint/average.py."""
+"""Averages several checkpoints of one model: the command line of checkpoint/average.py."""
 
 import math
 from dataclasses import dataclass
@@ -16,46 +16,52 @@ from megatron_ring.errors import CheckpointError, ConfigError, reporting_errors
 
 @dataclass(frozen=True)
 class Options:
-    """Write the mean of the weights of CHECKPOINTS to the folder OUT.
+    """Write the mean of the weights of several checkpoints to the folder OUT.
 
-    It is a checkpoint without the optimizer's state, of the step of the newest, in the types of the first.
+    The mean is a checkpoint without optimizer state. Its step is that of the newest checkpoint, its
+    dtypes are those of the first.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """A folder that holds no checkpoints yet; --load takes it."""
+    """Folder for the mean, which must hold no checkpoints yet; use it with --load."""
     checkpoints: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")
     ]
-    """Folders of checkpoints, or ones given as --save, of which the checkpoint that latest names is taken."""
+    """Folders of checkpoints, or --save folders, of which the latest checkpoint is used."""
     last: int = 0
-    """K: the last K checkpoints of the one folder that is given. 0: those that are given."""
+    """K: average the last K checkpoints of the single given folder. 0: average the given ones."""
     weights: tuple[float, ...] = ()
-    """What each counts, in the order given, with --last from the oldest to the newest. Empty: all the same."""
+    """Weights in the order of the checkpoints; with --last, from the oldest. Empty: all equal."""
 
     def problems(self) -> list[str]:
-        """What cannot be met, each with its remedy."""
-        given, count = len(self.checkpoints), self.last or len(self.checkpoints)
-        found = []
+        """Return every invalid option or combination, each with its remedy."""
+        given = len(self.checkpoints)
+        count = self.last or given
+        problems = []
         if count < 2:
-            found.append(
-                f"{count} checkpoints have no mean: 2 or more are needed. Give more, or set --last."
+            problems.append(
+                f"a mean needs at least 2 checkpoints, not {count}. Give more, or set --last."
             )
         if self.last and given != 1:
-            found.append(
-                f"last {self.last} is of one folder, and {given} are given. Drop --last, or give one."
+            problems.append(
+                f"last {self.last} needs one folder, and {given} are given. "
+                "Leave out --last, or give one folder."
             )
         if self.weights and len(self.weights) != count:
-            found.append(
+            problems.append(
                 f"{len(self.weights)} weights are given for {count} checkpoints. Set --weights."
             )
-        bad = [weight for weight in self.weights if not 0 < weight < math.inf]
-        return found + [
-            f"weight {weight:g} must be above 0, and finite. Set --weights." for weight in bad
-        ]
+        for weight in self.weights:
+            if not 0 < weight < math.inf:
+                problems.append(f"weight {weight:g} must be above 0 and finite. Set --weights.")
+        return problems
 
 
 def run(options: Options) -> str:
-    """Check every byte of the checkpoints and write their mean; what was done. Raises ConfigError, CheckpointError."""
+    """Verify every byte of the checkpoints and write their mean; returns a line for the user.
+
+    Raises ConfigError and CheckpointError.
+    """
     if problems := options.problems():
         raise ConfigError(problems)
     paths = _last(options) if options.last else [locate(path).path for path in options.checkpoints]
@@ -63,24 +69,25 @@ def run(options: Options) -> str:
         verify(path)
     weights = list(options.weights) or [1.0] * len(paths)
     written = average(options.out, [Summary.of(path) for path in paths], weights)
-    shares = ", ".join(f"{weight:g} x {path}" for weight, path in zip(weights, paths, strict=True))
-    return f"{written}: the mean of {shares}."
+    terms = ", ".join(f"{weight:g} x {path}" for weight, path in zip(weights, paths, strict=True))
+    return f"{written}: the mean of {terms}."
 
 
 def _last(options: Options) -> list[Path]:
-    """From the oldest to the newest."""
-    found, _ = names.candidates(options.checkpoints[0])
-    if len(found) < options.last:
+    """Return the last checkpoints of the folder, from the oldest to the newest."""
+    newest_first, _ = names.candidates(options.checkpoints[0])
+    if len(newest_first) < options.last:
         raise CheckpointError(
-            f"{options.checkpoints[0]} has {len(found)} checkpoints up to its latest, not {options.last}. Set --last."
+            f"{options.checkpoints[0]} has {len(newest_first)} checkpoints up to its latest, "
+            f"not {options.last}. Set --last."
         )
-    return found[: options.last][::-1]
+    return newest_first[: options.last][::-1]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Leaves with the exit code of the error whose message was printed."""
+    """Run the command line; exits with the error's exit code after printing its message."""
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         print(run(options))
 
 

@@ -1,4 +1,4 @@
-"""One safetensors file of whole tensors from a checkpoint: a command line over checkpoint/single_file.py."""
+"""Writes a checkpoint to one safetensors file: the command line of checkpoint/single_file.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,36 +16,39 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Options:
-    """Write the whole tensors of a checkpoint of any grid and ZeRO stage to one file, under our names for them.
+    """Write the whole tensors of a checkpoint of any grid and ZeRO stage to one file.
 
-    One tensor is in memory at a time, and the file has its name once it is whole.
+    The tensors have the parameter names of this project's GPT. One tensor is in memory at a time,
+    and the file gets its name once it is complete.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """The folder of a checkpoint, or one given as --save: then the checkpoint that latest names."""
+    """Folder of a checkpoint, or a --save folder, of which the latest checkpoint is used."""
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.safetensors")]
-    """The file to write, which must not be there yet. Its metadata has the model's options as JSON, and the step."""
+    """File to write, which must not exist. Its metadata has the step and the model's options."""
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
-    """The type of its tensors. A value that is too large for it is an error."""
+    """dtype of the tensors. A value that is too large for it is an error."""
     kind: Literal["weight", "exp_avg", "exp_avg_sq"] = "weight"
-    """What of each parameter is written: itself, or one of Adam's two moments."""
+    """Which tensor of each parameter is written: itself, or one of Adam's two moments."""
 
     def problems(self) -> list[str]:
-        """What cannot be met, each with its remedy."""
-        found = []
+        """Return every invalid option, each with its remedy."""
+        problems = []
         if self.file.suffix != _SUFFIX:
-            found.append(
-                f"file {self.file} must end in {_SUFFIX}. Nearest: {self.file.with_suffix(_SUFFIX)}."
-            )
+            nearest = self.file.with_suffix(_SUFFIX)
+            problems.append(f"file {self.file} must end in {_SUFFIX}. Nearest: {nearest}.")
         if self.file.exists():
-            found.append(
-                f"file {self.file} is there already. Give FILE another name, or move it away."
+            problems.append(
+                f"file {self.file} already exists. Set FILE to another path, or move the file away."
             )
-        return found
+        return problems
 
 
 def run(options: Options) -> str:
-    """Check every byte of the checkpoint and write the file; what was done. Raises ConfigError, CheckpointError."""
+    """Verify every byte of the checkpoint and write the file; returns a line for the user.
+
+    Raises ConfigError and CheckpointError.
+    """
     if problems := options.problems():
         raise ConfigError(problems)
     path = locate(options.checkpoint).path
@@ -55,9 +58,9 @@ def run(options: Options) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Leaves with the exit code of the error whose message was printed."""
+    """Run the command line; exits with the error's exit code after printing its message."""
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         print(run(options))
 
 

@@ -1,11 +1,11 @@
-"""Checkpoints of Hugging Face's transformers, in and out.
+"""Import and export of Hugging Face transformers checkpoints.
 
     python tools/convert_checkpoint.py import HF_DIR OUT
     python tools/convert_checkpoint.py import HF_DIR OUT --rope-scaling yarn --seq-length 131072
     python tools/convert_checkpoint.py export CHECKPOINT HF_DIR --tokenizer DIR
 
-Llama, Mistral, Qwen 2, Qwen 3 and GPT-2, every tensor exactly, or refused with the reasons. transformers itself is not
-needed.
+Supports Llama, Mistral, Qwen 2, Qwen 3 and GPT-2. Every tensor is converted exactly, or the
+conversion is refused with the reasons. transformers itself is not needed.
 """
 
 from dataclasses import dataclass, field
@@ -32,24 +32,26 @@ from megatron_ring.errors import reporting_errors
 
 @dataclass(frozen=True)
 class Import:
-    """Write OUT, a folder that --load takes, from HF_DIR, a folder of config.json and safetensors files."""
+    """Import HF_DIR, a transformers model, into OUT, a folder for --load."""
 
-    hf_dir: Annotated[Path, tyro.conf.Positional]
-    """What transformers' save_pretrained has written."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """A folder that is not there yet, or empty."""
+    hf_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HF_DIR")]
+    """Folder with config.json and safetensors files, as written by save_pretrained."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the checkpoint, which must be new or empty."""
     stretch: Annotated[Stretch, tyro.conf.OmitArgPrefixes] = field(default_factory=Stretch)
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write HF_DIR, a folder that transformers loads, from CHECKPOINT, whatever processes wrote that."""
+    """Export CHECKPOINT, written on any grid, into HF_DIR, a folder for transformers."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The folder of a checkpoint, or a --save folder: then its newest."""
-    hf_dir: Annotated[Path, tyro.conf.Positional]
-    """A folder that is not there yet, or empty."""
-    form: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExportOptions)
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder of a checkpoint, or a --save folder, of which the newest checkpoint is used."""
+    hf_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HF_DIR")]
+    """Folder for the model, which must be new or empty."""
+    export: Annotated[ExportOptions, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=ExportOptions
+    )
 
 
 Command = (
@@ -58,76 +60,82 @@ Command = (
 )
 
 
-def run_import(options: Import) -> None:
-    """Import, and tell what came of it and how to go on. Raises CheckpointError, ConfigError."""
-    done = import_folder(options.hf_dir, options.out, options.stretch)
-    stored = Summary.of(done.path)
-    types = _named({stored.tensors.dtype(name) for name in stored.tensors.shapes})
-    print(f"{done.path}: {done.family}, {stored.parameters:,} parameters in {types}")
+def run_import(command: Import) -> None:
+    """Import a model and print the result and the next steps.
+
+    Raises CheckpointError and ConfigError.
+    """
+    imported = import_folder(command.hf_dir, command.out, command.stretch)
+    stored = Summary.of(imported.path)
+    dtypes = _describe_dtypes({stored.tensors.dtype(name) for name in stored.tensors.shapes})
+    print(f"{imported.path}: {imported.family}, {stored.parameters:,} parameters in {dtypes}")
     sizes = f"vocab_size {stored.state.vocab_size:,}, seq_length {stored.state.seq_length:,}"
-    print(f"{sizes}, RoPE {_rope(stored.config.model)}")
-    print(
-        f"carried along in {CARRIED}/: {', '.join(done.carried) or 'no tokenizer, there was none'}"
-    )
-    if done.dropouts:
-        print(f"not carried along: {', '.join(done.dropouts)}; the models here have no dropout")
-    for note in done.notes:
+    print(f"{sizes}, {_describe_positions(stored.config.model)}")
+    copied = ", ".join(imported.carried) or "no tokenizer, the folder has none"
+    print(f"copied to {CARRIED}/: {copied}")
+    if imported.dropouts:
+        print(f"not imported: {', '.join(imported.dropouts)}; dropout is not supported")
+    for note in imported.notes:
         print(note)
-    for tokenizer in {"tokenizer.json", "tokenizer.model"}.intersection(done.carried):
-        print(
-            f"prepare text for it with: tools/prepare_data.py --tokenizer-model {done.path / CARRIED / tokenizer}"
-        )
-    print(f"train it with: pretrain_gpt.py --config {done.path / CONFIG} --load {options.out}")
+    for name in {"tokenizer.json", "tokenizer.model"}.intersection(imported.carried):
+        tokenizer = imported.path / CARRIED / name
+        print(f"to prepare data: tools/prepare_data.py --tokenizer-model {tokenizer}")
+    config = imported.path / CONFIG
+    print(f"to train: pretrain_gpt.py --config {config} --load {command.out}")
 
 
-def _named(types: set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+def _describe_dtypes(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _rope(model: ModelConfig) -> str:
+def _describe_positions(model: ModelConfig) -> str:
     if model.position_embedding_type != "rope":
-        return "none, positions are learned"
-    stretch = (
-        f", {model.rope_scaling} x {model.rope_scaling_factor:g}"
-        if model.rope_scaling != "none"
-        else ""
-    )
-    return f"of base {model.rotary_base:g}{stretch}"
+        return "learned positions"
+    if model.rope_scaling == "none":
+        return f"RoPE base {model.rotary_base:g}"
+    scaling = f"{model.rope_scaling} x {model.rope_scaling_factor:g}"
+    return f"RoPE base {model.rotary_base:g}, {scaling}"
 
 
-def run_export(options: Export) -> None:
-    """Export, and tell what came of it. Raises CheckpointError, and ConfigError for a size that is none."""
-    done = export_checkpoint(options.checkpoint, options.hf_dir, options.form)
-    if done.checkpoint.note:
-        print(done.checkpoint.note)
+def run_export(command: Export) -> None:
+    """Export a checkpoint and print the result.
+
+    Raises CheckpointError, and ConfigError for an invalid shard size.
+    """
+    exported = export_checkpoint(command.checkpoint, command.hf_dir, command.export)
+    if exported.checkpoint.note:
+        print(exported.checkpoint.note)
+    dtypes = _describe_dtypes(exported.dtypes)
     print(
-        f"{options.hf_dir}: {done.checkpoint.path} as {done.family} in {_named(done.dtypes)}, {len(done.files)} files"
+        f"{command.hf_dir}: {exported.checkpoint.path} as {exported.family} in {dtypes}, "
+        f"{len(exported.files)} files"
     )
-    print(f"family {done.family}: {done.reason}")
-    print(
-        f"its longest sequence, by how it was trained or stretched, is of {done.longest:,} tokens"
-    )
-    print(_ends(done.special))
-    print(f"tokenizer and generation_config.json: {_beside(done)}")
+    print(f"family {exported.family}: {exported.reason}")
+    print(f"longest sequence, as trained or after RoPE scaling: {exported.longest:,} tokens")
+    print(_describe_end_of_text(exported.special))
+    print(f"tokenizer and generation_config.json: {_describe_other_files(exported)}")
 
 
-def _beside(done: Exported) -> str:
-    """Return the names of the files that were copied or made beside the model, and what to set without any copied."""
-    made = [GENERATION] if GENERATION in done.files else []
-    if done.carried:
-        return ", ".join(done.carried + made)
-    found = "generation_config.json alone" if made else "none"
-    return f"{found}, the checkpoint has no tokenizer. Set --tokenizer to the folder of one to have it there"
+def _describe_other_files(exported: Exported) -> str:
+    """Return the names of the files copied or written beside the model, or the flag to set."""
+    written = [GENERATION] if GENERATION in exported.files else []
+    if exported.carried:
+        return ", ".join(exported.carried + written)
+    present = f"{GENERATION} only" if written else "none"
+    return f"{present}; the checkpoint has no tokenizer. Set --tokenizer to a folder with one"
 
 
-def _ends(special: SpecialTokens) -> str:
+def _describe_end_of_text(special: SpecialTokens) -> str:
     if not special.source:
-        return "eos_token_id is not known, so generation ends at its length alone. Set --tokenizer to have it there"
+        return (
+            "eos_token_id is unknown, so generation stops only at its length limit. "
+            "Set --tokenizer to a folder that has it"
+        )
     return f"eos_token_id {special.ids['eos_token_id']}, from {special.source}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Leaves with the exit code of the error whose message was printed."""
+    """Run the command line; exits with the error's exit code after printing its message."""
     with reporting_errors():
         command = tyro.cli(Command, args=arguments, description=__doc__)
         {Import: run_import, Export: run_export}[type(command)](command)

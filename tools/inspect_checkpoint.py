@@ -1,4 +1,4 @@
-"""What is in a checkpoint, how it was made, and in what two differ: a command line over checkpoint/summary.py."""
+"""Shows the content and provenance of a checkpoint, or the difference of two checkpoints."""
 
 import json
 import sys
@@ -16,47 +16,48 @@ from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.errors import reporting_errors
 
-EQUAL, DIFFERENT = 0, 1
+EQUAL = 0
+DIFFERENT = 1
 
 
 @dataclass(frozen=True)
 class Options:
-    """Show a checkpoint, or compare two: then the exit code is 0 where all tensors are equal, and 1 where not.
+    """Show a checkpoint, or compare two: the exit code is 0 if all tensors are equal, otherwise 1.
 
-    Options that differ are shown, and do not count. Norm, mean and largest are of the finite elements.
+    Options that differ are shown but do not change the exit code. Norm, mean and largest value are
+    over the finite elements.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """The folder of a checkpoint, or one given as --save: then the checkpoint that latest names."""
+    """Folder of a checkpoint, or a --save folder, of which the latest checkpoint is used."""
     other: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[OTHER]")] = None
-    """Another, to compare it with."""
+    """Checkpoint to compare it with."""
     kind: Literal["weight", "exp_avg", "exp_avg_sq"] = "weight"
-    """What of each parameter is looked at: itself, or one of Adam's two moments."""
+    """Which tensor of each parameter is shown: itself, or one of Adam's two moments."""
     tensors: str = "*"
-    """Which parameters, as a shell pattern: 'blocks.0.*'."""
+    """Shell pattern for the names of the parameters, such as 'blocks.0.*'."""
     verify: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Before anything else, read every byte and check it against the checksum it was written with."""
+    """First verify every byte against the checksums stored in the checkpoint."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of text."""
 
 
 def run(options: Options) -> int:
-    """Print what was asked for; the exit code. Raises CheckpointError."""
-    summaries = [
-        _opened(path, options.verify) for path in (options.checkpoint, options.other) if path
-    ]
+    """Print the summary or the comparison and return the exit code. Raises CheckpointError."""
+    summary = _open(options.checkpoint, options.verify)
     if options.other is None:
-        return _show(*summaries, options)
-    return _compare(Comparison(*summaries, options.kind, options.tensors), options.json)
+        return _show(summary, options)
+    other = _open(options.other, options.verify)
+    return _compare(Comparison(summary, other, options.kind, options.tensors), options.json)
 
 
-def _opened(given: Path, verified: bool) -> Summary:
+def _open(given: Path, verify_bytes: bool) -> Summary:
     located = locate(given)
     if located.note:
         print(located.note, file=sys.stderr)
-    if verified:
+    if verify_bytes:
         verify(located.path)
-        print(f"{located.path}: verified, every byte is as it was written.", file=sys.stderr)
+        print(f"{located.path}: verified, every byte matches its checksum.", file=sys.stderr)
     return Summary.of(located.path)
 
 
@@ -64,11 +65,10 @@ def _show(summary: Summary, options: Options) -> int:
     names = summary.names(options.kind, options.tensors)
     rows = _rows(summary.rows(names, options.kind), len(names))
     if options.json:
-        print(
-            json.dumps(report.document(summary) | {"kind": options.kind, "tensors": rows}, indent=2)
-        )
+        document = report.summary_document(summary) | {"kind": options.kind, "tensors": rows}
+        print(json.dumps(document, indent=2))
     else:
-        print(*report.described(summary), *report.table(rows), sep="\n")
+        print(*report.summary_lines(summary), *report.table(rows), sep="\n")
     return EQUAL
 
 
@@ -78,19 +78,14 @@ def _compare(comparison: Comparison, as_json: bool) -> int:
     different = [row["name"] for row in rows if not row["equal"]]
     equal = names.same and not different
     if as_json:
-        print(
-            json.dumps(
-                report.comparison_document(comparison, names) | {"tensors": rows, "equal": equal},
-                indent=2,
-            )
-        )
+        document = report.comparison_document(comparison, names)
+        print(json.dumps(document | {"tensors": rows, "equal": equal}, indent=2))
     else:
-        print(*report.compared(comparison, names), *report.table(rows), sep="\n")
-        print(
-            "equal"
-            if equal
-            else f"different: the values of {len(different)} of {len(rows)} tensors in both"
-        )
+        print(*report.comparison_lines(comparison, names), *report.table(rows), sep="\n")
+        if equal:
+            print("equal")
+        else:
+            print(f"different: the values of {len(different)} of {len(rows)} common tensors")
     return EQUAL if equal else DIFFERENT
 
 
@@ -99,9 +94,12 @@ def _rows(rows: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code. Leaves with that of the error whose message was printed."""
+    """Run the command line and return its exit code.
+
+    Exits with the error's exit code after printing its message.
+    """
     with reporting_errors():
-        options = tyro.cli(Options, args=arguments, description=Options.__doc__)
+        options = tyro.cli(Options, args=arguments)
         return run(options)
 
 

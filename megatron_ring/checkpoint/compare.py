@@ -1,17 +1,20 @@
-"""Two checkpoints side by side: the options, the parameters and the values in which they differ."""
+"""Comparison of two checkpoints: the options, parameters and values in which they differ."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_ring.checkpoint.statistics import difference, type_name
-from megatron_ring.checkpoint.summary import Summary, differing
+from megatron_ring.checkpoint.statistics import difference, dtype_name
+from megatron_ring.checkpoint.summary import Summary, differing_options
 from megatron_ring.checkpoint.tensors import Shapes
 
 
 @dataclass(frozen=True)
-class Names:
-    """Parameters by where they are: only in the first, only in the second, in both with two shapes or with one."""
+class ComparedNames:
+    """Parameter names of two models: only in one of them, or in both with or without equal shapes.
+
+    common: in both, with the same shape.
+    """
 
     only_first: list[str]
     only_second: list[str]
@@ -20,14 +23,14 @@ class Names:
 
     @property
     def same(self) -> bool:
-        """Whether both have the same parameters, shapes included."""
+        """Whether both have the same parameters with the same shapes."""
         return not (self.only_first or self.only_second or self.reshaped)
 
 
-def sorted_out(a: Shapes, b: Shapes) -> Names:
-    """The names of two models' parameters."""
+def compare_names(a: Shapes, b: Shapes) -> ComparedNames:
+    """Compare the parameter names and shapes of two models."""
     both = sorted(a.keys() & b.keys())
-    return Names(
+    return ComparedNames(
         only_first=sorted(a.keys() - b.keys()),
         only_second=sorted(b.keys() - a.keys()),
         reshaped=[name for name in both if a[name] != b[name]],
@@ -37,7 +40,11 @@ def sorted_out(a: Shapes, b: Shapes) -> Names:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is asked of two checkpoints: what is kept as ``kind`` of the parameters whose names fit ``pattern``."""
+    """A comparison of two checkpoints.
+
+    kind: which tensors of each parameter to compare (``tensors.KINDS``). pattern: shell pattern for
+    the names of the parameters.
+    """
 
     a: Summary
     b: Summary
@@ -46,22 +53,30 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, tuple[Any, Any]]:
-        """The options in which they differ, with the value of each."""
-        return differing(self.a.config, self.b.config)
+        """The options in which the two configs differ, with both values of each."""
+        return differing_options(self.a.config, self.b.config)
 
-    def names(self) -> Names:
-        """Which parameters are compared, and which cannot be. Raises CheckpointError where there is nothing to do."""
+    def names(self) -> ComparedNames:
+        """Return which parameters can be compared and which cannot.
+
+        Raises CheckpointError if a checkpoint lacks ``kind`` or no name matches ``pattern``.
+        """
         self.a.check_kind(self.kind)
         self.b.check_kind(self.kind)
-        of_a, of_b = self.a.shapes(self.pattern), self.b.shapes(self.pattern)
-        self.a.check_found(of_a | of_b, self.pattern)
-        return sorted_out(of_a, of_b)
+        shapes_a = self.a.shapes(self.pattern)
+        shapes_b = self.b.shapes(self.pattern)
+        self.a.check_match(shapes_a | shapes_b, self.pattern)
+        return compare_names(shapes_a, shapes_b)
 
-    def rows(self, names: Names) -> Iterator[dict[str, Any]]:
-        """Name and difference of what both have in one shape; one tensor of each is in memory at a time."""
+    def rows(self, names: ComparedNames) -> Iterator[dict[str, Any]]:
+        """Yield the name and the difference of each common parameter.
+
+        One tensor of each checkpoint is in memory at a time.
+        """
         return map(self._row, names.common)
 
     def _row(self, name: str) -> dict[str, Any]:
-        of_a, of_b = (one.tensors.read(name, self.kind) for one in (self.a, self.b))
-        types = dict.fromkeys([type_name(of_a), type_name(of_b)])
-        return {"name": name, "type": ", ".join(types)} | asdict(difference(of_a, of_b))
+        values_a = self.a.tensors.read(name, self.kind)
+        values_b = self.b.tensors.read(name, self.kind)
+        dtypes = dict.fromkeys([dtype_name(values_a), dtype_name(values_b)])
+        return {"name": name, "type": ", ".join(dtypes)} | asdict(difference(values_a, values_b))

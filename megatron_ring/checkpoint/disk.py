@@ -1,8 +1,8 @@
-"""What the disk holds when: after a power cut, no name on it stands for bytes that are not there.
+"""Durable writes: after a power cut, no name on the disk refers to bytes that are not there.
 
-A file's bytes and the name it has in its folder reach the disk apart, in any order, unless each is asked for with
-fsync: the bytes on the file, the names on the folder. A rename that is not flushed can be lost, and one that is
-flushed before its bytes can outlive them.
+A file's bytes and its name in the folder reach the disk independently and in any order, unless each
+is flushed with fsync: the bytes on the file, the names on the folder. A rename that is not flushed
+can be lost, and a rename that is flushed before the bytes can outlive them.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from megatron_ring.errors import CheckpointError
 
 
 def flush(path: Path) -> None:
-    """Block until the disk holds a file's bytes, or the names in a folder."""
+    """Block until a file's bytes, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,24 +25,24 @@ def flush(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and those above it, each held by the disk."""
+    """Create ``folder`` and its missing parents, each durably."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        flush(made.parent)
+    for created in missing:
+        flush(created.parent)
 
 
 def flush_names(folder: Path) -> None:
-    """Flush ``folder`` and every folder in it, but none of their files."""
+    """Flush ``folder`` and every folder inside it, but none of their files."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             flush(path)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file and flush its bytes; its name is the folder's to flush.
+    """Write a file and flush its bytes; the caller flushes the folder for its name.
 
-    Replaces a file or a link of that name; what a link leads to is never written.
+    Replaces a file or a link of that name; the target of a link is never written to.
     """
     with untrusted.create(path) as file:
         file.write(content)
@@ -50,15 +50,18 @@ def write(path: Path, content: bytes) -> None:
 
 
 def rename(path: Path, name: Path) -> None:
-    """Give ``path``, flushed before, another name in the same folder, and flush that too. Replaces a file."""
+    """Rename an already flushed ``path`` within its folder and flush the folder.
+
+    Replaces a file of that name.
+    """
     path.replace(name)
     flush(name.parent)
 
 
 def delete(folder: Path) -> None:
-    """Take a folder away, as far as that goes: what stays is under a hidden name and tried again by the next save.
+    """Delete a folder as far as possible, or only the link if it is a link to a folder.
 
-    Of a link to a folder only the link goes.
+    The remainder has a hidden name, and the next save tries to delete it again.
     """
     if folder.is_symlink():
         with contextlib.suppress(OSError):
@@ -69,10 +72,11 @@ def delete(folder: Path) -> None:
 
 @contextlib.contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system says against writing to ``folder`` into CheckpointError."""
+    """Raise CheckpointError for an OSError while writing to ``folder``."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write a checkpoint to {folder}: {error.strerror}. Choose another folder (in a run: --save)."
+            f"cannot write a checkpoint to {folder}: {error.strerror}. Choose another folder "
+            "(for a run: --save)."
         ) from error

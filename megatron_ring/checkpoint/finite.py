@@ -1,4 +1,4 @@
-"""Finite tensors: a checkpoint with nan or infinity in it is neither written nor loaded."""
+"""Checks for non-finite values: a checkpoint with nan or infinity is neither written nor loaded."""
 
 import torch
 
@@ -10,16 +10,17 @@ class NotFinite(CheckpointError):
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise NotFinite, with ``name`` and a count, where ``values`` has nan or infinity."""
+    """Raise NotFinite, with ``name`` and a count, if ``values`` has nan or infinity."""
     if count := count_not_finite(values):
         raise NotFinite(not_finite(name, count))
 
 
 def count_not_finite(values: torch.Tensor) -> int:
-    """How many elements are nan or infinite. Blocks until the device of ``values`` has counted.
+    """Return how many elements are nan or infinite.
 
-    A sum is finite only if every addend is, and takes one pass without a copy. A sum of finite
-    elements may overflow, so elements are looked at one by one where it is not finite.
+    Blocks until the device of ``values`` has counted. A finite sum proves that every element is
+    finite and takes one pass without a copy. Finite elements may have a sum that overflows, so
+    elements are counted one by one if the sum is not finite.
     """
     wide = torch.float32 if values.dtype.itemsize < 4 else values.dtype
     if values.sum(dtype=wide).isfinite():
@@ -28,5 +29,7 @@ def count_not_finite(values: torch.Tensor) -> int:
 
 
 def not_finite(name: str, count: int) -> str:
-    """What an error says of a tensor of which ``count`` elements are not finite."""
-    return f"{name} has {count:,} value{'s' * (count > 1)} that {'are' if count > 1 else 'is'} nan or infinite"
+    """Return the error message for a tensor with ``count`` non-finite elements."""
+    if count == 1:
+        return f"{name} has 1 value that is nan or infinite"
+    return f"{name} has {count:,} values that are nan or infinite"

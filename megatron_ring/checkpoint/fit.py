@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that would resume from it: the same model, over whatever processes."""
+"""Whether a run can resume from a checkpoint: the same model and data, on any grid of processes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -8,67 +8,76 @@ from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError, flag
 
-# What makes a model compute otherwise with the same tensors.
+# Options that change what a model computes but not the names and shapes of its tensors.
 _WITHOUT_TENSORS = {
-    "norm_epsilon", "rotary_base", "rope_scaling", "rope_scaling_factor", "rope_original_length", "init_method_std",
-    "window_size", "window_attn_skip_freq", "attention_dropout", "attn_logit_softcapping",
-}  # fmt: skip
+    "norm_epsilon",
+    "rotary_base",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "rope_original_length",
+    "init_method_std",
+    "window_size",
+    "window_attn_skip_freq",
+    "attention_dropout",
+    "attn_logit_softcapping",
+}
 
 
 def check_same_model(
     stored: Stored, config: Config, vocab_size: int, tensors_alone: bool = False
 ) -> None:
-    """Raise CheckpointError, naming every option that differs, when the checkpoint is of another model.
+    """Raise CheckpointError, naming every differing option, if the checkpoint is of another model.
 
-    ``tensors_alone``: of one that has other tensors, which is all that matters to a new run from its weights.
+    With ``tensors_alone`` only the tensors have to agree, which is what a new run that starts from
+    the weights needs.
     """
     ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
     now = config.model
     then = read_config(stored.path).model
-    differing = [
+    seq_length_then = stored.state.seq_length
+    seq_length_now = config.data.seq_length
+    problems = [
         f"{name} {there} there, {here} here. Set {flag(name)}."
-        for name, there, here in _model_differences(
-            then, stored.state.seq_length, now, config.data.seq_length
-        )
+        for name, there, here in _model_differences(then, seq_length_then, now, seq_length_now)
         if name not in ignored
     ]
     if stored.state.vocab_size != vocab_size:
-        differing.append(
-            f"vocab_size {stored.state.vocab_size} there, {vocab_size} here. Set --tokenizer-model or "
-            "--padded-vocab-size."
+        problems.append(
+            f"vocab_size {stored.state.vocab_size} there, {vocab_size} here. "
+            "Set --tokenizer-model or --padded-vocab-size."
         )
-    if (
-        now.position_embedding_type == "learned_absolute"
-        and stored.state.seq_length != config.data.seq_length
-    ):
-        differing.append(
-            f"seq_length {stored.state.seq_length} there, {config.data.seq_length} here. Set --seq-length."
+    learned_positions = now.position_embedding_type == "learned_absolute"
+    if learned_positions and seq_length_then != seq_length_now:
+        problems.append(
+            f"seq_length {seq_length_then} there, {seq_length_now} here. Set --seq-length."
         )
-    if differing:
-        raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *differing])
+    if problems:
+        raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *problems])
 
 
 def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
-    """Raise CheckpointError, naming each token store, when the run would read other tokens than the checkpoint's run.
+    """Raise CheckpointError if this run would read other tokens than the checkpoint's run.
 
-    ``here``: see changed_stores.
+    The error names each token store that differs. ``here``: see ``changed_stores``.
     """
     if changed := changed_stores(stored, here):
         raise CheckpointError(
             [
                 f"{stored.path} was trained on other data than --data-path names, so sample "
-                f"{stored.state.consumed_samples:,}, where it goes on, is of another text. Restore the data, set "
-                "--data-path to it, or go on all the same with --allow-other-data:",
+                f"{stored.state.consumed_samples:,}, from which it would resume, is different "
+                "text. Restore the data, set --data-path to it, or resume on the new data with "
+                "--allow-other-data:",
                 *changed,
             ]
         )
 
 
 def changed_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
-    """State each token store that only one of the checkpoint's run and this run reads, with its counts.
+    """Describe each token store that only one of the checkpoint's run and this run reads.
 
-    ``here``: the fingerprints (data/fingerprint.py) of the stores that the run reads. Neither the order nor the weights
-    of a blend matter, nor a store's path. Nothing is known of a checkpoint from before fingerprints were kept.
+    ``here``: the fingerprints (data/fingerprint.py) of the stores that this run reads. The order
+    and weights of a blend do not matter, nor does a store's path. A checkpoint written before
+    fingerprints were kept matches any data.
     """
     there = list(stored.state.data)
     if not there:
@@ -81,58 +90,66 @@ def changed_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
         else:
             there.remove(same)
     names = dict.fromkeys(store.get("prefix", "") for store in [*there, *added])
-    return [_changed_store(name, there, added) for name in names]
+    return [_describe_change(name, there, added) for name in names]
 
 
 def _same_tokens(one: dict[str, Any], other: dict[str, Any]) -> bool:
     manifests = one.get("manifest_sha256"), other.get("manifest_sha256")
-    return (not all(manifests) or len(set(manifests)) == 1) and all(
-        one.get(key) == other.get(key) for key in ("documents", "tokens", "sampled_sha256")
-    )
+    if all(manifests) and len(set(manifests)) != 1:
+        return False
+    return all(one.get(key) == other.get(key) for key in ("documents", "tokens", "sampled_sha256"))
 
 
-def _changed_store(name: str, there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
-    """State how the store ``name``, of one of the lists or of both, differs."""
-    before, now = _size(name, there), _size(name, here)
+def _describe_change(name: str, there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
+    """Describe how the store ``name``, which is in one of the lists or in both, differs."""
+    before = _size(name, there)
+    now = _size(name, here)
     content = " of other content" if before == now else ""
     return f"token store {name}: {before} there, {now}{content} here."
 
 
 def _size(name: str, stores: list[dict[str, Any]]) -> str:
-    found = next((store for store in stores if store.get("prefix") == name), None)
-    return (
-        f"{found.get('tokens')} tokens in {found.get('documents')} documents"
-        if found
-        else "not read"
-    )
+    for store in stores:
+        if store.get("prefix") == name:
+            return f"{store.get('tokens')} tokens in {store.get('documents')} documents"
+    return "not read"
 
 
 def other_data(stored: Stored, config: Config) -> list[str]:
-    """What has the run read other samples under the same numbers than the checkpoint's, in words."""
+    """Describe the differing options that change which text a sample number refers to."""
     then = read_config(stored.path)
-    data = (replace(section, split=section.shares) for section in (then.data, config.data))
-    found = [*_differences(*data), ("seed", then.training.seed, config.training.seed)]
-    return [f"{name} {there} there, {here} here" for name, there, here in found if there != here]
+    data_then = replace(then.data, split=then.data.shares)
+    data_now = replace(config.data, split=config.data.shares)
+    differences = [
+        *_differences(data_then, data_now),
+        ("seed", then.training.seed, config.training.seed),
+    ]
+    return [
+        f"{name} {there} there, {here} here" for name, there, here in differences if there != here
+    ]
 
 
 def _model_differences(
-    then: ModelConfig, then_length: int, now: ModelConfig, now_length: int
+    then: ModelConfig, seq_length_then: int, now: ModelConfig, seq_length_now: int
 ) -> Iterator[tuple[str, Any, Any]]:
-    """``_differences`` of what two models are: a default and the same value spelled out are one model.
+    """Yield ``_differences`` of two models; a default equals the same value given explicitly.
 
-    The lengths are seq_length, from which the default of rope_original_length follows.
+    The default of rope_original_length follows from seq_length.
     """
-    same = set()
+    equivalent = set()
     if _windows(then) == _windows(now):
-        same |= {"window_size", "window_attn_skip_freq"}
+        equivalent |= {"window_size", "window_attn_skip_freq"}
     if then.position_embedding_type == now.position_embedding_type == "learned_absolute":
-        same |= {"rotary_base"}
+        equivalent |= {"rotary_base"}
     if then.rope_scaling != now.rope_scaling:
-        same |= {"rope_original_length"}  # what its default is follows from that
-    for name, there, here in _differences(_resolved(then, then_length), _resolved(now, now_length)):
-        # A default that follows from other sizes: those are the difference. This one follows from seq_length too.
+        equivalent |= {"rope_original_length"}  # its default follows from rope_scaling
+    resolved_then = _resolved(then, seq_length_then)
+    resolved_now = _resolved(now, seq_length_now)
+    for name, there, here in _differences(resolved_then, resolved_now):
+        # A default derived from other sizes is not reported: those sizes are the difference. The
+        # default of rope_original_length is, because it follows from seq_length too.
         derived = getattr(then, name) == getattr(now, name) and name != "rope_original_length"
-        if name not in same and not derived:
+        if name not in equivalent and not derived:
             yield name, there, here
 
 
@@ -141,21 +158,23 @@ def _windows(model: ModelConfig) -> list[int]:
 
 
 def _resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
-    """The same model with every size in the place of the 0 that stands for it."""
-    original = model.rope_original_length
+    """Return the same model with every 0 that stands for a default replaced by its value."""
+    original_length = model.rope_original_length
     if model.rope_scaling in ("yarn", "llama3"):
-        original = original or seq_length / model.rope_scaling_factor
+        original_length = original_length or seq_length / model.rope_scaling_factor
     return replace(
         model,
         num_query_groups=model.key_value_heads,
         kv_channels=model.head_dim,
         ffn_hidden_size=model.feed_forward_size,
-        rope_original_length=original,
+        rope_original_length=original_length,
     )
 
 
 def _differences(then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, there, here) of each field of a section that differs."""
-    for f in fields(now):
-        if getattr(then, f.name) != getattr(now, f.name):
-            yield f.name, getattr(then, f.name), getattr(now, f.name)
+    """Yield (name, there, here) for each field of a config section that differs."""
+    for field in fields(now):
+        there = getattr(then, field.name)
+        here = getattr(now, field.name)
+        if there != here:
+            yield field.name, there, here

@@ -1,6 +1,6 @@
-"""What a folder without a checkpoint of ours is: another program's checkpoint, or something else.
+"""Recognises the checkpoint formats of other programs by file names, for error messages.
 
-Only names are looked at, of the folder itself and of what lies directly in it. No torch.
+Only the names of the folder itself and of its direct entries are examined. Does not import torch.
 """
 
 import re
@@ -15,16 +15,16 @@ LITTER = re.compile(
 )
 """Files that operating systems and network file systems leave in folders."""
 
-_IMPORT = "tools/convert_checkpoint.py import {folder} OUT, and --load OUT, make a run from it."
+_IMPORT = "Convert it with tools/convert_checkpoint.py import {folder} OUT and use --load OUT."
 _BY_HUGGING_FACE = (
-    "No tool here reads it. Write it as a Hugging Face folder with {tool}, and convert that with "
+    "No tool here reads it. Export it to a Hugging Face folder with {tool}, and convert that with "
     "tools/convert_checkpoint.py import."
 )
 
 
 @dataclass(frozen=True)
 class _Format:
-    """A kind of checkpoint: the folder has one of ``names`` and, if given, one of ``also``."""
+    """A checkpoint format: the folder has an entry of ``names`` and, if given, one of ``also``."""
 
     title: str
     names: re.Pattern
@@ -45,13 +45,14 @@ _FORMATS = (
         "a Hugging Face adapter",
         re.compile(r"adapter_config\.json"),
         None,
-        "An adapter is no model: merge it into its model with peft, save that with save_pretrained, and convert it "
-        "with tools/convert_checkpoint.py import.",
+        "An adapter is not a complete model: merge it into its base model with peft, save that "
+        "with save_pretrained, and convert it with tools/convert_checkpoint.py import.",
     ),
     _Format(
         "a DeepSpeed checkpoint",
         re.compile(
-            r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt|zero_pp_rank_.*"
+            r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt"
+            r"|mp_rank_\d+_model_states\.pt|zero_pp_rank_.*"
         ),
         None,
         _BY_HUGGING_FACE.format(tool="DeepSpeed's zero_to_fp32.py and the model's save_pretrained"),
@@ -59,7 +60,8 @@ _FORMATS = (
     _Format(
         "a Megatron checkpoint",
         re.compile(
-            r"latest_checkpointed_iteration\.txt|iter_\d{7,}|mp_rank_\d{2,3}(_\d{3})*|model_optim_rng\.pt"
+            r"latest_checkpointed_iteration\.txt|iter_\d{7,}"
+            r"|mp_rank_\d{2,3}(_\d{3})*|model_optim_rng\.pt"
         ),
         None,
         _BY_HUGGING_FACE.format(
@@ -80,39 +82,39 @@ _OWN = re.compile(r"state\.json|tensors\.json|part-\d{5,}\.safetensors")
 
 
 def check_no_other(folder: Path) -> None:
-    """Raise CheckpointError where ``folder`` is a file, a foreign checkpoint or a broken one."""
+    """Raise CheckpointError if ``folder`` is a file, a foreign checkpoint or an incomplete one."""
     if folder.is_file():
         raise CheckpointError(
             f"{folder} is a file, and checkpoints are folders. Nearest: {folder.absolute().parent}."
         )
-    found = content(folder)
+    entries = content(folder)
     for known in _FORMATS:
-        of_it = [name for name in found if known.names.fullmatch(name)]
-        if of_it and (known.also is None or any(map(known.also.fullmatch, found))):
-            raise CheckpointError(
-                f"{folder} is {known.title} ({of_it[0]}). {known.remedy.replace('{folder}', str(folder))}"
-            )
-    if of_ours := [name for name in found if _OWN.fullmatch(name)]:
+        matching = [name for name in entries if known.names.fullmatch(name)]
+        if matching and (known.also is None or any(map(known.also.fullmatch, entries))):
+            remedy = known.remedy.replace("{folder}", str(folder))
+            raise CheckpointError(f"{folder} is {known.title} ({matching[0]}). {remedy}")
+    if own := [name for name in entries if _OWN.fullmatch(name)]:
         raise CheckpointError(
-            f"{folder} is a checkpoint that is not whole: it has {of_ours[0]}, and no state.json."
+            f"{folder} is a checkpoint that is not whole: it has {own[0]} but no state.json."
         )
-    if weights := [name for name in found if _WEIGHTS.fullmatch(name)]:
+    if weights := [name for name in entries if _WEIGHTS.fullmatch(name)]:
         raise CheckpointError(
-            f"{folder} holds no checkpoint, which is a folder named step-NNNNNNNN, but has {weights[0]}. Weights of "
-            "other programs come by way of a Hugging Face folder: tools/convert_checkpoint.py import."
+            f"{folder} holds no checkpoint (a folder named step-NNNNNNNN) but has {weights[0]}. "
+            "Export the weights of another program to a Hugging Face folder first, and convert "
+            "that with tools/convert_checkpoint.py import."
         )
 
 
 def within(folder: Path) -> list[Path]:
-    """The folders directly in ``folder`` that hold checkpoints of ours."""
-    found = (folder / name for name in content(folder))
-    return [path for path in found if path.is_dir() and names.checkpoints(path)]
+    """Return the folders directly in ``folder`` that hold checkpoints of this project."""
+    paths = (folder / name for name in content(folder))
+    return [path for path in paths if path.is_dir() and names.checkpoints(path)]
 
 
 def content(folder: Path) -> list[str]:
-    """The names in ``folder``, sorted, without litter; none where it does not exist.
+    """Return the names in ``folder``, sorted and without litter; none if it does not exist.
 
-    Raises CheckpointError where it cannot be read.
+    Raises CheckpointError if it cannot be read.
     """
     try:
         return sorted(path.name for path in folder.iterdir() if not LITTER.fullmatch(path.name))

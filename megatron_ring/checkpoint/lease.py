@@ -48,7 +48,7 @@ LOOKS = 12
 """Polls of an unchanged lease before it is taken over: twelve missed renewals, one minute."""
 
 # A run writes its lease right after creating the file, so it is readable after this delay.
-_SECOND_LOOK_SECONDS = 0.2
+_SECOND_READ_SECONDS = 0.2
 
 Report = Callable[[str], None]
 
@@ -99,54 +99,54 @@ def check_not_held(
     """
     owner = Owner.here()
     with disk.write_errors(folder):
-        while folder.is_dir() and (found := newest(folder)):
-            if _is_free(folder, found, owner, report, looks, seconds):
+        while folder.is_dir() and (current := newest(folder)):
+            if _is_free(folder, current, owner, report, looks, seconds):
                 return
 
 
 def _is_free(
-    folder: Path, found: LeaseFile, owner: Owner, report: Report, looks: int, seconds: float
+    folder: Path, current: LeaseFile, owner: Owner, report: Report, looks: int, seconds: float
 ) -> bool:
-    """Return True once the lease ``found`` may be taken over, False if another one replaced it.
+    """Return True once the lease ``current`` may be taken over, False if another one replaced it.
 
     Raises CheckpointError if its run is alive.
     """
-    for look in range(looks):
-        if found.is_released:
+    for poll in range(looks):
+        if current.is_released:
             return True
-        record = found.record
+        record = current.record
         if record and record.owner.is_earlier_start_of(owner):
-            report(f"lease            {folder} was held by an earlier start of this job: {found}")
+            report(f"lease            {folder} was held by an earlier start of this job: {current}")
             return True
         state = record.owner.state_seen_from(owner) if record else None
         if state == "":
-            report(f"lease            {folder} was held by a process that has ended: {found}")
+            report(f"lease            {folder} was held by a process that has ended: {current}")
             return True
         # A stopped process (T) or one in uninterruptible sleep (D) may never continue.
         if state and state in "RSI":
-            raise _in_use(folder, found)
-        if look == 0:
+            raise _in_use(folder, current)
+        if poll == 0:
             report(
-                f"lease            {folder} was last held by {found}. Waiting up to "
+                f"lease            {folder} was last held by {current}. Waiting up to "
                 f"{looks * seconds:.0f} s to see whether that run still renews its lease"
             )
         time.sleep(seconds)
         again = newest(folder)
-        if again is None or again.number != found.number:
+        if again is None or again.number != current.number:
             return False
-        if again.signature != found.signature and not again.is_released:
+        if again.signature != current.signature and not again.is_released:
             raise _in_use(folder, again)
-        found = again
+        current = again
     report(
         f"lease            {folder} was held by a run that did not renew it for "
-        f"{looks * seconds:.0f} s: {found}"
+        f"{looks * seconds:.0f} s: {current}"
     )
     return True
 
 
-def _in_use(folder: Path, found: LeaseFile) -> CheckpointError:
+def _in_use(folder: Path, holder: LeaseFile) -> CheckpointError:
     return CheckpointError(
-        f"another run writes to {folder}: {found}. Two runs in one folder would delete each "
+        f"another run writes to {folder}: {holder}. Two runs in one folder would delete each "
         "other's checkpoints. Stop that run, wait until it has ended, or set --save to another "
         "folder."
     )
@@ -214,7 +214,7 @@ class Lease:
         A folder that cannot be read proves nothing; writing the checkpoint will fail there anyway.
         """
         with self._lock, contextlib.suppress(OSError):
-            self._look()
+            self._update()
         self.raise_if_lost()
 
     def renew(self) -> None:
@@ -226,7 +226,7 @@ class Lease:
             if self._ending.is_set():
                 return
             try:
-                self._look()
+                self._update()
                 if not self.lost:
                     self._write(replace(self._record, renewals=self._record.renewals + 1))
             except OSError as error:
@@ -277,8 +277,8 @@ class Lease:
             flush=True,
         )
 
-    def _look(self) -> None:
-        """Set the successor if there is one; otherwise ensure that this run's file is the lease.
+    def _update(self) -> None:
+        """Find a successor if there is one; otherwise ensure that this run's file is the lease.
 
         A lease file that a user has deleted is written again. If there are entries with a higher
         number that are not leases, or a copy in place of the file, a lease with a higher number is
@@ -293,7 +293,7 @@ class Lease:
         if not others:
             return
         if not self._successor_of(others):
-            time.sleep(_SECOND_LOOK_SECONDS)
+            time.sleep(_SECOND_READ_SECONDS)
             others = self._others()
         self._successor = self._successor_of(others)
         if others and not self._successor:

@@ -183,7 +183,9 @@ def read(folder: Path, number: int) -> LeaseFile:
     """
     path = path_of(folder, number)
     status = path.lstat()
-    content, record, denied = b"", None, False
+    content = b""
+    record = None
+    denied = False
     if stat.S_ISREG(status.st_mode):
         try:
             content = read_bytes(path, limit=4 * _FILE_BYTES)

@@ -1,4 +1,4 @@
-"""The checkpoint that a tool was given, by its own folder or by the --save folder that it lies in."""
+"""Locates the checkpoint for a tool, given its own folder or the --save folder that contains it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,39 +14,45 @@ from megatron_ring.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's folder. note: why it is this one, "" where it was given itself."""
+    """The folder of a checkpoint. note: why this one was chosen, "" if it was given directly."""
 
     path: Path
     note: str
 
 
 def locate(given: Path) -> Located:
-    """``given`` itself, or the checkpoint in it that ``latest`` names. Raises CheckpointError where there is neither.
+    """Return the checkpoint ``given``, or the one in that folder that ``latest`` names.
 
-    Where ``latest`` is missing or damaged it is the one that a run would try first. No byte of it is checked.
+    If ``latest`` is missing or damaged, it is the checkpoint that a run would try first. No byte of
+    it is verified. Raises CheckpointError if there is no checkpoint.
     """
     if (given / store.STATE).is_file():
         return Located(given, "")
-    found, problems = names.candidates(given) if given.is_dir() else ([], [])
-    if not found:
+    candidates, problems = names.candidates(given) if given.is_dir() else ([], [])
+    if not candidates:
         formats.check_no_other(given)
         raise CheckpointError(
-            f"{given} is no checkpoint, which has a {store.STATE}, and holds none, which are named step-NNNNNNNN. "
-            "Give the folder of one, or the one that --save named."
+            f"{given} is not a checkpoint (it has no {store.STATE}) and holds none (folders named "
+            "step-NNNNNNNN). Set the path to a checkpoint or to the folder given as --save."
         )
-    return Located(found[0], " ".join([f"{given}: the latest is {found[0].name}.", *problems]))
+    note = " ".join([f"{given}: the latest is {candidates[0].name}.", *problems])
+    return Located(candidates[0], note)
 
 
 def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
-    """What the checkpoint at ``path`` says of itself and of its files, which are not read. Raises CheckpointError."""
-    with _named(path):
+    """Return the state and the file records of the checkpoint at ``path``; reads no other file.
+
+    Raises CheckpointError.
+    """
+    with _errors_with_path(path):
         return store.described(path)
 
 
 def verify(path: Path) -> None:
-    """Read every byte of the checkpoint at ``path``, with a bar where that takes longer than a second.
+    """Verify every byte of the checkpoint at ``path``.
 
-    Raises CheckpointError naming the first file that is not as it was written.
+    Shows a progress bar if that takes longer than a second. Raises CheckpointError naming the first
+    file that differs from what was written.
     """
     _, files = described(path)
     total = sum(record.bytes for record in files.values())
@@ -54,15 +60,15 @@ def verify(path: Path) -> None:
         total=total, desc=path.name, unit="B", unit_scale=True, delay=1, disable=None, leave=False
     ) as bar:
         for name, record in files.items():
-            with _named(path):
+            with _errors_with_path(path):
                 store.check(path, {name: record})
             bar.update(record.bytes)
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """The store tells of a fault in a checkpoint; here it is told in which."""
+def _errors_with_path(path: Path) -> Iterator[None]:
+    """Add the path of the checkpoint to errors of store.py, which name only the fault."""
     try:
         yield
     except CheckpointError as fault:
-        raise CheckpointError(f"{path} is not whole: {fault}. Give another checkpoint.") from fault
+        raise CheckpointError(f"{path} is not whole: {fault}. Use another checkpoint.") from fault

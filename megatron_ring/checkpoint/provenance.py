@@ -1,4 +1,4 @@
-"""Which code wrote a checkpoint, and when."""
+"""Provenance of a checkpoint: which code wrote it, and when."""
 
 import functools
 import subprocess
@@ -7,20 +7,26 @@ from pathlib import Path
 
 
 def now() -> str:
-    """This moment in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout that this file is in, with "+" if it was changed since; "" outside of a checkout."""
+    """Return the git commit of the checkout that this file is in.
+
+    "+" is appended if tracked files have been changed since; "" outside a checkout.
+    """
     head = _git("rev-parse", "HEAD")
-    return head + ("+" if head and _git("status", "--porcelain", "--untracked-files=no") else "")
+    if not head:
+        return ""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if changed else head
 
 
 def _git(*arguments: str) -> str:
     try:
-        ended = subprocess.run(
+        completed = subprocess.run(
             ["git", *arguments],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -29,4 +35,4 @@ def _git(*arguments: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return ended.stdout.strip() if ended.returncode == 0 else ""
+    return completed.stdout.strip() if completed.returncode == 0 else ""

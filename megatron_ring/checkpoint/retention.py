@@ -1,9 +1,8 @@
-"""Which checkpoints are kept, and how the others go: none before a newer one is whole and
-``latest`` names it.
+"""Retention of checkpoints: which ones are kept, and how the others are deleted.
 
-A checkpoint that goes gets a hidden name first, so that one killed half deleted is never looked at.
-Only files of the checkpoint are deleted: what else is found in its folder, a note or an export, is
-kept in a folder of another name.
+No checkpoint is deleted before a newer one is complete and ``latest`` names it. It gets a hidden
+name first, so that a half-deleted one is never read after a kill. Only files of the checkpoint are
+deleted: other files in its folder, such as notes or exports, are kept in a folder of another name.
 """
 
 import contextlib
@@ -20,12 +19,12 @@ from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
 STATE = "state.json"
-# What a checkpoint is made of, where its state.json is lost or damaged and does not name its files.
+# Files of a checkpoint whose state.json is lost or damaged and so does not list them.
 _OWN = re.compile(r"state\.json|config\.yaml|tensors\.json|part-\d{5,}\.safetensors")
 
 
 def outdated(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
-    """Of ``steps``, newest first, those that neither rule keeps. The newest is always kept.
+    """Return those of ``steps``, newest first, that neither rule keeps. The newest is always kept.
 
     >>> outdated([60, 50, 40, 30, 20, 10], keep_last=2, keep_every=20)
     [30, 10]
@@ -41,60 +40,64 @@ def remove_outdated(
     config: CheckpointConfig,
     note: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Delete what --keep-last and --keep-every let go, now that the checkpoint of step ``newest``
-    is whole.
+    """Delete the checkpoints that --keep-last and --keep-every do not keep.
 
-    Steps beyond it are of an earlier run that wrote to the same folder: they neither count nor go.
-    ``note`` is given a line for each that had files of other origin in it.
+    ``newest`` is the step of the checkpoint that has just been completed. Later steps are of an
+    earlier run that wrote to the same folder: they are neither counted nor deleted. ``note`` is
+    called with a line for each deleted checkpoint whose folder had foreign files.
     """
     steps = [step for path in names.checkpoints(folder) if (step := names.step_of(path)) <= newest]
     for step in outdated(steps, config.keep_last, config.keep_every):
-        put_aside(names.final_path(folder, step))
+        hide(names.final_path(folder, step))
     for path in names.hidden(folder, names.REMOVED):
         if kept := remove(path):
-            note(
-                f"{kept} has what was in {path.name.removeprefix(names.REMOVED)} and is no part of a checkpoint"
-            )
+            removed = path.name.removeprefix(names.REMOVED)
+            note(f"{kept} has the files of the deleted {removed} that were not part of it")
 
 
-def put_aside(path: Path) -> None:
-    """Give a checkpoint the hidden name of those that go; after a power cut too, what is half deleted has that name."""
+def hide(path: Path) -> None:
+    """Rename a checkpoint to its hidden name for deletion, durably.
+
+    So a half-deleted checkpoint has that name after a power cut too.
+    """
     remove(names.removed_path(path))
     disk.rename(path, names.removed_path(path))
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed saves have left, but not the last checkpoint there is."""
+    """Delete the leftovers of killed saves, but never the only checkpoint."""
     for path in names.hidden(folder, names.PARTIAL):
         disk.delete(path)
-    visible = [
-        path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)
-    ]
-    for path in names.hidden(folder, names.REMOVED) if visible else []:
+    if not _visible(folder):
+        return
+    for path in names.hidden(folder, names.REMOVED):
         remove(path)
 
 
 def remove(path: Path) -> Path | None:
-    """Delete a checkpoint that has been put aside; what cannot be deleted is left to the next save.
+    """Delete a hidden checkpoint; anything that cannot be deleted is left to the next save.
 
-    Where its folder has files that are no part of it, that folder gets a visible name, which is
-    returned. Of a link to a checkpoint the link alone goes.
+    If its folder has foreign files, the folder gets a visible name, which is returned. Of a link to
+    a checkpoint, only the link is deleted.
     """
     if path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
         return None
-    files = list(_files(path))
-    own = _own(path) & set(files)
-    for name in (*sorted(own - {STATE}), *(own & {STATE})):
+    files = set(_files(path))
+    own = _own(path) & files
+    others = sorted(own - {STATE})
+    for name in others:
         with contextlib.suppress(OSError):
-            # The state names the others, so it stays as long as one of them does.
-            if name != STATE or not any(os.path.lexists(path / other) for other in own - {STATE}):
-                (path / name).unlink()
+            (path / name).unlink()
+    # The state lists the other files, so it is deleted after all of them.
+    if STATE in own and not any(os.path.lexists(path / name) for name in others):
+        with contextlib.suppress(OSError):
+            (path / STATE).unlink()
     for parent, _, _ in os.walk(path, topdown=False):
         with contextlib.suppress(OSError):
-            Path(parent).rmdir()  # refused where something is left in it
-    if own == set(files) or any(os.path.lexists(path / name) for name in own):
+            Path(parent).rmdir()  # fails if it is not empty
+    if own == files or any(os.path.lexists(path / name) for name in own):
         return None
     kept = names.kept_path(path)
     with contextlib.suppress(OSError):
@@ -104,16 +107,15 @@ def remove(path: Path) -> Path | None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Everything in ``folder`` that is no folder, and links to folders, which are not followed."""
-    for parent, inner, found in os.walk(folder):
-        links = [name for name in inner if os.path.islink(os.path.join(parent, name))]
-        yield from (
-            os.path.relpath(os.path.join(parent, name), folder) for name in (*found, *links)
-        )
+    """Yield all files in ``folder``, and links to folders, which are not followed."""
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(parent, name), folder)
 
 
 def _own(folder: Path) -> set[str]:
-    """The names in ``folder`` that are part of the checkpoint there, or litter."""
+    """Return the names in ``folder`` that are part of its checkpoint, or litter."""
     try:
         _, recorded = decode(read_bytes(folder / STATE))
     except (OSError, CheckpointError, UntrustedInputError):
@@ -131,19 +133,22 @@ def _own(folder: Path) -> set[str]:
 def set_aside_earlier(folder: Path) -> Path | None:
     """Move all checkpoints in ``folder`` and ``latest`` into a new sub-folder, and return it.
 
-    None where there is none. For the first save of a run from step 0, which would otherwise
-    overwrite those of an earlier run step by step. The oldest is moved first and ``latest`` last:
-    where a kill comes between, ``--load`` still finds the newest. Raises OSError.
+    Returns None if there are none. Called before the first save of a run from step 0, which would
+    otherwise overwrite the checkpoints of an earlier run step by step. The oldest is moved first
+    and ``latest`` last, so that ``--load`` still finds the newest after a kill in between. Raises
+    OSError.
     """
-    found = [path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)]
-    if not found:
+    earlier = _visible(folder)
+    if not earlier:
         return None
     aside = names.earlier_path(folder)
     aside.mkdir()
-    pointer = folder / names.LATEST
-    for path in [*reversed(found), *([pointer] if os.path.lexists(pointer) else [])]:
+    to_move = list(reversed(earlier))
+    if os.path.lexists(folder / names.LATEST):
+        to_move.append(folder / names.LATEST)
+    for path in to_move:
         if path.is_symlink():
-            # A relative link would lead elsewhere from the sub-folder.
+            # A relative link would have another target from the sub-folder.
             (aside / path.name).symlink_to(path.resolve())
             path.unlink()
         else:
@@ -151,3 +156,8 @@ def set_aside_earlier(folder: Path) -> Path | None:
     disk.flush(aside)
     disk.flush(folder)
     return aside
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder`` that are not hidden for deletion, newest first."""
+    return [path for path in names.checkpoints(folder) if not path.name.startswith(names.REMOVED)]

@@ -1,7 +1,8 @@
-"""One safetensors file of whole tensors, from a checkpoint of any grid, for whoever knows nothing of grids.
+"""Writes one safetensors file of whole tensors from a checkpoint of any grid.
 
-safetensors' own writer wants all tensors at once. The format is a header that tells type, shape and place of each, and
-their bytes (https://github.com/huggingface/safetensors#format), so that it can be written with one in memory.
+The writer of the safetensors library needs all tensors at once. The format is a header with the
+dtype, shape and offsets of each tensor, followed by their bytes
+(https://github.com/huggingface/safetensors#format), so it can be written with one tensor in memory.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from megatron_ring.errors import CheckpointError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {dtype: code for code, dtype in tensors.TYPES.items()}
-_STRETCH = 2**20
+_CHUNK = 2**20
 """Elements that are converted at a time."""
 
 
@@ -34,57 +35,64 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Its size in the file."""
+        """Size of the tensor in the file."""
         return boxes.size(boxes.whole(self.shape)) * self.dtype.itemsize
 
 
 def consolidate(checkpoint: Summary, file: Path, kind: str, dtype: torch.dtype | None) -> int:
-    """Write what is kept as ``kind`` of every parameter, as ``dtype`` or as stored; returns the bytes of the file.
+    """Write the ``kind`` tensor of every parameter to ``file``; returns the bytes of the file.
 
-    Under its name when whole, or not at all. One tensor is in memory at a time. Raises CheckpointError where a value is
-    too large for ``dtype`` or the file cannot be written.
+    They are written as ``dtype``, or as stored if it is None, one tensor in memory at a time. The
+    file gets its name once it is complete. Raises CheckpointError if a value is too large for
+    ``dtype`` or the file cannot be written.
     """
-    kept, shapes = checkpoint.tensors, checkpoint.tensors.shapes
+    stored = checkpoint.tensors
     entries = [
-        Entry(name, dtype or kept.dtype(name, kind), shapes[name])
+        Entry(name, dtype or stored.dtype(name, kind), stored.shapes[name])
         for name in checkpoint.names(kind, "*")
     ]
-    # As safetensors has it: large types first, so that every tensor begins at a multiple of its elements' size.
+    # Wide dtypes first, as safetensors does, so that every tensor is aligned to its element size.
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
     return write(
-        file, entries, lambda entry: kept.read(entry.name, kind), metadata(checkpoint, kind)
+        file, entries, lambda entry: stored.read(entry.name, kind), _metadata(checkpoint, kind)
     )
 
 
-def metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
-    """What the file says of itself. The format allows text alone: the model's options are JSON."""
+def _metadata(checkpoint: Summary, kind: str) -> dict[str, str]:
+    """Return the file's metadata. The format allows text only, so the model's options are JSON."""
     state = checkpoint.state
-    told = {"step": state.step, "vocab_size": state.vocab_size, "seq_length": state.seq_length}
-    model = json.dumps(asdict(checkpoint.config.model))
     return {
         "format": "pt",
         "kind": kind,
-        "model": model,
-        **{key: str(value) for key, value in told.items()},
+        "model": json.dumps(asdict(checkpoint.config.model)),
+        "step": str(state.step),
+        "vocab_size": str(state.vocab_size),
+        "seq_length": str(state.seq_length),
     }
 
 
 def write(
-    file: Path, entries: list[Entry], read: Callable[[Entry], torch.Tensor], about: dict[str, str]
+    file: Path,
+    entries: list[Entry],
+    read: Callable[[Entry], torch.Tensor],
+    metadata: dict[str, str],
 ) -> int:
-    """Write what ``read`` gives for each of ``entries``, in the entry's type; returns the bytes of the file."""
+    """Write the tensor that ``read`` returns for each entry, in the entry's dtype.
+
+    Returns the bytes of the file. Raises CheckpointError as ``consolidate`` does.
+    """
     partial = file.with_name(f".partial-{file.name}")
     try:
         with untrusted.create(partial) as stream:
-            stream.write(header(entries, about))
+            stream.write(_header(entries, metadata))
             for entry in entries:
-                _stream(read(entry), entry, stream)
+                _write_tensor(read(entry), entry, stream)
             size = stream.tell()
         disk.flush(partial)
         disk.rename(partial, file)
     except OSError as error:
         raise CheckpointError(
-            f"{file} cannot be written: {error.strerror}. Give FILE another name."
+            f"{file} cannot be written: {error.strerror}. Set FILE to another path."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -92,11 +100,17 @@ def write(
     return size
 
 
-def header(entries: Iterable[Entry], about: dict[str, str]) -> bytes:
-    """Its own size in 8 bytes, then JSON: of each tensor type, shape, first byte and the one after its last."""
-    content, end = {"__metadata__": about}, 0
+def _header(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
+    """Return the header: its size in 8 bytes, then JSON.
+
+    The JSON has the dtype and shape of each tensor, and the offsets of its first byte and of the
+    byte after its last.
+    """
+    content = {"__metadata__": metadata}
+    end = 0
     for entry in entries:
-        start, end = end, end + entry.bytes
+        start = end
+        end += entry.bytes
         content[entry.name] = {
             "dtype": _CODES[entry.dtype],
             "shape": entry.shape,
@@ -107,15 +121,19 @@ def header(entries: Iterable[Entry], about: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _stream(tensor: torch.Tensor, entry: Entry, stream: BinaryIO) -> None:
-    """A stretch at a time, so that no copy of all in another type is made."""
-    for stretch in tensor.flatten().split(_STRETCH):
-        converted = stretch.to(entry.dtype)
-        if converted.isfinite().sum() != stretch.isfinite().sum():
-            raise CheckpointError(_too_large(stretch, entry))
+def _write_tensor(tensor: torch.Tensor, entry: Entry, stream: BinaryIO) -> None:
+    """Convert and write a chunk at a time, without a converted copy of the whole tensor."""
+    for chunk in tensor.flatten().split(_CHUNK):
+        converted = chunk.to(entry.dtype)
+        if converted.isfinite().sum() != chunk.isfinite().sum():
+            raise CheckpointError(_too_large(chunk, entry))
         stream.write(converted.view(torch.uint8).numpy())
 
 
 def _too_large(values: torch.Tensor, entry: Entry) -> str:
-    largest, end = values[values.isfinite()].abs().max().item(), torch.finfo(entry.dtype)
-    return f"{entry.name} has values up to {largest:.4g}, and {end.dtype} ends at {end.max:.4g}. Set --dtype."
+    largest = values[values.isfinite()].abs().max().item()
+    limits = torch.finfo(entry.dtype)
+    return (
+        f"{entry.name} has values up to {largest:.4g}, and the largest {limits.dtype} is "
+        f"{limits.max:.4g}. Set --dtype."
+    )

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, in state.json: where the run was, every file's size and checksum, its own checksum.
+"""state.json of a checkpoint: the run's state, size and checksum of every file, its own checksum.
 
-SHA-256 is the fastest of the standard library's strong checksums where the processor has instructions for it: 1.4 GB/s
-of file on one core of an AMD Zen 5, BLAKE2b 0.84 GB/s.
+SHA-256 is the fastest strong checksum of the standard library on processors with instructions for
+it: 1.4 GB/s of file on one core of an AMD Zen 5, against 0.84 GB/s for BLAKE2b.
 """
 
 import hashlib
@@ -20,25 +20,36 @@ _NOT_OURS = "its state.json is damaged or of another version"
 _LAST_LINE = b',\n  "sha256": "%s"\n}\n'
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-# Far beyond any run, and such that arithmetic with it stays within 64 bits.
+# Far larger than in any run, and small enough that arithmetic with it stays within 64 bits.
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs besides its tensors, in global units, and where they come from.
+    """The state of a run besides its tensors, in global units, and the provenance of a checkpoint.
 
-    step: optimizer steps done. consumed_samples: samples read, over all ranks. vocab_size, seq_length: sizes of the
-    model that the config alone does not give. optimizer_steps: those that Adam's moments have seen; 0 without moments.
-    loss_scale: of fp16, what its scaler counts. skipped_steps, roll_backs: how often either followed a bad step;
-    recent_losses: of the last good steps, oldest first, as far as a spike is measured by them. end_of_document: the id
-    that ends documents in the data trained on, None in an import and in older checkpoints. processes, commit,
-    written_at (UTC): who wrote it and when; told, but no resuming run depends on them. data: the fingerprint of each
-    token store that the run has read (data/fingerprint.py); empty in checkpoints from before they were kept.
+    Attributes:
+        step: Optimizer steps done.
+        consumed_samples: Samples read, over all ranks.
+        vocab_size: Size of the model's vocabulary, which the config alone does not determine.
+        seq_length: Tokens of a training sample.
+        optimizer_steps: Updates that Adam's moments have accumulated; 0 without moments.
+        loss_scale: State of the fp16 loss scaler.
+        skipped_steps: Steps skipped because they were bad.
+        roll_backs: Times that the run was rolled back after a bad step.
+        recent_losses: Losses of the last good steps, oldest first, as many as spike detection uses.
+        end_of_document: Token id that ends documents in the training data; None in an import and in
+            older checkpoints.
+        processes: Grid of the processes that wrote the checkpoint. Like ``commit`` and
+            ``written_at``, it is reported, but resuming does not depend on it.
+        commit: Commit of the code that wrote it.
+        written_at: Time of writing, in UTC.
+        data: Fingerprint of each token store that the run has read (data/fingerprint.py); empty in
+            checkpoints from before fingerprints were kept.
     """
 
-    # Types and ranges hold for what is read from a file; see untrusted.parse_json.
+    # Types and ranges are checked when a file is read; see untrusted.parse_json.
     __pydantic_config__ = _STRICT
 
     step: _Count
@@ -59,7 +70,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written. bytes: its size."""
+    """Size in bytes and checksum of a file as it was written."""
 
     __pydantic_config__ = _STRICT
 
@@ -68,35 +79,36 @@ class FileRecord:
 
     @staticmethod
     def of(path: Path) -> "FileRecord":
-        """Read a file back, all of it. Raises UntrustedInputError where it is not a regular file."""
+        """Read a whole file and return its record.
+
+        Raises UntrustedInputError if it is not a regular file.
+        """
         with os.fdopen(open_regular(path), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return FileRecord(file.tell(), digest)
 
     def fault(self, path: Path) -> str | None:
-        """What is no longer as it was written in the file at ``path``, or None."""
+        """Return how the file at ``path`` differs from what was written, None if it does not."""
         if not path.is_file():
             return f"is missing, {self.bytes} bytes were written"
         size = path.stat().st_size
         if size != self.bytes:
             return f"has {size} bytes, {self.bytes} were written"
-        return (
-            None
-            if FileRecord.of(path) == self
-            else f"has other bytes than the {self.bytes} that were written"
-        )
+        if FileRecord.of(path) != self:
+            return f"has other bytes than the {self.bytes} that were written"
+        return None
 
 
 @dataclass(frozen=True)
 class _Document(RunState):
-    """All of state.json."""
+    """The complete content of state.json."""
 
     files: dict[str, FileRecord] = field(kw_only=True)
     sha256: str = field(kw_only=True)
 
 
 def encode(state: RunState, files: dict[str, FileRecord]) -> bytes:
-    """Return state.json, whose last line is the SHA-256 of all bytes before that line.
+    """Return the content of state.json; its last line is the SHA-256 of all bytes before that line.
 
     Raises CheckpointError for values that ``decode`` would refuse.
     """
@@ -110,10 +122,10 @@ def encode(state: RunState, files: dict[str, FileRecord]) -> bytes:
 
 
 def decode(content: bytes) -> tuple[RunState, dict[str, FileRecord]]:
-    """Return what ``encode`` was given.
+    """Return the arguments of the ``encode`` call that wrote ``content``.
 
-    Raises CheckpointError when a byte of it is another, before anything is parsed, and when a
-    field, a type, a range or the name of a file is not one that ``encode`` writes.
+    Raises CheckpointError if any byte has changed, before anything is parsed, and if a field, type,
+    range or file name is not one that ``encode`` writes.
     """
     body = content[: -len(_LAST_LINE % _sha256(b""))]
     if content != body + _LAST_LINE % _sha256(body):
@@ -124,7 +136,8 @@ def decode(content: bytes) -> tuple[RunState, dict[str, FileRecord]]:
             path_inside(Path(), name)
     except UntrustedInputError as error:
         raise CheckpointError(f"{_NOT_OURS}: {error}") from error
-    return RunState(**{f.name: getattr(document, f.name) for f in fields(RunState)}), document.files
+    state = RunState(**{field.name: getattr(document, field.name) for field in fields(RunState)})
+    return state, document.files
 
 
 def _sha256(content: bytes) -> bytes:

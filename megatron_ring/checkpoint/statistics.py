@@ -1,7 +1,7 @@
-"""What one looks at to see whether a tensor is in order, and how far two of one shape are apart.
+"""Statistics of a tensor's values, and of the difference of two tensors of one shape.
 
-Sums are float64, over the finite elements alone, so that one nan does not hide the rest; it is counted instead. A large
-tensor is taken a stretch at a time: no copy of it in float64 is made.
+Sums are float64 and over the finite elements only, so that one nan does not hide the rest; nan and
+infinity are counted instead. A large tensor is processed in chunks, without a float64 copy of it.
 """
 
 import math
@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-_STRETCH = 2**20
+_CHUNK = 2**20
 """Elements that are float64 at a time: 8 MiB."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the finite elements: norm (the 2-norm), mean, largest (absolute value). not_finite: how many others."""
+    """Statistics of the finite elements of a tensor.
+
+    norm: 2-norm. largest: largest absolute value. not_finite: number of non-finite elements.
+    """
 
     norm: float
     mean: float
@@ -26,9 +29,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of b from a. equal: in type and in every element, nan being nan. not_finite: elements that are not so in both.
+    """Difference of a tensor b from a tensor a.
 
-    Of the others: relative, |a - b| / |a| in the 2-norm (None where a is 0 and b is not); largest, the absolute one.
+    equal: same dtype and same elements, where nan equals nan. not_finite: elements that are not
+    finite in both. relative, largest: over the other elements, |a - b| / |a| in the 2-norm (None if
+    a is 0 and b is not), and the largest absolute difference.
     """
 
     equal: bool
@@ -37,16 +42,18 @@ class Difference:
     not_finite: int
 
 
-def type_name(tensor: torch.Tensor) -> str:
-    """``"float32"``, as people and JSON have it."""
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return the dtype without its module, such as ``"float32"``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def statistics(tensor: torch.Tensor) -> Statistics:
-    """Of a tensor of any shape and floating type."""
-    squares = total = largest = 0.0
+    """Return the statistics of a tensor of any shape and floating-point dtype."""
+    squares = 0.0
+    total = 0.0
+    largest = 0.0
     count = 0
-    for (values,) in _stretches(tensor):
+    for (values,) in _chunks(tensor):
         finite = values[values.isfinite()]
         squares += float(finite.square().sum())
         total += float(finite.sum())
@@ -56,34 +63,36 @@ def statistics(tensor: torch.Tensor) -> Statistics:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
-    """Of two tensors of one shape."""
-    squares = apart = largest = 0.0
+    """Return the difference of two tensors of one shape."""
+    squares_of_a = 0.0
+    squares_of_difference = 0.0
+    largest = 0.0
     count = 0
     equal = a.dtype == b.dtype
-    for of_a, of_b in _stretches(a, b):
-        equal = equal and bool(((of_a == of_b) | (of_a.isnan() & of_b.isnan())).all())
-        finite = of_a.isfinite() & of_b.isfinite()
-        off = of_a[finite] - of_b[finite]
-        squares += float(of_a[finite].square().sum())
-        apart += float(off.square().sum())
-        largest = max(largest, _largest(off))
-        count += len(off)
-    return Difference(
-        equal, _ratio(math.sqrt(apart), math.sqrt(squares)), largest, a.numel() - count
-    )
+    for chunk_a, chunk_b in _chunks(a, b):
+        both_nan = chunk_a.isnan() & chunk_b.isnan()
+        equal = equal and bool(((chunk_a == chunk_b) | both_nan).all())
+        finite = chunk_a.isfinite() & chunk_b.isfinite()
+        finite_difference = chunk_a[finite] - chunk_b[finite]
+        squares_of_a += float(chunk_a[finite].square().sum())
+        squares_of_difference += float(finite_difference.square().sum())
+        largest = max(largest, _largest(finite_difference))
+        count += len(finite_difference)
+    relative = _ratio(math.sqrt(squares_of_difference), math.sqrt(squares_of_a))
+    return Difference(equal, relative, largest, a.numel() - count)
 
 
-def _stretches(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same elements of each, as float64."""
-    pieces = zip(*(tensor.flatten().split(_STRETCH) for tensor in tensors), strict=True)
-    return (tuple(values.double() for values in stretch) for stretch in pieces)
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the same elements of each tensor as float64, a chunk at a time."""
+    for chunks in zip(*(tensor.flatten().split(_CHUNK) for tensor in tensors), strict=True):
+        yield tuple(chunk.double() for chunk in chunks)
 
 
 def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max()) if len(values) else 0.0
 
 
-def _ratio(apart: float, norm: float) -> float | None:
+def _ratio(difference_norm: float, norm: float) -> float | None:
     if norm:
-        return apart / norm
-    return None if apart else 0.0
+        return difference_norm / norm
+    return None if difference_norm else 0.0

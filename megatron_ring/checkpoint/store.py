@@ -1,16 +1,17 @@
-"""The folder of checkpoints: written under a hidden name, renamed when whole, so that none is ever half there.
+"""The folder of checkpoints. A checkpoint is written under a hidden name and renamed once complete.
 
-    SAVE/latest                     the name of the newest whole checkpoint
-    SAVE/step-00000200/config.yaml  the resolved config that wrote it
-    SAVE/step-00000200/state.json   step, samples consumed; size and checksum of every file, itself included
-    SAVE/step-00000200/...          the tensors (tensors.py), one file a process
+    SAVE/latest                     the name of the newest complete checkpoint
+    SAVE/step-00000200/config.yaml  the resolved config of the run that wrote it
+    SAVE/step-00000200/state.json   step, consumed samples; size and checksum of every file
+    SAVE/step-00000200/...          the tensors (tensors.py), one file for each process
 
-A checkpoint, or any file in it, may be a link to another disk, to which it was moved: the checksums of state.json hold
-wherever a file lies, so that nothing else is taken for it. Nothing is written through a link.
+A checkpoint, or any file in it, may be a link to another disk to which it was moved: the checksums
+in state.json apply wherever a file is, so no other content is mistaken for it. Nothing is written
+through a link.
 
-A process may be killed and the power may fail between any two lines here: ``newest`` then finds the checkpoint that
-was the newest before, or the new one. What is in the tensors is not looked at; nothing here talks to other
-processes.
+The process may be killed or the power may fail between any two lines here: ``newest`` then finds
+the previous newest checkpoint or the new one. The content of the tensors is not examined. Nothing
+here communicates with other processes.
 """
 
 import contextlib
@@ -24,26 +25,41 @@ from megatron_ring.config import Config, load_yaml, to_yaml
 from megatron_ring.errors import CheckpointError, ConfigError
 from megatron_ring.untrusted import UntrustedInputError, read_bytes
 
-STATE, CONFIG = "state.json", "config.yaml"
+STATE = "state.json"
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole checkpoint: its folder, what it says, and the names of newer ones that were passed over, with reasons."""
+    """A complete checkpoint. skipped: newer checkpoints that are not usable, with reasons."""
 
     path: Path
     state: RunState
     skipped: tuple[str, ...]
 
     def for_new_run(self) -> "Stored":
-        """Its weights alone: a run from them begins at the first step, with the first sample and a new optimizer."""
-        begun = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "loss_scale": {}}
-        unguarded = {"skipped_steps": 0, "roll_backs": 0, "recent_losses": []}
-        return replace(self, state=replace(self.state, **begun, **unguarded))
+        """Return it as the start of a new run, which uses its weights only.
+
+        Such a run begins at the first step, with the first sample and a new optimizer.
+        """
+        state = replace(
+            self.state,
+            step=0,
+            consumed_samples=0,
+            optimizer_steps=0,
+            loss_scale={},
+            skipped_steps=0,
+            roll_backs=0,
+            recent_losses=[],
+        )
+        return replace(self, state=state)
 
 
 def prepare(folder: Path, step: int) -> None:
-    """Make ``folder`` and clear the way for a checkpoint; raises CheckpointError when it cannot be written to."""
+    """Create the hidden folder for the checkpoint of ``step``, after deleting leftovers.
+
+    Raises CheckpointError if ``folder`` is not writable.
+    """
     with disk.write_errors(folder):
         disk.make_folder(folder)
         retention.clear_leftovers(folder)
@@ -51,7 +67,7 @@ def prepare(folder: Path, step: int) -> None:
 
 
 def written(folder: Path, step: int) -> list[str]:
-    """The files of the checkpoint that is being written, the largest first."""
+    """Return the files of the checkpoint that is being written, the largest first."""
     partial = folder / names.partial_name(step)
     with disk.write_errors(folder):
         sizes = {name: (partial / name).stat().st_size for name in _files(partial)}
@@ -59,7 +75,10 @@ def written(folder: Path, step: int) -> list[str]:
 
 
 def seal(folder: Path, step: int, files: list[str]) -> dict[str, FileRecord]:
-    """Flush ``files`` of the checkpoint that is being written, and read them back for their sizes and checksums."""
+    """Flush ``files`` of the checkpoint that is being written; returns their sizes and checksums.
+
+    The files are read back for that.
+    """
     partial = folder / names.partial_name(step)
     with disk.write_errors(folder):
         for name in files:
@@ -75,19 +94,20 @@ def commit(
     retire: bool = True,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Make what was written under the partial name, all of it ``sealed``, the newest checkpoint;
-    returns its folder.
+    """Make the checkpoint that is being written the newest one; returns its folder.
 
-    Then removes those that --keep-last and --keep-every let go, unless ``retire`` is false.
-    ``note`` is given a line for each of them that had files of other origin in it, which are kept.
+    ``sealed`` has the records of all its files. Then, unless ``retire`` is false, deletes the
+    checkpoints that --keep-last and --keep-every do not keep. ``note`` is called with a line for
+    each of them whose folder had foreign files, which are kept.
     """
-    partial, final = folder / names.partial_name(state.step), names.final_path(folder, state.step)
+    partial = folder / names.partial_name(state.step)
+    final = names.final_path(folder, state.step)
     with disk.write_errors(folder):
         disk.write(partial / CONFIG, to_yaml(config).encode())
         disk.write(partial / STATE, encode(state, sealed | seal(folder, state.step, [CONFIG])))
         disk.flush_names(partial)
         if final.exists():
-            retention.put_aside(final)
+            retention.hide(final)
         disk.rename(partial, final)
         pointer = folder / f".{names.LATEST}"
         disk.write(pointer, f"{final.name}\n".encode())
@@ -98,14 +118,15 @@ def commit(
 
 
 def discard(folder: Path, step: int) -> None:
-    """Take back what a failed save has left."""
+    """Delete the remainder of a failed save."""
     disk.delete(folder / names.partial_name(step))
 
 
 def newest(folder: Path) -> Stored | None:
-    """The newest whole checkpoint in ``folder``, every byte of it checked; None where there is no checkpoint at all.
+    """Return the newest complete checkpoint in ``folder``; None if there is no checkpoint at all.
 
-    Raises CheckpointError where there are checkpoints and none is whole.
+    Every byte of it is verified. Raises CheckpointError if there are checkpoints but none is
+    complete.
     """
     return first_whole(folder, *names.candidates(folder), verify)
 
@@ -113,7 +134,10 @@ def newest(folder: Path) -> Stored | None:
 def first_whole(
     folder: Path, candidates: list[Path], skipped: list[str], verify: Callable[[Path], RunState]
 ) -> Stored | None:
-    """The first of ``candidates`` that ``verify`` passes; ``skipped``: what is known to be wrong before. See newest."""
+    """Return the first of ``candidates`` that ``verify`` accepts, as ``newest`` does.
+
+    ``skipped``: problems that are already known; problems of the candidates are appended.
+    """
     for path in candidates:
         try:
             return Stored(path, verify(path), tuple(skipped))
@@ -127,9 +151,9 @@ def first_whole(
 
 
 def verify(path: Path) -> RunState:
-    """What the checkpoint at ``path`` says, after each of its files was read and found as it was written.
+    """Read every file of the checkpoint at ``path`` and return its state.
 
-    Raises CheckpointError that names the first file that is not.
+    Raises CheckpointError naming the first file that differs from what was written.
     """
     state, files = described(path)
     check(path, files)
@@ -137,10 +161,10 @@ def verify(path: Path) -> RunState:
 
 
 def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
-    """The state of the checkpoint at ``path`` and the records of its files, which are not read.
+    """Return the state of the checkpoint at ``path`` and the records of its files.
 
-    Raises CheckpointError where its state is missing or damaged.
-    Files in its folder that it does not name are no part of it, and are not looked at.
+    Reads no other file than its state, and raises CheckpointError if that is missing or damaged.
+    Files in its folder that the state does not list are not part of it and are ignored.
     """
     with _read_errors():
         if not (path / STATE).is_file():
@@ -154,7 +178,10 @@ def described(path: Path) -> tuple[RunState, dict[str, FileRecord]]:
 
 
 def foreign_files(path: Path, files: Collection[str]) -> list[str]:
-    """The files in the checkpoint's folder that are not among ``files``, those that it names."""
+    """Return the files in a checkpoint's folder that are not part of it.
+
+    ``files`` are those that its state lists.
+    """
     with _read_errors():
         return sorted(set(_files(path)) - {*files, STATE})
 
@@ -162,15 +189,18 @@ def foreign_files(path: Path, files: Collection[str]) -> list[str]:
 def read_config(path: Path) -> Config:
     """Return the config of the checkpoint at ``path``. Raises CheckpointError."""
     try:
-        return load_yaml(path / CONFIG, remedy="Give another checkpoint.")
+        return load_yaml(path / CONFIG, remedy="Use another checkpoint.")
     except ConfigError as error:
         raise CheckpointError(
-            [f"{path} has a {CONFIG} that no run writes:", *error.problems]
+            [f"{path} has a {CONFIG} that is not valid:", *error.problems]
         ) from error
 
 
 def check(path: Path, files: dict[str, FileRecord]) -> None:
-    """Read ``files`` of the checkpoint at ``path``; CheckpointError names the first that is not as it was written."""
+    """Read ``files`` of the checkpoint at ``path``.
+
+    Raises CheckpointError naming the first file that differs from what was written.
+    """
     with _read_errors():
         for name, record in files.items():
             if fault := record.fault(path / name):

@@ -1,4 +1,4 @@
-"""What is in a checkpoint and how it was made: its state, its config, its files, and the tensors asked for, by name."""
+"""Summary of a checkpoint: its state, config and files, and statistics of selected tensors."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ring.checkpoint import boxes, store
 from megatron_ring.checkpoint.locate import described
 from megatron_ring.checkpoint.state import RunState
-from megatron_ring.checkpoint.statistics import statistics, type_name
+from megatron_ring.checkpoint.statistics import dtype_name, statistics
 from megatron_ring.checkpoint.tensors import Shapes, Tensors
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError
@@ -19,7 +19,7 @@ from megatron_ring.errors import CheckpointError
 class Summary:
     """A checkpoint without the values of its tensors.
 
-    files: bytes of each. other_files: what is in its folder and no part of it.
+    files: size of each in bytes. other_files: files in its folder that are not part of it.
     """
 
     path: Path
@@ -31,7 +31,10 @@ class Summary:
 
     @staticmethod
     def of(path: Path) -> "Summary":
-        """Of the checkpoint at ``path``, whose bytes are not checked. Raises CheckpointError."""
+        """Read the summary of the checkpoint at ``path`` without verifying its bytes.
+
+        Raises CheckpointError.
+        """
         state, files = described(path)
         others = store.foreign_files(path, files)
         sizes = {name: record.bytes for name, record in files.items()}
@@ -40,24 +43,24 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters, tied ones once."""
+        """Number of elements of all parameters; tied ones count once."""
         return sum(boxes.size(boxes.whole(shape)) for shape in self.tensors.shapes.values())
 
     @property
     def consumed_tokens(self) -> int:
-        """Tokens seen, over all ranks: samples times their length."""
+        """Tokens trained on, over all ranks: samples times their length."""
         return self.state.consumed_samples * self.state.seq_length
 
     def check_kind(self, kind: str) -> None:
-        """Raise CheckpointError where nothing of ``kind`` is kept."""
+        """Raise CheckpointError if the checkpoint has no tensors of ``kind``."""
         if kind not in self.tensors.kinds:
-            kept = ", ".join(self.tensors.kinds)
+            stored = ", ".join(self.tensors.kinds)
             raise CheckpointError(
-                f"{self.path} keeps no {kind} of its parameters, but {kept}. Set --kind."
+                f"{self.path} has no {kind} of its parameters, only {stored}. Set --kind."
             )
 
     def shapes(self, pattern: str) -> Shapes:
-        """Those of the parameters whose names fit a shell pattern, in order."""
+        """Return the shapes of the parameters whose names match a shell pattern, sorted by name."""
         return {
             name: shape
             for name, shape in sorted(self.tensors.shapes.items())
@@ -65,42 +68,50 @@ class Summary:
         }
 
     def names(self, kind: str, pattern: str) -> list[str]:
-        """The parameters whose names fit ``pattern``; CheckpointError where there are none, or nothing of ``kind``."""
-        self.check_kind(kind)
-        found = list(self.shapes(pattern))
-        self.check_found(found, pattern)
-        return found
+        """Return the names of the parameters that match ``pattern``.
 
-    def check_found(self, names: Collection[str], pattern: str) -> None:
-        """Raise CheckpointError where ``pattern`` has found no names."""
+        Raises CheckpointError if there are none, or no tensors of ``kind``.
+        """
+        self.check_kind(kind)
+        matching = list(self.shapes(pattern))
+        self.check_match(matching, pattern)
+        return matching
+
+    def check_match(self, names: Collection[str], pattern: str) -> None:
+        """Raise CheckpointError if ``names``, those that match ``pattern``, is empty."""
         if not names:
             known = sorted(self.tensors.shapes)
             raise CheckpointError(
-                f"no tensor of {self.path} has a name like {pattern!r}. There are {len(known)}, from {known[0]} to "
-                f"{known[-1]}. Set --tensors."
+                f"no tensor of {self.path} has a name like {pattern!r}. There are {len(known)}, "
+                f"from {known[0]} to {known[-1]}. Set --tensors."
             )
 
     def rows(self, names: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
-        """Name, shape, type and statistics of what is kept of each; one tensor is in memory at a time."""
+        """Yield name, shape, dtype and statistics of the ``kind`` tensor of each parameter.
+
+        One tensor is in memory at a time.
+        """
         return (self._row(name, kind) for name in names)
 
     def _row(self, name: str, kind: str) -> dict[str, Any]:
         tensor = self.tensors.read(name, kind)
-        what = {"name": name, "shape": list(tensor.shape), "type": type_name(tensor)}
-        return what | asdict(statistics(tensor))
+        row = {"name": name, "shape": list(tensor.shape), "type": dtype_name(tensor)}
+        return row | asdict(statistics(tensor))
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Every option as ``section.key``."""
-    sections = {name: value for name, value in asdict(config).items() if isinstance(value, dict)}
+def options(config: Config) -> dict[str, Any]:
+    """Return every option of a config as ``section.key``."""
+    flat = {}
+    for name, section in asdict(config).items():
+        if isinstance(section, dict):
+            flat |= {f"{name}.{key}": value for key, value in section.items()}
+    return flat
+
+
+def differing_options(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the options in which two configs differ, with both values of each."""
+    options_a = options(a)
+    options_b = options(b)
     return {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        for key, value in section.items()
+        key: (value, options_b[key]) for key, value in options_a.items() if value != options_b[key]
     }
-
-
-def differing(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """The options that two configs do not share, with the value of each."""
-    of_a, of_b = settings(a), settings(b)
-    return {key: (of_a[key], of_b[key]) for key in of_a if of_a[key] != of_b[key]}

@@ -1,7 +1,7 @@
-"""The index of a checkpoint's tensors: the whole shape of every parameter, and the file of each of its boxes.
+"""The index of a checkpoint's tensors: the shape of every parameter and the file of each box.
 
-What is read may come from anywhere: it is an index if every element of every parameter is in one box, else it is
-refused. That the files hold those boxes is seen when they are read.
+The file that is read may come from anywhere: it is refused unless every element of every parameter
+is in exactly one box. Whether the files hold those boxes is checked when they are read.
 """
 
 import json
@@ -17,20 +17,22 @@ from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.errors import CheckpointError
 
 INDEX = "tensors.json"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""What is kept of a parameter: itself, and Adam's two moments; a model without its optimizer has the first alone."""
+"""The tensors of a parameter: itself and Adam's moments, or only itself without an optimizer."""
 Shapes = dict[str, tuple[int, ...]]
-"""Of whole parameters, by their names in a GPT on one process."""
+"""Shapes of whole parameters, by their names in a GPT on one process."""
 Written = tuple[str, Box]
-"""What the index has to know of a piece: the parameter and the box."""
+"""The index entry of a piece: the parameter and the box."""
 BYTES = 512 * untrusted.MIB
-"""The size limit of the index. One of 70e9 parameters, split over 1,024 ranks by ZeRO 3, takes about 130 MB."""
+"""The size limit of the index. For 70e9 parameters, split over 1,024 ranks by ZeRO 3, it is about
+130 MB."""
 _PART = r"^part-[0-9]{5,10}\.safetensors$"
 
 
 class Index(NamedTuple):
-    """parts: of each parameter its boxes and their files."""
+    """A decoded index. parts: for each parameter, its boxes and the file of each."""
 
     kinds: tuple[str, ...]
     shapes: Shapes
@@ -38,26 +40,30 @@ class Index(NamedTuple):
 
 
 def part_name(number: int) -> str:
-    """The file of process ``number``, or the ``number``-th of those that one process writes."""
+    """Return the name of the file of process ``number``, or of the ``number``-th of one process."""
     return f"part-{number:05d}.safetensors"
 
 
 def encode(shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]) -> str:
-    """The index of what the parts 0, 1, ... hold. Raises CheckpointError where that is not every element once."""
-    found: dict[str, dict[str, str]] = {name: {} for name in shapes}
+    """Return the index for parts 0, 1, ..., of which ``parts`` has the pieces.
+
+    Raises CheckpointError unless they hold every element exactly once.
+    """
+    files: dict[str, dict[str, str]] = {name: {} for name in shapes}
     for number, written in enumerate(parts):
         for name, box in written:
-            if boxes.text(box) in found[name]:
-                raise CheckpointError(f"{INDEX}: two parts have {name}[{boxes.text(box)}]")
-            found[name][boxes.text(box)] = part_name(number)
-    tensors = {name: {"shape": list(shapes[name]), "boxes": found[name]} for name in sorted(shapes)}
+            text = boxes.to_text(box)
+            if text in files[name]:
+                raise CheckpointError(f"{INDEX}: two parts have {name}[{text}]")
+            files[name][text] = part_name(number)
+    tensors = {name: {"shape": list(shapes[name]), "boxes": files[name]} for name in sorted(shapes)}
     content = json.dumps({"kinds": list(kinds), "tensors": tensors}, indent=1) + "\n"
     decode(content.encode())
     return content
 
 
 def decode(content: bytes) -> Index:
-    """Return what ``encode`` was given. Raises CheckpointError for anything else."""
+    """Return the index that ``encode`` wrote. Raises CheckpointError for any other content."""
     try:
         document = untrusted.parse_json(content, _Document)
         shapes = {name: entry.shape for name, entry in document.tensors.items()}
@@ -88,7 +94,7 @@ class _Document:
 
 def _parts(name: str, entry: _Entry) -> list[tuple[Box, str]]:
     parts = [(boxes.parse(box), file) for box, file in entry.boxes.items()]
-    if not boxes.partition([box for box, _ in parts], entry.shape):
+    if not boxes.is_partition([box for box, _ in parts], entry.shape):
         raise CheckpointError(
             f"{INDEX}: the boxes of {name} do not make up its shape {entry.shape}"
         )

@@ -1,17 +1,19 @@
-"""The tensors of a checkpoint: safetensors files of boxes, and an index that says which box of what is where.
+"""The tensors of a checkpoint: safetensors files of boxes, and an index of the file of each box.
 
-    step-00000200/part-00003.safetensors   what process 3 held alone: "weight/embedding.weight[31:61,0:32]", ...
-    step-00000200/tensors.json             every parameter: its whole shape, and the file of each of its boxes
+    step-00000200/part-00003.safetensors   what only process 3 held:
+                                           "weight/embedding.weight[31:61,0:32]", ...
+    step-00000200/tensors.json             every parameter: its shape and the file of each box
 
-A box is a rectangle of a whole parameter, under the name that it has in a GPT on one process. So a checkpoint knows
-nothing of the processes that wrote it: any others read the boxes that overlap theirs, and only those.
+A box is a rectangle of a whole parameter, under the parameter's name in a GPT on one process. So a
+checkpoint does not depend on the grid that wrote it: processes of any grid read the boxes that
+overlap theirs, and only those.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,36 +38,36 @@ from megatron_ring.errors import CheckpointError
 from megatron_ring.untrusted import UntrustedInputError, check_regular, errors_as, read_bytes
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Those that parameters have, under their names in safetensors."""
+"""The dtypes that parameters may have, by their names in safetensors."""
 PART_BYTES = 10**9
-"""What one process puts into a file at most, if it has the choice."""
+"""The size limit of a file when one process writes whole tensors."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of the parameter ``name``, and of each kind the values in it, shaped as the box."""
+    """A box of the parameter ``name``, with the values of each kind, in the shape of the box."""
 
     name: str
     box: Box
     values: Mapping[str, torch.Tensor]
 
     def on_cpu(self) -> "Piece":
-        """A copy that what becomes of the values leaves alone."""
-        return Piece(
-            self.name, self.box, {kind: x.to("cpu", copy=True) for kind, x in self.values.items()}
-        )
+        """Return a copy on the CPU that later changes of the values do not affect."""
+        copies = {kind: values.to("cpu", copy=True) for kind, values in self.values.items()}
+        return Piece(self.name, self.box, copies)
 
 
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
-    """Write a file of ``pieces``; returns what the index has to know of them.
+    """Write a file of ``pieces``; returns their index entries.
 
-    Raises CheckpointError, and NotFinite before anything is written where a value of theirs is nan
-    or infinite.
+    Raises CheckpointError, and NotFinite before anything is written if a value is nan or infinite.
     """
-    pieces, path = list(pieces), folder / part_name(number)
-    content = {
-        _key(kind, p.name, p.box): x.contiguous() for p in pieces for kind, x in p.values.items()
-    }
+    pieces = list(pieces)
+    path = folder / part_name(number)
+    content = {}
+    for piece in pieces:
+        for kind, values in piece.values.items():
+            content[_key(kind, piece.name, piece.box)] = values.contiguous()
     for key, values in content.items():
         check_finite(values, key)
     with _write_errors(path):
@@ -76,18 +78,21 @@ def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Writt
 def write_index(
     folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]
 ) -> None:
-    """Write the index of the parts 0, 1, ..., of which ``write_part`` returned ``parts``; ``shapes``: whole ones.
+    """Write the index of parts 0, 1, ....
 
-    Raises CheckpointError, also where its boxes do not have every element of every parameter once.
+    ``parts`` has what ``write_part`` returned for each, ``shapes`` those of whole parameters.
+    Raises CheckpointError, also unless the boxes have every element of every parameter exactly
+    once.
     """
     with _write_errors(folder / INDEX):
         (folder / INDEX).write_text(encode(shapes, kinds, parts))
 
 
 def write_whole(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write every parameter of ``shapes`` whole, without moments, in parts of at most about 1 GB, and their index.
+    """Write the index and every parameter of ``shapes`` whole, without moments.
 
-    ``tensors`` are asked for one after another, so that memory holds one part of them. Raises CheckpointError.
+    Parts have at most ``PART_BYTES`` bytes, unless a single tensor is larger. ``tensors`` is
+    consumed one by one, so that one part is in memory at a time. Raises CheckpointError.
     """
     pieces = (Piece(name, boxes.whole(shapes[name]), {WEIGHT: values}) for name, values in tensors)
     parts = [
@@ -98,133 +103,161 @@ def write_whole(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch
 
 
 def _in_parts(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
-    """Neighbours together up to ``limit`` bytes; a larger one is a part of its own."""
-    part, size = [], 0
+    """Yield consecutive pieces grouped up to ``limit`` bytes; a larger one is a group of its own.
+
+    Every group is the same list object, cleared in between.
+    """
+    part: list[Piece] = []
+    size = 0
     for piece in pieces:
-        more = sum(values.nbytes for values in piece.values.values())
-        if part and size + more > limit:
+        piece_bytes = sum(values.nbytes for values in piece.values.values())
+        if part and size + piece_bytes > limit:
             yield part
-            # Cleared, not replaced: who was given it still has the list, and would keep the tensors.
+            # Cleared, not replaced: the consumer still has the list, which would keep the tensors.
             part.clear()
             size = 0
         part.append(piece)
-        size += more
+        size += piece_bytes
     if part:
         yield part
 
 
-CLOSED_AFTER = 2**27
-"""Bytes read of all maps; 128 MiB."""
+CLOSE_AFTER_BYTES = 2**27
+"""Bytes read from all mapped files before they are closed; 128 MiB."""
 
 
 @dataclass
-class MappedFiles:
-    """Those in ``folder``, by name. read_bytes: since they were closed."""
+class _MappedFiles:
+    """Memory-mapped files of ``folder``, by name: a file is opened once for many boxes.
+
+    What was read through a map counts as this process's memory until the map is closed. So all maps
+    are closed from time to time and opened again on demand. read_bytes: since the last time.
+    """
 
     folder: Path
     opened: dict[str, Any] = field(default_factory=dict)
     read_bytes: int = 0
 
     def open(self, name: str) -> Any:
-        """What safetensors reads a file with. Raises UntrustedInputError where it is not a regular file."""
+        """Return the safetensors reader of a file.
+
+        Raises UntrustedInputError if it is not a regular file.
+        """
         if name not in self.opened:
             check_regular(self.folder / name)
             self.opened[name] = safe_open(self.folder / name, framework="pt")
         return self.opened[name]
 
     def count(self, read_bytes: int) -> None:
-        """After this many more bytes were copied to where they are kept. What is still in use stays mapped."""
+        """Count bytes that were copied out of the maps, and close the maps after enough of them.
+
+        A map that is still in use stays open.
+        """
         self.read_bytes += read_bytes
-        if self.read_bytes >= CLOSED_AFTER:
+        if self.read_bytes >= CLOSE_AFTER_BYTES:
             self.opened.clear()
             self.read_bytes = 0
 
 
-_Read = tuple[tuple[slice, ...], Any, tuple[slice, ...]]
-"""Where in a tensor something goes, what safetensors has opened of it, and where it is in that."""
+class _Copy(NamedTuple):
+    """Part of a read: copy ``values[source]`` to ``out[target]``. values: a safetensors slice."""
+
+    target: tuple[slice, ...]
+    values: Any
+    source: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors in a checkpoint, read as they are asked for. kinds: which of ``KINDS`` there are of each."""
+    """The tensors of a checkpoint, read on demand. kinds: those of ``KINDS`` that it has."""
 
     path: Path
     kinds: tuple[str, ...]
     shapes: Shapes
     _parts: dict[str, list[tuple[Box, str]]]
-    _files: MappedFiles
+    _files: _MappedFiles
 
     @staticmethod
     def open(path: Path) -> "Tensors":
-        """Of the checkpoint at ``path``, which was found whole before. Raises CheckpointError for a foreign index."""
-        with errors_as(CheckpointError, path / INDEX, "Give another checkpoint."):
+        """Open the tensors of the checkpoint at ``path``, which was verified before.
+
+        Raises CheckpointError for an invalid index.
+        """
+        with errors_as(CheckpointError, path / INDEX, "Use another checkpoint."):
             content = read_bytes(path / INDEX, INDEX_BYTES)
         try:
-            return Tensors(path, *decode(content), MappedFiles(path))
+            return Tensors(path, *decode(content), _MappedFiles(path))
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}. Give another checkpoint.") from error
+            raise CheckpointError(f"{path}: {error}. Use another checkpoint.") from error
 
     def check_shapes(self, expected: Shapes) -> None:
-        """Raise CheckpointError, naming each, where parameters are missing or have other shapes than ``expected``."""
-        differing = [
+        """Raise CheckpointError if parameters are missing or have other shapes than ``expected``.
+
+        The error names each of them.
+        """
+        problems = [
             f"{self.path}: {name} is {self.shapes.get(name, 'missing')} there, {shape} here."
             for name, shape in expected.items()
             if self.shapes.get(name) != shape
         ]
-        if differing:
-            raise CheckpointError(differing)
+        if problems:
+            raise CheckpointError(problems)
 
     def read(self, name: str, kind: str = WEIGHT, box: Box | None = None) -> torch.Tensor:
-        """A tensor of its own, in the type that was written: all of parameter ``name``, or a box of it."""
+        """Return parameter ``name``, or a box of it, as a new tensor in the stored dtype."""
         box = boxes.whole(self.shapes[name]) if box is None else box
-        pieces = list(self._pieces(name, kind, box))
+        copies = list(self._copies(name, kind, box))
         dtype = self.dtype(name, kind)
-        if {TYPES[values.get_dtype()] for _, values, _ in pieces} - {dtype}:
-            raise CheckpointError(f"{self.path}: the boxes of {kind}/{name} are not of one type")
-        return self._filled(torch.empty([len(indices) for indices in box], dtype=dtype), pieces)
+        if {TYPES[copy.values.get_dtype()] for copy in copies} - {dtype}:
+            raise CheckpointError(
+                f"{self.path}: the boxes of {kind}/{name} do not all have the same dtype"
+            )
+        out = torch.empty([len(indices) for indices in box], dtype=dtype)
+        self._fill(out, copies)
+        return out
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, box: Box) -> None:
-        """Fill ``out``, of any type and shaped as ``box``, with what parameter ``name`` has there."""
-        self._filled(out, self._pieces(name, kind, box))
+        """Fill ``out`` with a box of parameter ``name``; it has the shape of the box, any dtype."""
+        self._fill(out, self._copies(name, kind, box))
 
     def dtype(self, name: str, kind: str = WEIGHT) -> torch.dtype:
-        """The type that was written."""
-        return TYPES[self._stored(name, kind, *self._parts[name][0]).get_dtype()]
+        """Return the stored dtype of parameter ``name``."""
+        box, file = self._parts[name][0]
+        return TYPES[self._stored(name, kind, box, file).get_dtype()]
 
-    def _pieces(self, name: str, kind: str, box: Box) -> Iterator[_Read]:
-        for stored, file in self._parts[name]:
-            common = boxes.overlap(stored, box)
+    def _copies(self, name: str, kind: str, box: Box) -> Iterator[_Copy]:
+        for stored_box, file in self._parts[name]:
+            common = boxes.overlap(stored_box, box)
             if common is not None:
-                values = self._stored(name, kind, stored, file)
-                yield (
-                    boxes.slices(boxes.within(common, box)),
-                    values,
-                    boxes.slices(boxes.within(common, stored)),
+                yield _Copy(
+                    target=boxes.slices(boxes.relative_to(common, box)),
+                    values=self._stored(name, kind, stored_box, file),
+                    source=boxes.slices(boxes.relative_to(common, stored_box)),
                 )
 
     def _stored(self, name: str, kind: str, box: Box, file: str) -> Any:
-        """What ``file`` has of a box, unread. Raises CheckpointError where it is not what the index says."""
-        key, path = _key(kind, name, box), self.path / file
+        """Return the safetensors slice of a box in ``file``, without reading its values.
+
+        Raises CheckpointError if it does not match the index.
+        """
+        key = _key(kind, name, box)
+        path = self.path / file
         with _read_errors(path):
             values = self._files.open(file).get_slice(key)
-        if (
-            values.get_shape() != [len(indices) for indices in box]
-            or values.get_dtype() not in TYPES
-        ):
-            raise CheckpointError(
-                f"{path} cannot be read: {key} is {values.get_dtype()} {values.get_shape()} there"
-            )
+        shape = values.get_shape()
+        dtype = values.get_dtype()
+        if shape != [len(indices) for indices in box] or dtype not in TYPES:
+            raise CheckpointError(f"{path} cannot be read: {key} is {dtype} {shape} there")
         return values
 
-    def _filled(self, out: torch.Tensor, pieces: Iterable[_Read]) -> torch.Tensor:
-        for target, values, source in pieces:
-            out[target] = values[source]
+    def _fill(self, out: torch.Tensor, copies: Iterable[_Copy]) -> None:
+        for copy in copies:
+            out[copy.target] = copy.values[copy.source]
         self._files.count(out.nbytes)
-        return out
 
 
 def _key(kind: str, name: str, box: Box) -> str:
-    return f"{kind}/{name}[{boxes.text(box)}]"
+    return f"{kind}/{name}[{boxes.to_text(box)}]"
 
 
 @contextlib.contextmanager
@@ -232,9 +265,8 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path.name}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path.name}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""Checkpoints of any model, without one: every weight is the same number."""
+"""Checkpoints of any model configuration in which all weights have the same value."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import Config, ModelConfig
 
-VOCABULARY, LENGTH = 48, 32
+VOCABULARY = 48
+LENGTH = 32
 
 
 def write(
@@ -21,21 +23,21 @@ def write(
     narrow: str = "-",
     **state,
 ) -> Path:
-    """A checkpoint whose weights are all ``value``, in bfloat16 where ``narrow`` is in the name.
+    """Write a checkpoint of step 3 and return its folder.
 
-    ``state``: what its RunState has besides the sizes.
+    Weights are bfloat16 if ``narrow`` is in their name, otherwise float32. The parameter
+    ``left_out`` is missing. ``state``: further fields of its RunState.
     """
-    shapes = {
-        name: shape
-        for name, shape in parameters(model, VOCABULARY, LENGTH).items()
-        if name != left_out
-    }
+    shapes = parameters(model, VOCABULARY, LENGTH)
+    shapes.pop(left_out, None)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes.items():
+            dtype = torch.bfloat16 if narrow in name else torch.float32
+            yield name, torch.full(shape, value, dtype=dtype)
+
     store.prepare(folder, 3)
-    dtypes = {name: torch.bfloat16 if narrow in name else torch.float32 for name in shapes}
-    values = (
-        (name, torch.full(shape, value, dtype=dtypes[name])) for name, shape in shapes.items()
-    )
-    tensors.write_whole(folder / names.partial_name(3), shapes, values)
+    tensors.write_whole(folder / names.partial_name(3), shapes, weights())
     sealed = store.seal(folder, 3, store.written(folder, 3))
     config = Config(model=model)
     config = replace(config, data=replace(config.data, seq_length=LENGTH))

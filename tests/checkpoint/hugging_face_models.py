@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, of every family and of what differs within one; and ours of them."""
+"""Tiny transformers models with random weights, in every family and variant, and ours of them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,12 @@ from megatron_ring.model import initialization
 from megatron_ring.model.gpt import GPT
 from tests.model.conftest import plain_attention
 
-# Who wrote it, and what layer_types and the number of heads say already.
+# Provenance, and a key that layer_types makes redundant.
 NOT_COMPARED = {"transformers_version", "_name_or_path", "max_window_layers"}
 
-# Those of tests/training/tiny.py, so that its runs can train these models.
-VOCABULARY, LENGTH = 61, 48
+# As in tests/training/tiny.py, so that its runs can train these models.
+VOCABULARY = 61
+LENGTH = 48
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -40,7 +41,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 class Case(NamedTuple):
-    """A family, and what its config has besides the sizes."""
+    """A family, and the keys of its config besides the sizes."""
 
     family: str
     options: dict
@@ -81,7 +82,7 @@ CASES = {
         },
     ),
     "qwen3": Case("qwen3", {"head_dim": 16}),
-    "qwen3 with layers that see all": Case(
+    "qwen3 with full layers between": Case(
         "qwen3",
         {
             "head_dim": 16,
@@ -103,7 +104,11 @@ _CLASSES = {
 
 
 def build(case: Case) -> transformers.PreTrainedModel:
-    """In float32. Every parameter is random, norms and biases too: none may be mistaken for another, or left out."""
+    """Build a model in float32.
+
+    All parameters are random, including norms and biases, so that a test notices one that is
+    swapped or left out.
+    """
     config_class, model_class = _CLASSES[case.family]
     sizes = _GPT2_SIZES | _GPT2_IDS | _NO_DROPOUT if case.family == "gpt2" else _SIZES
     torch.manual_seed(0)
@@ -115,14 +120,14 @@ def build(case: Case) -> transformers.PreTrainedModel:
 
 
 def save(case: Case, folder: Path) -> Path:
-    """As save_pretrained leaves it, in several files."""
+    """Save a model with save_pretrained in several files; returns ``folder``."""
     build(case).save_pretrained(folder, max_shard_size="20KB")
     return folder
 
 
 @torch.no_grad()
 def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """What transformers computes from a folder: logits_BSV in float32."""
+    """Return logits_BSV in float32, as transformers computes them from a folder."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True
     )
@@ -130,7 +135,7 @@ def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def our_model(checkpoint: Summary) -> GPT:
-    """On one process, every parameter from the checkpoint."""
+    """Build our model on one process with all parameters from the checkpoint."""
     state = checkpoint.state
     model = initialization.build(
         GPT, checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1
@@ -149,7 +154,7 @@ def our_logits(checkpoint: Summary, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All that is in its safetensors files."""
+    """Read all tensors in the folder's safetensors files."""
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 

@@ -1,4 +1,4 @@
-"""Small checkpoints of tensors, as an imagined grid would have written them: 2 tensor ranks x ZeRO 3 on 3 ranks."""
+"""Small checkpoints of tensors as a grid of 2 tensor ranks x ZeRO 3 on 3 ranks would write them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,11 +13,12 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import Piece
 from megatron_ring.config import Config
 
-TENSOR, ZERO = 2, 3
+TENSOR = 2
+ZERO = 3
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Of odd sizes: a matrix, one with fewer rows than there are ranks, and a vector."""
+    """Return tensors of odd sizes: a matrix, one with fewer rows than ranks, and a vector."""
     random = torch.Generator().manual_seed(seed)
     shapes = {
         "embedding.weight": (7, 4),
@@ -28,27 +29,35 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torc
 
 
 def parts(kinds: dict[str, dict[str, torch.Tensor]]) -> list[list[Piece]]:
-    """What each of the imagined processes holds; ``kinds``: the whole tensors of each kind."""
-    shapes = {name: tuple(whole.shape) for name, whole in kinds[tensors.WEIGHT].items()}
+    """Return the pieces of each process. ``kinds``: the whole tensors of each kind."""
     return [
-        [
-            Piece(
-                name, box, {kind: whole[name][boxes.slices(box)] for kind, whole in kinds.items()}
-            )
-            for name, shape in shapes.items()
-            for box in _held(shape, tensor_rank, zero_rank)
-        ]
+        _pieces(kinds, tensor_rank, zero_rank)
         for tensor_rank in range(TENSOR)
         for zero_rank in range(ZERO)
     ]
 
 
-def _held(shape: tuple[int, ...], tensor_rank: int, zero_rank: int) -> list[boxes.Box]:
-    """The rows of a tensor rank, and of their elements those of a ZeRO rank."""
+def _pieces(
+    kinds: dict[str, dict[str, torch.Tensor]], tensor_rank: int, zero_rank: int
+) -> list[Piece]:
+    pieces = []
+    for name, weight in kinds[tensors.WEIGHT].items():
+        for box in _boxes(tuple(weight.shape), tensor_rank, zero_rank):
+            values = {kind: whole[name][boxes.slices(box)] for kind, whole in kinds.items()}
+            pieces.append(Piece(name, box, values))
+    return pieces
+
+
+def _boxes(shape: tuple[int, ...], tensor_rank: int, zero_rank: int) -> list[boxes.Box]:
+    """Return a ZeRO rank's boxes of the rows of a tensor rank."""
     rows = _shares(shape[0], TENSOR)[tensor_rank]
-    mine = (rows, *boxes.whole(shape[1:]))
-    run = _shares(boxes.size(mine), ZERO)[zero_rank]
-    return [boxes.moved(box, mine) for box in boxes.cut(tuple(map(len, mine)), run.start, run.stop)]
+    of_tensor_rank = (rows, *boxes.whole(shape[1:]))
+    elements = _shares(boxes.size(of_tensor_rank), ZERO)[zero_rank]
+    shape_of_rank = tuple(map(len, of_tensor_rank))
+    return [
+        boxes.moved(box, of_tensor_rank)
+        for box in boxes.cut(shape_of_rank, elements.start, elements.stop)
+    ]
 
 
 def _shares(length: int, ranks: int) -> list[range]:
@@ -58,7 +67,7 @@ def _shares(length: int, ranks: int) -> list[range]:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Have checkpoints written with values that are not finite, as earlier versions did."""
+    """Allow checkpoints with non-finite values to be written, as earlier versions did."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "check_finite", lambda *_: None)
         yield
@@ -69,9 +78,9 @@ def write(
     step: int,
     kinds: dict[str, dict[str, torch.Tensor]],
     config: Config | None = None,
-    **made: str,
+    **provenance: str,
 ) -> Path:
-    """A whole checkpoint; returns its folder. ``made``: what its state says of how it was made."""
+    """Write a complete checkpoint and return its folder. ``provenance``: fields of its state."""
     store.prepare(folder, step)
     partial = folder / names.partial_name(step)
     written = [
@@ -80,8 +89,12 @@ def write(
     shapes = {name: tuple(whole.shape) for name, whole in kinds[tensors.WEIGHT].items()}
     tensors.write_index(partial, shapes, kinds, written)
     state = RunState(
-        step, consumed_samples=4 * step, vocab_size=7, seq_length=16, optimizer_steps=step, **made
+        step,
+        consumed_samples=4 * step,
+        vocab_size=7,
+        seq_length=16,
+        optimizer_steps=step,
+        **provenance,
     )
-    return store.commit(
-        folder, state, config or Config(), store.seal(folder, step, store.written(folder, step))
-    )
+    sealed = store.seal(folder, step, store.written(folder, step))
+    return store.commit(folder, state, config or Config(), sealed)

@@ -1,9 +1,10 @@
-"""Kill saves, over and over, and look at what is left: a program of its own, so that what it forks has no torch in it.
+"""Kills saves repeatedly and checks what is left.
 
     python -m tests.checkpoint.killed_saves at_random FOLDER
     python -m tests.checkpoint.killed_saves at_every_action FOLDER
 
-Prints how many saves were killed; ends with a traceback at the first one that lost anything.
+A separate program, so that the processes it forks have not imported torch. Prints how many saves
+were killed; ends with a traceback at the first one that lost a checkpoint.
 """
 
 import os
@@ -23,57 +24,65 @@ KEEP_ONE = Config(checkpoint=CheckpointConfig(save="saved", keep_last=1))
 
 
 def at_random(folder: Path, times: int = 50) -> int:
-    """SIGKILL a process that saves without end, and start it again on the same folder; returns how many times."""
-    moment = random.Random(0)
+    """SIGKILL a process that saves in a loop and restart it on the same folder, ``times`` times."""
+    generator = random.Random(0)
     began = time.perf_counter()
     save_in_chunks(folder, 1)
     seconds = time.perf_counter() - began
     for _ in range(times):
-        reported = kill_after(moment.uniform(0, 3 * seconds), save_endlessly, folder)
-        found = latest(folder)
-        assert found in (reported, reported + 1), (
-            f"step {found} is the newest, {reported} was reported"
+        reported = kill_after(generator.uniform(0, 3 * seconds), save_endlessly, folder)
+        step = latest(folder)
+        assert step in (reported, reported + 1), (
+            f"step {step} is the newest, {reported} was reported"
         )
     return times
 
 
 def at_every_action(folder: Path) -> int:
-    """End a save before each thing that it asks of the file system, one after another; returns how many there are.
+    """End a save before each of its file-system actions; returns how many actions there are.
 
-    First of a save that lets older checkpoints go, then of one that takes the place of the only one there is.
-    What a killed process has written stays without fsync, which is left out because it takes most of the time.
+    First for a save that deletes older checkpoints, then for one that replaces the only checkpoint.
+    fsync is left out because it takes most of the time: what a killed process has written stays
+    without it.
     """
     os.fsync = lambda _: None
-    return before_each(folder / "new", (1, 2, 3), 4, latest) + before_each(
-        folder / "again", (1,), 1, newest
-    )
+    of_new_step = before_each(folder / "new", (1, 2, 3), 4, latest)
+    of_same_step = before_each(folder / "again", (1,), 1, newest)
+    return of_new_step + of_same_step
 
 
 def before_each(
-    parent: Path, steps: tuple[int, ...], step: int, look: Callable[[Path], int]
+    parent: Path, steps: tuple[int, ...], step: int, find: Callable[[Path], int]
 ) -> int:
-    """Save ``step`` after ``steps``, cut short before its 1st, 2nd, ... action; how many actions it takes."""
+    """Save ``step`` after ``steps``, ended before its 1st, 2nd, ... action.
+
+    Returns the number of actions.
+    """
     for count in range(1, 1000):
         folder = parent / str(count)
         for earlier in steps:
             write(folder, earlier)
-        ended = run_up_to(count, write, folder, step, KEEP_ONE)
-        assert look(folder) in ((step,) if ended else (steps[-1], step)), f"before action {count}"
+        completed = run_up_to(count, write, folder, step, KEEP_ONE)
+        allowed = (step,) if completed else (steps[-1], step)
+        assert find(folder) in allowed, f"before action {count}"
         write(folder, step + 1, KEEP_ONE)
-        left = sorted(path.name for path in folder.iterdir())
-        assert left == ["latest", f"step-{step + 1:08d}"], f"{left} after action {count}"
-        if ended:
+        entries = sorted(path.name for path in folder.iterdir())
+        assert entries == ["latest", f"step-{step + 1:08d}"], f"{entries} after action {count}"
+        if completed:
             return count - 1
-    raise AssertionError("a save without an end")
+    raise AssertionError("the save does not end")
 
 
 def newest(folder: Path) -> int:
-    """The step that a run would resume from."""
+    """Return the step that a run would resume from."""
     return store.newest(folder).state.step
 
 
 def latest(folder: Path) -> int:
-    """The step that a run would resume from, which ``latest`` must name; all that are there must be whole."""
+    """Return the step that a run would resume from.
+
+    Checks that ``latest`` names it and that all checkpoints are complete.
+    """
     for path in names.checkpoints(folder):
         store.verify(path)
     assert (folder / names.LATEST).read_text() == f"step-{newest(folder):08d}\n"
@@ -81,22 +90,28 @@ def latest(folder: Path) -> int:
 
 
 def run_up_to(count: int, act: Callable, *args: object) -> bool:
-    """Fork a process that acts and ends before its ``count``-th action on files; whether it came to its own end."""
+    """Fork a process that calls ``act`` and exits before its ``count``-th action on files.
+
+    Returns whether ``act`` completed before that.
+    """
     if process := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     remaining = iter(range(count - 1))
 
-    def end_in_time(event: str, _: tuple) -> None:
+    def exit_before_action(event: str, _: tuple) -> None:
         if event.startswith(("os.", "open")) and next(remaining, None) is None:
             os._exit(1)
 
-    sys.addaudithook(end_in_time)
+    sys.addaudithook(exit_before_action)
     act(*args)
     os._exit(0)
 
 
 def kill_after(seconds: float, body: Callable[[Path, int], None], folder: Path) -> int:
-    """Fork a process for ``body(folder, report)`` and kill it ``seconds`` after its first report; returns its last."""
+    """Fork a process for ``body(folder, report)`` and kill it ``seconds`` after its first report.
+
+    Returns its last report.
+    """
     reading, report = os.pipe()
     if not (process := os.fork()):
         body(folder, report)
@@ -105,13 +120,13 @@ def kill_after(seconds: float, body: Callable[[Path, int], None], folder: Path) 
         first = lines.readline()
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
-        ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        assert ended == -signal.SIGKILL, f"it ended by itself: {ended}"
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert exit_code == -signal.SIGKILL, f"it exited with {exit_code} before the signal"
         return int([first, *lines][-1])
 
 
 def save_endlessly(folder: Path, report: int) -> None:
-    """Go on after the newest checkpoint, and report each step that is saved."""
+    """Save one step after another from the newest checkpoint on, and report each."""
     step = newest(folder)
     while True:
         os.write(report, b"%d\n" % step)
@@ -120,21 +135,18 @@ def save_endlessly(folder: Path, report: int) -> None:
 
 
 def save_in_chunks(folder: Path, step: int) -> None:
-    """A checkpoint of three files of 256 KiB, written piece by piece."""
+    """Save a checkpoint of three files of 256 KiB, written in pieces."""
     store.prepare(folder, step)
     for rank in range(3):
-        with (folder / names.partial_name(step) / f"rank-{rank}.pt").open(
-            "wb", buffering=0
-        ) as file:
+        path = folder / names.partial_name(step) / f"rank-{rank}.pt"
+        with path.open("wb", buffering=0) as file:
             for chunk in range(8):
                 file.write(bytes([step % 256, rank, chunk, 0]) * 8192)
-    store.commit(
-        folder, state(step), KEEP_TWO, store.seal(folder, step, store.written(folder, step))
-    )
+    sealed = store.seal(folder, step, store.written(folder, step))
+    store.commit(folder, state(step), KEEP_TWO, sealed)
 
 
 if __name__ == "__main__":
-    assert "torch" not in sys.modules, "checkpoints are found and checked without torch"
-    print(
-        {"at_random": at_random, "at_every_action": at_every_action}[sys.argv[1]](Path(sys.argv[2]))
-    )
+    assert "torch" not in sys.modules, "checkpoints are found and verified without torch"
+    modes = {"at_random": at_random, "at_every_action": at_every_action}
+    print(modes[sys.argv[1]](Path(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""Small checkpoints, written as training writes them but for the engine. Imports no torch, to be a light process."""
+"""Small checkpoints, written as training does but without an engine. Does not import torch."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ def state(step: int) -> store.RunState:
     return store.RunState(step=step, consumed_samples=4 * step, vocab_size=61, seq_length=48)
 
 
-def write(folder: Path, step: int, config: Config | None = None, **how: Any) -> Path:
-    """A checkpoint of one file. ``how``: of store.commit."""
+def write(folder: Path, step: int, config: Config | None = None, **options: Any) -> Path:
+    """Write a checkpoint of one file. ``options``: for store.commit."""
     store.prepare(folder, step)
     (folder / names.partial_name(step) / "rank-0.pt").write_bytes(b"weights of step %d" % step)
     sealed = store.seal(folder, step, store.written(folder, step))
-    return store.commit(folder, state(step), config or Config(), sealed, **how)
+    return store.commit(folder, state(step), config or Config(), sealed, **options)

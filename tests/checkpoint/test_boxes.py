@@ -1,4 +1,4 @@
-"""Boxes against a tensor that numbers its elements: what they span, cut from, share and leave out."""
+"""Boxes, checked against a tensor whose elements are their own indices."""
 
 import math
 from itertools import pairwise
@@ -14,12 +14,12 @@ SHAPES = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 
 
 def numbered(shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor whose elements are their places in the flattened one."""
+    """Return a tensor whose elements are their indices in the flattened tensor."""
     return np.arange(math.prod(shape)).reshape(shape)
 
 
 def elements(box: boxes.Box, shape: tuple[int, ...]) -> list[int]:
-    """The places that ``box`` spans, row by row."""
+    """Return the flat indices that ``box`` spans, row by row."""
     return numbered(shape)[boxes.slices(box)].flatten().tolist()
 
 
@@ -36,93 +36,93 @@ def boxes_in(draw, shape: tuple[int, ...]) -> boxes.Box:
 
 @st.composite
 def cuts(draw) -> tuple[tuple[int, ...], list[int]]:
-    """A shape and the borders of runs of its elements, the first 0 and the last all; some runs are empty."""
+    """Draw a shape and the borders of ranges of its elements; some ranges are empty."""
     shape = draw(SHAPES)
     inner = draw(st.lists(st.integers(0, math.prod(shape)), max_size=4))
     return shape, sorted([0, *inner, math.prod(shape)])
 
 
 @given(cuts())
-def test_a_run_of_elements_is_its_boxes_side_by_side(drawn):
+def test_a_range_of_elements_is_its_boxes_one_after_another(drawn):
     shape, borders = drawn
     for start, stop in pairwise(borders):
-        found = boxes.cut(shape, start, stop)
-        assert [place for box in found for place in elements(box, shape)] == list(
-            range(start, stop)
-        )
-        assert sum(map(boxes.size, found)) == stop - start
+        pieces = boxes.cut(shape, start, stop)
+        indices = [index for box in pieces for index in elements(box, shape)]
+        assert indices == list(range(start, stop))
+        assert sum(map(boxes.size, pieces)) == stop - start
 
 
 @given(cuts())
-def test_a_run_of_elements_makes_few_boxes(drawn):
+def test_a_range_of_elements_has_few_boxes(drawn):
     shape, borders = drawn
     for start, stop in pairwise(borders):
         assert len(boxes.cut(shape, start, stop)) <= max(1, 2 * len(shape) - 1)
 
 
 @given(st.data())
-def test_what_two_boxes_share_is_what_is_in_both(data):
+def test_the_overlap_of_two_boxes_has_the_elements_in_both(data):
     shape = data.draw(SHAPES)
-    a, b = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
+    a = data.draw(boxes_in(shape))
+    b = data.draw(boxes_in(shape))
     shared = set(elements(a, shape)) & set(elements(b, shape))
     common = boxes.overlap(a, b)
     assert shared == (set() if common is None else set(elements(common, shape)))
 
 
 @given(st.data())
-def test_indices_within_another_box_find_the_same_elements(data):
+def test_indices_relative_to_another_box_refer_to_the_same_elements(data):
     shape = data.draw(SHAPES)
-    outer, other = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
+    outer = data.draw(boxes_in(shape))
+    other = data.draw(boxes_in(shape))
     common = boxes.overlap(outer, other)
     if common is not None:
-        inner = boxes.within(common, outer)
-        assert numbered(shape)[boxes.slices(outer)][
-            boxes.slices(inner)
-        ].flatten().tolist() == elements(common, shape)
+        inner = boxes.relative_to(common, outer)
+        values = numbered(shape)[boxes.slices(outer)][boxes.slices(inner)]
+        assert values.flatten().tolist() == elements(common, shape)
         assert boxes.moved(inner, outer) == common
 
 
 @given(cuts(), st.data())
-def test_the_boxes_of_all_runs_are_the_tensor_and_not_with_one_missing_or_twice(drawn, data):
+def test_the_boxes_of_all_ranges_are_a_partition_but_not_with_one_missing_or_twice(drawn, data):
     shape, borders = drawn
-    found = [box for start, stop in pairwise(borders) for box in boxes.cut(shape, start, stop)]
-    found = data.draw(st.permutations(found))
-    assert boxes.partition(found, shape)
-    assert not boxes.partition(found[1:], shape)
-    assert not boxes.partition([*found, found[0]], shape)
+    pieces = [box for start, stop in pairwise(borders) for box in boxes.cut(shape, start, stop)]
+    pieces = data.draw(st.permutations(pieces))
+    assert boxes.is_partition(pieces, shape)
+    assert not boxes.is_partition(pieces[1:], shape)
+    assert not boxes.is_partition([*pieces, pieces[0]], shape)
 
 
 @given(st.data())
-def test_boxes_are_the_tensor_when_they_number_each_element_once(data):
-    """Any set of boxes, most of which overlap, miss some elements, or both with the right sum of sizes."""
+def test_boxes_are_a_partition_if_and_only_if_they_have_each_element_once(data):
+    """Most drawn sets overlap, miss elements, or do both with the right sum of sizes."""
     shape = data.draw(SHAPES)
-    found = data.draw(st.lists(boxes_in(shape), max_size=4))
-    numbers = sorted(place for box in found for place in elements(box, shape))
-    assert boxes.partition(found, shape) == (numbers == list(range(math.prod(shape))))
+    pieces = data.draw(st.lists(boxes_in(shape), max_size=4))
+    indices = sorted(index for box in pieces for index in elements(box, shape))
+    assert boxes.is_partition(pieces, shape) == (indices == list(range(math.prod(shape))))
 
 
 @pytest.mark.parametrize(
-    "found", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"]
+    "text", ["0:2,0:2 0:2,0:2", "0:2,0:1 1:3,0:2", "0:1,0:4 0:1,0:4", "0:2,0:4 2:2,0:4"]
 )
-def test_boxes_whose_sizes_add_up_can_still_be_wrong(found):
-    assert not boxes.partition([boxes.parse(box) for box in found.split()], (2, 4))
+def test_boxes_whose_sizes_add_up_need_not_be_a_partition(text):
+    assert not boxes.is_partition([boxes.parse(box) for box in text.split()], (2, 4))
 
 
-@pytest.mark.parametrize("found", ["0:4", "0:2,0:2,0:1", "2:0,0:2", "0:2,0:2 1:1,0:2"])
-def test_boxes_of_other_dimensions_or_of_no_elements_are_not_the_tensor(found):
-    assert not boxes.partition([boxes.parse(box) for box in found.split()], (2, 2))
+@pytest.mark.parametrize("text", ["0:4", "0:2,0:2,0:1", "2:0,0:2", "0:2,0:2 1:1,0:2"])
+def test_boxes_of_other_dimensions_or_without_elements_are_not_a_partition(text):
+    assert not boxes.is_partition([boxes.parse(box) for box in text.split()], (2, 2))
 
 
 @given(st.data())
-def test_what_is_written_is_read_back(data):
+def test_a_box_written_as_text_is_parsed_back(data):
     box = data.draw(boxes_in(data.draw(SHAPES)))
-    assert boxes.parse(boxes.text(box)) == box
+    assert boxes.parse(boxes.to_text(box)) == box
 
 
 @pytest.mark.parametrize(
     "written",
     ["3", "0:3:4", "00:3", " 0:3", "0:1_0", "+0:3", "0:3,", ",", "0-3", "0:x", "0:٣", "0.0:3"],
 )
-def test_what_was_not_written_is_refused(written):
-    with pytest.raises(ValueError):  # noqa: PT011  int's own words, or ours
+def test_other_text_is_refused(written):
+    with pytest.raises(ValueError):  # noqa: PT011  the message is int's or ours
         boxes.parse(written)

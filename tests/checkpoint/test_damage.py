@@ -1,4 +1,4 @@
-"""Whatever becomes of the files, a run resumes from bytes that were written, or is told that there are none."""
+"""Whatever happens to the files, a run resumes from bytes that were written, or gets an error."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ OWN = ("rank-0.pt", "zero/rank-1.pt", "config.yaml", "state.json")
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """A folder of two checkpoints, one of their files in a folder of its own."""
+    """Write a folder of two checkpoints, each with a file in a sub-folder."""
     folder = tmp_path_factory.mktemp("pristine")
     for step in STEPS:
         store.prepare(folder, step)
@@ -77,18 +77,22 @@ OF_STEP_10 = st.sampled_from([f"step-00000010/{name}" for name in OWN])
 ANYWHERE = st.sampled_from(
     ["latest", *(f"step-{step:08d}/{name}" for step in STEPS for name in OWN)]
 )
-POSITION, CONTENT = st.integers(0, 1 << 20), st.binary(max_size=300)
+POSITION = st.integers(0, 1 << 20)
+CONTENT = st.binary(max_size=300)
 
 
 def newest_after(pristine: Path, damages: list[tuple[Callable, str, int, bytes]]) -> store.Stored:
-    """What is found in a copy after ``damages``, each of another file; it must be as it was written, file by file."""
+    """Return the checkpoint found in a copy after ``damages``, each of another file.
+
+    Checks that the files of that checkpoint are intact.
+    """
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(shutil.copytree(pristine, Path(parent, "copy")))
         for damage, file, at, content in damages:
             damage(folder / file, at, content)
-        found = store.newest(folder)
-        assert contents(found.path) == contents(pristine / found.path.name)
-        return found
+        stored = store.newest(folder)
+        assert contents(stored.path) == contents(pristine / stored.path.name)
+        return stored
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,10 +105,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @settings(max_examples=300)
 @given(st.sampled_from(DAMAGES), OF_STEP_10, POSITION, CONTENT)
-def test_one_damage_leaves_the_one_before(pristine, damage, file, at, content):
-    found = newest_after(pristine, [(damage, file, at, content)])
-    assert found.state == state(5)
-    [reason] = found.skipped
+def test_one_damaged_file_makes_a_run_resume_from_the_previous_checkpoint(
+    pristine, damage, file, at, content
+):
+    stored = newest_after(pristine, [(damage, file, at, content)])
+    assert stored.state == state(5)
+    [reason] = stored.skipped
     assert "step-00000010 is passed over" in reason
 
 
@@ -115,7 +121,7 @@ def test_one_damage_leaves_the_one_before(pristine, damage, file, at, content):
         unique_by=lambda damage: damage[1],
     )
 )
-def test_many_damages_leave_the_newest_without_one_or_no_other_error(pristine, damages):
+def test_a_run_resumes_from_the_newest_undamaged_checkpoint_or_gets_an_error(pristine, damages):
     damaged = {file.partition("/")[0] for _, file, _, _ in damages}
     undamaged = [step for step in STEPS if f"step-{step:08d}" not in damaged]
     if undamaged:
@@ -126,7 +132,7 @@ def test_many_damages_leave_the_newest_without_one_or_no_other_error(pristine, d
 
 
 @given(st.lists(st.tuples(st.text("step-.0123456789~a", min_size=1, max_size=16), CONTENT)))
-def test_foreign_files_beside_the_checkpoints_are_no_checkpoints(pristine, files):
+def test_foreign_files_beside_the_checkpoints_are_ignored(pristine, files):
     beside = [
         (foreign, name, 0, content)
         for name, content in files
@@ -136,11 +142,11 @@ def test_foreign_files_beside_the_checkpoints_are_no_checkpoints(pristine, files
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "zero/", "export/", ".git/"]), POSITION, CONTENT)))
-def test_files_that_a_checkpoint_does_not_name_are_no_part_of_it(pristine, files):
+def test_files_that_a_checkpoint_does_not_list_are_not_part_of_it(pristine, files):
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(shutil.copytree(pristine, Path(parent, "copy")))
         for inner, at, content in files:
             (folder / "step-00000010" / inner).mkdir(exist_ok=True)
             (folder / "step-00000010" / inner / f"{at}.pt").write_bytes(content)
-        found = store.newest(folder)
-        assert (found.state, found.skipped) == (state(10), ())
+        stored = store.newest(folder)
+        assert (stored.state, stored.skipped) == (state(10), ())

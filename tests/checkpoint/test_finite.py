@@ -1,4 +1,4 @@
-"""Values that are nan or infinite are counted in any type, and are in no checkpoint that is written."""
+"""Values that are nan or infinite are counted in any dtype, and never written to a checkpoint."""
 
 import math
 
@@ -18,7 +18,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(
     "bad", [[], [math.nan], [math.inf], [math.inf, -math.inf], [math.nan, -math.inf, math.inf]]
 )
-def test_what_is_not_finite_is_counted(dtype, bad):
+def test_non_finite_values_are_counted(dtype, bad):
     values = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
     values.view(-1)[5 : 5 + len(bad)] = torch.tensor(bad, dtype=dtype)
     assert count_not_finite(values) == len(bad)
@@ -26,18 +26,18 @@ def test_what_is_not_finite_is_counted(dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_finite_values_whose_sum_overflows_are_finite(dtype):
+def test_finite_values_whose_sum_overflows_count_as_finite(dtype):
     assert count_not_finite(torch.full((9,), torch.finfo(dtype).max, dtype=dtype)) == 0
     assert count_not_finite(torch.tensor([])) == 0
 
 
-def test_an_error_has_the_name_and_the_count():
+def test_the_error_has_the_name_and_the_count():
     with pytest.raises(NotFinite, match="norm has 2 values that are nan or infinite"):
         check_finite(torch.tensor([1.0, math.nan, math.inf]), "norm")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_checkpoint_is_written_of_what_is_not_finite(tmp_path, kind):
+def test_a_checkpoint_with_non_finite_values_is_not_written(tmp_path, kind):
     kinds = {name: imagined.weights(seed) for seed, name in enumerate(KINDS)}
     before = imagined.write(tmp_path, 5, kinds)
     kinds[kind]["norm.weight"][2] = math.nan

@@ -1,4 +1,4 @@
-"""A folder without a checkpoint of ours is named for what it is."""
+"""The error for a folder without a checkpoint of this project names what the folder holds."""
 
 import pytest
 
@@ -56,18 +56,18 @@ def test_a_checkpoint_of_another_program_is_named(tmp_path, word, names):
         ["model.py", "notes.txt"],
     ],
 )
-def test_what_is_no_checkpoint_is_none(tmp_path, names):
+def test_a_folder_without_any_checkpoint_is_accepted(tmp_path, names):
     fill(tmp_path, names)
     formats.check_no_other(tmp_path)
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_refused_with_the_nearest_folder(tmp_path):
     (tmp_path / "latest").write_text("step-00000010")
     with pytest.raises(CheckpointError, match=f"is a file.* Nearest: {tmp_path}"):
         formats.check_no_other(tmp_path / "latest")
 
 
-def test_what_operating_systems_leave_is_no_content(tmp_path):
+def test_files_of_operating_systems_are_not_content(tmp_path):
     fill(tmp_path, [".DS_Store", "._notes", ".nfs00000000051e0b7a00000001", "Thumbs.db", "notes"])
     assert formats.content(tmp_path) == ["notes"]
     assert formats.content(tmp_path / "none") == []

@@ -1,4 +1,4 @@
-"""From transformers' models to ours and back: equal logits, equal tensors, equal configs, for every family."""
+"""Models imported and exported again have equal logits, tensors and configs, in every family."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,8 @@ def imported(folder: Path, out: Path, stretch: Stretch | None = None) -> Summary
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:
-    expected, found = tensors(first), tensors(second)
+    expected = tensors(first)
+    found = tensors(second)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert {name: x.dtype for name, x in found.items()} == {
@@ -48,30 +49,30 @@ def tokens_BS() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_there_and_back(case, tmp_path, tokens_BS):
+def test_an_imported_and_exported_model_is_the_same(case, tmp_path, tokens_BS):
     theirs = save(case, tmp_path / "theirs")
     ours = imported(theirs, tmp_path / "ours")
     expected = logits(theirs, tokens_BS)
     torch.testing.assert_close(our_logits(ours, tokens_BS), expected, rtol=1e-5, atol=1e-5)
 
-    done = export_checkpoint(
+    exported = export_checkpoint(
         tmp_path / "ours", tmp_path / "back", ExportOptions(max_shard_size="20KB")
     )
-    assert done.family == case.family
+    assert exported.family == case.family
     assert_same_tensors(theirs, tmp_path / "back")
     assert config(tmp_path / "back") == config(theirs)
     assert torch.equal(logits(tmp_path / "back", tokens_BS), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_those_of_a_model(name):
+def test_parameters_are_those_of_the_model(name):
     model = GPT(CONFIGS[name], VOCABULARY, LENGTH, plain_attention)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert parameters(CONFIGS[name], VOCABULARY, LENGTH) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_absent_key_is_what_transformers_takes_it_for(family):
+def test_absent_keys_have_the_defaults_of_transformers(family):
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -88,15 +89,14 @@ def test_an_absent_key_is_what_transformers_takes_it_for(family):
             "n_positions": LENGTH,
         }
     complete = transformers.AutoConfig.for_model(family, **sizes).to_dict()
-    (model, problems), (expected, none) = (
-        read_model(FAMILIES[family], told) for told in (sizes, complete)
-    )
-    assert problems == none == []
+    model, problems = read_model(FAMILIES[family], sizes)
+    expected, no_problems = read_model(FAMILIES[family], complete)
+    assert problems == no_problems == []
     assert resolved(model, LENGTH) == resolved(expected, LENGTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_types_stay_as_they_are(dtype, tmp_path):
+def test_dtypes_are_preserved(dtype, tmp_path):
     theirs = save(CASES["gpt2"], tmp_path / "theirs")
     transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype).save_pretrained(
         tmp_path / "narrow"
@@ -105,12 +105,11 @@ def test_types_stay_as_they_are(dtype, tmp_path):
     assert {ours.tensors.dtype(name) for name in ours.tensors.shapes} == {dtype}
     export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     assert_same_tensors(tmp_path / "narrow", tmp_path / "back")
-    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(
-        dtype
-    ).removeprefix("torch.")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_another_type_is_written_when_asked_for(tmp_path):
+def test_the_dtype_option_converts_the_weights(tmp_path):
     theirs = save(CASES["qwen2"], tmp_path / "theirs")
     imported(theirs, tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions(dtype="bf16"))
@@ -119,8 +118,8 @@ def test_another_type_is_written_when_asked_for(tmp_path):
         assert torch.equal(found, expected[name].bfloat16())
 
 
-def test_a_model_saved_without_its_head(tmp_path, tokens_BS):
-    """As the first GPT-2: no prefix before the names, no head, and buffers of the mask."""
+def test_a_model_saved_without_its_head_is_imported(tmp_path, tokens_BS):
+    """Like the first GPT-2: no prefix in the names, no head, and buffers of the mask."""
     theirs = save(CASES["gpt2"], tmp_path / "theirs")
     model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
     base = {
@@ -136,7 +135,7 @@ def test_a_model_saved_without_its_head(tmp_path, tokens_BS):
     )
 
 
-def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
+def test_files_beside_the_weights_are_copied_and_checksummed(tmp_path):
     theirs = save(CASES["mistral"], tmp_path / "theirs")
     (theirs / "tokenizer.json").write_text('{"a tokenizer": true}')
     ours = imported(theirs, tmp_path / "ours")
@@ -144,13 +143,13 @@ def test_what_lies_beside_the_weights_is_carried_along_and_sealed(tmp_path):
     assert (ours.path / "hugging_face/config.json").read_bytes() == (
         theirs / "config.json"
     ).read_bytes()
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
-    assert done.carried == ["tokenizer.json", "generation_config.json"]
+    exported = export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
+    assert exported.carried == ["tokenizer.json", "generation_config.json"]
     assert (tmp_path / "back/tokenizer.json").read_text() == '{"a tokenizer": true}'
 
 
-def test_special_tokens_come_with_the_tokenizer_or_not_at_all(tmp_path):
-    """Not from the family's own defaults, which are another model's ids."""
+def test_special_tokens_are_those_of_the_tokenizer_or_none(tmp_path):
+    """Not the family's defaults, which are the ids of another model."""
     theirs = save(Case("llama", {"bos_token_id": 7, "eos_token_id": [8, 9]}), tmp_path / "theirs")
     import_folder(theirs, tmp_path / "ours", Stretch())
     export_checkpoint(

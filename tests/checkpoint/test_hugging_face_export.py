@@ -1,4 +1,4 @@
-"""What an export refuses, with the reasons; what it writes, whole or not at all."""
+"""An export is refused with the reasons, or written completely."""
 
 import json
 from dataclasses import replace
@@ -30,11 +30,11 @@ GPT2 = replace(
 )
 
 
-def refusal(source: Path, out: Path, form: ExportOptions) -> str:
-    """What an export says, which must leave nothing."""
+def refusal(source: Path, out: Path, options: ExportOptions) -> str:
+    """Return the error of an export, after checking that it has left no files."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(CheckpointError) as refused:
-        export_checkpoint(source, out, form)
+        export_checkpoint(source, out, options)
     assert sorted(out.parent.iterdir()) == before
     return str(refused.value)
 
@@ -84,20 +84,20 @@ def refusal(source: Path, out: Path, form: ExportOptions) -> str:
         (
             replace(LLAMA, rope_scaling="yarn", rope_scaling_factor=3.0),
             "llama",
-            "RoPE was stretched from 10.666666666666666 tokens",
+            "10.666666666666666 tokens (seq_length 32 / rope_scaling_factor 3.0)",
         ),
     ],
 )
-def test_a_model_that_a_family_cannot_express(model, family, reason, tmp_path):
+def test_a_model_that_a_family_cannot_express_is_refused(model, family, reason, tmp_path):
     write(tmp_path / "ours", model)
     assert reason in refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(family=family))
 
 
-def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
+def test_a_model_that_no_family_can_express_is_refused_with_the_reason_for_each(tmp_path):
     write(tmp_path / "ours", replace(LLAMA, softmax_type="learnable"))
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    message = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2"):
-        assert f"as {family}: softmax_type is learnable" in told
+        assert f"as {family}: softmax_type is learnable" in message
 
 
 @pytest.mark.parametrize(
@@ -112,48 +112,45 @@ def test_a_model_that_no_family_can_express_is_refused_for_each(tmp_path):
         (GPT2, "gpt2"),
     ],
 )
-def test_without_a_family_the_first_that_describes_the_model_exactly(model, family, tmp_path):
+def test_the_default_family_is_the_first_that_describes_the_model_exactly(model, family, tmp_path):
     write(tmp_path / "ours", model)
-    assert (
-        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == family
-    )
+    exported = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert exported.family == family
 
 
-def test_every_family_that_is_able_is_named(tmp_path):
+def test_the_reason_names_every_family_that_can_express_the_model(tmp_path):
     write(tmp_path / "ours", LLAMA)
-    assert (
-        "llama, mistral"
-        in export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).reason
-    )
+    exported = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert "llama, mistral" in exported.reason
 
 
-def test_values_that_the_type_does_not_have(tmp_path):
+def test_values_too_large_for_the_dtype_are_refused(tmp_path):
     write(tmp_path / "ours", QWEN2, value=1e5)
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(dtype="fp16"))
-    assert "has values up to 1e+05, and float16 ends at 6.55e+04. Set --dtype." in told
+    message = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(dtype="fp16"))
+    for part in ("1e+05", "float16", "6.55e+04", "--dtype"):
+        assert part in message
 
 
-def test_a_folder_that_holds_something(tmp_path):
+def test_only_a_new_or_empty_folder_is_written(tmp_path):
     write(tmp_path / "ours", QWEN2)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes").touch()
-    assert "theirs is there already" in refusal(
-        tmp_path / "ours", tmp_path / "theirs", ExportOptions()
-    )
+    message = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert "theirs already exists" in message
     (tmp_path / "theirs/notes").unlink()
-    assert (
-        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions()).family == "qwen2"
-    )
+    exported = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert exported.family == "qwen2"
 
 
-def test_a_checkpoint_without_a_tensor_that_its_config_asks_for(tmp_path):
+def test_a_checkpoint_without_a_tensor_of_its_model_is_refused(tmp_path):
     untied = replace(QWEN2, untie_embeddings_and_output_weights=True)
     write(tmp_path / "ours", untied, left_out="output.weight")
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
-    assert "output.weight is missing there, (48, 32) here" in told
+    message = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    for part in ("output.weight", "missing", "(48, 32)"):
+        assert part in message
 
 
-def test_a_damaged_checkpoint(tmp_path):
+def test_a_damaged_checkpoint_is_refused(tmp_path):
     part = write(tmp_path / "ours", QWEN2) / tensors.part_name(0)
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
@@ -163,26 +160,26 @@ def test_a_damaged_checkpoint(tmp_path):
     )
 
 
-def test_a_tokenizer_that_is_none(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     write(tmp_path / "ours", QWEN2)
-    told = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(tokenizer=tmp_path))
-    assert "has none of tokenizer.json" in told
-    assert "Set --tokenizer" in told
+    message = refusal(tmp_path / "ours", tmp_path / "theirs", ExportOptions(tokenizer=tmp_path))
+    assert "has none of tokenizer.json" in message
+    assert "--tokenizer" in message
 
 
-def test_without_a_tokenizer_none_is_written(tmp_path):
+def test_without_a_tokenizer_only_the_model_is_written(tmp_path):
     write(tmp_path / "ours", QWEN2)
-    done = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
-    assert done.carried == []
+    exported = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
+    assert exported.carried == []
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
 
 
-def test_shards_are_as_large_as_was_asked_and_have_every_tensor(tmp_path):
+def test_shards_are_within_the_limit_and_have_every_tensor(tmp_path):
     write(tmp_path / "ours", GPT2)
-    done = export_checkpoint(
+    exported = export_checkpoint(
         tmp_path / "ours", tmp_path / "theirs", ExportOptions(max_shard_size="20KB")
     )
     shards = [load_file(path) for path in sorted((tmp_path / "theirs").glob("*.safetensors"))]
@@ -192,18 +189,18 @@ def test_shards_are_as_large_as_was_asked_and_have_every_tensor(tmp_path):
     index = json.loads((tmp_path / "theirs/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(map(sum, sizes))
     assert index["weight_map"].keys() == {name for shard in shards for name in shard}
-    assert set(index["weight_map"].values()) < set(done.files)
+    assert set(index["weight_map"].values()) < set(exported.files)
 
 
-def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path):
-    """Queries and keys, of two types, become one tensor, of the wider. Five bfloat16 are ten bytes."""
+def test_dtypes_may_differ_and_every_tensor_is_aligned_to_its_element_size(tmp_path):
+    """Queries and keys of two dtypes become a tensor of the wider. 5 bfloat16 are 10 bytes."""
     odd = replace(GPT2, hidden_size=5, num_attention_heads=1)
     write(tmp_path / "queries", odd, narrow="q_proj")
-    done = export_checkpoint(tmp_path / "queries", tmp_path / "wide", ExportOptions())
-    assert done.dtypes == {torch.float32}
+    exported = export_checkpoint(tmp_path / "queries", tmp_path / "wide", ExportOptions())
+    assert exported.dtypes == {torch.float32}
     write(tmp_path / "norms", odd, narrow="norm")
-    done = export_checkpoint(tmp_path / "norms", tmp_path / "mixed", ExportOptions())
-    assert done.dtypes == {torch.float32, torch.bfloat16}
+    exported = export_checkpoint(tmp_path / "norms", tmp_path / "mixed", ExportOptions())
+    assert exported.dtypes == {torch.float32, torch.bfloat16}
     content = (tmp_path / "mixed/model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     sizes = {"F32": 4, "BF16": 2}
@@ -212,29 +209,28 @@ def test_types_may_differ_and_every_tensor_begins_at_a_multiple_of_its_elements_
 
 
 @pytest.mark.parametrize(("window", "first"), [(0, 2), (8, 0)])
-def test_readers_that_know_no_layer_types_find_the_first_layer_with_a_window(
-    window, first, tmp_path
-):
+def test_max_window_layers_is_the_first_layer_with_a_window(window, first, tmp_path):
+    """For programs that do not read layer_types."""
     write(tmp_path / "ours", replace(QWEN2, window_size=window))
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs", ExportOptions())
     assert json.loads((tmp_path / "theirs/config.json").read_text())["max_window_layers"] == first
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     write(tmp_path / "ours", QWEN2)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write .*theirs: Not a directory"):
+    with pytest.raises(CheckpointError, match="theirs: Not a directory"):
         export_checkpoint(tmp_path / "ours", tmp_path / "file/theirs", ExportOptions())
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("20KB", 20_000), ("7", 7)]
 )
-def test_sizes(text, size):
+def test_sizes_are_parsed_in_powers_of_1000(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5TB", "-1GB", "0", "nan", "infGB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(ConfigError, match="Set --max-shard-size"):
+def test_invalid_sizes_are_refused_with_the_flag(text):
+    with pytest.raises(ConfigError, match="--max-shard-size"):
         parse_size(text)

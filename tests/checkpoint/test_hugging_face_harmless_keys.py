@@ -1,4 +1,4 @@
-"""Spellings and keys of published configs that change nothing: what transformers makes of them is what we do."""
+"""Key variants and ignored keys of published configs are read as transformers reads them."""
 
 import copy
 import sys
@@ -49,8 +49,8 @@ def scaling(**parameters) -> dict:
         (
             "llama",
             scaling(rope_type="yarn", factor=4.0),
-        ),  # the old length is max_position_embeddings
-        ("llama", scaling(**YARN) | {ORIGINAL: 2048}),  # outside it counts more
+        ),  # the original length is max_position_embeddings
+        ("llama", scaling(**YARN) | {ORIGINAL: 2048}),  # takes precedence outside rope_scaling
         ("llama", scaling(**LLAMA3) | {ORIGINAL: 2048}),
         ("llama", scaling(**LLAMA3, **{ORIGINAL: 512}, type="llama3")),
         ("llama", scaling(type="linear", factor=2)),
@@ -102,7 +102,7 @@ def scaling(**parameters) -> dict:
         ),
     ],
 )
-def test_what_transformers_computes_with_it(family, changes):
+def test_the_model_is_the_one_that_transformers_builds(family, changes):
     config = SIZES | changes
     their_config = CONFIG_MAPPING[family].from_dict(copy.deepcopy(config))
     with torch.device("meta"):
@@ -127,22 +127,19 @@ def test_what_transformers_computes_with_it(family, changes):
     assert rope.magnitude == pytest.approx(rotary.attention_scaling)
     assert model.head_dim == attention.head_dim
     assert model.key_value_heads == attention.k_proj.out_features // attention.head_dim
-    # Mistral has it in the config, for all layers; Qwen in each layer; Llama nowhere.
+    # The window is in Mistral's config, in each layer of Qwen, and nowhere in Llama.
     window = {"mistral": their_config, "llama": None}.get(family, attention)
     assert model.window_size == (getattr(window, "sliding_window", None) or 0)
 
 
-def test_what_is_passed_over_is_named(tmp_path):
-    """Code of the model's own is not run, as without trust_remote_code."""
+def test_ignored_keys_are_noted(tmp_path):
+    """Custom code is not run, as in transformers without trust_remote_code."""
     theirs = save(
         Case("llama", {"rope_scaling": {**YARN, "attn_factor": 0.9}, "auto_map": {"A": "x.Y"}}),
         tmp_path / "theirs",
     )
     notes = import_folder(theirs, tmp_path / "ours", Stretch()).notes
-    assert [
-        word
-        for word in ("attn_factor", "auto_map", "LlamaForCausalLM")
-        if word not in " ".join(notes)
-    ] == []
+    for word in ("attn_factor", "auto_map", "LlamaForCausalLM"):
+        assert word in " ".join(notes)
     theirs = save(Case("llama", {}), tmp_path / "plain")
     assert import_folder(theirs, tmp_path / "none", Stretch()).notes == []

@@ -1,4 +1,4 @@
-"""Conversions need at most 1.2 times the memory of the model, by what a process's high-water mark rises."""
+"""Conversions raise a process's memory high-water mark by at most 1.2 times the model's size."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SIZES = {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8}
 MODELS = {
     "qwen2": ModelConfig(**SIZES, add_qkv_bias=True),
-    # The one whose tensors have to be turned, and put together from several.
+    # The family whose tensors are transposed and joined from several.
     "gpt2": ModelConfig(
         **SIZES,
         normalization="LayerNorm",
@@ -23,7 +23,7 @@ MODELS = {
         position_embedding_type="learned_absolute",
     ),
 }
-# Libraries are loaded before the mark is set back to what is in use.
+# The mark is reset to the memory in use after libraries are loaded.
 MEASURED = """
 import sys
 from pathlib import Path
@@ -40,17 +40,17 @@ print(high_water_mark() - before)
 
 
 def rise(*arguments: str | Path) -> int:
-    """Bytes by which the memory of a conversion's process goes up."""
+    """Run a conversion in a process and return by how many bytes its memory rises."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    done = subprocess.run(
+    completed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     )
-    return int(done.stdout.splitlines()[-1])
+    return int(completed.stdout.splitlines()[-1])
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("family", MODELS)
-def test_memory(family, tmp_path):
+def test_conversions_need_little_more_memory_than_the_model(family, tmp_path):
     ours = write(tmp_path / "ours", MODELS[family])
     model_bytes = sum(part.stat().st_size for part in ours.glob("part-*"))
     assert model_bytes > 3e8

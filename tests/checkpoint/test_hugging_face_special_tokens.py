@@ -1,4 +1,4 @@
-"""Where an export finds the ids that begin and end a text, and that transformers finds them there."""
+"""An export finds the ids of special tokens in the right source, and transformers reads them."""
 
 import io
 import json
@@ -17,7 +17,7 @@ MODEL = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
 
 
 def tokenizer(folder: Path, **files: dict) -> Path:
-    """A folder of JSON files, by their names without the ending."""
+    """Write a folder of JSON files, given by their names without the suffix."""
     folder.mkdir()
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -37,13 +37,13 @@ def exported(tmp_path: Path, folder: Path | None, end_of_document: int | None = 
 
 
 def ends(folder: Path) -> tuple:
-    """(bos, eos) by the model's config, eos by what transformers generates with."""
+    """Return bos and eos of the model's config, and eos of the generation config."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return config.bos_token_id, config.eos_token_id, generation.eos_token_id
 
 
-def test_a_run_keeps_the_end_of_its_documents(tmp_path):
+def test_without_a_tokenizer_the_end_is_that_of_the_training_data(tmp_path):
     assert ends(exported(tmp_path, None, end_of_document=7)) == (None, 7, 7)
 
 
@@ -74,20 +74,19 @@ def test_a_run_keeps_the_end_of_its_documents(tmp_path):
         ({"tokenizer": {}, "tokenizer_config": {"eos_token": None}}, (None, 7, 7)),
     ],
 )
-def test_what_the_tokenizer_s_folder_has_comes_first(files, expected, tmp_path):
+def test_the_folder_of_the_tokenizer_takes_precedence(files, expected, tmp_path):
     folder = tokenizer(tmp_path / "tokenizer", **{"tokenizer": {}, **files})
     assert ends(exported(tmp_path, folder, end_of_document=7)) == expected
 
 
-def test_what_generation_config_has_besides_stays(tmp_path):
+def test_other_keys_of_the_generation_config_are_kept(tmp_path):
     files = {"tokenizer": {}, "generation_config": {"temperature": 0.5, "do_sample": True}}
     out = exported(tmp_path, tokenizer(tmp_path / "tokenizer", **files), end_of_document=7)
-    assert json.loads((out / "generation_config.json").read_text()) == files[
-        "generation_config"
-    ] | {"eos_token_id": 7}
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == files["generation_config"] | {"eos_token_id": 7}
 
 
-def test_a_sentencepiece_model_has_ends_of_its_own(tmp_path):
+def test_the_ids_of_a_sentencepiece_model_are_found(tmp_path):
     model = io.BytesIO()
     texts = (f"some {word} words" for word in ("more", "other", "such"))
     sentencepiece.SentencePieceTrainer.train(
@@ -118,14 +117,14 @@ def test_a_sentencepiece_model_has_ends_of_its_own(tmp_path):
         },
     ],
 )
-def test_what_is_no_id_of_the_model_is_refused(files, tmp_path):
+def test_an_invalid_id_is_refused(files, tmp_path):
     folder = tokenizer(tmp_path / "tokenizer", **{"tokenizer": {}, **files})
     with pytest.raises(CheckpointError, match="eos_token_id"):
         exported(tmp_path, folder)
     assert not (tmp_path / "theirs").exists()
 
 
-def test_a_folder_without_any_leaves_it_open(tmp_path):
+def test_a_folder_without_any_id_leaves_eos_token_id_unset(tmp_path):
     out = exported(tmp_path, tokenizer(tmp_path / "tokenizer", tokenizer={}))
     assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
     assert not (out / "generation_config.json").exists()

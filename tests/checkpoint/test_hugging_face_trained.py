@@ -1,4 +1,4 @@
-"""From transformers to a grid of 2 pipeline x 2 tensor ranks, a step of training there, and back to transformers."""
+"""A model is imported, trained for a step on 2 pipeline x 2 tensor ranks, and exported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,14 @@ GRID = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
 
 def config_of(folder: Path) -> Config:
-    """What the import has written, trained as tiny runs are."""
+    """Return the model and data options of the import with the training options of tiny runs."""
     written = load_yaml(folder / "step-00000000/config.yaml")
     trained = tiny.config(parallel=GRID, checkpoint={"load": str(folder), "save": str(folder)})
     return replace(trained, model=written.model, data=written.data)
 
 
 def train_a_step(rank: int, world_size: int, folders: list[Path], prefix: Path) -> None:
-    """Of the model in each folder of checkpoints; the checkpoint after it goes there too."""
+    """Train the model in each folder for a step and save it to the same folder."""
     for folder in folders:
         run = tiny.Run(config_of(folder), prefix, rank, world_size)
         run.resume(run.find())
@@ -45,7 +45,7 @@ def train_a_step(rank: int, world_size: int, folders: list[Path], prefix: Path) 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with three of each family: theirs, ours with the checkpoint of step 1, and theirs again."""
+    """Return a folder with, for each family, theirs, ours after step 1, and the export of that."""
     assert (tiny.VOCAB, tiny.SEQ) == (VOCABULARY, LENGTH)
     root = tmp_path_factory.mktemp("trained")
     for family in FAMILIES:
@@ -65,16 +65,17 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_what_was_trained(family, trained):
+def test_transformers_computes_the_logits_of_the_trained_model(family, trained):
     tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     checkpoint = Summary.of(trained / family / "ours/step-00000001")
-    found = logits(trained / family / "back", tokens_BS)
-    torch.testing.assert_close(found, our_logits(checkpoint, tokens_BS), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, logits(trained / family / "theirs", tokens_BS), atol=1e-3)
+    exported = logits(trained / family / "back", tokens_BS)
+    torch.testing.assert_close(exported, our_logits(checkpoint, tokens_BS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(exported, logits(trained / family / "theirs", tokens_BS), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_took_part(family, trained):
-    before, after = tensors(trained / family / "theirs"), tensors(trained / family / "back")
+def test_training_has_changed_every_tensor(family, trained):
+    before = tensors(trained / family / "theirs")
+    after = tensors(trained / family / "back")
     assert after.keys() == before.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []

@@ -1,16 +1,16 @@
-"""Families that are not read: what is named as missing, and which family is nearest, from the table and from keys."""
+"""For unsupported families, the missing features and the nearest family are found."""
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ring.checkpoint.hugging_face import unsupported
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES
-from megatron_ring.checkpoint.hugging_face.unsupported import described, reasons
+from megatron_ring.checkpoint.hugging_face.unsupported import describe, nearest_and_missing
 
 
 @pytest.mark.parametrize("name", unsupported._KNOWN)
-def test_the_table_names_a_supported_family_and_no_supported_one_is_in_it(name):
-    nearest, missing = reasons({"model_type": name})
+def test_the_table_has_only_unsupported_families_each_with_a_supported_nearest_one(name):
+    nearest, missing = nearest_and_missing({"model_type": name})
     assert nearest in FAMILIES
     assert missing
     assert name not in FAMILIES
@@ -50,24 +50,28 @@ def test_the_table_names_a_supported_family_and_no_supported_one_is_in_it(name):
         ("llama", {}, "llama", []),
     ],
 )
-def test_the_features_of_a_family_of_an_unknown_name(name, changes, nearest, features):
-    """From the keys alone, of the configs that the installed transformers has."""
+def test_the_features_of_an_unknown_family_are_found_by_its_keys(name, changes, nearest, features):
+    """In the configs of the installed transformers."""
     config = CONFIG_MAPPING[name]().to_dict() | changes | {"model_type": "unheard-of"}
-    found, missing = reasons(config)
-    assert (found, set(missing)) == (nearest, set(features))
+    nearest_by_keys, missing = nearest_and_missing(config)
+    assert nearest_by_keys == nearest
+    assert set(missing) == set(features)
 
 
-def test_what_the_table_says_and_what_the_keys_say_is_one_list():
+def test_features_from_the_table_and_from_the_keys_are_combined():
     config = {
         "model_type": "phi3",
         "rope_scaling": {"type": "longrope"},
         "quantization_config": {"bits": 4},
     }
-    assert reasons(config) == (
+    assert nearest_and_missing(config) == (
         "llama",
         [unsupported.FUSED, unsupported.QUANTISED, unsupported.LONGROPE],
     )
-    assert unsupported.EXACT_GELU not in reasons({"model_type": "gemma", "hidden_act": "gelu"})[1]
+    assert (
+        unsupported.EXACT_GELU
+        not in nearest_and_missing({"model_type": "gemma", "hidden_act": "gelu"})[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,4 +83,4 @@ def test_what_the_table_says_and_what_the_keys_say_is_one_list():
     ],
 )
 def test_values_of_any_type_are_described(config):
-    assert "Known: llama" in described(config)
+    assert "Supported: llama" in describe(config)

@@ -1,4 +1,4 @@
-"""One run writes to a folder of checkpoints; a second run is refused, and dead ones never block it."""
+"""One run at a time writes to a folder of checkpoints; a dead run never blocks the next one."""
 
 import os
 import shutil
@@ -357,7 +357,7 @@ def assert_still_holds(held: Lease, folder: Path, number: int) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "copy"])
 def test_a_run_whose_lease_file_is_replaced_keeps_the_folder(kind, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    monkeypatch.setattr(lease, "_SECOND_READ_SECONDS", 0)
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000001"
     if kind == "copy":
@@ -372,7 +372,7 @@ def test_a_run_whose_lease_file_is_replaced_keeps_the_folder(kind, tmp_path, cap
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_invalid_lease_file_with_a_higher_number_stops_no_run(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    monkeypatch.setattr(lease, "_SECOND_READ_SECONDS", 0)
     held = left_by(here(), tmp_path)
     put(kind, tmp_path / ".lease-00000009")
     assert_still_holds(held, tmp_path, 10)
@@ -395,7 +395,7 @@ def test_a_successor_whose_file_is_being_written_is_recognised_at_the_second_rea
 def test_a_successor_written_while_the_run_creates_a_higher_number_is_recognised(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    monkeypatch.setattr(lease, "_SECOND_READ_SECONDS", 0)
     held = left_by(here(), tmp_path)
     path = tmp_path / ".lease-00000002"
     path.touch()
@@ -423,7 +423,7 @@ def test_a_name_without_exactly_eight_digits_is_not_a_lease(name, tmp_path):
 
 
 def test_after_the_largest_number_no_run_acquires_the_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lease, "_SECOND_LOOK_SECONDS", 0)
+    monkeypatch.setattr(lease, "_SECOND_READ_SECONDS", 0)
     held = left_by(here(), tmp_path)
     (tmp_path / ".lease-99999999").touch()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Old checkpoints go once a newer one is whole and the latest, and a killed removal hides what it leaves."""
+"""Old checkpoints are deleted once a newer one is complete; a kill leaves none half deleted."""
 
 from pathlib import Path
 
@@ -29,14 +29,14 @@ def steps(folder: Path) -> list[int]:
         ({"keep_last": 1, "keep_every": 20}, [20, 40, 60, 70]),
     ],
 )
-def test_what_is_kept(tmp_path, options, kept):
+def test_keep_last_and_keep_every_keep_the_right_steps(tmp_path, options, kept):
     for step in range(10, 80, 10):
         write(tmp_path, step, keeping(**options))
     assert steps(tmp_path) == kept
     assert not list(tmp_path.glob(".*")), "no leftovers"
 
 
-def test_steps_of_an_earlier_run_neither_count_nor_go(tmp_path):
+def test_steps_of_an_earlier_run_are_neither_counted_nor_deleted(tmp_path):
     for step in (10, 90, 20, 30):
         write(tmp_path, step)
     write(tmp_path, 40, keeping(keep_last=2))
@@ -44,20 +44,22 @@ def test_steps_of_an_earlier_run_neither_count_nor_go(tmp_path):
     assert store.newest(tmp_path).state.step == 40
 
 
-def test_nothing_goes_before_the_new_one_is_whole_and_the_latest(tmp_path, monkeypatch):
+def test_nothing_is_deleted_before_the_new_checkpoint_is_complete_and_the_latest(
+    tmp_path, monkeypatch
+):
     for step in (10, 20):
         write(tmp_path, step)
-    seen = []
+    states = []
 
-    def look(folder: Path, newest: int, *_: object) -> None:
-        seen.append((store.newest(folder).state.step, newest, steps(folder)))
+    def record(folder: Path, newest: int, *_: object) -> None:
+        states.append((store.newest(folder).state.step, newest, steps(folder)))
 
-    monkeypatch.setattr(retention, "remove_outdated", look)
+    monkeypatch.setattr(retention, "remove_outdated", record)
     write(tmp_path, 30, keeping(keep_last=1))
-    assert seen == [(30, 30, [10, 20, 30])]
+    assert states == [(30, 30, [10, 20, 30])]
 
 
-def test_a_removal_that_ends_half_way_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
+def test_an_interrupted_deletion_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
     for step in (10, 20):
         write(tmp_path, step)
     with monkeypatch.context() as patch:
@@ -74,7 +76,7 @@ def test_a_removal_that_ends_half_way_leaves_no_damaged_checkpoint(tmp_path, mon
     ]
 
 
-def test_without_retiring_none_goes(tmp_path):
+def test_without_retire_nothing_is_deleted(tmp_path):
     for step in (10, 20):
         write(tmp_path, step)
     write(tmp_path, 30, keeping(keep_last=1), retire=False)
@@ -90,7 +92,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("damage", ["", "state.json", "rank-0.pt"])
-def test_what_a_user_put_into_a_checkpoint_is_kept_when_that_goes(tmp_path, damage):
+def test_files_of_the_user_in_a_checkpoint_are_kept_when_it_is_deleted(tmp_path, damage):
     path = write(tmp_path, 10)
     (path / "export").mkdir()
     (path / "export" / "model.bin").write_text("exported")
@@ -106,9 +108,8 @@ def test_what_a_user_put_into_a_checkpoint_is_kept_when_that_goes(tmp_path, dama
         "step-00000020",
     ]
     kept = content(tmp_path / "kept-from-00000010")
-    assert (kept.pop("rank-0.pt", None) is None) or damage == "state.json", (
-        "where no record is left, nothing is lost"
-    )
+    # Without its record, a file of the checkpoint is kept as well.
+    assert kept.pop("rank-0.pt", None) is None or damage == "state.json"
     assert kept == {"export/model.bin": "exported", "notes.txt": "the best so far"}
     assert len(notes) == 1
     assert f"{tmp_path}/kept-from-00000010" in notes[0]
@@ -117,7 +118,7 @@ def test_what_a_user_put_into_a_checkpoint_is_kept_when_that_goes(tmp_path, dama
     assert steps(tmp_path) == [30]
 
 
-def test_names_of_kept_folders_are_not_taken_twice(tmp_path):
+def test_folders_of_kept_files_have_distinct_names(tmp_path):
     for _ in range(2):
         (write(tmp_path, 10) / "notes.txt").write_text("mine")
         write(tmp_path, 20, keeping(keep_last=1))
@@ -127,8 +128,8 @@ def test_names_of_kept_folders_are_not_taken_twice(tmp_path):
     ]
 
 
-def test_a_record_that_names_files_elsewhere_deletes_none_of_them(tmp_path):
-    """Only what is found in the folder of the checkpoint is deleted, whatever its state.json names."""
+def test_a_record_that_lists_files_elsewhere_deletes_none_of_them(tmp_path):
+    """Only files in the checkpoint's own folder are deleted, whatever its state.json lists."""
     outside = tmp_path / "outside"
     outside.write_text("mine")
     folder = tmp_path / "saved"
@@ -141,7 +142,7 @@ def test_a_record_that_names_files_elsewhere_deletes_none_of_them(tmp_path):
     assert steps(folder) == [20]
 
 
-def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tmp_path):
+def test_of_a_link_to_a_checkpoint_only_the_link_is_deleted(tmp_path):
     moved = write(tmp_path / "saved", 10).rename(tmp_path / "archived")
     (tmp_path / "saved" / "step-00000010").symlink_to(moved)
     write(tmp_path / "saved", 20, keeping(keep_last=1))
@@ -171,7 +172,7 @@ def test_a_run_from_step_0_keeps_the_checkpoints_of_an_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize("renames", range(3))
-def test_a_kill_between_two_moves_leaves_the_newest_in_place(tmp_path, monkeypatch, renames):
+def test_after_a_kill_between_two_moves_the_newest_is_still_found(tmp_path, monkeypatch, renames):
     for step in (10, 20, 30):
         write(tmp_path, step)
     moves = []

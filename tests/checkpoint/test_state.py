@@ -1,4 +1,4 @@
-"""state.json guards itself: no other bytes are taken for it."""
+"""state.json has its own checksum: any changed byte or invalid value is refused."""
 
 import json
 from dataclasses import replace
@@ -17,13 +17,13 @@ CONTENT = encode(state(5), FILES)
 DAMAGED = "its state.json is damaged or of another version"
 
 
-def test_what_is_written_is_read_and_is_json():
+def test_an_encoded_state_is_json_and_is_decoded_back():
     assert decode(CONTENT) == (state(5), FILES)
     assert json.loads(CONTENT)["files"]["rank-0.pt"] == {"bytes": 3, "sha256": "a" * 64}
 
 
 @given(st.integers(0, 8 * len(CONTENT) - 1))
-def test_every_bit_counts(bit):
+def test_a_flipped_bit_is_refused(bit):
     flipped = bytearray(CONTENT)
     flipped[bit // 8] ^= 1 << bit % 8
     with pytest.raises(CheckpointError, match=DAMAGED):
@@ -45,18 +45,18 @@ def test_fields_of_another_version_are_refused():
 
 
 def sealed(**changes) -> bytes:
-    """state.json with other values and the checksum that it must have."""
+    """Return state.json with changed values and a valid checksum."""
     document = json.loads(CONTENT) | changes
     del document["sha256"]
     body = json.dumps(document, indent=2).removesuffix("\n}").encode()
     return body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
 
 
-def test_what_was_sealed_so_is_read():
+def test_valid_values_with_a_valid_checksum_are_read():
     assert decode(sealed()) == (state(5), FILES)
-    counted = {"cur_scale": 65536.0, "cur_iter": 7, "last_overflow_iter": -1}
-    read, _ = decode(sealed(loss_scale=counted, recent_losses=[2, 1.5]))
-    assert (read.loss_scale, read.recent_losses) == (counted, [2.0, 1.5])
+    loss_scale = {"cur_scale": 65536.0, "cur_iter": 7, "last_overflow_iter": -1}
+    read, _ = decode(sealed(loss_scale=loss_scale, recent_losses=[2, 1.5]))
+    assert (read.loss_scale, read.recent_losses) == (loss_scale, [2.0, 1.5])
     assert type(read.loss_scale["cur_iter"]) is int
 
 
@@ -85,7 +85,7 @@ RECORD = {"bytes": 1, "sha256": "a" * 64}
         ("other", 1),
     ],
 )
-def test_another_value_under_a_right_checksum_is_refused(key, value):
+def test_an_invalid_value_with_a_valid_checksum_is_refused(key, value):
     with pytest.raises(CheckpointError, match=DAMAGED) as refused:
         decode(sealed(**{key: value}))
     assert len(str(refused.value)) < 1000
@@ -94,11 +94,11 @@ def test_another_value_under_a_right_checksum_is_refused(key, value):
 @pytest.mark.parametrize(
     "body", [b"hello", b'{"a":' * 5000, b'{"step":' + b"9" * 5000, b"[]", b"{"]
 )
-def test_what_is_no_state_under_a_right_checksum_is_refused(body):
+def test_other_content_with_a_valid_checksum_is_refused(body):
     with pytest.raises(CheckpointError, match=DAMAGED):
         decode(body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode())
 
 
-def test_a_state_that_could_not_be_read_back_is_not_written():
+def test_a_state_with_invalid_values_is_not_encoded():
     with pytest.raises(CheckpointError, match="consumed_samples"):
         encode(replace(state(5), consumed_samples=-1), FILES)

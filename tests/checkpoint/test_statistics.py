@@ -1,4 +1,4 @@
-"""Norms, means and differences against NumPy in float64; what is not finite is left out and counted."""
+"""Statistics and differences equal NumPy's in float64; non-finite elements are counted instead."""
 
 import math
 
@@ -9,19 +9,22 @@ import torch
 from megatron_ring.checkpoint import statistics
 from megatron_ring.checkpoint.statistics import Difference, Statistics, difference
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 
 
 @pytest.fixture(params=[3, 2**20], autouse=True)
-def stretch(request, monkeypatch):
-    """So short that every tensor here is several, and as it is."""
-    monkeypatch.setattr(statistics, "_STRETCH", request.param)
+def chunk(request, monkeypatch):
+    """Use chunks so small that every tensor here has several, and the real ones."""
+    monkeypatch.setattr(statistics, "_CHUNK", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_statistics_are_those_of_the_finite_elements_in_float64(dtype):
     tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    tensor[0, 3], tensor[4, 6], tensor[2, 0] = NAN, INF, -INF
+    tensor[0, 3] = NAN
+    tensor[4, 6] = INF
+    tensor[2, 0] = -INF
     finite = tensor[tensor.isfinite()].double().numpy()
     found = statistics.statistics(tensor)
     assert found.norm == pytest.approx(np.linalg.norm(finite), rel=1e-12)
@@ -29,8 +32,8 @@ def test_statistics_are_those_of_the_finite_elements_in_float64(dtype):
     assert (found.largest, found.not_finite) == (np.abs(finite).max(), 3)
 
 
-def test_sums_are_not_of_the_tensor_s_own_type():
-    """In float16 the squares are above its largest number, in bfloat16 ones are lost behind 256."""
+def test_sums_are_not_in_the_dtype_of_the_tensor():
+    """The squares overflow in float16, and a bfloat16 sum of ones stops at 256."""
     assert statistics.statistics(torch.full((100,), 300.0, dtype=torch.float16)).norm == 3000
     assert statistics.statistics(torch.ones(1000, dtype=torch.bfloat16)).mean == 1
 
@@ -43,7 +46,7 @@ def test_sums_are_not_of_the_tensor_s_own_type():
         ([], Statistics(0.0, 0.0, 0.0, 0)),
     ],
 )
-def test_statistics_of_a_few(values, expected):
+def test_statistics_of_a_few_values(values, expected):
     assert statistics.statistics(torch.tensor(values, dtype=torch.float64)) == expected
 
 
@@ -59,10 +62,10 @@ def test_statistics_of_a_few(values, expected):
         ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], Difference(True, 0.0, 0.0, 0)),
     ],
 )
-def test_how_far_two_are_apart(a, b, expected):
+def test_the_difference_of_two_tensors(a, b, expected):
     assert difference(torch.tensor(a).view(2, 2), torch.tensor(b).view(2, 2)) == expected
 
 
-def test_of_two_types_none_is_equal():
+def test_tensors_of_different_dtypes_are_not_equal():
     ones = torch.ones(4)
     assert difference(ones, ones.bfloat16()) == Difference(False, 0.0, 0.0, 0)

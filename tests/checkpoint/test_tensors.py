@@ -1,4 +1,4 @@
-"""Tensors in any boxes come back as they were, by any others; what is foreign or damaged is a CheckpointError."""
+"""Tensors written in any boxes are read back in any others; invalid files are a CheckpointError."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.flo
 
 
 def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """No two elements the same, and exact in every type."""
+    """Return a tensor of distinct elements that are exact in every dtype."""
     return torch.arange(1, math.prod(shape) + 1).reshape(shape).to(dtype)
 
 
@@ -37,7 +37,7 @@ def write(
     parts: list[Held],
     kinds: tuple[str, ...] = (WEIGHT,),
 ) -> None:
-    """The boxes of each part, of every kind the values of ``whole`` times its factor."""
+    """Write the boxes of each part; a kind's values are those of ``whole`` times its factor."""
 
     def piece(name: str, box: boxes.Box) -> Piece:
         return Piece(
@@ -53,7 +53,7 @@ def write(
 
 @st.composite
 def splits(draw, shape: tuple[int, ...]) -> list[list[boxes.Box]]:
-    """The flattened elements cut anywhere: the boxes of each run."""
+    """Draw ranges of the flattened elements, and return the boxes of each."""
     borders = sorted(
         [0, *draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)), math.prod(shape)]
     )
@@ -68,9 +68,12 @@ def boxes_in(draw, shape: tuple[int, ...]) -> boxes.Box:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_any_cuts_are_read_back_by_any_box(data):
-    shape, dtype = data.draw(SHAPES), data.draw(TYPES)
-    whole, split, box = numbered(shape, dtype), data.draw(splits(shape)), data.draw(boxes_in(shape))
+def test_tensors_written_in_any_boxes_are_read_back_by_any_box(data):
+    shape = data.draw(SHAPES)
+    dtype = data.draw(TYPES)
+    whole = numbered(shape, dtype)
+    split = data.draw(splits(shape))
+    box = data.draw(boxes_in(shape))
     with tempfile.TemporaryDirectory() as folder:
         write(
             Path(folder),
@@ -90,7 +93,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_a_box_is_read_into_a_tensor_of_another_type_and_stride(tmp_path):
+def test_a_box_is_read_into_a_tensor_of_another_dtype_and_stride(tmp_path):
     whole = numbered((4, 6))
     write(
         tmp_path,
@@ -108,21 +111,21 @@ def test_a_box_is_read_into_a_tensor_of_another_type_and_stride(tmp_path):
 @pytest.mark.parametrize(
     "held", ["0:2,0:2", "0:2,0:4 0:1,0:4", "0:2,0:2 0:2,0:3", "0:2,0:2 0:2,1:3", "0:2,0:4 2:3,0:4"]
 )
-def test_an_index_of_boxes_that_miss_an_element_or_have_one_twice_is_not_written(tmp_path, held):
+def test_an_index_that_misses_an_element_or_has_one_twice_is_not_written(tmp_path, held):
     written = [("p", boxes.parse(box)) for box in held.split()]
     with pytest.raises(CheckpointError, match=r"the boxes of p do not make up its shape \(2, 4\)"):
         tensors.write_index(tmp_path, {"p": (2, 4)}, [WEIGHT], [written])
     assert not (tmp_path / INDEX).exists()
 
 
-def test_a_box_of_two_parts_is_refused(tmp_path):
+def test_a_box_in_two_parts_is_refused(tmp_path):
     twice = [[("p", boxes.parse("0:2,0:4"))]] * 2
     with pytest.raises(CheckpointError, match=r"tensors.json: two parts have p\[0:2,0:4\]"):
         tensors.write_index(tmp_path, {"p": (2, 4)}, [WEIGHT], twice)
 
 
 @pytest.mark.parametrize("name", [INDEX, "part-00000.safetensors"])
-def test_what_cannot_be_written_is_a_checkpoint_error(tmp_path, name):
+def test_a_failed_write_is_a_checkpoint_error(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=f"^{name}: .*[Ii]s a directory"):
         write(tmp_path, {"p": numbered((2,))}, [[("p", boxes.parse("0:2"))]])
@@ -130,14 +133,14 @@ def test_what_cannot_be_written_is_a_checkpoint_error(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
-    """The files of a sound checkpoint, and its weights."""
+    """Return the files of a valid checkpoint, and its weights."""
     whole = imagined.weights()
     path = imagined.write(tmp_path_factory.mktemp("good"), 5, {WEIGHT: whole})
     return {file.name: file.read_bytes() for file in path.iterdir()}, whole
 
 
 def refused_or_right(files: dict[str, bytes], whole: dict[str, torch.Tensor]) -> bool:
-    """Whether reading all that the index names raises CheckpointError; if not, the values are checked."""
+    """Return whether reading all tensors raises CheckpointError; otherwise check their values."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
@@ -158,10 +161,8 @@ def changed(content: bytes, position: int, value: int) -> bytes:
 @given(st.data())
 def test_a_changed_byte_of_the_index_is_refused_or_changes_no_number(good, data):
     files, whole = good
-    position, value = (
-        data.draw(st.integers(0, len(files[INDEX]) - 1)),
-        data.draw(st.integers(0, 255)),
-    )
+    position = data.draw(st.integers(0, len(files[INDEX]) - 1))
+    value = data.draw(st.integers(0, 255))
     refused_or_right(files | {INDEX: changed(files[INDEX], position, value)}, whole)
 
 
@@ -181,7 +182,8 @@ def test_a_changed_byte_of_a_header_is_refused_or_changes_no_number(good, data):
     files, whole = good
     name = data.draw(st.sampled_from(["part-00000.safetensors", "part-00004.safetensors"]))
     end = 8 + int.from_bytes(files[name][:8], "little")
-    position, value = data.draw(st.integers(0, end - 1)), data.draw(st.integers(0, 255))
+    position = data.draw(st.integers(0, end - 1))
+    value = data.draw(st.integers(0, 255))
     refused_or_right(files | {name: changed(files[name], position, value)}, whole)
 
 
@@ -207,7 +209,7 @@ INDICES = JSON | st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=150)
 @given(INDICES.map(lambda document: json.dumps(document).encode()) | st.binary(max_size=60))
-def test_a_foreign_index_is_refused(good, content):
+def test_a_random_index_is_refused(good, content):
     files, whole = good
     assert refused_or_right(files | {INDEX: content}, whole)
 
@@ -216,7 +218,7 @@ PART = "part-00000.safetensors"
 HUGE = 10**30
 FOREIGN = {
     "no tensors": {"kinds": [WEIGHT], "tensors": {}},
-    "a kind that is none": {
+    "an unknown kind": {
         "kinds": ["momentum"],
         "tensors": {"p": {"shape": [2], "boxes": {"0:2": PART}}},
     },
@@ -226,11 +228,11 @@ FOREIGN = {
         "tensors": {"p": {"shape": [-1, -1], "boxes": {"0:1,0:1": PART}}},
     },
     "a fraction": {"kinds": [WEIGHT], "tensors": {"p": {"shape": [2.0], "boxes": {"0:2": PART}}}},
-    "more than can be counted": {
+    "a size of more than 64 bits": {
         "kinds": [WEIGHT],
         "tensors": {"p": {"shape": [HUGE], "boxes": {f"0:{HUGE}": PART}}},
     },
-    "more than memory has": {
+    "more than fits in memory": {
         "kinds": [WEIGHT],
         "tensors": {"p": {"shape": [2**50], "boxes": {f"0:{2**50}": PART}}},
     },
@@ -254,18 +256,18 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_an_index_with_a_fault_is_refused(good, case):
+def test_an_invalid_index_is_refused(good, case):
     files, whole = good
     assert refused_or_right(files | {INDEX: json.dumps(FOREIGN[case]).encode()}, whole)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"\x80abc", b""])
-def test_an_index_that_is_no_json_is_refused(good, content):
+def test_an_index_that_is_not_json_is_refused(good, content):
     files, whole = good
     assert refused_or_right(files | {INDEX: content}, whole)
 
 
-def test_an_index_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_index_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="tensors.json cannot be read: No such file"):
         Tensors.open(tmp_path)
 
@@ -277,25 +279,25 @@ def test_a_foreign_part_is_refused(good, content):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
-        (torch.ones(1, 3), r"weight/p\[0:1,0:4\] is F32 \[1, 3\] there"),
-        (torch.ones(1, 4, dtype=torch.int32), r"weight/p\[0:1,0:4\] is I32 \[1, 4\] there"),
-        (torch.ones(1, 4, dtype=torch.float64), "the boxes of weight/p are not of one type"),
+        (torch.ones(1, 3), r"weight/p\[0:1,0:4\] is F32 \[1, 3\]"),
+        (torch.ones(1, 4, dtype=torch.int32), r"weight/p\[0:1,0:4\] is I32 \[1, 4\]"),
+        (torch.ones(1, 4, dtype=torch.float64), "weight/p .* same dtype"),
     ],
 )
-def test_a_part_whose_boxes_are_not_what_the_index_says_is_refused(tmp_path, values, said):
+def test_a_part_whose_boxes_do_not_match_the_index_is_refused(tmp_path, values, expected):
     write(
         tmp_path,
         {"p": numbered((2, 4))},
         [[("p", boxes.parse("1:2,0:4"))], [("p", boxes.parse("0:1,0:4"))]],
     )
     save_file({"weight/p[0:1,0:4]": values}, tmp_path / "part-00001.safetensors")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected):
         Tensors.open(tmp_path).read("p")
 
 
-def test_whole_tensors_are_written_in_parts_up_to_a_limit(tmp_path, monkeypatch):
+def test_whole_tensors_are_written_in_parts_of_limited_size(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PART_BYTES", 100)
     whole = {f"p{n}": numbered((n, 4)) for n in (7, 1, 2, 3, 9, 6)}
     tensors.write_whole(
@@ -317,32 +319,33 @@ def parts_of(folder: Path, whole: dict[str, torch.Tensor]) -> list[list[torch.Te
 
 
 def test_one_part_of_whole_tensors_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "PART_BYTES", 64)  # two of them
-    alive, most = [], []
+    monkeypatch.setattr(tensors, "PART_BYTES", 64)  # two tensors
+    references = []
+    alive_counts = []
 
-    def made():
+    def values_by_name():
         for n in range(9):
             values = numbered((8,))
-            alive.append(weakref.ref(values))
-            most.append(sum(one() is not None for one in alive))
+            references.append(weakref.ref(values))
+            alive_counts.append(sum(reference() is not None for reference in references))
             yield f"p{n}", values
 
-    tensors.write_whole(tmp_path, {f"p{n}": (8,) for n in range(9)}, made())
-    assert max(most) <= 3
+    tensors.write_whole(tmp_path, {f"p{n}": (8,) for n in range(9)}, values_by_name())
+    assert max(alive_counts) <= 3
     assert len(list(tmp_path.glob("part-*"))) == 5
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux")
-def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "CLOSED_AFTER", 64)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps (Linux)")
+def test_files_that_were_read_do_not_stay_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "CLOSE_AFTER_BYTES", 64)
     write(
         tmp_path,
         {"p": numbered((8,)), "q": numbered((8,))},
         [[("p", boxes.parse("0:8"))], [("q", boxes.parse("0:8"))]],
     )
     read = Tensors.open(tmp_path)
-    found = [read.read("p")]
+    values_read = [read.read("p")]
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
-    found.append(read.read("q"))
+    values_read.append(read.read("q"))
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-    assert all(same(values, numbered((8,))) for values in [*found, read.read("p")])
+    assert all(same(values, numbered((8,))) for values in [*values_read, read.read("p")])

@@ -24,7 +24,8 @@ from tests.training import tiny
 
 FOLDER = Path(__file__).with_name("written_before_redesign")
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-VOCABULARY, LENGTH = 16, 8
+VOCABULARY = 16
+LENGTH = 8
 MODEL = {
     "num_layers": 1,
     "hidden_size": 8,
@@ -91,7 +92,8 @@ def test_weights_and_moments_have_the_values_that_were_written(kind):
 
 def resume(rank: int, world_size: int, folder: Path, prefix: Path) -> list[tuple[float, float]]:
     """Resume on a ring of ``world_size`` ranks; returns (loss, gradient norm) of the next steps."""
-    tiny.VOCAB, tiny.SEQ = VOCABULARY, LENGTH
+    tiny.VOCAB = VOCABULARY
+    tiny.SEQ = LENGTH
     config = tiny.config(
         model=MODEL,
         data={"seq_length": LENGTH},

@@ -1,1 +1,1 @@
-"""Checkpoints of Hugging Face's transformers, in and out: Llama, Mistral, Qwen 2, Qwen 3 and GPT-2."""
+"""Import and export of Hugging Face transformers models: Llama, Mistral, Qwen 2, Qwen 3, GPT-2."""

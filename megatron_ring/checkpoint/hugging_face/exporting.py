@@ -1,4 +1,4 @@
-"""A folder that transformers loads, from a checkpoint of ours that any processes wrote."""
+"""Export of a checkpoint, written on any grid, to a folder that transformers loads."""
 
 import contextlib
 import json
@@ -31,29 +31,32 @@ from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.checkpoint.tensors import Tensors
 from megatron_ring.errors import CheckpointError, ConfigError
 
-STORED = "stored"
+_STORED = "stored"
+_METADATA = {"format": "pt"}  # transformers refuses a file without it
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model is written, whichever it is."""
+    """Options of an export."""
 
     family: Literal["", "llama", "mistral", "qwen2", "qwen3", "gpt2"] = ""
-    """Whose words describe the model. Empty: the family that it was imported from, else the first that has words for
-    all of it."""
-    dtype: Literal["stored", "fp32", "bf16", "fp16"] = STORED
-    """Type of the weights. stored: what the checkpoint has, which after training is fp32."""
+    """Family to export as. Empty: the imported one, or the first that fits the model exactly."""
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = _STORED
+    """dtype of the weights. stored: as in the checkpoint, which is fp32 after training."""
     max_shard_size: str = "5GB"
-    """Bytes of tensors that a file has at most; KB, MB and GB are powers of 1000."""
+    """Largest total size of the tensors in a file; KB, MB and GB are powers of 1000."""
     tokenizer: Path | None = None
-    """Folder with the tokenizer's files. None: the checkpoint's own, which only an imported one has."""
+    """Folder with the tokenizer's files. None: those in the checkpoint, if it was imported."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was read and what was written. longest: tokens of a sequence by config.json. carried: the files besides.
+    """The result of an export.
 
-    reason: why it is this family. special: the ids that begin and end a text.
+    reason: why this family was chosen. special: ids of the tokens that begin and end a text.
+    longest: tokens of the longest sequence according to config.json. files: the files written.
+    carried: the files copied.
     """
 
     checkpoint: Located
@@ -66,86 +69,83 @@ class Exported:
     carried: list[str]
 
 
-def export_checkpoint(checkpoint: Path, out: Path, form: ExportOptions) -> Exported:
-    """Write ``out``, whole or not at all, from a checkpoint or the newest in a --save folder.
+def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> Exported:
+    """Export a checkpoint, or the newest one in a --save folder, to ``out``.
 
-    Raises CheckpointError, and ConfigError for a size that is none.
+    ``out`` is written completely or not at all. Raises CheckpointError, and ConfigError for an
+    invalid shard size.
     """
-    limit, located = parse_size(form.max_shard_size), locate.locate(checkpoint)
+    shard_bytes = parse_size(options.max_shard_size)
+    located = locate.locate(checkpoint)
     _check_empty(out)
-    beside = _beside(located.path, form.tokenizer)
+    tokenizer = _tokenizer_folder(located.path, options.tokenizer)
     locate.verify(located.path)
     stored = Summary.of(located.path)
-    model, vocab_size, seq_length = (
-        stored.config.model,
-        stored.state.vocab_size,
-        stored.state.seq_length,
-    )
+    model = stored.config.model
+    vocab_size = stored.state.vocab_size
+    seq_length = stored.state.seq_length
     stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
-    family, reason = choose_family(
-        form.family, model, seq_length, imported_from=_imported_from(located.path)
-    )
-    special = SpecialTokens.find(beside, stored.state.end_of_document)
-    if form.tokenizer:
+    imported_from = _imported_from(located.path)
+    name, reason = choose_family(options.family, model, seq_length, imported_from)
+    family = FAMILIES[name]
+    special = SpecialTokens.find(tokenizer, stored.state.end_of_document)
+    if options.tokenizer:
         special.check_rows(vocab_size)
-    weights = Weights.of(stored.tensors, FAMILIES[family].modules, form.dtype)
+    weights = _Weights.of(stored.tensors, family.modules, options.dtype)
     entries = weights.entries()
     dtypes = {entry.dtype for entry in entries}
-    config = (
-        _config(family, vocab_size, max(dtypes, key=lambda dtype: dtype.itemsize)) | special.ids
-    )
-    config |= write_model(FAMILIES[family], model, seq_length)
-    with _whole_or_not(out) as partial:
-        files = write_shards(partial, entries, limit, weights.read)
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    config = _config(name, vocab_size, widest) | special.ids
+    config |= write_model(family, model, seq_length)
+    with _complete_or_absent(out) as partial:
+        files = [CONFIG, *write_shards(partial, entries, shard_bytes, weights.read)]
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        carried = copy_beside(beside, partial) if beside else []
-        made = (
-            [GENERATION]
-            if special.write_generation_config(partial) and GENERATION not in carried
-            else []
-        )
-    longest = config[FAMILIES[family].length]
-    return Exported(
-        located, family, reason, special, dtypes, longest, [CONFIG, *files, *made], carried
-    )
+        carried = copy_beside(tokenizer, partial) if tokenizer else []
+        if special.write_generation_config(partial) and GENERATION not in carried:
+            files.append(GENERATION)
+    longest = config[family.length]
+    return Exported(located, name, reason, special, dtypes, longest, files, carried)
 
 
 def _check_empty(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already. Name a folder that is new, or empty.")
+        raise CheckpointError(f"{out} already exists. Set a new folder, or an empty one.")
 
 
-def _beside(checkpoint: Path, asked: Path | None) -> Path | None:
-    """The folder that the tokenizer's files come from."""
-    if asked is None:
+def _tokenizer_folder(checkpoint: Path, given: Path | None) -> Path | None:
+    """Return the folder to copy the tokenizer's files from, None if there is none."""
+    if given is None:
         return checkpoint / CARRIED if (checkpoint / CARRIED).is_dir() else None
-    if not any((asked / name).is_file() for name in BESIDE):
+    if not any((given / name).is_file() for name in BESIDE):
         raise CheckpointError(
-            f"{asked} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out."
+            f"{given} has none of {', '.join(BESIDE)}. Set --tokenizer, or leave it out."
         )
-    return asked
+    return given
 
 
 def _imported_from(checkpoint: Path) -> str:
-    """The model_type of the config.json that an imported checkpoint carries; empty where there is none."""
+    """Return the model_type that a checkpoint was imported from, "" if it was not imported."""
     path = checkpoint / CARRIED / CONFIG
     return str(read_json(path).get("model_type")) if path.is_file() else ""
 
 
 def _config(family: str, vocab_size: int, dtype: torch.dtype) -> Fields:
-    """What config.json has besides the model: transformers before 5 reads torch_dtype, later ones dtype."""
-    word = str(dtype).removeprefix("torch.")
-    named = {
+    """Return the keys of config.json that are not part of the model's description."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
         "model_type": family,
         "architectures": [FAMILIES[family].architecture],
         "vocab_size": vocab_size,
+        # transformers before 5 reads torch_dtype, later versions read dtype.
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+        "use_cache": True,
     }
-    return named | {"dtype": word, "torch_dtype": word, "use_cache": True}
 
 
 @contextlib.contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
-    """A folder under a hidden name, which becomes ``out`` when all is written, and goes otherwise."""
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder that is renamed to ``out`` on success and deleted otherwise."""
     out = out.absolute()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -158,17 +158,17 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
         disk.rename(partial, out)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {out}: {error.strerror}. Give it another name or disk."
+            f"cannot write {out}: {error.strerror}. Set another path or use another disk."
         ) from error
     finally:
         disk.delete(partial)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """theirs: every tensor that is to be written, by name, and which of ``stored`` it is made of.
+class _Weights:
+    """The weights of a checkpoint in the form of a family, one tensor in memory at a time.
 
-    dtype: fp32, bf16, fp16 or stored, which is as they are.
+    theirs: every tensor to write, by name. dtype: stored, fp32, bf16 or fp16.
     """
 
     stored: Tensors
@@ -176,45 +176,43 @@ class Weights:
     dtype: str
 
     @staticmethod
-    def of(stored: Tensors, table: dict[str, Module], dtype: str) -> "Weights":
-        """Of all parameters; ``table``: whose modules are whose."""
-        return Weights(stored, tensor_mapping.tensors(table, stored.shapes), dtype)
+    def of(stored: Tensors, table: dict[str, Module], dtype: str) -> "_Weights":
+        """Map all parameters by a table of a family's modules."""
+        return _Weights(stored, tensor_mapping.tensors(table, stored.shapes), dtype)
 
     def entries(self) -> list[Entry]:
-        """What there is to be written, layer by layer."""
+        """Return the tensors to write, layer by layer."""
         return [
-            Entry(name, self._type(tensor), tensor.shape) for name, tensor in self.theirs.items()
+            Entry(name, self._dtype(tensor), tensor.shape) for name, tensor in self.theirs.items()
         ]
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """One of ``entries``, in the type that it has in the checkpoint."""
+        """Return the values of one of ``entries`` in the stored dtype."""
         tensor = self.theirs[entry.name]
-        return tensor.put_together([self.stored.read(name) for name in tensor.parts])
+        return tensor.join([self.stored.read(name) for name in tensor.parts])
 
-    def _type(self, tensor: Tensor) -> torch.dtype:
-        """The widest of its parts where it has several."""
-        if self.dtype != STORED:
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        """Return the dtype to write; with "stored" it is the widest of the tensor's parts."""
+        if self.dtype != _STORED:
             return single_file.TYPES[self.dtype]
         return max(map(self.stored.dtype, tensor.parts), key=lambda dtype: dtype.itemsize)
-
-
-_ABOUT = {"format": "pt"}  # transformers refuses a file that does not say so
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def write_shards(
     folder: Path, entries: list[Entry], limit: int, read: Callable[[Entry], torch.Tensor]
 ) -> list[str]:
-    """Write ``entries`` to files of at most ``limit`` bytes of tensors, a larger one alone; returns the files' names.
+    """Write ``entries`` to files named as transformers does; returns the names of the files.
 
-    ``read`` is asked for one tensor after another, and memory holds no other. Raises CheckpointError.
+    A file has at most ``limit`` bytes of tensors, unless a single tensor is larger. Several files
+    have an index. ``read`` is called for one tensor after another, and memory holds only one.
+    Raises CheckpointError.
     """
     shards = _in_shards(entries, limit)
-    names = _names(len(shards))
+    names = _shard_names(len(shards))
     for name, shard in zip(names, shards):
-        # Wide types first, so that every tensor begins at a multiple of its elements' size.
+        # Wide dtypes first, so that every tensor is aligned to its element size.
         shard.sort(key=lambda entry: -entry.dtype.itemsize)
-        single_file.write(folder / name, shard, read, _ABOUT)
+        single_file.write(folder / name, shard, read, _METADATA)
     if len(names) == 1:
         return names
     index = {
@@ -226,21 +224,27 @@ def write_shards(
 
 
 def parse_size(text: str) -> int:
-    """Bytes: ``"5GB"`` is 5 * 10^9. Raises ConfigError."""
-    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in _UNITS else (text, "")
+    """Return a size in bytes: ``"5GB"`` is 5 * 10^9. Raises ConfigError."""
+    unit = text[-2:].upper()
+    if unit in _UNITS:
+        number = text[:-2]
+        factor = _UNITS[unit]
+    else:
+        number = text
+        factor = 1
     try:
-        size = int(float(number) * _UNITS.get(unit, 1))
+        size = int(float(number) * factor)
     except (OverflowError, ValueError):
         size = 0
     if size < 1:
         raise ConfigError(
-            f"max_shard_size {text!r} is no size, such as 500MB or 5GB. Set --max-shard-size."
+            f"max_shard_size {text!r} is not a size such as 500MB or 5GB. Set --max-shard-size."
         )
     return size
 
 
 def _in_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
-    """Neighbours together."""
+    """Group consecutive entries into shards of at most ``limit`` bytes."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > limit:
@@ -249,7 +253,7 @@ def _in_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _names(count: int) -> list[str]:
+def _shard_names(count: int) -> list[str]:
     if count == 1:
         return [WEIGHTS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,21 +1,26 @@
-"""The families of models: for each what its config.json says, and which of its modules is which of ours."""
+"""The supported families of transformers' models, and the conversion of their configs.
+
+Each family has a list of key mappings for its config.json and a table of its modules. A family can
+express a ModelConfig if the config written for it reads back as the same model.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_ring.checkpoint.hugging_face import key_mappings
 from megatron_ring.checkpoint.hugging_face.key_mappings import (
-    Aspect,
+    MISTRAL_WINDOW,
+    QWEN_WINDOWS,
     Fields,
-    always,
-    key,
+    KeyMapping,
+    divisible,
+    export_only,
+    implied,
     key_value_heads,
     linear_biases,
-    only,
+    number,
+    required,
     size,
-    tied,
-    whole_heads,
-    written,
+    tied_embeddings,
 )
 from megatron_ring.checkpoint.hugging_face.rope_parameters import ROPE
 from megatron_ring.checkpoint.hugging_face.tensor_mapping import Module, conv1d, module
@@ -26,32 +31,34 @@ from megatron_ring.untrusted import shown
 
 @dataclass(frozen=True)
 class Family:
-    """architecture: transformers' class. length: the key of the longest sequence. prefix: what its base model's tensors
-    are named with, unless that was saved without a head. buffers: endings of tensors that hold nothing learned."""
+    """A family of models.
+
+    architecture: the class in transformers. length: the key of the longest sequence. prefix: of the
+    names of the base model's tensors, unless the model was saved without a head. buffers: name
+    endings of tensors that are not parameters.
+    """
 
     architecture: str
-    aspects: tuple[Aspect, ...]
+    mappings: tuple[KeyMapping, ...]
     modules: dict[str, Module]
     length: str = "max_position_embeddings"
     prefix: str = "model."
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
-_UNKNOWN = (
-    only("quantization_config", None, because="quantised weights have no counterpart here"),
-)
+_COMMON = (required("quantization_config", None, because="quantised weights are not supported"),)
 
 _LIKE_LLAMA = (
     size("hidden_size", "hidden_size"),
     size("intermediate_size", "ffn_hidden_size"),
     size("num_hidden_layers", "num_layers"),
     size("num_attention_heads", "num_attention_heads"),
-    key("rms_norm_eps", "norm_epsilon", 1e-6),
-    key("initializer_range", "init_method_std", 0.02),
-    only("hidden_act", "silu", "swish", because="the gated feed-forward here is SwiGLU"),
-    tied(False),
+    number("rms_norm_eps", "norm_epsilon", 1e-6),
+    number("initializer_range", "init_method_std", 0.02),
+    required("hidden_act", "silu", "swish", because="the gated feed-forward here is SwiGLU"),
+    tied_embeddings(False),
     ROPE,
-    *_UNKNOWN,
+    *_COMMON,
 )
 
 _LLAMA_LAYER = {
@@ -101,8 +108,8 @@ FAMILIES = {
         (
             *_LIKE_LLAMA,
             key_value_heads(0),
-            key("head_dim", "kv_channels", 0),
-            whole_heads("hidden_size", "num_attention_heads"),
+            number("head_dim", "kv_channels", 0),
+            divisible("hidden_size", "num_attention_heads"),
             linear_biases(),
         ),
         _LLAMA_MODULES,
@@ -112,8 +119,8 @@ FAMILIES = {
         (
             *_LIKE_LLAMA,
             key_value_heads(8),
-            key("head_dim", "kv_channels", 0),
-            key_mappings.MISTRAL,
+            number("head_dim", "kv_channels", 0),
+            MISTRAL_WINDOW,
         ),
         _LLAMA_MODULES,
     ),
@@ -122,9 +129,9 @@ FAMILIES = {
         (
             *_LIKE_LLAMA,
             key_value_heads(32),
-            key("head_dim", "kv_channels", 0),
-            always(add_qkv_bias=True),
-            key_mappings.QWEN,
+            number("head_dim", "kv_channels", 0),
+            implied(add_qkv_bias=True),
+            QWEN_WINDOWS,
         ),
         _LLAMA_MODULES,
     ),
@@ -133,14 +140,14 @@ FAMILIES = {
         (
             *_LIKE_LLAMA,
             key_value_heads(32),
-            key("head_dim", "kv_channels", 128),
-            always(qk_layernorm=True),
-            only(
+            number("head_dim", "kv_channels", 128),
+            implied(qk_layernorm=True),
+            required(
                 "attention_bias",
                 False,
-                because="biases in attention alone, its output too, have no counterpart here",
+                because="biases in attention only, including its output, are not supported",
             ),
-            key_mappings.QWEN,
+            QWEN_WINDOWS,
         ),
         _LLAMA_MODULES,
     ),
@@ -150,32 +157,32 @@ FAMILIES = {
             size("n_embd", "hidden_size"),
             size("n_layer", "num_layers"),
             size("n_head", "num_attention_heads"),
-            key("n_inner", "ffn_hidden_size", 0),
-            key("layer_norm_epsilon", "norm_epsilon", 1e-5),
-            key("initializer_range", "init_method_std", 0.02),
-            tied(True),
-            always(
+            number("n_inner", "ffn_hidden_size", 0),
+            number("layer_norm_epsilon", "norm_epsilon", 1e-5),
+            number("initializer_range", "init_method_std", 0.02),
+            tied_embeddings(True),
+            implied(
                 normalization="LayerNorm",
                 activation="gelu",
                 add_bias_linear=True,
                 position_embedding_type="learned_absolute",
             ),
-            whole_heads("n_embd", "n_head"),
-            written(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-            only(
+            divisible("n_embd", "n_head"),
+            export_only(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+            required(
                 "activation_function",
                 "gelu_new",
                 "gelu_pytorch_tanh",
-                because="gelu here is the tanh form",
+                because="gelu here is the tanh approximation",
             ),
-            only("scale_attn_weights", True, because="scores are scaled by 1 / sqrt(D)"),
-            only(
+            required("scale_attn_weights", True, because="scores are scaled by 1 / sqrt(D)"),
+            required(
                 "scale_attn_by_inverse_layer_idx",
                 False,
-                because="scores are scaled alike in every layer",
+                because="scores have the same scale in every layer",
             ),
-            only("add_cross_attention", False, because="there is no encoder"),
-            *_UNKNOWN,
+            required("add_cross_attention", False, because="there is no encoder"),
+            *_COMMON,
         ),
         _GPT2_MODULES,
         length="n_positions",
@@ -186,74 +193,74 @@ FAMILIES = {
 
 
 def read_model(family: Family, config: Fields) -> tuple[ModelConfig, list[str]]:
-    """What ``config`` describes, and everything in it that has no counterpart here."""
+    """Return the model that a config.json describes, and everything in it that is not supported."""
     fields: Fields = {}
     problems: list[str] = []
     try:
-        for aspect in family.aspects:
-            fields |= aspect.read(config, problems)
+        for mapping in family.mappings:
+            fields |= mapping.read(config, problems)
         model = ModelConfig(**fields)
         return model, problems or Config(model=model).problems()
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return ModelConfig(), [
-            *problems,
-            f"a value is of a type that its key never has ({shown(error)}).",
-        ]
+        problems.append(f"a value has a type that is invalid for its key ({shown(error)}).")
+        return ModelConfig(), problems
 
 
 def write_model(family: Family, model: ModelConfig, seq_length: int) -> Fields:
-    """The config.json of a model that the family can express and that was trained on samples of ``seq_length``."""
+    """Return the config.json of a model that was trained on samples of ``seq_length``.
+
+    The family must be able to express the model.
+    """
     model = resolved(model, seq_length)
-    config: Fields = {family.length: _longest(model, seq_length)}
-    for aspect in family.aspects:
-        config |= aspect.write(model)
+    config: Fields = {family.length: _longest_sequence(model, seq_length)}
+    for mapping in family.mappings:
+        config |= mapping.write(model)
     return config
 
 
 def unsupported_by_family(family: Family, model: ModelConfig, seq_length: int) -> list[str]:
-    """What there is in ``model`` that the family has not; nothing if it has all of it."""
-    back, problems = read_model(family, write_model(family, model, seq_length))
-    wanted, found = _compared(resolved(model, seq_length)), _compared(resolved(back, seq_length))
+    """Return the properties of ``model`` that the family cannot express; none if it can."""
+    read_back, problems = read_model(family, write_model(family, model, seq_length))
+    wanted = _comparable_fields(resolved(model, seq_length))
+    expressed = _comparable_fields(resolved(read_back, seq_length))
     return problems + [
-        f"{name} is {wanted[name]}, and can only be {found[name]}."
+        f"{name} is {wanted[name]}, and can only be {expressed[name]}."
         for name in wanted
-        if name in found and wanted[name] != found[name]
+        if name in expressed and wanted[name] != expressed[name]
     ]
 
 
 def choose_family(
     name: str, model: ModelConfig, seq_length: int, imported_from: str = ""
 ) -> tuple[str, str]:
-    """The family to write ``model`` as, and why: ``name``, else ``imported_from``, else the first that is able.
+    """Return the family to write ``model`` as, and the reason for the choice.
 
-    Able is a family whose words describe the model exactly, so that it computes the same in each of them. Raises
-    CheckpointError with the reasons where the one asked for, or without one every one, is not.
+    It is ``name`` if given, else ``imported_from`` if that can express the model exactly, else the
+    first family that can. Raises CheckpointError with the reasons if the requested family, or
+    without one every family, cannot.
     """
-    reasons = {
-        each: unsupported_by_family(FAMILIES[each], model, seq_length)
-        for each in ([name] if name else FAMILIES)
+    problems = {
+        family: unsupported_by_family(FAMILIES[family], model, seq_length)
+        for family in ([name] if name else FAMILIES)
     }
-    able = [each for each, problems in reasons.items() if not problems]
-    if not able:
-        listed = [
-            f"as {each}: {problem}" for each, problems in reasons.items() for problem in problems
-        ]
-        raise CheckpointError(
-            ["the model cannot be said exactly in Hugging Face's words:", *listed]
-        )
+    capable = [family for family in problems if not problems[family]]
+    if not capable:
+        reasons = [f"as {family}: {reason}" for family in problems for reason in problems[family]]
+        raise CheckpointError(["no Hugging Face family describes the model exactly:", *reasons])
     if name:
-        return name, "as --family asks"
-    if imported_from in able:
+        return name, "set by --family"
+    if imported_from in capable:
         return imported_from, "from which it was imported"
-    if len(able) == 1:
-        return able[0], "the only family that describes it exactly"
-    return able[
-        0
-    ], f"the first of those that describe it exactly: {', '.join(able)}; --family takes another"
+    if len(capable) == 1:
+        return capable[0], "the only family that describes it exactly"
+    return capable[0], (
+        f"the first of those that describe it exactly: {', '.join(capable)}; "
+        "set --family for another"
+    )
 
 
 def resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
-    """The same model with every default and every derived number in its place."""
+    """Return the same model with every default replaced by its value."""
     model = replace(
         model,
         ffn_hidden_size=model.feed_forward_size,
@@ -261,21 +268,27 @@ def resolved(model: ModelConfig, seq_length: int) -> ModelConfig:
         kv_channels=model.head_dim,
     )
     if model.rope_scaling == "ntk":
-        return _with_base_of_ntk(model)
+        return _with_ntk_base(model)
     if model.rope_scaling in ("yarn", "llama3") and not model.rope_original_length:
         return replace(model, rope_original_length=_original_length(model, seq_length))
     return model
 
 
-def _with_base_of_ntk(model: ModelConfig) -> ModelConfig:
-    """NTK-aware RoPE is RoPE of another base, base * factor^(D / (D-2)); a lone pair of a head has no base."""
+def _with_ntk_base(model: ModelConfig) -> ModelConfig:
+    """Return an NTK-aware model as plain RoPE with base * factor^(D / (D-2)).
+
+    A head of two elements has no such base.
+    """
     exponent = model.head_dim / max(model.head_dim - 2, 1)
     base = model.rotary_base * model.rope_scaling_factor**exponent
     return replace(model, rotary_base=base, rope_scaling="none", rope_scaling_factor=1.0)
 
 
-def _longest(model: ModelConfig, seq_length: int) -> int:
-    """What it was trained on; with YaRN what it is stretched to, from which transformers before 5 has the factor."""
+def _longest_sequence(model: ModelConfig, seq_length: int) -> int:
+    """Return the trained length, or the extended length with YaRN.
+
+    transformers before 5 computes YaRN's factor from it.
+    """
     if model.rope_scaling != "yarn":
         return seq_length
     return round(model.rope_original_length * model.rope_scaling_factor)
@@ -285,17 +298,23 @@ def _original_length(model: ModelConfig, seq_length: int) -> int:
     length = seq_length / model.rope_scaling_factor
     if not length.is_integer():
         raise CheckpointError(
-            f"RoPE was stretched from {length} tokens, seq_length {seq_length} / rope_scaling_factor "
-            f"{model.rope_scaling_factor}, and config.json takes whole ones."
+            f"the original length of RoPE would be {length} tokens (seq_length {seq_length} / "
+            f"rope_scaling_factor {model.rope_scaling_factor}), and config.json needs a whole "
+            "number."
         )
     return int(length)
 
 
-def _compared(model: ModelConfig) -> dict[str, Any]:
-    """What makes a difference: RoPE's base where there is RoPE, windows layer by layer; rows are what they are."""
-    fields = asdict(model) | {
-        "window by layer": [model.window_of(layer) for layer in range(model.num_layers)]
-    }
-    without = {"window_size", "window_attn_skip_freq", "padded_vocab_size"}
-    without |= set() if model.position_embedding_type == "rope" else {"rotary_base"}
-    return {name: value for name, value in fields.items() if name not in without}
+def _comparable_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields that change what the model computes.
+
+    The base of RoPE is left out without RoPE, windows are compared layer by layer, and the
+    vocabulary padding is left out.
+    """
+    windows = [model.window_of(layer) for layer in range(model.num_layers)]
+    fields = asdict(model) | {"window by layer": windows}
+    for name in ("window_size", "window_attn_skip_freq", "padded_vocab_size"):
+        del fields[name]
+    if model.position_embedding_type != "rope":
+        del fields["rotary_base"]
+    return fields

@@ -1,4 +1,4 @@
-"""A folder as transformers' save_pretrained leaves it: config.json, safetensors files and their index, a tokenizer."""
+"""Folders written by transformers' save_pretrained: config.json, safetensors files, tokenizer."""
 
 import contextlib
 import itertools
@@ -24,29 +24,39 @@ from megatron_ring.untrusted import (
     validate,
 )
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 BESIDE = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""What belongs to a model besides its weights and its config, and is carried along as it is."""
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files of a model besides its weights and config, which are copied unchanged."""
 
-_SETTINGS = {
+_JSON_SETTINGS = {
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
 }
-_REMEDY = "Give another folder, or write this one again with transformers' save_pretrained."
+_REMEDY = "Use another folder, or write this one again with transformers' save_pretrained."
 
 CARRIED = "hugging_face"
-"""The folder in an imported checkpoint that has these, and config.json as it was."""
+"""The folder in an imported checkpoint for these files and the original config.json."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor. dtype: safetensors' word, F32 for example."""
+    """The header of a tensor in a file. dtype: safetensors' name, such as F32."""
 
     file: str
     shape: tuple[int, ...]
@@ -55,7 +65,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Folder:
-    """config: config.json. headers: of every tensor, by name."""
+    """A folder of a model. config: config.json. headers: of every tensor, by name."""
 
     path: Path
     config: dict[str, Any]
@@ -63,46 +73,50 @@ class Folder:
 
     @staticmethod
     def open(path: Path) -> "Folder":
-        """Read everything but the tensors. Raises CheckpointError where it is not whole."""
+        """Read everything but the tensors. Raises CheckpointError if anything is missing."""
         if not path.is_dir():
             raise CheckpointError(
-                f"{path} is not a folder. Give one that transformers' save_pretrained has written."
+                f"{path} is not a folder. Use one that transformers' save_pretrained has written."
             )
         if (path / ADAPTER).is_file():
             raise CheckpointError(
-                f"{path} holds an adapter ({ADAPTER}), whose weights are added to those of another model. Merge them "
-                "with peft's merge_and_unload, and write the model again with save_pretrained."
+                f"{path} holds an adapter ({ADAPTER}), whose weights are added to those of another "
+                "model. Merge them with peft's merge_and_unload, and write the model again with "
+                "save_pretrained."
             )
         return Folder(path, read_json(path / CONFIG), _headers(path))
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, mapped into memory. The file is opened for it alone: what is mapped counts until it is closed."""
+        """Return a memory-mapped tensor.
+
+        The file is opened for it alone, because mapped memory counts until the file is closed.
+        """
         return _tensor(self.path, self.headers[name].file, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return an object of keys and values. Raises CheckpointError where ``path`` is not one."""
+    """Return the object in a JSON file. Raises CheckpointError if ``path`` has none."""
     with errors_as(CheckpointError, path, _REMEDY):
         check_link(path.parent, path)
         return parse_json_object(read_bytes(path))
 
 
 def copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files and generation_config.json, as far as they are there; returns their names.
+    """Copy the tokenizer's files and generation_config.json, if present; returns their names.
 
-    Raises CheckpointError for what is not a regular file in ``source`` or a link within it, for one that is too large,
-    and for settings that are not a JSON object.
+    Raises CheckpointError for an entry that is neither a regular file in ``source`` nor a link
+    within it, for a file that is too large, and for settings that are not a JSON object.
     """
     names = [name for name in BESIDE if os.path.lexists(source / name)]
     for name in names:
-        if name in _SETTINGS:
+        if name in _JSON_SETTINGS:
             read_json(source / name)
         copy(source, target, name)
     return names
 
 
 def copy(source: Path, target: Path, name: str) -> None:
-    """Copy the file ``name`` from one folder to another. Raises CheckpointError as ``copy_beside``."""
+    """Copy the file ``name`` to another folder. Raises CheckpointError as ``copy_beside`` does."""
     with errors_as(CheckpointError, source / name, _REMEDY):
         check_link(source, source / name)
         content = read_bytes(source / name, TOKENIZER_BYTES)
@@ -118,41 +132,47 @@ def _headers(path: Path) -> dict[str, Header]:
         return indexed
     if os.path.lexists(path / WEIGHTS):
         return dict(_headers_of(path, WEIGHTS))
-    pickled = [found.name for found in path.glob("pytorch_model*.bin")]
+    pickled = [file.name for file in path.glob("pytorch_model*.bin")]
+    reason = (
+        f", but {pickled[0]}: only safetensors files, which run no code, are read"
+        if pickled
+        else ""
+    )
     raise CheckpointError(
-        f"{path} has neither {WEIGHTS} nor {INDEX}"
-        + (
-            f", but {pickled[0]}: only safetensors are read, which run no code. "
-            if pickled
-            else ". "
-        )
-        + "Load it with transformers and write it again with save_pretrained."
+        f"{path} has neither {WEIGHTS} nor {INDEX}{reason}. Load it with transformers and write "
+        "it again with save_pretrained."
     )
 
 
 def _indexed(path: Path) -> dict[str, Header]:
+    """Return the headers of the tensors in the files that the index lists.
+
+    Raises CheckpointError unless those files have exactly the tensors that the index says.
+    """
     with errors_as(CheckpointError, path / INDEX, _REMEDY):
-        found = {"weight_map": read_json(path / INDEX).get("weight_map")}
-        index = validate(found, dict[str, dict[str, str]])["weight_map"]
-        for file in set(index.values()):
+        document = {"weight_map": read_json(path / INDEX).get("weight_map")}
+        file_of = validate(document, dict[str, dict[str, str]])["weight_map"]
+        for file in set(file_of.values()):
             path_inside(path, file)
-    found = {
+    headers = {
         (name, file): header
-        for file in sorted(set(index.values()))
+        for file in sorted(set(file_of.values()))
         for name, header in _headers_of(path, file)
     }
-    if found.keys() != index.items():
-        differing = ", ".join(sorted({name for name, _ in found.keys() ^ index.items()})[:3])
+    if headers.keys() != file_of.items():
+        differing = sorted({name for name, _ in headers.keys() ^ file_of.items()})
         raise CheckpointError(
-            f"{path / INDEX} and the files that it names do not have the same tensors: {differing}."
+            f"{path / INDEX} and the files that it names do not have the same tensors: "
+            f"{', '.join(differing[:3])}."
         )
-    return {name: header for (name, _), header in found.items()}
+    return {name: header for (name, _), header in headers.items()}
 
 
 def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str, Header]) -> None:
-    """Refuse a folder whose single file and whose index are two models: readers differ in which they take.
+    """Refuse a folder whose single file and whose index hold different weights.
 
-    Compares bytes, one tensor at a time. Raises CheckpointError with the first tensors that differ.
+    Programs differ in which of the two they read. Compares bytes, one tensor at a time. Raises
+    CheckpointError with the first tensors that differ.
     """
     names = sorted(indexed.keys() | single.keys())
     differing = (
@@ -160,23 +180,24 @@ def _check_same_weights(path: Path, indexed: dict[str, Header], single: dict[str
     )
     if first := list(itertools.islice(differing, 3)):
         raise CheckpointError(
-            f"{path} has both {WEIGHTS} and {INDEX}, and they do not hold the same weights ({', '.join(first)}): "
-            f"transformers would take {WEIGHTS}. Move one of them out of the folder: {WEIGHTS}, or {INDEX} with the "
-            "files that it names."
+            f"{path} has both {WEIGHTS} and {INDEX}, and they do not hold the same weights "
+            f"({', '.join(first)}): transformers would read {WEIGHTS}. Move one of them out of the "
+            f"folder: {WEIGHTS}, or {INDEX} with the files that it names."
         )
 
 
 def _is_same(path: Path, name: str, indexed: Header | None, single: Header | None) -> bool:
-    if (
-        indexed is None
-        or single is None
-        or (indexed.shape, indexed.dtype) != (single.shape, single.dtype)
-    ):
+    if indexed is None or single is None:
+        return False
+    if (indexed.shape, indexed.dtype) != (single.shape, single.dtype):
         return False
     if indexed.file == single.file:
         return True
-    one, other = (_tensor(path, header.file, name).flatten() for header in (indexed, single))
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(_bytes(path, indexed.file, name), _bytes(path, single.file, name))
+
+
+def _bytes(path: Path, file: str, name: str) -> torch.Tensor:
+    return _tensor(path, file, name).flatten().view(torch.uint8)
 
 
 def _tensor(path: Path, file: str, name: str) -> torch.Tensor:
@@ -186,14 +207,17 @@ def _tensor(path: Path, file: str, name: str) -> torch.Tensor:
 
 def _headers_of(path: Path, file: str) -> Iterator[tuple[str, Header]]:
     with _opened(path, file) as opened:
-        for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
+        for name in opened.keys():  # noqa: SIM118 (a safe_open is not a dict)
             tensor = opened.get_slice(name)
             yield name, Header(file, tuple(tensor.get_shape()), tensor.get_dtype())
 
 
 @contextlib.contextmanager
 def _opened(folder: Path, file: str) -> Iterator[Any]:
-    """Open a safetensors file of ``folder``. Raises CheckpointError where it cannot be read or is not in there."""
+    """Open a safetensors file of ``folder``.
+
+    Raises CheckpointError if it is not in the folder or cannot be read.
+    """
     path = folder / file
     with errors_as(CheckpointError, path, _REMEDY):
         check_link(folder, path)

@@ -1,6 +1,6 @@
-"""The parameters of a GPT by its ModelConfig: names and whole shapes, as model/gpt.py has them on one process.
+"""Names and shapes of a GPT's parameters by its ModelConfig, as in model/gpt.py on one process.
 
-Written down here because checkpoints are below the model; a test compares the two.
+They are repeated here because checkpoint/ must not import model/; a test compares the two.
 """
 
 from megatron_ring.checkpoint.tensors import Shapes
@@ -8,7 +8,7 @@ from megatron_ring.config import ModelConfig
 
 
 def parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> Shapes:
-    """Name -> shape, in the order in which a token meets them."""
+    """Return the shape of each parameter by name, in the order of the forward pass."""
     shapes = {"embedding.weight": (vocab_size, model.hidden_size)}
     if model.position_embedding_type == "learned_absolute":
         shapes["position_embedding.weight"] = (seq_length, model.hidden_size)
@@ -26,38 +26,42 @@ def _of_layer(model: ModelConfig) -> Shapes:
 
 
 def _attention(model: ModelConfig) -> Shapes:
-    hidden, bias = model.hidden_size, model.add_bias_linear
-    queries, key_values = (
-        n * model.head_dim for n in (model.num_attention_heads, model.key_value_heads)
-    )
+    hidden = model.hidden_size
+    bias = model.add_bias_linear
+    queries = model.num_attention_heads * model.head_dim
+    key_values = model.key_value_heads * model.head_dim
     shapes = _linear("attention.q_proj", queries, hidden, bias or model.add_qkv_bias)
     for name in ("attention.k_proj", "attention.v_proj"):
         shapes |= _linear(name, key_values, hidden, bias or model.add_qkv_bias)
-    for name in ("attention.q_norm", "attention.k_norm") if model.qk_layernorm else ():
-        shapes |= _norm(name, model, model.head_dim)
-    sinks = (
-        {"attention.sink_H": (model.num_attention_heads,)}
-        if model.softmax_type == "learnable"
-        else {}
-    )
-    return shapes | _linear("attention.out_proj", hidden, queries, bias) | sinks
+    if model.qk_layernorm:
+        for name in ("attention.q_norm", "attention.k_norm"):
+            shapes |= _norm(name, model, model.head_dim)
+    shapes |= _linear("attention.out_proj", hidden, queries, bias)
+    if model.softmax_type == "learnable":
+        shapes["attention.sink_H"] = (model.num_attention_heads,)
+    return shapes
 
 
 def _feed_forward(model: ModelConfig) -> Shapes:
-    hidden, width, bias = model.hidden_size, model.feed_forward_size, model.add_bias_linear
-    gate = _linear("mlp.gate_proj", width, hidden, bias) if model.activation == "swiglu" else {}
-    return (
-        gate
-        | _linear("mlp.up_proj", width, hidden, bias)
-        | _linear("mlp.down_proj", hidden, width, bias)
-    )
+    hidden = model.hidden_size
+    width = model.feed_forward_size
+    bias = model.add_bias_linear
+    shapes = {}
+    if model.activation == "swiglu":
+        shapes |= _linear("mlp.gate_proj", width, hidden, bias)
+    shapes |= _linear("mlp.up_proj", width, hidden, bias)
+    return shapes | _linear("mlp.down_proj", hidden, width, bias)
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
-    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+    shapes: Shapes = {f"{name}.weight": (rows, columns)}
+    if bias:
+        shapes[f"{name}.bias"] = (rows,)
+    return shapes
 
 
 def _norm(name: str, model: ModelConfig, width: int) -> Shapes:
-    return {f"{name}.weight": (width,)} | (
-        {f"{name}.bias": (width,)} if model.normalization == "LayerNorm" else {}
-    )
+    shapes: Shapes = {f"{name}.weight": (width,)}
+    if model.normalization == "LayerNorm":
+        shapes[f"{name}.bias"] = (width,)
+    return shapes
