@@ -1,8 +1,9 @@
-"""Select one of several implementations: the first candidate that supports everything a run requires.
+"""Select one of several implementations: the first candidate that supports what a run requires.
 
-Attention kernels (attention/choice.py, ``--attention-kernel``) and fused operations (fused/choice.py,
-``--fused-operations``) share this. Each has a support table with one cell for every implementation
-and requirement. The tables are read before a run starts, so no requirement is ignored silently.
+Attention kernels (attention/choice.py, ``--attention-kernel``) and fused operations
+(fused/choice.py, ``--fused-operations``) share this. Each has a support table with one cell for
+every implementation and requirement. The tables are read before a run starts, so no requirement is
+ignored silently.
 """
 
 import enum
@@ -38,7 +39,8 @@ _CAVEATS = {
 class Unsupported:
     """A refused cell.
 
-    reason: why it is refused. instead: what to set or install, with the flag. Neither ends with a period.
+    reason: why it is refused. instead: what to set or install, with the flag. Neither ends with a
+    period.
     """
 
     reason: str
@@ -84,7 +86,7 @@ class Assessment:
 
 @dataclass
 class Refusal:
-    """One reason for refusing implementations; ``requirements`` is empty where they cannot run at all."""
+    """A reason for refusing implementations; without ``requirements`` they cannot run at all."""
 
     cause: Unsupported
     implementations: list[str] = field(default_factory=list)
@@ -92,7 +94,7 @@ class Refusal:
 
 
 def first_usable(assessments: Mapping[str, Assessment]) -> str | None:
-    """The first candidate that is available and supports every requirement, None if there is none."""
+    """The first candidate that is available and supports every requirement, or None."""
     return next((name for name, assessed in assessments.items() if assessed.usable), None)
 
 

@@ -1,4 +1,4 @@
-"""The properties of this machine and its libraries that decide which attention kernel can run and is fast."""
+"""The machine's GPU and libraries, which decide which attention kernels can run and are fast."""
 
 import functools
 import importlib.util

@@ -1,7 +1,7 @@
-"""One hop in plain torch over the whole matrix of scores: in float64, the oracle of every other kernel.
+"""One hop in plain torch over the whole matrix of scores; in float64 the oracle of other kernels.
 
-It materialises queries x keys, so it is for tests and small sizes. Softmax attention (Vaswani et al.
-2017, section 3.2.1) and its gradient from the merged output and log-sum-exp (Dao et al. 2022,
+It materialises queries x keys, so it is for tests and small sizes. Softmax attention (Vaswani et
+al. 2017, section 3.2.1) and its gradient from the merged output and log-sum-exp (Dao et al. 2022,
 FlashAttention, appendix B.2).
 """
 

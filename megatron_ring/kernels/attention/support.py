@@ -67,7 +67,8 @@ class KernelSpec:
     stripe_widths: by device type, the stripe widths it is faster with than with single tokens, the
         widest and fastest first (docs/log.md). They are multiples of its tile, which leave
         rectangles on every hop but the first.
-    heads_first: the device types on which it is faster with each head's tokens contiguous in memory.
+    heads_first: the device types on which it is faster with each head's tokens contiguous in
+        memory.
     """
 
     kernel: HopKernel | None
@@ -108,7 +109,7 @@ _TRITON_TILES_FILL_SHARED_MEMORY = Unsupported(
 
 
 def _column(validation: Validation, refused: Mapping[Feature, Unsupported] | None = None) -> Column:
-    """A column: ``refused`` where it has an entry, no soft-capping or dropout, and ``validation`` elsewhere."""
+    """A column with ``validation`` in every cell except ``refused``, soft-capping and dropout."""
     everywhere = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
     exceptions = everywhere | dict(refused or {})
     return {feature: exceptions.get(feature, validation) for feature in Feature}
@@ -240,11 +241,11 @@ def support(kernel: str, device_type: str, feature: Feature) -> Cell:
 
 
 def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the kernels on a GPU without measurements, by published figures.
+    """The order in which ``auto`` tries the kernels on a GPU that has no measurements.
 
-    On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et al. 2024, FlashAttention-3,
-    section 4). For documents and windows (``sparse``) only flash-attn has a call for many short
-    sequences.
+    It follows published figures. On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et
+    al. 2024, FlashAttention-3, section 4). For documents and windows (``sparse``) only flash-attn
+    has a call for many short sequences.
     """
     if sparse:
         return "flash", "sdpa", "reference"
@@ -254,13 +255,13 @@ def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
 
 
 def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
-    """The stripe widths that a kernel is faster with than with single tokens, the widest and fastest first."""
+    """The stripe widths that a kernel prefers to single tokens, the widest and fastest first."""
     spec = KERNEL_SPECS.get(kernel)
     return spec.stripe_widths.get(device_type, ()) if spec else ()
 
 
 def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Return an equal tensor in the memory layout that ``kernel`` is fastest with; copies only if necessary.
+    """Return the tensor in the memory layout that ``kernel`` is fastest with; copy only if needed.
 
     There may be further dimensions before these.
     """

@@ -1,8 +1,8 @@
 """Liger-Kernel's operations (Hsu et al. 2024), Triton kernels, from version 0.8.5 on.
 
-In earlier versions LayerNorm saved the mean for backward in the input's dtype (up to 0.8.3), and RoPE
-did not accept angles for half of a head's elements. We have run these in Triton's interpreter, not on
-CUDA.
+In earlier versions LayerNorm saved the mean for backward in the input's dtype (up to 0.8.3), and
+RoPE did not accept angles for half of a head's elements. We have run these in Triton's interpreter,
+not on CUDA.
 """
 
 import torch
@@ -36,8 +36,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys, with products in float32, because cos and sin are.
 
-    Liger rotates in place, hidden from autograd: --recompute selective would save the rotated products
-    and rotate them again. So copies are rotated.
+    Liger rotates in place, hidden from autograd: --recompute selective would save the rotated
+    products and rotate them again. So copies are rotated.
     """
     q_BHlD, k_BGlD = (x.clone().transpose(1, 2) for x in (q_BlHD, k_BlGD))
     cos_lP, sin_lP = rotation.cos_lP, rotation.sin_lP

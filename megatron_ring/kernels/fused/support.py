@@ -131,8 +131,8 @@ LIBRARIES = {
     "apex": Library(
         distribution="apex",
         oldest="0.1",
-        install="NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA extensions: "
-        "the package apex that pip installs is another project",
+        install="NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA "
+        "extensions: the package apex that pip installs is another project",
         module="megatron_ring.kernels.fused.apex",
         offers={
             Operation.RMS_NORM: _APEX_NORM,
@@ -142,7 +142,8 @@ LIBRARIES = {
             Operation.CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
             Operation.SPLIT_CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
             Operation.ADAMW: _refused(
-                "it counts steps per parameter group; checkpoints and skipped steps count them per parameter"
+                "it counts steps per parameter group; checkpoints and skipped steps count them per "
+                "parameter"
             ),
         },
     ),

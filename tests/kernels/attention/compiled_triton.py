@@ -1,9 +1,9 @@
-"""Compile Triton's kernels for GPUs that are not present, and print properties of the machine code, one JSON per line.
+"""Compile Triton's kernels for absent GPUs, and print properties of the machine code as JSON lines.
 
     PYTHONPATH=. TRITON_INTERPRET=0 python tests/kernels/attention/compiled_triton.py 80 90
 
-It needs a process of its own, because nothing is compiled under TRITON_INTERPRET. The machine code is
-disassembled with CUDA's own tools, which Triton includes.
+It needs a process of its own, because nothing is compiled under TRITON_INTERPRET. The machine code
+is disassembled with CUDA's own tools, which Triton includes.
 """
 
 import itertools
@@ -39,7 +39,8 @@ def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> Compi
     signature = {
         name: "constexpr" if name in settings else argument_type(name, dtype) for name in names
     }
-    # As at a launch: torch's memory is aligned to 16 bytes, and lengths of shards are mostly multiples of 16.
+    # As at a launch: torch's memory is aligned to 16 bytes, and lengths of shards are mostly
+    # multiples of 16.
     multiples_of_16 = [
         name for name in names if signature[name].startswith("*") or name in ("queries", "keys")
     ]

@@ -1,4 +1,4 @@
-"""flash-attn 2 and 3 as stand-ins with their parameters and conventions: parity, masked rows, the version."""
+"""flash-attn 2 and 3 as stand-ins with their parameters: parity, masked rows, the version."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Every kernel over the hops of every layout, with windows and packed documents, against the oracle's dense mask."""
+"""Every kernel over the hops of every layout, with windows and documents, against the oracle."""
 
 import itertools
 import threading
@@ -64,7 +64,7 @@ def window(tokens: int, width: int) -> torch.Tensor:
 
 
 def documents(tokens: int, *lengths: int) -> torch.Tensor:
-    """The first visible position of each position in documents of these lengths, repeated as necessary."""
+    """The first visible position of each position in documents of these lengths, repeated."""
     first_visible = []
     start = 0
     for length in itertools.cycle(lengths):

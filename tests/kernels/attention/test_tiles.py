@@ -31,8 +31,9 @@ def window(length: int, width: int) -> KeyRanges:
 def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRanges:
     """The key ranges of a hop with packed documents and a window.
 
-    documents: for each the number of queries, how many more keys it has, and whether its keys are one
-        token after the queries (so that query i sees i keys of it) instead of at or before them (i + 1).
+    documents: for each the number of queries, how many more keys it has, and whether its keys are
+        one token after the queries (so that query i sees i keys of it) instead of at or before them
+        (i + 1).
     """
     lo, hi = [], []
     first = 0
@@ -79,7 +80,8 @@ def cumulative(steps: list[int]) -> list[int]:
     return torch.tensor(steps, dtype=torch.int64).cumsum(0).tolist()
 
 
-# Steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and windows.
+# Steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and
+# windows.
 steps = st.lists(
     st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40
 )
@@ -88,7 +90,8 @@ stepped = steps.map(
         cumulative([lo for lo, _ in pairs]), cumulative([hi for _, hi in pairs])
     )
 )
-# Documents as a striped ring splits them: the ranks' shares differ by one token at most and may be empty.
+# Documents as a striped ring splits them: the ranks' shares differ by one token at most and may be
+# empty.
 documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
 any_key_ranges = st.one_of(
     stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12)))
@@ -162,7 +165,7 @@ def test_the_examples_in_the_documentation_are_what_is_computed():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("tokens", [128, 129, 1000, 4096])
 def test_a_split_triangle_has_few_tiles_and_little_waste(tokens, strict):
-    """At most two tiles for every 128 queries, and no pairs computed beyond those of tiles on the diagonal."""
+    """At most two tiles for every 128 queries; only tiles on the diagonal compute pairs in vain."""
     key_ranges = causal(tokens, strict)
     tiles = key_ranges.tiles(Tiling(128, split_triangles=True))
     assert len(tiles) <= 2 * -(-tokens // 128)
@@ -210,7 +213,7 @@ def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
     tokens=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=6),
 )
 def test_documents_longer_than_a_tile_need_no_mask_in_a_striped_ring(ring_size, tiling, tokens):
-    """Split at their borders they are triangles, the smallest possible number of tiles, or rectangles beside them."""
+    """Split at their borders, they are one triangle each, or split triangles with rectangles."""
     for key_ranges in striped_hops(
         ring_size, [(tiling.rows + 1) * ring_size + more for more in tokens]
     ):

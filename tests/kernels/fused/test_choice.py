@@ -1,4 +1,4 @@
-"""Which library computes which operation. Liger-Kernel is installed for the tests; the others have stand-ins."""
+"""Which library computes which operation; Liger-Kernel is installed, the others have stand-ins."""
 
 import importlib.metadata
 import sys
