@@ -58,10 +58,10 @@ Column = Mapping[Feature, Cell]
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything the program must know of one kernel.
+    """Everything that the selection and its callers need of one kernel.
 
     kernel: its implementation, None where its package is not installed.
-    support: its column by device type; "other" is any device that no kernel names.
+    support: its column by device type; "other" is for every type that has no column of its own.
     unavailable: (machine, head dim, deterministic) -> why it cannot run on that machine's GPU, None
         if it can.
     stripe_widths: by device type, the stripe widths it is faster with than with single tokens, the
@@ -99,20 +99,33 @@ _NO_DROPOUT = Unsupported(
 _HALF_PRECISION_ONLY = Unsupported(
     "it supports only fp16 and bf16", "Set --attention-kernel sdpa, or auto"
 )
-_SMALL_MULTIPLES_OF_8_ONLY = Unsupported(
+_MULTIPLES_OF_8_ONLY = Unsupported(
     "it supports head dims up to 256 that are multiples of 8", _OTHER_HEAD_DIM
+)
+_VENDOR_LIMITS: dict[Feature, Unsupported] = {
+    Feature.FLOAT64: _HALF_PRECISION_ONLY,
+    Feature.FLOAT32: _HALF_PRECISION_ONLY,
+    Feature.OTHER_HEADS: _MULTIPLES_OF_8_ONLY,
+}
+_UNORDERED_GRADIENTS = Unsupported(
+    "cuDNN accumulates gradients in no fixed order",
+    "Set --attention-kernel flash, sdpa, triton or reference",
 )
 _NOT_IN_TORCH_ON_CUDA = "torch's fused operators on CUDA do not support it"
 _TRITON_TILES_FILL_SHARED_MEMORY = Unsupported(
     "its tiles fill shared memory with 2-byte elements", _REFERENCE
 )
+_TRITON_HEAD_DIMS = Unsupported(
+    "its table of tile sizes ends at head dim 256, and rows that are not aligned to 16 bytes load "
+    "slowly",
+    _OTHER_HEAD_DIM,
+)
 
 
 def _column(validation: Validation, refused: Mapping[Feature, Unsupported] | None = None) -> Column:
     """A column with ``validation`` in every cell except ``refused``, soft-capping and dropout."""
-    everywhere = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
-    exceptions = everywhere | dict(refused or {})
-    return {feature: exceptions.get(feature, validation) for feature in Feature}
+    by_all_kernels = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
+    return dict.fromkeys(Feature, validation) | by_all_kernels | dict(refused or {})
 
 
 # ---- the kernels ----
@@ -139,12 +152,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
         support={
             "cuda": _column(
                 Validation.UNPROVEN,
-                {
-                    Feature.SOFT_CAP: _NO_SOFT_CAP_IN_MASKED_TILES,
-                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
-                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
-                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
-                },
+                _VENDOR_LIMITS | {Feature.SOFT_CAP: _NO_SOFT_CAP_IN_MASKED_TILES},
             )
         },
         unavailable=flash.unavailable,
@@ -153,16 +161,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
         kernel=sdpa.WITH_CUDNN,
         support={
             "cuda": _column(
-                Validation.UNPROVEN,
-                {
-                    Feature.DETERMINISM: Unsupported(
-                        "cuDNN accumulates gradients in no fixed order",
-                        "Set --attention-kernel flash, sdpa, triton or reference",
-                    ),
-                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
-                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
-                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
-                },
+                Validation.UNPROVEN, _VENDOR_LIMITS | {Feature.DETERMINISM: _UNORDERED_GRADIENTS}
             )
         },
         unavailable=sdpa.cudnn_unavailable,
@@ -192,11 +191,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
                 {
                     Feature.FLOAT64: _TRITON_TILES_FILL_SHARED_MEMORY,
                     Feature.FLOAT32: _TRITON_TILES_FILL_SHARED_MEMORY,
-                    Feature.OTHER_HEADS: Unsupported(
-                        "its table of tile sizes ends at head dim 256, and rows that are not "
-                        "aligned to 16 bytes load slowly",
-                        _OTHER_HEAD_DIM,
-                    ),
+                    Feature.OTHER_HEADS: _TRITON_HEAD_DIMS,
                 },
             )
         },

@@ -76,7 +76,7 @@ _FLOAT32 = frozenset({torch.float32})
 _TORCH = Offer(Validation.TESTED, _UP_TO_FLOAT32 | {torch.float64}, "")
 _NO_KERNEL = _refused("it has no such kernel")
 _EVEN_SPLIT_ONLY = _refused(
-    "it reduces over the ranks itself and requires equal parts, and ours may be uneven"
+    "it reduces over the ranks itself and requires equal parts; here they may be uneven"
 )
 
 _LIGER = Offer(Validation.INTERPRETED, _UP_TO_FLOAT32, "it computes in float32")
@@ -90,10 +90,12 @@ _FLASH_NORM = Offer(
 _APEX_NORM = Offer(
     Validation.STAND_IN,
     _FLOAT32,
-    "it rounds smaller dtypes before the weight is applied; ours rounds once, after it",
+    "it rounds smaller dtypes before the weight is applied; torch rounds once, after it",
 )
 _APEX_ROPE = Offer(
-    Validation.STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' dtype; ours are float32"
+    Validation.STAND_IN,
+    _FLOAT32,
+    "it rounds cos and sin to the queries' dtype; here they are float32",
 )
 _APEX_CROSS_ENTROPY = _refused("it reads the logit of an ignored target, outside the row")
 

@@ -1,8 +1,8 @@
 """Triton's kernel in Triton's interpreter.
 
 Tiles are so small that short hops have skipped, full and partial ones. The interpreter is correct
-for float32 and wrong for products of bfloat16, so the kernel upcasts them there: the tests cover the
-kernel's arithmetic and masks, not a GPU's.
+for float32 and wrong for products of bfloat16, so the kernel upcasts them there: the tests cover
+the kernel's arithmetic and masks, not a GPU's.
 """
 
 import pytest
