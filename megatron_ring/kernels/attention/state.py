@@ -60,8 +60,8 @@ def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """The sum of out * dout over a head: delta_BHL.
 
     The gradient of attention uses its output only through delta: the gradient of a score is
-    p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The derivative of lse by a score
-    is p, so a gradient of lse is subtracted from delta.
+    p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The derivative of lse by a
+    score is p, so a gradient of lse is subtracted from delta.
     """
     return (dout_BLHD.to(accumulation_dtype(dout_BLHD.dtype)) * out_BLHD).sum(-1).transpose(1, 2)
 
