@@ -2,19 +2,19 @@ r"""Tiles that cover the visible pairs of a hop: rectangles, triangles, small ma
 
 A tile is a rectangle of queries x keys. Its kind states what a kernel must mask inside it. Together
 the tiles cover each visible (query, key) pair exactly once; regions that no query sees are in no
-tile. Two examples, with queries downwards and keys to the right, ``Tiling(rows=2,
-split_triangles=True)``:
+tile. Two examples for ``Tiling(rows=2, split_triangles=True)``, queries downwards and keys to the
+right:
 
     a causal mask            a sliding window of 5
 
-    \ . . . . . . .          \ . . . . . . . . .
-    \ \ . . . . . .          \ \ . . . . . . . .        \   CAUSAL, no mask needed
-    # # \ . . . . .          # # \ . . . . . . .        #   FULL, no mask needed
-    # # \ \ . . . .          # # \ \ . . . . . .        m   MASKED, visible
-    # # # # \ . . .          m m # # # - . . . .        -   MASKED, not visible
-    # # # # \ \ . .          - m # # # m . . . .        .   in no tile
-    # # # # # # \ .          . . m m # # # - . .
-    # # # # # # \ \          . . - m # # # m . .
+    \ . . . . . . .          \ . . . . . . .
+    \ \ . . . . . .          \ \ . . . . . .             \   CAUSAL, no mask needed
+    # # \ . . . . .          # # \ . . . . .             #   FULL, no mask needed
+    # # \ \ . . . .          # # \ \ . . . .             m   MASKED, visible
+    # # # # \ . . .          m m # # # - . .             -   MASKED, not visible
+    # # # # \ \ . .          - m # # # m . .             .   in no tile
+    # # # # # # \ .          . . m m # # # -
+    # # # # # # \ \          . . - m # # # m
 
 Without ``split_triangles`` the causal mask on the left is a single CAUSAL tile.
 """

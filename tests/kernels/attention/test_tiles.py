@@ -157,7 +157,7 @@ def drawn(key_ranges: KeyRanges, tiling: Tiling) -> list[str]:
 
 def test_the_examples_in_the_documentation_are_what_is_computed():
     tiling = Tiling(rows=2, split_triangles=True)
-    rows = zip(drawn(causal(8), tiling), drawn(window(10, 5), tiling))
+    rows = zip(drawn(causal(8), tiling), drawn(window(8, 5), tiling))
     for left, right in rows:
         assert f"    {left}          {right}" in tiles_module.__doc__
 
