@@ -100,10 +100,10 @@ def first_usable(assessments: Mapping[str, Assessment]) -> str | None:
 
 def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -> list[Refusal]:
     """Why the candidates before ``before``, or all of them, were refused, each reason once."""
-    found: dict[Unsupported, Refusal] = {}
+    by_cause: dict[Unsupported, Refusal] = {}
 
     def add(cause: Unsupported, name: str, requirements: Iterable[str]) -> None:
-        refusal = found.setdefault(cause, Refusal(cause))
+        refusal = by_cause.setdefault(cause, Refusal(cause))
         refusal.implementations += [] if name in refusal.implementations else [name]
         refusal.requirements += [one for one in requirements if one not in refusal.requirements]
 
@@ -115,7 +115,7 @@ def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -
                 add(cell, name, [requirement.value])
         if assessed.unavailable:
             add(assessed.unavailable, name, [])
-    return list(found.values())
+    return list(by_cause.values())
 
 
 def installed_version(distribution: str) -> str:
