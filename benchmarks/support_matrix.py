@@ -41,7 +41,7 @@ def main(output: Path = Path("docs/support.md")) -> None:
 
 
 def matrix() -> str:
-    """The page: introduction, table, and a note with reason and alternative for each refusal."""
+    """Format the page: introduction, table, and a note with reason and alternative per refusal."""
     refusals: list[Unsupported] = []
     header = ["feature", *(f"{kernel} on {device}" for kernel, device in COLUMNS)]
     rows = [header, ["---"] * len(header)]
@@ -53,7 +53,7 @@ def matrix() -> str:
 
 
 def _word(cell: Cell, refusals: list[Unsupported]) -> str:
-    """The word for a cell; a refusal is added to ``refusals`` and gets the number of its note."""
+    """Return the word for a cell; add a refusal to ``refusals`` and append its number."""
     if not isinstance(cell, Unsupported):
         return cell.value
     if cell not in refusals:

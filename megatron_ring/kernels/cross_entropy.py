@@ -169,7 +169,7 @@ def softmax_cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The default CrossEntropy, in plain torch, for any part of a vocabulary."""
+    """Implement CrossEntropy in plain torch, for any part of a vocabulary; the default."""
     targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
     dtype = logits_cv.dtype
     logits_cv = logits_cv.to(_accumulation_dtype(logits_cv))
@@ -215,14 +215,14 @@ def _exponentiate(
 
 
 def _row_max(logits_cv: Tensor) -> Tensor:
-    """The largest logit of every row, (c, 1); -inf in a part without columns."""
+    """Return the largest logit of every row, (c, 1); -inf in a part without columns."""
     if logits_cv.shape[1]:
         return logits_cv.amax(1, keepdim=True)
     return logits_cv.new_full((len(logits_cv), 1), -math.inf)
 
 
 def _gradient(exp_cv: Tensor, total_c1: Tensor, targets: _Targets) -> Tensor:
-    """Softmax minus 1 at the target, and 0 for ignored tokens; computed in place of ``exp_cv``."""
+    """Compute, in place of ``exp_cv``, softmax minus 1 at the target; 0 for ignored tokens."""
     exp_cv *= targets.counts_c1 / total_c1
     return exp_cv.scatter_add_(1, targets.row_c1, -targets.here_c1.to(exp_cv))
 
@@ -241,5 +241,5 @@ def _chunks(tokens: int, chunk_size: int) -> Iterator[slice]:
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for sums of such numbers: float32, or float64 for float64."""
+    """Return the dtype for sums of such numbers: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -46,6 +46,6 @@ class Norm(nn.Module):
 
 
 def norm(normalization: str, size: int, epsilon: float, function: NormFunction = normalize) -> Norm:
-    """The module for ``normalization``: RMSNorm, which has no bias, or LayerNorm, which has one."""
+    """Create the module for ``normalization``: RMSNorm without a bias, or LayerNorm with one."""
     has_bias = {"RMSNorm": False, "LayerNorm": True}[normalization]
     return Norm(size, epsilon, has_bias, function)

@@ -53,7 +53,7 @@ class Rope:
         return Rotation(cos_lP.float(), sin_lP.float())
 
     def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Scaled radians per token of every pair: (P,) float64, computed on ``device``."""
+        """Compute the scaled radians per token of every pair: (P,) float64 on ``device``."""
         pair_P = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         return _SCALINGS[self.scaling](self, self.base ** (-2 * pair_P / self.head_dim))
 
@@ -84,7 +84,7 @@ def rotate_both(
 
 
 def _index(frequency_P: torch.Tensor) -> torch.Tensor:
-    """0, 1, ..., P - 1, with the dtype and device of ``frequency_P``."""
+    """Return 0, 1, ..., P - 1 with the dtype and device of ``frequency_P``."""
     return torch.arange(len(frequency_P), dtype=frequency_P.dtype, device=frequency_P.device)
 
 

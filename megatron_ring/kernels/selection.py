@@ -75,7 +75,7 @@ class Assessment:
         return not refused and self.unavailable is None
 
     def caveats(self) -> Iterator[tuple[Validation, list[str]]]:
-        """The requirements that are supported but have not been tested on such a device."""
+        """Yield the requirements that are supported but not tested on such a device."""
         for validation in Validation:
             names = [
                 requirement.value for requirement, cell in self.cells.items() if cell is validation
@@ -94,12 +94,12 @@ class Refusal:
 
 
 def first_usable(assessments: Mapping[str, Assessment]) -> str | None:
-    """The first candidate that is available and supports every requirement, or None."""
+    """Return the first candidate that is available and supports every requirement, or None."""
     return next((name for name, assessed in assessments.items() if assessed.usable), None)
 
 
 def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -> list[Refusal]:
-    """Why the candidates before ``before``, or all of them, were refused, each reason once."""
+    """Collect why the candidates before ``before``, or all, were refused, each reason once."""
     by_cause: dict[Unsupported, Refusal] = {}
 
     def add(cause: Unsupported, name: str, requirements: Iterable[str]) -> None:
@@ -119,7 +119,7 @@ def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -
 
 
 def installed_version(distribution: str) -> str:
-    """The version of an installed distribution, "" if it is not installed."""
+    """Return the version of an installed distribution, "" if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

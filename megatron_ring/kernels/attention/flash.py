@@ -85,14 +85,14 @@ def backward(
 
 
 def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Samples one after the other, (B * L, H, D); copies only a slice of several samples."""
+    """Concatenate samples, (B * L, H, D); only a slice of several samples is copied."""
     return x_BLHD.flatten(0, 1)
 
 
 def _sequences(
     key_ranges: KeyRanges, call: VarlenCall, q: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[int, int], bool]:
-    """The cumulative lengths (2, sequences + 1), the longest sequences, and whether causal."""
+    """Return cu_seqlens (2, sequences + 1), the longest sequences, and whether it is causal."""
     cu_seqlens = key_ranges.cu_seqlens(call, len(q), q.device)
     return cu_seqlens, call.longest, call.kind is TileKind.CAUSAL
 
@@ -220,7 +220,7 @@ def flash_version(
 
 
 def unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
-    """Why neither version can run on ``machine``, None if one can."""
+    """Return why neither version can run on ``machine``, None if one can."""
     version = flash_version(machine, head_dim, deterministic)
     return version if isinstance(version, Unsupported) else None
 
@@ -237,7 +237,7 @@ def _why_not_3(machine: Machine, head_dim: int, deterministic: bool) -> str:
 
 
 def _library(q: torch.Tensor) -> VarlenFunctions:
-    """The functions of the version for such queries; ``choose`` has made sure that there is one."""
+    """Return the functions for such queries; ``choose`` has made sure that a version exists."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     version = flash_version(Machine.here(), q.shape[-1], deterministic)
     return _FUNCTIONS[version.number]

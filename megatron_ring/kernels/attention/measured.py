@@ -68,7 +68,7 @@ MEASURED = (
 def auto_order(
     device_type: str, dtype: torch.dtype, features: Iterable[Feature], machine: Machine
 ) -> Candidates:
-    """The kernels in the order measured on such a device, else in that of published figures."""
+    """Order the kernels as measured on such a device, else by published figures."""
     mask = MaskKind.of(features)
     device = machine.device_name(device_type)
     case = f"{dtype} with {mask.value}"

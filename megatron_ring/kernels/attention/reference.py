@@ -61,7 +61,7 @@ def backward(
 def _scores(
     q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, key_ranges: KeyRanges, scale: float
 ) -> torch.Tensor:
-    """The scaled scores, -inf where a key is not visible."""
+    """Compute the scaled scores, -inf where a key is not visible."""
     k_BMHD = _repeat_heads(k_BLGD, q_BLHD)
     whole_hop = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
     visible_LM = key_ranges.visible(whole_hop, q_BLHD.device)

@@ -47,29 +47,29 @@ class KeyRanges:
         return int((self.hi - self.lo).clamp(min=0).sum())
 
     def tiles(self, tiling: Tiling) -> tuple[Tile, ...]:
-        """Tiles that cover each visible pair exactly once."""
+        """Return tiles that cover each visible pair exactly once."""
         if tiling not in self._tiles:
             self._tiles[tiling] = tuple(cover(self.lo, self.hi, tiling))
         return self._tiles[tiling]
 
     def varlen_calls(self, tiling: Tiling) -> tuple[VarlenCall, ...]:
-        """The tiles that need no mask, in as few packed calls as possible."""
+        """Group the tiles that need no mask into packed calls."""
         if tiling not in self._calls:
             self._calls[tiling] = tuple(varlen_calls(self.tiles(tiling)))
         return self._calls[tiling]
 
     def cu_seqlens(self, call: VarlenCall, samples: int, device: torch.device) -> torch.Tensor:
-        """The cumulative lengths of ``call``, (2, sequences + 1) int32 on ``device``."""
+        """Return the cumulative lengths of ``call``, (2, sequences + 1) int32 on ``device``."""
         return self._kept(
             ("cu_seqlens", call, samples, device), lambda: torch.tensor(call.cu_seqlens(samples))
         )
 
     def bounds(self, device: torch.device) -> torch.Tensor:
-        """``lo`` and ``hi``, (2, L) int32 on ``device``."""
+        """Return ``lo`` and ``hi`` on ``device``, (2, L) int32."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
     def query_ranges(self, keys: int, device: torch.device) -> torch.Tensor:
-        """The queries [from, to) that see each key, (2, keys) int32 on ``device``."""
+        """Return the queries [from, to) that see each key, (2, keys) int32 on ``device``."""
 
         def transpose() -> torch.Tensor:
             key = torch.arange(keys)
@@ -86,7 +86,7 @@ class KeyRanges:
         return self._on_device[name]
 
     def visible(self, tile: Tile, device: torch.device = _CPU) -> torch.Tensor:
-        """Which keys of ``tile`` its queries see: (queries, keys) bool, computed on ``device``."""
+        """Compute the mask of ``tile`` on ``device``: (queries, keys) bool, True where visible."""
         keys = torch.arange(tile.keys.start, tile.keys.stop, device=device)
         lo, hi = self.bounds(device)[:, tile.queries, None]
         return (lo <= keys) & (keys < hi)

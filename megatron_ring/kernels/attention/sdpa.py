@@ -60,7 +60,7 @@ WITH_CUDNN = TiledKernel(_GPU_TILING, _cudnn_operator)
 
 
 def cudnn_unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
-    """Why cuDNN cannot run on ``machine``, None if it can.
+    """Return why cuDNN cannot run on ``machine``, None if it can.
 
     The conditions are torch's own (can_use_cudnn_attention in sdp_utils.cpp).
     """

@@ -25,7 +25,7 @@ class RunningSoftmax:
 
     @staticmethod
     def empty(q_BLHD: torch.Tensor) -> "RunningSoftmax":
-        """The state of queries that have seen nothing yet."""
+        """Create the state of queries that have seen nothing yet."""
         batch, length, heads, _ = q_BLHD.shape
         dtype = accumulation_dtype(q_BLHD.dtype)
         return RunningSoftmax(
@@ -45,19 +45,19 @@ class RunningSoftmax:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over blocks: float32, and float64 for float64."""
+    """Return the dtype of sums over blocks: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zero_sums(like: torch.Tensor) -> torch.Tensor:
-    """Contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
+    """Allocate contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
     return torch.zeros_like(
         like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
     )
 
 
 def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
-    """The sum of out * dout over a head: delta_BHL.
+    """Sum out * dout over each head: delta_BHL.
 
     The gradient of attention uses its output only through delta: the gradient of a score is
     p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The derivative of lse by a
@@ -136,14 +136,14 @@ def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tenso
 
 
 def _along(dout_BLHD: torch.Tensor, delta_BLH1: torch.Tensor) -> torch.Tensor:
-    """The multiple of dout with this delta, rounded: the output of smallest norm that has it."""
+    """Return the rounded multiple of dout with this delta: the output of smallest norm."""
     norm_BLH1 = torch.linalg.vector_norm(dout_BLHD, dim=-1, keepdim=True, dtype=delta_BLH1.dtype)
     factor_BLH1 = (delta_BLH1 / norm_BLH1 / norm_BLH1).masked_fill_(norm_BLH1 == 0, 0.0)
     return (dout_BLHD * factor_BLH1).to(dout_BLHD.dtype)
 
 
 def _element_for(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The element of each row that yields delta, in the dtype of dout, and its rounding error."""
+    """Return each row's element that yields delta, in dout's dtype, and its rounding error."""
     wide = dout.to(delta.dtype)
     element = (delta / wide).masked_fill_(wide == 0, 0.0).to(dout.dtype)
     return element, delta - element * wide

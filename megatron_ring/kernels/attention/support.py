@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 def features_of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
-    """The features that queries of this dtype and head dim require."""
+    """Return the features that queries of this dtype and head dim require."""
     regular = head_dim <= 256 and head_dim % 8 == 0
     return {_DTYPES[dtype], Feature.HEAD_DIM_MULTIPLE_OF_8 if regular else Feature.OTHER_HEADS}
 
@@ -123,7 +123,7 @@ _TRITON_HEAD_DIMS = Unsupported(
 
 
 def _column(validation: Validation, refused: Mapping[Feature, Unsupported] | None = None) -> Column:
-    """A column with ``validation`` in every cell except ``refused``, soft-capping and dropout."""
+    """Fill a column with ``validation``, except ``refused``, soft-capping and dropout."""
     by_all_kernels = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
     return dict.fromkeys(Feature, validation) | by_all_kernels | dict(refused or {})
 
@@ -224,7 +224,7 @@ SUPPORT: dict[Feature, dict[tuple[str, str], Cell]] = {
 
 
 def support(kernel: str, device_type: str, feature: Feature) -> Cell:
-    """The cell of the support table for ``kernel`` on such a device."""
+    """Return the cell of the support table for ``kernel`` on such a device."""
     cells = SUPPORT[feature]
     if cell := cells.get((kernel, device_type)) or cells.get((kernel, "other")):
         return cell
@@ -236,7 +236,7 @@ def support(kernel: str, device_type: str, feature: Feature) -> Cell:
 
 
 def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the kernels on a GPU that has no measurements.
+    """Return the order in which ``auto`` tries the kernels on a GPU that has no measurements.
 
     It follows published figures. On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et
     al. 2024, FlashAttention-3, section 4). For documents and windows (``sparse``) only flash-attn
@@ -250,7 +250,7 @@ def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
 
 
 def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
-    """The stripe widths that a kernel prefers to single tokens, the widest and fastest first."""
+    """Return the stripe widths that a kernel prefers to single tokens, the fastest first."""
     spec = KERNEL_SPECS.get(kernel)
     return spec.stripe_widths.get(device_type, ()) if spec else ()
 
@@ -266,7 +266,7 @@ def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
 
 
 def stack_to_kernel_layout(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``torch.stack`` and ``to_kernel_layout`` in one copy."""
+    """Combine ``torch.stack`` and ``to_kernel_layout`` in one copy."""
     if not _prefers_heads_first(kernel, tensors_BLHD[0]):
         return torch.stack(tuple(tensors_BLHD))
     return torch.stack([x.transpose(-3, -2) for x in tensors_BLHD]).transpose(-3, -2)

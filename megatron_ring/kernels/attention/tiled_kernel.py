@@ -96,7 +96,7 @@ class TiledKernel:
 def _bias(
     key_ranges: KeyRanges, tile: Tile, q: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of a masked tile, (queries, keys), and which queries see nothing; else two None."""
+    """Return a masked tile's bias (queries, keys) and its rows that see nothing; else None."""
     if tile.kind is not TileKind.MASKED:
         return None, None
     visible = key_ranges.visible(tile, q.device)

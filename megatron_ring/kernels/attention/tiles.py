@@ -136,14 +136,14 @@ class _Cover:
             yield from self._node(split, stop, covered)
 
     def _is_small(self, start: int, stop: int) -> bool:
-        """Whether a node is not split any further."""
+        """Return whether a node is not split any further."""
         if stop - start > self.tiling.rows:
             return False
         return not (self.tiling.split_documents and self._borders_near_middle(start, stop))
 
     @staticmethod
     def _is_wide_enough(start: int, stop: int, new: list[slice]) -> bool:
-        """Whether there are enough keys for a tile of all queries of a node.
+        """Return whether there are enough keys for a tile of all queries of a node.
 
         Each tile adds to the sums of its queries and of its keys: for the same number of pairs, the
         closer to a square, the less memory traffic. But splitting makes more tiles; the threshold
@@ -152,13 +152,13 @@ class _Cover:
         return 4 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
     def _borders_near_middle(self, start: int, stop: int) -> list[int]:
-        """The borders inside a node closest to its middle, on either side."""
+        """Return the borders inside a node closest to its middle, on either side."""
         index = bisect.bisect_left(self.borders, (start + stop) // 2)
         nearest = self.borders[max(0, index - 1) : index + 1]
         return [border for border in nearest if start < border < stop]
 
     def _split_point(self, start: int, stop: int) -> int:
-        """Where to split a node: at the border nearest to its middle, or at a multiple of ``rows``.
+        """Split a node at the border nearest to its middle, or at a multiple of ``rows``.
 
         The multiple is the one at or before the middle. It is moved up where that leaves
         ``tall_rows`` queries after it, whose rectangle with the keys before them is then tall.
@@ -186,7 +186,7 @@ class _Cover:
         return start, stop
 
     def _is_triangle(self, start: int, stop: int, covered: KeySpan | None) -> bool:
-        """Whether query i of the node sees, apart from ``covered``, just the next i + 1 keys."""
+        """Return whether query i of the node sees just i + 1 keys after ``covered``."""
         first_visible, first_key = covered or (self.lo[start], self.lo[start])
         return (
             self.lo[start] == first_visible
@@ -195,7 +195,7 @@ class _Cover:
         )
 
     def _seen_by_all(self, start: int, stop: int, covered: KeySpan | None) -> KeySpan | None:
-        """The keys that every query of a node sees, ``covered`` included; None if there are none.
+        """Return the keys that all queries of a node see, with ``covered``; None if there are none.
 
         Where a bound rises along the queries, the span is rounded inwards to multiples of ``rows``.
         An upper bound that rises in steps is not rounded: there any edge is as good, and what

@@ -116,7 +116,7 @@ def _repeat_heads(kv_BMGD: torch.Tensor, q_BLHD: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned_bias(bias_LM: torch.Tensor | None, q_BHLD: torch.Tensor) -> torch.Tensor | None:
-    """The bias as the efficient operator requires it: all heads, row strides multiples of 8."""
+    """Expand the bias to all heads, with row strides that are multiples of 8."""
     if bias_LM is None:
         return None
     keys = bias_LM.shape[-1]

@@ -40,7 +40,7 @@ class VarlenCall:
         return tuple(max(lengths) for lengths in zip(*self.lengths))
 
     def cu_seqlens(self, samples: int) -> list[list[int]]:
-        """The cumulative lengths of queries and of keys, for ``samples`` rectangles end to end."""
+        """Return the cumulative lengths of queries and of keys, for ``samples`` rectangles."""
         return [
             list(itertools.accumulate(lengths * samples, initial=0))
             for lengths in zip(*self.lengths)
@@ -61,7 +61,7 @@ def varlen_calls(tiles: Iterable[Tile]) -> Iterator[VarlenCall]:
 
 
 def _follows(tile: Tile, last: Tile) -> bool:
-    """Whether a tile is of the same kind as ``last`` and after it in both queries and keys."""
+    """Return whether a tile has the kind of ``last`` and follows it in both queries and keys."""
     after = tile.queries.start >= last.queries.stop and tile.keys.start >= last.keys.stop
     return after and tile.kind is last.kind
 

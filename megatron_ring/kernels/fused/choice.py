@@ -106,7 +106,7 @@ def _reasons(library: str, requested: str, assessments: dict[str, Assessment]) -
 
 
 def _unavailable(name: str, device_type: str) -> Unsupported | None:
-    """Why a library cannot be used at all on this machine, None if it can."""
+    """Return why a library cannot be used at all on this machine, None if it can."""
     if name == "torch":
         return None
     if device_type != "cuda":
@@ -116,7 +116,7 @@ def _unavailable(name: str, device_type: str) -> Unsupported | None:
 
 
 def missing(library: Library) -> str | None:
-    """What is missing of a library, and how to install it; None if it can be used."""
+    """Return what is missing of a library, and how to install it; None if it can be used."""
     version = installed_version(library.distribution)
     if not version:
         return f"not installed ({library.install})"

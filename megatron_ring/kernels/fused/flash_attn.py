@@ -52,7 +52,7 @@ def cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A CrossEntropy: losses in float32; the gradient is rounded once and overwrites the logits."""
+    """Implement CrossEntropy with losses in float32; the gradient overwrites the logits."""
     assert part is WHOLE, "support.py refuses a split vocabulary"
     target_c, penalty = ignore_invalid_targets(target_c1, logits_cv.shape[1], ignore_index)
     with torch.set_grad_enabled(with_gradient):

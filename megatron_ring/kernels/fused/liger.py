@@ -47,7 +47,7 @@ def rope(
 
 
 def swiglu(gate_BlF: torch.Tensor, up_BlF: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, with silu rounded before the product, as torch's.
+    """Compute silu(gate) * up, with silu rounded before the product, as torch does.
 
     Backward writes the gradients over gate and up, which nothing may read afterwards.
     """
@@ -61,7 +61,7 @@ def cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A CrossEntropy in float32, because Liger accumulates losses in the dtype of the logits.
+    """Implement CrossEntropy in float32; Liger accumulates losses in the logits' dtype.
 
     It blocks the host until the device has checked the targets.
     """

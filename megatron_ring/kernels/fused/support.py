@@ -42,7 +42,7 @@ class Offer:
     varies: str = ""
 
     def cell(self, dtype: torch.dtype, deterministic: bool) -> Cell:
-        """What a run in ``dtype`` gets, with or without ``--deterministic``."""
+        """Return the cell for a run in ``dtype``, with or without ``--deterministic``."""
         if dtype not in self.dtypes:
             return Unsupported(self.reason)
         if deterministic and self.varies:

@@ -163,7 +163,7 @@ def _loop_over_queries(
 
 @triton.jit
 def _load_lse_and_delta(log2_lse, delta, sample, heads, head, queries, rows):
-    """The log-sum-exp and delta of these queries; +inf and 0, hence no weight, after the last."""
+    """Load the log-sum-exp and delta of queries; +inf and 0, hence no weight, after the last."""
     at = (sample.to(tl.int64) * heads + head) * queries + rows
     exists = rows < queries
     lse_Q = tl.load(log2_lse + at, mask=exists, other=float("inf"))

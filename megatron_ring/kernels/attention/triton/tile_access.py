@@ -15,7 +15,7 @@ def pointers(
     base, sample, tokens, heads, head, start,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
+    """Return pointers to one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
 
     The first is 64-bit, because a shard may have more than 2**31 elements; offsets from it are
     32-bit.
@@ -27,7 +27,7 @@ def pointers(
 
 @triton.jit
 def inside(tokens, start, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Which elements of such a tile exist: existing tokens, and within the head dim."""
+    """Return which elements of a tile exist: of existing tokens and within the head dim."""
     rows = start + tl.arange(0, BLOCK) < tokens
     columns = tl.arange(0, PADDED) < HEAD_DIM
     return rows[:, None] & columns[None, :]
@@ -65,7 +65,7 @@ def add(
 
 @triton.jit
 def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The loop of a tile of BLOCK rows from ``start`` over its visible columns, in blocks of STEP.
+    """Return the loop of BLOCK rows from ``start`` over their visible columns, in steps of STEP.
 
     Rows and columns are queries and keys with the key ranges, or keys and queries with the query
     ranges: lo and hi are non-decreasing in both. Returns (first, unmasked_from, unmasked_to, stop).
@@ -84,7 +84,7 @@ def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def load_ranges(lo, hi, indices, rows):
-    """The ranges [lo, hi) of these rows; empty for a row after the last."""
+    """Load the ranges [lo, hi) of these rows; empty for a row after the last."""
     exists = indices < rows
     lo_of_rows = tl.load(lo + indices, mask=exists, other=0)
     hi_of_rows = tl.load(hi + indices, mask=exists, other=0)
@@ -93,5 +93,5 @@ def load_ranges(lo, hi, indices, rows):
 
 @triton.jit
 def visible(lo, hi, columns):
-    """Whether a row's range [lo, hi) has a column; rows and columns are along different dims."""
+    """Return whether a row's range [lo, hi) has a column, which is along another dim."""
     return (lo <= columns) & (columns < hi)
