@@ -23,7 +23,7 @@ def normal(*shape):
 
 
 def trained(name, size):
-    """A module whose parameters are not their initial ones and zeros."""
+    """Create a module whose parameters are not their initial ones and zeros."""
     module = norm(name, size, 1e-5)
     for parameter in module.parameters():
         parameter.data = 1 + 0.3 * normal(size)

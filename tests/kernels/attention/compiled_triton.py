@@ -54,7 +54,7 @@ def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> Compi
 
 
 def properties(kernel: CompiledKernel) -> dict[str, Any]:
-    """The resources of a program and its instructions.
+    """List the resources of a program and its instructions.
 
     shared: bytes of shared memory. stages: blocks in flight.
     spills: moves between registers and stack within innermost loops.
@@ -75,7 +75,7 @@ def properties(kernel: CompiledKernel) -> dict[str, Any]:
 
 
 def argument_type(name: str, dtype: str) -> str:
-    """The type of a kernel's argument in Triton's notation."""
+    """Return the type of a kernel's argument in Triton's notation."""
     if name in ("dout", "q", "k", "v"):
         return f"*{dtype}"
     if name in ("out", "lse", "log2_lse", "delta", "dq", "dk", "dv"):
@@ -100,7 +100,7 @@ def spills(machine_code: bytes) -> int:
 
 
 def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
-    """The address and text of every instruction."""
+    """Return the address and text of every instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()

@@ -88,7 +88,7 @@ def _bwd_3(*positional, **named):
 
 
 def _arguments(schema: str, positional: tuple, named: dict) -> dict:
-    """The arguments of a call by name, with the schema's defaults."""
+    """Return the arguments of a call by name, with the schema's defaults."""
     arguments = {}
     parameters = torch._C.parse_schema(schema.replace("\n", " ")).arguments
     for index, parameter in enumerate(parameters):

@@ -50,7 +50,7 @@ def varlen_forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, causal: bool, scale: float,
     masked_lse: float,
 ):  # fmt: skip
-    """The result of either version of flash-attn for sequences end to end: out_THD and lse_HT.
+    """Return out_THD and lse_HT of either version of flash-attn, for sequences end to end.
 
     masked_lse: the lse of a query that sees nothing.
     """

@@ -38,7 +38,7 @@ def merged(scores: torch.Tensor, values: torch.Tensor, order: list[int]) -> Runn
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
 @pytest.mark.parametrize("shift", [0.0, 5000.0, -5000.0])
 def test_blocks_merge_to_the_softmax_over_all_of_them(blocks, shift, order):
-    """Also where a raw exponential of the scores would overflow or underflow."""
+    """The shifts would make a raw exponential of the scores overflow or underflow."""
     scores, values = blocks
     state = merged(scores + shift, values, order)
     expected = torch.einsum("bhlk,bhkd->blhd", scores.flatten(3).softmax(-1), values.flatten(2, 3))
@@ -157,7 +157,7 @@ def test_with_one_gradient_element_per_row_delta_is_exact(dtype):
 
 
 def test_a_gradient_may_be_a_view(rows):
-    """A slice of heads, or one value expanded to all elements, like the gradient of a sum."""
+    """It may be a slice of heads, or one value expanded like the gradient of a sum."""
     out, dout = (x.float() for x in rows)
     heads = dout[:, :, 1:]
     assert torch.equal(

@@ -65,7 +65,7 @@ def _forward(kernel: str, q, k, v, dout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
-    """The results by definition, and the ring's gradients from autograd through ``with_sink``."""
+    """Compute the results by definition, and the ring's gradients through ``with_sink``."""
     dout_of_ring, dlse, dsink = torch.autograd.grad(
         with_sink(out, lse, sink_H), (out, lse, sink_H), dout
     )

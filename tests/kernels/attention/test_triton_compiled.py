@@ -47,7 +47,7 @@ def does_not_spill_in_loops(case: dict) -> bool:
 
 
 def uses_the_matrix_instructions_of_its_gpu(case: dict) -> bool:
-    """wgmma, by warp groups, on Hopper; mma.sync on Ampere and for warps with partial rows."""
+    """Hopper uses wgmma, by warp groups; Ampere, and warps with partial rows, use mma.sync."""
     hopper = case["architecture"] == 90 and key(case) not in EXCHANGED
     expected, other = ("wgmma", "mma") if hopper else ("mma", "wgmma")
     return case[expected] > 0 and case[other] == 0

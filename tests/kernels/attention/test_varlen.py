@@ -21,7 +21,7 @@ BY_DOCUMENT = Tiling(1024, split_triangles=False, split_documents=True)
 
 
 def computed_pairs(call: VarlenCall, shape: torch.Size) -> torch.Tensor:
-    """The pairs that a packed call computes, causal from the bottom right as in flash-attn."""
+    """Return the pairs that a packed call computes, causal from the bottom right."""
     computed_LM = torch.zeros(shape, dtype=torch.int64)
     inside = computed_LM[call.queries, call.keys]
     queries, keys = call.cu_seqlens(samples=1)

@@ -164,7 +164,7 @@ def test_the_loss_of_an_invalid_target_is_not_finite(invalid, targets_c1, librar
 
 
 def misrounded(functions: Operations, operation: Operation) -> float:
-    """The share of float16 results that are not the exact ones rounded once."""
+    """Return the share of float16 results that are not the exact ones rounded once."""
     dtype = torch.float16
     if operation is Operation.ROPE:
         rotation = Rope(32, 10000.0).rotation(torch.arange(30))
