@@ -64,7 +64,7 @@ def window(tokens: int, width: int) -> torch.Tensor:
 
 
 def documents(tokens: int, *lengths: int) -> torch.Tensor:
-    """Return the first visible position of each position in documents of these lengths, repeated."""
+    """Return the first visible position of each position in repeated documents of these lengths."""
     first_visible = []
     start = 0
     for length in itertools.cycle(lengths):
