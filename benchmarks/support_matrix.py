@@ -20,8 +20,8 @@ support, it ends with exit code 5 and the message below the table.
 | cell | meaning |
 | --- | --- |
 | tested | a parity test with a float64 oracle on this type of device |
-| interpreted | a parity test in Triton's interpreter, compiled in a test, never run on such a device |
-| unproven | written, its calls tested against the library's signatures, never run on such a device |
+| interpreted | a parity test in Triton's interpreter, also compiled, never run on such a device |
+| unproven | its calls match the library's signatures, never run on such a device |
 | refused | see the note with this number |
 
 A run that relies on an interpreted or unproven cell prints a warning. If a package, version or
@@ -41,7 +41,7 @@ def main(output: Path = Path("docs/support.md")) -> None:
 
 
 def matrix() -> str:
-    """The page: introduction, table, and a note for each refusal with its reason and the alternative."""
+    """Format the page: introduction, table, and a note with reason and alternative per refusal."""
     refusals: list[Unsupported] = []
     header = ["feature", *(f"{kernel} on {device}" for kernel, device in COLUMNS)]
     rows = [header, ["---"] * len(header)]
@@ -53,7 +53,7 @@ def matrix() -> str:
 
 
 def _word(cell: Cell, refusals: list[Unsupported]) -> str:
-    """The word for a cell; a refusal is added to ``refusals`` and gets the number of its note."""
+    """Return the word for a cell; add a refusal to ``refusals`` and append its number."""
     if not isinstance(cell, Unsupported):
         return cell.value
     if cell not in refusals:

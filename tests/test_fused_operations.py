@@ -1,4 +1,4 @@
-"""--fused-operations in the whole program on a CPU: its console lines, its losses, and its refusals."""
+"""--fused-operations in the whole program on a CPU: console lines, losses and refusals."""
 
 import json
 import subprocess

@@ -1,1 +1,4 @@
-"""Arithmetic on one device: attention over one hop's keys, norms, RoPE, activations. Kernels know no ranks."""
+"""Computation on one device: attention of one hop, norms, RoPE, activations, the loss.
+
+Kernels receive tensors and never a rank or a process group.
+"""

@@ -1,4 +1,4 @@
-"""The activation of a feed-forward, element by element, in the dtype of its input: SwiGLU or GELU."""
+"""The activation of a feed-forward, elementwise and in the dtype of its input: SwiGLU or GELU."""
 
 import torch
 from torch.nn import functional

@@ -1,21 +1,22 @@
-"""The head and the cross entropy in one step, a chunk of tokens at a time, so that the full logits never exist.
+"""The head and the cross entropy in one step and in chunks, so that the full logits never exist.
 
-As in Liger-Kernel (Hsu et al. 2024, its fused linear cross entropy) and Cut Cross-Entropy (Wijmans et
-al. 2024). The loss is a sum over tokens, so the gradients of a chunk are known as soon as its logits
-are, up to the factor that arrives in backward. Forward computes them at once, with the same three
-matrix products as the unchunked head, and discards the logits; backward scales them. This one is plain
-torch, uses a sum instead of a mean, and supports a vocabulary that is split over tensor-parallel
-ranks, as Megatron-LM's cross entropy does (Shoeybi et al. 2019, section 3). Between the products of a
-chunk, the cross entropy of its logits may be another library's (fused/) if the vocabulary is not split.
+As in Liger-Kernel (Hsu et al. 2024, its fused linear cross entropy) and Cut Cross-Entropy (Wijmans
+et al. 2024). The loss is a sum over tokens, so the gradients of a chunk are known as soon as its
+logits are, up to the factor that arrives in backward. Forward computes them at once, with the same
+three matrix products as the unchunked head, and discards the logits; backward scales them. This one
+is plain torch, uses a sum instead of a mean, and supports a vocabulary that is split over
+tensor-parallel ranks, as Megatron-LM's cross entropy does (Shoeybi et al. 2019, section 3). Between
+the products of a chunk, the cross entropy of its logits may be another library's (fused/) if the
+vocabulary is not split.
 
 Dtypes. Products have the input's dtype: they accumulate in float32 internally and round once, the
 logits included. Softmax, loss and the sum of the weight's gradient over chunks are float32; for
-float64 inputs everything is float64. The gradients are computed before the loss scale is known, so in
-float16 the smallest underflow.
+float64 inputs everything is float64. The gradients are computed before the loss scale is known, so
+in float16 the smallest underflow.
 
-Memory. During a chunk: its logits in float32, for smaller dtypes also in that dtype, and one product
-for the weight. Kept for backward: the gradient of the hidden states, and that of the weight in
-float32. The weight itself is not kept: ZeRO 3 frees it in between.
+Memory. During a chunk: its logits in float32, for smaller dtypes also in that dtype, and one
+product for the weight. Kept for backward: the gradient of the hidden states, and that of the weight
+in float32. The weight itself is not kept: ZeRO 3 frees it in between.
 
 In this file ``N`` is all tokens, B x l, and ``c`` those of a chunk.
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rows of the head's matrix on this rank, from ``start`` on, and the reductions over all parts.
+    """The rows of the head's matrix on this rank, from ``start`` on, and reductions over all parts.
 
     ``sum`` and ``max`` reduce a tensor over the parts in place and return it. Every part, also one
     without rows, calls ``max`` and then ``sum`` once per chunk.
@@ -57,7 +58,7 @@ class CrossEntropy(Protocol):
         ignore_index: int,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the chunk's sum in nats, float32 or float64, and its gradient by the logits, in their dtype.
+        """Return the sum in nats, float32 or float64, and its gradient in the dtype of the logits.
 
         The gradient may reuse the memory of the logits. Targets equal to ``ignore_index`` are
         ignored. If another target is not a row of any part, the sum is not finite.
@@ -73,7 +74,7 @@ def head_loss_sum(
     ignore_index: int = -100,
     cross_entropy: CrossEntropy | None = None,
 ) -> Tensor:
-    """Return the sum of the cross entropies of the logits hidden @ weight.T over all targets not ignored.
+    """Return the sum of the cross entropies of hidden @ weight.T over all targets not ignored.
 
     The sum is a scalar in nats: 0 if every target is ignored, and not finite if one is not a row of
     any part. It supports a single backward: that scales the gradients in place, and torch refuses a
@@ -124,8 +125,8 @@ class _HeadLossSum(torch.autograd.Function):
         dhidden_NE, dweight_vE = ctx.saved_tensors
         if dhidden_NE is not None:
             for chunk in _chunks(len(dhidden_NE), ctx.chunk_size):
-                # dloss must have one dimension: on CUDA a scalar is first rounded to the dtype of the
-                # other operand, which would change all gradients.
+                # dloss must have one dimension: on CUDA a scalar is first rounded to the dtype of
+                # the other operand, which would change all gradients.
                 dhidden_NE[chunk].mul_(dloss.view(1))
         if dweight_vE is not None:
             dweight_vE = dweight_vE.mul_(dloss).to(ctx.weight_dtype)
@@ -149,7 +150,7 @@ def _chunk_loss(
     dhidden_cE: Tensor | None,
     dweight_vE: Tensor | None,
 ) -> Tensor:
-    """Return the chunk's sum; write its gradient to ``dhidden_cE`` and add it to ``dweight_vE``, unless None."""
+    """Return the chunk's sum; write ``dhidden_cE`` and add to ``dweight_vE``, unless None."""
     with_gradient = dhidden_cE is not None or dweight_vE is not None
     loss, dlogits_cv = spec.cross_entropy(
         hidden_cE @ weight_vE.T, target_c1, spec.part, spec.ignore_index, with_gradient
@@ -168,7 +169,7 @@ def softmax_cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The default CrossEntropy, in plain torch, for any part of a vocabulary."""
+    """Implement CrossEntropy in plain torch, for any part of a vocabulary; the default."""
     targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
     dtype = logits_cv.dtype
     logits_cv = logits_cv.to(_accumulation_dtype(logits_cv))
@@ -181,8 +182,8 @@ class _Targets:
     """The targets of a chunk, all (c, 1).
 
     counts: whether a target is not ignored. here: whether its row is in this part.
-    row: that row, 0 where it is not here. In a part without rows ``row_c1`` is (c, 0): then nothing is
-        gathered from it and nothing scattered.
+    row: that row, 0 where it is not here. In a part without rows ``row_c1`` is (c, 0): then nothing
+        is gathered from it and nothing scattered.
     """
 
     counts_c1: Tensor
@@ -200,34 +201,34 @@ class _Targets:
 def _exponentiate(
     logits_cv: Tensor, targets: _Targets, part: VocabularyPart
 ) -> tuple[Tensor, Tensor]:
-    """Replace ``logits_cv`` by exp(logit - largest); return the chunk's sum, and the row totals total_c1."""
+    """Replace ``logits_cv`` by exp(logit - row max); return the chunk's sum and the row totals."""
     logits_cv -= part.max(_row_max(logits_cv))
     target_c1 = logits_cv.gather(1, targets.row_c1).sum(1, keepdim=True) * targets.here_c1
     total_c1 = logits_cv.exp_().sum(1, keepdim=True)
     total_c1, target_c1, parts_c1 = part.sum(
         torch.stack([total_c1, target_c1, targets.here_c1.to(total_c1)])
     )
-    # Exactly one part has the target's row. If none has, the data is wrong, and dividing by 0 makes the
-    # loss infinite or nan instead of plausible.
+    # Exactly one part has the target's row. If none has, the data is wrong, and dividing by 0 makes
+    # the loss infinite or nan instead of plausible.
     losses_c1 = (total_c1.log() - target_c1) / parts_c1
     return torch.where(targets.counts_c1, losses_c1, 0).sum(), total_c1
 
 
 def _row_max(logits_cv: Tensor) -> Tensor:
-    """The largest logit of every row, (c, 1); -inf in a part without columns."""
+    """Return the largest logit of every row, (c, 1); -inf in a part without columns."""
     if logits_cv.shape[1]:
         return logits_cv.amax(1, keepdim=True)
     return logits_cv.new_full((len(logits_cv), 1), -math.inf)
 
 
 def _gradient(exp_cv: Tensor, total_c1: Tensor, targets: _Targets) -> Tensor:
-    """Softmax minus 1 at the target, and 0 for ignored tokens; computed in place of ``exp_cv``."""
+    """Compute, in place of ``exp_cv``, softmax minus 1 at the target; 0 for ignored tokens."""
     exp_cv *= targets.counts_c1 / total_c1
     return exp_cv.scatter_add_(1, targets.row_c1, -targets.here_c1.to(exp_cv))
 
 
 def _add_product(sum_vE: Tensor, a_vc: Tensor, b_cE: Tensor) -> None:
-    """sum += a @ b, in the dtype of the sum."""
+    """Add a @ b to the sum, in the dtype of the sum."""
     if sum_vE.dtype == b_cE.dtype:
         sum_vE.addmm_(a_vc, b_cE)
     else:
@@ -240,5 +241,5 @@ def _chunks(tokens: int, chunk_size: int) -> Iterator[slice]:
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for sums of such numbers: float32, or float64 for float64."""
+    """Return the dtype for sums of such numbers: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,8 +1,8 @@
-"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba, Kiros and Hinton 2016): one function, and a module around it.
+"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba, Kiros and Hinton 2016).
 
 The function here is torch's. For bfloat16 inputs it computes statistics, scale and shift in float32
-and rounds once, at the end; a test checks that. Other libraries' functions of the same signature can
-replace it (fused/).
+and rounds once, at the end; a test checks that. Other libraries' functions of the same signature
+can replace it (fused/).
 """
 
 from collections.abc import Callable
@@ -12,15 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 NormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
-"""(x_BlE, weight_E, bias_E or None, epsilon) -> (B, l, E) in the dtype of x; any number of dims before E."""
+"""(x_BlE, weight_E, bias_E or None, epsilon) -> (B, l, E) in the dtype of x; any dims before E."""
 
 
 def normalize(
     x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
-    """Normalise the last dim, multiply by the weight and add the bias: LayerNorm with a bias, else RMSNorm.
+    """Normalise the last dim, multiply by the weight and add the bias.
 
-    ``epsilon`` is added to the mean square (RMSNorm) or to the variance (LayerNorm) before the root.
+    With a bias it is LayerNorm, without one RMSNorm. ``epsilon`` is added to the mean square
+    (RMSNorm) or to the variance (LayerNorm) before the root.
     """
     if bias_E is None:
         return functional.rms_norm(x_BlE, weight_E.shape, weight_E, epsilon)
@@ -28,7 +29,7 @@ def normalize(
 
 
 class Norm(nn.Module):
-    """A norm of the last dim, (B, l, E) -> (B, l, E), with a weight of E and optionally a bias of E.
+    """A norm of the last dim, (B, l, E) -> (B, l, E), with a weight and optionally a bias.
 
     It starts without scale and shift: the weight with ones, the bias with zeros.
     """
@@ -45,6 +46,6 @@ class Norm(nn.Module):
 
 
 def norm(normalization: str, size: int, epsilon: float, function: NormFunction = normalize) -> Norm:
-    """The module for ``normalization``: RMSNorm, which has no bias, or LayerNorm, which has one."""
+    """Create the module for ``normalization``: RMSNorm without a bias, or LayerNorm with one."""
     has_bias = {"RMSNorm": False, "LayerNorm": True}[normalization]
     return Norm(size, epsilon, has_bias, function)

@@ -1,8 +1,11 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, section 3.2.2) and its scaling to longer contexts.
+"""Rotary position embedding and its scaling to longer contexts.
 
-Pair i of a head consists of its elements i and i + D/2 (the halves of GPT-NeoX and Llama, not RoFormer's
-neighbours). At position p it is rotated by the angle p * f_i, with f_i = base^(-2i/D) before scaling.
-In this file ``P`` is the D/2 pairs of a head, and frequencies are in radians per token.
+Su et al. 2021, RoFormer, section 3.2.2.
+
+Pair i of a head consists of its elements i and i + D/2 (the halves of GPT-NeoX and Llama, not
+RoFormer's neighbours). At position p it is rotated by the angle p * f_i, with f_i = base^(-2i/D)
+before scaling. In this file ``P`` is the D/2 pairs of a head, and frequencies are in radians per
+token.
 
 Positions are arguments, so a shard may hold any of them. The scaling depends on the length of the
 whole sequence, never on that of a shard.
@@ -17,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin of every angle, (l, P) or (B, l, P) float32: computed once a forward, used by every layer."""
+    """cos and sin of every angle, (l, P) or (B, l, P) float32, computed once per forward."""
 
     cos_lP: torch.Tensor
     sin_lP: torch.Tensor
@@ -50,13 +53,13 @@ class Rope:
         return Rotation(cos_lP.float(), sin_lP.float())
 
     def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Radians per token of every pair, scaled: (P,) float64, computed on ``device`` to avoid a copy."""
+        """Compute the scaled radians per token of every pair: (P,) float64 on ``device``."""
         pair_P = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         return _SCALINGS[self.scaling](self, self.base ** (-2 * pair_P / self.head_dim))
 
     @property
     def magnitude(self) -> float:
-        """The factor of queries and of keys: sqrt(1/t), where t is the softmax temperature of YaRN (section 3.4)."""
+        """The factor of queries and of keys: sqrt(1/t), t the temperature of YaRN (section 3.4)."""
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
 
 
@@ -76,12 +79,12 @@ def rotate(x_BlHD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 def rotate_both(
     q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys to their positions; other libraries have one kernel for both (fused/)."""
+    """Rotate queries and keys to their positions; libraries have one kernel for both (fused/)."""
     return rotate(q_BlHD, rotation), rotate(k_BlGD, rotation)
 
 
 def _index(frequency_P: torch.Tensor) -> torch.Tensor:
-    """0, 1, ..., P - 1, with the dtype and device of ``frequency_P``."""
+    """Return 0, 1, ..., P - 1 with the dtype and device of ``frequency_P``."""
     return torch.arange(len(frequency_P), dtype=frequency_P.dtype, device=frequency_P.device)
 
 
@@ -90,27 +93,28 @@ def _none(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
-    """Position Interpolation (Chen et al. 2023, section 2.3): every position divided by ``factor``."""
+    """Position Interpolation (Chen et al. 2023, section 2.3): divide positions by ``factor``."""
     return frequency_P / rope.factor
 
 
 def _ntk(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
-    """NTK-aware scaling (bloc97 2023; Peng et al. 2023, section 3.1): base becomes base * factor^(D / (D-2)).
+    """NTK-aware scaling (bloc97 2023; Peng et al. 2023, section 3.1).
 
-    Per pair: the fastest keeps its frequency, that of the slowest is divided by ``factor``, and the
-    divisors in between are geometric. The scaling that transformers calls dynamic, with a factor f,
-    is this one at a fixed length, with the factor f * length / trained length - (f - 1).
+    The base becomes base * factor^(D / (D-2)). Per pair: the fastest keeps its frequency, that of
+    the slowest is divided by ``factor``, and the divisors in between are geometric. The scaling
+    that transformers calls dynamic, with a factor f, is this one at a fixed length, with the factor
+    f * length / trained length - (f - 1).
     """
     share_P = _index(frequency_P) / max(len(frequency_P) - 1, 1)
     return frequency_P / rope.factor**share_P
 
 
 def _yarn(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
-    """YaRN's frequencies (Peng et al. 2023, section 3.2, NTK-by-parts): only slow pairs are interpolated.
+    """YaRN's frequencies (Peng et al. 2023, section 3.2, NTK-by-parts): interpolate slow pairs.
 
-    Pairs with 32 turns or more within the old length keep their frequency; those with one or fewer are
-    interpolated. In between the blend is linear in the pair's index and its ends are whole pairs, as
-    in the authors' code and in transformers; in the paper it is linear in the turns.
+    Pairs with 32 turns or more within the old length keep their frequency; those with one or fewer
+    are interpolated. In between the blend is linear in the pair's index and its ends are whole
+    pairs, as in the authors' code and in transformers; in the paper it is linear in the turns.
     """
     first = max(math.floor(_pair_with_turns(32, rope)), 0)
     last = min(math.ceil(_pair_with_turns(1, rope)), rope.head_dim - 1)
@@ -127,9 +131,9 @@ def _pair_with_turns(turns: float, rope: Rope) -> float:
 def _llama3(rope: Rope, frequency_P: torch.Tensor) -> torch.Tensor:
     """Llama 3.1's scaling (Grattafiori et al. 2024, and the released code), by bands of wavelength.
 
-    Pairs with 4 turns or more within the old length (``high_freq_factor``) keep their frequency, those
-    with one or fewer (``low_freq_factor``) are interpolated, and in between the blend is linear in the
-    number of turns.
+    Pairs with 4 turns or more within the old length (``high_freq_factor``) keep their frequency,
+    those with one or fewer (``low_freq_factor``) are interpolated, and in between the blend is
+    linear in the number of turns.
     """
     turns_P = frequency_P * rope.original_length / (2 * math.pi)
     kept_P = ((turns_P - 1) / (4 - 1)).clamp(0, 1)

@@ -1,8 +1,9 @@
-"""Select one of several implementations: the first candidate that supports everything a run requires.
+"""Select one of several implementations: the first candidate that supports what a run requires.
 
-Attention kernels (attention/choice.py, ``--attention-kernel``) and fused operations (fused/choice.py,
-``--fused-operations``) share this. Each has a support table with one cell for every implementation
-and requirement. The tables are read before a run starts, so no requirement is ignored silently.
+Attention kernels (attention/choice.py, ``--attention-kernel``) and fused operations
+(fused/choice.py, ``--fused-operations``) share this. Each has a support table with one cell for
+every implementation and requirement. The tables are read before a run starts, so no requirement is
+ignored silently.
 """
 
 import enum
@@ -38,7 +39,8 @@ _CAVEATS = {
 class Unsupported:
     """A refused cell.
 
-    reason: why it is refused. instead: what to set or install, with the flag. Neither ends with a period.
+    reason: why it is refused. instead: what to set or install, with the flag. Neither ends with a
+    period.
     """
 
     reason: str
@@ -73,7 +75,7 @@ class Assessment:
         return not refused and self.unavailable is None
 
     def caveats(self) -> Iterator[tuple[Validation, list[str]]]:
-        """The requirements that are supported but have not been tested on such a device."""
+        """Yield the requirements that are supported but not tested on such a device."""
         for validation in Validation:
             names = [
                 requirement.value for requirement, cell in self.cells.items() if cell is validation
@@ -84,7 +86,7 @@ class Assessment:
 
 @dataclass
 class Refusal:
-    """One reason for refusing implementations; ``requirements`` is empty where they cannot run at all."""
+    """A reason for refusing implementations; without ``requirements`` they cannot run at all."""
 
     cause: Unsupported
     implementations: list[str] = field(default_factory=list)
@@ -92,16 +94,16 @@ class Refusal:
 
 
 def first_usable(assessments: Mapping[str, Assessment]) -> str | None:
-    """The first candidate that is available and supports every requirement, None if there is none."""
+    """Return the first candidate that is available and supports every requirement, or None."""
     return next((name for name, assessed in assessments.items() if assessed.usable), None)
 
 
 def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -> list[Refusal]:
-    """Why the candidates before ``before``, or all of them, were refused, each reason once."""
-    found: dict[Unsupported, Refusal] = {}
+    """Collect why the candidates before ``before``, or all, were refused, each reason once."""
+    by_cause: dict[Unsupported, Refusal] = {}
 
     def add(cause: Unsupported, name: str, requirements: Iterable[str]) -> None:
-        refusal = found.setdefault(cause, Refusal(cause))
+        refusal = by_cause.setdefault(cause, Refusal(cause))
         refusal.implementations += [] if name in refusal.implementations else [name]
         refusal.requirements += [one for one in requirements if one not in refusal.requirements]
 
@@ -113,11 +115,11 @@ def refusals(assessments: Mapping[str, Assessment], before: str | None = None) -
                 add(cell, name, [requirement.value])
         if assessed.unavailable:
             add(assessed.unavailable, name, [])
-    return list(found.values())
+    return list(by_cause.values())
 
 
 def installed_version(distribution: str) -> str:
-    """The version of an installed distribution, "" if it is not installed."""
+    """Return the version of an installed distribution, "" if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,3 +1,5 @@
+"""The activations against their formulas in float64."""
+
 import math
 
 import torch
@@ -7,7 +9,7 @@ from megatron_ring.kernels.activation import gelu, swiglu
 X = torch.linspace(-6, 6, 101)
 
 
-def test_swiglu_agrees_with_the_formula():
+def test_swiglu_matches_the_formula():
     up = torch.randn(101, generator=torch.Generator().manual_seed(0))
     gate = X.double()
     torch.testing.assert_close(
@@ -15,11 +17,11 @@ def test_swiglu_agrees_with_the_formula():
     )
 
 
-def test_gelu_agrees_with_the_tanh_formula():
+def test_gelu_matches_the_tanh_formula():
     x = X.double()
     expected = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     torch.testing.assert_close(gelu(X).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_dtype_is_kept():
+def test_the_dtype_is_preserved():
     assert swiglu(X.bfloat16(), X.bfloat16()).dtype == gelu(X.bfloat16()).dtype == torch.bfloat16

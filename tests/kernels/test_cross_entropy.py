@@ -1,4 +1,4 @@
-"""The fused head beside torch's: F.cross_entropy(hidden @ weight.T), in float64."""
+"""The chunked head against torch's in float64: F.cross_entropy(hidden @ weight.T)."""
 
 import threading
 from collections import Counter
@@ -30,19 +30,23 @@ each_dtype = pytest.mark.parametrize(
 
 
 class Head(NamedTuple):
+    """The inputs of the loss."""
+
     hidden: Tensor
     weight: Tensor
     targets: Tensor
 
 
 class Outcome(NamedTuple):
+    """The loss, and the gradients of FACTOR times the loss."""
+
     loss: Tensor
     dhidden: Tensor
     dweight: Tensor
 
 
 def head(dtype: torch.dtype = torch.float64, tokens: int = L) -> Head:
-    """Of every seven tokens one is ignored."""
+    """Random inputs; one of every seven tokens is ignored."""
     random = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(shape, generator=random).to(dtype) for shape in ((B, tokens, E), (V, E))
@@ -53,18 +57,17 @@ def head(dtype: torch.dtype = torch.float64, tokens: int = L) -> Head:
 
 
 def outcome(loss_sum, hidden: Tensor, weight: Tensor, *rest) -> Outcome:
-    """The sum, and the gradients of FACTOR times it."""
     inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
     loss = loss_sum(*inputs, *rest)
     return Outcome(loss.detach(), *torch.autograd.grad(loss * FACTOR, inputs))
 
 
-def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def torch_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def expected(given: Head) -> Outcome:
-    return outcome(torchs, given.hidden.double(), given.weight.double(), given.targets)
+def expected(inputs: Head) -> Outcome:
+    return outcome(torch_loss_sum, inputs.hidden.double(), inputs.weight.double(), inputs.targets)
 
 
 # ---- numbers ----
@@ -72,106 +75,105 @@ def expected(given: Head) -> Outcome:
 
 @each_dtype
 @each_chunk_size
-def test_loss_and_gradients_are_torchs(chunk_size, dtype):
-    given = head(dtype)
-    found = outcome(head_loss_sum, *given, chunk_size)
-    assert found.loss.dtype == torch.promote_types(dtype, torch.float32)
-    assert (found.dhidden.dtype, found.dweight.dtype) == (dtype, dtype)
-    assert not beyond_tolerance(found, expected(given), dtype)
+def test_loss_and_gradients_match_torchs(chunk_size, dtype):
+    inputs = head(dtype)
+    result = outcome(head_loss_sum, *inputs, chunk_size)
+    assert result.loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert (result.dhidden.dtype, result.dweight.dtype) == (dtype, dtype)
+    assert not beyond_tolerance(result, expected(inputs), dtype)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
 )
 @each_chunk_size
-def test_chunks_change_nothing_but_rounding(chunk_size, dtype, tolerance):
-    given = head(dtype)
-    found, whole = outcome(head_loss_sum, *given, chunk_size), outcome(head_loss_sum, *given)
-    assert max(error(a, b.double()) for a, b in zip(found, whole)) <= tolerance
+def test_chunks_change_only_rounding(chunk_size, dtype, tolerance):
+    inputs = head(dtype)
+    result = outcome(head_loss_sum, *inputs, chunk_size)
+    whole = outcome(head_loss_sum, *inputs)
+    assert max(error(a, b.double()) for a, b in zip(result, whole)) <= tolerance
 
 
-def test_gradients_are_finite_differences():
-    given = head()
+def test_gradients_match_finite_differences():
+    inputs = head()
 
     def sum_of(hidden, weight):
-        # Recomputed for each backward, of which one graph allows one.
-        return checkpoint(head_loss_sum, hidden, weight, given.targets, 5, use_reentrant=False)
+        # Recomputed for each backward, because a graph supports only one.
+        return checkpoint(head_loss_sum, hidden, weight, inputs.targets, 5, use_reentrant=False)
 
     assert torch.autograd.gradcheck(
-        sum_of, (given.hidden.requires_grad_(), given.weight.requires_grad_())
+        sum_of, (inputs.hidden.requires_grad_(), inputs.weight.requires_grad_())
     )
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
-def test_large_logits_overflow_nowhere(scale):
-    given = head(torch.float32)
-    given.hidden.mul_(scale)
-    assert not beyond_tolerance(outcome(head_loss_sum, *given, 5), expected(given), torch.float32)
+def test_large_logits_do_not_overflow(scale):
+    inputs = head(torch.float32)
+    inputs.hidden.mul_(scale)
+    assert not beyond_tolerance(outcome(head_loss_sum, *inputs, 5), expected(inputs), torch.float32)
 
 
 def test_a_weight_in_bfloat16_gets_every_chunk_of_its_gradient():
-    """Added up in bfloat16, a thousand tokens of the same target would stop to count at 256."""
-    hidden, weight, targets = (
-        torch.ones(1, 1024, 1),
-        torch.zeros(4, 1),
-        torch.zeros(1, 1024, dtype=torch.int64),
-    )
-    found = outcome(head_loss_sum, hidden.bfloat16(), weight.bfloat16(), targets, 1)
-    assert found.dweight.flatten().tolist() == pytest.approx(
+    """In bfloat16 the sum over a thousand tokens of the same target would stop growing at 256."""
+    hidden = torch.ones(1, 1024, 1)
+    weight = torch.zeros(4, 1)
+    targets = torch.zeros(1, 1024, dtype=torch.int64)
+    result = outcome(head_loss_sum, hidden.bfloat16(), weight.bfloat16(), targets, 1)
+    assert result.dweight.flatten().tolist() == pytest.approx(
         [-768 * FACTOR, *[256 * FACTOR] * 3], rel=2**-8
     )
 
 
 def test_the_factor_is_not_rounded_to_bfloat16():
-    factor = 1 + 3 * 2**-9  # its nearest neighbours there are 1 and 1 + 2^-7
+    factor = 1 + 3 * 2**-9  # between 1 and 1 + 2^-7, which are neighbours in bfloat16
 
     def dhidden(factor):
-        given = head(torch.bfloat16)
-        hidden = given.hidden.requires_grad_()
+        inputs = head(torch.bfloat16)
+        hidden = inputs.hidden.requires_grad_()
         return torch.autograd.grad(
-            head_loss_sum(hidden, given.weight, given.targets, 5) * factor, hidden
+            head_loss_sum(hidden, inputs.weight, inputs.targets, 5) * factor, hidden
         )[0]
 
     assert torch.equal(dhidden(factor), (dhidden(1.0).float() * factor).bfloat16())
 
 
-# ---- tokens that do not count ----
+# ---- ignored and invalid targets ----
 
 
 @each_dtype
-def test_ignored_tokens_leave_no_trace(dtype):
-    given = head(dtype)
-    ignored = given.targets == IGNORED
-    found = outcome(head_loss_sum, *given, 5)
-    others = given._replace(hidden=given.hidden.masked_fill(ignored.unsqueeze(-1), 7))
-    assert (found.dhidden[ignored] == 0).all()
-    assert all(map(torch.equal, found, outcome(head_loss_sum, *others, 5)))
+def test_ignored_tokens_affect_nothing(dtype):
+    inputs = head(dtype)
+    ignored = inputs.targets == IGNORED
+    result = outcome(head_loss_sum, *inputs, 5)
+    changed = inputs._replace(hidden=inputs.hidden.masked_fill(ignored.unsqueeze(-1), 7))
+    assert (result.dhidden[ignored] == 0).all()
+    assert all(map(torch.equal, result, outcome(head_loss_sum, *changed, 5)))
 
 
 @pytest.mark.parametrize("tokens", [L, 0])
 @each_chunk_size
-def test_without_a_token_that_counts_all_is_zero(chunk_size, tokens):
-    given = head(tokens=tokens)
-    found = outcome(
-        head_loss_sum, given.hidden, given.weight, torch.full((B, tokens), IGNORED), chunk_size
+def test_if_every_token_is_ignored_all_results_are_zero(chunk_size, tokens):
+    inputs = head(tokens=tokens)
+    result = outcome(
+        head_loss_sum, inputs.hidden, inputs.weight, torch.full((B, tokens), IGNORED), chunk_size
     )
-    assert all((x == 0).all() for x in found)
-    assert found.dhidden.shape == given.hidden.shape
+    assert all((x == 0).all() for x in result)
+    assert result.dhidden.shape == inputs.hidden.shape
 
 
-def test_which_target_is_ignored_can_be_said():
-    given = head()
-    zeroed = given.targets.masked_fill(given.targets == IGNORED, 0)
-    found = outcome(head_loss_sum, given.hidden, given.weight, zeroed, 5, None, 0)
-    ignoring = given._replace(targets=zeroed.masked_fill(zeroed == 0, IGNORED))
-    assert not beyond_tolerance(found, expected(ignoring), torch.float64)
+def test_the_ignored_target_can_be_chosen():
+    inputs = head()
+    zeroed = inputs.targets.masked_fill(inputs.targets == IGNORED, 0)
+    result = outcome(head_loss_sum, inputs.hidden, inputs.weight, zeroed, 5, None, 0)
+    ignoring = inputs._replace(targets=zeroed.masked_fill(zeroed == 0, IGNORED))
+    assert not beyond_tolerance(result, expected(ignoring), torch.float64)
 
 
 @pytest.mark.parametrize("target", [V, -1])
-def test_a_target_beyond_the_vocabulary_cannot_look_well(target):
-    given = head()
-    given.targets[0, 0] = target
-    assert not head_loss_sum(*given, 5).isfinite()
+def test_the_loss_of_a_target_outside_the_vocabulary_is_not_finite(target):
+    inputs = head()
+    inputs.targets[0, 0] = target
+    assert not head_loss_sum(*inputs, 5).isfinite()
 
 
 # ---- a split vocabulary ----
@@ -179,42 +181,43 @@ def test_a_target_beyond_the_vocabulary_cannot_look_well(target):
 SPLITS = [(37,), (19, 18), (30, 7), (13, 13, 11), (37, 0), (20, 0, 17)]
 
 
-class Meeting:
-    """Parts in threads: what each gives is reduced once all are there. A part that does not come fails them all."""
+class ThreadedReduction:
+    """An all-reduce over parts in threads; it fails in all of them if a part does not call it."""
 
     def __init__(self, size: int):
         self.size = size
-        self.given: dict[int, Tensor] = {}
+        self.operands: dict[int, Tensor] = {}
         self.barrier = threading.Barrier(size, timeout=20)
 
     def part(self, number: int, start: int) -> VocabularyPart:
         return VocabularyPart(
             start,
-            sum=lambda x: self.reduced(number, x, lambda given: given.sum(0)),
-            max=lambda x: self.reduced(number, x, lambda given: given.amax(0)),
+            sum=lambda x: self.all_reduce(number, x, lambda stacked: stacked.sum(0)),
+            max=lambda x: self.all_reduce(number, x, lambda stacked: stacked.amax(0)),
         )
 
-    def reduced(self, number: int, x: Tensor, reduce) -> Tensor:
-        self.given[number] = x.clone()
+    def all_reduce(self, number: int, x: Tensor, reduce) -> Tensor:
+        self.operands[number] = x.clone()
         self.barrier.wait()
-        x.copy_(reduce(torch.stack([self.given[other] for other in range(self.size)])))
+        x.copy_(reduce(torch.stack([self.operands[part] for part in range(self.size)])))
         self.barrier.wait()
         return x
 
 
-def in_parts(given: Head, split: tuple[int, ...], chunk_size: int) -> list[Outcome]:
-    meeting, rows = Meeting(len(split)), given.weight.split(split)
+def in_parts(inputs: Head, split: tuple[int, ...], chunk_size: int) -> list[Outcome]:
+    reduction = ThreadedReduction(len(split))
+    rows = inputs.weight.split(split)
 
     def part_outcome(number: int) -> Outcome:
-        part = meeting.part(number, sum(split[:number]))
-        return outcome(head_loss_sum, given.hidden, rows[number], given.targets, chunk_size, part)
+        part = reduction.part(number, sum(split[:number]))
+        return outcome(head_loss_sum, inputs.hidden, rows[number], inputs.targets, chunk_size, part)
 
     with ThreadPoolExecutor(len(split)) as threads:
         return list(threads.map(part_outcome, range(len(split))))
 
 
 def joined(parts: list[Outcome]) -> Outcome:
-    """As tensor parallelism does: the shares of dhidden are added, each part has its rows of dweight."""
+    """Combine parts as tensor parallelism does: sum dhidden, concatenate the rows of dweight."""
     dhidden = sum(part.dhidden.double() for part in parts)
     return Outcome(parts[0].loss, dhidden, torch.cat([part.dweight for part in parts]))
 
@@ -222,25 +225,25 @@ def joined(parts: list[Outcome]) -> Outcome:
 @each_dtype
 @pytest.mark.parametrize("chunk_size", [5, 0])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_parts_of_the_vocabulary_make_the_whole(split, chunk_size, dtype):
-    given = head(dtype)
-    parts = in_parts(given, split, chunk_size)
+def test_parts_of_the_vocabulary_match_the_whole(split, chunk_size, dtype):
+    inputs = head(dtype)
+    parts = in_parts(inputs, split, chunk_size)
     assert all(torch.equal(part.loss, parts[0].loss) for part in parts)
-    assert not beyond_tolerance(joined(parts), expected(given), dtype)
+    assert not beyond_tolerance(joined(parts), expected(inputs), dtype)
 
 
-def test_large_logits_overflow_in_no_part():
-    given = head(torch.float32)
-    given.hidden.mul_(1e4)
+def test_large_logits_do_not_overflow_in_any_part():
+    inputs = head(torch.float32)
+    inputs.hidden.mul_(1e4)
     assert not beyond_tolerance(
-        joined(in_parts(given, (20, 0, 17), 5)), expected(given), torch.float32
+        joined(in_parts(inputs, (20, 0, 17), 5)), expected(inputs), torch.float32
     )
 
 
-def test_a_target_of_no_part_cannot_look_well():
-    given = head()
-    given.targets[0, 0] = V
-    assert not any(part.loss.isfinite() for part in in_parts(given, (19, 18), 5))
+def test_the_loss_of_a_target_outside_all_parts_is_not_finite():
+    inputs = head()
+    inputs.targets[0, 0] = V
+    assert not any(part.loss.isfinite() for part in in_parts(inputs, (19, 18), 5))
 
 
 def rank_outcome(rank: int, world_size: int, split: tuple[int, ...]) -> Outcome:
@@ -248,16 +251,19 @@ def rank_outcome(rank: int, world_size: int, split: tuple[int, ...]) -> Outcome:
         dist.all_reduce(x, op)
         return x
 
-    given, start = head(), sum(split[:rank])
+    inputs = head()
+    start = sum(split[:rank])
     part = VocabularyPart(
-        start, lambda x: reduce(x, dist.ReduceOp.SUM), lambda x: reduce(x, dist.ReduceOp.MAX)
+        start,
+        sum=lambda x: reduce(x, dist.ReduceOp.SUM),
+        max=lambda x: reduce(x, dist.ReduceOp.MAX),
     )
-    weight = given.weight[start : start + split[rank]]
-    return outcome(head_loss_sum, given.hidden, weight, given.targets, 5, part)
+    weight = inputs.weight[start : start + split[rank]]
+    return outcome(head_loss_sum, inputs.hidden, weight, inputs.targets, 5, part)
 
 
 @pytest.mark.parametrize("split", [(30, 7), (20, 0, 17)], ids=str)
-def test_parts_may_be_real_ranks(split):
+def test_the_parts_of_real_ranks_match_the_whole(split):
     assert not beyond_tolerance(
         joined(run_ranks(len(split), rank_outcome, split)), expected(head()), torch.float64
     )
@@ -267,50 +273,50 @@ def test_parts_may_be_real_ranks(split):
 
 
 def test_a_tied_weight_gets_both_gradients():
-    given = head()
-    tokens = given.targets.clamp(min=0)
+    inputs = head()
+    tokens = inputs.targets.clamp(min=0)
 
     def tied(loss_sum):
-        weight = given.weight.clone().requires_grad_()
-        loss = loss_sum(F.embedding(tokens, weight).tanh(), weight, given.targets)
+        weight = inputs.weight.clone().requires_grad_()
+        loss = loss_sum(F.embedding(tokens, weight).tanh(), weight, inputs.targets)
         return torch.autograd.grad(loss, weight)[0]
 
-    assert error(tied(head_loss_sum), tied(torchs)) <= TOLERANCE[torch.float64]
+    assert error(tied(head_loss_sum), tied(torch_loss_sum)) <= TOLERANCE[torch.float64]
 
 
 def test_the_weight_may_be_freed_before_backward():
-    """As ZeRO 3 does."""
-    given = head()
-    hidden, weight = given.hidden.requires_grad_(), torch.nn.Parameter(given.weight.clone())
-    loss = head_loss_sum(hidden, weight, given.targets, 5)
+    """ZeRO 3 frees it."""
+    inputs = head()
+    hidden, weight = inputs.hidden.requires_grad_(), torch.nn.Parameter(inputs.weight.clone())
+    loss = head_loss_sum(hidden, weight, inputs.targets, 5)
     weight.data = weight.new_empty(0)
     dhidden, dweight = torch.autograd.grad(loss * FACTOR, (hidden, weight))
     assert not beyond_tolerance(
-        Outcome(loss.detach(), dhidden, dweight), expected(given), torch.float64
+        Outcome(loss.detach(), dhidden, dweight), expected(inputs), torch.float64
     )
 
 
 def test_a_gradient_of_the_gradient_is_refused():
-    given = head()
-    hidden = given.hidden.requires_grad_()
+    inputs = head()
+    hidden = inputs.hidden.requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(head_loss_sum(hidden, *given[1:]), hidden, create_graph=True)
+        torch.autograd.grad(head_loss_sum(hidden, *inputs[1:]), hidden, create_graph=True)
 
 
 def test_a_second_backward_is_refused():
-    given = head()
-    hidden = given.hidden.requires_grad_()
-    loss = head_loss_sum(hidden, *given[1:])
+    inputs = head()
+    hidden = inputs.hidden.requires_grad_()
+    loss = head_loss_sum(hidden, *inputs[1:])
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-# ---- what it costs ----
+# ---- operators and memory ----
 
 
-class Watch(TorchDispatchMode):
-    """Which operators ran, how often, and the most numbers that any of them gave."""
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that run, and the elements of their largest result."""
 
     def __init__(self):
         super().__init__()
@@ -325,67 +331,66 @@ class Watch(TorchDispatchMode):
 
     @property
     def products(self) -> int:
+        """The number of matrix products."""
         return sum(self.calls[name] for name in ("mm", "addmm", "addmm_", "bmm"))
 
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("wanted", "products"),
+    ("required", "products"),
     [((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)],
 )
-def test_a_chunk_takes_the_products_that_are_asked_for(wanted, products, dtype):
-    given = head(dtype)
-    for tensor, wants in zip(given, wanted):
-        tensor.requires_grad_(wants)
-    with Watch() as forward:
-        loss = head_loss_sum(*given, 5)
+def test_a_chunk_computes_only_the_products_of_required_gradients(required, products, dtype):
+    inputs = head(dtype)
+    for tensor, requires_grad in zip(inputs, required):
+        tensor.requires_grad_(requires_grad)
+    with OperatorCounter() as forward:
+        loss = head_loss_sum(*inputs, 5)
     assert forward.products == 4 * products
-    assert loss.requires_grad == any(wanted)
+    assert loss.requires_grad == any(required)
     if loss.requires_grad:
-        with Watch() as backward:
+        with OperatorCounter() as backward:
             loss.backward()
         assert backward.products == 0
-    assert [tensor.grad is not None for tensor in given[:2]] == list(wanted)
+    assert [tensor.grad is not None for tensor in inputs[:2]] == list(required)
 
 
-def test_validation_takes_no_gradient():
-    given = head()
-    for tensor in given[:2]:
+def test_no_gradient_is_computed_under_no_grad():
+    inputs = head()
+    for tensor in inputs[:2]:
         tensor.requires_grad_()
-    with Watch() as watch, torch.no_grad():
-        loss = head_loss_sum(*given, 5)
-    assert watch.products == 4
+    with OperatorCounter() as counter, torch.no_grad():
+        loss = head_loss_sum(*inputs, 5)
+    assert counter.products == 4
     assert not loss.requires_grad
-    assert not {"scatter_add_", "zeros_like", "empty_like"} & set(watch.calls)
+    assert not {"scatter_add_", "zeros_like", "empty_like"} & set(counter.calls)
 
 
 @each_dtype
 @pytest.mark.parametrize("chunk_size", [7, 16])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk_size, dtype):
-    given = head(dtype, tokens=20)
-    with Watch() as watch:
-        outcome(head_loss_sum, *given, chunk_size)
-    assert watch.largest == chunk_size * V
+    inputs = head(dtype, tokens=20)
+    with OperatorCounter() as counter:
+        outcome(head_loss_sum, *inputs, chunk_size)
+    assert counter.largest == chunk_size * V
 
 
 @each_dtype
-def test_more_tokens_take_memory_for_their_gradient_alone(dtype):
+def test_more_tokens_need_memory_only_for_their_gradient(dtype):
     def beyond_gradients(tokens: int) -> int:
-        given = head(dtype, tokens)
-        inputs = [x.requires_grad_() for x in given[:2]]
+        inputs = head(dtype, tokens)
+        differentiated = [x.requires_grad_() for x in inputs[:2]]
         with LiveMemory() as live:
-            (head_loss_sum(*given, 16) * FACTOR).backward()
-        return live.peak - sum(x.grad.nbytes for x in inputs)
+            (head_loss_sum(*inputs, 16) * FACTOR).backward()
+        return live.peak - sum(x.grad.nbytes for x in differentiated)
 
     assert len({beyond_gradients(tokens) for tokens in (16, 64, 256)}) == 1
 
 
-def test_the_host_never_waits_for_a_number():
-    """Fake tensors have none: reading one, or a shape that depends on one, raises."""
+def test_the_host_does_not_wait_for_values():
+    """Fake tensors have no values: reading one, or a shape that depends on one, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
-        hidden, weight = (
-            torch.randn(B, L, E, requires_grad=True),
-            torch.randn(V, E, requires_grad=True),
-        )
+        hidden = torch.randn(B, L, E, requires_grad=True)
+        weight = torch.randn(V, E, requires_grad=True)
         head_loss_sum(hidden, weight, torch.randint(V, (B, L)), 5).backward()
     assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)

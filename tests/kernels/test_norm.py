@@ -1,3 +1,5 @@
+"""The norms against their formulas in float64."""
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ def rms_norm(x, weight, bias):
 
 
 def layer_norm(x, weight, bias):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
 FORMULAS = {"RMSNorm": rms_norm, "LayerNorm": layer_norm}
@@ -21,6 +23,7 @@ def normal(*shape):
 
 
 def trained(name, size):
+    """Create a module whose parameters are not their initial ones and zeros."""
     module = norm(name, size, 1e-5)
     for parameter in module.parameters():
         parameter.data = 1 + 0.3 * normal(size)
@@ -33,7 +36,7 @@ def expected(name, module, x):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_float32_agrees_with_the_formula(name):
+def test_float32_matches_the_formula(name):
     module, x_BlE = trained(name, 96), 5 * normal(2, 3, 96) + 1
     torch.testing.assert_close(
         module(x_BlE).double(), expected(name, module, x_BlE), rtol=1e-5, atol=1e-5
@@ -42,11 +45,11 @@ def test_float32_agrees_with_the_formula(name):
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_bfloat16_is_rounded_once(name):
-    """Rounded anywhere on the way, the result would differ from the formula's by more than the last bit's half."""
+    """With an intermediate rounding, results would differ from the rounded formula by a bit."""
     module = trained(name, 96).bfloat16()
     x_BlE = (5 * normal(20, 30, 96) + 1).bfloat16()
-    differ = module(x_BlE) != expected(name, module, x_BlE).bfloat16()
-    assert differ.double().mean() < 1e-4
+    different = module(x_BlE) != expected(name, module, x_BlE).bfloat16()
+    assert different.double().mean() < 1e-4
 
 
 @pytest.mark.parametrize(

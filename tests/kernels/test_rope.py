@@ -1,3 +1,5 @@
+"""RoPE and its scalings: published formulas, transformers' numbers, properties of a rotation."""
+
 import importlib
 import math
 
@@ -58,7 +60,7 @@ def llama3(base, pair, dim, factor, length):
 @pytest.mark.parametrize("dim", [16, 64, 128])
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
 @pytest.mark.parametrize(
-    ("formula", "stretch"),
+    ("formula", "scaling_arguments"),
     [
         (none, ()),
         (linear, (4.0,)),
@@ -68,9 +70,9 @@ def llama3(base, pair, dim, factor, length):
         (llama3, (8.0, 8192)),
     ],
 )
-def test_frequencies_agree_with_the_published_formula(formula, stretch, base, dim):
-    expected = [formula(base, pair, dim, *stretch) for pair in range(dim // 2)]
-    rope = Rope(dim, base, formula.__name__, *stretch)
+def test_frequencies_match_the_published_formula(formula, scaling_arguments, base, dim):
+    expected = [formula(base, pair, dim, *scaling_arguments) for pair in range(dim // 2)]
+    rope = Rope(dim, base, formula.__name__, *scaling_arguments)
     torch.testing.assert_close(
         rope.frequencies(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
     )
@@ -102,13 +104,13 @@ def test_frequencies_agree_with_the_published_formula(formula, stretch, base, di
     ],
     ids=["llama 3.1", "yarn-llama-2-64k"],
 )
-def test_frequencies_are_those_of_transformers(rope, known):
-    """Numbers printed by transformers 5.23 for these models' settings; it computes in float32."""
+def test_frequencies_match_known_models(rope, known):
+    """Numbers printed by transformers 5.23, in float32, for the settings of these models."""
     for pair, frequency in known.items():
         assert rope.frequencies()[pair].item() == pytest.approx(frequency, rel=1e-5)
 
 
-# What a published config.json says of its rope_scaling, the head size and rope_theta beside it, and our words for it.
+# The rope_scaling of a published config.json, and our Rope for it, its head_dim and its rope_theta.
 PUBLISHED = {
     "Llama 3.1": (
         {
@@ -134,7 +136,7 @@ PUBLISHED = {
         {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 32768},
         Rope(128, 1000000.0, "yarn", 4.0, 32768),
     ),
-    "what YaRN takes for granted": (
+    "the defaults of YaRN, explicitly": (
         {
             "rope_type": "yarn",
             "factor": 16.0,
@@ -149,32 +151,34 @@ PUBLISHED = {
 }
 
 
-def of_transformers(rope_scaling: dict, rope: Rope, **at_length: int) -> tuple[torch.Tensor, float]:
-    """Frequencies and magnitude by transformers, which computes in float32, of a model trained on 4,096 tokens."""
+def from_transformers(
+    rope_scaling: dict, rope: Rope, **at_length: int
+) -> tuple[torch.Tensor, float]:
+    """Frequencies and magnitude from transformers, in float32, for a model of 4,096 tokens."""
     transformers = pytest.importorskip("transformers")
     initial = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
     config = transformers.LlamaConfig(
         head_dim=rope.head_dim,
         rope_theta=rope.base,
         max_position_embeddings=4096,
-        rope_scaling=dict(rope_scaling),  # it is added to
+        rope_scaling=dict(rope_scaling),  # a copy, because transformers adds keys
     )
     frequency_P, magnitude = initial[rope_scaling["rope_type"]](config, device="cpu", **at_length)
     return frequency_P.double(), magnitude
 
 
 @pytest.mark.parametrize(("rope_scaling", "rope"), PUBLISHED.values(), ids=PUBLISHED)
-def test_published_stretches_are_expressed_exactly(rope_scaling, rope):
-    frequency_P, magnitude = of_transformers(rope_scaling, rope)
+def test_published_scalings_match_transformers(rope_scaling, rope):
+    frequency_P, magnitude = from_transformers(rope_scaling, rope)
     torch.testing.assert_close(rope.frequencies(), frequency_P, rtol=1e-6, atol=0)
     assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
 
 
 @pytest.mark.parametrize(("length", "factor"), [(4096, 1.0), (8192, 3.0), (12288, 5.0)])
-def test_a_dynamic_stretch_is_ntk_s_at_one_length(length, factor):
-    """transformers stretches by the length at hand: 2 x length / 4096 - 1 with its factor of 2."""
+def test_dynamic_scaling_is_ntk_scaling_at_a_fixed_length(length, factor):
+    """transformers scales by the current length: 2 x length / 4096 - 1 with its factor of 2."""
     rope = Rope(128, 10000.0, "ntk", factor)
-    frequency_P, magnitude = of_transformers(
+    frequency_P, magnitude = from_transformers(
         {"rope_type": "dynamic", "factor": 2.0}, rope, seq_len=length
     )
     torch.testing.assert_close(rope.frequencies(), frequency_P, rtol=1e-6, atol=0)
@@ -182,20 +186,21 @@ def test_a_dynamic_stretch_is_ntk_s_at_one_length(length, factor):
 
 
 def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest_by_the_factor():
-    plain, stretched = Rope(64, 10000.0).frequencies(), ROPES["ntk"].frequencies()
-    assert stretched[0] == plain[0]
-    assert stretched[-1].item() == pytest.approx(plain[-1].item() / 4)
+    plain = Rope(64, 10000.0).frequencies()
+    scaled = ROPES["ntk"].frequencies()
+    assert scaled[0] == plain[0]
+    assert scaled[-1].item() == pytest.approx(plain[-1].item() / 4)
 
 
 @pytest.mark.parametrize("scaling", ["none", "ntk"])
-def test_a_single_pair_turns_one_radian_a_token(scaling):
+def test_a_single_pair_rotates_by_one_radian_per_token(scaling):
     assert Rope(2, 10000.0, scaling, 4.0).frequencies().tolist() == [1.0]
 
 
 def test_the_pairs_are_the_two_halves_of_a_head():
     x_BlHD = torch.eye(4).view(1, 1, 4, 4)
     slow = 3 * 10000**-0.5
-    turned_HD = rotate(x_BlHD, Rope(4, 10000.0).rotation(torch.tensor([3])))[0, 0]
+    rotated_HD = rotate(x_BlHD, Rope(4, 10000.0).rotation(torch.tensor([3])))[0, 0]
     expected_HD = torch.tensor(
         [
             [math.cos(3), 0, math.sin(3), 0],
@@ -204,11 +209,11 @@ def test_the_pairs_are_the_two_halves_of_a_head():
             [0, -math.sin(slow), 0, math.cos(slow)],
         ]
     )
-    torch.testing.assert_close(turned_HD, expected_HD)
+    torch.testing.assert_close(rotated_HD, expected_HD)
 
 
 @every_rope
-def test_position_zero_turns_nothing(rope):
+def test_position_zero_is_not_rotated(rope):
     x_BlHD = normal(1, 1, 2, 64)
     torch.testing.assert_close(
         rotate(x_BlHD, rope.rotation(torch.tensor([0]))), x_BlHD * rope.magnitude
@@ -218,30 +223,29 @@ def test_position_zero_turns_nothing(rope):
 @every_rope
 @settings(max_examples=20, deadline=None)
 @given(query=st.integers(0, 10**6), key=st.integers(0, 10**6), shift=st.integers(0, 10**6))
-def test_scores_depend_on_the_distance_alone(rope, query, key, shift):
+def test_scores_depend_only_on_the_distance(rope, query, key, shift):
     q_BlHD, k_BlHD = normal(2, 1, 1, 1, 64).double()
 
     def score(query, key):
-        turned_q, turned_k = (
-            rotate(x, rope.rotation(torch.tensor([p]))) for x, p in ((q_BlHD, query), (k_BlHD, key))
-        )
-        return (turned_q * turned_k).sum()
+        rotated_q = rotate(q_BlHD, rope.rotation(torch.tensor([query])))
+        rotated_k = rotate(k_BlHD, rope.rotation(torch.tensor([key])))
+        return (rotated_q * rotated_k).sum()
 
     torch.testing.assert_close(
         score(query, key), score(query + shift, key + shift), rtol=0, atol=1e-5
     )
 
 
-def test_yarn_lengthens_queries_and_keys_by_its_temperature():
+def test_yarn_scales_queries_and_keys_by_its_temperature():
     x_BlHD = normal(1, 5, 2, 64)
-    turned_BlHD = rotate(x_BlHD, ROPES["yarn"].rotation(torch.arange(5)))
+    rotated_BlHD = rotate(x_BlHD, ROPES["yarn"].rotation(torch.arange(5)))
     torch.testing.assert_close(
-        turned_BlHD.norm(dim=-1), x_BlHD.norm(dim=-1) * (0.1 * math.log(4) + 1)
+        rotated_BlHD.norm(dim=-1), x_BlHD.norm(dim=-1) * (0.1 * math.log(4) + 1)
     )
 
 
 @every_rope
-def test_cos_and_sin_are_right_to_float32_at_a_million(rope):
+def test_cos_and_sin_have_float32_precision_at_position_one_million(rope):
     positions = [100_000, 123_457, 999_999, 1_000_000]
     rotation = rope.rotation(torch.tensor(positions))
     frequencies = rope.frequencies().tolist()
@@ -252,18 +256,18 @@ def test_cos_and_sin_are_right_to_float32_at_a_million(rope):
     torch.testing.assert_close(rotation.sin_lP, sin_lP, rtol=0, atol=2e-7)
 
 
-def test_bfloat16_is_turned_in_float32_and_rounded_once():
-    x_BlHD, rotation = (
-        normal(2, 5, 3, 64).bfloat16(),
-        ROPES["none"].rotation(torch.arange(5) * 1000),
-    )
-    turned_BlHD = rotate(x_BlHD, rotation)
-    assert turned_BlHD.dtype == torch.bfloat16
-    assert torch.equal(turned_BlHD, rotate(x_BlHD.float(), rotation).bfloat16())
+def test_bfloat16_is_rotated_in_float32_and_rounded_once():
+    x_BlHD = normal(2, 5, 3, 64).bfloat16()
+    rotation = ROPES["none"].rotation(torch.arange(5) * 1000)
+    rotated_BlHD = rotate(x_BlHD, rotation)
+    assert rotated_BlHD.dtype == torch.bfloat16
+    assert torch.equal(rotated_BlHD, rotate(x_BlHD.float(), rotation).bfloat16())
 
 
 def test_positions_may_differ_between_samples():
-    x_BlHD, positions_Bl = normal(2, 3, 1, 64), torch.tensor([[0, 1, 2], [5, 0, 1]])
-    together = rotate(x_BlHD, ROPES["none"].rotation(positions_Bl))
-    for x_lHD, positions_l, turned_lHD in zip(x_BlHD, positions_Bl, together):
-        assert torch.equal(turned_lHD, rotate(x_lHD[None], ROPES["none"].rotation(positions_l))[0])
+    rope = ROPES["none"]
+    x_BlHD = normal(2, 3, 1, 64)
+    positions_Bl = torch.tensor([[0, 1, 2], [5, 0, 1]])
+    together = rotate(x_BlHD, rope.rotation(positions_Bl))
+    for x_lHD, positions_l, rotated_lHD in zip(x_BlHD, positions_Bl, together):
+        assert torch.equal(rotated_lHD, rotate(x_lHD[None], rope.rotation(positions_l))[0])

@@ -1,4 +1,7 @@
-"""Choose the attention kernel of a run: the one that ``--attention-kernel`` names, or the fastest that supports it."""
+"""Choose the attention kernel of a run, for ``--attention-kernel``.
+
+It is the kernel requested by name or, with ``auto``, the fastest that supports the run.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -39,10 +42,10 @@ def choose(
     features: Iterable[Feature] = (),
     machine: Machine | None = None,
 ) -> KernelChoice:
-    """Choose the kernel for ``--attention-kernel requested`` that supports all ``features`` and such tensors.
+    """Choose the kernel for ``--attention-kernel requested``, for ``features`` and such tensors.
 
-    ``machine`` is this one by default. Raises KernelUnavailable, with every reason, if the requested
-    kernel, or with ``auto`` every kernel, cannot be used.
+    ``machine`` is this one by default. Raises KernelUnavailable, with every reason, if the
+    requested kernel, or with ``auto`` every kernel, cannot be used.
     """
     machine = machine or Machine.here()
     required = sorted({*features, *features_of_tensors(dtype, head_dim)}, key=list(Feature).index)
@@ -68,7 +71,7 @@ def choose(
 
 
 def _reasons(chosen: str, assessments: dict[str, Assessment]) -> Iterator[str]:
-    """Yield why the candidates before the chosen one were refused, and which features of it are untested here."""
+    """Yield why the candidates before it were refused, and which of its features are untested."""
     for refusal in refusals(assessments, before=chosen):
         yield f"{_unsupported(refusal)}: {refusal.cause.reason}"
     for validation, features in assessments[chosen].caveats():
@@ -81,7 +84,7 @@ def _message(refusal: Refusal) -> str:
 
 
 def _unsupported(refusal: Refusal) -> str:
-    """Format the subject of a refusal, such as "sdpa and reference do not support attention dropout"."""
+    """Format a refusal without its reason: "sdpa and flash do not support attention dropout"."""
     kernels = " and ".join(refusal.implementations)
     if not refusal.requirements:
         return f"{kernels} cannot run here"

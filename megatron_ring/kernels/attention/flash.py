@@ -1,12 +1,13 @@
 """One hop with Dao's flash-attn: version 3 on Hopper GPUs where it is installed, else version 2.
 
 Its packed ("varlen") functions compute the tiles that need no mask, many tiles in one call
-(varlen.py): each document of a striped pack is a triangle, whatever its length. The remaining tiles,
-at the edges of windows and of wide stripes, use torch's memory-efficient operator. flash-attn has the
-same memory layout, (tokens, heads, head dim) with grouped heads, so nothing is transposed.
+(varlen.py): each document of a striped pack is a triangle, whatever its length. The remaining
+tiles, at the edges of windows and of wide stripes, use torch's memory-efficient operator.
+flash-attn has the same memory layout, (tokens, heads, head dim) with grouped heads, so nothing is
+transposed.
 
-Under ``torch.use_deterministic_algorithms`` gradients are accumulated in a fixed order. The tests use
-stand-ins with the parameters of both versions; neither has run on a GPU.
+Under ``torch.use_deterministic_algorithms`` gradients are accumulated in a fixed order. The tests
+use stand-ins with the parameters of both versions; neither has run on a GPU.
 """
 
 from collections.abc import Callable
@@ -84,14 +85,14 @@ def backward(
 
 
 def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Samples one after the other, (B * L, H, D); copies only a slice of several samples."""
+    """Concatenate samples, (B * L, H, D); only a slice of several samples is copied."""
     return x_BLHD.flatten(0, 1)
 
 
 def _sequences(
     key_ranges: KeyRanges, call: VarlenCall, q: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[int, int], bool]:
-    """cu_seqlens (2, sequences + 1), the longest sequences of queries and of keys, and whether they are triangles."""
+    """Return cu_seqlens (2, sequences + 1), the longest sequences, and whether it is causal."""
     cu_seqlens = key_ranges.cu_seqlens(call, len(q), q.device)
     return cu_seqlens, call.longest, call.kind is TileKind.CAUSAL
 
@@ -105,10 +106,11 @@ class VarlenFunctions:
 
     T and U are the query and key tokens of a call, all sequences end to end.
 
-    forward: (q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal, scale) -> (out_THD, lse_HT in float32;
-        -inf or +inf where a query sees nothing).
+    forward: (q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal, scale) -> (out_THD, lse_HT in
+        float32; -inf or +inf where a query sees nothing).
     backward: (dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal, scale,
-        deterministic) -> (dq_THD, dk_UGD, dv_UGD), from the final ``out`` and the contiguous ``lse``.
+        deterministic) -> (dq_THD, dk_UGD, dv_UGD), from the final ``out`` and the contiguous
+        ``lse``.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -120,8 +122,8 @@ def _forward_2(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: fl
 
     out, lse, *_ = _flash_attn_varlen_forward(
         q_THD, k_UGD, v_UGD, *cu_seqlens, *_at_least_two_queries(longest),
-        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1,
-        softcap=0.0, alibi_slopes=None, return_softmax=False,
+        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
+        window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
     )  # fmt: skip
     return out, lse
 
@@ -136,8 +138,8 @@ def _backward_2(
     _flash_attn_varlen_backward(
         dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, *gradients, *cu_seqlens,
         *_at_least_two_queries(longest),
-        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1,
-        softcap=0.0, alibi_slopes=None, deterministic=deterministic,
+        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
+        window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=deterministic,
     )  # fmt: skip
     return gradients
 
@@ -178,15 +180,16 @@ def _operators_3():
 
 
 # Version 2 (Dao 2023, FlashAttention-2) from 2.7 on, for Ampere and later GPUs: the functions below
-# its autograd ones, because the gradient of a hop needs the merged out and lse. Their parameters are
-# the same in 2.7.0 and 2.8.3. Version 3 (Shah et al. 2024, FlashAttention-3), for Hopper GPUs: its
-# operators, because the Python functions above them changed their parameters within 3.0.0b1 and the
-# operators did not (read at commit 01d6dd1 of Dao-AILab/flash-attention).
+# its autograd ones, because the gradient of a hop needs the merged out and lse. Their parameters
+# are the same in 2.7.0 and 2.8.3. Version 3 (Shah et al. 2024, FlashAttention-3), for Hopper GPUs:
+# its operators, because the Python functions above them changed their parameters within 3.0.0b1 and
+# the operators did not (read at commit 01d6dd1 of Dao-AILab/flash-attention).
 _FUNCTIONS = {
     2: VarlenFunctions(_forward_2, _backward_2),
     3: VarlenFunctions(_forward_3, _backward_3),
 }
-# The first version 2 whose functions return (out, lse, ...) and take window_size_left and window_size_right.
+# The first version 2 whose functions return (out, lse, ...) and take window_size_left and
+# window_size_right.
 _OLDEST_2 = "2.7"
 _INSTALL = "pip install -U flash-attn --no-build-isolation, or set --attention-kernel auto"
 
@@ -217,7 +220,7 @@ def flash_version(
 
 
 def unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
-    """Why neither version can run on ``machine``, None if one can."""
+    """Return why neither version can run on ``machine``, None if one can."""
     version = flash_version(machine, head_dim, deterministic)
     return version if isinstance(version, Unsupported) else None
 
@@ -234,7 +237,7 @@ def _why_not_3(machine: Machine, head_dim: int, deterministic: bool) -> str:
 
 
 def _library(q: torch.Tensor) -> VarlenFunctions:
-    """The functions of the version for such queries; ``choose`` has made sure that there is one."""
+    """Return the functions for such queries; ``choose`` has made sure that a version exists."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     version = flash_version(Machine.here(), q.shape[-1], deterministic)
     return _FUNCTIONS[version.number]

@@ -9,7 +9,7 @@ from megatron_ring.kernels.attention.state import Output, RunningSoftmax
 
 
 class HopKernel(Protocol):
-    """Attention of a rank's queries over the keys of one shard, on one device and without communication.
+    """Attention of a rank's queries over the keys of one shard, without communication.
 
     Shapes: q, out (batch, queries, heads, head dim); k, v (batch, keys, key-value heads, head dim).
     A module with these two functions is a kernel. To add one: write its file, add an entry to
@@ -25,7 +25,7 @@ class HopKernel(Protocol):
         scale: float,
         state: RunningSoftmax,
     ) -> None:
-        """Attend to the keys of this shard that each query can see, and update ``state`` in place."""
+        """Attend to the visible keys of this shard, and update ``state`` in place."""
 
     def backward(
         self,
@@ -41,7 +41,7 @@ class HopKernel(Protocol):
         dk_BLGD: torch.Tensor,
         dv_BLGD: torch.Tensor,
     ) -> None:
-        """Add this hop's contribution to ``dq``, ``dk`` and ``dv``, which are float32 (float64 for float64).
+        """Add this hop's contribution to ``dq``, ``dk`` and ``dv``, float32 or for float64 float64.
 
         ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD or a
         ``KnownDelta`` instead of it; ``state.delta_of`` and ``state.output_of`` read either.

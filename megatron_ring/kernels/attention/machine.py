@@ -1,4 +1,4 @@
-"""The properties of this machine and its libraries that decide which attention kernel can run and is fast."""
+"""The machine's GPU and libraries, which decide which attention kernels can run and are fast."""
 
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ class Machine:
     @staticmethod
     @functools.cache
     def here() -> "Machine":
-        """The machine of this process; cached, because hops need it too."""
+        """Inspect the machine of this process; cached, because hops need it too."""
         gpu = torch.cuda.is_available()
         return Machine(
             gpu=torch.cuda.get_device_name() if gpu else "",
@@ -40,11 +40,11 @@ class Machine:
         )
 
     def device_name(self, device_type: str) -> str:
-        """The GPU's name on CUDA, else the device type."""
+        """Return the GPU's name on CUDA, else the device type."""
         return (self.gpu if device_type == "cuda" else "") or device_type
 
     def requires_capability(self, capability: tuple[int, int]) -> Unsupported | None:
-        """Why a kernel that requires this compute capability cannot run, None if it can."""
+        """Return why a kernel that requires this compute capability cannot run, None if it can."""
         if self.capability >= capability:
             return None
         actual = "this one has {}.{}".format(*self.capability) if self.gpu else "there is none"

@@ -1,6 +1,7 @@
-"""The measured speed of kernels by device, dtype and mask: the order in which ``--attention-kernel auto`` tries them.
+"""The measured speed of kernels: the order in which ``--attention-kernel auto`` tries them.
 
-``benchmarks/bench_gpu.py`` prints the lines of this table for the GPU that it ran on, ready to be pasted here.
+``benchmarks/bench_gpu.py`` prints the lines of this table for the GPU that it ran on, ready to be
+pasted here.
 """
 
 import enum
@@ -44,14 +45,14 @@ class Measured:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The fastest kernel first. The reference, not measured where its scores would fill the memory, is last."""
+        """The fastest kernel first; the reference last if its scores did not fit in memory."""
         fastest_first = sorted(self.milliseconds, key=self.milliseconds.__getitem__)
         return (*fastest_first, *({"reference"} - set(fastest_first)))
 
 
-# One thread of a CPU that multiplies in bf16; benchmarks/bench_gpu.py --device cpu --tokens 512 --heads 4
-# --kv-heads 2 --head-dim 64 --ring-sizes 1 --packs 4096 --dtype fp32 --order-dtypes fp32 bf16 fp64
-# --minutes 2 --rounds 2
+# One thread of a CPU that multiplies in bf16; benchmarks/bench_gpu.py --device cpu --tokens 512
+# --heads 4 --kv-heads 2 --head-dim 64 --ring-sizes 1 --packs 4096 --dtype fp32 --order-dtypes fp32
+# bf16 fp64 --minutes 2 --rounds 2
 _CPU = "commit 133eb48, torch 2.13.0"
 
 MEASURED = (
@@ -67,7 +68,7 @@ MEASURED = (
 def auto_order(
     device_type: str, dtype: torch.dtype, features: Iterable[Feature], machine: Machine
 ) -> Candidates:
-    """The kernels in the order measured on such a device, else in the order of published figures for GPUs."""
+    """Order the kernels as measured on such a device, else by published figures."""
     mask = MaskKind.of(features)
     device = machine.device_name(device_type)
     case = f"{dtype} with {mask.value}"

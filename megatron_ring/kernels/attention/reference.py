@@ -1,7 +1,7 @@
-"""One hop in plain torch over the whole matrix of scores: in float64, the oracle of every other kernel.
+"""One hop in plain torch over the whole matrix of scores; in float64 the oracle of other kernels.
 
-It materialises queries x keys, so it is for tests and small sizes. Softmax attention (Vaswani et al.
-2017, section 3.2.1) and its gradient from the merged output and log-sum-exp (Dao et al. 2022,
+It materialises queries x keys, so it is for tests and small sizes. Softmax attention (Vaswani et
+al. 2017, section 3.2.1) and its gradient from the merged output and log-sum-exp (Dao et al. 2022,
 FlashAttention, appendix B.2).
 """
 
@@ -61,7 +61,7 @@ def backward(
 def _scores(
     q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, key_ranges: KeyRanges, scale: float
 ) -> torch.Tensor:
-    """The scaled scores, -inf where a key is not visible."""
+    """Compute the scaled scores, -inf where a key is not visible."""
     k_BMHD = _repeat_heads(k_BLGD, q_BLHD)
     whole_hop = Tile(slice(0, q_BLHD.shape[1]), slice(0, k_BLGD.shape[1]), TileKind.MASKED)
     visible_LM = key_ranges.visible(whole_hop, q_BLHD.device)

@@ -1,8 +1,9 @@
 r"""The mask as key ranges: query i sees the keys ``[lo[i], hi[i])`` of another shard.
 
-One pair of integers per query expresses causal masks, sliding windows and packed documents, in every
-layout and stripe size. Both bounds are non-decreasing along the queries. Four queries of a rank and
-the four keys of its successor in a striped ring of two (tokens 0 2 4 6 and 1 3 5 7), with a window of 4:
+One pair of integers per query expresses causal masks, sliding windows and packed documents, in
+every layout and stripe size. Both bounds are non-decreasing along the queries. Four queries of a
+rank and the four keys of its successor in a striped ring of two (tokens 0 2 4 6 and 1 3 5 7), with
+a window of 4:
 
     query 0    . . . .    [0, 0)
     query 2    x . . .    [0, 1)      tiles.py      covers the visible pairs with tiles
@@ -26,9 +27,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class KeyRanges:
-    """The keys of one shard that each query of another sees: ``lo`` and ``hi``, (L,) int64, non-decreasing.
+    """The keys of one shard that each query of another sees: ``lo`` and ``hi``, (L,) int64.
 
-    Everything derived from them is computed once and kept, because all layers of a model share it.
+    Both are non-decreasing. Everything derived from them is computed once and kept, because all
+    layers of a model share it.
     """
 
     lo: torch.Tensor
@@ -45,29 +47,29 @@ class KeyRanges:
         return int((self.hi - self.lo).clamp(min=0).sum())
 
     def tiles(self, tiling: Tiling) -> tuple[Tile, ...]:
-        """Tiles that cover each visible pair exactly once."""
+        """Return tiles that cover each visible pair exactly once."""
         if tiling not in self._tiles:
             self._tiles[tiling] = tuple(cover(self.lo, self.hi, tiling))
         return self._tiles[tiling]
 
     def varlen_calls(self, tiling: Tiling) -> tuple[VarlenCall, ...]:
-        """The tiles that need no mask, in as few packed calls as possible."""
+        """Group the tiles that need no mask into packed calls."""
         if tiling not in self._calls:
             self._calls[tiling] = tuple(varlen_calls(self.tiles(tiling)))
         return self._calls[tiling]
 
     def cu_seqlens(self, call: VarlenCall, samples: int, device: torch.device) -> torch.Tensor:
-        """The cumulative lengths of ``call``, (2, sequences + 1) int32 on ``device``."""
+        """Return the cumulative lengths of ``call``, (2, sequences + 1) int32 on ``device``."""
         return self._kept(
             ("cu_seqlens", call, samples, device), lambda: torch.tensor(call.cu_seqlens(samples))
         )
 
     def bounds(self, device: torch.device) -> torch.Tensor:
-        """``lo`` and ``hi``, (2, L) int32 on ``device``."""
+        """Return ``lo`` and ``hi`` on ``device``, (2, L) int32."""
         return self._kept(("bounds", device), lambda: torch.stack([self.lo, self.hi]))
 
     def query_ranges(self, keys: int, device: torch.device) -> torch.Tensor:
-        """The transposed ranges, (2, keys) int32 on ``device``: key j is seen by queries [from[j], to[j])."""
+        """Return the queries [from, to) that see each key, (2, keys) int32 on ``device``."""
 
         def transpose() -> torch.Tensor:
             key = torch.arange(keys)
@@ -78,13 +80,13 @@ class KeyRanges:
         return self._kept(("query_ranges", keys, device), transpose)
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Compute a tensor as int32 on the device that ends ``name``, once; copied on the current stream."""
+        """Compute a tensor once and copy it as int32, on the current stream, to ``name[-1]``."""
         if name not in self._on_device:
             self._on_device[name] = _copy_async(compute().to(torch.int32), name[-1])
         return self._on_device[name]
 
     def visible(self, tile: Tile, device: torch.device = _CPU) -> torch.Tensor:
-        """Which keys of ``tile`` each of its queries sees: (queries, keys) bool, computed on ``device``."""
+        """Compute the mask of ``tile`` on ``device``: (queries, keys) bool, True where visible."""
         keys = torch.arange(tile.keys.start, tile.keys.stop, device=device)
         lo, hi = self.bounds(device)[:, tile.queries, None]
         return (lo <= keys) & (keys < hi)

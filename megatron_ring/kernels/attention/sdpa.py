@@ -1,12 +1,13 @@
-"""One hop with torch's attention operators: the kernels ``sdpa`` (this module's functions) and ``cudnn``.
+"""One hop with torch's attention operators: the kernels ``sdpa`` and ``cudnn``.
 
-``sdpa`` uses the flash operator on a CPU. On CUDA it uses the flash operator for FULL and CAUSAL tiles
-in fp16 and bf16, and the memory-efficient one for MASKED tiles and float32.
+``sdpa`` is this module's functions. It uses the flash operator on a CPU. On CUDA it uses the flash
+operator for FULL and CAUSAL tiles in fp16 and bf16, and the memory-efficient one for MASKED tiles
+and float32.
 
-``cudnn`` uses cuDNN's fused attention, and the memory-efficient operator for what cuDNN does not take:
-masked tiles, and tiles of a single query or key. cuDNN makes a plan for every new shape. The shapes
-of packed documents differ in every batch, so ``auto`` does not select it for them. It has never run
-on a GPU.
+``cudnn`` uses cuDNN's fused attention, and the memory-efficient operator for what cuDNN does not
+take: masked tiles, and tiles of a single query or key. cuDNN makes a plan for every new shape. The
+shapes of packed documents differ in every batch, so ``auto`` does not select it for them. It has
+never run on a GPU.
 """
 
 import torch
@@ -48,8 +49,9 @@ def _cudnn_operator(tile: Tile) -> TileOperator:
     return CUDNN if several and tile.kind is not TileKind.MASKED else CUDA_EFFICIENT
 
 
-# Measured (docs/log.md): a triangle in tiles of 128 computes 53% of its square, torch's CPU operator
-# alone up to 62%. From 768 queries on the operator uses blocks of 256 queries instead of 64.
+# Measured (docs/log.md): a triangle in tiles of 128 computes 53% of its square, torch's CPU
+# operator alone up to 62%. From 768 queries on the operator uses blocks of 256 queries instead of
+# 64.
 ON_CPU = TiledKernel(Tiling(rows=128, split_triangles=True, tall_rows=768), lambda tile: CPU_FLASH)
 _GPU_TILING = Tiling(rows=1024, split_triangles=False)
 ON_CUDA = TiledKernel(_GPU_TILING, _cuda_operator)
@@ -58,7 +60,10 @@ WITH_CUDNN = TiledKernel(_GPU_TILING, _cudnn_operator)
 
 
 def cudnn_unavailable(machine: Machine, head_dim: int, deterministic: bool) -> Unsupported | None:
-    """Why cuDNN cannot run on ``machine``, by torch's own conditions (can_use_cudnn_attention in sdp_utils.cpp)."""
+    """Return why cuDNN cannot run on ``machine``, None if it can.
+
+    The conditions are torch's own (can_use_cudnn_attention in sdp_utils.cpp).
+    """
     other_kernel = "Set --attention-kernel sdpa, or auto"
     newer_torch = f"Install a torch for CUDA with cuDNN 9.0 or later. {other_kernel}"
     if machine.cudnn == 0:

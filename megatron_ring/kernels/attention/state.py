@@ -1,8 +1,8 @@
 """The running softmax of a ring: output and log-sum-exp in float32, merged block by block.
 
-They are cast once, at the end. Blockwise parallel attention (Liu and Abbeel 2023, section 3; Milakov
-and Gimelshein 2018, online softmax). The merge never exponentiates a raw log-sum-exp: the weight of a
-new block is sigmoid(lse_block - lse).
+They are cast once, at the end. Blockwise parallel attention (Liu and Abbeel 2023, section 3;
+Milakov and Gimelshein 2018, online softmax). The merge never exponentiates a raw log-sum-exp: the
+weight of a new block is sigmoid(lse_block - lse).
 """
 
 import functools
@@ -25,7 +25,7 @@ class RunningSoftmax:
 
     @staticmethod
     def empty(q_BLHD: torch.Tensor) -> "RunningSoftmax":
-        """The state of queries that have seen nothing yet."""
+        """Create the state of queries that have seen nothing yet."""
         batch, length, heads, _ = q_BLHD.shape
         dtype = accumulation_dtype(q_BLHD.dtype)
         return RunningSoftmax(
@@ -34,10 +34,10 @@ class RunningSoftmax:
         )
 
     def merge(self, queries: slice, out_BLHD: torch.Tensor, lse_BHL: torch.Tensor) -> None:
-        """Merge the normalised output and log-sum-exp of ``queries`` over one more block of keys."""
+        """Merge the normalised output and log-sum-exp of ``queries`` over another block of keys."""
         old_BHL = self.lse_BHL[:, :, queries]
-        # A row that sees nothing in this block has weight 0. Without the clamp its weight would be nan
-        # if it had not seen anything before either.
+        # A row that sees nothing in this block has weight 0. Without the clamp its weight would be
+        # nan if it had not seen anything before either.
         weight_BHL = torch.sigmoid(lse_BHL - old_BHL.clamp(min=torch.finfo(old_BHL.dtype).min))
         old_BLHD = self.out_BLHD[:, queries]
         old_BLHD.lerp_(out_BLHD.to(old_BLHD.dtype), weight_BHL.transpose(1, 2).unsqueeze(-1))
@@ -45,22 +45,23 @@ class RunningSoftmax:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over blocks: float32, and float64 for float64."""
+    """Return the dtype of sums over blocks: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zero_sums(like: torch.Tensor) -> torch.Tensor:
-    """Contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
+    """Allocate contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
     return torch.zeros_like(
         like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
     )
 
 
 def delta(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
-    """The sum of out * dout over a head, delta_BHL: the only use of the output in the gradient of attention.
+    """Sum out * dout over each head: delta_BHL.
 
-    The gradient of a score is p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The
-    derivative of lse by a score is p, so a gradient of lse is subtracted from delta.
+    The gradient of attention uses its output only through delta: the gradient of a score is
+    p * (dp - delta) (Dao et al. 2022, FlashAttention, appendix B.2). The derivative of lse by a
+    score is p, so a gradient of lse is subtracted from delta.
     """
     return (dout_BLHD.to(accumulation_dtype(dout_BLHD.dtype)) * out_BLHD).sum(-1).transpose(1, 2)
 
@@ -135,14 +136,14 @@ def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tenso
 
 
 def _along(dout_BLHD: torch.Tensor, delta_BLH1: torch.Tensor) -> torch.Tensor:
-    """The multiple of dout with this delta, rounded; of all outputs with it, it has the smallest norm."""
+    """Return the rounded multiple of dout with this delta: the output of smallest norm."""
     norm_BLH1 = torch.linalg.vector_norm(dout_BLHD, dim=-1, keepdim=True, dtype=delta_BLH1.dtype)
     factor_BLH1 = (delta_BLH1 / norm_BLH1 / norm_BLH1).masked_fill_(norm_BLH1 == 0, 0.0)
     return (dout_BLHD * factor_BLH1).to(dout_BLHD.dtype)
 
 
 def _element_for(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The element of each row that yields delta, in the dtype of dout, and the error that its rounding leaves."""
+    """Return each row's element that yields delta, in dout's dtype, and its rounding error."""
     wide = dout.to(delta.dtype)
     element = (delta / wide).masked_fill_(wide == 0, 0.0).to(dout.dtype)
     return element, delta - element * wide
@@ -151,11 +152,11 @@ def _element_for(delta: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor,
 def _two_largest(x_BLHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the two largest elements of each row, by their leading bits; x has a 2-byte dtype.
 
-    Returns int64 indices into the flattened, contiguous ``x``, one per row. On a CPU torch.topk takes
-    ten times as long. Without the sign, the bits of a number have the same order as its magnitude.
-    The lowest bits are replaced by the index in the row, so that one maximum finds both; elements
-    whose other bits are equal (within a factor of 4 in bfloat16 with a head dim of 256) count as
-    equally large.
+    Returns int64 indices into the flattened, contiguous ``x``, one per row. On a CPU torch.topk
+    takes ten times as long. Without the sign, the bits of a number have the same order as its
+    magnitude. The lowest bits are replaced by the index in the row, so that one maximum finds both;
+    elements whose other bits are equal (within a factor of 4 in bfloat16 with a head dim of 256)
+    count as equally large.
     """
     head_dim = x_BLHD.shape[-1]
     index_bits = (1 << (head_dim - 1).bit_length()) - 1

@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 def features_of_tensors(dtype: torch.dtype, head_dim: int) -> set[Feature]:
-    """The features that queries of this dtype and head dim require."""
+    """Return the features that queries of this dtype and head dim require."""
     regular = head_dim <= 256 and head_dim % 8 == 0
     return {_DTYPES[dtype], Feature.HEAD_DIM_MULTIPLE_OF_8 if regular else Feature.OTHER_HEADS}
 
@@ -58,16 +58,17 @@ Column = Mapping[Feature, Cell]
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything the program must know of one kernel.
+    """Everything that the selection and its callers need of one kernel.
 
     kernel: its implementation, None where its package is not installed.
-    support: its column by device type; "other" is any device that no kernel names.
+    support: its column by device type; "other" is for every type that has no column of its own.
     unavailable: (machine, head dim, deterministic) -> why it cannot run on that machine's GPU, None
         if it can.
     stripe_widths: by device type, the stripe widths it is faster with than with single tokens, the
         widest and fastest first (docs/log.md). They are multiples of its tile, which leave
         rectangles on every hop but the first.
-    heads_first: the device types on which it is faster with each head's tokens contiguous in memory.
+    heads_first: the device types on which it is faster with each head's tokens contiguous in
+        memory.
     """
 
     kernel: HopKernel | None
@@ -98,20 +99,33 @@ _NO_DROPOUT = Unsupported(
 _HALF_PRECISION_ONLY = Unsupported(
     "it supports only fp16 and bf16", "Set --attention-kernel sdpa, or auto"
 )
-_SMALL_MULTIPLES_OF_8_ONLY = Unsupported(
+_MULTIPLES_OF_8_ONLY = Unsupported(
     "it supports head dims up to 256 that are multiples of 8", _OTHER_HEAD_DIM
+)
+_VENDOR_LIMITS: dict[Feature, Unsupported] = {
+    Feature.FLOAT64: _HALF_PRECISION_ONLY,
+    Feature.FLOAT32: _HALF_PRECISION_ONLY,
+    Feature.OTHER_HEADS: _MULTIPLES_OF_8_ONLY,
+}
+_UNORDERED_GRADIENTS = Unsupported(
+    "cuDNN accumulates gradients in no fixed order",
+    "Set --attention-kernel flash, sdpa, triton or reference",
 )
 _NOT_IN_TORCH_ON_CUDA = "torch's fused operators on CUDA do not support it"
 _TRITON_TILES_FILL_SHARED_MEMORY = Unsupported(
     "its tiles fill shared memory with 2-byte elements", _REFERENCE
 )
+_TRITON_HEAD_DIMS = Unsupported(
+    "its table of tile sizes ends at head dim 256, and rows that are not aligned to 16 bytes load "
+    "slowly",
+    _OTHER_HEAD_DIM,
+)
 
 
 def _column(validation: Validation, refused: Mapping[Feature, Unsupported] | None = None) -> Column:
-    """A column: ``refused`` where it has an entry, no soft-capping or dropout, and ``validation`` elsewhere."""
-    everywhere = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
-    exceptions = everywhere | dict(refused or {})
-    return {feature: exceptions.get(feature, validation) for feature in Feature}
+    """Fill a column with ``validation``, except ``refused``, soft-capping and dropout."""
+    by_all_kernels = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
+    return dict.fromkeys(Feature, validation) | by_all_kernels | dict(refused or {})
 
 
 # ---- the kernels ----
@@ -138,12 +152,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
         support={
             "cuda": _column(
                 Validation.UNPROVEN,
-                {
-                    Feature.SOFT_CAP: _NO_SOFT_CAP_IN_MASKED_TILES,
-                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
-                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
-                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
-                },
+                _VENDOR_LIMITS | {Feature.SOFT_CAP: _NO_SOFT_CAP_IN_MASKED_TILES},
             )
         },
         unavailable=flash.unavailable,
@@ -152,16 +161,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
         kernel=sdpa.WITH_CUDNN,
         support={
             "cuda": _column(
-                Validation.UNPROVEN,
-                {
-                    Feature.DETERMINISM: Unsupported(
-                        "cuDNN accumulates gradients in no fixed order",
-                        "Set --attention-kernel flash, sdpa, triton or reference",
-                    ),
-                    Feature.FLOAT64: _HALF_PRECISION_ONLY,
-                    Feature.FLOAT32: _HALF_PRECISION_ONLY,
-                    Feature.OTHER_HEADS: _SMALL_MULTIPLES_OF_8_ONLY,
-                },
+                Validation.UNPROVEN, _VENDOR_LIMITS | {Feature.DETERMINISM: _UNORDERED_GRADIENTS}
             )
         },
         unavailable=sdpa.cudnn_unavailable,
@@ -191,11 +191,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
                 {
                     Feature.FLOAT64: _TRITON_TILES_FILL_SHARED_MEMORY,
                     Feature.FLOAT32: _TRITON_TILES_FILL_SHARED_MEMORY,
-                    Feature.OTHER_HEADS: Unsupported(
-                        "its table of tile sizes ends at head dim 256, and rows that are not "
-                        "aligned to 16 bytes load slowly",
-                        _OTHER_HEAD_DIM,
-                    ),
+                    Feature.OTHER_HEADS: _TRITON_HEAD_DIMS,
                 },
             )
         },
@@ -228,7 +224,7 @@ SUPPORT: dict[Feature, dict[tuple[str, str], Cell]] = {
 
 
 def support(kernel: str, device_type: str, feature: Feature) -> Cell:
-    """The cell of the support table for ``kernel`` on such a device."""
+    """Return the cell of the support table for ``kernel`` on such a device."""
     cells = SUPPORT[feature]
     if cell := cells.get((kernel, device_type)) or cells.get((kernel, "other")):
         return cell
@@ -240,11 +236,11 @@ def support(kernel: str, device_type: str, feature: Feature) -> Cell:
 
 
 def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the kernels on a GPU without measurements, by published figures.
+    """Return the order in which ``auto`` tries the kernels on a GPU that has no measurements.
 
-    On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et al. 2024, FlashAttention-3,
-    section 4). For documents and windows (``sparse``) only flash-attn has a call for many short
-    sequences.
+    It follows published figures. On Hopper cuDNN is between versions 3 and 2 of flash-attn (Shah et
+    al. 2024, FlashAttention-3, section 4). For documents and windows (``sparse``) only flash-attn
+    has a call for many short sequences.
     """
     if sparse:
         return "flash", "sdpa", "reference"
@@ -254,13 +250,13 @@ def published_order(sparse: bool, machine: Machine) -> tuple[str, ...]:
 
 
 def stripe_widths(kernel: str, device_type: str) -> tuple[int, ...]:
-    """The stripe widths that a kernel is faster with than with single tokens, the widest and fastest first."""
+    """Return the stripe widths that a kernel prefers to single tokens, the fastest first."""
     spec = KERNEL_SPECS.get(kernel)
     return spec.stripe_widths.get(device_type, ()) if spec else ()
 
 
 def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Return an equal tensor in the memory layout that ``kernel`` is fastest with; copies only if necessary.
+    """Return the tensor in the memory layout that ``kernel`` is fastest with; copy only if needed.
 
     There may be further dimensions before these.
     """
@@ -270,7 +266,7 @@ def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
 
 
 def stack_to_kernel_layout(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``torch.stack`` and ``to_kernel_layout`` in one copy."""
+    """Combine ``torch.stack`` and ``to_kernel_layout`` in one copy."""
     if not _prefers_heads_first(kernel, tensors_BLHD[0]):
         return torch.stack(tuple(tensors_BLHD))
     return torch.stack([x.transpose(-3, -2) for x in tensors_BLHD]).transpose(-3, -2)

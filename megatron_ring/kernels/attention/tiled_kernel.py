@@ -1,6 +1,7 @@
-"""A hop kernel made of a library's operator for rectangles and triangles: tile by tile, merged by log-sum-exp.
+"""A hop kernel that calls a library's operator for each tile, a rectangle or a triangle.
 
-The output of each tile is merged into the running softmax; its gradients are accumulated in float32.
+The output of each tile is merged into the running softmax; its gradients are accumulated in
+float32.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,13 @@ from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 @dataclass(frozen=True)
 class TileOperator:
-    """One library's attention of one tile; shapes as in HopKernel, of the tile's queries (L) and keys (M).
+    """One library's attention of one tile; shapes as in HopKernel, with L queries and M keys.
 
     forward: (q_BLHD, k_BMGD, v_BMGD, causal, bias_LM, scale) -> (out_BLHD, lse_BHL). ``causal``:
-        query i sees keys 0 to i of as many. ``bias_LM`` is added to the scores: 0 or -inf in the type
-        of q, None for no mask. The lse of a row that sees nothing is ignored.
-    backward: (dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal, bias_LM, scale)
-        -> (dq_BLHD, dk_BMGD, dv_BMGD), from the final ``out`` and ``lse``, merged over all hops.
+        query i sees keys 0 to i of as many. ``bias_LM`` is added to the scores: 0 or -inf in the
+        type of q, None for no mask. The lse of a row that sees nothing is ignored.
+    backward: (dout_BLHD, q_BLHD, k_BMGD, v_BMGD, out_BLHD, lse_BHL, causal, bias_LM, scale) ->
+        (dq_BLHD, dk_BMGD, dv_BMGD), from the final ``out`` and ``lse``, merged over all hops.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -84,7 +85,8 @@ class TiledKernel:
             bias, _ = _bias(key_ranges, tile, q_BLHD)
             dq, dk, dv = operator.backward(
                 dout_BLHD[:, rows], q_BLHD[:, rows], k_BLGD[:, keys], v_BLGD[:, keys],
-                output_of(out)[:, rows], lse_BHL[:, :, rows], tile.kind is TileKind.CAUSAL, bias, scale,
+                output_of(out)[:, rows], lse_BHL[:, :, rows], tile.kind is TileKind.CAUSAL, bias,
+                scale,
             )  # fmt: skip
             dq_BLHD[:, rows] += dq
             dk_BLGD[:, keys] += dk
@@ -94,7 +96,7 @@ class TiledKernel:
 def _bias(
     key_ranges: KeyRanges, tile: Tile, q: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of a masked tile, (queries, keys), and which of its queries see nothing; else two None."""
+    """Return a masked tile's bias (queries, keys) and its rows that see nothing; else None."""
     if tile.kind is not TileKind.MASKED:
         return None, None
     visible = key_ranges.visible(tile, q.device)

@@ -1,19 +1,20 @@
-r"""Tiles that cover what the queries of a hop can see: unmasked rectangles, triangles, and small masked remainders.
+r"""Tiles that cover the visible pairs of a hop: rectangles, triangles, small masked remainders.
 
 A tile is a rectangle of queries x keys. Its kind states what a kernel must mask inside it. Together
 the tiles cover each visible (query, key) pair exactly once; regions that no query sees are in no
-tile. Two examples, with queries downwards and keys to the right, ``Tiling(rows=2, split_triangles=True)``:
+tile. Two examples for ``Tiling(rows=2, split_triangles=True)``, queries downwards and keys to the
+right:
 
     a causal mask            a sliding window of 5
 
-    \ . . . . . . .          \ . . . . . . . . .
-    \ \ . . . . . .          \ \ . . . . . . . .        \   CAUSAL, no mask needed
-    # # \ . . . . .          # # \ . . . . . . .        #   FULL, no mask needed
-    # # \ \ . . . .          # # \ \ . . . . . .        m   MASKED, visible
-    # # # # \ . . .          m m # # # - . . . .        -   MASKED, not visible
-    # # # # \ \ . .          - m # # # m . . . .        .   in no tile
-    # # # # # # \ .          . . m m # # # - . .
-    # # # # # # \ \          . . - m # # # m . .
+    \ . . . . . . .          \ . . . . . . .
+    \ \ . . . . . .          \ \ . . . . . .             \   CAUSAL, no mask needed
+    # # \ . . . . .          # # \ . . . . .             #   FULL, no mask needed
+    # # \ \ . . . .          # # \ \ . . . .             m   MASKED, visible
+    # # # # \ . . .          m m # # # - . .             -   MASKED, not visible
+    # # # # \ \ . .          - m # # # m . .             .   in no tile
+    # # # # # # \ .          . . m m # # # -
+    # # # # # # \ \          . . - m # # # m
 
 Without ``split_triangles`` the causal mask on the left is a single CAUSAL tile.
 """
@@ -73,11 +74,11 @@ KeySpan = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Cover:
-    """Split the queries in half recursively; each node emits tiles for the keys that all its queries see.
+    """Split the queries recursively; each node emits tiles for the keys that all its queries see.
 
-    A node is a span of queries [start, stop). ``covered`` is the span of keys that its ancestors have
-    emitted already. Every query of the node sees all of it, so the spans along a path from the root
-    are nested, and each pair is covered once:
+    A node is a span of queries [start, stop). ``covered`` is the span of keys that its ancestors
+    have emitted already. Every query of the node sees all of it, so the spans along a path from the
+    root are nested, and each pair is covered once:
 
         node [0, 8)        all queries see key 0 only, less than a tile: split
           node [0, 4)      split in the same way
@@ -85,7 +86,8 @@ class _Cover:
             node [4, 6)    a triangle of keys beside the covered ones: emit CAUSAL
             node [6, 8)    all see [4, 6): emit FULL, then the triangle that is left: emit CAUSAL
 
-    causal_until[i]: the first query after i that does not see exactly one key more than its predecessor.
+    causal_until[i]: the first query after i that does not see exactly one key more than its
+    predecessor.
     borders: the queries that share no visible key with their predecessor. Nothing is visible across
         such a border between documents, so a node is split there instead of in its middle, and each
         document keeps its own triangle.
@@ -134,29 +136,29 @@ class _Cover:
             yield from self._node(split, stop, covered)
 
     def _is_small(self, start: int, stop: int) -> bool:
-        """Whether a node is not split any further."""
+        """Return whether a node is not split any further."""
         if stop - start > self.tiling.rows:
             return False
         return not (self.tiling.split_documents and self._borders_near_middle(start, stop))
 
     @staticmethod
     def _is_wide_enough(start: int, stop: int, new: list[slice]) -> bool:
-        """Whether there are enough keys for a tile of all queries of a node.
+        """Return whether there are enough keys for a tile of all queries of a node.
 
         Each tile adds to the sums of its queries and of its keys: for the same number of pairs, the
-        closer to a square, the less memory traffic. But splitting makes more tiles; the threshold of
-        a quarter was measured (docs/log.md).
+        closer to a square, the less memory traffic. But splitting makes more tiles; the threshold
+        of a quarter was measured (docs/log.md).
         """
         return 4 * sum(keys.stop - keys.start for keys in new) >= stop - start
 
     def _borders_near_middle(self, start: int, stop: int) -> list[int]:
-        """The borders inside a node closest to its middle, on either side."""
+        """Return the borders inside a node closest to its middle, on either side."""
         index = bisect.bisect_left(self.borders, (start + stop) // 2)
         nearest = self.borders[max(0, index - 1) : index + 1]
         return [border for border in nearest if start < border < stop]
 
     def _split_point(self, start: int, stop: int) -> int:
-        """Where to split a node: at the border nearest to its middle, else at a multiple of ``rows``.
+        """Split a node at the border nearest to its middle, or at a multiple of ``rows``.
 
         The multiple is the one at or before the middle. It is moved up where that leaves
         ``tall_rows`` queries after it, whose rectangle with the keys before them is then tall.
@@ -184,7 +186,7 @@ class _Cover:
         return start, stop
 
     def _is_triangle(self, start: int, stop: int, covered: KeySpan | None) -> bool:
-        """Whether query i of the node sees, outside ``covered``, exactly the first i + 1 keys after it."""
+        """Return whether query i of the node sees just i + 1 keys after ``covered``."""
         first_visible, first_key = covered or (self.lo[start], self.lo[start])
         return (
             self.lo[start] == first_visible
@@ -193,7 +195,7 @@ class _Cover:
         )
 
     def _seen_by_all(self, start: int, stop: int, covered: KeySpan | None) -> KeySpan | None:
-        """The keys that every query of a node sees, ``covered`` included; None if there are none.
+        """Return the keys that all queries of a node see, with ``covered``; None if there are none.
 
         Where a bound rises along the queries, the span is rounded inwards to multiples of ``rows``.
         An upper bound that rises in steps is not rounded: there any edge is as good, and what

@@ -1,4 +1,4 @@
-"""Torch's own attention operators as tile operators: flash for CPUs; flash, memory-efficient and cuDNN for CUDA.
+"""Torch's own attention operators as tile operators.
 
 They are called through ``torch.ops.aten``, because torch's public function does not return the
 log-sum-exp, without which tiles cannot be merged. The CUDA ones were written from the operators'
@@ -8,11 +8,11 @@ schemas and torch's source. The tests check the calls against these schemas.
 | --- | --- | --- |
 | CPU_FLASH | any mask, dtype and head dim; grouped heads | 0 for a row that sees nothing |
 | CUDA_FLASH | FULL and CAUSAL tiles in fp16 and bf16; grouped heads | |
-| CUDA_EFFICIENT | any mask in fp16, bf16 and float32; key-value heads are repeated | padded to whole warps |
+| CUDA_EFFICIENT | any mask in fp16, bf16, float32; heads are repeated | padded to whole warps |
 | CUDNN | FULL and CAUSAL tiles in fp16 and bf16, at least 2 x 2; grouped heads | a last dim of 1 |
 
-Under ``torch.use_deterministic_algorithms`` CUDA_FLASH and CUDA_EFFICIENT accumulate in a fixed order,
-according to their source. CUDNN does not.
+Under ``torch.use_deterministic_algorithms`` CUDA_FLASH and CUDA_EFFICIENT accumulate in a fixed
+order, according to their source. CUDNN does not.
 """
 
 import torch
@@ -116,7 +116,7 @@ def _repeat_heads(kv_BMGD: torch.Tensor, q_BLHD: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned_bias(bias_LM: torch.Tensor | None, q_BHLD: torch.Tensor) -> torch.Tensor | None:
-    """The bias as the efficient operator requires it: a view of all heads, row strides that are multiples of 8."""
+    """Expand the bias to all heads, with row strides that are multiples of 8."""
     if bias_LM is None:
         return None
     keys = bias_LM.shape[-1]

@@ -1,8 +1,8 @@
-r"""Groups tiles into packed ("varlen") calls, as flash-attn takes them: many short sequences in one call.
+r"""Group tiles into packed ("varlen") calls of flash-attn: many short sequences in one call.
 
-Tiles of one kind whose queries and keys do not overlap lie along the diagonal of the hop like packed
-documents. Two documents of 4 and 3 tokens, with one query and two keys between them that take part
-in nothing, are one call of four sequences:
+Tiles of one kind whose queries and keys do not overlap lie along the diagonal of the hop like
+packed documents. Two documents of 4 and 3 tokens, with one query and two keys between them that
+take part in nothing, are one call of four sequences:
 
                  keys 4  2  3
                  _____________        lengths = ((4, 4), (1, 0), (0, 2), (3, 3))
@@ -36,11 +36,11 @@ class VarlenCall:
 
     @functools.cached_property
     def longest(self) -> tuple[int, int]:
-        """The most queries and the most keys of any sequence, those without keys or queries included."""
+        """The most queries and the most keys of any sequence, also of those without the other."""
         return tuple(max(lengths) for lengths in zip(*self.lengths))
 
     def cu_seqlens(self, samples: int) -> list[list[int]]:
-        """The cumulative lengths of queries and of keys, for ``samples`` such rectangles end to end."""
+        """Return the cumulative lengths of queries and of keys, for ``samples`` rectangles."""
         return [
             list(itertools.accumulate(lengths * samples, initial=0))
             for lengths in zip(*self.lengths)
@@ -48,7 +48,7 @@ class VarlenCall:
 
 
 def varlen_calls(tiles: Iterable[Tile]) -> Iterator[VarlenCall]:
-    """Group the FULL and CAUSAL tiles into calls, each tile into the first call that it can follow."""
+    """Group the FULL and CAUSAL tiles into calls, each into the first call that it can follow."""
     chains: list[list[Tile]] = []
     for tile in tiles:
         if tile.kind is TileKind.MASKED:
@@ -61,7 +61,7 @@ def varlen_calls(tiles: Iterable[Tile]) -> Iterator[VarlenCall]:
 
 
 def _follows(tile: Tile, last: Tile) -> bool:
-    """Whether a tile is of the same kind as ``last`` and after it in both queries and keys."""
+    """Return whether a tile has the kind of ``last`` and follows it in both queries and keys."""
     after = tile.queries.start >= last.queries.stop and tile.keys.start >= last.keys.stop
     return after and tile.kind is last.kind
 

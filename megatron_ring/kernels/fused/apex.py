@@ -1,9 +1,9 @@
 """NVIDIA Apex's operations: norms and RoPE in CUDA, only in float32.
 
-In smaller dtypes its norms round before the weight is applied, and its RoPE rounds cos and sin. Apex
-is built from source with its CUDA extensions, which it loads at the first step; importing this module
-loads them, so that a missing one is found before. Read at commits 014f30f (norms) and 8b19c3f (RoPE);
-we have never run it.
+In smaller dtypes its norms round before the weight is applied, and its RoPE rounds cos and sin.
+Apex is built from source with its CUDA extensions, which it loads at the first step; importing this
+module loads them, so that a missing one is found before. Read at commits 014f30f (norms) and
+8b19c3f (RoPE); we have never run it.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Choose the library that computes each operation of a run, for ``--fused-operations``.
 
-A library requested by name computes everything it supports, and torch the rest. ``auto`` is torch on
-a CPU. On CUDA it uses for each operation the first installed library that supports it.
+A library requested by name computes everything it supports, and torch the rest. ``auto`` is torch
+on a CPU. On CUDA it uses for each operation the first installed library that supports it.
 """
 
 import importlib
@@ -31,7 +31,7 @@ _FIELDS = {
     Operation.CROSS_ENTROPY: "cross_entropy",
     Operation.SPLIT_CROSS_ENTROPY: "cross_entropy",
 }
-"""The field of ``Operations`` for each operation. AdamW is not part of a model, and always torch's."""
+"""The field of ``Operations`` for each operation. AdamW is not part of a model; it is torch's."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Choice:
     operations: Operations = TORCH
 
     def in_words(self) -> list[str]:
-        """Format one line for each library and reason, such as ``liger for RMSNorm, RoPE: requested``."""
+        """Format a line for each library and reason: ``liger for RMSNorm, RoPE: requested``."""
         groups: dict[tuple[str, str], list[str]] = {}
         for choice in self.settled:
             groups.setdefault((choice.library, choice.reason), []).append(choice.operation.value)
@@ -68,9 +68,10 @@ def choose(
     required: Iterable[Operation],
     deterministic: bool = False,
 ) -> Choice:
-    """Choose a library for each of ``required``, for ``--fused-operations requested``, in ``dtype``.
+    """Choose a library for each of ``required``, for ``--fused-operations requested``.
 
-    Raises KernelUnavailable, with the reasons, if a library requested by name supports none of them.
+    Raises KernelUnavailable, with the reasons, if a library requested by name supports none of
+    them.
     """
     names = PREFERENCE if requested == "auto" else tuple(dict.fromkeys((requested, "torch")))
     unavailable = {name: _unavailable(name, device_type) for name in names}
@@ -105,7 +106,7 @@ def _reasons(library: str, requested: str, assessments: dict[str, Assessment]) -
 
 
 def _unavailable(name: str, device_type: str) -> Unsupported | None:
-    """Why a library cannot be used at all on this machine, None if it can."""
+    """Return why a library cannot be used at all on this machine, None if it can."""
     if name == "torch":
         return None
     if device_type != "cuda":
@@ -115,7 +116,7 @@ def _unavailable(name: str, device_type: str) -> Unsupported | None:
 
 
 def missing(library: Library) -> str | None:
-    """What of a library is missing on this machine, and how to install it; None if it can be used."""
+    """Return what is missing of a library, and how to install it; None if it can be used."""
     version = installed_version(library.distribution)
     if not version:
         return f"not installed ({library.install})"

@@ -1,7 +1,8 @@
-"""flash-attn's operations (Dao 2023), Triton kernels and for SwiGLU a CUDA kernel, from version 2.8.3 on.
+"""flash-attn's operations (Dao 2023) from version 2.8.3 on: in Triton, and for SwiGLU in CUDA.
 
 Signatures and dtypes were read in 2.8.3. In earlier versions RoPE's angles had to have the queries'
-dtype. Its norms time several numbers of warps on their first run. We have not run any of it on CUDA.
+dtype. Its norms time several numbers of warps on their first run. We have not run any of it on
+CUDA.
 """
 
 import torch
@@ -30,8 +31,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys, with products in float32.
 
-    flash-attn takes the angles of one sequence. Samples with positions of their own are passed as one
-    long sequence.
+    flash-attn takes the angles of one sequence. Samples with positions of their own are passed as
+    one long sequence.
     """
     return _rotate(q_BlHD, rotation), _rotate(k_BlGD, rotation)
 
@@ -51,7 +52,7 @@ def cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A CrossEntropy: losses in float32; the gradient is rounded once and overwrites the logits."""
+    """Implement CrossEntropy with losses in float32; the gradient overwrites the logits."""
     assert part is WHOLE, "support.py refuses a split vocabulary"
     target_c, penalty = ignore_invalid_targets(target_c1, logits_cv.shape[1], ignore_index)
     with torch.set_grad_enabled(with_gradient):

@@ -1,8 +1,8 @@
 """Liger-Kernel's operations (Hsu et al. 2024), Triton kernels, from version 0.8.5 on.
 
-In earlier versions LayerNorm saved the mean for backward in the input's dtype (up to 0.8.3), and RoPE
-did not accept angles for half of a head's elements. We have run these in Triton's interpreter, not on
-CUDA.
+In earlier versions LayerNorm saved the mean for backward in the input's dtype (up to 0.8.3), and
+RoPE did not accept angles for half of a head's elements. We have run these in Triton's interpreter,
+not on CUDA.
 """
 
 import torch
@@ -36,8 +36,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys, with products in float32, because cos and sin are.
 
-    Liger rotates in place, hidden from autograd: --recompute selective would save the rotated products
-    and rotate them again. So copies are rotated.
+    Liger rotates in place, hidden from autograd: --recompute selective would save the rotated
+    products and rotate them again. So copies are rotated.
     """
     q_BHlD, k_BGlD = (x.clone().transpose(1, 2) for x in (q_BlHD, k_BlGD))
     cos_lP, sin_lP = rotation.cos_lP, rotation.sin_lP
@@ -47,7 +47,7 @@ def rope(
 
 
 def swiglu(gate_BlF: torch.Tensor, up_BlF: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, with silu rounded before the product, as torch's.
+    """Compute silu(gate) * up, with silu rounded before the product, as torch does.
 
     Backward writes the gradients over gate and up, which nothing may read afterwards.
     """
@@ -61,7 +61,7 @@ def cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A CrossEntropy in float32, because Liger accumulates losses in the dtype of the logits.
+    """Implement CrossEntropy in float32; Liger accumulates losses in the logits' dtype.
 
     It blocks the host until the device has checked the targets.
     """

@@ -42,7 +42,7 @@ class Offer:
     varies: str = ""
 
     def cell(self, dtype: torch.dtype, deterministic: bool) -> Cell:
-        """What a run in ``dtype`` gets, with or without ``--deterministic``."""
+        """Return the cell for a run in ``dtype``, with or without ``--deterministic``."""
         if dtype not in self.dtypes:
             return Unsupported(self.reason)
         if deterministic and self.varies:
@@ -76,7 +76,7 @@ _FLOAT32 = frozenset({torch.float32})
 _TORCH = Offer(Validation.TESTED, _UP_TO_FLOAT32 | {torch.float64}, "")
 _NO_KERNEL = _refused("it has no such kernel")
 _EVEN_SPLIT_ONLY = _refused(
-    "it reduces over the ranks itself and requires equal parts, and ours may be uneven"
+    "it reduces over the ranks itself and requires equal parts; here they may be uneven"
 )
 
 _LIGER = Offer(Validation.INTERPRETED, _UP_TO_FLOAT32, "it computes in float32")
@@ -90,10 +90,12 @@ _FLASH_NORM = Offer(
 _APEX_NORM = Offer(
     Validation.STAND_IN,
     _FLOAT32,
-    "it rounds smaller dtypes before the weight is applied; ours rounds once, after it",
+    "it rounds smaller dtypes before the weight is applied; torch rounds once, after it",
 )
 _APEX_ROPE = Offer(
-    Validation.STAND_IN, _FLOAT32, "it rounds cos and sin to the queries' dtype; ours are float32"
+    Validation.STAND_IN,
+    _FLOAT32,
+    "it rounds cos and sin to the queries' dtype; here they are float32",
 )
 _APEX_CROSS_ENTROPY = _refused("it reads the logit of an ignored target, outside the row")
 
@@ -131,8 +133,8 @@ LIBRARIES = {
     "apex": Library(
         distribution="apex",
         oldest="0.1",
-        install="NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA extensions: "
-        "the package apex that pip installs is another project",
+        install="NVIDIA Apex from source, https://github.com/NVIDIA/apex, with its CUDA "
+        "extensions: the package apex that pip installs is another project",
         module="megatron_ring.kernels.fused.apex",
         offers={
             Operation.RMS_NORM: _APEX_NORM,
@@ -142,7 +144,8 @@ LIBRARIES = {
             Operation.CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
             Operation.SPLIT_CROSS_ENTROPY: _APEX_CROSS_ENTROPY,
             Operation.ADAMW: _refused(
-                "it counts steps per parameter group; checkpoints and skipped steps count them per parameter"
+                "it counts steps per parameter group; checkpoints and skipped steps count them per "
+                "parameter"
             ),
         },
     ),

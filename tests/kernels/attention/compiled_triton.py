@@ -4,8 +4,8 @@
 
 compiles for compute capability 8.0 and head sizes 128 and 256.
 
-It needs a process of its own, because nothing is compiled under TRITON_INTERPRET. The machine code is
-disassembled with CUDA's own tools, which Triton includes.
+It needs a process of its own, because nothing is compiled under TRITON_INTERPRET. The machine code
+is disassembled with CUDA's own tools, which Triton includes.
 """
 
 import itertools
@@ -41,7 +41,8 @@ def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> Compi
     signature = {
         name: "constexpr" if name in settings else argument_type(name, dtype) for name in names
     }
-    # As at a launch: torch's memory is aligned to 16 bytes, and lengths of shards are mostly multiples of 16.
+    # As at a launch: torch's memory is aligned to 16 bytes, and lengths of shards are mostly
+    # multiples of 16.
     multiples_of_16 = [
         name for name in names if signature[name].startswith("*") or name in ("queries", "keys")
     ]
@@ -55,7 +56,7 @@ def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> Compi
 
 
 def properties(kernel: CompiledKernel) -> dict[str, Any]:
-    """The resources of a program and its instructions.
+    """List the resources of a program and its instructions.
 
     shared: bytes of shared memory. stages: blocks in flight.
     spills: moves between registers and stack within innermost loops.
@@ -76,7 +77,7 @@ def properties(kernel: CompiledKernel) -> dict[str, Any]:
 
 
 def argument_type(name: str, dtype: str) -> str:
-    """The type of a kernel's argument in Triton's notation."""
+    """Return the type of a kernel's argument in Triton's notation."""
     if name in ("dout", "q", "k", "v"):
         return f"*{dtype}"
     if name in ("out", "lse", "log2_lse", "delta", "dq", "dk", "dv"):
@@ -101,7 +102,7 @@ def spills(machine_code: bytes) -> int:
 
 
 def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
-    """The address and text of every instruction."""
+    """Return the address and text of every instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()

@@ -1,4 +1,4 @@
-"""Stand-ins for flash-attn 2.8.3 and for the operators of flash-attn 3, with the parameters of their sources."""
+"""Stand-ins for flash-attn 2.8.3 and the operators of flash-attn 3, with their parameters."""
 
 import torch
 
@@ -40,25 +40,30 @@ def _flash_attn_varlen_backward(
     return torch.empty(0)
 
 
-FWD_3 = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None,
-Tensor? q_v = None, Tensor(out!)? out = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None,
-Tensor? cu_seqlens_k_new = None, Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None,
-int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k = None,
-Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None, Tensor? q_descale = None,
-Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False,
-int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0, float softcap = 0.0,
-bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits = 0,
-bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
-BWD_3 = """bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq = None,
-Tensor(dk!)? dk = None, Tensor(dv!)? dv = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None,
-Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None, int? max_seqlen_k = None,
-float? softmax_scale = None, bool is_causal = False, int window_size_left = -1, int window_size_right = -1,
-float softcap = 0.0, bool deterministic = False, int sm_margin = 0) -> (Tensor(dq!), Tensor(dk!), Tensor(dv!),
-Tensor, Tensor, Tensor, Tensor, Tensor)"""
+FWD_3 = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None,
+Tensor(v_new!)? v_new = None, Tensor? q_v = None, Tensor(out!)? out = None,
+Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None, Tensor? cu_seqlens_k_new = None,
+Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None,
+int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None,
+Tensor? leftpad_k = None, Tensor? rotary_cos = None, Tensor? rotary_sin = None,
+Tensor? seqlens_rotary = None, Tensor? q_descale = None, Tensor? k_descale = None,
+Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False,
+int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0,
+float softcap = 0.0, bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None,
+int num_splits = 0, bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor,
+Tensor)"""
+BWD_3 = """bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
+Tensor(dq!)? dq = None, Tensor(dk!)? dk = None, Tensor(dv!)? dv = None,
+Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None, Tensor? seqused_q = None,
+Tensor? seqused_k = None, int? max_seqlen_q = None, int? max_seqlen_k = None,
+float? softmax_scale = None, bool is_causal = False, int window_size_left = -1,
+int window_size_right = -1, float softcap = 0.0, bool deterministic = False,
+int sm_margin = 0) -> (Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor,
+Tensor)"""
 
 
 def register_version_3(library: torch.library.Library) -> None:
-    """Define and implement flash-attn 3's operators in ``library``, of the namespace flash_attn_3."""
+    """Define and implement flash-attn 3's operators in ``library``, namespace flash_attn_3."""
     for schema, implementation in ((FWD_3, _fwd_3), (BWD_3, _bwd_3)):
         library.define(" ".join(schema.split("\n")))
         library.impl(schema.partition("(")[0], implementation, "CPU")
@@ -83,7 +88,7 @@ def _bwd_3(*positional, **named):
 
 
 def _arguments(schema: str, positional: tuple, named: dict) -> dict:
-    """The arguments of a call by name, with the schema's defaults."""
+    """Return the arguments of a call by name, with the schema's defaults."""
     arguments = {}
     parameters = torch._C.parse_schema(schema.replace("\n", " ")).arguments
     for index, parameter in enumerate(parameters):
@@ -94,6 +99,7 @@ def _arguments(schema: str, positional: tuple, named: dict) -> dict:
 
 def _lengths_mask_and_scale(arguments: dict) -> tuple:
     names = (
-        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "softmax_scale",
+        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal",
+        "softmax_scale",
     )  # fmt: skip
     return tuple(arguments[name] for name in names)

@@ -1,8 +1,8 @@
 """Attention in float64 for the stand-ins for vendors' kernels.
 
-Each stand-in has the names, order and defaults of the library's own parameters, so that a wrong call
-is an error here, and refuses what the library refuses. Where a library leaves memory unwritten, the
-stand-in writes nan.
+Each stand-in has the names, order and defaults of the library's own parameters, so that a wrong
+call is an error here, and refuses what the library refuses. Where a library leaves memory
+unwritten, the stand-in writes nan.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ HALF_PRECISION = torch.bfloat16, torch.float16
 
 
 def attend(q_LHD, k_MGD, v_MGD, causal: bool, scale: float, bias_LM=None):
-    """Return out_LHD and lse_HL, -inf where a query sees nothing; causal is aligned at the bottom right."""
+    """Return out_LHD and lse_HL, -inf for masked rows; causal is aligned at the bottom right."""
     scores = _scores(q_LHD, k_MGD, causal, scale, bias_LM)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
@@ -50,7 +50,7 @@ def varlen_forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, causal: bool, scale: float,
     masked_lse: float,
 ):  # fmt: skip
-    """The result of either version of flash-attn for sequences end to end: out_THD and lse_HT.
+    """Return out_THD and lse_HT of either version of flash-attn, for sequences end to end.
 
     masked_lse: the lse of a query that sees nothing.
     """
@@ -96,7 +96,7 @@ def _check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *others) -> None:
 
 
 def _sequences(cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries and keys of each sequence, as far as a grid of blocks over the longest reaches."""
+    """Yield the queries and keys of each sequence, as far as a grid over the longest reaches."""
     spans_q = cu_seqlens_q.unfold(0, 2, 1).tolist()
     spans_k = cu_seqlens_k.unfold(0, 2, 1).tolist()
     for (start, stop), (first, last) in zip(spans_q, spans_k):

@@ -1,4 +1,4 @@
-"""Which kernel ``auto`` chooses and the reason it gives, and what vendors' kernels require of a machine."""
+"""Which kernel ``auto`` chooses and its reason, and what vendors' kernels require of a machine."""
 
 import re
 from typing import get_args, get_type_hints

@@ -1,4 +1,4 @@
-"""flash-attn 2 and 3 as stand-ins with their parameters and conventions: parity, masked rows, the version."""
+"""flash-attn 2 and 3 as stand-ins with their parameters: parity, masked rows, the version."""
 
 import itertools
 import sys
@@ -34,7 +34,7 @@ MASKS = {
 
 @pytest.fixture(params=[AMPERE, HOPPER], ids=["2", "3"])
 def library(request, monkeypatch):
-    """A machine with one of the versions, and torch's operators for the masked tiles."""
+    """Provide a machine with one of the versions, and torch's operators for the masked tiles."""
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: request.param))
     modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": vars(flash_stand_ins)}
     if request.param.flash_3:
@@ -92,7 +92,7 @@ def test_rings_match_the_oracle(layout, mask_name, groups):
 
 @pytest.mark.usefixtures("library")
 def test_queries_that_see_nothing_keep_their_state():
-    """Also inside a packed call: between two documents there are queries without keys."""
+    """This includes queries without keys between two documents of a packed call."""
     q, k, v, dout = oracle.random_inputs(2, 8, 2, 1, torch.float16)
     lo, hi = torch.tensor(
         [[0, 1], [0, 2], [2, 2], [2, 2], [4, 5], [4, 6], [4, 7], [8, 8]]

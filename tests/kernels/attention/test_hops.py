@@ -1,4 +1,4 @@
-"""Every kernel over the hops of every layout, with windows and packed documents, against the oracle's dense mask."""
+"""Every kernel over the hops of every layout, with windows and documents, against the oracle."""
 
 import itertools
 import threading
@@ -59,12 +59,12 @@ class Serialized:
 
 
 def window(tokens: int, width: int) -> torch.Tensor:
-    """The first visible position of each position with a sliding window."""
+    """Return the first visible position of each position with a sliding window."""
     return torch.arange(tokens) - width + 1
 
 
 def documents(tokens: int, *lengths: int) -> torch.Tensor:
-    """The first visible position of each position in documents of these lengths, repeated as necessary."""
+    """Return the first visible position of each position in repeated documents of these lengths."""
     first_visible = []
     start = 0
     for length in itertools.cycle(lengths):
@@ -105,7 +105,7 @@ def hop_by_hop(
 def hop_errors(
     layout: Layout, kernel: HopKernel, first_visible: torch.Tensor, heads: int, groups: int, dtype
 ) -> dict[str, float]:
-    """The errors of a kernel, by tensor, that are beyond the tolerance of ``dtype``."""
+    """Return the errors of a kernel, by tensor, that are beyond the tolerance of ``dtype``."""
     inputs = oracle.random_inputs(1, layout.seq_length, heads, groups, dtype)
     position = torch.arange(layout.seq_length)
     visible_SS = (first_visible[:, None] <= position) & (position <= position[:, None])

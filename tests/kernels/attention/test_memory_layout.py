@@ -9,7 +9,7 @@ X_BLHD, Y_BLHD = torch.randn(2, 2, 5, 3, 4).unbind()
 
 
 def is_heads_first(x: torch.Tensor) -> bool:
-    """Whether the tokens of each head are contiguous in memory."""
+    """Return whether the tokens of each head are contiguous in memory."""
     return x.transpose(-3, -2).is_contiguous()
 
 

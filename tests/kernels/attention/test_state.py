@@ -1,3 +1,5 @@
+"""The running softmax: merging blocks, and outputs that are constructed from delta."""
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def merged(scores: torch.Tensor, values: torch.Tensor, order: list[int]) -> Runn
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
 @pytest.mark.parametrize("shift", [0.0, 5000.0, -5000.0])
 def test_blocks_merge_to_the_softmax_over_all_of_them(blocks, shift, order):
-    """Also where a raw exponential of the scores would overflow or vanish."""
+    """The shifts would make a raw exponential of the scores overflow or underflow."""
     scores, values = blocks
     state = merged(scores + shift, values, order)
     expected = torch.einsum("bhlk,bhkd->blhd", scores.flatten(3).softmax(-1), values.flatten(2, 3))
@@ -46,7 +48,7 @@ def test_blocks_merge_to_the_softmax_over_all_of_them(blocks, shift, order):
     )
 
 
-def test_only_the_given_queries_are_touched(blocks):
+def test_merge_changes_only_the_given_queries(blocks):
     scores, values = blocks
     state = merged(scores, values, [0])
     before = state.out_BLHD.clone(), state.lse_BHL.clone()
@@ -55,13 +57,13 @@ def test_only_the_given_queries_are_touched(blocks):
         torch.ones(B, 2, H, D, dtype=torch.float64),
         torch.full((B, H, 2), 50.0, dtype=torch.float64),
     )
-    untouched = [0, 3, 4]
-    assert torch.equal(state.out_BLHD[:, untouched], before[0][:, untouched])
-    assert torch.equal(state.lse_BHL[..., untouched], before[1][..., untouched])
+    unchanged = [0, 3, 4]
+    assert torch.equal(state.out_BLHD[:, unchanged], before[0][:, unchanged])
+    assert torch.equal(state.lse_BHL[..., unchanged], before[1][..., unchanged])
     assert torch.allclose(state.out_BLHD[:, 1:3], torch.ones((), dtype=torch.float64))
 
 
-def test_a_block_without_visible_keys_weighs_nothing(blocks):
+def test_a_block_without_visible_keys_has_no_weight(blocks):
     state = merged(*blocks, [0])
     before = state.out_BLHD.clone(), state.lse_BHL.clone()
     state.merge(
@@ -71,7 +73,7 @@ def test_a_block_without_visible_keys_weighs_nothing(blocks):
     assert torch.equal(state.lse_BHL, before[1])
 
 
-def test_rows_that_have_seen_nothing_stay_empty_until_they_see_something():
+def test_rows_stay_empty_until_they_see_a_key():
     state = RunningSoftmax.empty(torch.empty(B, L, H, D))
     state.merge(
         slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, -torch.inf)
@@ -84,8 +86,8 @@ def test_rows_that_have_seen_nothing_stay_empty_until_they_see_something():
 
 
 @pytest.mark.parametrize("seen_before", [False, True])
-def test_a_diverged_block_is_not_hidden(blocks, seen_before):
-    """Not-a-number must reach the loss, where loss scaling and the user look for it."""
+def test_nan_in_a_block_propagates(blocks, seen_before):
+    """It must reach the loss, where loss scaling and the user detect it."""
     state = merged(*blocks, [0] if seen_before else [])
     state.merge(
         slice(0, L), torch.zeros_like(state.out_BLHD), torch.full_like(state.lse_BHL, torch.nan)
@@ -104,7 +106,7 @@ def test_the_state_is_float32_unless_the_queries_are_float64(dtype):
 
 @pytest.fixture
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """An output and a gradient of it, (B, L, H, D); the gradient of every third query's is 0, as of unused labels'."""
+    """An output and its gradient, (B, L, H, D), 0 for every third query, as for ignored labels."""
     generator = torch.Generator().manual_seed(0)
     out, dout = (
         torch.randn(B, L, H, D, generator=generator, dtype=torch.float64) for _ in range(2)
@@ -113,41 +115,41 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return out, dout
 
 
-# Two roundings to the type, one in float32: float16 has 11 digits, bfloat16 8.
-TWO_BYTES = {torch.bfloat16: 2**-16, torch.float16: 2**-20}
-ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, **TWO_BYTES}
+# The relative error of delta: two roundings to the dtype (float16 has 11 significant bits, bfloat16
+# 8) and one in float32.
+HALF_PRECISION = {torch.bfloat16: 2**-16, torch.float16: 2**-20}
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, **HALF_PRECISION}
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
 @pytest.mark.parametrize("equal", [False, True])
-def test_an_output_with_this_delta_has_it(rows, equal, size, dtype):
-    """In the type of the gradient, whatever its size, also where all its elements are equal; and 0
-    where the gradient is."""
+def test_output_with_has_the_given_delta(rows, equal, size, dtype):
+    """For gradients of any size, also with equal elements; it is 0 where the gradient is."""
     out, dout = rows[0].to(dtype), size * rows[1]
     dout = (dout.sign() * size if equal else dout).to(dtype)
-    like = output_with(delta(out, dout), dout)
-    assert like.dtype == dtype
-    assert delta(like, dout).dtype == accumulation_dtype(dtype)
-    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=ROUNDING[dtype], atol=0)
-    assert (like[:, ::3] == 0).all()
+    result = output_with(delta(out, dout), dout)
+    assert result.dtype == dtype
+    assert delta(result, dout).dtype == accumulation_dtype(dtype)
+    torch.testing.assert_close(delta(result, dout), delta(out, dout), rtol=ROUNDING[dtype], atol=0)
+    assert (result[:, ::3] == 0).all()
 
 
-@pytest.mark.parametrize("head_size", [1, 2, 3, 48, 256, 300])
-def test_the_two_largest_elements_of_any_head_carry_delta(head_size):
-    """All others are 0, and a head of one element is rounded once."""
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 48, 256, 300])
+def test_at_most_two_elements_of_a_head_carry_delta(head_dim):
+    """All others are 0, and with a head dim of 1 delta is rounded once."""
     dtype = torch.bfloat16
-    generator = torch.Generator().manual_seed(head_size)
-    out, dout = (torch.randn(1, 50, 2, head_size, generator=generator).to(dtype) for _ in range(2))
-    wanted = delta(out, dout)
-    like = output_with(wanted, dout)
-    assert like.count_nonzero(-1).max() <= 2
-    rounding = torch.finfo(dtype).eps if head_size == 1 else ROUNDING[dtype]
-    torch.testing.assert_close(delta(like, dout), wanted, rtol=rounding, atol=0)
+    generator = torch.Generator().manual_seed(head_dim)
+    out, dout = (torch.randn(1, 50, 2, head_dim, generator=generator).to(dtype) for _ in range(2))
+    expected = delta(out, dout)
+    result = output_with(expected, dout)
+    assert result.count_nonzero(-1).max() <= 2
+    rounding = torch.finfo(dtype).eps if head_dim == 1 else ROUNDING[dtype]
+    torch.testing.assert_close(delta(result, dout), expected, rtol=rounding, atol=0)
 
 
-@pytest.mark.parametrize("dtype", TWO_BYTES, ids=str)
-def test_where_the_gradient_has_one_element_the_output_is_what_it_was_there(dtype):
+@pytest.mark.parametrize("dtype", HALF_PRECISION, ids=str)
+def test_with_one_gradient_element_per_row_delta_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)
     out, at = torch.randn(1, 40, 2, 16, generator=generator).to(dtype), torch.arange(40) % 16
     dout = torch.nn.functional.one_hot(at, 16).to(dtype)[None, :, None].expand_as(out) * 3
@@ -155,7 +157,7 @@ def test_where_the_gradient_has_one_element_the_output_is_what_it_was_there(dtyp
 
 
 def test_a_gradient_may_be_a_view(rows):
-    """Some heads of several, and one number for all elements, as the gradient of a sum is."""
+    """It may be a slice of heads, or one value expanded like the gradient of a sum."""
     out, dout = (x.float() for x in rows)
     heads = dout[:, :, 1:]
     assert torch.equal(
@@ -166,24 +168,24 @@ def test_a_gradient_may_be_a_view(rows):
     torch.testing.assert_close(delta(output_with(delta(out, ones), ones), ones), delta(out, ones))
 
 
-def test_it_does_not_overflow_in_float16():
-    """Where the sum over a head would: no element is much longer than the output it stands for."""
+def test_output_with_does_not_overflow_in_float16():
+    """The sum over a head would, in a single element; so delta is distributed over all elements."""
     out = torch.full((1, 3, 2, 128), 3e3, dtype=torch.float16)
     dout = torch.full_like(out, 0.5)
-    like = output_with(delta(out, dout), dout)
-    assert like.isfinite().all()
-    torch.testing.assert_close(delta(like, dout), delta(out, dout), rtol=2**-20, atol=0)
+    result = output_with(delta(out, dout), dout)
+    assert result.isfinite().all()
+    torch.testing.assert_close(delta(result, dout), delta(out, dout), rtol=2**-20, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_a_delta_that_is_not_finite_is_not_hidden(rows, dtype):
+def test_a_delta_that_is_not_finite_propagates(rows, dtype):
     dout = rows[1].to(dtype)
     for wrong in (torch.inf, torch.nan):
-        like = output_with(torch.full((B, H, L), wrong, dtype=accumulation_dtype(dtype)), dout)
-        assert not delta(like, dout)[..., [1, 2, 4]].isfinite().any()
+        result = output_with(torch.full((B, H, L), wrong, dtype=accumulation_dtype(dtype)), dout)
+        assert not delta(result, dout)[..., [1, 2, 4]].isfinite().any()
 
 
-def test_an_output_and_what_stands_in_for_one_are_read_alike(rows):
+def test_an_output_and_its_known_delta_are_interchangeable(rows):
     out, dout = rows
     known = KnownDelta(delta(out, dout), dout)
     assert output_of(out) is out

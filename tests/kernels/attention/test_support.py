@@ -1,4 +1,4 @@
-"""The support table is true: every TESTED cell is tested here, and every refused one has its message."""
+"""The support table is true: TESTED cells are tested here, and refused ones have their message."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def check_grouped_heads(kernel: str) -> None:
 
 
 def check_sinks(kernel: str) -> None:
-    """Output and gradients equal those of a softmax with one more column; so does the sink's gradient."""
+    """Output and all gradients, the sink's too, equal those of a softmax with one more column."""
     q, k, v, dout = oracle.random_inputs(1, 60, 4, 4, torch.float32)
     out, lse = (x.requires_grad_() for x in _forward(kernel, q, k, v, dout))
     sink_H = torch.linspace(-2, 2, 4).requires_grad_()
@@ -65,7 +65,7 @@ def _forward(kernel: str, q, k, v, dout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
-    """The results by definition, and the gradients that autograd passes back to the ring through ``with_sink``."""
+    """Compute the results by definition, and the ring's gradients through ``with_sink``."""
     dout_of_ring, dlse, dsink = torch.autograd.grad(
         with_sink(out, lse, sink_H), (out, lse, sink_H), dout
     )
@@ -130,9 +130,10 @@ COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True
 
 
 def choose_with(kernel: str, feature: Feature, device: str):
-    """Require a feature as a run does: dtypes and head dims through the tensors, the others by name.
+    """Require a feature as a run does: dtypes and head dims through tensors, the others by name.
 
-    The rest of the run is supported by the kernel: float32 if possible, else bfloat16, and a head dim of 64.
+    The rest of the run is supported by the kernel: float32 if possible, else bfloat16, and a head
+    dim of 64.
     """
     refuses_float32 = isinstance(support(kernel, device, Feature.FLOAT32), Unsupported)
     dtype = DTYPES.get(feature, torch.bfloat16 if refuses_float32 else torch.float32)

@@ -29,10 +29,11 @@ def window(length: int, width: int) -> KeyRanges:
 
 
 def packed(documents: list[tuple[int, int, bool]], width: int = 1000) -> KeyRanges:
-    """The key ranges of a hop with packed documents and a window.
+    """Return the key ranges of a hop with packed documents and a window.
 
-    documents: for each the number of queries, how many more keys it has, and whether its keys are one
-        token after the queries (so that query i sees i keys of it) instead of at or before them (i + 1).
+    documents: for each the number of queries, how many more keys it has, and whether its keys are
+        one token after the queries (so that query i sees i keys of it) instead of at or before them
+        (i + 1).
     """
     lo, hi = [], []
     first = 0
@@ -50,12 +51,12 @@ def length(span: slice) -> int:
 
 
 def area(tiles: tuple[Tile, ...]) -> int:
-    """The number of pairs that a kernel computes, masked ones included."""
+    """Count the pairs that a kernel computes, masked ones included."""
     return sum(length(tile.queries) * length(tile.keys) for tile in tiles)
 
 
 def covered(key_ranges: KeyRanges, tiling: Tiling, keys: int) -> torch.Tensor:
-    """How many tiles cover each (query, key) pair."""
+    """Count the tiles that cover each (query, key) pair."""
     count_LM = torch.zeros(len(key_ranges.lo), keys, dtype=torch.int64)
     for tile in key_ranges.tiles(tiling):
         part = count_LM[tile.queries, tile.keys]
@@ -79,7 +80,8 @@ def cumulative(steps: list[int]) -> list[int]:
     return torch.tensor(steps, dtype=torch.int64).cumsum(0).tolist()
 
 
-# Steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and windows.
+# Steps of lo and hi along the queries; many of them 0, as in documents, or 1, as in triangles and
+# windows.
 steps = st.lists(
     st.tuples(*[st.one_of(st.just(0), st.just(1), st.integers(0, 9))] * 2), max_size=40
 )
@@ -88,7 +90,8 @@ stepped = steps.map(
         cumulative([lo for lo, _ in pairs]), cumulative([hi for _, hi in pairs])
     )
 )
-# Documents as a striped ring splits them: the ranks' shares differ by one token at most and may be empty.
+# Documents as a striped ring splits them: the ranks' shares differ by one token at most and may be
+# empty.
 documents = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1), st.booleans()), max_size=8)
 any_key_ranges = st.one_of(
     stepped, st.builds(packed, documents, st.one_of(st.just(1000), st.integers(1, 12)))
@@ -139,7 +142,7 @@ def test_visible_pairs_are_counted(key_ranges):
 
 
 def drawn(key_ranges: KeyRanges, tiling: Tiling) -> list[str]:
-    """The rows of the picture in the docstring of tiles.py."""
+    """Draw the rows of the picture in the docstring of tiles.py."""
     picture = [["."] * len(key_ranges.lo) for _ in key_ranges.lo]
     for tile in key_ranges.tiles(tiling):
         visible = key_ranges.visible(tile).tolist()
@@ -154,7 +157,7 @@ def drawn(key_ranges: KeyRanges, tiling: Tiling) -> list[str]:
 
 def test_the_examples_in_the_documentation_are_what_is_computed():
     tiling = Tiling(rows=2, split_triangles=True)
-    rows = zip(drawn(causal(8), tiling), drawn(window(10, 5), tiling))
+    rows = zip(drawn(causal(8), tiling), drawn(window(8, 5), tiling))
     for left, right in rows:
         assert f"    {left}          {right}" in tiles_module.__doc__
 
@@ -162,7 +165,7 @@ def test_the_examples_in_the_documentation_are_what_is_computed():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("tokens", [128, 129, 1000, 4096])
 def test_a_split_triangle_has_few_tiles_and_little_waste(tokens, strict):
-    """At most two tiles for every 128 queries, and no pairs computed beyond those of tiles on the diagonal."""
+    """There are at most two tiles for every 128 queries; only those on the diagonal waste work."""
     key_ranges = causal(tokens, strict)
     tiles = key_ranges.tiles(Tiling(128, split_triangles=True))
     assert len(tiles) <= 2 * -(-tokens // 128)
@@ -172,7 +175,7 @@ def test_a_split_triangle_has_few_tiles_and_little_waste(tokens, strict):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("tokens", [1, 128, 129, 1000, 4096])
 def test_a_triangle_needs_no_mask(tokens, strict):
-    """A single tile if it is not split, else smaller triangles and the rectangles beside them."""
+    """It is one tile, or when split smaller triangles and the rectangles beside them."""
     whole, split = (causal(tokens, strict).tiles(Tiling(128, split)) for split in (False, True))
     assert [tile.kind for tile in whole] == [TileKind.CAUSAL] * (tokens > strict)
     assert TileKind.MASKED not in {tile.kind for tile in split}
@@ -196,7 +199,7 @@ def test_a_window_has_few_tiles_and_little_waste(width):
 
 
 def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
-    """The key ranges of all hops of a striped ring over packed documents of these lengths."""
+    """Return the key ranges of all hops of a striped ring over documents of these lengths."""
     starts = tuple(itertools.accumulate(lengths[:-1], initial=0))
     layout = Layout("striped", sum(lengths) + -sum(lengths) % ring_size, ring_size)
     mask = Mask(document_starts=starts)
@@ -210,7 +213,7 @@ def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
     tokens=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=6),
 )
 def test_documents_longer_than_a_tile_need_no_mask_in_a_striped_ring(ring_size, tiling, tokens):
-    """Split at their borders they are triangles, the smallest possible number of tiles, or rectangles beside them."""
+    """Split at their borders, they are one triangle each, or split triangles with rectangles."""
     for key_ranges in striped_hops(
         ring_size, [(tiling.rows + 1) * ring_size + more for more in tokens]
     ):
@@ -225,7 +228,7 @@ def test_documents_longer_than_a_tile_need_no_mask_in_a_striped_ring(ring_size, 
     lengths=st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=60),
 )
 def test_short_documents_share_tiles(ring_size, rows, lengths):
-    """At most three tiles for every ``rows`` queries, however many documents there are."""
+    """There are at most three tiles for every ``rows`` queries, for any number of documents."""
     for key_ranges in striped_hops(ring_size, lengths):
         tiles = key_ranges.tiles(Tiling(rows, split_triangles=True))
         assert len(tiles) <= 3 * -(-len(key_ranges.lo) // rows)

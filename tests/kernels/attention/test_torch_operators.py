@@ -1,4 +1,4 @@
-"""Torch's operators for CUDA, cuDNN's included: parity with stand-ins for them, and their schemas without data."""
+"""Torch's operators for CUDA, cuDNN's included: parity of stand-ins, and schemas without data."""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""Triton's kernel in Triton's interpreter, with tiles so small that short hops have skipped, full and partial ones.
+"""Triton's kernel in Triton's interpreter.
 
-The interpreter is correct for float32 and wrong for products of bfloat16, so the kernel upcasts them
-there: what is tested against the oracle is the kernel's arithmetic and masks, not a GPU's.
+Tiles are so small that short hops have skipped, full and partial ones. The interpreter is correct
+for float32 and wrong for products of bfloat16, so the kernel upcasts them there: the tests cover
+the kernel's arithmetic and masks, not a GPU's.
 """
 
 import pytest
@@ -77,7 +78,7 @@ MASKS = {
     ("ring_size", "mask_name"), [(4, "causal"), (3, "a window"), (2, "documents")]
 )
 def test_rings_match_the_oracle(ring_size, mask_name):
-    """The state continues over hops, gradients travel with their keys; grouped heads and a gradient of lse."""
+    """The state continues over hops, and gradients travel; grouped heads and a gradient of lse."""
     inputs = oracle.random_inputs(2, 60, 4, 2, torch.bfloat16)
     mask, document_BS = MASKS[mask_name]
     dlse = oracle.random_dlse(inputs[0])

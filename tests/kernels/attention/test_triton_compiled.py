@@ -1,4 +1,4 @@
-"""Triton's kernels as machine code: the properties a fast kernel must have, as far as machine code shows them."""
+"""Triton's kernels as machine code: the properties of a fast kernel that machine code shows."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# Bytes of shared memory that one program may use, by compute capability: 163 KiB on A100, 227 KiB on
-# H100 (CUDA C++ Programming Guide, technical specifications by compute capability).
+# Bytes of shared memory that one program may use, by compute capability: 163 KiB on A100, 227 KiB
+# on H100 (CUDA C++ Programming Guide, technical specifications by compute capability).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -54,7 +54,7 @@ def does_not_spill_in_loops(case: dict) -> bool:
 
 
 def uses_the_matrix_instructions_of_its_gpu(case: dict) -> bool:
-    """wgmma, by whole warp groups, on Hopper; mma.sync on Ampere and where warps do not hold whole rows."""
+    """Hopper uses wgmma, by warp groups; Ampere, and warps with partial rows, use mma.sync."""
     hopper = case["architecture"] == 90 and key(case) not in EXCHANGED
     expected, other = ("wgmma", "mma") if hopper else ("mma", "wgmma")
     return case[expected] > 0 and case[other] == 0
@@ -66,7 +66,7 @@ def computes_no_product_twice(case: dict) -> bool:
 
 
 def keeps_weights_in_registers(case: dict) -> bool:
-    """A warp that holds whole rows multiplies its own weights, without a detour through shared memory."""
+    """A warp with whole rows multiplies its own weights, without a detour through shared memory."""
     return key(case) in EXCHANGED or all(across == 1 for _, across in case["warps_of_products"])
 
 

@@ -1,4 +1,4 @@
-"""Packed calls compute all tiles that need no mask, each once, with sequences that follow without a gap."""
+"""Packed calls compute all unmasked tiles, each once, with sequences that leave no gap."""
 
 import itertools
 
@@ -21,7 +21,7 @@ BY_DOCUMENT = Tiling(1024, split_triangles=False, split_documents=True)
 
 
 def computed_pairs(call: VarlenCall, shape: torch.Size) -> torch.Tensor:
-    """The (query, key) pairs that a packed call computes, causal from the bottom right as in flash-attn."""
+    """Return the pairs that a packed call computes, causal from the bottom right."""
     computed_LM = torch.zeros(shape, dtype=torch.int64)
     inside = computed_LM[call.queries, call.keys]
     queries, keys = call.cu_seqlens(samples=1)

@@ -1,4 +1,4 @@
-"""Stand-ins for torch's attention operators for CUDA, registered under their schemas for tensors on a CPU."""
+"""Stand-ins for torch's attention operators for CUDA, registered under their schemas on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

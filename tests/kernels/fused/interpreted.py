@@ -1,10 +1,13 @@
-"""Run Liger-Kernel in Triton's interpreter, which from Triton 3.6 to 3.9 lacks two things that its kernels need.
+"""Run Liger-Kernel in Triton's interpreter.
 
-- Float arguments of a kernel are float32 scalars when compiled, but Python floats in the interpreter.
+From Triton 3.6 to 3.9 the interpreter lacks two things that its kernels need:
+
+- Float arguments of a kernel are float32 scalars when compiled, but Python floats in the
+  interpreter.
 - Functions of libdevice have no implementation there.
 
-Products of two bfloat16 numbers are wrong in the interpreter, which affects only SwiGLU's forward. A
-dispatch mode does not see what a compiled kernel writes; so that it does not here either, the
+Products of two bfloat16 numbers are wrong in the interpreter, which affects only SwiGLU's forward.
+A dispatch mode does not see what a compiled kernel writes; so that it does not here either, the
 interpreter's copies back are hidden.
 """
 

@@ -1,6 +1,7 @@
-"""Stand-ins in torch for functions of flash-attn and Apex: the same parameters, requirements and rounding.
+"""Stand-ins in torch for functions of flash-attn and Apex, with their parameters and rounding.
 
-Written from flash-attn 2.8.3 and NVIDIA Apex at 014f30f and 8b19c3f, neither of which runs without a GPU.
+Written from flash-attn 2.8.3 and NVIDIA Apex at 014f30f and 8b19c3f, neither of which runs without
+a GPU.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from torch.nn import functional
 def import_with_stand_ins(
     monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict], wrapper: str
 ) -> ModuleType:
-    """Import our module ``wrapper`` while ``modules`` have the stand-ins; ``monkeypatch`` removes both again."""
+    """Import our module ``wrapper`` with stand-ins in ``modules``; ``monkeypatch`` removes both."""
     names = {module.rsplit(".", n)[0] for module in modules for n in range(module.count(".") + 1)}
     for name in names:
         module = ModuleType(name)
@@ -51,7 +52,8 @@ def layer_norm_fn(
 
 
 def apply_rotary_emb(
-    x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None
+    x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,
+    max_seqlen=None,
 ):  # fmt: skip
     seqlen_ro, half = cos.shape
     assert sin.shape == cos.shape
@@ -90,8 +92,8 @@ class _FlashCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_loss(
-    logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0,
-    ignore_index=-100, inplace_backward=False, process_group=None,
+    logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0,
+    lse_square_scale=0.0, ignore_index=-100, inplace_backward=False, process_group=None,
 ):  # fmt: skip
     assert labels.shape == (len(logits),)
     losses = _FlashCrossEntropy.apply(logits, labels, ignore_index, inplace_backward)

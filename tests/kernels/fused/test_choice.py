@@ -1,4 +1,4 @@
-"""Which library computes which operation. Liger-Kernel is installed for the tests; the others have stand-ins."""
+"""Which library computes which operation; Liger-Kernel is installed, the others have stand-ins."""
 
 import importlib.metadata
 import sys
@@ -55,7 +55,7 @@ def libraries(
 
 
 def refusal(requested: str, required=LLAMA, device="cuda", dtype=torch.bfloat16) -> str:
-    """The message of the error."""
+    """Return the message of the error."""
     with pytest.raises(KernelUnavailable) as error:
         choose(requested, device, dtype, required)
     (message,) = error.value.problems

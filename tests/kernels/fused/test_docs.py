@@ -10,7 +10,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "fused.md").read_text()
 
 
 def word(offer: Offer, notes: list[str]) -> str:
-    """The word for a cell, its dtype if there is only one, and the numbers of its notes."""
+    """Return the word for a cell, its dtype if there is only one, and the numbers of its notes."""
     no_bfloat16 = offer.reason if torch.bfloat16 not in offer.dtypes else ""
     reasons = [reason for reason in (no_bfloat16, offer.varies) if reason]
     notes += [reason for reason in reasons if reason not in notes]

@@ -1,4 +1,4 @@
-"""Every operation of every library that supports it, forward and backward, against float64: the cells of the table."""
+"""Every supported cell of the table, forward and backward, against float64."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def functions(library, request, monkeypatch) -> Operations:
 
 
 def each_cell(*operations: Operation):
-    """Parametrize over every library that supports an operation, in every dtype that it supports."""
+    """Parametrize over every library that supports an operation, and every supported dtype."""
     cells = [
         (operation, library, dtype)
         for operation in operations
@@ -53,9 +53,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def check(
     function: Callable, formula: Callable, inputs: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """Compare outputs and gradients with the formula's in float64, both for the inputs rounded to ``dtype``.
+    """Compare outputs and gradients with the formula's in float64.
 
-    Forward must not write to its inputs.
+    Both get the inputs rounded to ``dtype``. Forward must not write to its inputs.
     """
     rounded = [x.to(dtype).requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in rounded]
@@ -100,7 +100,7 @@ def test_norms_match_the_formula(operation, library, dtype, functions):
 )
 @each_cell(Operation.ROPE)
 def test_rope_multiplies_complex_numbers(operation, library, dtype, positions, functions):
-    """Elements i and i + D/2 are a complex number; samples have positions of their own or share them."""
+    """Elements i and i + D/2 are a complex number; positions are per sample or shared."""
     rotation = Rope(12, 10000.0, "yarn", 4.0, 64).rotation(positions)
     factor = torch.complex(rotation.cos_lP.double(), rotation.sin_lP.double()).unsqueeze(-2)
 
@@ -164,7 +164,7 @@ def test_the_loss_of_an_invalid_target_is_not_finite(invalid, targets_c1, librar
 
 
 def misrounded(functions: Operations, operation: Operation) -> float:
-    """The share of float16 results that are not the exact ones rounded once."""
+    """Return the share of float16 results that are not the exact ones rounded once."""
     dtype = torch.float16
     if operation is Operation.ROPE:
         rotation = Rope(32, 10000.0).rotation(torch.arange(30))
@@ -187,7 +187,7 @@ each_rounded_operation = pytest.mark.parametrize(
 @each_rounded_operation
 @pytest.mark.parametrize("library", ["torch", "liger", "flash-attn"])
 def test_results_are_rounded_once(operation, library, functions):
-    """The tolerances do not show this: the default of Liger's RMSNorm, which rounds twice, is within them."""
+    """Tolerances do not show this: Liger's default RMSNorm, which rounds twice, is within them."""
     assert misrounded(functions, operation) < 2e-3
 
 
@@ -201,7 +201,7 @@ def test_operations_that_round_more_often_are_supported_only_in_float32(
 
 
 def test_torchs_fused_adamw_follows_the_formula():
-    """Loshchilov and Hutter 2019, algorithm 2, in the form documented by torch: the only AdamW in the table."""
+    """Loshchilov and Hutter 2019, algorithm 2, as documented by torch; the only supported AdamW."""
     lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.95, 1e-8, 0.1
     weight = normal(50).float().requires_grad_()
     exact = weight.detach().double()

@@ -71,12 +71,12 @@ def backward(
 
 
 def _log2(lse_BHL: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp in base 2; +inf for queries that saw nothing, so that no key gets any weight."""
+    """Convert to base 2; +inf for queries that saw nothing, which gives them no weight."""
     return torch.where(lse_BHL.isneginf(), torch.inf, lse_BHL * LOG2_E.value).contiguous()
 
 
 def _token_stride_in_heads(*sums_BLHD: torch.Tensor) -> int:
-    """The distance of two tokens in memory, in heads: the sums may be some heads of contiguous tensors."""
+    """Return the distance of two tokens in memory, in heads; sums may be slices of heads."""
     batch, tokens, _, head_dim = sums_BLHD[0].shape
     sample_stride, token_stride, head_stride, element_stride = sums_BLHD[0].stride()
     adjacent = (head_stride, element_stride, token_stride % head_dim) == (head_dim, 1, 0)

@@ -1,8 +1,8 @@
 """Backward of one hop, from the final log-sum-exp and delta: one kernel for dQ, one for dK and dV.
 
-FlashAttention 2 (Dao 2023, section 3.2) without its atomics: exactly one program adds to each sum, in
-a fixed order, so results are bitwise deterministic; for that, scores are computed twice. Gradients
-are added to float32 buffers, which for dK and dV travel with their keys.
+FlashAttention 2 (Dao 2023, section 3.2) without its atomics: exactly one program adds to each sum,
+in a fixed order, so results are bitwise deterministic; for that, scores are computed twice.
+Gradients are added to float32 buffers, which for dK and dV travel with their keys.
 
 Suffixes: Q queries, K keys of a tile or block, D the padded head dim.
 """
@@ -27,7 +27,7 @@ def backward_hop_queries(
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dQ of one tile of queries of one head of one sample, in the order of forward.
+    """One program computes dQ of one tile of queries of one head of one sample, in forward's order.
 
     log2_lse: (batch, heads, queries) float32, in base 2, and +inf where a query saw nothing.
     heads_in_sums: the distance of two tokens of dq in memory, in heads.
@@ -59,9 +59,8 @@ def backward_hop_queries(
             dq_QD, q_QD, dout_QD, lse_Q, delta_Q, k, v, lo_Q, hi_Q, sample, keys, groups, group,
             unmasked_to, stop, scale, True, HEAD_DIM, PADDED, BLOCK_K, UPCAST,
         )  # fmt: skip
-        add(
-            dq, sample, queries, heads_in_sums, head, start, dq_QD * scale, BLOCK_Q, HEAD_DIM, PADDED
-        )  # fmt: skip
+        dq_QD = dq_QD * scale
+        add(dq, sample, queries, heads_in_sums, head, start, dq_QD, BLOCK_Q, HEAD_DIM, PADDED)
 
 
 @triton.jit
@@ -100,7 +99,8 @@ def backward_hop_keys(
     """One program computes dK and dV of one tile of keys of one key-value head of one sample.
 
     It loops over the query heads of its key-value head.
-    query_from, query_to: (keys,) int32. A key is seen by the queries [from, to): lo and hi, transposed.
+    query_from, query_to: (keys,) int32. A key is seen by the queries [from, to): lo and hi,
+        transposed.
     heads_in_sums: the distance of two tokens of dk and dv in memory, in heads.
     """
     start = tl.program_id(0) * BLOCK_K
@@ -140,7 +140,7 @@ def _loop_over_queries(
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Accumulate dK, not yet scaled, and dV over the queries [start, stop) of one head in whole blocks."""
+    """Accumulate dK, not yet scaled, and dV over the queries [start, stop) of one head."""
     for block in range(start, stop, BLOCK_Q):
         rows = block + tl.arange(0, BLOCK_Q)
         q_QD = load(
@@ -163,7 +163,7 @@ def _loop_over_queries(
 
 @triton.jit
 def _load_lse_and_delta(log2_lse, delta, sample, heads, head, queries, rows):
-    """The log-sum-exp and delta of these queries; +inf and 0 for a row after the last, so it has no weight."""
+    """Load the log-sum-exp and delta of queries; +inf and 0, hence no weight, after the last."""
     at = (sample.to(tl.int64) * heads + head) * queries + rows
     exists = rows < queries
     lse_Q = tl.load(log2_lse + at, mask=exists, other=float("inf"))

@@ -22,13 +22,14 @@ class Blocks(NamedTuple):
     stages: int
 
     def settings(self, head_dim: int) -> dict[str, Any]:
-        """The compile-time arguments of a launch."""
+        """Return the compile-time arguments of a launch."""
         return {
             "HEAD_DIM": head_dim,
             "PADDED": max(16, triton.next_power_of_2(head_dim)),
             "BLOCK_Q": self.block_q,
             "BLOCK_K": self.block_k,
-            "UPCAST": triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
+            # The interpreter's bfloat16 products are wrong.
+            "UPCAST": triton.knobs.runtime.interpret,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -68,13 +69,13 @@ TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
 
 
 def generation_of(device: torch.device) -> Generation:
-    """The generation whose tiles fit a device: hopper where a program may use 227 KiB of shared memory, else ampere."""
+    """Return whose tiles fit a device: hopper's for 227 KiB of shared memory, else ampere's."""
     if device.type == "cpu":  # the interpreter
         return "ampere"
     return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
 
 
 def blocks_for(kernel: Kernel, head_dim: int, generation: Generation) -> Blocks:
-    """The sizes for a head dim of at most 256; a head dim that is not in the table uses the next larger one."""
+    """Return the sizes for a head dim up to 256: those of the next larger one in the table."""
     table = TABLE[generation][kernel]
     return next(sizes for largest, sizes in table.items() if head_dim <= largest)

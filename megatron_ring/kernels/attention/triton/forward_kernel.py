@@ -1,7 +1,8 @@
-"""Forward of one hop: read the running softmax, continue it over the keys of the hop, and write it back.
+"""Forward of one hop: read the running softmax, continue it over the hop's keys, write it back.
 
-FlashAttention 2 (Dao 2023, section 3.1), with the state of Ring Attention's blockwise softmax (Liu et
-al. 2023, section 3) carried from hop to hop in float32, so nothing is rounded or merged between hops.
+FlashAttention 2 (Dao 2023, section 3.1), with the state of Ring Attention's blockwise softmax (Liu
+et al. 2023, section 3) carried from hop to hop in float32, so nothing is rounded or merged between
+hops.
 
 Suffixes: Q queries of a tile, K keys of a block, D the padded head dim.
 """

@@ -1,7 +1,7 @@
-"""Functions shared by the Triton kernels of a hop: access to tiles of tokens x one head, and the loop bounds of a tile.
+"""Functions shared by the Triton kernels: access to tiles of tokens x one head, and loop bounds.
 
-Tensors are (batch, tokens, heads, head dim), contiguous or some heads of a contiguous tensor. A head
-dim that is not a power of two is padded to one in registers only.
+Tensors are (batch, tokens, heads, head dim), contiguous or some heads of a contiguous tensor. A
+head dim that is not a power of two is padded to one in registers only.
 
 HEAD_DIM is the head dim, PADDED the next power of two, BLOCK the tokens of a tile.
 """
@@ -15,9 +15,10 @@ def pointers(
     base, sample, tokens, heads, head, start,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
+    """Return pointers to one head of the BLOCK tokens from ``start``: (BLOCK, PADDED).
 
-    The first is 64-bit, because a shard may have more than 2**31 elements; offsets from it are 32-bit.
+    The first is 64-bit, because a shard may have more than 2**31 elements; offsets from it are
+    32-bit.
     """
     first = base + ((sample.to(tl.int64) * tokens + start) * heads + head) * HEAD_DIM
     rows = tl.arange(0, BLOCK) * (heads * HEAD_DIM)
@@ -26,7 +27,7 @@ def pointers(
 
 @triton.jit
 def inside(tokens, start, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Which elements of such a tile exist: tokens before the last and elements within the head dim."""
+    """Return which elements of a tile exist: of existing tokens and within the head dim."""
     rows = start + tl.arange(0, BLOCK) < tokens
     columns = tl.arange(0, PADDED) < HEAD_DIM
     return rows[:, None] & columns[None, :]
@@ -40,7 +41,8 @@ def load(
 ):  # fmt: skip
     """Load a tile, with 0 for elements that do not exist.
 
-    WHOLE: all of its tokens exist. UPCAST: convert to float32, which the interpreter's products need.
+    WHOLE: all of its tokens exist. UPCAST: convert to float32, which the interpreter's products
+    need.
     """
     at = pointers(base, sample, tokens, heads, head, start, BLOCK, HEAD_DIM, PADDED)
     if WHOLE and HEAD_DIM == PADDED:
@@ -63,7 +65,7 @@ def add(
 
 @triton.jit
 def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The loop of the tile of BLOCK rows from ``start`` over the columns it sees, in whole blocks of STEP.
+    """Return the loop of BLOCK rows from ``start`` over their visible columns, in steps of STEP.
 
     Rows and columns are queries and keys with the key ranges, or keys and queries with the query
     ranges: lo and hi are non-decreasing in both. Returns (first, unmasked_from, unmasked_to, stop).
@@ -82,7 +84,7 @@ def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def load_ranges(lo, hi, indices, rows):
-    """The ranges [lo, hi) of these rows; empty for a row after the last."""
+    """Load the ranges [lo, hi) of these rows; empty for a row after the last."""
     exists = indices < rows
     lo_of_rows = tl.load(lo + indices, mask=exists, other=0)
     hi_of_rows = tl.load(hi + indices, mask=exists, other=0)
@@ -91,5 +93,5 @@ def load_ranges(lo, hi, indices, rows):
 
 @triton.jit
 def visible(lo, hi, columns):
-    """Whether a row's range [lo, hi) contains a column; rows and columns are along different dims."""
+    """Return whether a row's range [lo, hi) has a column, which is along another dim."""
     return (lo <= columns) & (columns < hi)
