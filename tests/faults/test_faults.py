@@ -33,7 +33,11 @@ training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 6, eval_ite
 checkpoint: {{save: saved, load: saved, save_interval: 3}}
 logging: {{metrics_file: metrics.jsonl}}
 """
-STALLED, STOPPED, BAD_OPTIONS, BAD_DATA, BAD_CHECKPOINT = 76, 75, 2, 3, 4
+BAD_OPTIONS = 2
+BAD_DATA = 3
+BAD_CHECKPOINT = 4
+STOPPED = 75
+STALLED = 76
 KILLED = -signal.SIGKILL
 
 RANK = r"rank {} \(\S+, pid \d+\)"

@@ -136,7 +136,8 @@ def test_two_runs_have_the_same_metrics_and_checkpoints_bit_for_bit(folder):
         )
         assert [code for code, _ in results] == [0, 0], results
         assert "".join(output for _, output in results).count("deterministic    bitwise") == 1
-    first, again = folder / "first", folder / "again"
+    first = folder / "first"
+    again = folder / "again"
     assert len(metrics(first / "metrics.jsonl")) == 4 + 3
     assert metrics(first / "metrics.jsonl") == metrics(again / "metrics.jsonl")
     assert len(tensors(first)) > 0

@@ -142,11 +142,9 @@ def test_ranks_without_a_label_change_nothing(prefix):
         )
 
 
-TENSOR, PIPE, MICRO = (
-    {"tensor_model_parallel_size": 2},
-    {"pipeline_model_parallel_size": 2},
-    {"micro_batch_size": 2},
-)
+TENSOR = {"tensor_model_parallel_size": 2}
+PIPE = {"pipeline_model_parallel_size": 2}
+MICRO = {"micro_batch_size": 2}
 BF16 = {
     **{f"ring, ZeRO {stage}": {"training": {"zero_stage": stage}} for stage in (0, 1, 2, 3)},
     **{
