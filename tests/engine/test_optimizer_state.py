@@ -10,7 +10,7 @@ from megatron_ring.engine.optimizer_state import loss_scale, set_loss_scale
 
 
 def zero_optimizer() -> SimpleNamespace:
-    """The part of ZeRO's fp16 optimizers that holds the scale; fp16 does not train on a CPU."""
+    """Return the part of ZeRO's fp16 optimizers that holds the scale; CPUs do not train fp16."""
     return SimpleNamespace(
         loss_scaler=DynamicLossScaler(
             2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
@@ -19,7 +19,7 @@ def zero_optimizer() -> SimpleNamespace:
 
 
 def half_precision_optimizer() -> SimpleNamespace:
-    """The part of the fp16 optimizer without ZeRO that holds the scale."""
+    """Return the part of the fp16 optimizer without ZeRO that holds the scale."""
     return SimpleNamespace(loss_scale_config=LossScaleConfig(torch.float16, True, 1.0, None))
 
 

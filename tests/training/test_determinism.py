@@ -31,7 +31,7 @@ TIMED = {"tokens_per_second", "step_seconds", "data_seconds"}
 
 @pytest.fixture
 def environ(monkeypatch) -> dict[str, str]:
-    """An environment of the test's own, empty at first."""
+    """Return an environment of the test's own, empty at first."""
     monkeypatch.setattr(os, "environ", {})
     return os.environ
 
@@ -116,7 +116,7 @@ def metrics(file: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's tensors, by file."""
+    """Return the bytes of a checkpoint's tensors, by file."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*.safetensors"))

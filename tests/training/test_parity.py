@@ -50,7 +50,7 @@ def prefix(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(prefix) -> torch.Tensor:
-    """(steps, 2): loss and gradient norm."""
+    """Return (steps, 2): loss and gradient norm."""
     return torch.tensor(run_ranks(1, train_on_one_process, prefix)[0], dtype=torch.float64)
 
 
@@ -63,7 +63,7 @@ def packed(model: dict, **parallel) -> dict:
 
 
 def ragged(**parallel) -> dict:
-    """Samples of 47 tokens, packed, which neither 2, 3 nor 4 ranks share evenly."""
+    """Return samples of 47 tokens, packed, which neither 2, 3 nor 4 ranks share evenly."""
     # The table of positions has no row for padding tokens after the end.
     model = {"position_embedding_type": "learned_absolute"}
     return {"model": model, "data": PACKED | {"seq_length": 47}, "parallel": parallel}
@@ -174,7 +174,7 @@ def test_bf16_follows_fp32(case, bf16, one_process):
 
 @pytest.fixture(scope="module")
 def bf16(prefix) -> dict[str, torch.Tensor]:
-    """(steps, 2) of each case, on two ranks: loss and gradient norm."""
+    """Return (steps, 2) of each case, on two ranks: loss and gradient norm."""
     found = run_ranks(
         2, train_all, prefix, {name: in_bf16(sections) for name, sections in BF16.items()}
     )[0]
