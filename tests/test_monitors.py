@@ -30,7 +30,7 @@ Figures = dict[tuple[str, int], float]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder of two ranks that have trained, validated and tested with every monitor."""
+    """Return the folder of two ranks that have trained, validated and tested with every monitor."""
     folder = working_folder(tmp_path_factory.mktemp("work"), SMALL)
     port = free_port()
     ranks = [
@@ -59,7 +59,7 @@ def _monitor_name(key: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    """False for null (not finite) and for lists (of hops), which monitors cannot show."""
+    """Return False for null (not finite) and for lists (of hops), which monitors cannot show."""
     return isinstance(value, int | float)
 
 

@@ -75,7 +75,7 @@ def run_one_process(*flags: str, folder: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working directory with small.yaml and a prepared store, text/tokens."""
+    """Return a working directory with small.yaml and a prepared store, text/tokens."""
     return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(folder) -> str:
-    """The output of rank 0 of two."""
+    """Return the output of rank 0 of two."""
     port = free_port()
     ranks = [start_rank(rank, port, folder, FLAGS) for rank in range(2)]
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]

@@ -294,15 +294,16 @@ class Engine:
             self.engine.step()
 
     def _own_loss(self) -> torch.Tensor:
-        """This rank's share of the last step's loss; not finite if this rank's own loss is not.
+        """Return this rank's share of the last step's loss.
 
-        It is 0 on tensor ranks after the first, which share the first one's loss.
+        It is not finite if this rank's own loss is not, and 0 on tensor ranks after the first,
+        which share the first one's loss.
         """
         is_first_tensor_rank = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
         return self._step_loss_sum() / self.averaged_over * is_first_tensor_rank
 
     def _step_loss_sum(self) -> torch.Tensor:
-        """The micro-batch losses that ``_run_step`` has added up on this rank."""
+        """Return the micro-batch losses that ``_run_step`` has added up on this rank."""
         return self._loss_so_far
 
     def _grad_norm(self) -> float:
@@ -316,14 +317,14 @@ class Engine:
         return norm if norm >= 0 else math.nan
 
     def _norm_for_gate(self) -> float:
-        """The norm; 0 under a dynamic loss scale.
+        """Return the norm, or 0 under a dynamic loss scale.
 
         A non-finite norm is an overflow of the loss scale there, which DeepSpeed handles itself.
         """
         return 0.0 if loss_scale(self.engine.optimizer) else self._grad_norm()
 
     def _global_loss_sum(self, batches: list[Batch]) -> torch.Tensor:
-        """The loss summed over a global batch, over all ranks; blocks."""
+        """Return the loss summed over a global batch, over all ranks; blocks."""
         return self.groups.sum(sum(self._loss_sum(batch) for batch in batches))
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
@@ -357,7 +358,7 @@ def _start_monitors(config: dict[str, Any]) -> dict[str, Monitor]:
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:
-    """The targets of all micro-batches as one int64 vector; it is empty if there are none."""
+    """Return the targets of all micro-batches as one int64 vector, empty if there are none."""
     empty = torch.empty(0, dtype=torch.int64)
     return torch.cat([empty, *(batch.targets_Bl.flatten() for batch in batches)])
 

@@ -174,7 +174,7 @@ class PipelineEngine(Engine):
         self.engine.train_batch(_micro_batches(batches, factor))
 
     def _step_loss_sum(self) -> torch.Tensor:
-        """The last stage's loss; zero on the other stages, which do not compute it."""
+        """Return the last stage's loss; zero on the other stages, which do not compute it."""
         if self.engine.is_last_stage():
             # total_loss (DeepSpeed 0.19.8, runtime/pipe/engine.py): sum over micro-batches of what
             # loss_fn returned. If it changes, see _exec_forward_pass there.

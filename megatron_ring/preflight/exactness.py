@@ -117,7 +117,7 @@ def errors(setup: Setup, groups: ProcessGroups, coordinates: Coordinates) -> Err
 
 
 def _windows(setup: Setup, seq_length: int) -> list[int]:
-    """The windows of the model's layers, shortened to a quarter of the sample."""
+    """Return the windows of the model's layers, shortened to a quarter of the sample."""
     model = setup.config.model
     windows = {min(model.window_of(layer), seq_length // 4) for layer in range(model.num_layers)}
     return sorted(windows)
@@ -141,7 +141,7 @@ def _short_layout(layout: Layout, ulysses: int) -> Layout:
 
 
 def _random_inputs(setup: Setup, tokens: int) -> list[torch.Tensor]:
-    """Standard normal q, k, v and output gradient of a whole sample, with a tensor rank's heads."""
+    """Return random q, k, v and output gradient: standard normal, a tensor rank's heads."""
     model = setup.config.model
     query_heads = share(model.num_attention_heads, setup.grid.tensor)
     key_value_heads = share(model.key_value_heads, setup.grid.tensor)

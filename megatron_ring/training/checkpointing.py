@@ -243,7 +243,8 @@ class _Save:
 
         Raises as Saver.save does.
         """
-        folder, step = self.folder, self.state.step
+        folder = self.folder
+        step = self.state.step
         partial = folder / names.partial_name(step)
         self._on_rank_zero(self._check_lease)
         self._on_rank_zero(lambda: store.prepare(folder, step))

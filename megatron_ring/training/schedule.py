@@ -45,7 +45,8 @@ def change_on_resume(step: int, then: TrainingConfig, now: TrainingConfig) -> st
         return None
     differing = [name for name in _OPTIONS if getattr(then, name) != getattr(now, name)]
     changes = ", ".join(
-        f"{name} {getattr(then, name)} there, {getattr(now, name)} here" for name in differing
+        f"{name} {getattr(then, name)} in the checkpoint, now {getattr(now, name)}"
+        for name in differing
     )
     return (
         f"{last:.3e} at step {step}, {following:.3e} at step {step + 1}, where the checkpoint's "

@@ -42,7 +42,8 @@ def test_losses_of_ranks_with_uneven_counts_average_to_the_token_mean():
 
 
 def test_a_rank_without_counted_tokens_has_zero_loss_and_zero_gradients():
-    hidden, nothing = HIDDEN.clone().requires_grad_(), torch.full((2, 6), IGNORED)
+    hidden = HIDDEN.clone().requires_grad_()
+    nothing = torch.full((2, 6), IGNORED)
     share = head_loss_sum(hidden, WEIGHT, nothing) * token_mean_factor(
         counted_tokens(nothing), averaged_over=4
     )
@@ -70,7 +71,8 @@ def test_gradients_above_the_maximum_norm_are_scaled_down_to_it():
 
 
 def test_a_tied_copy_on_a_later_stage_is_clipped_but_not_counted():
-    first, copy = parameter([3.0]), parameter([4.0], ds_pipe_replicated=True)
+    first = parameter([3.0])
+    copy = parameter([4.0], ds_pipe_replicated=True)
     assert clip_gradients([first, copy], 1.5, ProcessGroups()) == pytest.approx(3.0)
     torch.testing.assert_close(copy.grad, torch.tensor([2.0]))
 

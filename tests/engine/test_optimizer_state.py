@@ -10,7 +10,7 @@ from megatron_ring.engine.optimizer_state import loss_scale, set_loss_scale
 
 
 def zero_optimizer() -> SimpleNamespace:
-    """The part of ZeRO's fp16 optimizers that holds the scale; fp16 does not train on a CPU."""
+    """Return the part of ZeRO's fp16 optimizers that holds the scale; CPUs do not train fp16."""
     return SimpleNamespace(
         loss_scaler=DynamicLossScaler(
             2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
@@ -19,13 +19,14 @@ def zero_optimizer() -> SimpleNamespace:
 
 
 def half_precision_optimizer() -> SimpleNamespace:
-    """The part of the fp16 optimizer without ZeRO that holds the scale."""
+    """Return the part of the fp16 optimizer without ZeRO that holds the scale."""
     return SimpleNamespace(loss_scale_config=LossScaleConfig(torch.float16, True, 1.0, None))
 
 
 def test_a_restored_scaler_continues_as_the_original_does(monkeypatch):
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # rank 0 reports each overflow
-    original, resumed = zero_optimizer(), zero_optimizer()
+    original = zero_optimizer()
+    resumed = zero_optimizer()
     for overflow in (True, True, False):
         original.loss_scaler.update_scale(overflow)
     set_loss_scale(resumed, loss_scale(original))
@@ -37,8 +38,10 @@ def test_a_restored_scaler_continues_as_the_original_does(monkeypatch):
 
 
 def test_the_scale_of_the_optimizer_without_zero_is_restored():
-    original, resumed = half_precision_optimizer(), half_precision_optimizer()
-    original.loss_scale_config.cur_scale, original.loss_scale_config.cur_iter = 128.0, 7
+    original = half_precision_optimizer()
+    resumed = half_precision_optimizer()
+    original.loss_scale_config.cur_scale = 128.0
+    original.loss_scale_config.cur_iter = 7
     set_loss_scale(resumed, loss_scale(original))
     assert vars(resumed.loss_scale_config) == vars(original.loss_scale_config)
 

@@ -83,7 +83,7 @@ def complete_lines(file: Path) -> list[str]:
 
 
 def figures(lines: list[str], up_to: int = STEPS) -> list[dict]:
-    """The records up to a step, without what depends on time."""
+    """Return the records up to a step, without what depends on time."""
     records = [json.loads(line) for line in lines]
     return [
         {key: value for key, value in record.items() if key not in TIMED}

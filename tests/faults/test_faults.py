@@ -33,7 +33,11 @@ training: {{train_iters: {STEPS}, lr_warmup_iters: 1, eval_interval: 6, eval_ite
 checkpoint: {{save: saved, load: saved, save_interval: 3}}
 logging: {{metrics_file: metrics.jsonl}}
 """
-STALLED, STOPPED, BAD_OPTIONS, BAD_DATA, BAD_CHECKPOINT = 76, 75, 2, 3, 4
+BAD_OPTIONS = 2
+BAD_DATA = 3
+BAD_CHECKPOINT = 4
+STOPPED = 75
+STALLED = 76
 KILLED = -signal.SIGKILL
 
 RANK = r"rank {} \(\S+, pid \d+\)"
@@ -149,7 +153,7 @@ def _wait_for(rank: subprocess.Popen) -> RankResult:
 
 
 def losses(folder: Path) -> list[dict]:
-    """The metrics file without what depends on time."""
+    """Return the metrics file without what depends on time."""
     compared = (
         "step",
         "loss",
@@ -165,7 +169,7 @@ def losses(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """The folder of a run without a fault."""
+    """Return the folder of a run without a fault."""
     folder = working_folder(tmp_path_factory.mktemp("undisturbed"), SMALL)
     results = run(folder)
     assert [(rank.code, rank.err) for rank in results] == [(0, ""), (0, "")]
@@ -177,7 +181,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(undisturbed, tmp_path) -> Path:
-    """A folder with the same data and the same config."""
+    """Return a folder with the same data and the same config."""
     shutil.copy(undisturbed / "small.yaml", tmp_path)
     shutil.copytree(undisturbed / "text", tmp_path / "text")
     return tmp_path

@@ -27,7 +27,7 @@ NODE = re.escape(socket.gethostname())
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A folder with a config and a store, without output of a run."""
+    """Return a folder with a config and a store, without output of a run."""
     return working_folder(tmp_path_factory.mktemp("untouched"), SMALL)
 
 
@@ -38,7 +38,7 @@ def folder(prepared, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared, tmp_path_factory) -> list[float]:
-    """The losses of a run without a bad step."""
+    """Return the losses of a run without a bad step."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("undisturbed") / "work")
     assert run(folder)[0] == [0, 0]
     return losses(folder)

@@ -33,7 +33,7 @@ def refuse_connection(*_, **__):
 
 
 def check(rank: int, world_size: int, unreachable: bool) -> list[str]:
-    """The problems that this rank reports, each rank being on a host of its own."""
+    """Return the problems that this rank reports, each rank being on a host of its own."""
     intercom.network_identity = intercom.pid_identity = lambda: f"host {rank}"
     if unreachable and rank == 1:
         socket.create_connection = refuse_connection

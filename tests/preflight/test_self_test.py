@@ -101,7 +101,8 @@ def passed() -> list[dict[str, SelfTestReport]]:
 def test_every_rank_has_the_same_report_of_a_sound_grid(name, passed):
     reports = [of_rank[name] for of_rank in passed]
     assert len({report.summary() for report in reports}) == 1
-    report, links = reports[0], PASSING[name][1]
+    report = reports[0]
+    _, links = PASSING[name]
     limits = error_limits(report.setup)
     assert all(0 < error <= limit for error, limit in zip(report.errors, limits))
     assert [process.global_rank for process in report.processes] == [0, 1, 2, 3]
@@ -265,7 +266,7 @@ def run_faults(rank: int, world_size: int, folder: Path) -> dict[str, MegatronRi
 
 @pytest.fixture(scope="module")
 def raised_errors(tmp_path_factory) -> list[dict[str, MegatronRingError]]:
-    """The error that each fault raised on each of four ranks."""
+    """Return the error that each fault raised on each of four ranks."""
     return run_ranks(4, run_faults, tmp_path_factory.mktemp("ranks"))
 
 
@@ -346,7 +347,7 @@ def test_ranks_are_printed_as_ranges_and_many_hosts_as_a_count():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working directory with small.yaml and a prepared store, text/tokens."""
+    """Return a working directory with small.yaml and a prepared store, text/tokens."""
     return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 

@@ -31,7 +31,7 @@ TIMED = {"tokens_per_second", "step_seconds", "data_seconds"}
 
 @pytest.fixture
 def environ(monkeypatch) -> dict[str, str]:
-    """An environment of the test's own, empty at first."""
+    """Return an environment of the test's own, empty at first."""
     monkeypatch.setattr(os, "environ", {})
     return os.environ
 
@@ -116,7 +116,7 @@ def metrics(file: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's tensors, by file."""
+    """Return the bytes of a checkpoint's tensors, by file."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*.safetensors"))
@@ -136,7 +136,8 @@ def test_two_runs_have_the_same_metrics_and_checkpoints_bit_for_bit(folder):
         )
         assert [code for code, _ in results] == [0, 0], results
         assert "".join(output for _, output in results).count("deterministic    bitwise") == 1
-    first, again = folder / "first", folder / "again"
+    first = folder / "first"
+    again = folder / "again"
     assert len(metrics(first / "metrics.jsonl")) == 4 + 3
     assert metrics(first / "metrics.jsonl") == metrics(again / "metrics.jsonl")
     assert len(tensors(first)) > 0

@@ -22,7 +22,8 @@ MAX_GROWTH = 20
 @pytest.mark.whole
 def test_the_number_of_objects_does_not_grow_with_steps(tmp_path):
     """Packed documents give every step another mask; two ranks exchange messages."""
-    folder, port = working_folder(tmp_path, CONFIG), free_port()
+    folder = working_folder(tmp_path, CONFIG)
+    port = free_port()
     ranks = [
         start_rank(rank, port, folder, ["--self-test", "none"], COUNTING_OBJECTS) for rank in (0, 1)
     ]

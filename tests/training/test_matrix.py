@@ -49,7 +49,8 @@ class OneProcess:
     """The results of one process for what rows compute, each trained once."""
 
     def __init__(self, corpora: dict[str, Path], steps: int):
-        self.corpora, self.steps = corpora, steps
+        self.corpora = corpora
+        self.steps = steps
         self.trained: dict[Row, Trained] = {}
 
     def train(self, rows: list[Assignment]) -> None:

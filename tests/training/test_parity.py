@@ -51,7 +51,7 @@ def prefix(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(prefix) -> torch.Tensor:
-    """(steps, 2): loss and gradient norm."""
+    """Return (steps, 2): loss and gradient norm."""
     return torch.tensor(run_ranks(1, train_on_one_process, prefix)[0], dtype=torch.float64)
 
 
@@ -64,7 +64,7 @@ def packed(model: dict, **parallel) -> dict:
 
 
 def ragged(**parallel) -> dict:
-    """Samples of 47 tokens, packed, which neither 2, 3 nor 4 ranks share evenly."""
+    """Return samples of 47 tokens, packed, which neither 2, 3 nor 4 ranks share evenly."""
     # The table of positions has no row for padding tokens after the end.
     model = {"position_embedding_type": "learned_absolute"}
     return {"model": model, "data": PACKED | {"seq_length": 47}, "parallel": parallel}
@@ -143,11 +143,9 @@ def test_ranks_without_a_label_change_nothing(prefix):
         )
 
 
-TENSOR, PIPE, MICRO = (
-    {"tensor_model_parallel_size": 2},
-    {"pipeline_model_parallel_size": 2},
-    {"micro_batch_size": 2},
-)
+TENSOR = {"tensor_model_parallel_size": 2}
+PIPE = {"pipeline_model_parallel_size": 2}
+MICRO = {"micro_batch_size": 2}
 BF16 = {
     **{f"ring, ZeRO {stage}": {"training": {"zero_stage": stage}} for stage in (0, 1, 2, 3)},
     **{
@@ -177,7 +175,7 @@ def test_bf16_follows_fp32(case, bf16, one_process):
 
 @pytest.fixture(scope="module")
 def bf16(prefix) -> dict[str, torch.Tensor]:
-    """(steps, 2) of each case, on two ranks: loss and gradient norm."""
+    """Return (steps, 2) of each case, on two ranks: loss and gradient norm."""
     cases = {name: in_bf16(sections) for name, sections in BF16.items()}
     found = run_ranks(2, train_all, prefix, cases, STEPS)[0]
     return {name: torch.tensor(steps, dtype=torch.float64) for name, steps in found.items()}

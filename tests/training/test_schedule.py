@@ -73,7 +73,7 @@ def schedule(**changes) -> TrainingConfig:
 def test_a_longer_run_gets_both_rates_and_the_flag_that_keeps_the_schedule():
     changed = change_on_resume(10, schedule(), schedule(train_iters=20))
     assert "1.000e-01 at step 10, 5.500e-01 at step 11" in changed
-    assert "train_iters 10 there, 20 here" in changed
+    assert "train_iters 10 in the checkpoint, now 20" in changed
     assert "--lr-decay-iters 10" in changed
     kept = schedule(train_iters=20, lr_decay_iters=10)
     assert change_on_resume(10, schedule(), kept) is None

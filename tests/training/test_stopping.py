@@ -30,7 +30,7 @@ logging: {{log_interval: 10}}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working directory with small.yaml and a prepared store, text/tokens."""
+    """Return a working directory with small.yaml and a prepared store, text/tokens."""
     return working_folder(tmp_path_factory.mktemp("work"), SMALL)
 
 
@@ -60,7 +60,7 @@ def metrics(file: Path) -> list[dict]:
 
 
 def figures(file: Path) -> list[dict]:
-    """The records without what depends on time."""
+    """Return the records without what depends on time."""
     timed = {
         "tokens_per_second",
         "step_seconds",

@@ -12,7 +12,7 @@ NORM = torch.ones(3)
 
 
 def of_rank(columns: slice, norm: torch.Tensor = NORM) -> Trained:
-    """The result of a rank that has some columns of one parameter and all of another."""
+    """Return the result of a rank that has some columns of one parameter and all of another."""
     parts = {"matrix": Part(1, columns.start, WHOLE[:, columns]), "norm.weight": Part(0, 0, norm)}
     return Trained([(4.0, 1.0), (3.0, 2.0)], 30.0, parts)
 
