@@ -1,14 +1,16 @@
-"""Pipeline parallelism under DeepSpeed: the modules of a stage and the engine that runs one optimizer step at a time.
+"""Pipeline parallelism under DeepSpeed: the modules of a stage, and the engine that trains it.
 
-    (tokens, targets, positions, ...) -> StageEmbedding -> StageLayers, one a stage -> head -> loss sum
+    (tokens, targets, positions, ...) -> StageEmbedding -> StageLayers of each stage -> head -> loss
 
-Stages pass on a tuple of tensors: the residual stream, its tokens' targets and positions and, where documents are
-kept apart, the documents' first indices, so that every stage applies positions and masks of the micro-batch that it
-computes, and the last stage its targets. Only the stream has a gradient.
+Stages pass on a tuple of tensors: the residual stream, its tokens' targets and positions and, where
+documents are kept apart, the documents' first indices, so that every stage applies positions and
+masks of the micro-batch that it computes, and the last stage its targets. Only the stream has a
+gradient.
 
-The schedule is DeepSpeed's 1F1B (Narayanan et al. 2019, PipeDream). Only the first stage reads micro-batches; later
-ones receive all they need from the stage before, except for the number of counted targets, which is broadcast first.
-The loss is a mean over micro-batches and D x C, as in the plain engine, so the same scale makes it the token mean.
+The schedule is DeepSpeed's 1F1B (Narayanan et al. 2019, PipeDream). Only the first stage reads
+micro-batches; later ones receive all they need from the stage before, except for the number of
+counted targets, which is broadcast first. The loss is a mean over micro-batches and D x C, as in
+the plain engine, so the same scale makes it the token mean.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.settings.setup import Setup
 
 StageTensors = tuple[torch.Tensor, ...]
-"""What a stage passes to the next: (x_BmE, targets_Bl, positions), with documents also document_starts."""
+"""What a stage passes to the next: (x_BmE, targets_Bl, positions), or with document_starts."""
 
 
 class StageEmbedding(Vocabulary):
@@ -63,10 +65,10 @@ class StageOutput(Vocabulary):
 
 
 def head(vocabulary: Vocabulary, tensors: StageTensors) -> torch.Tensor:
-    """Return the loss sum of a micro-batch; ``vocabulary`` is the copy of the embedding where it is tied.
+    """Return the loss sum of a micro-batch; ``vocabulary`` is the embedding's copy when tied.
 
-    The loss is no loss function of DeepSpeed's: that would be outside the module, and the weight gradient it adds is
-    cleared in bfloat16 without ZeRO when the module's own backward begins.
+    The loss is no loss function of DeepSpeed's: that would be outside the module, and the weight
+    gradient it adds is cleared in bfloat16 without ZeRO when the module's own backward begins.
     """
     x_BmE, targets_Bl, *_ = tensors
     return loss_sum(
@@ -160,7 +162,7 @@ class PipelineEngine(Engine):
         return [(_name_in_gpt(name), parameter) for name, parameter in super().named_parameters()]
 
     def _sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """Sum the counts of the first stage, and broadcast the sums to the ranks that share its samples."""
+        """Sum the first stage's counts and broadcast them to the ranks that share its samples."""
         counts = super()._sum(counts)
         dist.broadcast(counts, group=self.groups.model, group_src=0)
         return counts
@@ -182,9 +184,9 @@ class PipelineEngine(Engine):
 def _inputs_and_scales(
     batches: list[Batch], scale: torch.Tensor
 ) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """Yield (inputs, label) of each micro-batch: the first stage uses the inputs, the last the label.
+    """Yield (inputs, label) of each micro-batch.
 
-    Stages after the first have no batches.
+    The first stage uses the inputs, the last the label. Stages after the first have no batches.
     """
     if not batches:
         yield from repeat(((), scale))
@@ -196,7 +198,8 @@ def _inputs_and_scales(
 def _name_in_gpt(name: str) -> str:
     """Return a parameter's name in a whole GPT.
 
-    DeepSpeed's module numbers its layers, except tied ones; an untied output matrix is a layer by itself.
+    DeepSpeed's module numbers its layers, except tied ones; an untied output matrix is a layer by
+    itself.
     """
     name = re.sub(r"^(\d+|tied_modules)\.", "", name)
     return "output.weight" if name == "weight" else name

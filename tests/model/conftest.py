@@ -1,4 +1,4 @@
-"""Small models like Llama, GPT-2, gpt-oss and Qwen, and attention of one process that holds every token."""
+"""Small models like Llama, GPT-2, gpt-oss and Qwen, and attention of a single process."""
 
 from collections.abc import Callable
 

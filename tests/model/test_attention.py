@@ -50,24 +50,26 @@ def initialized(config: ModelConfig, attention: AttentionFunction, window: int) 
 
 
 def test_the_attention_function_gets_query_heads_and_fewer_key_value_heads(llama):
-    seen = {}
+    received = {}
 
     def attention(q_BlHD, k_BlGD, v_BlGD, window, document_starts):
-        seen.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
+        received.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
         return q_BlHD, None
 
     layer = initialized(llama, attention, window=0)
     assert layer(torch.randn(3, 5, 32), rotation=None, document_starts=None).shape == (3, 5, 32)
-    assert seen == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
+    assert received == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
 
 
 def test_queries_and_keys_are_rotated_and_values_are_not(llama):
-    seen = []
-    layer = initialized(llama, lambda q, k, v, *_: seen.append((q, k, v)) or (q, None), window=0)
+    received = []
+    layer = initialized(
+        llama, lambda q, k, v, *_: received.append((q, k, v)) or (q, None), window=0
+    )
     x_BlE, rotation = torch.randn(1, 3, 32), rope(llama, 4096).rotation(torch.tensor([7, 2, 4000]))
     layer(x_BlE, None, None)
     layer(x_BlE, rotation, None)
-    (q, k, v), (rotated_q, rotated_k, same_v) = seen
+    (q, k, v), (rotated_q, rotated_k, same_v) = received
     assert torch.equal(rotated_q, rotate(q, rotation))
     assert torch.equal(rotated_k, rotate(k, rotation))
     assert torch.equal(same_v, v)
@@ -75,14 +77,14 @@ def test_queries_and_keys_are_rotated_and_values_are_not(llama):
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 def test_each_head_is_normalized_before_it_is_rotated(qwen, normalization):
-    seen, config = [], replace(qwen, normalization=normalization, norm_epsilon=0.5)
-    layer = initialized(config, lambda q, k, v, *_: seen.append((q, k)) or (q, None), window=0)
+    received, config = [], replace(qwen, normalization=normalization, norm_epsilon=0.5)
+    layer = initialized(config, lambda q, k, v, *_: received.append((q, k)) or (q, None), window=0)
     x_BlE, rotation = torch.randn(2, 3, 32), rope(config, 4096).rotation(torch.tensor([7, 2, 4000]))
     for head_norm in (layer.q_norm, layer.k_norm):
         nn.init.normal_(head_norm.weight)
     layer(x_BlE, rotation, None)
     for found_BlHD, proj, head_norm in zip(
-        seen[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)
+        received[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)
     ):
         head_BlHD = proj(x_BlE).unflatten(-1, (-1, 16))
         head_BlHD = head_BlHD - head_BlHD.mean(-1, keepdim=True) * (normalization == "LayerNorm")
@@ -121,7 +123,7 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
 
 
 def test_halves_of_the_projections_add_up_to_the_whole_layer(llama, attention):
-    """A tensor-parallel rank has its heads' rows, then its heads' columns; partial results are summed."""
+    """A tensor rank has its heads' rows and columns, and partial results are summed."""
     whole, x_BlE = initialized(llama, attention, window=3), torch.randn(2, 5, 32)
     partial = []
     for half in (0, 1):

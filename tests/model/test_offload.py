@@ -1,4 +1,4 @@
-"""Activations are copied out once, in order, and come back unchanged; here the device is the CPU as well."""
+"""Activations are copied out once, in order, and come back unchanged; the device is the CPU."""
 
 import contextlib
 from collections.abc import Callable
@@ -188,7 +188,7 @@ def test_small_storages_stay_on_the_device(events):
 
 
 def test_parameters_stay_and_may_have_other_memory_in_backward(events):
-    """ZeRO 3 partitions a parameter after forward and gathers it in other memory before backward."""
+    """ZeRO 3 frees a parameter after forward and gathers it in other memory for backward."""
     weight = nn.Parameter(torch.zeros(8, 8))
     restored = []
     with Offload(CPU, smallest=0).layer():

@@ -1,4 +1,4 @@
-"""Fused operations of a library give a model torch's numbers, with any recomputation, on every stage."""
+"""Fused operations of a library give a model torch's numbers, with any recomputation."""
 
 from collections import Counter
 from dataclasses import fields, replace
@@ -44,7 +44,7 @@ def results(
     dtype: torch.dtype = torch.float32,
     **memory: object,
 ) -> list[torch.Tensor]:
-    """Return the loss sum of a sample, some targets ignored, and the gradients of a model of one layer.
+    """Return the loss sum of a sample, some targets ignored, and the gradients of one layer.
 
     There are few tokens, because the interpreter takes about a millisecond per token and operation.
     """
@@ -68,15 +68,15 @@ def results(
 
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
 def test_a_model_with_liger_operations_has_the_numbers_of_torch(model, interpreted):  # noqa: F811
-    """qwen has RMSNorm of tokens and heads, RoPE and SwiGLU; gpt2 has LayerNorm."""
+    """Covers RMSNorm of tokens and heads, RoPE and SwiGLU (qwen), and LayerNorm (gpt2)."""
     found = results(model, LIGER)
     expected = results(model, TORCH, torch.float64)
     assert max(map(error, found, expected)) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
-def test_kept_and_recomputed_results_have_the_same_numbers(memory, interpreted, monkeypatch):  # noqa: F811
-    """Dispatch modes do not observe what Triton kernels write; Liger's RoPE would rotate kept results in place."""
+def test_recomputed_results_have_the_same_numbers(memory, interpreted, monkeypatch):  # noqa: F811
+    """Triton kernels write unobserved; Liger's RoPE would rotate kept results in place."""
     monkeypatch.setattr(gpt, "Offload", partial(Offload, smallest=1))
     found = results("llama", LIGER, **memory)
     expected = results("llama", LIGER)

@@ -95,9 +95,9 @@ class Calls(TorchDispatchMode):
 
 
 def calls(config: ModelConfig, attention: AttentionFunction, memory: MemoryConfig) -> Calls:
-    with Calls() as seen:
+    with Calls() as counted:
         results(config, attention, memory)
-    return seen
+    return counted
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def calls(config: ModelConfig, attention: AttentionFunction, memory: MemoryConfi
 )
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_ring_runs_once_a_layer_unless_attention_is_recomputed(mode, runs, chunks, config):
-    seen = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
-    assert seen.count["ring_attention"] == runs * config.num_layers
-    assert seen.count["ring_attention_backward"] == config.num_layers
+    counted = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
+    assert counted.count["ring_attention"] == runs * config.num_layers
+    assert counted.count["ring_attention_backward"] == config.num_layers
 
 
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
@@ -191,19 +191,19 @@ def test_a_retained_graph_returns_its_gradients_again(memory, chunks, llama):
     [(16, 1, [16]), (16, 4, [4, 4, 4, 4]), (16, 3, [6, 6, 4]), (9, 4, [3, 3, 3]), (2, 4, [1, 1])],
 )
 def test_chunks_are_equal_except_a_shorter_last_one(tokens, chunks, lengths):
-    seen = []
+    run_lengths = []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.shape[1])
+        run_lengths.append(x.shape[1])
         return x.exp()
 
     x = torch.randn(2, tokens, 3, requires_grad=True)
     y = in_chunks(layer, x, chunks)
-    assert seen == lengths
+    assert run_lengths == lengths
     assert torch.equal(y, x.exp())
     y.sum().backward()
     # In backward, the chunks run again in reverse order, on every rank.
-    assert seen == lengths + (lengths[::-1] if chunks > 1 else [])
+    assert run_lengths == lengths + (lengths[::-1] if chunks > 1 else [])
 
 
 @each_mode
@@ -227,7 +227,8 @@ WIDE = ModelConfig(
 E, F, H, KV, BF16, FP32 = 64, 192, 4, 32, 2, 4
 TOKENS = 48  # of each of the two samples
 
-# Bytes per token in a layer: the block's input, then the ring's output and log-sum-exp, then matmuls.
+# Bytes per token in a layer: the block's input, then the ring's output and log-sum-exp, then
+# matmuls.
 INPUT, RING = BF16 * E, BF16 * E + FP32 * H
 ATTENTION_MATMULS = BF16 * (E + 2 * KV + E)
 MLP_MATMULS = BF16 * (2 * F + E)
@@ -270,7 +271,7 @@ def test_chunks_keep_no_matmul():
 
 
 def peak_of_inner_activations(memory: MemoryConfig) -> tuple[int, int]:
-    """Return the peak bytes of tensors of width F, in forward and over the step, without weight gradients."""
+    """Return the peak bytes of activations of width F, in forward and over the step."""
     ring = ring_of_one(TOKENS, "sdpa")
     model = build(Layers, WIDE, TOKENS, ring, seed=1, dtype=torch.bfloat16, memory=memory)
     with LiveMemory(lambda x: x.shape[-1:] == (F,) and x.shape != (E, F)) as live:

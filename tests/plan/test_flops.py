@@ -78,7 +78,7 @@ def test_two_samples_cost_twice_as_much_and_documents_cost_less():
 def test_the_usual_convention_counts_the_full_square_and_neither_window_nor_documents():
     """6 per matmul weight and token, and 12 L H D S per token, as in PaLM, appendix B."""
     model = replace(LLAMA, window_size=8)
-    one_token = torch.tensor([1])  # its query sees its own key
+    one_token = torch.tensor([1])  # attends to itself only
     weights_per_token = training_flops(model, VOCAB, one_token) - 12 * 2 * 32
     width = model.num_attention_heads * model.head_dim
     attention_per_token = 12 * model.num_layers * width * SEQ
