@@ -66,7 +66,8 @@ def stage_shapes(
 
     The last stage has the output matrix, or its own copy of a tied embedding.
     """
-    first, last = stage == 0, stage == stages - 1
+    first = stage == 0
+    last = stage == stages - 1
     layers = layers_of_stage(model.num_layers, stages, stage)
     tied = not model.untie_embeddings_and_output_weights
     held = {

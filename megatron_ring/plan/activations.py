@@ -76,10 +76,12 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
         kept, attention_reused, mlp_reused = _kept_for_recomputation(config, tensors)
     elif memory.mlp_chunks > 1:
         kept = attention + tensors.residual
-        attention_reused, mlp_reused = attention, tensors.shared
+        attention_reused = attention
+        mlp_reused = tensors.shared
     else:
         kept = attention + mlp
-        attention_reused, mlp_reused = attention, mlp
+        attention_reused = attention
+        mlp_reused = mlp
     # Backward needs the most between the matmuls of the MLP, or in attention after the MLP is done.
     inner_gradients = _input_projections(config) * tensors.inner
     gathered_again = tensors.gathered if tensors.mlp_input < tensors.gathered else 0

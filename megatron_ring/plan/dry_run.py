@@ -91,10 +91,9 @@ def _ring_lines(setup: Setup) -> list[str]:
     q_BLhD, kv_2BLgD = ring_tensors(setup.config, setup.grid, layout, setup.precision.dtype)
     backward = backward_bytes(q_BLhD, kv_2BLgD)
     may_send_queries = setup.config.parallel.context_parallel_reduction == "arrival"
-    if may_send_queries and queries_are_lighter(q_BLhD, kv_2BLgD):
-        sent, other = "queries", "keys"
-    else:
-        sent, other = "keys", "queries"
+    sends_queries = may_send_queries and queries_are_lighter(q_BLhD, kv_2BLgD)
+    sent = "queries" if sends_queries else "keys"
+    other = "keys" if sends_queries else "queries"
     lines = [
         f"bytes of a hop   {kv_2BLgD.nbytes:,} forward (K and V), {backward[sent]:,} backward "
         f"(the {sent} travel; the {other} would be {backward[other]:,})"
