@@ -412,11 +412,12 @@ class _ModelParallelUnit:
 def zero3_partitioner(
     setup: Setup, groups: ProcessGroups
 ) -> Callable[[torch.nn.Parameter], tuple[torch.Tensor, int]] | None:
-    """Return a function that partitions an unallocated parameter as ZeRO 3 would; None: leave it to DeepSpeed.
+    """Return a function that partitions an unallocated parameter for ZeRO 3; None: DeepSpeed does.
 
-    DeepSpeed partitions a parameter that exists whole on every rank. The returned function takes one that has shape
-    and type but no memory of its own, allocates this rank's partition where DeepSpeed would, and returns the part of
-    it before the padding, with the index of its first element in the flattened parameter.
+    DeepSpeed partitions a parameter that exists whole on every rank. The returned function takes
+    one with a shape and a type but no memory, and allocates this rank's partition where DeepSpeed
+    would. It returns the partition without its padding, and the index of its first element in the
+    flattened parameter.
     """
     zero = setup.deepspeed["zero_optimization"]
     if zero["stage"] != 3 or setup.grid.data_context == 1 or zero.keys() & _OTHER_PARTITIONS:
@@ -428,7 +429,7 @@ def zero3_partitioner(
         pin_memory=offload.get("pin_memory", False),
         dtype=setup.precision.dtype,
     )
-    # Init does this if it is given a module: under ZeRO 3 every linear layer is DeepSpeed's.
+    # As Init does for a module: under ZeRO 3 every linear layer is DeepSpeed's.
     if zero.get("memory_efficient_linear", True):
         partitions._enable_mem_efficient_linear()
 

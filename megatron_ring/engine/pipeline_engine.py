@@ -1,6 +1,6 @@
 """Pipeline parallelism under DeepSpeed: the modules of a stage and the engine that trains them.
 
-    (tokens, targets, positions, ...) -> StageEmbedding -> StageLayers, one a stage -> head -> loss sum
+    (tokens, targets, positions, ...) -> StageEmbedding -> StageLayers of each stage -> head -> loss
 
 Stages pass on a tuple of tensors: the residual stream, its tokens' targets and positions and,
 where documents are kept apart, the documents' first indices, so that every stage applies positions
@@ -34,7 +34,7 @@ from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.settings.setup import Setup
 
 StageTensors = tuple[torch.Tensor, ...]
-"""What a stage passes to the next: (x_BmE, targets_Bl, positions), with documents also document_starts."""
+"""What a stage passes to the next: (x_BmE, targets_Bl, positions), or with document_starts."""
 
 
 class StageEmbedding(Vocabulary):
@@ -65,10 +65,10 @@ class StageOutput(Vocabulary):
 
 
 def head(vocabulary: Vocabulary, tensors: StageTensors) -> torch.Tensor:
-    """Return the loss sum of a micro-batch; ``vocabulary`` is the copy of the embedding where it is tied.
+    """Return the loss sum of a micro-batch; ``vocabulary`` is the embedding's copy when tied.
 
-    The loss is no loss function of DeepSpeed's: that would be outside the module, and the weight gradient it adds is
-    cleared in bfloat16 without ZeRO when the module's own backward begins.
+    The loss is no loss function of DeepSpeed's: that would be outside the module, and the weight
+    gradient it adds is cleared in bfloat16 without ZeRO when the module's own backward begins.
     """
     x_BmE, targets_Bl, *_ = tensors
     return loss_sum(

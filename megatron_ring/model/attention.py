@@ -1,9 +1,10 @@
 """The attention layer: projections, optional norms of heads, RoPE, attention, output projection.
 
-Which tokens a query sees is up to the attention function. Queries, keys and values have separate projections,
-``q_proj``, ``k_proj`` and ``v_proj``, with rows ordered by head: a tensor-parallel rank then takes a contiguous range
-of rows of each, although there are fewer key-value heads, and they map one to one to those of a Hugging Face Llama.
-A fused matrix would have to be split for both.
+The attention function applies the mask. Queries, keys and values have separate
+projections, ``q_proj``, ``k_proj`` and ``v_proj``, with rows ordered by head: a tensor-parallel
+rank then takes a contiguous range of rows of each, although there are fewer key-value heads, and
+they map one to one to those of a Hugging Face Llama. A fused matrix would have to be split for
+both.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,11 @@ from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, to_ten
 class AttentionFunction(Protocol):
     """Causal attention over the whole sequence, of which this process holds l tokens.
 
-    Scores are scaled by 1 / sqrt(D). Query head i reads key-value head i // (H / G). A token sees the tokens of its
-    own document up to and including itself, and with a ``window`` above 0 only the last ``window`` of these.
-    ``document_starts``, int64 (documents,) on the CPU, holds the first index of each document when the B whole samples
-    are laid end to end, so that sample b begins at b * S; None means that each sample is one document.
+    Scores are scaled by 1 / sqrt(D). Query head i reads key-value head i // (H / G). A token
+    attends to the tokens of its own document up to and including itself, and with a ``window``
+    above 0 only the last ``window`` of these. ``document_starts``, int64 (documents,) on the CPU,
+    holds the first index of each document when the B whole samples are laid end to end, so that
+    sample b begins at b * S; None means that each sample is one document.
     """
 
     def __call__(
@@ -51,11 +53,12 @@ class AttentionFunction(Protocol):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): H query heads over G key-value heads of size D.
+    """Grouped-query attention (Ainslie et al. 2023): H query heads, G key-value heads, of size D.
 
-    A tensor-parallel rank has H/T and G/T of them, with their sinks; heads interact only in the output projection.
-    H x D need not equal E. ``qk_layernorm`` normalizes every query and key head (Dehghani et al. 2023, Scaling Vision
-    Transformers to 22 Billion Parameters, section 2) with weights of size D that all heads share, on all tensor ranks.
+    A tensor-parallel rank has H/T and G/T of them, with their sinks; heads interact only in the
+    output projection. H x D need not equal E. ``qk_layernorm`` normalizes every query and key head
+    (Dehghani et al. 2023, Scaling Vision Transformers to 22 Billion Parameters, section 2) with
+    weights of size D that all heads share, on all tensor ranks.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ class SelfAttention(nn.Module):
         k_BlgD = self.k_norm(self._split_heads(self.k_proj(x_BlE, kept)))
         v_BlgD = self._split_heads(self.v_proj(x_BlE, kept))
         if rotation is not None:
-            # Before the attention function, so that keys are rotated once, before the ring sends them.
+            # Before the attention function, so that keys are rotated once, before the ring sends
+            # them.
             q_BlhD, k_BlgD = self.rope(q_BlhD, k_BlgD, rotation)
         out_BlhD, lse_Bhl = self.attention(q_BlhD, k_BlgD, v_BlgD, self.window, document_starts)
         if self.sink_H is not None:
@@ -116,12 +120,12 @@ def _head_norm(config: ModelConfig, function: NormFunction) -> nn.Module:
 
 
 def with_sink(out_BlHD: torch.Tensor, lse_BHl: torch.Tensor, sink_H: torch.Tensor) -> torch.Tensor:
-    """Return the output as if every softmax had one more key, of score ``sink_H`` and without a value.
+    """Return the output as if each softmax had one more key, of score ``sink_H``, without a value.
 
-    The result is exact, in the dtype of ``out_BlHD``: the denominator grows from e^lse to e^lse + e^sink, so the
-    output is scaled by sigmoid(lse - sink). Attention sinks are from Xiao et al. 2023 (Efficient Streaming Language
-    Models with Attention Sinks, section 3.3), a learned score per head from OpenAI's gpt-oss (2025), a score of 0 from
-    Miller 2023 (Attention Is Off By One).
+    The result is exact, in the dtype of ``out_BlHD``: the denominator grows from e^lse to e^lse +
+    e^sink, so the output is scaled by sigmoid(lse - sink). Attention sinks are from Xiao et al.
+    2023 (Efficient Streaming Language Models with Attention Sinks, section 3.3), a learned score
+    per head from OpenAI's gpt-oss (2025), a score of 0 from Miller 2023 (Attention Is Off By One).
     """
     # The product is float32 for bfloat16 output, because lse is; only the result is cast.
     factor_BlH1 = torch.sigmoid(lse_BHl - sink_H.unsqueeze(-1)).transpose(1, 2).unsqueeze(-1)

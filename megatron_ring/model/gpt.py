@@ -1,13 +1,16 @@
-"""The GPT: token embedding, layers, final norm, head; pre-norm, like Llama or like GPT-2 by ModelConfig.
+"""The GPT: embedding, layers, final norm, head; pre-norm, Llama-like or GPT-2-like by ModelConfig.
 
-It receives the tokens' positions and an attention function and does not depend on the layout of the sequence: if
-tokens and positions are permuted together, the logits are permuted alike, which is what striped layouts rely on. It
-has no dropout. Modules are constructed without values; ``initialization.build`` allocates and initializes them.
+It receives the tokens' positions and an attention function and does not depend on the layout of the
+sequence: if tokens and positions are permuted together, the logits are permuted alike, which is
+what striped layouts rely on. It has no dropout. Modules are constructed without values;
+``initialization.build`` allocates and initializes them.
 
-``tensor`` is the tensor-parallel group that layers are split over, ``operations`` the implementations of fused
-operations, and ``memory`` the recomputation, offloading and chunk sizes. They change numbers by rounding at most.
+``tensor`` is the tensor-parallel group that layers are split over, ``operations`` the
+implementations of fused operations, and ``memory`` the recomputation, offloading and chunk sizes.
+They change numbers by rounding at most.
 
-In shapes, ``m`` is the tokens of the residual stream on this process: l, or l/T under sequence_parallel.
+In shapes, ``m`` is the tokens of the residual stream on this process: l, or l/T under
+sequence_parallel.
 """
 
 from contextlib import nullcontext
@@ -35,7 +38,7 @@ from megatron_ring.parallel.tensor_exchange import (
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalized input and added to the residual stream."""
+    """One layer: attention, then MLP, each on a normalized input and added to the stream."""
 
     def __init__(
         self,
@@ -67,8 +70,9 @@ class Block(nn.Module):
 class Layers(nn.Module):
     """A range of a GPT's layers: all of them in a whole model, those of one stage in a pipeline.
 
-    The learned position table belongs to the first layer's range, the final norm to the last layer's. Parameters have
-    the names that they have in a whole model, and so the same initial values.
+    The learned position table belongs to the first layer's range, the final norm to the last
+    layer's. Parameters have the names that they have in a whole model, and so the same initial
+    values.
     """
 
     def __init__(
@@ -113,12 +117,12 @@ class Layers(nn.Module):
         return x_BmE if self.final_norm is None else self.final_norm(x_BmE)
 
     def rotation(self, positions_l: torch.Tensor) -> Rotation | None:
-        """Return cos and sin for all layers, computed once a forward; None where positions are learned."""
+        """Return cos and sin for all layers, once per forward; None if positions are learned."""
         return None if self.rope is None else self.rope.rotation(positions_l)
 
 
 class Vocabulary(VocabularyParallelEmbedding):
-    """A vector of E for every token id, split over the tensor ranks: the ``embedding`` or the ``output`` matrix."""
+    """The ``embedding`` or ``output`` matrix: E per token id, ids split over the tensor ranks."""
 
     def __init__(
         self,
@@ -136,10 +140,11 @@ class Vocabulary(VocabularyParallelEmbedding):
 class GPT(Layers):
     """A whole model.
 
-    ``seq_length`` is S, the length of the whole sample: the rows of a learned position table, and the default from
-    which RoPE scaling is derived. ``positions_l`` are the int64 positions in the sample of this process's tokens, in
-    any order; they may be (B, l) where samples number their tokens differently, for example document by document.
-    ``document_starts`` is passed to the attention function, whose protocol defines it; None: a sample is one document.
+    ``seq_length`` is S, the length of the whole sample: the rows of a learned position table, and
+    the default from which RoPE scaling is derived. ``positions_l`` are the int64 positions in the
+    sample of this process's tokens, in any order; they may be (B, l) where samples number their
+    tokens differently, for example document by document. ``document_starts`` is passed to the
+    attention function, whose protocol defines it; None: a sample is one document.
     """
 
     def __init__(
@@ -164,10 +169,10 @@ class GPT(Layers):
         document_starts: torch.Tensor | None = None,
         targets_Bl: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the loss in nats, summed over tokens whose target is not ignored; without targets, logits_Blv.
+        """Return the loss sum in nats over tokens with a target; without targets, logits_Blv.
 
-        The logits are in the dtype of the weights, over this tensor rank's part of the vocabulary. One method does
-        both, because DeepSpeed's hooks wrap forward.
+        The logits are in the dtype of the weights, over this tensor rank's part of the vocabulary.
+        One method does both, because DeepSpeed's hooks wrap forward.
         """
         hidden_BmE = self.hidden(tokens_Bl, positions_l, document_starts)
         if targets_Bl is None:
@@ -193,7 +198,7 @@ class GPT(Layers):
 
     @property
     def output_weight_VE(self) -> torch.Tensor:
-        """The matrix of the head: the same parameter as the embedding when tied (Press and Wolf 2017)."""
+        """The head's matrix: the embedding itself when tied (Press and Wolf 2017)."""
         return self.embedding.weight if self.output is None else self.output.weight
 
 
@@ -205,7 +210,10 @@ def loss_sum(
     operations: Operations = TORCH,
     memory: MemoryConfig = DEFAULT_MEMORY,
 ) -> torch.Tensor:
-    """Return the float32 loss sum in nats: head and cross entropy in one, over the tensor ranks' vocabulary parts."""
+    """Return the float32 loss sum in nats, of head and cross entropy in one.
+
+    Collective over the tensor ranks, each of which has a part of the vocabulary.
+    """
     return head_loss_sum(
         to_tensor_region(hidden_BmE, tensor),
         weight_vE,

@@ -1,15 +1,17 @@
 """Allocation and initial values of parameters, after a module was built on the meta device.
 
-The initial value of a parameter is a function of the seed and of its full name, so it depends neither on the process
-grid nor on the order of initialization. A generator per parameter draws the whole tensor in float32 on the CPU, in
-blocks of rows of at most about 16 MiB, and a rank stores only the elements it owns: its tensor-parallel part, and of
-that its ZeRO 3 partition. A rank therefore allocates what it keeps plus a few blocks.
+The initial value of a parameter is a function of the seed and of its full name, so it depends
+neither on the process grid nor on the order of initialization. A generator per parameter draws the
+whole tensor in float32 on the CPU, in blocks of rows of at most about 16 MiB, and a rank stores
+only the elements it owns: its tensor-parallel part, and of that its ZeRO 3 partition. A rank
+therefore allocates what it keeps plus a few blocks.
 
-Matrices are drawn from normal(0, init_method_std). The two projections of a block that write into the residual stream
-have this deviation times 1 / sqrt(2 x num_layers), so that the variance of the stream does not grow with depth
-(Radford et al. 2019, GPT-2, section 2.3). Norms start as the identity and biases at zero. The scores of attention
-sinks start at zero as well, which makes the softmax off-by-one; Megatron-LM and transformers' gpt-oss draw them from
-the same normal distribution, but heads do not need it to break symmetry.
+Matrices are drawn from normal(0, init_method_std). The two projections of a block that write into
+the residual stream have this deviation times 1 / sqrt(2 x num_layers), so that the variance of the
+stream does not grow with depth (Radford et al. 2019, GPT-2, section 2.3). Norms start as the
+identity and biases at zero. The scores of attention sinks start at zero as well, which makes the
+softmax off-by-one; Megatron-LM and transformers' gpt-oss draw them from the same normal
+distribution, but heads do not need it to break symmetry.
 """
 
 import hashlib

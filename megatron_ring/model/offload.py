@@ -1,9 +1,10 @@
-"""Activations in CPU memory between a layer's forward and backward (--offload-activations), prefetched in backward.
+"""Offloading of activations to CPU memory between forward and backward (--offload-activations).
 
-What autograd saves in a layer is copied out as it is saved, and copied back while the layer after it is in backward,
-as in vDNN (Rhu et al. 2016, section 3). With --recompute full that is a layer's input and its attention's output. On
-CUDA, copies run in a stream of their own, to and from pinned memory, and the computation waits only for copies that it
-needs. On a CPU the same steps run without any benefit.
+What autograd saves in a layer is copied out as it is saved, and copied back while the layer after
+it is in backward, as in vDNN (Rhu et al. 2016, section 3). With --recompute full that is a layer's
+input and its attention's output. On CUDA, copies run in a stream of their own, to and from pinned
+memory, and the computation waits only for copies that it needs. On a CPU the same steps run without
+any benefit.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ SMALLEST = 1 << 16
 
 
 class Offload:
-    """One forward pass through some layers, and its backward: ``with offload.layer(): x = run_block(...)`` for each.
+    """One forward pass through layers, each run ``with offload.layer():``, and its backward.
 
-    Not offloaded are parameters and views of them, tensors on other devices than ``device``, and storages of fewer
-    than ``smallest`` bytes.
+    Not offloaded are parameters and views of them, tensors on other devices than ``device``, and
+    storages of fewer than ``smallest`` bytes.
     """
 
     def __init__(self, device: torch.device, smallest: int = SMALLEST):
@@ -33,7 +34,7 @@ class Offload:
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
-        """Run the next layer's forward inside: what autograd saves in it is copied to CPU memory."""
+        """Copy what autograd saves inside, in the next layer's forward, to CPU memory."""
         layer = _Layer(self.device, previous=self.last)
         self.last = layer
         pack = functools.partial(self._pack, layer)
@@ -72,7 +73,7 @@ class Offload:
         return empty.set_(storage, packed.offset, packed.size, packed.stride)
 
     def _enter(self, layer: "_Layer") -> None:
-        """Backward has reached ``layer``: free the layer that it has left, and prefetch the one that comes next."""
+        """Free the layer that backward has left for ``layer``, and prefetch the next one."""
         if layer is self.current:
             return
         if self.current:
@@ -96,10 +97,12 @@ class _Offloaded:
 
 
 class _Layer:
-    """What one layer saved. Storages are copied, not tensors: views share a storage, and each keeps all of it alive.
+    """The storages that one layer saved.
 
-    sources: storages copied out so far in forward. copies: their bytes in CPU memory. fetched: their copies on the
-    device, each with the event that ends the transfer.
+    Not tensors are copied but storages: views share one, and each view keeps all of it alive.
+
+    sources: storages copied out so far in forward. copies: their bytes in CPU memory. fetched:
+    their copies on the device, each with the event that ends the transfer.
     """
 
     def __init__(self, device: torch.device, previous: "_Layer | None"):
@@ -110,7 +113,7 @@ class _Layer:
         self.fetched: list[tuple[torch.Tensor, torch.cuda.Event | None]] | None = None
 
     def copy_out(self, storage: torch.UntypedStorage) -> int:
-        """Copy a storage to CPU memory unless it is there already; return its index among the layer's storages."""
+        """Copy a storage to CPU memory unless it is there already, and return its index."""
         addresses = [source.data_ptr() for source in self.sources]
         if storage.data_ptr() in addresses:
             return addresses.index(storage.data_ptr())
@@ -167,5 +170,5 @@ def _copy(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> torch.cud
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all copies: they run in order, so nothing is fetched before it was copied out."""
+    """Return the stream of all copies, whose order keeps fetches after the copies out."""
     return torch.cuda.Stream(device)

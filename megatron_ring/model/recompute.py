@@ -1,13 +1,14 @@
-"""What backward recomputes instead of keeping: whole blocks (--recompute) and chunks of the MLP (--mlp-chunks).
+"""Recomputation in backward, of whole blocks (--recompute) and MLP chunks (--mlp-chunks).
 
-A block runs under ``torch.utils.checkpoint``, which keeps its input. The results of chosen operators are kept as well
-(Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models, section 5): the ring's output
-and log-sum-exp, so that backward does not run the ring's forward again, and with ``selective`` every matmul.
+A block runs under ``torch.utils.checkpoint``, which keeps its input. The results of chosen
+operators are kept as well (Korthikanti et al. 2022, Reducing Activation Recomputation in Large
+Transformer Models, section 5): the ring's output and log-sum-exp, so that backward does not run the
+ring's forward again, and with ``selective`` every matmul.
 
-torch has contexts for this (``create_selective_checkpoint_contexts``), but they return tensors that were modified
-since: DeepSpeed's linear layer under ZeRO 3 adds its bias in place, and the bias was added twice. Nor can
-``saved_tensors_hooks`` move what they keep. Here autograd saves the results like any other tensors, so that they are
-freed, counted and offloaded like any other.
+torch has contexts for this (``create_selective_checkpoint_contexts``), but they return tensors that
+were modified since: DeepSpeed's linear layer under ZeRO 3 adds its bias in place, and the bias was
+added twice. Nor can ``saved_tensors_hooks`` move what they keep. Here autograd saves the results
+like any other tensors, so that they are freed, counted and offloaded like any other.
 """
 
 import contextlib
@@ -45,8 +46,9 @@ def run_block(
 ) -> torch.Tensor:
     """Return ``block(x_BlE, *inputs)``; backward recomputes what ``memory.recompute`` selects.
 
-    The block must be a pure function of its inputs and parameters, without random numbers or counters. Tensors inside
-    the other inputs, a rotation's for example, are held as long as the block's graph.
+    The block must be a pure function of its inputs and parameters, without random numbers or
+    counters. Tensors inside the other inputs, a rotation's for example, are held as long as the
+    block's graph.
     """
     if memory.recompute == "none" or not torch.is_grad_enabled():
         return block(x_BlE, *inputs)
@@ -67,21 +69,22 @@ def kept_operators(memory: MemoryConfig) -> Operators:
 def in_chunks(
     layer: Callable[[torch.Tensor], torch.Tensor], x_BlE: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """Return ``layer(x_BlE)`` for a token-wise layer, computed over at most ``chunks`` chunks of the sequence.
+    """Return ``layer(x_BlE)`` of a token-wise layer, over at most ``chunks`` parts of the sequence.
 
-    The inner activations of only one chunk exist at a time: backward recomputes each chunk before it differentiates
-    it, whatever is recomputed around it. In a block that is recomputed itself, all chunks but the last run three
-    times. Blockwise Parallel Transformer (Liu and Abbeel 2023, section 3) and TiledMLP in DeepSpeed (Bekman et al.
-    2025, Arctic Long Sequence Training) do the same.
+    The inner activations of only one chunk exist at a time: backward recomputes each chunk before
+    it differentiates it, whatever is recomputed around it. In a block that is recomputed itself,
+    all chunks but the last run three times. Blockwise Parallel Transformer (Liu and Abbeel 2023,
+    section 3) and TiledMLP in DeepSpeed (Bekman et al. 2025, Arctic Long Sequence Training) do the
+    same.
 
-    Chunks have ceil(l / chunks) tokens, so there may be fewer than requested and the last may be shorter; ranks with
-    equally many tokens have the same chunks. Collectives within ``layer`` run in the order of the chunks, in backward
-    in reverse.
+    Chunks have ceil(l / chunks) tokens, so there may be fewer than requested and the last may be
+    shorter; ranks with equally many tokens have the same chunks. Collectives within ``layer`` run
+    in the order of the chunks, in backward in reverse.
     """
     if chunks == 1:
         return layer(x_BlE)
-    # One graph for all chunks: autograd sums the chunks' gradients of a parameter before it delivers them, so ZeRO's
-    # hooks fire once per parameter, as without chunks.
+    # One graph for all chunks: autograd sums the chunks' gradients of a parameter before it
+    # delivers them, so ZeRO's hooks fire once per parameter, as without chunks.
     outputs = [
         _recomputed(layer, chunk, contexts=lambda: (nothing_kept(), contextlib.nullcontext()))
         for chunk in x_BlE.chunk(chunks, dim=1)
@@ -92,11 +95,11 @@ def in_chunks(
 def shard_for_backward(
     x_BmE: torch.Tensor, tensor: TensorParallel, memory: MemoryConfig, recomputed: bool = False
 ) -> ShardKept | None:
-    """Return what backward keeps of the all-gathered input of column-parallel layers; None: all of it.
+    """Return what backward keeps of the gathered input of column-parallel layers; None: all of it.
 
-    Under sequence parallelism this is the rank's own shard, gathered again in backward. A region that backward
-    recomputes (``recomputed``, or any ``memory.recompute``) gathers its input in doing so: nothing is kept from
-    forward to backward, and a second all-gather would be redundant.
+    Under sequence parallelism this is the rank's own shard, gathered again in backward. A region
+    that backward recomputes (``recomputed``, or any ``memory.recompute``) gathers its input in
+    doing so: nothing is kept from forward to backward, and a second all-gather would be redundant.
     """
     if not tensor.sequence_parallel or recomputed or memory.recompute != "none":
         return None
@@ -113,8 +116,9 @@ def _recomputed(
 
 # ---- results of operators, kept from forward and returned when backward recomputes the region ----
 
-# True within ``nothing_kept``. A context variable, because modules nested in a region cannot be passed an argument.
-# Each thread has its own value, and backward on a device runs in a thread of its own.
+# True within ``nothing_kept``. A context variable, because modules nested in a region cannot be
+# passed an argument. Each thread has its own value, and backward on a device runs in a thread of
+# its own.
 _NOTHING_KEPT: ContextVar[bool] = ContextVar("nothing_kept", default=False)
 
 
@@ -129,9 +133,12 @@ def nothing_kept() -> Iterator[None]:
 
 
 class KeptResults:
-    """Results of ``operators`` in one region, in call order; recomputation must call them in the same order.
+    """Results of ``operators`` in one region, in call order.
 
-    results: tensors, those of one call side by side. None: the tensor was modified, so the operator must run again.
+    Recomputation must call the operators in the same order.
+
+    results: tensors, those of one call side by side. None: the tensor was modified, so the operator
+    must run again.
     """
 
     def __init__(self, operators: Operators):
@@ -146,7 +153,7 @@ class KeptResults:
         self.results += [x.detach() for x in results]
 
     def drop_aliases(self, modified: torch.Tensor) -> None:
-        """Drop the results that share memory with ``modified``: they no longer hold the operator's result."""
+        """Drop results that share memory with ``modified``, which are no longer the operator's."""
         memory = modified.untyped_storage().data_ptr()
         self.results = [
             None if x is None or x.untyped_storage().data_ptr() == memory else x
@@ -180,7 +187,7 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Backward: run every operator again, except the chosen ones, whose kept results are returned."""
+    """Backward: run every operator again, or return its kept results."""
 
     def __init__(self, kept: KeptResults):
         super().__init__()
@@ -200,7 +207,7 @@ class _Replaying(TorchDispatchMode):
 
 
 def save_for_backward(y: torch.Tensor, kept: KeptResults) -> torch.Tensor:
-    """Return ``y``, the region's result; its backward begins by unpacking what autograd saved of ``kept``."""
+    """Return ``y``, the region's result, whose backward begins by unpacking ``kept``."""
     results = kept.results
     kept.results = []
     return _SaveForBackward.apply(y, kept, *results)

@@ -1,7 +1,8 @@
-"""Names and shapes of a GPT's parameters, read from the modules themselves: they are stated nowhere else.
+"""Names and shapes of a GPT's parameters, read from its modules and stated nowhere else.
 
-A model of one layer is constructed on the meta device, which allocates nothing; all layers have the same parameters.
-The planner, the FLOP count and the checkpoint code therefore follow whatever a model option adds.
+A model of one layer is constructed on the meta device, which allocates nothing; all layers have the
+same parameters. The planner, the FLOP count and the checkpoint code therefore follow whatever a
+model option adds.
 """
 
 import functools
@@ -21,9 +22,10 @@ Shapes = dict[str, tuple[int, ...]]
 def parameter_shapes(
     model: ModelConfig, vocab_size: int, seq_length: int, tensor_ranks: int = 1
 ) -> Shapes:
-    """Return the shape of every parameter by name: embedding first, then in forward order, output last.
+    """Return the shape of every parameter by name, in the order of a forward pass.
 
-    With more than one of ``tensor_ranks``, shapes are those of the first rank's parts, which are the largest.
+    With more than one of ``tensor_ranks``, shapes are those of the first rank's parts, which are
+    the largest.
     """
     one_layer = _shapes_of_one_layer(model, vocab_size, seq_length, tensor_ranks)
     before, layer, after = {}, {}, {}
@@ -64,7 +66,8 @@ def stage_shapes(
 
     The last stage has the output matrix, or its own copy of a tied embedding.
     """
-    first, last = stage == 0, stage == stages - 1
+    first = stage == 0
+    last = stage == stages - 1
     layers = layers_of_stage(model.num_layers, stages, stage)
     tied = not model.untie_embeddings_and_output_weights
     held = {

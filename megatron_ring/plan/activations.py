@@ -1,9 +1,10 @@
-"""Bytes per token that a layer keeps for backward and needs while it is being computed, counted from the model.
+"""Bytes per token that a layer keeps for backward and needs during its own backward.
 
-A process has l tokens, of which the residual stream holds m: all, or l/T with sequence_parallel. Counted are the
-tensors that autograd saves in the operators that model/ and kernels/ call. Korthikanti et al. 2022 (section 4.1) count
-alike for another model, and Liu et al. 2023 (Ring Attention, table 1) for the blocks of one layer. Recomputation
-changes what is kept; in any mode, the layer that backward is in has all of its tensors again.
+A process has l tokens, of which the residual stream holds m: all, or l/T with sequence_parallel.
+Counted are the tensors that autograd saves in the operators that model/ and kernels/ call.
+Korthikanti et al. 2022 (section 4.1) count alike for another model, and Liu et al. 2023 (Ring
+Attention, table 1) for the blocks of one layer. Recomputation changes what is kept; in any mode,
+the layer that backward is in has all of its tensors again.
 """
 
 import math
@@ -21,7 +22,7 @@ _FP32 = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes per token. kept: from forward to backward. working: on top, while backward is in this layer."""
+    """Bytes per token: kept from forward to backward; working on top, in this layer's backward."""
 
     kept: float
     working: float
@@ -55,10 +56,11 @@ class _TensorBytes:
 
 
 def ring_attention_paper_bytes(hidden_size: int) -> int:
-    """Return 6 x hidden: bytes per token of a layer in bfloat16 by Ring Attention's table 1 (Liu et al. 2023).
+    """Return the bytes per token of a bfloat16 layer by Ring Attention's table 1: 6 x hidden.
 
-    The paper writes 6bch for c tokens of b samples, h wide, on a device: six blocks, which are Q, K, V, the output,
-    and K and V in transfer. Only the layer's input is kept, 2 x hidden bytes.
+    The paper (Liu et al. 2023) writes 6bch for c tokens of b samples, h wide, on a device: six
+    blocks, which are Q, K, V, the output, and K and V in transfer. Only the layer's input is kept,
+    2 x hidden bytes.
     """
     return 6 * hidden_size
 
@@ -74,10 +76,12 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
         kept, attention_reused, mlp_reused = _kept_for_recomputation(config, tensors)
     elif memory.mlp_chunks > 1:
         kept = attention + tensors.residual
-        attention_reused, mlp_reused = attention, tensors.shared
+        attention_reused = attention
+        mlp_reused = tensors.shared
     else:
         kept = attention + mlp
-        attention_reused, mlp_reused = attention, mlp
+        attention_reused = attention
+        mlp_reused = mlp
     # Backward needs the most between the matmuls of the MLP, or in attention after the MLP is done.
     inner_gradients = _input_projections(config) * tensors.inner
     gathered_again = tensors.gathered if tensors.mlp_input < tensors.gathered else 0
@@ -90,7 +94,7 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
 
 
 def inputs_gathered_again(config: Config) -> int:
-    """Return how many gathered inputs of a layer backward gathers again (recompute.shard_for_backward)."""
+    """Return how many inputs of a layer backward gathers again (recompute.shard_for_backward)."""
     return _keeps_shard_of_attention_input(config) + _keeps_shard_of_mlp_input(config)
 
 
@@ -143,7 +147,11 @@ def _tensor_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -
 
 
 def _saved_by_attention(config: Config, grid: Grid, x: _TensorBytes) -> float:
-    """Return the norm, its output, norms of heads, Q, K, V as the ring takes them, its output and log-sum-exp."""
+    """Return the bytes that attention saves.
+
+    These are the norm, its output, norms of heads, Q, K and V as the ring gets them, and the ring's
+    output and log-sum-exp.
+    """
     ring_output = x.queries + x.lse
     saved = x.norm + x.attention_input + x.head_norms + x.queries + x.ring_keys + ring_output
     if grid.ulysses > 1:
@@ -154,7 +162,11 @@ def _saved_by_attention(config: Config, grid: Grid, x: _TensorBytes) -> float:
 
 
 def _saved_by_mlp(config: Config, x: _TensorBytes) -> float:
-    """Return the norm, its output, and of width F: gate, silu(gate), up and their product; or up and its gelu."""
+    """Return the bytes that the MLP saves.
+
+    These are the norm, its output, and of width F gate, silu(gate), up and their product, or up and
+    its gelu.
+    """
     inner_tensors = 4 if config.model.activation == "swiglu" else 2
     return x.norm + x.mlp_input + inner_tensors * x.inner
 
@@ -162,7 +174,8 @@ def _saved_by_mlp(config: Config, x: _TensorBytes) -> float:
 def _kept_for_recomputation(config: Config, x: _TensorBytes) -> tuple[float, float, float]:
     """Return the bytes kept, and how many of them attention and MLP reuse when they are recomputed.
 
-    Kept are the block's input, the ring's results unless it runs again, and with ``selective`` every matmul.
+    Kept are the block's input, the ring's results unless it runs again, and with ``selective``
+    every matmul.
     """
     memory = config.memory
     attention = 0.0 if memory.recompute_attention else x.queries + x.lse
@@ -183,7 +196,10 @@ def _backward_through_attention(
 
 
 def _backward_in_blocks(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
-    """Return the bytes of context_parallel/invariant: keys travel, all blocks exist and are concatenated at the end."""
+    """Return the bytes of context_parallel/invariant in backward.
+
+    Keys travel; all blocks exist and are concatenated at the end.
+    """
     fp32_factor = _FP32 / dtype.itemsize
     queries_sum = fp32_factor * x.queries
     keys_sum = fp32_factor * x.ring_keys
@@ -193,11 +209,14 @@ def _backward_in_blocks(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> floa
 
 
 def _backward_through_ring(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
-    """Return the output's gradient, the float32 sums for Q, K and V, and what is in transfer (context_parallel/ring).
+    """Return the bytes of context_parallel/ring in backward.
 
-    In transfer are one message that is sent and one that is received, and as many for the sums that follow: of the
-    keys, or of the queries with their outputs' gradients, lse and delta, whichever are fewer bytes. With more than two
-    ranks a rank's own sums wait for those besides the sums of the current hop.
+    These are the output's gradient, the float32 sums for Q, K and V, and what is in transfer.
+
+    In transfer are one message that is sent and one that is received, and as many for the sums that
+    follow: of the keys, or of the queries with their outputs' gradients, lse and delta, whichever
+    are fewer bytes. With more than two ranks a rank's own sums wait for those besides the sums of
+    the current hop.
     """
     fp32_factor = _FP32 / dtype.itemsize
     queries_sum = fp32_factor * x.queries

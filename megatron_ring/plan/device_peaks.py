@@ -13,8 +13,9 @@ import torch
 
 
 class _Peak(NamedTuple):
-    """Peak rates in TFLOP/s. name: a pattern for the whole name that torch reports, without "NVIDIA ".
+    """Peak rates in TFLOP/s of one device.
 
+    name: a pattern for the whole name that torch reports, without "NVIDIA ".
     bf16: 0 where the device has no bfloat16 matmuls. fp16: 0 means as bf16.
     """
 

@@ -1,7 +1,7 @@
-"""The output of --dry-run: coordinates of every process, token layout, memory, and bytes that a process sends.
+"""The output of --dry-run: coordinates, token layout, memory and bytes sent, per process.
 
-Everything is counted from the config and the layout. No process is started, and of the data only the tokenizer is
-opened, for its number of ids.
+Everything is counted from the config and the layout. No process is started, and of the data only
+the tokenizer is opened, for its number of ids.
 """
 
 from megatron_ring.context_parallel.layout import Layout
@@ -83,7 +83,7 @@ def _messages(setup: Setup) -> list[str]:
 
 
 def _ring_lines(setup: Setup) -> list[str]:
-    """Return the bytes of a hop, and its work: one line for layers with a window, one for those without."""
+    """Return the bytes of a hop, and its work in layers with a window and in those without."""
     if setup.grid.ring == 1:
         return []
     model = setup.config.model
@@ -91,10 +91,9 @@ def _ring_lines(setup: Setup) -> list[str]:
     q_BLhD, kv_2BLgD = ring_tensors(setup.config, setup.grid, layout, setup.precision.dtype)
     backward = backward_bytes(q_BLhD, kv_2BLgD)
     may_send_queries = setup.config.parallel.context_parallel_reduction == "arrival"
-    if may_send_queries and queries_are_lighter(q_BLhD, kv_2BLgD):
-        sent, other = "queries", "keys"
-    else:
-        sent, other = "keys", "queries"
+    sends_queries = may_send_queries and queries_are_lighter(q_BLhD, kv_2BLgD)
+    sent = "queries" if sends_queries else "keys"
+    other = "keys" if sends_queries else "queries"
     lines = [
         f"bytes of a hop   {kv_2BLgD.nbytes:,} forward (K and V), {backward[sent]:,} backward "
         f"(the {sent} travel; the {other} would be {backward[other]:,})"
@@ -147,7 +146,8 @@ def _pipeline_lines(setup: Setup) -> list[str]:
     )
     idle = bubble(stages, setup.micro_batches)
     return [
-        f"bytes of a stage {forward:,} forward to the next one for a micro-batch, {backward:,} back",
+        f"bytes of a stage {forward:,} forward to the next one for a micro-batch, "
+        f"{backward:,} back",
         f"bubble           a stage is idle for {idle:.1%} of a step: {stages} stages, "
         f"{setup.micro_batches} micro-batches, (P - 1) / (M + P - 1)",
     ]

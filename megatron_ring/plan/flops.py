@@ -1,10 +1,11 @@
 """Floating-point operations of training, counted from the config.
 
-Counted are matmuls only, with a multiply-add as two operations and backward as twice forward. Attention counts the
-pairs that its mask admits: half of the square for causal attention, less with windows and documents (as in PaLM,
-Chowdhery et al. 2022, appendix B, except for the mask). Recomputation is not counted, so that the utilization is of
-the model and not of the hardware. Published figures of model FLOPs utilization (MFU) count attention by the full
-square of the sample instead (PaLM's 12 L H Q T per token, Narayanan et al. 2021): ``full_attention_flops``.
+Counted are matmuls only, with a multiply-add as two operations and backward as twice forward.
+Attention counts the pairs that its mask admits: half of the square for causal attention, less with
+windows and documents (as in PaLM, Chowdhery et al. 2022, appendix B, except for the mask).
+Recomputation is not counted, so that the utilization is of the model and not of the hardware.
+Published figures of model FLOPs utilization (MFU) count attention by the full square of the sample
+instead (PaLM's 12 L H Q T per token, Narayanan et al. 2021): ``full_attention_flops``.
 """
 
 import math
@@ -19,7 +20,7 @@ from megatron_ring.model.shapes import layer_shapes
 def training_flops(config: ModelConfig, vocab_size: int, document_lengths: torch.Tensor) -> int:
     """Return the FLOPs of forward and backward over samples with documents of these lengths.
 
-    A sample whose documents are not kept apart is one document.
+    A sample without a document mask is one document.
     """
     layers_of_window = Counter(config.window_of(layer) for layer in range(config.num_layers))
     pairs = sum(
@@ -55,6 +56,6 @@ def visible_pairs(document_lengths: torch.Tensor, window: int) -> int:
     A ``window`` of 0 means no window.
     """
     lengths = document_lengths.long()
-    # Each of the first W tokens of a document sees one more, the later ones W.
+    # The i-th token of a document attends to min(i, W) keys.
     growing = lengths.clamp(max=window) if window else lengths
     return int((growing * (growing + 1) // 2 + (lengths - growing) * window).sum())

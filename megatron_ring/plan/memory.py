@@ -1,15 +1,16 @@
-"""Peak bytes of a process during a training step, for every pipeline stage, counted before anything is started.
+"""Peak bytes of a process in a training step, by pipeline stage, counted before the start.
 
-Parameters, gradients and optimizer state are counted as DeepSpeed 0.19.8 keeps them under ZeRO, what a layer keeps and
-needs by activations.py. Added are the embedding and the head, the micro-batches in flight, and which of these coincide.
-Not counted are the workspace of vendor kernels, the allocator's rounding, communicators and the interpreter.
+Parameters, gradients and optimizer state are counted as DeepSpeed 0.19.8 keeps them under ZeRO,
+what a layer keeps and needs by activations.py. Added are the embedding and the head, the
+micro-batches in flight, and which of these coincide. Not counted are the workspace of vendor
+kernels, the allocator's rounding, communicators and the interpreter.
 
-ZeRO (Rajbhandari et al. 2020, section 5) shards over all processes that hold the same parameters, here D x C: stage 1
-the optimizer state, 2 also gradients, 3 also parameters. Adam has two moments of 4 bytes each. DeepSpeed also keeps a
-float32 copy of the weights that it updates, under ZeRO even of float32 weights. Counted too is what exists only while
-gradients are reduced: a bucket that they are copied into, and under ZeRO 3 the parameters gathered from the other
-processes. DeepSpeed releases these only when more than stage3_max_live_parameters exist, so a smaller model stays
-whole.
+ZeRO (Rajbhandari et al. 2020, section 5) shards over all processes that hold the same parameters,
+here D x C: stage 1 the optimizer state, 2 also gradients, 3 also parameters. Adam has two moments
+of 4 bytes each. DeepSpeed also keeps a float32 copy of the weights that it updates, under ZeRO even
+of float32 weights. Counted too is what exists only while gradients are reduced: a bucket that they
+are copied into, and under ZeRO 3 the parameters gathered from the other processes. DeepSpeed
+releases these only when more than stage3_max_live_parameters exist, so a smaller model stays whole.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from megatron_ring.plan.activations import layer_bytes
 from megatron_ring.plan.parameters import parameters_of_stage, share
 
 ERROR = 0.1
-"""Largest relative error of a plan against measured peaks; tests check it for one process and for two."""
+"""Largest relative error against measured peaks, tested for one process and for two."""
 
 _FP32 = torch.float32.itemsize
 _MASTER_AND_MOMENTS = 3 * _FP32  # per parameter: the float32 copy and Adam's two moments
@@ -32,7 +33,7 @@ _IDS_PER_TOKEN = 3 * torch.int64.itemsize  # id, position and target
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed's settings that affect memory. ``ranks`` is D x C; the rest has DeepSpeed's names and defaults."""
+    """DeepSpeed's settings that affect memory, with DeepSpeed's defaults; ``ranks`` is D x C."""
 
     stage: int = 0
     ranks: int = 1
@@ -44,7 +45,10 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class Workload:
-    """What memory depends on. tokens: B x l, of a micro-batch on this process. device: "cpu" or "cuda"."""
+    """All that memory depends on.
+
+    tokens: B x l, of a micro-batch on this process. device: "cpu" or "cuda".
+    """
 
     config: Config
     grid: Grid
@@ -60,9 +64,9 @@ class Workload:
 class StageMemory:
     """Bytes on a process of one stage. parameters, gradients, optimizer: between steps as well.
 
-    bucket: for reducing gradients. activations: kept from forward to backward. working: on top of these, where it is
-    largest, in a layer or in the head. update: on top of gradients, in the optimizer's step. host: offloaded to CPU
-    memory. peak: the most at any time.
+    bucket: for reducing gradients. activations: kept from forward to backward. working: on top of
+    these, where it is largest, in a layer or in the head. update: on top of gradients, in the
+    optimizer's step. host: offloaded to CPU memory. peak: the most at any time.
     """
 
     parameters: int
@@ -77,7 +81,7 @@ class StageMemory:
 
 
 def stage_memory(load: Workload, stage: int) -> StageMemory:
-    """Return the bytes of a process on pipeline stage ``stage``, for the tensor rank with the largest part."""
+    """Return the bytes of a process of ``stage``, on the tensor rank with the largest part."""
     config = load.config
     count = parameters_of_stage(
         config.model, load.vocab_size, config.data.seq_length, load.grid, stage
@@ -111,7 +115,7 @@ def stage_memory(load: Workload, stage: int) -> StageMemory:
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes on one process. ``update`` exists in the optimizer's step only; ``host`` is in CPU memory."""
+    """Bytes on one process; ``update`` only in the optimizer's step, ``host`` in CPU memory."""
 
     parameters: int
     gradients: int
@@ -122,7 +126,7 @@ class ModelStates:
 
 
 def model_states(count: int, dtype: torch.dtype, zero: ZeroSettings) -> ModelStates:
-    """Return the bytes for the ``count`` parameters of ``dtype`` that this process computes with."""
+    """Return the bytes for ``count`` parameters of ``dtype`` that this process uses."""
     if zero.stage == 0:
         return _without_zero(count, dtype, zero)
     size = dtype.itemsize
@@ -182,7 +186,10 @@ def micro_batches_in_flight(stages: int, stage: int, micro_batches: int) -> int:
 
 
 def bubble(stages: int, micro_batches: int) -> float:
-    """Return the fraction of a step in which a stage is idle if all stages are equal: (P - 1) / (M + P - 1) (ibid.)."""
+    """Return the fraction of a step in which a stage is idle, if all stages are equal.
+
+    (P - 1) / (M + P - 1), from the same source.
+    """
     return (stages - 1) / (micro_batches + stages - 1)
 
 

@@ -1,4 +1,4 @@
-"""The memory lines of --dry-run: a table of what a process of each pipeline stage holds, counted by plan/memory.py."""
+"""The memory lines of --dry-run: a table by pipeline stage of what plan/memory.py counts."""
 
 import torch
 

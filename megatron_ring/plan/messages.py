@@ -1,4 +1,4 @@
-"""Bytes that a process sends: in a hop of its ring, to its Ulysses group, its tensor group and the next stage.
+"""Bytes that a process sends: in a ring hop, to Ulysses and tensor groups, to the next stage.
 
 Counted from tensor shapes, of tensors on the meta device: nothing is computed or allocated.
 """
@@ -33,8 +33,8 @@ def ring_tensors(
 def ulysses_bytes(q_BLhD: torch.Tensor, kv_2BLgD: torch.Tensor, degree: int) -> tuple[int, int]:
     """Return the bytes that a process sends in a layer's forward, before and after attention.
 
-    In a group of ``degree`` processes these are q, k, v before, output and lse after, each except the process's own
-    share. It receives as many.
+    In a group of ``degree`` processes these are q, k, v before, output and lse after, each except
+    the process's own share. It receives as many.
     """
     lse_bytes = torch.float32.itemsize * q_BLhD.shape[:-1].numel()
     before = q_BLhD.nbytes + kv_2BLgD.nbytes
@@ -60,8 +60,8 @@ def stage_bytes(
 ) -> tuple[int, int]:
     """Return the bytes sent to the next stage for a micro-batch, and those sent back.
 
-    Forward sends the stream, targets and positions, back comes the stream's gradient. Positions are one for each of
-    the ``tokens`` of B samples, or of one sample where all have the same.
+    Forward sends the stream, targets and positions, back comes the stream's gradient. Positions are
+    one for each of the ``tokens`` of B samples, or of one sample where all have the same.
     """
     stream = stream_bytes // (grid.tensor if sequence_parallel else 1)
     targets_and_positions = 2 * torch.int64.itemsize * tokens

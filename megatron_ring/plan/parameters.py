@@ -1,9 +1,9 @@
 """How many parameters a process holds: its pipeline stage's layers, split over its tensor ranks.
 
-Split are the heads of queries, keys and values, the output projection, the feed-forward's matrices and the rows of the
-vocabulary (Shoeybi et al. 2019, section 3). Every tensor rank has all norms, the biases that are added after a sum
-over the ranks, and a learned position table. Where a size does not divide, the count is that of the first rank, which
-has the most.
+Split are the heads of queries, keys and values, the output projection, the feed-forward's matrices
+and the rows of the vocabulary (Shoeybi et al. 2019, section 3). Every tensor rank has all norms,
+the biases that are added after a sum over the ranks, and a learned position table. Where a size
+does not divide, the count is that of the first rank, which has the most.
 """
 
 from megatron_ring.config import ModelConfig

@@ -1,8 +1,8 @@
-"""Work of every rank in every hop, as visible pairs; the critical path and the bounds that follow from it.
+"""Work of every rank in every hop in visible pairs, its critical path, and bounds that follow.
 
-A hop ends when its slowest rank has finished, so a ring takes the sum over hops of the slowest rank. Under the
-contiguous layout that is nearly R full hops; a balanced one has R half-full hops: balancing speeds the ring up by at
-most 2 - 1/R (Brandon et al. 2023, section 3.3).
+A hop ends when its slowest rank has finished, so a ring takes the sum over hops of the slowest
+rank. Under the contiguous layout that is nearly R full hops; a balanced one has R half-full hops:
+balancing speeds the ring up by at most 2 - 1/R (Brandon et al. 2023, section 3.3).
 """
 
 from dataclasses import dataclass
@@ -49,8 +49,9 @@ def counted(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
 
 
 def bound_over_ring(layout_name: str, ring_size: int) -> float:
-    """Return the largest possible speed-up of a layout over the contiguous ring, if hops cost their visible pairs.
+    """Return the largest possible speed-up of a layout over the contiguous ring.
 
-    For causal attention over one long document. Under any other mask the bound is the ring's own ``gain_of_balance``.
+    If hops cost their visible pairs, for causal attention over one long document. Under any other
+    mask the bound is the ring's own ``gain_of_balance``.
     """
     return 1.0 if layout_name == "ring" else 2 - 1 / ring_size

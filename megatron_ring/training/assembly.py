@@ -15,9 +15,10 @@ from megatron_ring.settings.setup import Setup
 def build_model(
     setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int
 ) -> torch.nn.Module:
-    """Build and initialize this process's part of the model, on the device and in the type of the run.
+    """Build and initialize this process's part of the model, with the device and type of the run.
 
-    Collective over all processes. A process allocates only what it keeps, and a few blocks of 16 MiB on the CPU.
+    Collective over all processes. A process allocates only what it keeps, and a few blocks of 16
+    MiB on the CPU.
     """
     config = setup.config
     tensor = TensorParallel.of(groups.tensor, config.parallel.sequence_parallel)

@@ -1,4 +1,4 @@
-"""Small models like Llama, GPT-2, gpt-oss and Qwen, and the attention of one process that holds every token."""
+"""Small models like Llama, GPT-2, gpt-oss and Qwen, and attention of a single process."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ CONFIGS = {
         window_attn_skip_freq=2,
         softmax_type="learnable",
     ),
-    # Qwen 3's norms of heads that are wider together than the stream, with Qwen 2's biases.
+    # Qwen 3's head norms with heads that are together wider than the stream, and Qwen 2's biases.
     "qwen": ModelConfig(
         num_layers=2,
         hidden_size=32,
@@ -52,9 +52,9 @@ def plain_attention(
     window: int = 0,
     document_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model is promised of its attention function, by a dense mask; in float32 for bfloat16."""
-    accumulated = torch.promote_types(q_BSHD.dtype, torch.float32)
-    q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2).to(accumulated) for x in (q_BSHD, k_BSGD, v_BSGD))
+    """Implement the protocol of attention functions with a dense mask; in float32 for bfloat16."""
+    dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
+    q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2).to(dtype) for x in (q_BSHD, k_BSGD, v_BSGD))
     repeats = q_BHSD.shape[1] // k_BGSD.shape[1]
     k_BHSD, v_BHSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
     hidden_BSS = ~visible(*q_BSHD.shape[:2], window, document_starts)
@@ -68,16 +68,16 @@ def plain_attention(
 def visible(
     batch: int, length: int, window: int, document_starts: torch.Tensor | None
 ) -> torch.Tensor:
-    """visible_BSS[sample, query, key]."""
+    """Return visible_BSS[sample, query, key]."""
     starts = torch.arange(batch) * length if document_starts is None else document_starts
     document_BS = torch.searchsorted(starts, torch.arange(batch * length), right=True).view(
         batch, length
     )
-    behind_SS = torch.arange(length)[:, None] - torch.arange(length)
+    distance_SS = torch.arange(length)[:, None] - torch.arange(length)
     reach = window or length
     return (
-        (behind_SS >= 0)
-        & (behind_SS < reach)
+        (distance_SS >= 0)
+        & (distance_SS < reach)
         & (document_BS[:, :, None] == document_BS[:, None, :])
     )
 

@@ -1,3 +1,5 @@
+"""The attention layer: heads, norms, rotation, grouped keys and sinks."""
+
 from dataclasses import replace
 
 import pytest
@@ -11,13 +13,13 @@ from megatron_ring.model.gpt import rope
 from megatron_ring.model.initialization import initialize
 from tests import oracle
 
-# What each query (a row) sees of each key, in two samples of five tokens.
+# Keys visible to each query, a group of marks per query, in two samples of five tokens.
 CAUSAL = "x.... xx... xxx.. xxxx. xxxxx"
-SEEN = {
+VISIBLE = {
     "causal": (0, None, [CAUSAL, CAUSAL]),
-    "itself": (1, None, ["x.... .x... ..x.. ...x. ....x"] * 2),
+    "self only": (1, None, ["x.... .x... ..x.. ...x. ....x"] * 2),
     "window": (3, None, ["x.... xx... xxx.. .xxx. ..xxx"] * 2),
-    "wider than all": (9, None, [CAUSAL, CAUSAL]),
+    "wider than the sample": (9, None, [CAUSAL, CAUSAL]),
     "documents": (
         0,
         [0, 3, 5, 6],
@@ -27,8 +29,8 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize(("window", "starts", "drawn"), SEEN.values(), ids=SEEN)
-def test_the_attention_of_these_tests_sees_what_is_drawn(attention, window, starts, drawn):
+@pytest.mark.parametrize(("window", "starts", "drawn"), VISIBLE.values(), ids=VISIBLE)
+def test_the_attention_of_these_tests_has_the_drawn_masks(attention, window, starts, drawn):
     q_BSHD, k_BSGD, v_BSGD, dout_BSHD = oracle.random_inputs(batch=2, tokens=5, heads=4, groups=2)
     out_BSHD, lse_BHS = attention(q_BSHD, k_BSGD, v_BSGD, window, starts and torch.tensor(starts))
     for sample in (0, 1):
@@ -48,49 +50,51 @@ def initialized(config: ModelConfig, attention: AttentionFunction, window: int) 
 
 
 def test_the_attention_function_gets_query_heads_and_fewer_key_value_heads(llama):
-    seen = {}
+    received = {}
 
     def attention(q_BlHD, k_BlGD, v_BlGD, window, document_starts):
-        seen.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
+        received.update(q=q_BlHD.shape, k=k_BlGD.shape, v=v_BlGD.shape)
         return q_BlHD, None
 
     layer = initialized(llama, attention, window=0)
     assert layer(torch.randn(3, 5, 32), rotation=None, document_starts=None).shape == (3, 5, 32)
-    assert seen == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
+    assert received == {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
 
 
-def test_queries_and_keys_arrive_turned_and_values_as_they_are(llama):
-    seen = []
-    layer = initialized(llama, lambda q, k, v, *_: seen.append((q, k, v)) or (q, None), window=0)
+def test_queries_and_keys_are_rotated_and_values_are_not(llama):
+    received = []
+    layer = initialized(
+        llama, lambda q, k, v, *_: received.append((q, k, v)) or (q, None), window=0
+    )
     x_BlE, rotation = torch.randn(1, 3, 32), rope(llama, 4096).rotation(torch.tensor([7, 2, 4000]))
     layer(x_BlE, None, None)
     layer(x_BlE, rotation, None)
-    (q, k, v), (turned_q, turned_k, same_v) = seen
-    assert torch.equal(turned_q, rotate(q, rotation))
-    assert torch.equal(turned_k, rotate(k, rotation))
+    (q, k, v), (rotated_q, rotated_k, same_v) = received
+    assert torch.equal(rotated_q, rotate(q, rotation))
+    assert torch.equal(rotated_k, rotate(k, rotation))
     assert torch.equal(same_v, v)
 
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
-def test_heads_are_normalised_each_by_itself_before_they_are_turned(qwen, normalization):
-    seen, config = [], replace(qwen, normalization=normalization, norm_epsilon=0.5)
-    layer = initialized(config, lambda q, k, v, *_: seen.append((q, k)) or (q, None), window=0)
+def test_each_head_is_normalized_before_it_is_rotated(qwen, normalization):
+    received, config = [], replace(qwen, normalization=normalization, norm_epsilon=0.5)
+    layer = initialized(config, lambda q, k, v, *_: received.append((q, k)) or (q, None), window=0)
     x_BlE, rotation = torch.randn(2, 3, 32), rope(config, 4096).rotation(torch.tensor([7, 2, 4000]))
-    for normalised in (layer.q_norm, layer.k_norm):
-        nn.init.normal_(normalised.weight)
+    for head_norm in (layer.q_norm, layer.k_norm):
+        nn.init.normal_(head_norm.weight)
     layer(x_BlE, rotation, None)
-    for found_BlHD, proj, normalised in zip(
-        seen[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)
+    for found_BlHD, proj, head_norm in zip(
+        received[0], (layer.q_proj, layer.k_proj), (layer.q_norm, layer.k_norm)
     ):
         head_BlHD = proj(x_BlE).unflatten(-1, (-1, 16))
         head_BlHD = head_BlHD - head_BlHD.mean(-1, keepdim=True) * (normalization == "LayerNorm")
         root_BlH1 = (head_BlHD.square().mean(-1, keepdim=True) + 0.5).sqrt()
         torch.testing.assert_close(
-            found_BlHD, rotate(head_BlHD / root_BlH1 * normalised.weight, rotation)
+            found_BlHD, rotate(head_BlHD / root_BlH1 * head_norm.weight, rotation)
         )
 
 
-def test_heads_may_be_wider_together_than_the_stream(qwen, attention):
+def test_heads_together_may_be_wider_than_the_stream(qwen, attention):
     layer = initialized(qwen, attention, window=0)
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == {
         "q_proj.weight": (64, 32),
@@ -118,8 +122,8 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
     torch.testing.assert_close(full(tokens_BS, positions_S), grouped(tokens_BS, positions_S))
 
 
-def test_half_the_rows_of_every_projection_are_half_the_heads(llama, attention):
-    """What a tensor-parallel rank does: its heads' rows in, its heads' columns out, and the partial results summed."""
+def test_halves_of_the_projections_add_up_to_the_whole_layer(llama, attention):
+    """A tensor rank has its heads' rows and columns, and partial results are summed."""
     whole, x_BlE = initialized(llama, attention, window=3), torch.randn(2, 5, 32)
     partial = []
     for half in (0, 1):
@@ -133,8 +137,8 @@ def test_half_the_rows_of_every_projection_are_half_the_heads(llama, attention):
     torch.testing.assert_close(partial[0] + partial[1], whole(x_BlE, None, None))
 
 
-def test_a_sink_is_one_more_column_of_scores_without_a_value():
-    """In values and gradients: of scores, values and the sink itself."""
+def test_a_sink_equals_one_more_column_of_scores_without_a_value():
+    """In the output and in the gradients of scores, values and sink."""
     scores_BHSS = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     v_BHSD = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     sink_H = torch.tensor([-1.0, 0.0, 2.5], dtype=torch.float64, requires_grad=True)
@@ -148,17 +152,17 @@ def test_a_sink_is_one_more_column_of_scores_without_a_value():
     torch.testing.assert_close(torch.autograd.grad(actual_BHSD, inputs, dout_BHSD), expected)
 
 
-def test_the_gradient_of_a_sink_is_minus_its_share_of_what_the_rows_gave():
+def test_the_gradient_of_a_sink_is_minus_its_probability_times_the_output_gradient():
     out_BSHD, dout_BSHD = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
     lse_BHS, sink_H = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     with_sink(out_BSHD, lse_BHS, sink_H.requires_grad_()).backward(dout_BSHD)
     sink_H1 = sink_H.detach()[:, None]
-    given_BHS = (dout_BSHD * with_sink(out_BSHD, lse_BHS, sink_H.detach())).sum(-1).transpose(1, 2)
-    share_BHS = (sink_H1 - torch.logaddexp(lse_BHS, sink_H1)).exp()
-    torch.testing.assert_close(sink_H.grad, -(share_BHS * given_BHS).sum((0, 2)))
+    dot_BHS = (dout_BSHD * with_sink(out_BSHD, lse_BHS, sink_H.detach())).sum(-1).transpose(1, 2)
+    probability_BHS = (sink_H1 - torch.logaddexp(lse_BHS, sink_H1)).exp()
+    torch.testing.assert_close(sink_H.grad, -(probability_BHS * dot_BHS).sum((0, 2)))
 
 
-def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, attention):
+def test_off_by_one_equals_a_learnable_sink_of_zero_and_is_no_parameter(llama, attention):
     learnable = initialized(replace(llama, softmax_type="learnable"), attention, window=0)
     off_by_one = initialized(replace(llama, softmax_type="off-by-one"), attention, window=0)
     assert dict(learnable.named_parameters())["sink_H"].shape == (4,)
@@ -172,7 +176,7 @@ def test_off_by_one_is_a_learnable_sink_of_zero_that_is_not_learned(llama, atten
     torch.testing.assert_close(off_by_one(x_BlE, None, None), learnable(x_BlE, None, None))
 
 
-def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attention):
+def test_a_sink_of_a_very_low_score_leaves_the_softmax_vanilla(llama, attention):
     vanilla = initialized(llama, attention, window=0)
     learnable = initialized(replace(llama, softmax_type="learnable"), attention, window=0)
     learnable.load_state_dict({**vanilla.state_dict(), "sink_H": torch.full((4,), -50.0)})
@@ -181,9 +185,7 @@ def test_a_sink_that_no_query_looks_at_leaves_the_softmax_vanilla(llama, attenti
 
 
 @pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
-def test_a_sink_follows_the_model_to_bfloat16_and_is_computed_in_float32(
-    llama, attention, softmax_type
-):
+def test_a_sink_is_cast_with_the_model_and_computed_in_float32(llama, attention, softmax_type):
     layer = initialized(replace(llama, softmax_type=softmax_type), attention, window=0).bfloat16()
     assert layer.sink_H.dtype == torch.bfloat16
     assert layer(torch.randn(2, 5, 32, dtype=torch.bfloat16), None, None).dtype == torch.bfloat16

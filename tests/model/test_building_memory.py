@@ -1,4 +1,4 @@
-"""Peak host memory while a model is built: the bytes that a rank keeps there, and at most 256 MiB."""
+"""Building a model needs the host memory that a rank keeps, and at most 256 MiB."""
 
 import json
 import os
@@ -68,9 +68,9 @@ print(json.dumps([sum(p.nbytes for p in parameters), high_water() - before]))
 
 def built_in_a_fresh_process(rank: int, ranks: int, partitions: int) -> tuple[int, int]:
     """Return the bytes that a rank keeps of the model, and its peak above an idle process."""
-    asked = json.dumps([MODEL, VOCABULARY, SEQ_LENGTH, rank, ranks, partitions])
+    arguments = json.dumps([MODEL, VOCABULARY, SEQ_LENGTH, rank, ranks, partitions])
     printed = subprocess.run(
-        [sys.executable, "-c", _BUILD, asked],
+        [sys.executable, "-c", _BUILD, arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,

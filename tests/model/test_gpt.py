@@ -1,3 +1,5 @@
+"""The forward pass of a GPT: masks, positions, documents, tied weights and parameter groups."""
+
 from dataclasses import replace
 
 import pytest
@@ -11,18 +13,20 @@ from megatron_ring.model.gpt import GPT, decay_groups
 from megatron_ring.plan.parameters import parameter_count
 
 
-def test_logits_have_a_row_per_token_and_a_column_per_word(config, build, tokens_BS, positions_S):
+def test_logits_have_a_row_per_token_and_a_column_per_token_id(
+    config, build, tokens_BS, positions_S
+):
     assert build(config)(tokens_BS, positions_S).shape == (2, 16, 48)
 
 
-def test_logits_are_the_head_of_the_hidden_states(config, build, tokens_BS, positions_S):
+def test_logits_are_the_head_applied_to_the_hidden_states(config, build, tokens_BS, positions_S):
     model = build(config)
     hidden_BSE = model.hidden(tokens_BS, positions_S)
     assert hidden_BSE.shape == (2, 16, 32)
     assert torch.equal(model(tokens_BS, positions_S), model.head(hidden_BSE))
 
 
-def test_no_token_sees_a_later_one(config, build, tokens_BS, positions_S):
+def test_no_token_depends_on_a_later_one(config, build, tokens_BS, positions_S):
     model, changed_BS = build(config), tokens_BS.clone()
     changed_BS[:, 10] = (changed_BS[:, 10] + 1) % 48
     same_BS = (model(tokens_BS, positions_S) == model(changed_BS, positions_S)).all(-1)
@@ -33,7 +37,7 @@ def test_no_token_sees_a_later_one(config, build, tokens_BS, positions_S):
 @pytest.mark.parametrize(
     "order_S", [torch.arange(16).view(4, 4).T.flatten(), torch.arange(16) * 5 % 16]
 )
-def test_shuffled_tokens_with_their_positions_give_the_logits_shuffled(
+def test_permuted_tokens_and_positions_give_permuted_logits(
     config, build, attention, tokens_BS, positions_S, order_S
 ):
     back_S = order_S.argsort()
@@ -61,22 +65,20 @@ def test_each_sample_may_number_its_own_tokens(config, build, tokens_BS, positio
     torch.testing.assert_close(each_BSV[1], model(tokens_BS, positions_S.flip(0))[1])
 
 
-def test_layers_have_their_windows_and_all_of_them_the_documents(
+def test_each_layer_has_its_window_and_all_have_the_documents(
     gpt_oss, build, attention, tokens_BS, positions_S
 ):
-    seen = []
+    calls = []
 
-    def watched(q_BSHD, k_BSGD, v_BSGD, window, document_starts):
-        seen.append((window, document_starts))
+    def recorded(q_BSHD, k_BSGD, v_BSGD, window, document_starts):
+        calls.append((window, document_starts))
         return attention(q_BSHD, k_BSGD, v_BSGD, window, document_starts)
 
-    model, starts = (
-        build(replace(gpt_oss, num_layers=5, window_attn_skip_freq=3), watched),
-        torch.tensor([0, 5, 16]),
-    )
+    model = build(replace(gpt_oss, num_layers=5, window_attn_skip_freq=3), recorded)
+    starts = torch.tensor([0, 5, 16])
     model(tokens_BS, positions_S, starts)
-    assert [window for window, _ in seen] == [6, 6, 0, 6, 6]
-    assert all(document_starts is starts for _, document_starts in seen)
+    assert [window for window, _ in calls] == [6, 6, 0, 6, 6]
+    assert all(document_starts is starts for _, document_starts in calls)
 
 
 def test_a_window_of_six_is_the_token_and_the_five_before_it(llama, build, tokens_BS, positions_S):
@@ -86,7 +88,7 @@ def test_a_window_of_six_is_the_token_and_the_five_before_it(llama, build, token
     assert (~same_BS).nonzero()[:, 1].tolist() == [4, 5, 6, 7, 8, 9] * 2
 
 
-def test_packed_documents_give_the_logits_that_each_gives_alone(config, build, tokens_BS):
+def test_packed_documents_have_the_logits_of_separate_documents(config, build, tokens_BS):
     """Documents of 10, 6, 3 and 13 tokens in two samples; the positions restart with each."""
     model, lengths = build(config).double(), [10, 6, 3, 13]
     positions_BS = torch.cat([torch.arange(length) for length in lengths]).view(2, 16)
@@ -100,9 +102,9 @@ def test_packed_documents_give_the_logits_that_each_gives_alone(config, build, t
 def test_gradient_reaches_every_parameter(config, build, tokens_BS, positions_S, untied):
     model = build(replace(config, untie_embeddings_and_output_weights=untied))
     model(tokens_BS, positions_S).square().sum().backward()
-    # A bias on all keys shifts all scores of a query alike, which softmax does not see.
-    deaf = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-6}
-    assert all(name.endswith("k_proj.bias") for name in deaf)
+    # A bias on all keys shifts all scores of a query alike, to which softmax is invariant.
+    without_gradient = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-6}
+    assert all(name.endswith("k_proj.bias") for name in without_gradient)
 
 
 def test_tied_output_weight_is_the_embedding(config, build):
@@ -111,21 +113,25 @@ def test_tied_output_weight_is_the_embedding(config, build):
     assert not [name for name in model.state_dict() if name.startswith("output")]
 
 
-def test_untied_output_weight_is_drawn_by_itself(config, build):
+def test_an_untied_output_weight_has_its_own_initial_values(config, build):
     model = build(replace(config, untie_embeddings_and_output_weights=True))
     assert model.output_weight_VE is model.output.weight
     assert not torch.equal(model.output.weight, model.embedding.weight)
 
 
-def test_rotation_is_made_once_for_all_layers(llama, build, tokens_BS, positions_S, monkeypatch):
-    made = []
-    make = Rope.rotation
-    monkeypatch.setattr(Rope, "rotation", lambda *args: made.append(make(*args)) or made[-1])
+def test_the_rotation_is_computed_once_for_all_layers(
+    llama, build, tokens_BS, positions_S, monkeypatch
+):
+    computed = []
+    rotation = Rope.rotation
+    monkeypatch.setattr(
+        Rope, "rotation", lambda *args: computed.append(rotation(*args)) or computed[-1]
+    )
     build(llama)(tokens_BS, positions_S)
-    assert len(made) == 1
+    assert len(computed) == 1
 
 
-def test_rotation_survives_a_cast_to_bfloat16(llama, build):
+def test_the_rotation_keeps_its_precision_in_a_bfloat16_model(llama, build):
     model = build(llama).bfloat16()
     positions_l = torch.tensor([100_000, 314_159, 999_999])
     rotation = model.rotation(positions_l)
@@ -144,7 +150,7 @@ def test_bfloat16_model_gives_bfloat16_logits_near_the_float32_ones(
     torch.testing.assert_close(logits_BSV.float(), expected_BSV, rtol=0, atol=0.03)
 
 
-def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is_given(
+def test_rope_scaling_is_derived_from_the_whole_length_unless_the_original_one_is_given(
     llama, attention
 ):
     stretched = replace(llama, rope_scaling="yarn", rope_scaling_factor=4.0)
@@ -169,7 +175,7 @@ def test_the_stretch_of_rope_follows_from_the_whole_length_unless_the_old_one_is
     untie_embeddings_and_output_weights=st.booleans(),
     softmax_type=st.sampled_from(["vanilla", "off-by-one", "learnable"]),
 )
-def test_parameter_count_is_that_of_the_model(head_dim, **options):
+def test_parameter_count_is_that_of_the_built_model(head_dim, **options):
     config = ModelConfig(hidden_size=4 * head_dim, num_attention_heads=4, **options)
     model = GPT(config, vocab_size=11, seq_length=7, attention=None)
     assert parameter_count(config, vocab_size=11, seq_length=7) == sum(
@@ -201,10 +207,10 @@ def test_parameter_count_of_published_models():
 
 def test_matrices_decay_and_vectors_do_not(config, build):
     model = build(config)
-    decayed, spared = decay_groups(model, weight_decay=0.1)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    decayed, not_decayed = decay_groups(model, weight_decay=0.1)
+    assert (decayed["weight_decay"], not_decayed["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
-    assert all(p.dim() == 1 for p in spared["params"])
-    together = decayed["params"] + spared["params"]
+    assert all(p.dim() == 1 for p in not_decayed["params"])
+    together = decayed["params"] + not_decayed["params"]
     assert len(together) == len(set(together))
     assert set(together) == set(model.parameters())

@@ -1,4 +1,4 @@
-"""Initial weights depend on the seed and a parameter's name only, and a rank draws the elements that it owns."""
+"""Initial weights depend on seed and name only, and a rank stores the elements that it owns."""
 
 from dataclasses import replace
 from functools import partial

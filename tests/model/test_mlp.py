@@ -1,3 +1,5 @@
+"""The feed-forward layers and their widths and biases."""
+
 from dataclasses import replace
 
 import torch
@@ -27,12 +29,12 @@ def test_gelu_has_one_projection_up(llama):
     )
 
 
-def test_the_width_is_the_config_s(config):
+def test_the_width_is_that_of_the_config(config):
     assert mlp(config).up_proj.weight.shape == (config.feed_forward_size, config.hidden_size)
     assert mlp(replace(config, ffn_hidden_size=40)).up_proj.weight.shape == (40, config.hidden_size)
 
 
-def test_biases_are_the_config_s(config):
+def test_layers_have_biases_if_the_config_has_them(config):
     assert all(
         (layer.bias is not None) == config.add_bias_linear for layer in mlp(config).children()
     )

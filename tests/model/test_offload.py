@@ -1,4 +1,4 @@
-"""What goes to CPU memory, once and in which order, and that it comes back as it was; both places are the CPU here."""
+"""Activations are copied out once, in order, and come back unchanged; the device is the CPU."""
 
 import contextlib
 from collections.abc import Callable
@@ -32,19 +32,19 @@ each_mode = pytest.mark.parametrize("memory", MODES.values(), ids=MODES)
 
 @pytest.fixture
 def events(monkeypatch) -> list[tuple]:
-    """("copy", its bytes) of each copy as it begins, to which tests add events of their own."""
+    """Record ("copy", bytes) of each copy as it begins; tests add events of their own."""
     events, copy = [], offload._copy
 
-    def noted(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> None:
+    def recorded(to: torch.Tensor, of: torch.Tensor, device: torch.device) -> None:
         events.append(("copy", to.numel()))
         copy(to, of, device)
 
-    monkeypatch.setattr(offload, "_copy", noted)
+    monkeypatch.setattr(offload, "_copy", recorded)
     return events
 
 
 def forward(layers: Layers, x_BSE: torch.Tensor, layer: Callable) -> torch.Tensor:
-    """The layers, each in the context that ``layer()`` gives."""
+    """Run the layers, each in the context that ``layer()`` returns."""
     rotation = layers.rotation(torch.arange(x_BSE.shape[1]))
     for block in layers.blocks.values():
         with layer():
@@ -64,7 +64,7 @@ def gradients(config: ModelConfig, memory: MemoryConfig, layer: Callable) -> lis
 
 @pytest.mark.parametrize("chunks", [1, 3])
 @each_mode
-def test_no_number_changes(memory, chunks, config, events):
+def test_offloading_changes_no_number(memory, chunks, config, events):
     memory = replace(memory, mlp_chunks=chunks)
     expected = gradients(config, memory, contextlib.nullcontext)
     assert events == []
@@ -74,7 +74,7 @@ def test_no_number_changes(memory, chunks, config, events):
     assert events != []
 
 
-def test_of_a_layer_computed_again_its_input_and_attention_go_and_come_once(llama, events):
+def test_a_recomputed_layer_copies_its_input_and_attention_out_and_back_once(llama, events):
     gradients(llama, MODES["full"], Offload(CPU, smallest=0).layer)
     tokens = 2 * LENGTH
     x = out = tokens * llama.hidden_size * 4
@@ -85,8 +85,8 @@ def test_of_a_layer_computed_again_its_input_and_attention_go_and_come_once(llam
 
 
 @each_mode
-def test_memory_is_free_between_a_layers_forward_and_its_backward(memory, llama):
-    """What is alive in the end: the input, the output, what all layers read, and copies."""
+def test_device_memory_is_free_between_a_layers_forward_and_its_backward(memory, llama):
+    """Alive in the end are the input, the output, what all layers share, and the copies."""
     kept = Offload(CPU, smallest=0)
     attention = ContextParallelAttention(Layout("none", LENGTH, 1), "reference", ProcessGroups())
     layers = build(Layers, llama, LENGTH, attention, seed=1, memory=memory)
@@ -104,21 +104,21 @@ def test_memory_is_free_between_a_layers_forward_and_its_backward(memory, llama)
 
 
 class Saving(torch.autograd.Function):
-    """x + 1, which saves ``tensors`` and tells of its backward."""
+    """x + 1, which saves ``tensors`` and calls ``on_backward`` with them in its backward."""
 
     @staticmethod
-    def forward(ctx, x, tell, *tensors):
-        ctx.tell = tell
+    def forward(ctx, x, on_backward, *tensors):
+        ctx.on_backward = on_backward
         ctx.save_for_backward(*tensors)
         return x + 1
 
     @staticmethod
     def backward(ctx, dx):
-        ctx.tell(*ctx.saved_tensors)
+        ctx.on_backward(*ctx.saved_tensors)
         return dx, None, *(None for _ in ctx.saved_tensors)
 
 
-def test_a_layer_is_fetched_before_backward_comes_to_it(events):
+def test_a_layer_is_fetched_before_backward_reaches_it(events):
     kept, y = Offload(CPU, smallest=0), torch.zeros(1, requires_grad=True)
     for number in range(4):
         with kept.layer():
@@ -150,17 +150,17 @@ def test_no_more_than_two_layers_are_fetched_at_a_time():
     assert live.peak == in_cpu_memory + 2 * size
 
 
-def saved_and_given_back(kept: Offload, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    given = []
+def saved_and_restored(kept: Offload, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    restored = []
     with kept.layer():
         y = Saving.apply(
-            torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), *tensors
+            torch.zeros(1, requires_grad=True), lambda *saved: restored.extend(saved), *tensors
         )
     y.backward()
-    return given
+    return restored
 
 
-def test_views_of_one_storage_are_one_copy_and_views_again(events):
+def test_views_of_a_storage_share_one_copy_and_are_views_again(events):
     whole = torch.randn(4, 6)
     views = [
         whole,
@@ -170,34 +170,38 @@ def test_views_of_one_storage_are_one_copy_and_views_again(events):
         whole.flatten(),
         whole.view(torch.int32),
     ]
-    back = saved_and_given_back(Offload(CPU, smallest=0), *views)
-    assert all(map(torch.equal, back, views))
-    assert [x.stride() for x in back] == [x.stride() for x in views]
-    assert {storage_of(x) for x in back} != {storage_of(whole)}
+    restored = saved_and_restored(Offload(CPU, smallest=0), *views)
+    assert all(map(torch.equal, restored, views))
+    assert [x.stride() for x in restored] == [x.stride() for x in views]
+    assert {storage_of(x) for x in restored} != {storage_of(whole)}
     assert events == [("copy", whole.nbytes)] * 2
 
 
-def test_what_is_small_stays(events):
+def test_small_storages_stay_on_the_device(events):
     small, large = torch.randn(3), torch.randn(4)
-    back = saved_and_given_back(Offload(CPU, smallest=16), small, large)
+    restored = saved_and_restored(Offload(CPU, smallest=16), small, large)
     assert events == [("copy", 16)] * 2
-    assert [storage_of(x) == storage_of(y) for x, y in zip(back, (small, large))] == [True, False]
+    assert [storage_of(x) == storage_of(y) for x, y in zip(restored, (small, large))] == [
+        True,
+        False,
+    ]
 
 
-def test_parameters_stay_and_may_be_elsewhere_in_backward(events):
-    """ZeRO 3 takes a parameter apart after forward, and puts it together in other memory before backward."""
-    weight, given = nn.Parameter(torch.zeros(8, 8)), []
+def test_parameters_stay_and_may_have_other_memory_in_backward(events):
+    """ZeRO 3 frees a parameter after forward and gathers it in other memory for backward."""
+    weight = nn.Parameter(torch.zeros(8, 8))
+    restored = []
     with Offload(CPU, smallest=0).layer():
         y = Saving.apply(
-            torch.zeros(1, requires_grad=True), lambda *back: given.extend(back), weight
+            torch.zeros(1, requires_grad=True), lambda *saved: restored.extend(saved), weight
         )
     weight.data = torch.ones(8, 8)
     y.backward()
-    assert storage_of(given[0]) == storage_of(weight)
+    assert storage_of(restored[0]) == storage_of(weight)
     assert events == []
 
 
-def test_a_linear_layer_leaves_its_weight_where_it_is(events):
+def test_the_weight_of_a_linear_layer_is_not_copied(events):
     weight, x = nn.Parameter(torch.randn(8, 8)), torch.randn(2, 8, requires_grad=True)
     with Offload(CPU, smallest=0).layer():
         y = functional.linear(x, weight)
@@ -206,16 +210,16 @@ def test_a_linear_layer_leaves_its_weight_where_it_is(events):
 
 
 @pytest.mark.parametrize("smallest", [0, 1 << 20])
-def test_a_result_that_is_saved_does_not_hold_itself(smallest):
-    """By reference counts: it would wait for the garbage collector."""
+def test_a_saved_result_is_freed_without_the_garbage_collector(smallest):
+    """By reference counts: a result that held itself would not be."""
     with Offload(CPU, smallest).layer():
-        y = torch.zeros(8, requires_grad=True).exp()  # which saves its result
+        y = torch.zeros(8, requires_grad=True).exp()  # exp saves its result
     storage = storage_of(y)
     del y
     assert storage.expired()
 
 
-def test_a_graph_that_is_retained_gives_its_gradients_again(events):
+def test_a_retained_graph_returns_its_gradients_again(events):
     kept, x = Offload(CPU, smallest=0), torch.randn(8, requires_grad=True)
     y = x
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A model by another library's operations: torch's numbers, whatever is computed again, on every stage."""
+"""Fused operations of a library give a model torch's numbers, with any recomputation."""
 
 from collections import Counter
 from dataclasses import fields, replace
@@ -28,9 +28,9 @@ from tests.training import tiny
 
 LIGER = Operations(liger.norm, liger.rope, liger.swiglu, liger.cross_entropy)
 TOKENS = 6
-AGAIN = {
+MEMORY = {
     "selective": {"recompute": "selective"},
-    "selective in pieces": {"recompute": "selective", "mlp_chunks": 2},
+    "selective in chunks": {"recompute": "selective", "mlp_chunks": 2},
     "full": {"recompute": "full"},
     "attention too": {"recompute": "full", "recompute_attention": True},
     "offloaded": {"offload_activations": True},
@@ -44,9 +44,9 @@ def results(
     dtype: torch.dtype = torch.float32,
     **memory: object,
 ) -> list[torch.Tensor]:
-    """The loss sum of a sample, with targets that do not count, and the parameters' gradients; one layer, few tokens.
+    """Return the loss sum of a sample, some targets ignored, and the gradients of one layer.
 
-    Few, because the interpreter takes a millisecond or so for every token of every operation.
+    There are few tokens, because the interpreter takes about a millisecond per token and operation.
     """
     ring_of_one = ContextParallelAttention(Layout("none", TOKENS, 1), "reference", ProcessGroups())
     model = build(
@@ -67,16 +67,16 @@ def results(
 
 
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
-def test_a_model_by_liger_has_the_numbers_of_one_by_torch(model, interpreted):  # noqa: F811
-    """RMSNorm of tokens and of heads, RoPE and SwiGLU in the one, LayerNorm in the other."""
+def test_a_model_with_liger_operations_has_the_numbers_of_torch(model, interpreted):  # noqa: F811
+    """Covers RMSNorm of tokens and heads, RoPE and SwiGLU (qwen), and LayerNorm (gpt2)."""
     found = results(model, LIGER)
     expected = results(model, TORCH, torch.float64)
     assert max(map(error, found, expected)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("memory", AGAIN.values(), ids=AGAIN)
-def test_what_is_kept_or_computed_again_is_what_it_was(memory, interpreted, monkeypatch):  # noqa: F811
-    """Triton's kernels write unseen by what keeps results; Liger's RoPE would turn what was kept."""
+@pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
+def test_recomputed_results_have_the_same_numbers(memory, interpreted, monkeypatch):  # noqa: F811
+    """Triton kernels write unobserved; Liger's RoPE would rotate kept results in place."""
     monkeypatch.setattr(gpt, "Offload", partial(Offload, smallest=1))
     found = results("llama", LIGER, **memory)
     expected = results("llama", LIGER)
@@ -86,7 +86,7 @@ def test_what_is_kept_or_computed_again_is_what_it_was(memory, interpreted, monk
 
 @pytest.fixture
 def counted() -> tuple[Operations, Counter]:
-    """torch's operations and how often each was called."""
+    """Return torch's operations and a count of the calls of each."""
     calls = Counter()
 
     def counting(name, function):
@@ -113,7 +113,7 @@ def test_operations_reach_every_stage_of_a_pipeline(counted, llama, tokens_BS, p
     assert calls == {"norm": 5, "rope": 2, "swiglu": 2, "cross_entropy": 1}
 
 
-def test_a_run_builds_its_model_with_what_was_settled(counted):
+def test_build_model_uses_the_operations_of_the_setup(counted):
     setup = replace(Setup.of(tiny.config(), 1), operations=Choice((), counted[0]))
     model = build_model(setup, ProcessGroups(), plain_attention, tiny.VOCAB)
     assert model.operations is counted[0]

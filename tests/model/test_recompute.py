@@ -1,4 +1,4 @@
-"""Computing again changes no number, runs the ring once, and leaves in memory exactly what it says."""
+"""Recomputation changes no number, runs the ring once, and keeps exactly the documented bytes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,7 +41,7 @@ ATTENTION = {"the ring": ring_of_one(), "a plain function": plain_attention}
 def run(
     layers: Layers, dtype: torch.dtype, length: int = LENGTH
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The input, two samples of it, and what the layers make of it."""
+    """Return an input of two samples and the output of the layers."""
     generator = torch.Generator().manual_seed(0)
     x_BSE = torch.randn(
         2, length, layers.blocks["0"].mlp_norm.weight.numel(), generator=generator
@@ -53,7 +53,7 @@ def run(
 def results(
     config: ModelConfig, attention: AttentionFunction, memory: MemoryConfig
 ) -> list[torch.Tensor]:
-    """Output, gradient of the input and gradients of the parameters, in float64."""
+    """Return output, gradient of the input and gradients of the parameters, in float64."""
     layers = build(Layers, config, LENGTH, attention, seed=1, memory=memory).double()
     x_BSE, y_BSE = run(layers, torch.float64)
     y_BSE.sin().sum().backward()
@@ -62,7 +62,7 @@ def results(
 
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 @each_recomputed
-def test_no_number_changes(memory, attention, config):
+def test_recomputation_changes_no_number(memory, attention, config):
     expected = results(config, attention, MODES["none"])
     assert all(map(torch.equal, results(config, attention, memory), expected))
 
@@ -70,7 +70,7 @@ def test_no_number_changes(memory, attention, config):
 @pytest.mark.parametrize("chunks", [2, 3, 16, 100], ids="{} chunks".format)
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 @each_mode
-def test_pieces_change_sums_by_rounding_alone(memory, attention, chunks, config):
+def test_chunks_change_sums_by_rounding_only(memory, attention, chunks, config):
     expected = results(config, attention, MODES["none"])
     found = results(config, attention, replace(memory, mlp_chunks=chunks))
     largest = max(float(x.abs().max()) for x in expected)
@@ -79,7 +79,7 @@ def test_pieces_change_sums_by_rounding_alone(memory, attention, chunks, config)
 
 
 class Calls(TorchDispatchMode):
-    """How often every operator ran."""
+    """Count the calls of every operator."""
 
     def __init__(self):
         super().__init__()
@@ -90,14 +90,14 @@ class Calls(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
     @property
-    def products(self) -> int:
+    def matmuls(self) -> int:
         return sum(self.count[name] for name in ("mm", "addmm", "bmm"))
 
 
 def calls(config: ModelConfig, attention: AttentionFunction, memory: MemoryConfig) -> Calls:
-    with Calls() as seen:
+    with Calls() as counted:
         results(config, attention, memory)
-    return seen
+    return counted
 
 
 @pytest.mark.parametrize(
@@ -105,22 +105,22 @@ def calls(config: ModelConfig, attention: AttentionFunction, memory: MemoryConfi
 )
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_ring_runs_once_a_layer_unless_attention_is_recomputed(mode, runs, chunks, config):
-    seen = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
-    assert seen.count["ring_attention"] == runs * config.num_layers
-    assert seen.count["ring_attention_backward"] == config.num_layers
+    counted = calls(config, ring_of_one(), replace(MODES[mode], mlp_chunks=chunks))
+    assert counted.count["ring_attention"] == runs * config.num_layers
+    assert counted.count["ring_attention_backward"] == config.num_layers
 
 
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
-def test_selective_computes_activations_again_and_no_product(attention, config):
+def test_selective_recomputes_activations_and_no_matmul(attention, config):
     plain, selective, full = (
         calls(config, attention, MODES[mode]) for mode in ("none", "selective", "full")
     )
-    assert plain.products == selective.products < full.products
+    assert plain.matmuls == selective.matmuls < full.matmuls
     for activation in ("silu", "gelu"):
         assert 2 * plain.count[activation] == selective.count[activation] == full.count[activation]
 
 
-def test_validation_keeps_and_repeats_nothing(config):
+def test_evaluation_keeps_and_recomputes_nothing(config):
     for memory in RECOMPUTED.values():
         layers = build(
             Layers, config, LENGTH, plain_attention, seed=1, memory=replace(memory, mlp_chunks=4)
@@ -132,7 +132,7 @@ def test_validation_keeps_and_repeats_nothing(config):
 
 
 class BiasAddedInPlace(torch.autograd.Function):
-    """A linear layer as DeepSpeed has it under ZeRO 3: the product is written to before anybody sees it."""
+    """DeepSpeed's linear layer under ZeRO 3: it modifies the product before it returns it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -157,7 +157,7 @@ class TwoLayers(nn.Module):
         return BiasAddedInPlace.apply(inner, self.down.weight, self.down.bias).sin()
 
 
-def test_a_product_that_is_written_to_is_computed_again():
+def test_a_matmul_that_is_modified_in_place_is_recomputed():
     block, x = TwoLayers(), torch.randn(2, 5, 8)
     nn.init.ones_(block.up.bias)
     gradients = [
@@ -169,7 +169,7 @@ def test_a_product_that_is_written_to_is_computed_again():
 
 @pytest.mark.parametrize("chunks", [1, 3])
 @each_recomputed
-def test_a_graph_that_is_retained_gives_its_gradients_again(memory, chunks, llama):
+def test_a_retained_graph_returns_its_gradients_again(memory, chunks, llama):
     layers = build(
         Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=chunks)
     ).double()
@@ -183,42 +183,40 @@ def test_a_graph_that_is_retained_gives_its_gradients_again(memory, chunks, llam
     assert torch.equal(*gradients)
 
 
-# ---- pieces ----
+# ---- chunks ----
 
 
 @pytest.mark.parametrize(
-    ("tokens", "chunks", "pieces"),
+    ("tokens", "chunks", "lengths"),
     [(16, 1, [16]), (16, 4, [4, 4, 4, 4]), (16, 3, [6, 6, 4]), (9, 4, [3, 3, 3]), (2, 4, [1, 1])],
 )
-def test_pieces_are_equal_but_for_a_shorter_last_one(tokens, chunks, pieces):
-    seen = []
+def test_chunks_are_equal_except_a_shorter_last_one(tokens, chunks, lengths):
+    run_lengths = []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.shape[1])
+        run_lengths.append(x.shape[1])
         return x.exp()
 
     x = torch.randn(2, tokens, 3, requires_grad=True)
     y = in_chunks(layer, x, chunks)
-    assert seen == pieces
+    assert run_lengths == lengths
     assert torch.equal(y, x.exp())
     y.sum().backward()
-    # Backward, the pieces come again in the reverse order, on every rank.
-    assert seen == pieces + (pieces[::-1] if chunks > 1 else [])
+    # In backward, the chunks run again in reverse order, on every rank.
+    assert run_lengths == lengths + (lengths[::-1] if chunks > 1 else [])
 
 
 @each_mode
-def test_a_parameter_is_handed_its_gradient_once(memory, llama):
-    """ZeRO reduces a gradient when it is handed over, so no piece may hand over a share of it."""
+def test_the_gradient_of_a_parameter_is_delivered_once(memory, llama):
+    """ZeRO reduces a gradient when it is delivered, so chunks must not deliver parts of it."""
     layers = build(
         Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=4)
     )
-    handed_over = Counter()
+    delivered = Counter()
     for name, parameter in layers.named_parameters():
-        parameter.register_post_accumulate_grad_hook(
-            lambda _, name=name: handed_over.update([name])
-        )
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: delivered.update([name]))
     run(layers, torch.float32)[1].sum().backward()
-    assert handed_over == {name: 1 for name, _ in layers.named_parameters()}
+    assert delivered == {name: 1 for name, _ in layers.named_parameters()}
 
 
 # ---- memory ----
@@ -229,12 +227,13 @@ WIDE = ModelConfig(
 E, F, H, KV, BF16, FP32 = 64, 192, 4, 32, 2, 4
 TOKENS = 48  # of each of the two samples
 
-# Bytes of a token in a layer: the block's input, then the ring's output and log-sum-exp, then products.
+# Bytes per token in a layer: the block's input, then the ring's output and log-sum-exp, then
+# matmuls.
 INPUT, RING = BF16 * E, BF16 * E + FP32 * H
-ATTENTION_PRODUCTS = BF16 * (E + 2 * KV + E)
-MLP_PRODUCTS = BF16 * (2 * F + E)
+ATTENTION_MATMULS = BF16 * (E + 2 * KV + E)
+MLP_MATMULS = BF16 * (2 * F + E)
 KEPT = {
-    "selective": INPUT + RING + ATTENTION_PRODUCTS + MLP_PRODUCTS,
+    "selective": INPUT + RING + ATTENTION_MATMULS + MLP_MATMULS,
     "full": INPUT + RING,
     "attention too": INPUT,
 }
@@ -251,28 +250,28 @@ def alive_after_forward(layers: int, memory: MemoryConfig) -> int:
     return alive
 
 
-def bytes_of_a_token_in_a_layer(memory: MemoryConfig) -> float:
+def bytes_per_token_and_layer(memory: MemoryConfig) -> float:
     return (alive_after_forward(3, memory) - alive_after_forward(2, memory)) / (2 * TOKENS)
 
 
 @pytest.mark.parametrize("mode", KEPT)
-def test_a_layer_keeps_what_it_says_in_bf16(mode):
-    assert bytes_of_a_token_in_a_layer(MODES[mode]) == KEPT[mode]
+def test_a_layer_keeps_the_documented_bytes_in_bf16(mode):
+    assert bytes_per_token_and_layer(MODES[mode]) == KEPT[mode]
 
 
 def test_without_recomputation_a_layer_keeps_much_more():
-    assert bytes_of_a_token_in_a_layer(MODES["none"]) > 2 * KEPT["selective"]
+    assert bytes_per_token_and_layer(MODES["none"]) > 2 * KEPT["selective"]
 
 
-def test_pieces_keep_no_product():
+def test_chunks_keep_no_matmul():
     memory = replace(MODES["selective"], mlp_chunks=4)
-    assert bytes_of_a_token_in_a_layer(memory) == KEPT["selective"] - MLP_PRODUCTS
+    assert bytes_per_token_and_layer(memory) == KEPT["selective"] - MLP_MATMULS
     memory = replace(MODES["full"], mlp_chunks=4)
-    assert bytes_of_a_token_in_a_layer(memory) == KEPT["full"]
+    assert bytes_per_token_and_layer(memory) == KEPT["full"]
 
 
 def peak_of_inner_activations(memory: MemoryConfig) -> tuple[int, int]:
-    """Most bytes of tensors as wide as F, forward and over the whole step; the matrices' gradients not among them."""
+    """Return the peak bytes of activations of width F, in forward and over the step."""
     ring = ring_of_one(TOKENS, "sdpa")
     model = build(Layers, WIDE, TOKENS, ring, seed=1, dtype=torch.bfloat16, memory=memory)
     with LiveMemory(lambda x: x.shape[-1:] == (F,) and x.shape != (E, F)) as live:
@@ -283,19 +282,19 @@ def peak_of_inner_activations(memory: MemoryConfig) -> tuple[int, int]:
 
 
 @each_mode
-def test_one_piece_at_a_time_has_inner_activations(memory):
-    # One block of three at a time, of which backward computes one again before it is differentiated.
+def test_only_one_chunk_at_a_time_has_inner_activations(memory):
+    # One of three blocks at a time; backward recomputes it before it differentiates it.
     forward, step = peak_of_inner_activations(MODES["full"])
     assert forward >= BF16 * F * 2 * TOKENS * 2
-    pieces_forward, pieces_step = peak_of_inner_activations(replace(memory, mlp_chunks=4))
-    assert pieces_forward <= forward / 4
-    assert pieces_step == step / 4
+    chunked_forward, chunked_step = peak_of_inner_activations(replace(memory, mlp_chunks=4))
+    assert chunked_forward <= forward / 4
+    assert chunked_step == step / 4
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
 @each_recomputed
-def test_backward_leaves_nothing_behind(memory, chunks):
-    """As much is alive after a step as without recomputation, though the graph, and so what it holds, is."""
+def test_backward_frees_all_that_recomputation_kept(memory, chunks):
+    """After a step as much is alive as without recomputation, although the graph is still alive."""
     left = {}
     for name, each in {
         "plain": MODES["none"],
@@ -310,8 +309,8 @@ def test_backward_leaves_nothing_behind(memory, chunks):
 
 
 @each_recomputed
-def test_a_graph_that_is_dropped_is_freed(memory, llama):
-    """By reference counts: a block that held itself would wait for the garbage collector."""
+def test_a_dropped_graph_is_freed_without_the_garbage_collector(memory, llama):
+    """By reference counts: a block that held itself would not be."""
     layers = build(
         Layers, llama, LENGTH, ring_of_one(), seed=1, memory=replace(memory, mlp_chunks=3)
     )

@@ -1,4 +1,4 @@
-"""Shapes read from a model of one layer are those of the whole model, of its tensor ranks and of its stages."""
+"""Shapes read from one layer are those of the whole model, its tensor ranks and its stages."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Planned bytes against measured ones: what autograd saves of a layer, the peak of a step, and DeepSpeed's states."""
+"""Planned bytes are those measured: of a layer, of a step's peak and of DeepSpeed's states."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ def gpt(config: Config, dtype: torch.dtype) -> GPT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_layer_keeps_what_autograd_saves(model, dtype):
-    """Counted once per storage, without parameters and without cos and sin, which all layers share."""
+    """Counted once per storage, without parameters, and without cos and sin, which are shared."""
     built = gpt(config(model), dtype)
     rotation = built.rotation(torch.arange(LENGTH))
     block = next(iter(built.blocks.values()))
@@ -249,7 +249,7 @@ LEAN = ZeroSettings(ranks=2, reduce_bucket_size=0, max_live_parameters=0)
 
 
 def bytes_between_steps(dtype: torch.dtype, zero: ZeroSettings) -> float:
-    """Return the bytes per parameter on the device between steps, when only ZeRO 3 has gradients."""
+    """Return bytes per parameter on the device between steps, when only ZeRO 3 has gradients."""
     states = model_states(COUNT, dtype, zero)
     gradients = states.gradients if zero.stage == 3 else 0
     return (states.parameters + states.optimizer + gradients) / COUNT
@@ -258,10 +258,16 @@ def bytes_between_steps(dtype: torch.dtype, zero: ZeroSettings) -> float:
 @pytest.mark.parametrize(
     ("dtype", "stage", "measured"),
     [
-        (torch.float32, 0, 12), (torch.float32, 1, 10), (torch.float32, 2, 10), (torch.float32, 3, 10),
-        (torch.bfloat16, 0, 14), (torch.bfloat16, 1, 8), (torch.bfloat16, 2, 8), (torch.bfloat16, 3, 8),
+        (torch.float32, 0, 12),
+        (torch.float32, 1, 10),
+        (torch.float32, 2, 10),
+        (torch.float32, 3, 10),
+        (torch.bfloat16, 0, 14),
+        (torch.bfloat16, 1, 8),
+        (torch.bfloat16, 2, 8),
+        (torch.bfloat16, 3, 8),
     ],
-)  # fmt: skip
+)
 def test_states_between_steps_are_those_measured_with_deepspeed(dtype, stage, measured):
     assert bytes_between_steps(dtype, replace(LEAN, stage=stage)) == measured
 

@@ -1,4 +1,4 @@
-"""Counted parameters against those of models that are built."""
+"""Counted parameters are those of built models."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ MODELS = {
     "untied": replace(LLAMA, untie_embeddings_and_output_weights=True),
     "sinks": replace(LLAMA, softmax_type="learnable"),
     "qwen": replace(LLAMA, kv_channels=12, qk_layernorm=True, add_qkv_bias=True),
-    "normalised heads": replace(LLAMA, normalization="LayerNorm", qk_layernorm=True),
+    "normalized heads": replace(LLAMA, normalization="LayerNorm", qk_layernorm=True),
     "gpt2": replace(
         LLAMA,
         num_query_groups=0,
@@ -31,22 +31,22 @@ MODELS = {
 }
 
 
-def held(model) -> int:
+def count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_alone_a_process_holds_the_whole_model(config):
+def test_a_single_process_holds_the_whole_model(config):
     planned = parameters_of_stage(config, VOCABULARY, LENGTH, Grid(), 0)
     assert planned == parameter_count(config, VOCABULARY, LENGTH)
-    assert planned == held(GPT(config, VOCABULARY, LENGTH, lambda *_: None))
+    assert planned == count(GPT(config, VOCABULARY, LENGTH, lambda *_: None))
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_a_tensor_rank_holds_its_part_and_the_replicas(config):
+def test_a_tensor_rank_holds_its_part_and_the_replicated_parameters(config):
     tensor = TensorParallel(rank=0, size=2)
     model = GPT(config, VOCABULARY, LENGTH, lambda *_: None, tensor)
-    assert parameters_of_stage(config, VOCABULARY, LENGTH, Grid(tensor=2), 0) == held(model)
+    assert parameters_of_stage(config, VOCABULARY, LENGTH, Grid(tensor=2), 0) == count(model)
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -64,9 +64,9 @@ def test_stages_hold_their_layers_and_the_vocabulary_at_both_ends(config, tensor
         planned = parameters_of_stage(
             config, VOCABULARY, LENGTH, Grid(pipe=3, tensor=tensor), stage
         )
-        assert planned == held(layers) + rows * config.hidden_size
+        assert planned == count(layers) + rows * config.hidden_size
 
 
-def test_of_a_vocabulary_that_does_not_divide_the_first_rank_is_counted():
+def test_an_indivisible_vocabulary_is_counted_on_the_first_rank():
     one_less = parameters_of_stage(LLAMA, 50, LENGTH, Grid(tensor=4), 0)
     assert one_less - parameters_of_stage(LLAMA, 48, LENGTH, Grid(tensor=4), 0) == LLAMA.hidden_size

@@ -1,3 +1,5 @@
+"""Counted work per hop, the critical path, and how balance improves it."""
+
 import pytest
 import torch
 
@@ -23,18 +25,18 @@ MASKS = [
 ]
 
 
-def sees(query: int, key: int, mask: Mask) -> bool:
+def is_visible(query: int, key: int, mask: Mask) -> bool:
     start = max((start for start in mask.document_starts if start <= query), default=0)
     return max(start, query - mask.window + 1 if mask.window else 0) <= key <= query
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("layout", SMALL, ids=str)
-def test_the_work_of_a_hop_is_the_pairs_it_sees(layout, mask):
+def test_the_work_of_a_hop_is_its_visible_pairs(layout, mask):
     pairs = [
         [
             sum(
-                sees(query, key, mask)
+                is_visible(query, key, mask)
                 for query in layout.positions(rank).tolist()
                 for key in layout.positions((rank - hop) % layout.ring_size).tolist()
             )
@@ -46,11 +48,11 @@ def test_the_work_of_a_hop_is_the_pairs_it_sees(layout, mask):
 
 
 @pytest.mark.parametrize("layout", SMALL, ids=str)
-def test_all_hops_together_are_the_causal_triangle(layout):
+def test_the_pairs_of_all_hops_add_up_to_the_causal_triangle(layout):
     assert counted(layout).work_RR.sum() == layout.seq_length * (layout.seq_length + 1) / 2
 
 
-def test_a_hop_ends_with_its_slowest_rank():
+def test_the_critical_path_is_the_sum_of_the_slowest_ranks():
     timeline = Timeline(torch.tensor([[1.0, 3.0], [5.0, 2.0]], dtype=torch.float64))
     assert timeline.critical_path == 3 + 5
     assert timeline.imbalance == 6 / 5.5
@@ -59,7 +61,7 @@ def test_a_hop_ends_with_its_slowest_rank():
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8])
 @pytest.mark.parametrize("name", ["striped", "zigzag"])
-def test_balance_gains_nearly_what_it_can_over_the_contiguous_ring_and_never_more(name, ring_size):
+def test_balanced_layouts_nearly_reach_the_bound_over_the_contiguous_ring(name, ring_size):
     ring, balanced = (
         counted(Layout(layout, ring_size * 4096, ring_size)) for layout in ("ring", name)
     )
@@ -69,7 +71,7 @@ def test_balance_gains_nearly_what_it_can_over_the_contiguous_ring_and_never_mor
 
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8])
-def test_the_bound_is_what_balance_would_gain_the_contiguous_ring(ring_size):
+def test_the_bound_is_the_gain_of_balance_of_the_contiguous_ring(ring_size):
     ring = counted(Layout("ring", ring_size * 4096, ring_size))
     assert ring.gain_of_balance == pytest.approx(bound_over_ring("striped", ring_size), rel=1e-3)
 
@@ -87,7 +89,7 @@ def test_contiguous_shards_leave_the_last_rank_nearly_twice_the_mean():
     assert counted(Layout("ring", 16384, 16)).imbalance == pytest.approx(2 - 1 / 16, rel=1e-3)
 
 
-def test_stripes_share_packed_documents_evenly_where_other_layouts_cannot():
+def test_only_stripes_balance_packed_documents():
     seq_length, ring_size = 65536, 8
     mask = Mask(document_starts=random_starts(1024, seq_length))
     imbalance = {
