@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import tyro
 
 from benchmarks.common import DTYPES, write_json
-from benchmarks.packs import random_starts
+from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size

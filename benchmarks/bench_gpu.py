@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import DTYPES, commit, write_json
-from benchmarks.emulated import attention
-from benchmarks.overlap import operations
-from benchmarks.packs import random_starts
+from benchmarks.document_packs import random_starts
+from benchmarks.emulated_ring import attention
+from benchmarks.overlap_criterion import operations
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs

@@ -17,7 +17,7 @@ compute; the first row, "none", is the link without a limit. All take turns with
 "exposed" is together less compute, as a share of together. Some of it no link could mend, for copying messages takes
 the CPU from the kernels; "waited" is the share of together for which a rank stands still, the mean over the ranks.
 "needs" is the fewest tokens of a rank that hide a hop's messages, forward and backward, by the operations and bytes a
-second that were measured (benchmarks/overlap.py).
+second that were measured (benchmarks/overlap_criterion.py).
 """
 
 import functools
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.common import DTYPES, write_json
-from benchmarks.overlap import CAUSAL, Hop, operations
+from benchmarks.overlap_criterion import CAUSAL, Hop, operations
 from benchmarks.slow_link import CARD, limited
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS

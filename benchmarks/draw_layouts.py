@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 
-from benchmarks.packs import starts_of
+from benchmarks.document_packs import starts_of
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.common import DTYPES
-from benchmarks.emulated import Attention, attention
+from benchmarks.emulated_ring import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors
@@ -104,7 +104,7 @@ class InputFamily:
         return Mask(_window(tokens)) if self.window else Mask()
 
     def then(self, tokens: int, device: str = "cpu") -> Callable[..., torch.Tensor] | None:
-        """What follows attention, as ``emulated.attention`` takes it: nothing, or the sinks."""
+        """What follows attention, as ``emulated_ring.attention`` takes it: nothing, or the sinks."""
         if not self.sinks:
             return None
         sink_H = torch.full((self.heads,), _sink(tokens), device=device)

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from device_trace import Overlap, overlaps  # beside this file
-from streamed_ring import StreamExchange, Streams, on_every_rank  # beside this file
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import emulated
+from benchmarks import emulated_ring
 from benchmarks.common import DTYPES, write_json
-from benchmarks.packs import random_starts
+from benchmarks.device_trace import Overlap, overlaps
+from benchmarks.document_packs import random_starts
+from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
@@ -167,7 +167,9 @@ class Case:
     def examined(self, traces: Path | None) -> dict[str, Any]:
         shards = [self._shard(rank) for rank in range(self.layout.ring_size)]
         # Before the streams: kernels are compiled, and what streams share is on the device when they begin.
-        expected = self._done(emulated.attention(self.inputs, self.layout, self.kernel, self.mask))
+        expected = self._done(
+            emulated_ring.attention(self.inputs, self.layout, self.kernel, self.mask)
+        )
         forwards = self._done(self._forward(shards))
         backwards = self._done(self._backward(shards, forwards))
         found = self.names | {"right": self._right(forwards, backwards, expected)}
@@ -218,7 +220,7 @@ class Case:
             torch.cuda.synchronize()
         return results
 
-    def _right(self, forwards: list, backwards: list, expected: emulated.Attention) -> bool:
+    def _right(self, forwards: list, backwards: list, expected: emulated_ring.Attention) -> bool:
         def of_rank(rank: int) -> bool:
             (out, _), (dq, (dk, dv)) = forwards[rank], backwards[rank]
             pairs = zip((out, dq, dk, dv), (self._rows(x, rank) for x in expected))

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import draw_precision
 from benchmarks.draw_precision import FAMILIES, FamilyErrors, Merging, family_errors
-from benchmarks.emulated import attention
+from benchmarks.emulated_ring import attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import reference, sdpa
 from tests import oracle

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.emulated import attention
+from benchmarks.emulated_ring import attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.kernels.attention import reference

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.packs import random_starts, starts_of
+from benchmarks.document_packs import random_starts, starts_of
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.overlap import CAUSAL, FULL, Hop, operations
+from benchmarks.overlap_criterion import CAUSAL, FULL, Hop, operations
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.traffic import backward_bytes
 
