@@ -1,6 +1,7 @@
-"""Packs of documents for benchmarks and pictures: many short documents and few long ones, as corpora have them.
+"""Random document boundaries for benchmarks and pictures, with lengths distributed as in a corpus.
 
-Lengths are lognormal. Nothing is read: how real tokens fall into documents is in data/packing.py.
+Lengths are lognormal: many documents are short and few are long. No data is read; how real tokens
+are split into documents is in data/packing.py.
 """
 
 import math
@@ -9,29 +10,38 @@ from collections.abc import Sequence
 import torch
 
 SPREAD = 1.0
-"""Standard deviation of the logarithm of a length: the mean token lies in a document of e times the mean length."""
+"""Standard deviation of the logarithm of a document's length.
+
+With 1.0 the average token lies in a document that is e times as long as the average document.
+"""
 
 
 def random_starts(mean: float, seq_length: int, samples: int = 1, seed: int = 0) -> tuple[int, ...]:
-    """Where documents of ``mean`` length begin in ``samples`` packs of ``seq_length`` tokens laid end to end.
+    """Return the first positions of random documents in ``samples`` packs laid end to end.
 
-    The last document of a pack is cut at its edge. The same everywhere for the same ``seed``.
+    Each pack has ``seq_length`` tokens; its last document is cut at the end of the pack. The
+    result depends on the arguments alone and is the same on every machine.
+
+    Args:
+        mean: Mean length of a document in tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    packs = [starts_of(_lengths(mean, seq_length, generator), seq_length) for _ in range(samples)]
-    return tuple(
-        sample * seq_length + start for sample, starts in enumerate(packs) for start in starts
-    )
+    starts = []
+    for sample in range(samples):
+        offset = sample * seq_length
+        lengths = _lengths(mean, seq_length, generator)
+        starts += [offset + start for start in starts_of(lengths, seq_length)]
+    return tuple(starts)
 
 
 def starts_of(lengths: Sequence[int], seq_length: int) -> tuple[int, ...]:
-    """Where documents of these lengths begin, one after another, as far as ``seq_length`` tokens reach."""
+    """Return the first positions of consecutive documents, up to ``seq_length`` tokens."""
     ends = torch.tensor(lengths).cumsum(0)
     return 0, *ends[ends < seq_length].tolist()
 
 
 def _lengths(mean: float, seq_length: int, generator: torch.Generator) -> list[int]:
-    """As many as fill ``seq_length`` tokens at the least, were each a single token."""
+    """Return enough lengths to fill ``seq_length`` tokens even if every document had one token."""
     normal = torch.randn(seq_length, generator=generator, dtype=torch.float64)
-    centre = math.log(mean) - SPREAD**2 / 2  # of the logarithm, for that mean of the lengths
-    return (centre + SPREAD * normal).exp().round().clamp(min=1).long().tolist()
+    log_mean = math.log(mean) - SPREAD**2 / 2  # mean of the logarithm that gives lengths this mean
+    return (log_mean + SPREAD * normal).exp().round().clamp(min=1).long().tolist()

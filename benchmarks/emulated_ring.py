@@ -1,7 +1,7 @@
-"""A ring in one process: the hops of all its ranks one after the other, in the ring's order, and nothing sent.
+"""Ring attention in one process: the hops of all ranks run one after another, and nothing is sent.
 
-For measuring and drawing what a ring of any size computes on one device. Results are those of ``ring.py`` but for the
-order in which a hop's gradients are added up.
+Used to measure and draw what a ring of any size computes on a single device. Results are those of
+``ring.py`` up to the order in which the gradients of a hop are accumulated.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from megatron_ring.kernels.attention.state import KnownDelta, RunningSoftmax, de
 
 
 class Attention(NamedTuple):
-    """An output and its gradients, each (batch, S, heads, head size)."""
+    """Attention's output and the gradients of q, k and v, each (batch, S, heads, head dim)."""
 
     out: torch.Tensor
     dq: torch.Tensor
@@ -33,42 +33,61 @@ def attention(
     queries_travel: bool = False,
     then: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Attention:
-    """Attention of one whole sequence by a ring of ``layout.ring_size``, in the type of the inputs.
+    """Compute attention of one whole sequence as a ring of ``layout.ring_size`` ranks would.
 
-    inputs: q, k, v and the gradient of the output.
-    queries_travel: backward, visiting queries bring delta instead of their output.
-    then: what follows, as a function of out_BSHD and lse_BHS; the output and its gradient are those
-        of its result. It gives the log-sum-exp a gradient, as attention sinks do.
+    Args:
+        inputs: q, k, v and the gradient of the output; their dtype is that of the results.
+        queries_travel: In the backward pass, queries of other ranks come with delta instead of
+            with their output.
+        then: A function of out_BSHD and lse_BHS that is applied after attention. The output and
+            its gradient are then those of its result. It gives the log-sum-exp a gradient, as
+            attention sinks do.
     """
-    ranks, scale, dtype = range(layout.ring_size), inputs[0].shape[-1] ** -0.5, inputs[0].dtype
-    at = [layout.positions(rank).to(inputs[0].device) for rank in ranks]
-    home = torch.cat(at).argsort()
-    q, k, v = ([x[:, rows].contiguous() for rows in at] for x in inputs[:3])
+    ranks = range(layout.ring_size)
+    scale = inputs[0].shape[-1] ** -0.5
+    dtype = inputs[0].dtype
+    positions = [layout.positions(rank).to(inputs[0].device) for rank in ranks]
+    to_sequence_order = torch.cat(positions).argsort()
+    q, k, v = ([x[:, rows].contiguous() for rows in positions] for x in inputs[:3])
     states = [RunningSoftmax.empty(x) for x in q]
     hops = [(rank, (rank - hop) % layout.ring_size) for hop in ranks for rank in ranks]
-    runs = {hop: hop_runs(layout, *hop, mask) for hop in hops}
+    key_ranges = {hop: hop_runs(layout, *hop, mask) for hop in hops}
+
     for rank, source in hops:
-        kernel.forward(q[rank], k[source], v[source], runs[rank, source], scale, states[rank])
-    out = torch.cat([state.out_BLHD for state in states], 1)[:, home].to(dtype)
-    lse = torch.cat([state.lse_BHL for state in states], 2)[:, :, home]
-    dout, dlse = inputs[3], None
+        kernel.forward(q[rank], k[source], v[source], key_ranges[rank, source], scale, states[rank])
+    out = torch.cat([state.out_BLHD for state in states], 1)[:, to_sequence_order].to(dtype)
+    lse = torch.cat([state.lse_BHL for state in states], 2)[:, :, to_sequence_order]
+    dout = inputs[3]
+    dlse = None
     if then:
-        out.requires_grad_(), lse.requires_grad_()
+        out.requires_grad_()
+        lse.requires_grad_()
         result = then(out, lse)
         dout, dlse = torch.autograd.grad(result, (out, lse), dout)
-        out, result = out.detach(), result.detach()
+        out = out.detach()
+        result = result.detach()
+
     own = []
-    for rows in at:
-        of_rows = None if dlse is None else dlse[:, :, rows].contiguous()
-        own.append(with_gradient_of_lse(of_rows, dout[:, rows].contiguous(), out[:, rows]))
+    for rows in positions:
+        local_dlse = None if dlse is None else dlse[:, :, rows].contiguous()
+        own.append(with_gradient_of_lse(local_dlse, dout[:, rows].contiguous(), out[:, rows]))
     dq, dk, dv = ([zero_sums(x) for x in shards] for shards in (q, k, v))
     for rank, source in hops:
-        dout_BLHD, of_rank = own[rank]
+        dout_BLHD, out_or_delta = own[rank]
         if queries_travel and rank != source:
-            of_rank = KnownDelta(delta_of(of_rank, dout_BLHD), dout_BLHD)
+            out_or_delta = KnownDelta(delta_of(out_or_delta, dout_BLHD), dout_BLHD)
         kernel.backward(
-            dout_BLHD, q[rank], k[source], v[source], of_rank, states[rank].lse_BHL,
-            runs[rank, source], scale, dq[rank], dk[source], dv[source],
-        )  # fmt: skip
-    gradients = (torch.cat(shards, 1)[:, home].to(dtype) for shards in (dq, dk, dv))
+            dout_BLHD,
+            q[rank],
+            k[source],
+            v[source],
+            out_or_delta,
+            states[rank].lse_BHL,
+            key_ranges[rank, source],
+            scale,
+            dq[rank],
+            dk[source],
+            dv[source],
+        )
+    gradients = (torch.cat(shards, 1)[:, to_sequence_order].to(dtype) for shards in (dq, dk, dv))
     return Attention(result if then else out, *gradients)

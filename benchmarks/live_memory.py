@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted operator by operator: the same on every machine and in every run."""
+"""Count the bytes of live tensors operator by operator, with the same result on every machine."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """While it is on, what an operator makes is counted until it is freed. Views make nothing.
+    """Counts the storage that operators allocate while this mode is on, until it is freed.
 
-    counts: which of the tensors that are made to count. peak: the most bytes that were alive after an operator.
+    Views allocate nothing.
+
+    Attributes:
+        counts: Predicate that selects which of the new tensors are counted.
+        peak: The most bytes that were alive after any operator.
     """
 
     def __init__(self, counts: Callable[[torch.Tensor], bool] = lambda x: True):
@@ -21,15 +25,16 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        given = {storage_of(x) for x in _tensors((args, kwargs))}
+        inputs = {storage_of(x) for x in _tensors((args, kwargs))}
         results = operator(*args, **(kwargs or {}))
-        made = [x for x in _tensors(results) if storage_of(x) not in given and self.counts(x)]
-        self.sizes |= {storage_of(x): x.untyped_storage().nbytes() for x in made}
+        for x in _tensors(results):
+            if storage_of(x) not in inputs and self.counts(x):
+                self.sizes[storage_of(x)] = x.untyped_storage().nbytes()
         self.peak = max(self.peak, self.alive())
         return results
 
     def alive(self) -> int:
-        """Bytes of all that was made and is not freed."""
+        """Return the bytes that were allocated and not yet freed."""
         self.sizes = {
             storage: size for storage, size in self.sizes.items() if not storage.expired()
         }
@@ -37,7 +42,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def storage_of(x: torch.Tensor) -> StorageWeakRef:
-    """Tells whether the memory of ``x`` is freed, and holds none of it."""
+    """Return a weak reference to the storage of ``x``, which shows whether it was freed."""
     return StorageWeakRef(x.untyped_storage())
 
 

@@ -1,4 +1,4 @@
-"""A ring whose ranks are emulated computes what attention is."""
+"""The emulated ring computes the same attention as the float64 oracle."""
 
 import pytest
 
@@ -16,14 +16,12 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("layout", ["ring", "striped", "zigzag"])
-def test_it_is_attention(layout, mask):
-    inputs, (given, visible) = oracle.random_inputs(1, 48, 4, 2), MASKS[mask]
-    found, expected = (
-        attention(inputs, Layout(layout, 48, 4), reference, given),
-        oracle.attention(*inputs, visible),
-    )
-    assert all(
-        error(getattr(found, name), getattr(expected, name)) < 1e-12 for name in found._fields
-    )
+def test_emulated_ring_equals_the_oracle(layout, mask_name):
+    mask, visible = MASKS[mask_name]
+    inputs = oracle.random_inputs(1, 48, 4, 2)
+    actual = attention(inputs, Layout(layout, 48, 4), reference, mask)
+    expected = oracle.attention(*inputs, visible)
+    for name in actual._fields:
+        assert error(getattr(actual, name), getattr(expected, name)) < 1e-12

@@ -1,9 +1,11 @@
+"""LiveMemory counts the storage that operators allocate, and only while it is alive."""
+
 import torch
 
 from benchmarks.live_memory import LiveMemory
 
 
-def test_live_bytes_are_those_of_tensors_made_and_still_there():
+def test_only_new_and_unfreed_storage_counts():
     given = torch.ones(100)
     with LiveMemory() as live:
         view, made = given.view(10, 10), given + 1
