@@ -1,4 +1,4 @@
-"""Measure how much of a ring's communication is hidden by its computation, on links of given speeds.
+"""Measure how much of a ring's communication its computation hides, on links of given speeds.
 
     python -m benchmarks.slow_link python -m benchmarks.bench_overlap --json F
     python -m benchmarks.slow_link \\
