@@ -1,4 +1,4 @@
-"""Tuning of tile sizes: its candidates, its choice and its output, with a stand-in for the clock."""
+"""Tuning of tile sizes: candidates, choice and output, with a stand-in for the clock."""
 
 import re
 
