@@ -1,26 +1,30 @@
-"""Time the ring under every layout, forward and backward, beside one process that holds the whole sequence.
+"""Time ring attention in every layout, forward and backward, against a single process.
 
-    python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 --heads 8 --kv-heads 8 --head-dim 64 --json F
+    python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 \\
+        --heads 8 --kv-heads 8 --head-dim 64 --json F
     python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 --documents 2000
     python -m benchmarks.bench_attention --emulate-ranks 16 --seq-length 16384
 
-With --nproc N there are N real ranks (NCCL on CUDA, else gloo with one thread each); the single process has N threads
-and runs torch's causal attention. All take turns within each round, and medians over the rounds are reported, so that
-a drift of the machine meets all alike.
+--nproc N starts N real ranks (NCCL on CUDA; otherwise gloo, with one thread per rank). The single
+process holds the whole sequence, has N threads and runs torch's causal attention. The runs of each
+round are interleaved and medians over the rounds are reported, so that a drift of the machine's
+speed affects all of them alike.
 
-Real ranks are held against the published ring, in which keys travel backward too. Where queries are fewer bytes our own
-sends those instead ("lighter"); the rank that idles forward is then the busy one backward, so a contiguous ring is less
-uneven, and striping gains less over it.
+With real ranks the baseline is the published ring, in which keys and values travel in the backward
+pass too. Where queries are fewer bytes our ring sends those instead (row "lighter"). The rank that
+idles in its forward pass is then the busy one in its backward pass, so a contiguous ring is less
+unbalanced and striping gains less over it.
 
-With --documents or --window all of them see that mask: documents are of lognormal lengths, drawn alike everywhere. The
-single process then runs torch's causal attention document by document, and under a window, which torch's public
-function lacks, the kernel of the ring. With real ranks the striped ring without that mask takes turns with the rest
-("dense"), so that the cost of a visible pair can be compared.
+--documents and --window apply the same mask to all runs; document lengths are lognormal and the
+same on every rank. The single process then runs torch's causal attention on one document after
+another or, with --window, which torch's public function does not support, the ring's kernel. With
+real ranks the striped ring without that mask is timed as well (row "dense"), to compare the cost
+per visible pair.
 
-With --emulate-ranks N one process runs every rank's hops one after the other, and the critical path is what a ring of N
-such devices with free communication would take. Timed is the kernel, forward and backward, in every hop that sees
-something, on a CPU in CPU seconds; not timed is making the mask of a hop and its tiles, which a model does once a batch
-for all its layers.
+--emulate-ranks N runs the hops of all ranks one after another in one process. The critical path is
+the time that a ring of N such devices with free communication would take. The kernel is timed,
+forward and backward, in every hop with visible pairs, on a CPU in CPU seconds. Not timed: building
+the mask of a hop and its tiles, which a model does once per batch for all of its layers.
 """
 
 import functools
@@ -38,8 +42,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.common import DTYPES, write_json
-from benchmarks.packs import random_starts
+from benchmarks.common import DTYPES, device_name, write_json
+from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
@@ -62,44 +66,47 @@ from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
 
 LAYOUTS = ("ring", "striped", "zigzag")
-DENSE, LIGHTER = "dense", "lighter"
+# Rows of further runs: the striped ring without the mask, and the ring that sends queries.
+DENSE = "dense"
+LIGHTER = "lighter"
 
 
 @dataclass(frozen=True)
 class Options:
     nproc: int = 2
-    """Ranks of the ring, each a process."""
+    """Ranks of the ring, one process each."""
     emulate_ranks: int = 0
-    """Run the hops of this many ranks one after the other in one process instead."""
+    """Run the hops of this many ranks one after another in one process instead."""
     seq_length: int = 16384
     """Tokens of the whole sequence."""
     documents: int = 0
-    """Mean length of the documents packed in the sequence; 0: one long document."""
+    """Mean length in tokens of the documents packed into the sequence; 0: a single document."""
     window: int = 0
-    """Keys a token sees, itself included; 0: all behind it."""
+    """Keys that a token attends to, itself included; 0: all earlier ones."""
     heads: int = 8
     """Query heads."""
     kv_heads: int = 8
     """Key-value heads."""
     head_dim: int = 64
-    """Size of a head."""
+    """Head dim."""
     batch: int = 1
-    """Sequences."""
+    """Sequences in the batch."""
     stripe_size: int | Literal["auto"] = "auto"
-    """Neighbouring tokens in a stripe of the striped layout; auto: as a training run has them."""
+    """Tokens per stripe of the striped layout; auto: the size that training would choose."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the tensors."""
+    """Dtype of the tensors."""
     attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
-    """What computes a hop."""
+    """Kernel that computes a hop."""
     rounds: int = 5
-    """Timed rounds, after one that warms up (emulated ranks: one hop). 0: the work is counted and nothing is timed."""
+    """Timed rounds, after one warm-up round (with --emulate-ranks: one warm-up hop).
+    0: count the work and time nothing."""
     json: str = ""
-    """Write the results to this file too."""
+    """Also write the results to this file."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What runs on a ring: a layout under a mask."""
+    """A ring to measure: a layout under a mask."""
 
     layout: Layout
     mask: Mask
@@ -111,7 +118,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every case and of "single", by name, and of every hop where ranks are emulated. Empty: not timed."""
+    """Measured times; both dicts are empty if nothing was timed.
+
+    Attributes:
+        seconds: Seconds by the name of the case, and of the single process as "single".
+        hops: Seconds of every hop by the name of the case; emulated ranks only.
+    """
 
     seconds: dict[str, float]
     hops: dict[str, Timeline]
@@ -119,10 +131,13 @@ class Times:
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table; None where nothing was timed, or there is nothing to compare with.
+    """One row of the table; None where nothing was timed or there is nothing to compare with.
 
-    ``bound`` is on speedup_over_ring, ``efficiency`` is single process over ring, ``cost_per_pair_over_dense`` is the
-    time of a visible pair over what it is in the striped ring without documents and window.
+    Attributes:
+        bound: Upper bound of ``speedup_over_ring``.
+        efficiency: Time of the single process over the time of the ring.
+        cost_per_pair_over_dense: Time per visible pair, relative to the striped ring without
+            documents and window.
     """
 
     layout: str
@@ -142,25 +157,28 @@ def main() -> None:
     cases = _cases(options)
     times = _measure(options, cases)
     findings = _findings(options, cases, times)
-    _report(findings)
+    _print_report(findings)
     write_json(options.json, findings)
 
 
 def _check(options: Options) -> None:
-    names = ("emulate_ranks", "documents", "window", "rounds")
-    wrong = [(name, value) for name in names if (value := getattr(options, name)) < 0]
-    if wrong:
-        raise ConfigError(f"{n} {value} must be at least 0. Set {flag(n)}." for n, value in wrong)
+    problems = []
+    for name in ("emulate_ranks", "documents", "window", "rounds"):
+        value = getattr(options, name)
+        if value < 0:
+            problems.append(f"{name} {value} must be at least 0. Set {flag(name)}.")
+    if problems:
+        raise ConfigError(problems)
 
 
-# ---- what the options ask for ----
+# ---- the cases that the options select ----
 
 
 def _cases(options: Options) -> dict[str, Case]:
-    """The layouts under the mask that was asked for, and the striped one without it to compare the cost of a pair."""
+    """Return a case per layout, plus the striped ring without the mask as a reference."""
     mask = _mask(options)
     cases = {name: Case(_layout(name, options, mask), mask) for name in LAYOUTS}
-    # Not beside emulated ranks: what they are for is long, and takes hours without its documents.
+    # Left out for emulated ranks: their sequences are long and take hours without documents.
     if mask != CAUSAL and not options.emulate_ranks:
         cases[DENSE] = Case(_layout("striped", options, CAUSAL), CAUSAL)
     return cases
@@ -169,11 +187,8 @@ def _cases(options: Options) -> dict[str, Case]:
 def _mask(options: Options) -> Mask:
     if not options.documents:
         return Mask(options.window)
-    return Mask(
-        options.window,
-        random_starts(options.documents, options.seq_length, options.batch),
-        options.batch,
-    )
+    starts = random_starts(options.documents, options.seq_length, options.batch)
+    return Mask(options.window, starts, options.batch)
 
 
 def _layout(name: str, options: Options, mask: Mask) -> Layout:
@@ -182,7 +197,7 @@ def _layout(name: str, options: Options, mask: Mask) -> Layout:
 
 
 def stripe_size(options: Options, mask: Mask) -> int:
-    """What --stripe-size stands for."""
+    """Return --stripe-size as a number of tokens, with "auto" resolved."""
     if options.stripe_size != "auto":
         return options.stripe_size
     widths = stripe_widths(_kernel(options), _device_type(options))
@@ -205,39 +220,47 @@ def _kernel(options: Options) -> str:
         Feature.WINDOW: options.window > 0,
         Feature.GROUPED_HEADS: options.heads != options.kv_heads,
     }
-    wanted = [feature for feature, is_wanted in features.items() if is_wanted]
-    asked, dtype = options.attention_kernel, DTYPES[options.dtype]
-    return choose(asked, _device_type(options), dtype, options.head_dim, wanted).name
+    required = [feature for feature, is_required in features.items() if is_required]
+    dtype = DTYPES[options.dtype]
+    device = _device_type(options)
+    return choose(options.attention_kernel, device, dtype, options.head_dim, required).name
 
 
 def _tensors(options: Options, tokens: int, samples_end_to_end: int = 1) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, each (batch, tokens, heads, head size)."""
-    batch, tokens = options.batch // samples_end_to_end, samples_end_to_end * tokens
+    """Return q, k, v and the gradient of the output, each (batch, tokens, heads, head dim)."""
+    batch = options.batch // samples_end_to_end
+    tokens = samples_end_to_end * tokens
     heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
-    shape = [(batch, tokens, h, options.head_dim) for h in heads]
+    device = _device_type(options)
+    dtype = DTYPES[options.dtype]
     return [
-        torch.randn(s, device=_device_type(options), dtype=DTYPES[options.dtype]) for s in shape
+        torch.randn(batch, tokens, h, options.head_dim, device=device, dtype=dtype) for h in heads
     ]
 
 
-# ---- what is told ----
+# ---- results ----
 
 
 def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
-    emulated = f"{options.emulate_ranks} emulated ranks, communication not counted"
-    documents = ", document by document" if options.documents else ""
+    if options.emulate_ranks:
+        setting = f"{options.emulate_ranks} emulated ranks, communication not counted"
+    else:
+        setting = f"{options.nproc} ranks"
+    one_by_one = ", document by document" if options.documents else ""
+    single = "the ring's kernel" if options.window else f"torch's causal attention{one_by_one}"
+    dense = cases.get(DENSE)
     return {
-        "setting": emulated if options.emulate_ranks else f"{options.nproc} ranks",
-        "device": torch.cuda.get_device_name() if _device_type(options) == "cuda" else "CPU",
+        "setting": setting,
+        "device": device_name(_device_type(options)),
         "emulated": bool(options.emulate_ranks),
         "options": vars(options),
         "documents": options.documents,
         "document_count": len(cases["ring"].mask.document_starts) or options.batch,
         "window": options.window,
-        "visible_pairs": _pairs(cases["ring"], options.batch),
-        "single": "the ring's kernel" if options.window else f"torch's causal attention{documents}",
+        "visible_pairs": _visible_pairs(cases["ring"], options.batch),
+        "single": single,
         "single_seconds": times.seconds.get("single"),
-        "dense_stripe_size": cases[DENSE].layout.stripe_size if DENSE in cases else None,
+        "dense_stripe_size": dense.layout.stripe_size if dense else None,
         "dense_seconds": times.seconds.get(DENSE),
         "lighter_seconds": times.seconds.get(LIGHTER),
         "results": [vars(_result(name, cases, times, options.batch)) for name in LAYOUTS],
@@ -245,31 +268,35 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
 
 
 def _result(name: str, cases: dict[str, Case], times: Times, batch: int) -> Result:
-    per_pair = {
-        case: seconds / _pairs(cases[case], batch)
-        for case, seconds in times.seconds.items()
-        if case in cases
+    case = cases[name]
+    seconds = times.seconds.get(name)
+    seconds_per_pair = {
+        timed: times.seconds[timed] / _visible_pairs(cases[timed], batch)
+        for timed in times.seconds
+        if timed in cases
     }
-    case, seconds = cases[name], times.seconds.get(name)
     return Result(
         layout=name,
         stripe_size=case.layout.stripe_size,
         seconds=seconds,
-        speedup_over_ring=_over(times.seconds.get("ring"), seconds),
+        speedup_over_ring=_ratio(times.seconds.get("ring"), seconds),
         bound=_bound(name, cases),
-        efficiency=_over(times.seconds.get("single"), seconds),
+        efficiency=_ratio(times.seconds.get("single"), seconds),
         imbalance_counted=case.count.imbalance,
         imbalance_timed=times.hops[name].imbalance if times.hops else None,
-        cost_per_pair_over_dense=_over(per_pair.get(name), per_pair.get(DENSE)),
+        cost_per_pair_over_dense=_ratio(seconds_per_pair.get(name), seconds_per_pair.get(DENSE)),
     )
 
 
-def _pairs(case: Case, batch: int) -> int:
-    """Visible pairs of a head in the whole batch, of which the mask may cover one sample or all."""
+def _visible_pairs(case: Case, batch: int) -> int:
+    """Return the visible pairs of one head in the whole batch.
+
+    The mask of a case may cover one sample or all of them.
+    """
     return int(case.count.work_RR.sum()) * (batch // case.mask.samples)
 
 
-def _over(value: float | None, other: float | None) -> float | None:
+def _ratio(value: float | None, other: float | None) -> float | None:
     return value / other if value and other else None
 
 
@@ -279,7 +306,7 @@ def _bound(name: str, cases: dict[str, Case]) -> float:
     return cases["ring"].count.gain_of_balance
 
 
-# By the field of a result: its title, width and digits.
+# Field of Result: column title, width and digits.
 _COLUMNS = {
     "stripe_size": ("stripe", 8, 0),
     "seconds": ("seconds", 10, 4),
@@ -292,17 +319,18 @@ _COLUMNS = {
 }
 
 
-def _report(findings: dict) -> None:
+def _print_report(findings: dict) -> None:
     options = findings["options"]
-    rounds = (
-        f"median of {options['rounds']} rounds" if options["rounds"] else "counted and not timed"
+    rounds = f"median of {options['rounds']} rounds" if options["rounds"] else "counted, not timed"
+    print(
+        f"{findings['device']}, {options['dtype']}, {findings['setting']}, "
+        f"{options['seq_length']} tokens, forward + backward, {rounds}"
     )
-    print(f"{findings['device']}, {options['dtype']}, {findings['setting']}, {options['seq_length']} tokens, forward + "
-          f"backward, {rounds}")  # fmt: skip
     if options["documents"] or options["window"]:
         print(_mask_line(findings))
     print(f"single: {findings['single']}")
-    print(f"{'layout':<10}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
+    titles = "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values())
+    print(f"{'layout':<10}{titles}")
     single = {"layout": "single", "seconds": findings["single_seconds"], "efficiency": 1.0}
     dense = {
         "layout": DENSE,
@@ -310,24 +338,28 @@ def _report(findings: dict) -> None:
         "stripe_size": findings["dense_stripe_size"],
     }
     lighter = {"layout": LIGHTER, "seconds": findings["lighter_seconds"], "stripe_size": 1}
-    beside = [row for row in (single, dense, lighter) if row["seconds"]]
-    print("\n".join(_line(row) for row in (*beside, *findings["results"])))
+    for row in (single, dense, lighter):
+        if row["seconds"]:
+            print(_line(row))
+    for row in findings["results"]:
+        print(_line(row))
 
 
 def _mask_line(findings: dict) -> str:
-    drawn = f"{findings['document_count']} documents, drawn for a mean of {findings['documents']} tokens"
-    documents = drawn if findings["documents"] else "no documents"
+    documents = "no documents"
+    if findings["documents"]:
+        count = findings["document_count"]
+        documents = f"{count} documents, drawn with a mean of {findings['documents']} tokens"
     window = f"a window of {findings['window']}" if findings["window"] else "no window"
     return f"{documents}; {window}; {findings['visible_pairs']:,} visible pairs"
 
 
 def _line(row: dict) -> str:
-    cells = [(row.get(field), width, digits) for field, (_, width, digits) in _COLUMNS.items()]
-    shown = (
-        f"{value:>{width}.{digits}f}" if value is not None else " " * width
-        for value, width, digits in cells
-    )
-    return f"{row['layout']:<10}" + "".join(shown)
+    cells = []
+    for field, (_, width, digits) in _COLUMNS.items():
+        value = row.get(field)
+        cells.append(" " * width if value is None else f"{value:>{width}.{digits}f}")
+    return f"{row['layout']:<10}" + "".join(cells)
 
 
 # ---- real ranks ----
@@ -336,51 +368,52 @@ def _line(row: dict) -> str:
 def _measure(options: Options, cases: dict[str, Case]) -> Times:
     if options.rounds == 0:
         return Times({}, {})
-    return _emulate(options, cases) if options.emulate_ranks else Times(_spawn(options), {})
+    if options.emulate_ranks:
+        return _emulate(options, cases)
+    return Times(_spawn(options), {})
 
 
 def _spawn(options: Options) -> dict[str, float]:
     port = free_port()
     if options.documents or options.window:
-        # Between many short operators a thread with nothing to do spins, and on a busy machine it is waited for.
+        # Idle OpenMP threads spin between many short operators and delay others on a busy machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_rank, args=(options, port, results), nprocs=options.nproc)
+    torch.multiprocessing.spawn(_run_rank, args=(options, port, results), nprocs=options.nproc)
     return results.get()
 
 
-def _rank(rank: int, options: Options, port: int, results) -> None:
+def _run_rank(rank: int, options: Options, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     on_cuda = _device_type(options) == "cuda"
     if on_cuda:
         torch.cuda.set_device(rank)
     else:
-        keep_freed_memory()  # as a training run has it
+        keep_freed_memory()  # as in training
     dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=options.nproc)
     torch.set_num_threads(1)
-    contenders = _contenders(rank, options)
-    seconds = {name: [] for name in contenders}
+    runs = _runs(rank, options)
+    seconds = {name: [] for name in runs}
     for turn in range(options.rounds + 1):
-        # Each round in another order: a run inherits caches, heap and heat from the one before it.
-        for name in random.Random(turn).sample(list(contenders), len(contenders)):
-            seconds[name].append(_together(contenders[name]))
+        # The order changes each round: a run inherits caches, heap and heat from the previous one.
+        for name in random.Random(turn).sample(list(runs), len(runs)):
+            seconds[name].append(_seconds_on_all_ranks(runs[name]))
     if rank == 0:
         results.put({name: statistics.median(times[1:]) for name, times in seconds.items()})
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _contenders(rank: int, options: Options) -> dict[str, Callable[[], None]]:
+def _runs(rank: int, options: Options) -> dict[str, Callable[[], None]]:
+    """Return the runs to time by name; every rank has the same names."""
     groups = ProcessGroups.build(Grid(ring=options.nproc), rank)
     cases = _cases(options)
-    contenders = {name: _ring_run(case, groups, options) for name, case in cases.items()}
+    runs = {name: _ring_run(case, groups, options) for name, case in cases.items()}
     if options.nproc > 1 and _sends_queries(options):
-        contenders |= {
-            "ring": _published_run(cases["ring"], groups, options),
-            LIGHTER: contenders["ring"],
-        }
-    contenders["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
-    return contenders
+        runs[LIGHTER] = runs["ring"]
+        runs["ring"] = _published_run(cases["ring"], groups, options)
+    runs["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
+    return runs
 
 
 def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
@@ -397,30 +430,44 @@ def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[
 
 
 def _sends_queries(options: Options) -> bool:
-    """Whether our ring sends queries backward with such heads."""
+    """Return whether our ring sends queries in the backward pass with these heads."""
     q, k, v, _ = _tensors(options, tokens=1)
     return queries_are_lighter(q, torch.stack([k, v]))
 
 
 def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
-    """Ring Attention as Liu et al. 2023 have it (section 3): keys and values go around backward as they do forward."""
+    """Return a run of Ring Attention as published (Liu et al. 2023, section 3).
+
+    Keys and values travel in the backward pass as they do in the forward pass.
+    """
     q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
-    exchange, kernel = RingExchange.over(groups.ring_links), _kernel(options)
+    exchange = RingExchange.over(groups.ring_links)
+    kernel = _kernel(options)
     ring = ring_loop.Ring(
-        case.layout, exchange.ring_rank, KERNELS[kernel], options.head_dim**-0.5, exchange, case.mask,
-        sends_queries=lambda q, kv: False, in_halves=exchange.is_slow,
-    )  # fmt: skip
+        case.layout,
+        exchange.ring_rank,
+        KERNELS[kernel],
+        options.head_dim**-0.5,
+        exchange,
+        case.mask,
+        sends_queries=lambda q, kv: False,
+        in_halves=exchange.is_slow,
+    )
 
     def run() -> None:
-        own_q, kv = to_kernel_layout(kernel, q), stack_to_kernel_layout(kernel, [k, v])
-        out, lse = ring_loop.forward(own_q, kv, ring)
-        ring_loop.backward(dout, None, own_q, kv, out, lse, ring)
+        local_q = to_kernel_layout(kernel, q)
+        kv = stack_to_kernel_layout(kernel, [k, v])
+        out, lse = ring_loop.forward(local_q, kv, ring)
+        ring_loop.backward(dout, None, local_q, kv, out, lse, ring)
 
     return run
 
 
 def _single_run(options: Options, threads: int) -> Callable[[], None]:
-    """One process on the whole sequence, without a ring; by torch's public function, which knows no window."""
+    """Return a run of one process on the whole sequence, without a ring.
+
+    It uses torch's public function, or the ring's kernel where there is a window.
+    """
     mask = _mask(options)
     whole = Case(Layout("none", options.seq_length, 1), mask)
     run = _ring_run(whole, ProcessGroups(), options) if mask.window else _torch_run(mask, options)
@@ -452,8 +499,8 @@ def _torch_run(mask: Mask, options: Options) -> Callable[[], None]:
     return run
 
 
-def _together(run: Callable[[], None]) -> float:
-    """Seconds of ``run`` from a common start to the last rank's end."""
+def _seconds_on_all_ranks(run: Callable[[], None]) -> float:
+    """Return the seconds of ``run`` from a common start until the last rank ends; blocks."""
     dist.barrier()
     seconds = _seconds(run)
     slowest = torch.tensor(seconds, device="cuda" if torch.cuda.is_initialized() else "cpu")
@@ -462,15 +509,15 @@ def _together(run: Callable[[], None]) -> float:
 
 
 def _seconds(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
-    _finish()
+    _synchronize()
     start = clock()
     run()
-    _finish()
+    _synchronize()
     return clock() - start
 
 
-def _finish() -> None:
-    """Wait for what the device still has to do; the CPU has done it."""
+def _synchronize() -> None:
+    """Wait for work queued on the GPU; on a CPU there is none."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -478,63 +525,78 @@ def _finish() -> None:
 # ---- emulated ranks ----
 
 
-def _alone(run: Callable[[], None]) -> float:
-    """Seconds of what waits for nobody: of a CPU those that it worked, whatever else the machine did meanwhile."""
+def _seconds_in_one_process(run: Callable[[], None]) -> float:
+    """Return the seconds of a run without communication.
+
+    On a CPU these are CPU seconds, so that other load on the machine does not count.
+    """
     return _seconds(run, time.perf_counter if torch.cuda.is_initialized() else time.process_time)
 
 
 def _emulate(options: Options, cases: dict[str, Case]) -> Times:
-    """Critical paths by layout beside the single process divided by the number of ranks; and the hops' times."""
+    """Return each layout's critical path and hop times.
+
+    The time of the single process is divided by the number of ranks.
+    """
     torch.set_num_threads(1)
-    single, hop = _single_run(options, threads=1), _hop(options, cases["ring"])
-    rounds = [(_alone(single), _emulated_round(hop, cases)) for _ in range(options.rounds)]
-    hops = {
-        name: Timeline(torch.stack([work[name] for _, work in rounds]).median(dim=0).values)
-        for name in cases
-    }
+    single = _single_run(options, threads=1)
+    time_hop = _hop_timer(options, cases["ring"])
+    single_seconds = []
+    work = []
+    for _ in range(options.rounds):
+        single_seconds.append(_seconds_in_one_process(single))
+        work.append(_emulated_round(time_hop, cases))
+    hops = {}
+    for name in cases:
+        of_rounds = torch.stack([of_round[name] for of_round in work])
+        hops[name] = Timeline(of_rounds.median(dim=0).values)
     seconds = {name: timeline.critical_path for name, timeline in hops.items()}
-    seconds["single"] = statistics.median(whole for whole, _ in rounds) / options.emulate_ranks
+    seconds["single"] = statistics.median(single_seconds) / options.emulate_ranks
     return Times(seconds, hops)
 
 
 def _emulated_round(
-    hop: Callable[[KeyRanges], float], cases: dict[str, Case]
+    time_hop: Callable[[KeyRanges], float], cases: dict[str, Case]
 ) -> dict[str, torch.Tensor]:
-    """Seconds of every hop and rank, (R, R), by layout. The layouts take turns; a hop that sees nothing takes none."""
+    """Return the seconds of every hop and rank, (R, R), by layout.
+
+    The layouts are interleaved. A hop without visible pairs takes no time.
+    """
     work = {name: torch.zeros_like(case.count.work_RR) for name, case in cases.items()}
-    ranks = range(cases["ring"].layout.ring_size)
-    for step, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
-        if case.count.work_RR[step, rank]:
-            work[name][step, rank] = hop(
-                hop_runs(case.layout, rank, (rank - step) % len(ranks), case.mask)
-            )
+    ring_size = cases["ring"].layout.ring_size
+    ranks = range(ring_size)
+    for hop, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
+        if case.count.work_RR[hop, rank]:
+            key_ranges = hop_runs(case.layout, rank, (rank - hop) % ring_size, case.mask)
+            work[name][hop, rank] = time_hop(key_ranges)
     return work
 
 
-def _hop(options: Options, case: Case) -> Callable[[KeyRanges], float]:
-    """The seconds of a hop, given its runs: the kernel's forward and backward, as the ring calls them.
+def _hop_timer(options: Options, case: Case) -> Callable[[KeyRanges], float]:
+    """Return a function that times one hop, given its key ranges.
 
-    Every hop has the same tensors, of a shard, and continues one softmax. It starts with the first hop of ``case``, in
+    It runs the kernel's forward and backward as the ring calls them. All hops use the same tensors
+    of one shard and continue one running softmax. This starts with the first hop of ``case``, in
     which every query sees itself.
     """
-    name, scale = _kernel(options), options.head_dim**-0.5
+    name = _kernel(options)
+    kernel = KERNELS[name]
+    scale = options.head_dim**-0.5
     *qkv, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
-    kernel, (q, k, v) = KERNELS[name], (to_kernel_layout(name, x) for x in qkv)
+    q, k, v = (to_kernel_layout(name, x) for x in qkv)
     state = RunningSoftmax.empty(q)
     gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
 
-    def both_ways(runs: KeyRanges) -> None:
-        kernel.forward(q, k, v, runs, scale, state)
-        kernel.backward(
-            dout, q, k, v, state.out_BLHD.to(q.dtype), state.lse_BHL, runs, scale, *gradients
-        )
+    def run_hop(key_ranges: KeyRanges) -> None:
+        kernel.forward(q, k, v, key_ranges, scale, state)
+        out = state.out_BLHD.to(q.dtype)
+        kernel.backward(dout, q, k, v, out, state.lse_BHL, key_ranges, scale, *gradients)
 
-    def seconds(runs: KeyRanges) -> float:
+    def seconds(key_ranges: KeyRanges) -> float:
+        # One thin head, to build and cache the tiles of this hop at little cost.
         thin = [x[:1, :, :1, :8] for x in (q, k, v)]
-        kernel.forward(
-            *thin, runs, scale, RunningSoftmax.empty(thin[0])
-        )  # makes the tiles, at little cost
-        return _alone(functools.partial(both_ways, runs))
+        kernel.forward(*thin, key_ranges, scale, RunningSoftmax.empty(thin[0]))
+        return _seconds_in_one_process(functools.partial(run_hop, key_ranges))
 
     seconds(hop_runs(case.layout, 0, 0, case.mask))
     return seconds

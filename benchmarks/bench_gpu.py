@@ -1,16 +1,20 @@
-"""On one GPU: whether every kernel is right, and how fast a hop of the ring is, by kernel, layout and size of the ring.
+"""Check every attention kernel on one GPU and time the hops of a ring, by kernel, layout and size.
 
-    make bench-gpu                                             or: python -m benchmarks.bench_gpu --json bench-gpu.json
+    make bench-gpu
+    python -m benchmarks.bench_gpu --json bench-gpu.json      # the same command
 
-Needs torch, and Triton for its kernel; nothing else, and no network. Ranks are emulated: one rank's hops are timed, the
-busiest's, and communication is not there. Of rings of more than eight ranks four hops behind the first stand for all.
-What the minutes do not suffice for is left out, and said.
+Needs only torch, and Triton for its kernel; no network. Ranks are emulated: the hops of one rank,
+the busiest, are timed without communication. For rings of more than eight ranks four hops after
+the first stand for all of them. Measurements that --minutes leaves no time for are skipped and
+listed.
 
-Rates count the products of visible pairs alone, so that what a kernel computes and masks away lowers its rate. "of
-single" is a rate over that of the fastest kernel in one causal square of a rank's tokens, forward and backward.
+Rates count the products of visible pairs only, so work that a kernel computes and then masks
+lowers its rate. "of single" is the rate relative to that of the fastest kernel on one causal square
+of a rank's tokens, forward and backward.
 
-The last lines are those of kernels/attention/measured.py, by which --attention-kernel auto goes on this device: which
-kernel is the fastest on a rank of eight, striped, in each type, without and with documents.
+The last lines are rows of kernels/attention/measured.py, from which --attention-kernel auto chooses
+on this device: the time of each kernel on one of eight striped ranks, by dtype, without and with
+documents.
 """
 
 import argparse
@@ -25,9 +29,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import DTYPES, commit, write_json
-from benchmarks.emulated import attention
-from benchmarks.overlap import operations
-from benchmarks.packs import random_starts
+from benchmarks.document_packs import random_starts
+from benchmarks.emulated_ring import attention
+from benchmarks.overlap_criterion import operations
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
@@ -39,42 +43,60 @@ from megatron_ring.kernels.attention.state import RunningSoftmax
 from megatron_ring.kernels.attention.support import Feature
 from megatron_ring.plan.timeline import counted
 
-STRIPES = 1, 128
-PACK_RANKS, MEAN_DOCUMENT = 8, 4096
-# Of a hop's scores, in float32: more the reference, which keeps them all, is not asked to compute.
-MOST_SCORES = 2**28
+STRIPE_SIZES = (1, 128)
+PACK_RANKS = 8
+MEAN_DOCUMENT_LENGTH = 4096
+# The most scores of a hop that the reference, which keeps them all in float32, has to compute.
+MAX_REFERENCE_SCORES = 2**28
 
 
 def main() -> None:
-    asked = _parser().parse_args()
-    torch.set_num_threads(1)  # of a CPU, as a rank has
-    bench = Bench(asked, time.monotonic() + 60 * asked.minutes)
-    print(f"{bench.device_name}, torch {torch.__version__}, commit {commit()}, {asked.dtype}; "
-          f"kernels: {', '.join(bench.kernels) or 'none'}", *bench.refusals(), sep="\n  ", flush=True)  # fmt: skip
-    parts = bench.correctness, bench.orders, bench.layouts, bench.packs
-    found = {part.__name__: bench.told(part.__name__, part()) for part in parts}
-    print("\nfor kernels/attention/measured.py", *bench.lines(found["orders"]), sep="\n")
-    about = {
+    options = _parser().parse_args()
+    torch.set_num_threads(1)  # as a rank on CPUs has
+    bench = Bench(options, time.monotonic() + 60 * options.minutes)
+    kernels = ", ".join(bench.kernels) or "none"
+    print(
+        f"{bench.device_name}, torch {torch.__version__}, commit {commit()}, {options.dtype}; "
+        f"kernels: {kernels}",
+        *bench.unsupported_kernels(),
+        sep="\n  ",
+        flush=True,
+    )
+    parts = (bench.correctness, bench.orders, bench.layouts, bench.packs)
+    findings = {part.__name__: bench.print_rows(part.__name__, part()) for part in parts}
+    print(
+        "\nfor kernels/attention/measured.py", *bench.measured_lines(findings["orders"]), sep="\n"
+    )
+    setting = {
         "device": bench.device_name,
         "torch": torch.__version__,
         "commit": commit(),
-        "asked": vars(asked),
+        "options": vars(options),
     }
-    write_json(asked.json, about | found)
-    raise SystemExit(any(not row["right"] for row in found["correctness"]))
+    write_json(options.json, setting | findings)
+    is_wrong = any(not row["correct"] for row in findings["correctness"])
+    raise SystemExit(is_wrong)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a rank")
-    parser.add_argument("--ring-sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument(
-        "--packs", type=int, nargs="+", default=[65536, 524288], help="tokens of packed documents"
+        "--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens per rank"
     )
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument(
+        "--ring-sizes", type=int, nargs="+", default=[1, 8, 64], help="ranks of the emulated rings"
+    )
+    parser.add_argument(
+        "--packs",
+        type=int,
+        nargs="+",
+        default=[65536, 524288],
+        help="tokens per pack of documents",
+    )
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key-value heads")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
@@ -82,287 +104,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         nargs="+",
         default=["bf16", "fp16"],
-        help="of the last lines",
+        help="dtypes of the rows for kernels/attention/measured.py",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed, after one that warms up")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="after which no other measurement is begun"
+        "--rounds", type=int, default=3, help="timed rounds, after one warm-up round"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="start no measurement after this time"
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", default="", help="write the results to this file too")
+    parser.add_argument("--json", default="", help="also write the results to this file")
     return parser
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What is measured, each part as rows of figures. until: time.monotonic() of the end."""
-
-    asked: argparse.Namespace
-    until: float
-    left_out: list[str] = field(default_factory=list)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.asked.dtype]
-
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.asked.device == "cuda" else self.asked.device
-
-    @property
-    def kernels(self) -> dict[str, HopKernel]:
-        """Those that take such tensors here, without the one that all are compared with."""
-        return {
-            name: kernel
-            for name, kernel in self._able(self.dtype).items()
-            if kernel is not reference
-        }
-
-    def _able(self, dtype: torch.dtype) -> dict[str, HopKernel]:
-        return {name: kernel for name, kernel in KERNELS.items() if not self._refusal(name, dtype)}
-
-    def _refusal(self, kernel: str, dtype: torch.dtype) -> str:
-        """Why a kernel does not take such tensors here, "" where it does."""
-        try:
-            choose(
-                kernel,
-                self.asked.device,
-                dtype,
-                self.asked.head_dim,
-                [Feature.GROUPED_HEADS, Feature.DOCUMENTS],
-            )
-        except KernelUnavailable as refused:
-            return str(refused)
-        return ""
-
-    def refusals(self) -> Iterator[str]:
-        yield from filter(None, (self._refusal(name, self.dtype) for name in KERNELS))
-
-    def correctness(self) -> Iterator[dict[str, Any]]:
-        """Rings of four over layouts and masks, against the reference in float64."""
-        tokens = 1024
-        masks = {"causal": CAUSAL, "window": Mask(window=100)}
-        masks["documents"] = Mask(document_starts=random_starts(100, tokens))
-        layouts = [
-            Layout("ring", tokens, 4),
-            Layout("striped", tokens, 4),
-            Layout("striped", tokens, 4, 32),
-        ]
-        inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens, self.dtype)]
-        for (said, mask), layout in itertools.product(
-            masks.items(), [*layouts, Layout("zigzag", tokens, 4)]
-        ):
-            exact = attention([x.double() for x in inputs], layout, reference, mask)
-            for name, kernel in self.kernels.items():
-                errors = attention(inputs, layout, kernel, mask)
-                errors = [error(x, y) for x, y in zip(errors, exact)]
-                shown = {"kernel": name, "layout": _named(layout), "mask": said}
-                worst = dict(zip(("out", "dq", "dk", "dv"), errors))
-                yield shown | worst | {"right": all(x <= TOLERANCE[self.dtype] for x in errors)}
-
-    def layouts(self) -> Iterator[dict[str, Any]]:
-        """Every layout on rings of every size, each rank with as many tokens."""
-        for tokens in self.asked.tokens:
-            square = Layout("none", tokens, 1)
-            singles = {
-                name: self._rank(kernel, square, 0, CAUSAL) for name, kernel in self.kernels.items()
-            }
-            fastest = max(
-                (self._rate(single.pairs, single.seconds) for single in singles.values()),
-                default=0.0,
-            )
-            for size, (name, kernel) in itertools.product(
-                self.asked.ring_sizes, self.kernels.items()
-            ):
-                for layout in self._layouts(tokens, size):
-                    shown = {
-                        "tokens": tokens,
-                        "ranks": size,
-                        "layout": _named(layout),
-                        "kernel": name,
-                    }
-                    if self._is_over(shown):
-                        continue
-                    busiest = size - 1 if layout.name == "ring" else size // 2
-                    spent = (
-                        singles[name] if size == 1 else self._rank(kernel, layout, busiest, CAUSAL)
-                    )
-                    yield (
-                        shown
-                        | self._figures(spent)
-                        | {"of_single": self._rate(spent.pairs, spent.seconds) / fastest}
-                    )
-
-    def packs(self) -> Iterator[dict[str, Any]]:
-        """Packed documents on eight ranks, over a contiguous ring that computes as if they were one."""
-        for tokens in self.asked.packs:
-            mask, before = Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens)), []
-            ignoring = Layout("ring", tokens, PACK_RANKS)
-            striped = [Layout("striped", tokens, PACK_RANKS, stripe) for stripe in STRIPES]
-            cases = [(ignoring, CAUSAL), *((layout, mask) for layout in striped)]
-            for (layout, seen), (name, kernel) in itertools.product(cases, self.kernels.items()):
-                shown = {"tokens": tokens, "layout": _named(layout), "kernel": name}
-                shown["documents"] = "seen" if seen is mask else "ignored"
-                if self._is_over(shown):
-                    continue
-                busiest = int(counted(layout, seen).work_RR.sum(dim=0).argmax())
-                spent = self._rank(kernel, layout, busiest, seen)
-                before += [spent.seconds] * (seen is CAUSAL)
-                yield (
-                    shown
-                    | self._figures(spent)
-                    | {"over_ring": min(before, default=float("nan")) / spent.seconds}
-                )
-
-    def orders(self) -> Iterator[dict[str, Any]]:
-        """Every kernel on one of eight striped ranks, a round of each after a round of the other."""
-        tokens = self.asked.tokens[0] * PACK_RANKS
-        layout = Layout("striped", tokens, PACK_RANKS)
-        masks = {
-            MaskKind.CAUSAL: CAUSAL,
-            MaskKind.SPARSE: Mask(document_starts=random_starts(MEAN_DOCUMENT, tokens)),
-        }
-        for named, (kind, mask) in itertools.product(self.asked.order_dtypes, masks.items()):
-            kernels = {
-                name: kernel
-                for name, kernel in self._able(DTYPES[named]).items()
-                if self._fits(kernel)
-            }
-            if self._is_over(shown := {"dtype": named, "mask": kind.name}):
-                continue
-            spent = {name: [] for name in kernels}
-            for _, (name, kernel) in itertools.product(range(self.asked.rounds), kernels.items()):
-                spent[name].append(
-                    self._rank(kernel, layout, PACK_RANKS // 2, mask, DTYPES[named]).seconds
-                )
-            for name, rounds in spent.items():
-                yield shown | {"kernel": name, "ms": 1e3 * statistics.median(rounds)}
-
-    def _fits(self, kernel: HopKernel) -> bool:
-        return (
-            kernel is not reference or self.asked.heads * self.asked.tokens[0] ** 2 <= MOST_SCORES
-        )
-
-    def lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
-        """The rows of ``orders`` as the lines of measured.py, and the command as a comment before them."""
-        yield f"    # {' '.join(sys.argv)}"
-        source = f"commit {commit()}, torch {torch.__version__}"
-        for (dtype, mask), rows in itertools.groupby(
-            orders, lambda row: (row["dtype"], row["mask"])
-        ):
-            spent = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
-            yield f'    Measured("{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}, {{{spent}}}, "{source}"),'
-
-    def told(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Print the rows as they come, and what there was no time for."""
-        print(f"\n{part}", flush=True)
-        kept = []
-        for row in rows:
-            if not kept:
-                print("".join(f"{name:>{_width(name)}}" for name in row))
-            kept.append(row)
-            print(
-                "".join(f"{_shown(value):>{_width(name)}}" for name, value in row.items()),
-                flush=True,
-            )
-        for row in self.left_out:
-            print(f"  no time was left for {row}")
-        self.left_out.clear()
-        return kept
-
-    def _is_over(self, shown: dict[str, Any]) -> bool:
-        if over := time.monotonic() > self.until:
-            self.left_out.append(" ".join(map(str, shown.values())))
-        return over
-
-    def _layouts(self, tokens: int, size: int) -> list[Layout]:
-        if size == 1:
-            return [Layout("none", tokens, 1)]
-        length = tokens * size
-        stripes = [
-            Layout("striped", length, size, stripe)
-            for stripe in STRIPES
-            if tokens % (2 * stripe) == 0
-        ]
-        return [Layout("ring", length, size), *stripes, Layout("zigzag", length, size)]
-
-    def _tensors(self, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """q, k, v and the gradient of the output of so many tokens."""
-        generator = torch.Generator(self.asked.device).manual_seed(0)
-        heads = self.asked.heads, self.asked.kv_heads, self.asked.kv_heads, self.asked.heads
-        shapes = [(1, tokens, each, self.asked.head_dim) for each in heads]
-        return [
-            torch.randn(shape, generator=generator, device=self.asked.device).to(dtype)
-            for shape in shapes
-        ]
-
-    def _rank(
-        self,
-        kernel: HopKernel,
-        layout: Layout,
-        rank: int,
-        mask: Mask,
-        dtype: torch.dtype | None = None,
-    ) -> "Spent":
-        """One rank's hops. Every hop has the same tensors, and continues one softmax."""
-        q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
-        scale, size = q.shape[-1] ** -0.5, layout.ring_size
-        state = RunningSoftmax.empty(q)
-        sums = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
-        hops = (
-            []
-            if size == 1
-            else sorted({1 + (size - 2) * i // 3 for i in range(4)} if size > 8 else range(1, size))
-        )
-
-        def timed(hop: int) -> Spent:
-            runs = hop_runs(layout, rank, (rank - hop) % size, mask)
-            forward = self._seconds(lambda: kernel.forward(q, k, v, runs, scale, state))
-            out = state.out_BLHD.to(q.dtype)
-            backward = self._seconds(
-                lambda: kernel.backward(dout, q, k, v, out, state.lse_BHL, runs, scale, *sums)
-            )
-            return Spent(1, runs.visible_pairs, forward, backward)
-
-        first, others = timed(0), [timed(hop) for hop in hops]
-        return first + sum(others, Spent()) * ((size - 1) / len(others)) if others else first
-
-    def _seconds(self, act: Callable[[], None]) -> float:
-        act()
-        return statistics.median(self._once(act) for _ in range(self.asked.rounds))
-
-    def _once(self, act: Callable[[], None]) -> float:
-        if self.asked.device != "cuda":
-            began = (
-                time.process_time()
-            )  # what this process worked, whatever else the machine did meanwhile
-            act()
-            return time.process_time() - began
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        act()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1e3
-
-    def _rate(
-        self, pairs: float, seconds: float, products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
-    ) -> float:
-        """Operations a second of so many products of so many visible pairs."""
-        return pairs * operations(products, self.asked.heads, self.asked.head_dim) / seconds
-
-    def _figures(self, spent: "Spent") -> dict[str, float]:
-        return {
-            "forward_ms": 1e3 * spent.forward / spent.hops,
-            "backward_ms": 1e3 * spent.backward / spent.hops,
-            "forward_tflops": self._rate(spent.pairs, spent.forward, FORWARD_PRODUCTS) / 1e12,
-            "backward_tflops": self._rate(spent.pairs, spent.backward, BACKWARD_PRODUCTS) / 1e12,
-        }
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Of some hops: how many, their visible pairs, and seconds."""
+class HopTimes:
+    """Sums over some hops: their number, visible pairs, and seconds forward and backward."""
 
     hops: float = 0
     pairs: float = 0
@@ -373,18 +130,312 @@ class Spent:
     def seconds(self) -> float:
         return self.forward + self.backward
 
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+    def __add__(self, other: "HopTimes") -> "HopTimes":
+        return HopTimes(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
-    def __mul__(self, times: float) -> "Spent":
-        return Spent(*(value * times for value in vars(self).values()))
-
-
-def _named(layout: Layout) -> str:
-    return layout.name + f" by {layout.stripe_size}" * (layout.stripe_size > 1)
+    def __mul__(self, factor: float) -> "HopTimes":
+        return HopTimes(*(value * factor for value in vars(self).values()))
 
 
-def _shown(value: Any) -> str:
+@dataclass(frozen=True)
+class Bench:
+    """The measurements; each part yields its rows as dictionaries.
+
+    Attributes:
+        deadline: Value of time.monotonic() after which no measurement starts.
+        skipped: Measurements of the current part that there was no time for.
+    """
+
+    options: argparse.Namespace
+    deadline: float
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.options.dtype]
+
+    @property
+    def device_name(self) -> str:
+        if self.options.device == "cuda":
+            return torch.cuda.get_device_name()
+        return self.options.device
+
+    # ---- kernels ----
+
+    @property
+    def kernels(self) -> dict[str, HopKernel]:
+        """The kernels that support this dtype and device, without the reference."""
+        supported = self._supported_kernels(self.dtype)
+        return {name: kernel for name, kernel in supported.items() if kernel is not reference}
+
+    def _supported_kernels(self, dtype: torch.dtype) -> dict[str, HopKernel]:
+        return {
+            name: kernel
+            for name, kernel in KERNELS.items()
+            if not self._why_unsupported(name, dtype)
+        }
+
+    def _why_unsupported(self, kernel: str, dtype: torch.dtype) -> str:
+        """Return why a kernel does not support such tensors on this device, "" if it does."""
+        features = [Feature.GROUPED_HEADS, Feature.DOCUMENTS]
+        try:
+            choose(kernel, self.options.device, dtype, self.options.head_dim, features)
+        except KernelUnavailable as unavailable:
+            return str(unavailable)
+        return ""
+
+    def unsupported_kernels(self) -> Iterator[str]:
+        """Yield for each unsupported kernel why it is not measured."""
+        for name in KERNELS:
+            if reason := self._why_unsupported(name, self.dtype):
+                yield reason
+
+    # ---- the four parts ----
+
+    def correctness(self) -> Iterator[dict[str, Any]]:
+        """Compare rings of four ranks with the reference in float64, over layouts and masks."""
+        tokens = 1024
+        masks = {
+            "causal": CAUSAL,
+            "window": Mask(window=100),
+            "documents": Mask(document_starts=random_starts(100, tokens)),
+        }
+        layouts = [
+            Layout("ring", tokens, 4),
+            Layout("striped", tokens, 4),
+            Layout("striped", tokens, 4, 32),
+            Layout("zigzag", tokens, 4),
+        ]
+        inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens, self.dtype)]
+        exact_inputs = [x.double() for x in inputs]
+        for (mask_name, mask), layout in itertools.product(masks.items(), layouts):
+            expected = attention(exact_inputs, layout, reference, mask)
+            for name, kernel in self.kernels.items():
+                actual = attention(inputs, layout, kernel, mask)
+                errors = [error(x, y) for x, y in zip(actual, expected)]
+                row = {"kernel": name, "layout": _layout_name(layout), "mask": mask_name}
+                row |= zip(("out", "dq", "dk", "dv"), errors)
+                row["correct"] = all(x <= TOLERANCE[self.dtype] for x in errors)
+                yield row
+
+    def layouts(self) -> Iterator[dict[str, Any]]:
+        """Time every layout on rings of every size, with the same number of tokens per rank."""
+        for tokens in self.options.tokens:
+            square = Layout("none", tokens, 1)
+            singles = {
+                name: self._time_rank(kernel, square, 0, CAUSAL)
+                for name, kernel in self.kernels.items()
+            }
+            rates = (self._rate(single.pairs, single.seconds) for single in singles.values())
+            fastest = max(rates, default=0.0)
+            sizes_and_kernels = itertools.product(self.options.ring_sizes, self.kernels.items())
+            for size, (name, kernel) in sizes_and_kernels:
+                for layout in self._layouts(tokens, size):
+                    row = {
+                        "tokens": tokens,
+                        "ranks": size,
+                        "layout": _layout_name(layout),
+                        "kernel": name,
+                    }
+                    if self._is_out_of_time(row):
+                        continue
+                    busiest = size - 1 if layout.name == "ring" else size // 2
+                    times = singles[name]
+                    if size > 1:
+                        times = self._time_rank(kernel, layout, busiest, CAUSAL)
+                    of_single = self._rate(times.pairs, times.seconds) / fastest
+                    yield row | self._figures(times) | {"of_single": of_single}
+
+    def packs(self) -> Iterator[dict[str, Any]]:
+        """Time packs on eight ranks, relative to a contiguous ring that ignores the documents."""
+        for tokens in self.options.packs:
+            mask = Mask(document_starts=random_starts(MEAN_DOCUMENT_LENGTH, tokens))
+            cases = [(Layout("ring", tokens, PACK_RANKS), CAUSAL)]
+            cases += [(Layout("striped", tokens, PACK_RANKS, x), mask) for x in STRIPE_SIZES]
+            baselines = []
+            for (layout, applied), (name, kernel) in itertools.product(cases, self.kernels.items()):
+                row = {
+                    "tokens": tokens,
+                    "layout": _layout_name(layout),
+                    "kernel": name,
+                    "documents": "applied" if applied is mask else "ignored",
+                }
+                if self._is_out_of_time(row):
+                    continue
+                busiest = int(counted(layout, applied).work_RR.sum(dim=0).argmax())
+                times = self._time_rank(kernel, layout, busiest, applied)
+                if applied is CAUSAL:
+                    baselines.append(times.seconds)
+                over_ring = min(baselines, default=float("nan")) / times.seconds
+                yield row | self._figures(times) | {"over_ring": over_ring}
+
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Time every kernel on one of eight striped ranks; the rounds of the kernels interleave."""
+        tokens = self.options.tokens[0] * PACK_RANKS
+        layout = Layout("striped", tokens, PACK_RANKS)
+        masks = {
+            MaskKind.CAUSAL: CAUSAL,
+            MaskKind.SPARSE: Mask(document_starts=random_starts(MEAN_DOCUMENT_LENGTH, tokens)),
+        }
+        cases = itertools.product(self.options.order_dtypes, masks.items())
+        for dtype_name, (kind, mask) in cases:
+            row = {"dtype": dtype_name, "mask": kind.name}
+            if self._is_out_of_time(row):
+                continue
+            dtype = DTYPES[dtype_name]
+            kernels = {
+                name: kernel
+                for name, kernel in self._supported_kernels(dtype).items()
+                if kernel is not reference or self._reference_fits()
+            }
+            seconds = {name: [] for name in kernels}
+            for _, (name, kernel) in itertools.product(range(self.options.rounds), kernels.items()):
+                times = self._time_rank(kernel, layout, PACK_RANKS // 2, mask, dtype)
+                seconds[name].append(times.seconds)
+            for name, of_rounds in seconds.items():
+                yield row | {"kernel": name, "ms": 1e3 * statistics.median(of_rounds)}
+
+    def _reference_fits(self) -> bool:
+        return self.options.heads * self.options.tokens[0] ** 2 <= MAX_REFERENCE_SCORES
+
+    # ---- output ----
+
+    def measured_lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
+        """Yield the rows of ``orders`` as lines of measured.py, preceded by the command."""
+        yield f"    # {' '.join(sys.argv)}"
+        source = f"commit {commit()}, torch {torch.__version__}"
+        cases = itertools.groupby(orders, lambda row: (row["dtype"], row["mask"]))
+        for (dtype, mask), rows in cases:
+            times = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
+            case = f'"{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}'
+            yield f'    Measured({case}, {{{times}}}, "{source}"),'
+
+    def print_rows(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Print each row once it is measured, then what was skipped; return the rows."""
+        print(f"\n{part}", flush=True)
+        printed = []
+        for row in rows:
+            if not printed:
+                print("".join(f"{name:>{_width(name)}}" for name in row))
+            printed.append(row)
+            cells = (f"{_format(value):>{_width(name)}}" for name, value in row.items())
+            print("".join(cells), flush=True)
+        for skipped in self.skipped:
+            print(f"  skipped, out of time: {skipped}")
+        self.skipped.clear()
+        return printed
+
+    def _is_out_of_time(self, row: dict[str, Any]) -> bool:
+        """Return whether the deadline has passed, and record the row as skipped if so."""
+        is_over = time.monotonic() > self.deadline
+        if is_over:
+            self.skipped.append(" ".join(map(str, row.values())))
+        return is_over
+
+    def _rate(
+        self, pairs: float, seconds: float, products: int = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
+    ) -> float:
+        """Return operations per second, for so many matrix products of so many visible pairs."""
+        per_pair = operations(products, self.options.heads, self.options.head_dim)
+        return pairs * per_pair / seconds
+
+    def _figures(self, times: HopTimes) -> dict[str, float]:
+        return {
+            "forward_ms": 1e3 * times.forward / times.hops,
+            "backward_ms": 1e3 * times.backward / times.hops,
+            "forward_tflops": self._rate(times.pairs, times.forward, FORWARD_PRODUCTS) / 1e12,
+            "backward_tflops": self._rate(times.pairs, times.backward, BACKWARD_PRODUCTS) / 1e12,
+        }
+
+    # ---- timing ----
+
+    def _layouts(self, tokens: int, size: int) -> list[Layout]:
+        if size == 1:
+            return [Layout("none", tokens, 1)]
+        length = tokens * size
+        striped = [
+            Layout("striped", length, size, stripe)
+            for stripe in STRIPE_SIZES
+            if tokens % (2 * stripe) == 0
+        ]
+        return [Layout("ring", length, size), *striped, Layout("zigzag", length, size)]
+
+    def _tensors(self, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return random q, k, v and gradient of the output for so many tokens."""
+        options = self.options
+        generator = torch.Generator(options.device).manual_seed(0)
+        tensors = []
+        for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads):
+            shape = (1, tokens, heads, options.head_dim)
+            x = torch.randn(shape, generator=generator, device=options.device)
+            tensors.append(x.to(dtype))
+        return tensors
+
+    def _time_rank(
+        self,
+        kernel: HopKernel,
+        layout: Layout,
+        rank: int,
+        mask: Mask,
+        dtype: torch.dtype | None = None,
+    ) -> HopTimes:
+        """Time the hops of one rank. All hops use the same tensors and continue one softmax."""
+        size = layout.ring_size
+        q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
+        scale = q.shape[-1] ** -0.5
+        state = RunningSoftmax.empty(q)
+        gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
+
+        def time_hop(hop: int) -> HopTimes:
+            key_ranges = hop_runs(layout, rank, (rank - hop) % size, mask)
+            forward = self._median_seconds(
+                lambda: kernel.forward(q, k, v, key_ranges, scale, state)
+            )
+            out = state.out_BLHD.to(q.dtype)
+            lse = state.lse_BHL
+            backward = self._median_seconds(
+                lambda: kernel.backward(dout, q, k, v, out, lse, key_ranges, scale, *gradients)
+            )
+            return HopTimes(1, key_ranges.visible_pairs, forward, backward)
+
+        first = time_hop(0)
+        if size == 1:
+            return first
+        others = [time_hop(hop) for hop in _sample_of_hops(size)]
+        return first + sum(others, HopTimes()) * ((size - 1) / len(others))
+
+    def _median_seconds(self, run: Callable[[], None]) -> float:
+        run()
+        return statistics.median(self._seconds(run) for _ in range(self.options.rounds))
+
+    def _seconds(self, run: Callable[[], None]) -> float:
+        """Return the seconds of one run; on a CPU those of this process, whatever else runs."""
+        if self.options.device != "cuda":
+            start = time.process_time()
+            run()
+            return time.process_time() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def _sample_of_hops(ring_size: int) -> list[int]:
+    """Return the hops after the first that are timed: all of them, or four of a large ring."""
+    if ring_size <= 8:
+        return list(range(1, ring_size))
+    return [1 + (ring_size - 2) * i // 3 for i in range(4)]
+
+
+def _layout_name(layout: Layout) -> str:
+    if layout.stripe_size > 1:
+        return f"{layout.name} by {layout.stripe_size}"
+    return layout.name
+
+
+def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

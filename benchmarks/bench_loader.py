@@ -1,15 +1,17 @@
-"""Time the loader alone, without a model, and weigh what a context rank holds of a sample while it is cut.
+"""Time the data loader without a model and measure what a context rank holds of a sample.
 
     python -m benchmarks.bench_loader
     python -m benchmarks.bench_loader --seq-length 131072 --ring-size 8 --tokens 20000000 --json F
 
-A store of random ids is written to a temporary folder, in documents whose lengths are lognormal, and read as one ring
-rank of a run reads it, for every --packing, with documents joined and kept apart (--reset-attention-mask,
---reset-position-ids, --eod-mask-loss). Counted are the tokens of whole samples, which is what a run consumes, and the
-seconds that this process computed, so that what else runs on the machine is not counted. They are compared with
---consumes: by default what configs/tiny-cpu.yaml takes on two CPU processes. The median of the rounds is reported.
+A token store of random ids, in documents of lognormal lengths, is written to a temporary folder and
+read as one ring rank of a training run reads it: for every --packing, with attention across
+documents ("joined") and without ("apart": --reset-attention-mask, --reset-position-ids,
+--eod-mask-loss). Throughput counts the tokens of whole samples, which is what a training run
+consumes, and CPU seconds of this process, so that other load on the machine does not count. It is
+compared with --consumes, by default the throughput of configs/tiny-cpu.yaml on two CPU processes.
+The median of the rounds is reported.
 
-Weighed are the bytes of the arrays that exist at the fullest moment of one sample, the memory map not among them.
+Memory is the peak number of bytes in arrays while one sample is read, without the memory map.
 """
 
 import statistics
@@ -44,28 +46,35 @@ KINDS = ("concatenate", *FITS)
 @dataclass(frozen=True)
 class Options:
     seq_length: int = 1024
-    """Tokens of a sample."""
+    """Tokens per sample."""
     context_parallel: Literal["ring", "striped", "zigzag"] = "striped"
-    """Layout of the ring rank that reads."""
+    """Layout of the tokens over the ring ranks."""
     ring_size: int = 2
     """Ring ranks that share a sample."""
     tokens: int = 4_000_000
     """Tokens of the store."""
     document_length: int = 1000
-    """Mean length of a document."""
+    """Mean length of a document in tokens."""
     samples: int = 300
-    """Samples read in a round."""
+    """Samples per round."""
     rounds: int = 5
-    """Timed rounds, after one that is weighed."""
+    """Timed rounds, after one in which memory is measured."""
     consumes: int = 4000
-    """Tokens a second to compare with."""
+    """Tokens per second to compare with."""
     json: str = ""
-    """Write the results to this file too."""
+    """Also write the results to this file."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row: how documents share samples, the seconds to open the store so, tokens a second, bytes at the peak."""
+    """One row of the table.
+
+    Attributes:
+        packing: How documents share samples, a value of --packing.
+        documents: "joined" if tokens attend across documents, else "apart".
+        opening_seconds: CPU seconds to open the store with this packing.
+        peak_bytes: Peak memory while one sample is read.
+    """
 
     packing: str
     documents: str
@@ -85,64 +94,71 @@ def main() -> None:
         f"x {options.consumes:,}",
         "KiB at peak",
     )
-    print(
-        "\n".join([_setting(options), "", table_row(columns), table_row("---:" for _ in columns)]),
-        flush=True,
-    )
+    print(_setting(options))
+    print()
+    print(table_row(columns))
+    print(table_row("---:" for _ in columns), flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        store = _written(options, Path(folder) / "random")
+        store = _write_store(options, Path(folder) / "random")
         for packing, apart in product(KINDS, (False, True)):
-            results.append(_result(options, store, packing, apart))
-            print(_row(options, results[-1]), flush=True)
+            result = _measure(options, store, packing, apart)
+            results.append(result)
+            print(_row(options, result), flush=True)
     findings = {"options": vars(options), "results": [vars(result) for result in results]}
     write_json(options.json, findings)
 
 
 def _check(options: Options) -> None:
-    wrong = not_positive(
-        options, *(name for name, value in vars(options).items() if isinstance(value, int))
-    )
-    if not wrong and options.tokens <= options.seq_length:
-        wrong = [
-            f"tokens {options.tokens} fill no sample: it takes {options.seq_length + 1} (seq_length + 1). "
-            f"Set --tokens to at least that, or --seq-length to at most {options.tokens - 1}."
-        ]
-    if wrong:
-        raise ConfigError(wrong)
-    _layout(options)  # refuses what it cannot cut
+    numbers = [name for name, value in vars(options).items() if isinstance(value, int)]
+    problems = not_positive(options, *numbers)
+    if not problems and options.tokens <= options.seq_length:
+        needed = options.seq_length + 1
+        problems.append(
+            f"tokens {options.tokens} do not fill a sample, which needs {needed} "
+            f"(seq_length + 1). Set --tokens to at least that, or --seq-length to at most "
+            f"{options.tokens - 1}."
+        )
+    if problems:
+        raise ConfigError(problems)
+    _layout(options)  # raises ConfigError for a length that does not fit the layout
 
 
-def _written(options: Options, prefix: Path) -> TokenStore:
-    """A store of documents of random ids, each with its end; lengths spread over more than an order of magnitude."""
-    random, left = np.random.default_rng(0), options.tokens
+def _write_store(options: Options, prefix: Path) -> TokenStore:
+    """Write a store of documents of random ids, each with its end-of-document token.
+
+    Lengths spread over more than an order of magnitude.
+    """
+    generator = np.random.default_rng(0)
+    left = options.tokens
+    log_mean = np.log(options.document_length) - 0.5  # gives the lengths the required mean
     with TokenStoreWriter(prefix, np.dtype("<u2")) as writer:
         while left:
-            drawn = int(random.lognormal(np.log(options.document_length) - 0.5))  # of this mean
+            drawn = int(generator.lognormal(log_mean))
             length = min(max(drawn, 1), left)
-            writer.add_document(
-                np.append(random.integers(1, VOCAB_SIZE, length - 1), END_OF_DOCUMENT)
-            )
+            ids = generator.integers(1, VOCAB_SIZE, length - 1)
+            writer.add_document(np.append(ids, END_OF_DOCUMENT))
             left -= length
     return TokenStore(prefix)
 
 
-def _result(options: Options, store: TokenStore, packing: str, apart: bool) -> Result:
-    began = time.process_time()
+def _measure(options: Options, store: TokenStore, packing: str, apart: bool) -> Result:
+    start = time.process_time()
     stream = _stream(options, store, packing)
-    opened = time.process_time() - began
+    opening_seconds = time.process_time() - start
     loader = _loader(options, stream, apart)
     peak = _peak(loader)
     seconds = statistics.median(_seconds(loader, options.samples) for _ in range(options.rounds))
-    rate = options.samples * options.seq_length / seconds
-    return Result(packing, "apart" if apart else "joined", opened, rate, peak)
+    tokens_per_second = options.samples * options.seq_length / seconds
+    documents = "apart" if apart else "joined"
+    return Result(packing, documents, opening_seconds, tokens_per_second, peak)
 
 
 def _stream(options: Options, store: TokenStore, packing: str) -> Stream:
-    asked = (store, range(len(store)), options.seq_length, 1, VOCAB_SIZE)
-    return (
-        SampleStream(*asked) if packing == "concatenate" else WholeDocumentStream(*asked, packing)
-    )
+    arguments = (store, range(len(store)), options.seq_length, 1, VOCAB_SIZE)
+    if packing == "concatenate":
+        return SampleStream(*arguments)
+    return WholeDocumentStream(*arguments, packing)
 
 
 def _loader(options: Options, stream: Stream, apart: bool) -> Loader:
@@ -159,35 +175,44 @@ def _layout(options: Options) -> Layout:
 
 
 def _peak(loader: Loader) -> int:
-    loader.next_step()  # what is made once is not a sample's
+    loader.next_step()  # allocates what is kept for the whole run
     tracemalloc.start()
     loader.next_step()
-    peak = tracemalloc.get_traced_memory()[1]
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
 
 
 def _seconds(loader: Loader, samples: int) -> float:
-    began = time.process_time()
+    start = time.process_time()
     for _ in range(samples):
         loader.next_step()
-    return time.process_time() - began
+    return time.process_time() - start
 
 
-# ---- what is told ----
+# ---- report ----
 
 
 def _setting(options: Options) -> str:
     return (
-        f"ring rank 0 of {options.ring_size}, {options.context_parallel}, samples of {options.seq_length:,} tokens, "
-        f"documents of {options.document_length:,} in the mean, median of {options.rounds} rounds of {options.samples}"
+        f"ring rank 0 of {options.ring_size}, {options.context_parallel}, "
+        f"samples of {options.seq_length:,} tokens, "
+        f"documents of {options.document_length:,} tokens on average, "
+        f"median of {options.rounds} rounds of {options.samples} samples"
     )
 
 
 def _row(options: Options, result: Result) -> str:
     rate = result.tokens_per_second
-    told = [f"{result.opening_seconds:.2f}", f"{rate:,.0f}", f"{rate / options.consumes:,.0f}"]
-    return table_row([result.packing, result.documents, *told, f"{result.peak_bytes / KIB:,.1f}"])
+    cells = [
+        result.packing,
+        result.documents,
+        f"{result.opening_seconds:.2f}",
+        f"{rate:,.0f}",
+        f"{rate / options.consumes:,.0f}",
+        f"{result.peak_bytes / KIB:,.1f}",
+    ]
+    return table_row(cells)
 
 
 if __name__ == "__main__":

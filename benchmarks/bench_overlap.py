@@ -1,23 +1,26 @@
-"""Time the ring's hops without messages, its messages without hops, and both together, over links of several speeds.
+"""Measure how much of a ring's communication its computation hides, on links of given speeds.
 
     python -m benchmarks.slow_link python -m benchmarks.bench_overlap --json F
     python -m benchmarks.slow_link \\
         python -m benchmarks.bench_overlap --tokens 4096 --kv-heads 2 --layout ring --rounds 15
     torchrun --nproc-per-node 2 -m benchmarks.bench_overlap --ratios
 
-On CPUs, by gloo, a thread to a rank. Three runs of the ring loop, forward and backward, take turns:
+Runs on CPUs with gloo and one thread per rank. Three runs of the ring loop, forward and backward,
+are interleaved:
 
-- compute: every rank keeps what it would send, as over a link that is infinitely fast and costs nothing.
-- communication: the same messages in the same order, around a kernel that does nothing.
-- together: as training does it.
+- compute: every rank keeps what it would send, as if the link were infinitely fast and free.
+- communication: the same messages in the same order, with a kernel that does nothing.
+- together: both, as in training.
 
-With --ratios every rank limits what it sends (tc, token bucket), so that communication should take so many times
-compute; the first row, "none", is the link without a limit. All take turns within each round, and medians are told.
+With --ratios every rank limits its sending rate (tc, token bucket) so that communication should
+take the given multiple of compute. The first row, "none", is the unlimited link. All settings are
+interleaved within each round and medians are reported.
 
-"exposed" is together less compute, as a share of together. Some of it no link could mend, for copying messages takes
-the CPU from the kernels; "waited" is the share of together for which a rank stands still, the mean over the ranks.
-"needs" is the fewest tokens of a rank that hide a hop's messages, forward and backward, by the operations and bytes a
-second that were measured (benchmarks/overlap.py).
+"exposed" is (together - compute) / together. No link could avoid all of it, because copying
+messages takes CPU time from the kernels. "waited" is the share of together in which a rank is
+blocked, averaged over the ranks. "needs" is the fewest tokens per rank that hide the messages of a
+hop, forward and backward, computed from the measured operations and bytes per second
+(benchmarks/overlap_criterion.py).
 """
 
 import functools
@@ -35,8 +38,8 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.common import DTYPES, write_json
-from benchmarks.overlap import CAUSAL, Hop, operations
-from benchmarks.slow_link import CARD, limited
+from benchmarks.overlap_criterion import CAUSAL, Hop, operations
+from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
@@ -59,31 +62,31 @@ from megatron_ring.plan.timeline import counted
 @dataclass(frozen=True)
 class Options:
     tokens: tuple[int, ...] = (2048, 4096, 8192)
-    """Tokens of a rank."""
+    """Tokens per rank."""
     ratios: tuple[float, ...] = (0.25, 0.5, 0.8, 1.25, 2.5)
-    """What communication should take, over compute; none: the link is left as it is."""
+    """Communication time over compute time to aim for; empty: leave the link unlimited."""
     layout: Literal["ring", "striped", "zigzag"] = "striped"
-    """Who has which token; striped with the stripes of a training run."""
+    """Layout of the tokens; striped uses the stripe size of a training run."""
     heads: int = 8
     """Query heads."""
     kv_heads: int = 8
     """Key-value heads."""
     head_dim: int = 64
-    """Size of a head."""
+    """Head dim."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the tensors."""
+    """Dtype of the tensors."""
     attention_kernel: Literal["auto", "sdpa", "reference"] = "auto"
-    """What computes a hop."""
+    """Kernel that computes a hop."""
     rounds: int = 9
-    """Timed rounds, after one that warms up."""
-    card: str = CARD
-    """The network card that is limited, in a namespace that is this rank's alone."""
+    """Timed rounds, after one warm-up round."""
+    card: str = INTERFACE
+    """Network interface to limit; it must be in a network namespace of this rank alone."""
     json: str = ""
-    """Write the results to this file too."""
+    """Also write the results to this file."""
 
 
 class Seconds(NamedTuple):
-    """Of a run: the slowest rank's, but for ``waited``, the mean of all ranks."""
+    """Times of one run: the slowest rank's, except ``waited``, which is the mean over the ranks."""
 
     forward: float
     backward: float
@@ -93,9 +96,17 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at a limit of ``mbit``, None: without one. Pairs are forward and backward.
+    """The results for one number of tokens per rank and one limit.
 
-    Seconds; shares of together; bytes and operations a second; tokens of a rank.
+    Attributes:
+        tokens: Tokens per rank.
+        mbit: The limit in megabits per second; None without one.
+        compute, communication, together: Seconds.
+        over_max: together over the larger of compute and communication.
+        exposed, waited: Shares of together.
+        flops_per_second: Operations per second, forward and backward.
+        needs: Tokens per rank that hide a hop's messages, forward and backward.
+        can_hide: Whether ``tokens`` is at least as many.
     """
 
     tokens: int
@@ -117,42 +128,40 @@ def main() -> None:
     _check(options)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    exchange = RingExchange.over(
-        ProcessGroups.build(Grid(ring=dist.get_world_size()), dist.get_rank()).ring_links
-    )
-    load = [os.getloadavg()[0]]
-    rows = [row for tokens in options.tokens for row in _rows(options, tokens, exchange)]
-    load.append(os.getloadavg()[0])
+    groups = ProcessGroups.build(Grid(ring=dist.get_world_size()), dist.get_rank())
+    exchange = RingExchange.over(groups.ring_links)
+    load_before = os.getloadavg()[0]
+    rows = [row for tokens in options.tokens for row in _measure(options, tokens, exchange)]
+    load_after = os.getloadavg()[0]
     if dist.get_rank() == 0:
-        _tell(options, rows, load)
+        _report(options, rows, [load_before, load_after])
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _check(options: Options) -> None:
-    wrong = not_positive(options, "heads", "kv_heads", "head_dim", "rounds")
-    wrong += [
-        f"tokens {tokens} must be at least 1. Set --tokens."
-        for tokens in options.tokens
-        if tokens < 1
-    ]
-    wrong += [
-        f"ratio {ratio} must be above 0. Set --ratios." for ratio in options.ratios if not ratio > 0
-    ]
+    problems = not_positive(options, "heads", "kv_heads", "head_dim", "rounds")
+    for tokens in options.tokens:
+        if tokens < 1:
+            problems.append(f"tokens {tokens} must be at least 1. Set --tokens.")
+    for ratio in options.ratios:
+        if not ratio > 0:
+            problems.append(f"ratio {ratio} must be above 0. Set --ratios.")
     if Environment.read().world_size < 2:
-        wrong.append(
-            "a ring of one rank sends nothing. Start it with benchmarks.slow_link, or with torchrun and two ranks."
+        problems.append(
+            "a ring of 1 rank sends nothing; at least 2 ranks are needed. Start this program with "
+            "benchmarks.slow_link, or with torchrun --nproc-per-node 2."
         )
-    if wrong:
-        raise ConfigError(wrong)
+    if problems:
+        raise ConfigError(problems)
 
 
 # ---- one ring loop, three runs ----
 
 
 @dataclass(frozen=True)
-class Stays:
-    """A transfer to nowhere."""
+class NullTransfer:
+    """A transfer that "receives" the tensor that was sent."""
 
     tensor: torch.Tensor
 
@@ -161,54 +170,54 @@ class Stays:
 
 
 @dataclass
-class Kept:
-    """An exchange in which every rank keeps what it would send. sent: the bytes of that."""
+class NullExchange:
+    """An exchange that sends nothing and counts the bytes that a rank would send."""
 
     sent: int = 0
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> Stays:
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> NullTransfer:
         self.sent += tensor.nbytes
-        return Stays(tensor)
+        return NullTransfer(tensor)
 
 
-class Idle:
+class NullKernel:
     """A kernel that computes nothing."""
 
     @staticmethod
     def forward(*arguments) -> None:
-        """Leaves the softmax as it was."""
+        """Leave the running softmax unchanged."""
 
     @staticmethod
     def backward(*arguments) -> None:
-        """Adds nothing to the gradients."""
+        """Add nothing to the gradients."""
 
 
 @dataclass
-class Clocked:
-    """An exchange, and the seconds that were waited for what it brings."""
+class TimedExchange:
+    """An exchange that also records the seconds spent waiting for its transfers."""
 
     exchange: Exchange
     waited: float = 0.0
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "ClockedTransfer":
-        return ClockedTransfer(self.exchange.start(tensor, distance), self)
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "TimedTransfer":
+        return TimedTransfer(self.exchange.start(tensor, distance), self)
 
 
 @dataclass(frozen=True)
-class ClockedTransfer:
+class TimedTransfer:
     transfer: Transfer
-    clock: Clocked
+    timed: TimedExchange
 
     def wait(self) -> torch.Tensor:
         start = time.perf_counter()
         tensor = self.transfer.wait()
-        self.clock.waited += time.perf_counter() - start
+        self.timed.waited += time.perf_counter() - start
         return tensor
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The tensors of a rank, and its place in the ring."""
+    """The tensors of this rank and the layout and kernel that they are for."""
 
     q: torch.Tensor
     kv: torch.Tensor
@@ -217,11 +226,13 @@ class Shard:
     kernel: HopKernel
 
     @staticmethod
-    def of(options: Options, tokens: int) -> "Shard":
-        heads, groups, size = options.heads, options.kv_heads, options.head_dim
-        shapes = (1, tokens, heads, size), (2, 1, tokens, groups, size), (1, tokens, heads, size)
-        kernel = choose(options.attention_kernel, "cpu", DTYPES[options.dtype], size).name
-        q, kv, dout = (torch.randn(shape).to(DTYPES[options.dtype]) for shape in shapes)
+    def build(options: Options, tokens: int) -> "Shard":
+        head_dim = options.head_dim
+        dtype = DTYPES[options.dtype]
+        kernel = choose(options.attention_kernel, "cpu", dtype, head_dim).name
+        q = torch.randn(1, tokens, options.heads, head_dim).to(dtype)
+        kv = torch.randn(2, 1, tokens, options.kv_heads, head_dim).to(dtype)
+        dout = torch.randn(1, tokens, options.heads, head_dim).to(dtype)
         return Shard(
             to_kernel_layout(kernel, q),
             to_kernel_layout(kernel, kv),
@@ -231,28 +242,28 @@ class Shard:
         )
 
     def run(self, kernel: HopKernel, exchange: Exchange) -> Seconds:
-        """Forward and backward from a common start."""
-        clocked = Clocked(exchange)
-        ring = Ring(self.layout, dist.get_rank(), kernel, self.q.shape[-1] ** -0.5, clocked)
+        """Time forward and backward after a common start; blocks on all ranks."""
+        timed = TimedExchange(exchange)
+        ring = Ring(self.layout, dist.get_rank(), kernel, self.q.shape[-1] ** -0.5, timed)
         dist.barrier()
         start = time.perf_counter()
         out, lse = ring_loop.forward(self.q, self.kv, ring)
         middle = time.perf_counter()
         ring_loop.backward(self.dout, None, self.q, self.kv, out, lse, ring)
         end = time.perf_counter()
-        return _of_all(Seconds(middle - start, end - middle, end - start, clocked.waited))
+        return _over_ranks(Seconds(middle - start, end - middle, end - start, timed.waited))
 
     @functools.cached_property
     def sent(self) -> int:
-        """Bytes that this rank sends in a run."""
-        kept = Kept()
-        self.run(Idle, kept)
-        return kept.sent
+        """Bytes that this rank sends in one run."""
+        exchange = NullExchange()
+        self.run(NullKernel, exchange)
+        return exchange.sent
 
     def runs(self, exchange: Exchange) -> dict[str, Callable[[], Seconds]]:
         return {
-            "compute": lambda: self.run(self.kernel, Kept()),
-            "communication": lambda: self.run(Idle, exchange),
+            "compute": lambda: self.run(self.kernel, NullExchange()),
+            "communication": lambda: self.run(NullKernel, exchange),
             "together": lambda: self.run(self.kernel, exchange),
         }
 
@@ -264,105 +275,126 @@ def _layout(name: str, tokens: int, kernel: str) -> Layout:
     return Layout(name, length, ring_size, stripe if name == "striped" else 1)
 
 
-def _of_all(own: Seconds) -> Seconds:
-    ranks = [torch.empty(len(own), dtype=torch.float64) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, torch.tensor(own, dtype=torch.float64))
-    of_ranks = torch.stack(ranks)
-    return Seconds(*of_ranks.max(dim=0).values.tolist()[:-1], of_ranks.mean(dim=0)[-1].item())
+def _over_ranks(local: Seconds) -> Seconds:
+    """Return the maximum over all ranks, and the mean of ``waited``."""
+    ranks = [torch.empty(len(local), dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, torch.tensor(local, dtype=torch.float64))
+    stacked = torch.stack(ranks)
+    forward, backward, both, _ = stacked.max(dim=0).values.tolist()
+    waited = stacked.mean(dim=0)[-1].item()
+    return Seconds(forward, backward, both, waited)
 
 
 # ---- links of several speeds ----
 
 
-def _rows(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
-    shard = Shard.of(options, tokens)
+def _measure(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
+    shard = Shard.build(options, tokens)
     runs = shard.runs(exchange)
     limits = [None, *_limits(shard.sent, runs["compute"], options.ratios)]
-    seconds = {limit: [] for limit in limits}
+    rounds = {limit: [] for limit in limits}
     for turn in range(options.rounds + 1):
-        for limit in _from(turn, limits):
+        for limit in _rotated(limits, turn):
             if options.ratios:
                 _set_limit(limit, options.card)
-            runs["communication"]()  # lets TCP find out how fast the link is now
-            seconds[limit].append({name: runs[name]() for name in _from(turn, list(runs))})
-    return [_row(options, shard, limit, rounds[1:]) for limit, rounds in seconds.items()]
+            runs["communication"]()  # not timed: TCP adapts to the new speed of the link
+            rounds[limit].append({name: runs[name]() for name in _rotated(list(runs), turn)})
+    return [_row(options, shard, limit, timed[1:]) for limit, timed in rounds.items()]
 
 
 def _limits(sent: int, compute: Callable[[], Seconds], ratios: Sequence[float]) -> list[float]:
-    """Megabits a second at which ``sent`` takes so many times what ``compute`` does; the same on every rank."""
-    compute()  # the first is slow
+    """Return the limit in megabits per second for each ratio; the same on every rank.
+
+    At that limit, sending ``sent`` bytes takes so many times what ``compute`` takes.
+    """
+    compute()  # warm-up
     seconds = statistics.median(compute().both for _ in range(3))
     return [sent * 8 / (ratio * seconds) / 1e6 for ratio in ratios]
 
 
-def _set_limit(mbit: float | None, card: str) -> None:
-    subprocess.run(limited(mbit, card), check=True)
+def _set_limit(mbit: float | None, interface: str) -> None:
+    subprocess.run(limit_command(mbit, interface), check=True)
     dist.barrier()
 
 
 T = TypeVar("T")
 
 
-def _from(turn: int, items: Sequence[T]) -> Iterator[T]:
-    """All of them, another one first in each turn: a run inherits caches and heat from the one before it."""
-    return itertools.islice(
-        itertools.cycle(items), turn % len(items), turn % len(items) + len(items)
-    )
+def _rotated(items: Sequence[T], turn: int) -> Iterator[T]:
+    """Yield all items, starting with another one each turn.
+
+    A run inherits caches and heat from the one before it.
+    """
+    first = turn % len(items)
+    return itertools.islice(itertools.cycle(items), first, first + len(items))
 
 
 def _row(
     options: Options, shard: Shard, mbit: float | None, rounds: list[dict[str, Seconds]]
 ) -> Row:
-    def median(of: Callable[[Seconds, Seconds, Seconds], float]) -> float:
-        return statistics.median(of(**each) for each in rounds)
+    def median(figure: Callable[[Seconds, Seconds, Seconds], float]) -> float:
+        """Return the median over rounds of ``figure(compute, communication, together)``."""
+        return statistics.median(
+            figure(of_round["compute"], of_round["communication"], of_round["together"])
+            for of_round in rounds
+        )
 
-    directions = [
-        median(lambda compute, **_: compute.forward),
-        median(lambda compute, **_: compute.backward),
-    ]
-    communication = median(lambda communication, **_: communication.both)
-    flops_per_second, needs = _criterion(options, shard, directions, shard.sent / communication)
+    tokens = len(shard.q[0])
+    compute_seconds = [median(lambda c, m, t: c.forward), median(lambda c, m, t: c.backward)]
+    communication = median(lambda c, m, t: m.both)
+    bytes_per_second = shard.sent / communication
+    flops_per_second = _flops_per_second(options, shard, compute_seconds)
+    needs = _needed_tokens(options, shard, flops_per_second, bytes_per_second)
     return Row(
-        tokens=len(shard.q[0]),
+        tokens=tokens,
         mbit=mbit,
-        compute=median(lambda compute, **_: compute.both),
+        compute=median(lambda c, m, t: c.both),
         communication=communication,
-        together=median(lambda together, **_: together.both),
-        over_max=median(
-            lambda compute, communication, together: (
-                together.both / max(compute.both, communication.both)
-            )
-        ),
-        exposed=median(lambda compute, together, **_: 1 - compute.both / together.both),
-        waited=median(lambda together, **_: together.waited / together.both),
-        bytes_per_second=shard.sent / communication,
+        together=median(lambda c, m, t: t.both),
+        over_max=median(lambda c, m, t: t.both / max(c.both, m.both)),
+        exposed=median(lambda c, m, t: 1 - c.both / t.both),
+        waited=median(lambda c, m, t: t.waited / t.both),
+        bytes_per_second=bytes_per_second,
         flops_per_second=flops_per_second,
         needs=needs,
-        can_hide=max(needs) <= len(shard.q[0]),
+        can_hide=max(needs) <= tokens,
     )
 
 
-def _criterion(
-    options: Options, shard: Shard, seconds: Sequence[float], bytes_per_second: float
-) -> tuple[list[float], list[float]]:
-    """The kernel's operations a second and the fewest tokens that hide every hop's messages, forward and backward.
-
-    Messages travel from the first hop on, in which every layout sees half of the square.
-    """
-    a_pair = [
-        operations(each, options.heads, options.head_dim)
-        for each in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)
+def _operations_per_pair(options: Options) -> list[int]:
+    """Return the operations per visible pair, forward and backward."""
+    return [
+        operations(products, options.heads, options.head_dim)
+        for products in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)
     ]
+
+
+def _flops_per_second(options: Options, shard: Shard, seconds: Sequence[float]) -> list[float]:
+    """Return the kernel's operations per second, forward and backward."""
     pairs = counted(shard.layout).critical_path
-    rates = [work * pairs / spent for work, spent in zip(a_pair, seconds)]
-    sent = shard.kv.nbytes, min(backward_bytes(shard.q, shard.kv).values())
-    hops = [Hop(work * CAUSAL, each / len(shard.q[0])) for work, each in zip(a_pair, sent)]
-    return rates, [hop.shortest_shard(rate, bytes_per_second) for hop, rate in zip(hops, rates)]
+    per_pair = _operations_per_pair(options)
+    return [work * pairs / spent for work, spent in zip(per_pair, seconds)]
 
 
-# ---- what is told ----
+def _needed_tokens(
+    options: Options, shard: Shard, flops_per_second: Sequence[float], bytes_per_second: float
+) -> list[float]:
+    """Return the fewest tokens per rank that hide a hop's messages, forward and backward.
 
-# By the field of a row: its title, width and digits.
+    Messages travel from the first hop on, of which every layout sees half of the square.
+    """
+    tokens = len(shard.q[0])
+    sent = [shard.kv.nbytes, min(backward_bytes(shard.q, shard.kv).values())]
+    needs = []
+    for work, nbytes, rate in zip(_operations_per_pair(options), sent, flops_per_second):
+        hop = Hop(work * CAUSAL, nbytes / tokens)
+        needs.append(hop.shortest_shard(rate, bytes_per_second))
+    return needs
+
+
+# ---- report ----
+
+# Field of Row: column title, width and digits.
 _COLUMNS = {
     "tokens": ("tokens", 7, 0),
     "mbit": ("Mbit/s", 8, 0),
@@ -375,26 +407,35 @@ _COLUMNS = {
 }
 
 
-def _tell(options: Options, rows: list[Row], load: list[float]) -> None:
-    print(f"CPU, {options.dtype}, {dist.get_world_size()} ranks, {options.layout}, {options.heads} heads of "
-          f"{options.head_dim}, {options.kv_heads} key-value heads, median of {options.rounds} rounds, load "
-          f"{load[0]:.1f} before, {load[1]:.1f} behind")  # fmt: skip
+def _report(options: Options, rows: list[Row], load: list[float]) -> None:
+    """Print the table and write the JSON file. load: the machine's load before and after."""
+    ranks = dist.get_world_size()
+    print(
+        f"CPU, {options.dtype}, {ranks} ranks, {options.layout}, {options.heads} heads of "
+        f"{options.head_dim}, {options.kv_heads} key-value heads, median of {options.rounds} "
+        f"rounds, load {load[0]:.1f} before, {load[1]:.1f} after"
+    )
     titles = "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values())
     print(f"{titles}{'needs':>14}  can hide")
-    print("\n".join(_line(row) for row in rows))
-    findings = {"ranks": dist.get_world_size(), "load": load, "options": vars(options)}
-    findings["rows"] = [vars(row) for row in rows]
+    for row in rows:
+        print(_line(row))
+    findings = {
+        "ranks": ranks,
+        "load": load,
+        "options": vars(options),
+        "rows": [vars(row) for row in rows],
+    }
     write_json(options.json, findings)
 
 
 def _line(row: Row) -> str:
-    cells = [(getattr(row, field), width, digits) for field, (_, width, digits) in _COLUMNS.items()]
-    shown = "".join(
-        f"{'none' if v is None else format(v, f'.{digits}f'):>{width}}"
-        for v, width, digits in cells
-    )
+    cells = []
+    for field, (_, width, digits) in _COLUMNS.items():
+        value = getattr(row, field)
+        text = "none" if value is None else f"{value:.{digits}f}"
+        cells.append(f"{text:>{width}}")
     needs = " + ".join(f"{tokens:.0f}" for tokens in row.needs)
-    return f"{shown}{needs:>14}  {'yes' if row.can_hide else 'no'}"
+    return f"{''.join(cells)}{needs:>14}  {'yes' if row.can_hide else 'no'}"
 
 
 if __name__ == "__main__":

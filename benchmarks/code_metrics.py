@@ -1,4 +1,4 @@
-"""Measure how readable the tree is: file sizes, importers, line lengths and words of the old dialect.
+"""Measure how readable the tree is: file sizes, importers, line lengths, words of the old dialect.
 
     python -m benchmarks.code_metrics
     git worktree add /tmp/before 12b39ab

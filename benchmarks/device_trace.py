@@ -1,8 +1,9 @@
-"""What a device's trace says of overlap: for how much of the time in which messages travel there are kernels at work.
+"""Compute from a GPU trace how much of the messages' time is hidden under kernels.
 
-A trace is a list of events as torch.profiler writes them for Chrome. What runs on the device is of the category kernel,
-gpu_memcpy or gpu_memset, has a stream, begins at ``ts`` and takes ``dur`` microseconds. A stream is numbered otherwise
-than in the program, so all must answer a roll call: each by a copy of a size that no other has.
+A trace is a list of events as torch.profiler writes them for Chrome. Work on the device has the
+category kernel, gpu_memcpy or gpu_memset, a stream, a start ``ts`` and a duration ``dur`` in
+microseconds. The trace numbers streams differently than the program, so each stream is identified
+by a marker: a copy of a size that no other marker has.
 """
 
 import itertools
@@ -15,7 +16,7 @@ ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
 class Span(NamedTuple):
-    """From when to when, in microseconds."""
+    """An interval in microseconds."""
 
     begin: float
     end: float
@@ -23,49 +24,66 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of the messages to one rank: how many, and microseconds that they took, in all and while there were kernels.
+    """The messages that one rank receives, and the kernels that run meanwhile.
 
-    under_own: of this rank; under_any: of whichever. kernels: microseconds in which this rank had one at work.
+    Attributes:
+        messages: Number of messages.
+        message_time: Microseconds that the messages take in all.
+        under_own: Microseconds of that during which kernels of this rank run.
+        under_any: Microseconds of that during which kernels of any rank run.
+        kernel_time: Microseconds during which kernels of this rank run.
     """
 
     messages: int
-    travelled: float
+    message_time: float
     under_own: float
     under_any: float
-    kernels: float
+    kernel_time: float
 
 
-def overlaps(events: Sequence[Event], roll_call: Sequence[tuple[int, int]]) -> list[Overlap]:
-    """Of each rank. ``roll_call``: the sizes of the copies by which its two streams answer, of hops and of messages."""
-    device = [event for event in events if event.get("cat") in ON_DEVICE]
-    answers = {size: _answer(device, size) for size in itertools.chain(*roll_call)}
-    work = [event for event in device if event not in answers.values()]
-    kernels, messages = [], []
-    for hops_size, messages_size in roll_call:
-        on_hops = _on(work, _stream(answers[hops_size]))
+def overlaps(events: Sequence[Event], markers: Sequence[tuple[int, int]]) -> list[Overlap]:
+    """Return the overlap of each rank.
+
+    Args:
+        markers: For each rank the sizes in bytes of the copies that mark its two streams, that of
+            its hops and that of its messages. Raises ValueError if one is not in the trace.
+    """
+    on_device = [event for event in events if event.get("cat") in ON_DEVICE]
+    marks = {size: _marker(on_device, size) for size in itertools.chain(*markers)}
+    work = [event for event in on_device if event not in marks.values()]
+    kernels = []
+    messages = []
+    for hops_size, messages_size in markers:
+        on_hops = _on_stream(work, _stream(marks[hops_size]))
         kernels.append(merged(_span(event) for event in on_hops if event["cat"] == "kernel"))
-        messages.append([_span(event) for event in _on(work, _stream(answers[messages_size]))])
-    anyone = merged(itertools.chain(*kernels))
-    return [_overlap(sent, own, anyone) for sent, own in zip(messages, kernels)]
+        on_messages = _on_stream(work, _stream(marks[messages_size]))
+        messages.append([_span(event) for event in on_messages])
+    of_any_rank = merged(itertools.chain(*kernels))
+    return [_overlap(received, own, of_any_rank) for received, own in zip(messages, kernels)]
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The time that some of them cover, as spans that do not touch, in order."""
-    found: list[Span] = []
+    """Return the union of ``spans`` as disjoint spans in order."""
+    union: list[Span] = []
     for begin, end in sorted(spans):
-        if found and begin <= found[-1].end:
-            found[-1] = Span(found[-1].begin, max(found[-1].end, end))
+        if union and begin <= union[-1].end:
+            union[-1] = Span(union[-1].begin, max(union[-1].end, end))
         else:
-            found.append(Span(begin, end))
-    return found
+            union.append(Span(begin, end))
+    return union
 
 
-def _overlap(sent: list[Span], own: list[Span], anyone: list[Span]) -> Overlap:
-    under_own, under_any = (sum(_within(span, cover) for span in sent) for cover in (own, anyone))
-    return Overlap(len(sent), _length(sent), under_own, under_any, _length(own))
+def _overlap(messages: list[Span], own: list[Span], of_any_rank: list[Span]) -> Overlap:
+    return Overlap(
+        messages=len(messages),
+        message_time=_length(messages),
+        under_own=sum(_length_within(span, own) for span in messages),
+        under_any=sum(_length_within(span, of_any_rank) for span in messages),
+        kernel_time=_length(own),
+    )
 
 
-def _within(span: Span, cover: Sequence[Span]) -> float:
+def _length_within(span: Span, cover: Sequence[Span]) -> float:
     return sum(max(0.0, min(span.end, end) - max(span.begin, begin)) for begin, end in cover)
 
 
@@ -73,17 +91,19 @@ def _length(spans: Iterable[Span]) -> float:
     return sum(end - begin for begin, end in spans)
 
 
-def _answer(device: list[Event], size: int) -> Event:
-    """The last copy of ``size`` bytes within the device: the roll is called when all else is done."""
+def _marker(on_device: list[Event], size: int) -> Event:
+    """Return the last copy of ``size`` bytes within the device: markers come after all work."""
     copies = [
-        event for event in device if "DtoD" in event["name"] and event["args"].get("bytes") == size
+        event
+        for event in on_device
+        if "DtoD" in event["name"] and event["args"].get("bytes") == size
     ]
     if not copies:
         raise ValueError(f"no copy of {size} bytes in the trace")
     return max(copies, key=lambda event: event["ts"])
 
 
-def _on(events: list[Event], stream: int) -> Iterator[Event]:
+def _on_stream(events: list[Event], stream: int) -> Iterator[Event]:
     return (event for event in events if _stream(event) == stream)
 
 

@@ -1,13 +1,14 @@
-"""Measure and draw how far attention in a ring is from attention in float64, over sizes of the ring.
+"""Measure and draw the error of ring attention relative to float64, by the size of the ring.
 
 python -m benchmarks.draw_precision --output docs/precision.md
 
-One process computes the hops of all ranks, one after the other, in the order of the ring. Beside our state and sums in
-float32 there is a ring as most are published: each hop's result is merged into an output of the inputs' type, and the
-gradients that travel are of that type, too.
+One process computes the hops of all ranks one after another, in the order of the ring. Our ring
+keeps the running softmax and the gradient accumulators in float32 ("ours"). It is compared with a
+ring like most published ones ("merged"): each hop's result is merged into an output of the inputs'
+dtype, and the accumulators that travel have that dtype too.
 
-A second table compares one rank with the largest ring for each family of inputs, where the keys and
-where the queries travel in the backward pass.
+A second table compares one rank with the largest ring for several families of inputs, with keys and
+with queries travelling in the backward pass.
 """
 
 import functools
@@ -24,8 +25,8 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from benchmarks.common import DTYPES
-from benchmarks.emulated import Attention, attention
+from benchmarks.common import DTYPES, table_row
+from benchmarks.emulated_ring import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors
@@ -35,9 +36,9 @@ from megatron_ring.settings.precision import device_type
 
 _OPENING = """# An error that does not grow with the ring
 
-Root mean square of the difference from float64 over that of the exact value. *ours*: the running output and the sums of
-gradients are float32 from hop to hop, and rounded once at the end. *merged*: the same kernel in a ring that keeps them
-in the inputs' type, as most published ones do.
+Root mean square of the difference from float64 over that of the exact value. *ours*: the running
+output and the gradient accumulators are float32 from hop to hop, and rounded once at the end.
+*merged*: the same kernel in a ring that keeps them in the inputs' dtype, as most published ones do.
 """.splitlines()
 _FAMILIES_OPENING = """
 ## Families of inputs
@@ -55,18 +56,20 @@ Where one process attends in a single tile (up to 128 tokens, or a window that n
 each gradient once and a ring rounds each hop's share as well: there the error of dq on a ring is
 up to 1.25 times that on one process, for rings of any size.
 """.splitlines()
-_COLOURS = {"ours": "#55a868", "merged": "#c44e52"}
+_COLORS = {"ours": "#55a868", "merged": "#c44e52"}
 _GRADIENTS = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
 class InputFamily:
-    """What kind of q, k, v and gradient of the output a ring is measured with.
+    """A distribution of q, k, v and the gradient of the output.
 
-    gradient: of the output: standard normal, 1, 1 / its size, or 1 in one element of each head.
-    positive: q, k and v are absolute values of standard normal numbers.
-    window: whether a query sees no further back than a quarter of the sequence.
-    sinks: whether each head has an attention sink, whose gradient comes through the log-sum-exp.
+    Attributes:
+        gradient: Gradient of the output: standard normal, 1, 1 / its size, or 1 in one element of
+            each head.
+        positive: q, k and v are absolute values of standard normal numbers.
+        window: Queries see at most a quarter of the sequence.
+        sinks: Each head has an attention sink, whose gradient comes through the log-sum-exp.
     """
 
     gradient: Literal["random", "constant", "mean", "one-hot"] = "random"
@@ -79,32 +82,39 @@ class InputFamily:
     def inputs(
         self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
     ) -> list[torch.Tensor]:
-        """q, k, v and the gradient of the output, (1, tokens, heads, head_dim); always the same."""
-        generator = torch.Generator().manual_seed(1)
-        each = (self.heads, self.kv_heads, self.kv_heads, self.heads)
-        drawn = [torch.randn(1, tokens, number, head_dim, generator=generator) for number in each]
-        if self.positive:
-            drawn[:3] = [x.abs() for x in drawn[:3]]
-        return [x.to(device, dtype) for x in (*drawn[:3], self._gradient_like(drawn[3], generator))]
+        """Return q, k, v and the gradient of the output, each (1, tokens, heads, head_dim).
 
-    def _gradient_like(self, drawn_BSHD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        The same arguments give the same tensors.
+        """
+        generator = torch.Generator().manual_seed(1)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        *qkv, dout = (torch.randn(1, tokens, h, head_dim, generator=generator) for h in heads)
+        if self.positive:
+            qkv = [x.abs() for x in qkv]
+        dout = self._output_gradient(dout, generator)
+        return [x.to(device, dtype) for x in (*qkv, dout)]
+
+    def _output_gradient(
+        self, normal_BSHD: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return the gradient of this family, given standard normal numbers of its shape."""
         match self.gradient:
             case "constant":
-                return torch.ones_like(drawn_BSHD)
+                return torch.ones_like(normal_BSHD)
             case "mean":
-                return torch.full_like(drawn_BSHD, 1 / drawn_BSHD.numel())
+                return torch.full_like(normal_BSHD, 1 / normal_BSHD.numel())
             case "one-hot":
-                *rows, head_dim = drawn_BSHD.shape
-                at_BSH = torch.randint(head_dim, rows, generator=generator)
-                return torch.nn.functional.one_hot(at_BSH, head_dim)
+                *rows, head_dim = normal_BSHD.shape
+                index_BSH = torch.randint(head_dim, rows, generator=generator)
+                return torch.nn.functional.one_hot(index_BSH, head_dim)
             case _:
-                return drawn_BSHD
+                return normal_BSHD
 
     def mask(self, tokens: int) -> Mask:
         return Mask(_window(tokens)) if self.window else Mask()
 
     def then(self, tokens: int, device: str = "cpu") -> Callable[..., torch.Tensor] | None:
-        """What follows attention, as ``emulated.attention`` takes it: nothing, or the sinks."""
+        """Return the sinks as the ``then`` of ``emulated_ring.attention``, None without sinks."""
         if not self.sinks:
             return None
         sink_H = torch.full((self.heads,), _sink(tokens), device=device)
@@ -113,9 +123,10 @@ class InputFamily:
     def exact(
         self, tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
     ) -> Attention:
-        """The attention of these inputs, as rounded to ``dtype``, in float64."""
+        """Return attention in float64 of these inputs, which are first rounded to ``dtype``."""
         inputs = [x.double() for x in self.inputs(tokens, head_dim, dtype, device)]
-        layout, then = Layout("none", tokens, 1), self.then(tokens, device)
+        layout = Layout("none", tokens, 1)
+        then = self.then(tokens, device)
         return attention(inputs, layout, reference, self.mask(tokens), then=then)
 
 
@@ -142,13 +153,13 @@ def _window(tokens: int) -> int:
 
 
 def _sink(tokens: int) -> float:
-    """A score that outweighs few keys and that the keys of a long row outweigh."""
+    """Return a sink score that dominates rows with few keys and is small beside long ones."""
     return math.log(tokens) - 1
 
 
 @dataclass(frozen=True)
-class Merging:
-    """A kernel whose results are merged, and whose sums are kept, in the type of its inputs."""
+class MergingKernel:
+    """Wraps a kernel and rounds its running output and gradients to the inputs' dtype."""
 
     kernel: HopKernel
 
@@ -174,55 +185,68 @@ def main(
     ring_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
     family_seq_length: int = 2048,
 ) -> None:
-    """Write the table as Markdown and, beside it, the picture.
+    """Write the tables as a Markdown page and the picture beside it.
 
     Args:
-        output: The page; the picture has its name and ends in .svg.
-        seq_length: Tokens S of the one sequence.
+        output: The page; the picture has the same name with the suffix .svg.
+        seq_length: Tokens of the sequence.
         heads: Query heads.
         kv_heads: Key-value heads.
-        head_dim: Size of a head.
-        dtype: Of q, k, v and the gradient of the output, which are standard normal.
-        layout: Where tokens live.
-        kernel: What computes a hop.
-        ring_sizes: Ranks, emulated.
-        family_seq_length: Tokens of the sequence of each family of inputs.
+        head_dim: Head dim.
+        dtype: Dtype of q, k, v and the gradient of the output, which are standard normal.
+        layout: Layout of the tokens over the ranks.
+        kernel: Kernel that computes a hop.
+        ring_sizes: Numbers of emulated ranks.
+        family_seq_length: Tokens of the sequence in the table of input families.
     """
     device = device_type()
     choice = choose(kernel, device, DTYPES[dtype], head_dim)
     random = InputFamily(heads=heads, kv_heads=kv_heads)
     inputs = random.inputs(seq_length, head_dim, DTYPES[dtype], device)
     exact = random.exact(seq_length, head_dim, DTYPES[dtype], device)
-    layouts = [laid_out(layout, seq_length, size) for size in ring_sizes]
-    kernels = {"ours": KERNELS[choice.name], "merged": Merging(KERNELS[choice.name])}
+    layouts = [layout_of(layout, seq_length, size) for size in ring_sizes]
+    kernels = {"ours": KERNELS[choice.name], "merged": MergingKernel(KERNELS[choice.name])}
     errors = {
-        name: [relative_errors(attention(inputs, one, used), exact) for one in layouts]
-        for name, used in kernels.items()
+        name: [relative_errors(attention(inputs, x, hop_kernel), exact) for x in layouts]
+        for name, hop_kernel in kernels.items()
     }
-    size = f"{seq_length} tokens, {heads} query and {kv_heads} key-value heads of {head_dim}, {dtype}, causal"
-    setting = f"{size}; layout {layout}, kernel {choice.name} on {device}, emulated ranks"
-    ends = min(ring_sizes), max(ring_sizes)
-    at_ends = [laid_out(layout, family_seq_length, size) for size in ends]
-    kinds = {
-        name: family_errors(family, at_ends, KERNELS[choice.name], head_dim, DTYPES[dtype], device)
+    setting = (
+        f"{seq_length} tokens, {heads} query and {kv_heads} key-value heads of {head_dim}, "
+        f"{dtype}, causal; layout {layout}, kernel {choice.name} on {device}, emulated ranks"
+    )
+    smallest_and_largest = (min(ring_sizes), max(ring_sizes))
+    end_layouts = [layout_of(layout, family_seq_length, size) for size in smallest_and_largest]
+    of_families = {
+        name: family_errors(
+            family, end_layouts, KERNELS[choice.name], head_dim, DTYPES[dtype], device
+        )
         for name, family in FAMILIES.items()
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    _draw(output.with_suffix(".svg"), ring_sizes, errors, kinds)
-    page = _page(output.with_suffix(".svg").name, setting, ring_sizes, errors)
-    output.write_text(page + _page_of_families(ends, family_seq_length, kinds))
+    picture = output.with_suffix(".svg")
+    _draw(picture, ring_sizes, errors, of_families)
+    page = _page(picture.name, setting, ring_sizes, errors)
+    families = _page_of_families(smallest_and_largest, family_seq_length, of_families)
+    output.write_text(page + families)
     print(f"wrote {output}")
 
 
 @dataclass(frozen=True)
 class FamilyErrors:
-    """Relative errors by the name of a tensor: on one rank, and on many with keys or queries sent."""
+    """Relative errors by the name of a tensor.
+
+    Attributes:
+        alone: On one rank.
+        keys: On the ring, with keys travelling in the backward pass.
+        queries: On the ring, with queries travelling in the backward pass.
+    """
 
     alone: dict[str, float]
     keys: dict[str, float]
     queries: dict[str, float]
 
     def growth(self, gradient: str) -> float:
+        """Return the larger error on the ring over the error on one rank."""
         return max(self.keys[gradient], self.queries[gradient]) / self.alone[gradient]
 
     @property
@@ -238,29 +262,33 @@ def family_errors(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> FamilyErrors:
-    """Errors of ``kernel`` in the first and in the second of two ``layouts`` of one length."""
-    setting = layouts[0].seq_length, head_dim, dtype, device
-    inputs, exact = family.inputs(*setting), family.exact(*setting)
-    mask, then = family.mask(layouts[0].seq_length), family.then(layouts[0].seq_length, device)
+    """Return the errors of ``kernel`` in two ``layouts`` of one length: one rank and a ring."""
+    small, large = layouts
+    tokens = small.seq_length
+    inputs = family.inputs(tokens, head_dim, dtype, device)
+    exact = family.exact(tokens, head_dim, dtype, device)
+    mask = family.mask(tokens)
+    then = family.then(tokens, device)
 
     def errors(layout: Layout, queries_travel: bool) -> dict[str, float]:
-        found = attention(inputs, layout, kernel, mask, queries_travel, then)
-        return dict(zip(Attention._fields, relative_errors(found, exact)))
+        actual = attention(inputs, layout, kernel, mask, queries_travel, then)
+        return dict(zip(Attention._fields, relative_errors(actual, exact)))
 
-    small, large = layouts
     return FamilyErrors(errors(small, False), errors(large, False), errors(large, True))
 
 
-def laid_out(layout: str, seq_length: int, ring_size: int) -> Layout:
+def layout_of(layout: str, seq_length: int, ring_size: int) -> Layout:
+    """Return the layout, or "none" on a single rank."""
     return Layout(layout if ring_size > 1 else "none", seq_length, ring_size)
 
 
-def relative_errors(found: Attention, exact: Attention) -> list[float]:
-    """Root mean square of the difference over that of the exact value, of each tensor."""
-    return [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact)]
+def relative_errors(actual: Attention, exact: Attention) -> list[float]:
+    """Return for each tensor the RMS of the difference over the RMS of the exact value."""
+    return [float((x.double() - y).norm() / y.norm()) for x, y in zip(actual, exact)]
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Round ``x`` in place to the precision of ``dtype``."""
     x.copy_(x.to(dtype))
 
 
@@ -268,33 +296,32 @@ def _draw(
     picture: Path,
     ring_sizes: Sequence[int],
     errors: dict[str, list[list[float]]],
-    kinds: dict[str, FamilyErrors],
+    of_families: dict[str, FamilyErrors],
 ) -> None:
     figure = plt.figure(figsize=(10, 6.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2.8, 3.8))
-    axes = above.subplots(1, len(Attention._fields), sharey=True)
-    for number, (one, tensor) in enumerate(zip(axes, Attention._fields)):
+    all_axes = above.subplots(1, len(Attention._fields), sharey=True)
+    for number, (axes, tensor) in enumerate(zip(all_axes, Attention._fields)):
         for name, rows in errors.items():
-            one.plot(
-                ring_sizes, [row[number] for row in rows], "o-", color=_COLOURS[name], label=name
-            )
-        one.set(xscale="log", xlabel="ranks of the ring", title=tensor, ylim=0)
-        one.set_xticks(ring_sizes, [str(size) for size in ring_sizes])
-        one.grid(alpha=0.3)
-    axes[0].set_ylabel("relative error")
-    axes[0].legend(frameon=False)
-    _draw_families(below.subplots(), max(ring_sizes), kinds)
+            values = [row[number] for row in rows]
+            axes.plot(ring_sizes, values, "o-", color=_COLORS[name], label=name)
+        axes.set(xscale="log", xlabel="ranks of the ring", title=tensor, ylim=0)
+        axes.set_xticks(ring_sizes, [str(size) for size in ring_sizes])
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("relative error")
+    all_axes[0].legend(frameon=False)
+    _draw_families(below.subplots(), max(ring_sizes), of_families)
     plt.rcParams["svg.hashsalt"] = "precision"
     figure.savefig(picture, metadata={"Date": None})
 
 
-def _draw_families(axes, ranks: int, kinds: dict[str, FamilyErrors]) -> None:
-    rows = range(len(kinds))
+def _draw_families(axes, ranks: int, of_families: dict[str, FamilyErrors]) -> None:
+    rows = range(len(of_families))
     for gradient, marker in zip(_GRADIENTS, "os^"):
-        growths = [kind.growth(gradient) for kind in kinds.values()]
-        axes.plot(growths, rows, marker, color=_COLOURS["ours"], fillstyle="none", label=gradient)
+        growths = [errors.growth(gradient) for errors in of_families.values()]
+        axes.plot(growths, rows, marker, color=_COLORS["ours"], fillstyle="none", label=gradient)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(rows, kinds)
+    axes.set_yticks(rows, of_families)
     axes.invert_yaxis()
     axes.set(xlabel=f"error on {ranks} ranks over that on one", xlim=0)
     axes.grid(alpha=0.3)
@@ -304,21 +331,19 @@ def _draw_families(axes, ranks: int, kinds: dict[str, FamilyErrors]) -> None:
 def _page(
     picture: str, setting: str, ring_sizes: Sequence[int], errors: dict[str, list[list[float]]]
 ) -> str:
-    last, first = (
-        max(range(len(ring_sizes)), key=ring_sizes.__getitem__),
-        ring_sizes.index(min(ring_sizes)),
-    )
+    first = ring_sizes.index(min(ring_sizes))
+    last = ring_sizes.index(max(ring_sizes))
+    tensors = range(len(Attention._fields))
     growth = {
-        name: max(rows[last][i] / rows[first][i] for i in range(4)) for name, rows in errors.items()
+        name: max(rows[last][tensor] / rows[first][tensor] for tensor in tensors)
+        for name, rows in errors.items()
     }
     header = ["ranks", *(f"{tensor}, {name}" for tensor in Attention._fields for name in errors)]
-    rows = [
-        [str(size), *(f"{errors[name][i][number]:.5f}" for number in range(4) for name in errors)]
-        for i, size in enumerate(ring_sizes)
-    ]
-    table = ["| " + " | ".join(row) + " |" for row in (header, ["---:"] * len(header), *rows)]
-    grown = f"{growth['ours']:.2f} (ours) and {growth['merged']:.2f} (merged)"
-    return "\n".join([
+    table = [table_row(header), table_row(["---:"] * len(header))]
+    for row, size in enumerate(ring_sizes):
+        cells = [f"{errors[name][row][tensor]:.5f}" for tensor in tensors for name in errors]
+        table.append(table_row([str(size), *cells]))
+    lines = [
         *_OPENING,
         "",
         f"Written by `benchmarks/draw_precision.py`: {setting}.",
@@ -327,35 +352,40 @@ def _page(
         "",
         *table,
         "",
-        f"From {min(ring_sizes)} to {max(ring_sizes)} ranks the worst of the four grows by a factor of {grown}.",
+        f"From {min(ring_sizes)} to {max(ring_sizes)} ranks the worst of the four grows by a "
+        f"factor of {growth['ours']:.2f} (ours) and {growth['merged']:.2f} (merged).",
         "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
-def _page_of_families(ends: tuple[int, int], tokens: int, kinds: dict[str, FamilyErrors]) -> str:
-    first, last = ends
+def _page_of_families(
+    smallest_and_largest: tuple[int, int], tokens: int, of_families: dict[str, FamilyErrors]
+) -> str:
+    first, last = smallest_and_largest
+    opening = "\n".join(_FAMILIES_OPENING).format(
+        first=first, last=last, window=_window(tokens), sink=_sink(tokens), tokens=tokens
+    )
     columns = [f"{first}", f"{last}, keys", f"{last}, queries"]
-    titles = [f"{name}, {column}" for name in _GRADIENTS for column in columns]
+    titles = [f"{gradient}, {column}" for gradient in _GRADIENTS for column in columns]
     header = ["inputs", *titles, "growth"]
-
-    def row(kind: FamilyErrors) -> list[str]:
-        figures = [x[name] for name in _GRADIENTS for x in (kind.alone, kind.keys, kind.queries)]
-        return [*(f"{figure:.5f}" for figure in figures), f"{kind.largest_growth:.2f}"]
-
-    rows = [[name, *row(kind)] for name, kind in kinds.items()]
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    opening = "\n".join(_FAMILIES_OPENING)
-    numbers = {"window": _window(tokens), "sink": _sink(tokens), "tokens": tokens}
-    opening = opening.format(first=first, last=last, **numbers)
-    worst = max(kind.largest_growth for kind in kinds.values())
-    return "\n".join([
+    table = [table_row(header), table_row(["---", *["---:"] * (len(header) - 1)])]
+    for name, errors in of_families.items():
+        cells = []
+        for gradient in _GRADIENTS:
+            for of_setting in (errors.alone, errors.keys, errors.queries):
+                cells.append(f"{of_setting[gradient]:.5f}")
+        table.append(table_row([name, *cells, f"{errors.largest_growth:.2f}"]))
+    worst = max(errors.largest_growth for errors in of_families.values())
+    lines = [
         opening,
         "",
-        *("| " + " | ".join(row) + " |" for row in (header, marks, *rows)),
+        *table,
         "",
         f"The largest growth of a gradient's error is {worst:.2f}.",
         "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Run a program as two ranks at the two ends of a link of their own, which can be made slow.
+"""Run a program as two ranks at the ends of a private network link with limited bandwidth.
 
     python -m benchmarks.slow_link python -m benchmarks.bench_overlap
-    python -m benchmarks.slow_link --mbit 200 python pretrain_gpt.py --config configs/tiny-cpu.yaml
+    python -m benchmarks.slow_link --mbit 200 \\
+        python pretrain_gpt.py --config configs/tiny-cpu.yaml
 
-Each end is a network namespace, as if it were a machine with one network card, ring0. ``--mbit`` is what either end
-sends at most, in megabits a second, by tc's token bucket; both directions have it at once. A limit on bandwidth alone:
-messages are not delayed. The program is started as torchrun would, and gloo is told to use the link.
+Each end is a network namespace, like a machine with a single network interface, ring0. ``--mbit``
+limits what each end sends, in megabits per second, with tc's token bucket; both directions have
+that bandwidth at the same time. Only bandwidth is limited: messages are not delayed. The program is
+started with the environment that torchrun would set, and gloo is directed to the link.
 
-Needs Linux, root, ip and tc. The namespaces are removed however the program ends, Ctrl-C and SIGTERM included.
+Needs Linux, root, ip and tc. The namespaces are removed however the program ends, including by
+Ctrl-C and SIGTERM.
 """
 
 import argparse
@@ -22,19 +25,18 @@ from collections.abc import Iterator
 
 from megatron_ring.errors import ConfigError, reporting_errors
 
-CARD = "ring0"
+INTERFACE = "ring0"
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
-MTU = "65000"  # about loopback's: what each packet takes of the CPU is taken from the ranks
+MTU = "65000"  # about loopback's: the CPU time of each packet is taken from the ranks
 
 
 def main() -> None:
-    asked = _parser().parse_args()
-    _check(asked)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # as an exception, to clean up
-    with _link(asked.mbit) as ends, _ranks(asked.command, ends) as ranks:
-        sys.exit(_first_failure(ranks))
+    options = _parser().parse_args()
+    _check(options)
+    # Turn SIGTERM into an exception, so that the namespaces are removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with _link(options.mbit) as ends, _ranks(options.command, ends) as ranks:
+        sys.exit(_wait_for_exit_code(ranks))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,74 +46,62 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mbit",
         type=float,
-        help="megabits a second that either end sends at most; else as it comes",
+        help="megabits per second that each end may send; without it the link is not limited",
     )
     parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="PROGRAM", help="with its flags"
+        "command", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its flags"
     )
     return parser
 
 
-def _check(asked: argparse.Namespace) -> None:
-    wrong = []
-    if asked.mbit is not None and not asked.mbit > 0:
-        wrong.append(f"mbit {asked.mbit} must be above 0. Set --mbit.")
-    if not asked.command:
-        wrong.append("no program is named. Write it, with its flags, behind those of slow_link.py.")
+def _check(options: argparse.Namespace) -> None:
+    problems = []
+    if options.mbit is not None and not options.mbit > 0:
+        problems.append(f"mbit {options.mbit} must be above 0. Set --mbit.")
+    if not options.command:
+        problems.append("no program given. Append it, with its flags, to those of slow_link.")
     if missing := [program for program in ("ip", "tc") if not shutil.which(program)]:
-        wrong.append(
-            f"{' and '.join(missing)} not found: install iproute2, and have /usr/sbin in PATH."
+        problems.append(
+            f"{' and '.join(missing)} not found. Install iproute2 and add /usr/sbin to PATH."
         )
     if os.geteuid() != 0:
-        wrong.append("only root can make network namespaces. Run it as root.")
-    if wrong:
-        raise ConfigError(wrong)
+        problems.append("creating network namespaces requires root. Run this program as root.")
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextlib.contextmanager
 def _link(mbit: float | None) -> Iterator[list[str]]:
-    """The names of two namespaces that a pair of network cards joins; gone when it is left."""
+    """Yield the names of two linked network namespaces and remove them afterwards."""
     ends = [f"slow-link-{os.getpid()}-{rank}" for rank in range(2)]
     try:
         for end in ends:
             _run("ip", "netns", "add", end)
-        _run(
-            "ip",
-            "link",
-            "add",
-            CARD,
-            "netns",
-            ends[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            CARD,
-            "netns",
-            ends[1],
-        )
+        first = ["netns", ends[0], "type", "veth"]
+        second = ["peer", "name", INTERFACE, "netns", ends[1]]
+        _run("ip", "link", "add", INTERFACE, *first, *second)
         for end, address in zip(ends, ADDRESSES):
-            _run("ip", "-n", end, "address", "add", f"{address}/24", "dev", CARD)
-            for card in ("lo", CARD):
-                _run("ip", "-n", end, "link", "set", card, "mtu", MTU, "up")
-            _run("ip", "netns", "exec", end, *limited(mbit))
+            _run("ip", "-n", end, "address", "add", f"{address}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
+                _run("ip", "-n", end, "link", "set", interface, "mtu", MTU, "up")
+            _run("ip", "netns", "exec", end, *limit_command(mbit))
         yield ends
     finally:
-        for end in ends:  # which has not come to be, where making it failed
+        # A namespace may not exist, if creating it failed.
+        for end in ends:
             subprocess.run(["ip", "netns", "delete", end], stderr=subprocess.DEVNULL, check=False)
 
 
-def limited(mbit: float | None, card: str = CARD) -> list[str]:
-    """The command that limits what this end sends, whatever it was limited to before; None: not at all.
+def limit_command(mbit: float | None, interface: str = INTERFACE) -> list[str]:
+    """Return the command that limits what this end sends; None removes an earlier limit.
 
-    With a smaller bucket tc's clock is too coarse for more than some 500 Mbit/s. A queue of 20 ms drops few packets.
+    With a smaller bucket, tc's clock is too coarse for more than some 500 Mbit/s. A queue of 20 ms
+    drops few packets.
     """
-    rule = (
-        ["tbf", "rate", f"{mbit:.3f}mbit", "burst", "256kb", "latency", "20ms"]
-        if mbit
-        else ["noqueue"]
-    )
-    return ["tc", "qdisc", "replace", "dev", card, "root", *rule]
+    rule = ["noqueue"]
+    if mbit:
+        rule = ["tbf", "rate", f"{mbit:.3f}mbit", "burst", "256kb", "latency", "20ms"]
+    return ["tc", "qdisc", "replace", "dev", interface, "root", *rule]
 
 
 def _run(*command: str) -> None:
@@ -120,18 +110,18 @@ def _run(*command: str) -> None:
 
 @contextlib.contextmanager
 def _ranks(command: list[str], ends: list[str]) -> Iterator[list[subprocess.Popen]]:
-    """The program at either end; whatever still runs of it is ended when this is left."""
-    world = {
+    """Start the program at both ends and terminate what still runs afterwards."""
+    shared = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": INTERFACE,
     }
-    world |= {"GLOO_SOCKET_IFNAME": CARD}
     ranks = []
     try:
         for rank, end in enumerate(ends):
-            environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(["ip", "netns", "exec", end, *command], env=environment))
         yield ranks
     finally:
@@ -139,16 +129,18 @@ def _ranks(command: list[str], ends: list[str]) -> Iterator[list[subprocess.Pope
             rank.terminate()
         for rank in ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.wait(timeout=30)  # it may have a step to finish
+                rank.wait(timeout=30)  # time to finish a step
             rank.kill()
             rank.wait()
 
 
-def _first_failure(ranks: list[subprocess.Popen]) -> int:
-    """Waits until all have ended or one has failed: its exit code, or 0."""
-    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+def _wait_for_exit_code(ranks: list[subprocess.Popen]) -> int:
+    """Wait until all ranks have exited or one has failed; return the failed one's code, or 0."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if None not in codes or any(codes):
+            return next((code for code in codes if code), 0)
         time.sleep(0.1)
-    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A ring in one process on one device: to each rank a thread, a stream for its hops and another for its messages.
+"""A ring in one process on one device: per rank a thread and streams for hops and messages.
 
-What NCCL does between devices (docs/decisions/0017-messages-have-streams-of-their-own.md) copies do here within one. A
-message starts when all is done that both ends had queued before they posted it, whatever they queue behind it. Waiting
-for one lets a rank's stream wait, never the host. Threads meet when they post, as no network would ask of them: what
-each queues on the device, and in which order, is the same.
+Copies within the device take the place of NCCL's transfers between devices
+(docs/decisions/0017-ring-messages-use-separate-high-priority-streams.md). A message starts once
+everything is done that its sender and its receiver had queued before they posted it; what they
+queue afterwards does not delay it. Waiting for a message blocks a rank's stream, never the host.
+Threads wait for each other when they post, which a network would not require; what each of them
+queues on the device, and in which order, is the same.
 
-Streams are those of torch.cuda, or what can take their place: nothing on a CPU, and what keeps account in tests.
+The streams are those of torch.cuda or substitutes: null streams on a CPU, recording ones in tests.
 """
 
 import contextlib
@@ -25,32 +27,36 @@ Result = TypeVar("Result")
 
 
 class LinkBroken(Exception):
-    """Another rank failed and will post no more."""
+    """Another rank failed and will post no more messages."""
 
 
 class Stream(Protocol):
-    """As torch.cuda.Stream."""
+    """The part of torch.cuda.Stream that is used here."""
 
     def record_event(self) -> Any:
-        """The moment at which all that is queued here so far is done."""
+        """Return an event that completes once all work queued so far is done."""
 
     def wait_event(self, event: Any) -> None:
-        """Let what is queued here from now on wait for that moment; the host goes on."""
+        """Make work queued from now on wait for ``event``, without blocking the host."""
 
 
-class AtOnce:
-    """The stream of a CPU, where what is queued is done before anything else can be."""
+class NullStream:
+    """The stream of a CPU, on which work is done as soon as it is queued."""
 
     def record_event(self) -> None:
-        """There is nothing to wait for."""
+        """Return None: there is nothing to wait for."""
 
     def wait_event(self, event: None) -> None:
-        """Does not wait."""
+        """Return at once."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Of one rank. on: has this thread queue on a stream, while within."""
+    """The streams of one rank.
+
+    Attributes:
+        on: Context manager in which this thread queues its work on the given stream.
+    """
 
     hops: Stream
     messages: Stream
@@ -58,15 +64,20 @@ class Streams:
 
     @staticmethod
     def of_device(device: str) -> "Streams":
-        """Messages of high priority, as on the links of a ring (megatron_ring/parallel/collectives.py)."""
+        """Return new streams; messages have high priority, as in parallel/collectives.py."""
         if device == "cpu":
-            return Streams(AtOnce(), AtOnce(), lambda stream: contextlib.nullcontext())
+            return Streams(NullStream(), NullStream(), lambda stream: contextlib.nullcontext())
         return Streams(torch.cuda.Stream(), torch.cuda.Stream(priority=-1), torch.cuda.stream)
 
 
 @dataclass(frozen=True)
 class Posted:
-    """What a rank sends. ready: when it may be read; read: is given the moment at which that is over."""
+    """A message that a rank sends.
+
+    Attributes:
+        ready: Event after which the tensor may be read.
+        read: Receives the event after which the tensor is no longer read.
+    """
 
     tensor: torch.Tensor
     ready: Any
@@ -74,21 +85,20 @@ class Posted:
 
 
 @dataclass
-class Meeting:
-    """Where ranks post: the n-th transfer that a rank starts meets the n-th of the others."""
+class Rendezvous:
+    """Matches the n-th transfer that each rank starts with the n-th of the others."""
 
     size: int
-    posts: dict[tuple[int, int], Queue] = field(default_factory=dict)
+    queues: dict[tuple[int, int], Queue] = field(default_factory=dict)
     failed: threading.Event = field(default_factory=threading.Event)
 
-    def post_to(self, ring_rank: int, number: int) -> Queue:
-        """What the ``number``-th transfer brings to a rank."""
-        return self.posts.setdefault(
-            (ring_rank, number), Queue()
-        )  # of two threads that do this one's is kept
+    def queue_of(self, receiver: int, number: int) -> Queue:
+        """Return the queue through which ``receiver`` gets the message of its n-th transfer."""
+        # setdefault is atomic: if two threads call it at once, both get the same queue.
+        return self.queues.setdefault((receiver, number), Queue())
 
-    def take(self, queue: Queue) -> Any:
-        """What another rank puts there, once it has."""
+    def get(self, queue: Queue) -> Any:
+        """Block until another rank puts an item; raise LinkBroken if one fails first."""
         while True:
             try:
                 return queue.get(timeout=0.1)
@@ -103,67 +113,83 @@ class StreamTransfer:
     received: torch.Tensor
     arrived: Any
     streams: Streams
-    meeting: Meeting
-    room: RecvBufferPool
+    rendezvous: Rendezvous
+    buffers: RecvBufferPool
 
     def wait(self) -> torch.Tensor:
-        """What was sent to this rank. What is queued from now on may read it, and write to what this rank sent."""
+        """Return the received tensor.
+
+        Work queued from now on may read it and may write to the tensor that was sent.
+        """
         self.streams.hops.wait_event(self.arrived)
-        self.streams.hops.wait_event(self.meeting.acquire(self.sent.read))
-        self.room.release(self.sent.tensor)
+        self.streams.hops.wait_event(self.rendezvous.get(self.sent.read))
+        self.buffers.release(self.sent.tensor)
         return self.received
 
 
 @dataclass
 class StreamExchange:
-    """A rank's exchange (megatron_ring/context_parallel/ring.py). started: how many transfers so far."""
+    """The ring exchange of one rank (megatron_ring/context_parallel/ring.py).
+
+    Attributes:
+        started: Number of transfers started so far.
+    """
 
     ring_rank: int
     streams: Streams
-    meeting: Meeting
+    rendezvous: Rendezvous
     started: int = 0
-    room: RecvBufferPool = field(default_factory=RecvBufferPool)
+    buffers: RecvBufferPool = field(default_factory=RecvBufferPool)
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> StreamTransfer:
-        """Post, and let the stream of messages copy what is posted to this rank."""
-        received, posted = self.room.acquire(tensor), self.streams.hops.record_event()
-        number, receiver = self.started, (self.ring_rank + distance) % self.meeting.size
+        """Post ``tensor`` and queue the copy of the message to this rank."""
+        received = self.buffers.acquire(tensor)
+        posted = self.streams.hops.record_event()
+        number = self.started
         self.started += 1
+        receiver = (self.ring_rank + distance) % self.rendezvous.size
         sent = Posted(tensor, posted)
-        self.meeting.post_to(receiver, number).put(sent)
-        coming = self.meeting.acquire(self.meeting.post_to(self.ring_rank, number))
-        arrived = self._copied(coming, received, posted)
-        return StreamTransfer(sent, received, arrived, self.streams, self.meeting, self.room)
+        self.rendezvous.queue_of(receiver, number).put(sent)
+        incoming = self.rendezvous.get(self.rendezvous.queue_of(self.ring_rank, number))
+        arrived = self._queue_copy(incoming, received, posted)
+        return StreamTransfer(sent, received, arrived, self.streams, self.rendezvous, self.buffers)
 
-    def _copied(self, coming: Posted, received: torch.Tensor, posted: Any) -> Any:
-        """Copy when its sender has it and this rank has room for it; the moment at which that is done."""
-        self.streams.messages.wait_event(coming.ready)
+    def _queue_copy(self, incoming: Posted, received: torch.Tensor, posted: Any) -> Any:
+        """Queue the copy on the message stream and return the event of its end.
+
+        It waits for the sender to have the tensor and for this rank to have the buffer.
+        """
+        self.streams.messages.wait_event(incoming.ready)
         self.streams.messages.wait_event(posted)
         with self.streams.on(self.streams.messages):
-            received.copy_(coming.tensor, non_blocking=True)
+            received.copy_(incoming.tensor, non_blocking=True)
         arrived = self.streams.messages.record_event()
-        coming.read.put(arrived)
+        incoming.read.put(arrived)
         return arrived
 
 
 def on_every_rank(
     streams: Sequence[Streams], body: Callable[[int, StreamExchange], Result]
 ) -> list[Result]:
-    """``body`` of each rank, all at once, queued on the streams of their hops. The first failure is raised here."""
-    meeting = Meeting(len(streams))
+    """Run ``body`` as every rank at once, in threads that queue on the stream of their hops.
 
-    def of_rank(ring_rank: int) -> Result:
-        own = streams[ring_rank]
+    Returns the results by rank. Raises the first failure that is not a consequence of another.
+    """
+    rendezvous = Rendezvous(len(streams))
+
+    def run_rank(ring_rank: int) -> Result:
+        local = streams[ring_rank]
         try:
-            with own.on(own.hops):
-                return body(ring_rank, StreamExchange(ring_rank, own, meeting))
+            with local.on(local.hops):
+                return body(ring_rank, StreamExchange(ring_rank, local, rendezvous))
         except BaseException:
-            meeting.failed.set()
+            rendezvous.failed.set()
             raise
 
     with ThreadPoolExecutor(len(streams)) as threads:
-        futures = [threads.submit(of_rank, ring_rank) for ring_rank in range(len(streams))]
+        futures = [threads.submit(run_rank, ring_rank) for ring_rank in range(len(streams))]
     failures = [error for future in futures if (error := future.exception())]
     if failures:
-        raise next((error for error in failures if not isinstance(error, LinkBroken)), failures[0])
+        causes = [error for error in failures if not isinstance(error, LinkBroken)]
+        raise (causes or failures)[0]
     return [future.result() for future in futures]

@@ -1,19 +1,23 @@
-"""A ring of ranks on one GPU: do its messages travel under its kernels, and does the host wait for anything in a hop?
+"""Check on one GPU that a ring's messages run under its kernels and that no hop blocks the host.
 
     python -m benchmarks.trace_overlap --json trace-overlap.json --traces runs/traces
     python -m benchmarks.trace_overlap --ranks 4 --tokens 4096 --layout zigzag --kernels triton
 
-Needs torch, and Triton for its kernel; nothing else, and no network. The package's own ring runs in one process, each
-rank with a thread and two streams (streamed_ring.py); messages are copies within the GPU. By kernel and mask:
+Needs only torch, and Triton for its kernel; no network. The package's ring runs in one process with
+a thread and two streams per rank (streamed_ring.py); messages are copies within the GPU. For each
+kernel and mask it reports:
 
-- right: the results are those of the same hops one after the other on one stream, within rounding. A race would show.
-- host waits: with torch.cuda.set_sync_debug_mode("error"), on masks that no rank has on the device yet, the line of a
-  hop that makes the host wait; none is what should be there.
-- of each rank, forward and backward, from the profiler's trace: its messages, the milliseconds that they took, and the
-  share of these under kernels of its own and of any rank. With --traces the traces are kept, for Chrome and Perfetto.
+- correct: the results equal those of the same hops one after another on one stream, within
+  rounding. A race would show here.
+- host waits: with torch.cuda.set_sync_debug_mode("error") and masks that are not on the device yet,
+  the source line of a hop that blocks the host. There should be none.
+- per rank, forward and backward, from the profiler's trace: the number of messages, their time in
+  milliseconds, and the shares of it under kernels of the same rank and of any rank. --traces keeps
+  the traces, for Chrome and Perfetto.
 
-The exit code is 0 only if all is right and nothing waits. On a CPU the same runs without streams, and is not traced.
-The ranks share one GPU: what kernels and copies take from each other there, ranks with a GPU each would not.
+The exit code is 0 only if all results are correct and nothing blocks the host. On a CPU the same
+ring runs without streams and is not traced. The ranks share one GPU, so kernels and copies compete
+there for resources that ranks with a GPU each would not share.
 """
 
 import argparse
@@ -26,13 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from device_trace import Overlap, overlaps  # beside this file
-from streamed_ring import StreamExchange, Streams, on_every_rank  # beside this file
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import emulated
+from benchmarks import emulated_ring
 from benchmarks.common import DTYPES, write_json
-from benchmarks.packs import random_starts
+from benchmarks.device_trace import Overlap, overlaps
+from benchmarks.document_packs import random_starts
+from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
@@ -42,85 +46,93 @@ from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.support import Feature
 
 T = TypeVar("T")
+MASKS = ("causal", "documents")
 
 
 def main() -> None:
-    asked = _parser().parse_args()
-    _check(asked)
-    device = torch.cuda.get_device_name() if asked.device == "cuda" else asked.device
-    print(f"{device}, torch {torch.__version__}, {asked.ranks} ranks of {asked.tokens} tokens, {asked.layout}, "
-          f"{asked.heads} heads of {asked.head_dim}, {asked.kv_heads} key-value heads, {asked.dtype}")  # fmt: skip
-    traces = Path(asked.traces) if asked.traces else None
-    cases = (
-        Case.of(asked, kernel, mask)
-        for kernel in _kernels(asked)
-        for mask in ("causal", "documents")
+    options = _parser().parse_args()
+    _check(options)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+    print(
+        f"{device}, torch {torch.__version__}, {options.ranks} ranks of {options.tokens} tokens, "
+        f"{options.layout}, {options.heads} heads of {options.head_dim}, "
+        f"{options.kv_heads} key-value heads, {options.dtype}"
     )
-    found = [_told(case.examined(traces)) for case in cases]
-    about = {"device": device, "torch": torch.__version__, "asked": vars(asked), "found": found}
-    write_json(asked.json, about)
-    raise SystemExit(any(case["host_waits"] or not case["right"] for case in found))
+    traces = Path(options.traces) if options.traces else None
+    cases = []
+    for kernel in _kernels(options):
+        for mask in MASKS:
+            findings = Case.build(options, kernel, mask).examine(traces)
+            _print_case(findings)
+            cases.append(findings)
+    setting = {"device": device, "torch": torch.__version__, "options": vars(options)}
+    write_json(options.json, setting | {"cases": cases})
+    raise SystemExit(any(case["host_waits"] or not case["correct"] for case in cases))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a rank")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the ring")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per rank")
     parser.add_argument("--layout", choices=["ring", "striped", "zigzag"], default="striped")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key-value heads")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
-        "--mean-document", type=int, default=4096, help="tokens of a packed document"
+        "--mean-document", type=int, default=4096, help="mean length of a document in tokens"
     )
     parser.add_argument(
         "--kernels",
         nargs="+",
         choices=KERNELS,
         default=[],
-        help="by default all that can do it here",
+        help="kernels to check; by default all that this device supports, without the reference",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--traces", default="", help="a folder to keep the traces in")
-    parser.add_argument("--json", default="", help="write the results to this file too")
+    parser.add_argument("--traces", default="", help="keep the traces in this folder")
+    parser.add_argument("--json", default="", help="also write the results to this file")
     return parser
 
 
-def _check(asked: argparse.Namespace) -> None:
-    wrong = not_positive(asked, "tokens", "heads", "kv_heads", "head_dim", "mean_document")
-    if not wrong and asked.heads % asked.kv_heads:
-        wrong.append(
-            f"heads {asked.heads} must be a multiple of kv_heads {asked.kv_heads}. Set --heads or --kv-heads."
+def _check(options: argparse.Namespace) -> None:
+    problems = not_positive(options, "tokens", "heads", "kv_heads", "head_dim", "mean_document")
+    if not problems and options.heads % options.kv_heads:
+        problems.append(
+            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
+            "Set --heads or --kv-heads."
         )
-    if asked.ranks < 2:
-        wrong.append(
-            f"ranks {asked.ranks} must be at least 2: a ring of one sends nothing. Set --ranks."
+    if options.ranks < 2:
+        problems.append(
+            f"ranks {options.ranks} must be at least 2: a ring of 1 rank sends nothing. "
+            "Set --ranks."
         )
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        wrong.append("torch sees no GPU. Set --device cpu to run without streams and traces.")
-    if wrong:
-        raise ConfigError(wrong)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problems.append("torch finds no GPU. Set --device cpu to run without streams and traces.")
+    if problems:
+        raise ConfigError(problems)
 
 
-def _kernels(asked: argparse.Namespace) -> list[str]:
-    """Those asked for; else all that take such tensors and masks here, but for the reference."""
+def _kernels(options: argparse.Namespace) -> list[str]:
+    """Return --kernels; by default all supported ones without the reference."""
 
-    def can(name: str) -> bool:
+    def is_supported(name: str) -> bool:
+        dtype = DTYPES[options.dtype]
         try:
-            return bool(
-                choose(name, asked.device, DTYPES[asked.dtype], asked.head_dim, {Feature.DOCUMENTS})
-            )
+            choose(name, options.device, dtype, options.head_dim, {Feature.DOCUMENTS})
         except KernelUnavailable:
             return False
+        return True
 
-    return asked.kernels or [name for name in KERNELS if name != "reference" and can(name)]
+    if options.kernels:
+        return options.kernels
+    return [name for name in KERNELS if name != "reference" and is_supported(name)]
 
 
 class Shard(NamedTuple):
-    """Of one rank."""
+    """The tensors of one rank."""
 
     q: torch.Tensor
     kv: torch.Tensor
@@ -129,7 +141,12 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A ring on the device, by a kernel and a mask that have names. inputs: q, k, v and dout of the whole sequence."""
+    """A ring on the device with one kernel and one mask.
+
+    Attributes:
+        names: The names of kernel and mask.
+        inputs: q, k, v and the gradient of the output, of the whole sequence.
+    """
 
     names: dict[str, str]
     kernel: HopKernel
@@ -139,50 +156,54 @@ class Case:
     streams: list[Streams]
 
     @staticmethod
-    def of(asked: argparse.Namespace, kernel: str, mask: str) -> "Case":
-        length = asked.ranks * asked.tokens
+    def build(options: argparse.Namespace, kernel: str, mask: str) -> "Case":
+        length = options.ranks * options.tokens
         masks = {
             "causal": CAUSAL,
-            "documents": Mask(document_starts=random_starts(asked.mean_document, length)),
+            "documents": Mask(document_starts=random_starts(options.mean_document, length)),
         }
-        generator = torch.Generator(asked.device).manual_seed(0)
-        shapes = [
-            (1, length, n, asked.head_dim)
-            for n in (asked.heads, asked.kv_heads, asked.kv_heads, asked.heads)
-        ]
-        inputs = [torch.randn(shape, generator=generator, device=asked.device) for shape in shapes]
+        generator = torch.Generator(options.device).manual_seed(0)
+        inputs = []
+        for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads):
+            shape = (1, length, heads, options.head_dim)
+            x = torch.randn(shape, generator=generator, device=options.device)
+            inputs.append(x.to(DTYPES[options.dtype]))
         return Case(
             names={"kernel": kernel, "mask": mask},
             kernel=KERNELS[kernel],
-            layout=Layout(asked.layout, length, asked.ranks),
+            layout=Layout(options.layout, length, options.ranks),
             mask=masks[mask],
-            inputs=[x.to(DTYPES[asked.dtype]) for x in inputs],
-            streams=[Streams.of_device(asked.device) for _ in range(asked.ranks)],
+            inputs=inputs,
+            streams=[Streams.of_device(options.device) for _ in range(options.ranks)],
         )
 
     @property
     def on_gpu(self) -> bool:
         return self.inputs[0].is_cuda
 
-    def examined(self, traces: Path | None) -> dict[str, Any]:
+    def examine(self, traces: Path | None) -> dict[str, Any]:
+        """Return the findings of this case; keep the traces in the folder ``traces``."""
         shards = [self._shard(rank) for rank in range(self.layout.ring_size)]
-        # Before the streams: kernels are compiled, and what streams share is on the device when they begin.
-        expected = self._done(emulated.attention(self.inputs, self.layout, self.kernel, self.mask))
-        forwards = self._done(self._forward(shards))
-        backwards = self._done(self._backward(shards, forwards))
-        found = self.names | {"right": self._right(forwards, backwards, expected)}
+        # Runs first: it compiles the kernels and puts on the device what the streams share.
+        expected = emulated_ring.attention(self.inputs, self.layout, self.kernel, self.mask)
+        self._synchronize()
+        forwards = self._forward(shards)
+        self._synchronize()
+        backwards = self._backward(shards, forwards)
+        self._synchronize()
+        findings = self.names | {"correct": self._is_correct(forwards, backwards, expected)}
         if not self.on_gpu:
-            return found | {"host_waits": None, "overlap": []}
-        acts = {
+            return findings | {"host_waits": None, "overlap": []}
+        passes = {
             "forward": lambda: self._forward(shards),
             "backward": lambda: self._backward(shards, forwards),
         }
-        self.mask.runs.clear()  # so that every hop has runs to copy to the device
-        waits = [line for act in acts.values() if (line := _where_the_host_waits(act))]
-        rows = [
-            row for direction, act in acts.items() for row in self._overlap(direction, act, traces)
-        ]
-        return found | {"host_waits": waits, "overlap": rows}
+        self.mask.runs.clear()  # so that every hop has key ranges to copy to the device
+        waits = [line for run in passes.values() if (line := _first_host_wait(run))]
+        rows = []
+        for direction, run in passes.items():
+            rows += self._overlap_rows(direction, run, traces)
+        return findings | {"host_waits": waits, "overlap": rows}
 
     def _shard(self, rank: int) -> Shard:
         q, k, v, dout = (self._rows(x, rank) for x in self.inputs)
@@ -192,83 +213,91 @@ class Case:
         return whole[:, self.layout.positions(rank).to(whole.device)]
 
     def _forward(self, shards: list[Shard]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        def of_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and lse of each rank."""
+
+        def run_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, torch.Tensor]:
             return ring_loop.forward(shards[rank].q, shards[rank].kv, self._ring(rank, exchange))
 
-        return on_every_rank(self.streams, of_rank)
+        return on_every_rank(self.streams, run_rank)
 
     def _backward(
         self, shards: list[Shard], forwards: list
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        def of_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, torch.Tensor]:
-            q, kv, dout = shards[rank]
-            return ring_loop.backward(
-                dout, None, q, kv, *forwards[rank], self._ring(rank, exchange)
-            )
+        """Return dq and dkv of each rank."""
 
-        return on_every_rank(self.streams, of_rank)
+        def run_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, torch.Tensor]:
+            q, kv, dout = shards[rank]
+            out, lse = forwards[rank]
+            return ring_loop.backward(dout, None, q, kv, out, lse, self._ring(rank, exchange))
+
+        return on_every_rank(self.streams, run_rank)
 
     def _ring(self, rank: int, exchange: StreamExchange) -> ring_loop.Ring:
         scale = self.inputs[0].shape[-1] ** -0.5
         return ring_loop.Ring(self.layout, rank, self.kernel, scale, exchange, self.mask)
 
-    def _done(self, results: T) -> T:
-        """What was left to the device, once it is there for every stream."""
+    def _synchronize(self) -> None:
+        """Wait for the device, so that every stream may use the results."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        return results
 
-    def _right(self, forwards: list, backwards: list, expected: emulated.Attention) -> bool:
-        def of_rank(rank: int) -> bool:
-            (out, _), (dq, (dk, dv)) = forwards[rank], backwards[rank]
-            pairs = zip((out, dq, dk, dv), (self._rows(x, rank) for x in expected))
-            return all(error(x, y) <= TOLERANCE[self.inputs[0].dtype] for x, y in pairs)
+    def _is_correct(
+        self, forwards: list, backwards: list, expected: emulated_ring.Attention
+    ) -> bool:
+        tolerance = TOLERANCE[self.inputs[0].dtype]
+        for rank in range(self.layout.ring_size):
+            out, _ = forwards[rank]
+            dq, (dk, dv) = backwards[rank]
+            for actual, whole in zip((out, dq, dk, dv), expected):
+                if not error(actual, self._rows(whole, rank)) <= tolerance:
+                    return False
+        return True
 
-        return all(of_rank(rank) for rank in range(self.layout.ring_size))
-
-    def _overlap(
-        self, direction: str, act: Callable[[], object], traces: Path | None
+    def _overlap_rows(
+        self, direction: str, run: Callable[[], object], traces: Path | None
     ) -> list[dict[str, Any]]:
-        """A row for each rank."""
-        with tempfile.TemporaryDirectory() as passing:
-            path = (traces or Path(passing)) / f"{'-'.join([*self.names.values(), direction])}.json"
+        """Trace one pass and return a row for each rank."""
+        name = "-".join([*self.names.values(), direction])
+        with tempfile.TemporaryDirectory() as temporary:
+            path = (traces or Path(temporary)) / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            of_ranks = self._traced(act, path)
+            of_ranks = self._trace(run, path)
         return [
-            {"direction": direction, "rank": rank} | _row(each)
-            for rank, each in enumerate(of_ranks)
+            {"direction": direction, "rank": rank} | _row(overlap)
+            for rank, overlap in enumerate(of_ranks)
         ]
 
-    def _traced(self, act: Callable[[], object], path: Path) -> list[Overlap]:
-        roll_call = [(2 * rank + 1, 2 * rank + 2) for rank in range(self.layout.ring_size)]
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            act()
-            self._call_the_roll(roll_call)
-        recorded.export_chrome_trace(str(path))
-        return overlaps(json.loads(path.read_text())["traceEvents"], roll_call)
+    def _trace(self, run: Callable[[], object], path: Path) -> list[Overlap]:
+        markers = [(2 * rank + 1, 2 * rank + 2) for rank in range(self.layout.ring_size)]
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            run()
+            self._mark_streams(markers)
+        profiler.export_chrome_trace(str(path))
+        return overlaps(json.loads(path.read_text())["traceEvents"], markers)
 
-    def _call_the_roll(self, roll_call: list[tuple[int, int]]) -> None:
-        here, there = (
-            self.inputs[0].new_zeros(2 * len(roll_call), dtype=torch.uint8) for _ in range(2)
-        )
+    def _mark_streams(self, markers: list[tuple[int, int]]) -> None:
+        """Copy a distinct number of bytes on each stream, by which the trace identifies it."""
+        source = self.inputs[0].new_zeros(2 * len(markers), dtype=torch.uint8)
+        target = torch.zeros_like(source)
         torch.cuda.synchronize()
-        for own, sizes in zip(self.streams, roll_call):
+        for own, sizes in zip(self.streams, markers):
             for stream, size in zip((own.hops, own.messages), sizes):
                 with own.on(stream):
-                    there[:size].copy_(here[:size])
-        torch.cuda.synchronize()  # before the profile ends
+                    target[:size].copy_(source[:size])
+        torch.cuda.synchronize()  # before the profiler stops
 
 
-def _where_the_host_waits(act: Callable[[], object]) -> str:
-    """The line of the package at which the host first waits for the device; "" where it does nowhere."""
+def _first_host_wait(run: Callable[[], object]) -> str:
+    """Return the first source line of the package that blocks the host, "" if none does."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        act()
+        run()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        last = ([frame for frame in frames if "megatron_ring" in frame.filename] or frames)[-1]
+        in_package = [frame for frame in frames if "megatron_ring" in frame.filename]
+        last = (in_package or frames)[-1]
         return f"{last.filename}:{last.lineno}: {last.line}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -276,30 +305,30 @@ def _where_the_host_waits(act: Callable[[], object]) -> str:
     return ""
 
 
-def _row(found: Overlap) -> dict[str, Any]:
-    shares = {"under_own": found.under_own, "under_any": found.under_any}
-    of_travelled = {
-        name: under / found.travelled if found.travelled else 0.0 for name, under in shares.items()
+def _row(overlap: Overlap) -> dict[str, Any]:
+    time = overlap.message_time
+    return {
+        "messages": overlap.messages,
+        "messages_ms": time / 1e3,
+        "kernels_ms": overlap.kernel_time / 1e3,
+        "under_own": overlap.under_own / time if time else 0.0,
+        "under_any": overlap.under_any / time if time else 0.0,
     }
-    milliseconds = {"travelled_ms": found.travelled / 1e3, "kernels_ms": found.kernels / 1e3}
-    return {"messages": found.messages} | milliseconds | of_travelled
 
 
-def _told(case: dict[str, Any]) -> dict[str, Any]:
-    waits = case["host_waits"]
-    said = "not asked, there is no device" if waits is None else "; ".join(waits) or "none"
-    right = "right" if case["right"] else "WRONG"
-    print(f"\n{case['kernel']}, {case['mask']}: {right}; host waits: {said}", flush=True)
-    for number, row in enumerate(case["overlap"]):
-        if number == 0:
-            print("".join(f"{name:>14}" for name in row))
-        print(
-            "".join(
-                f"{value:14.3f}" if isinstance(value, float) else f"{value:>14}"
-                for value in row.values()
-            )
-        )
-    return case
+def _print_case(case: dict[str, Any]) -> None:
+    waits = "not checked on a CPU"
+    if case["host_waits"] is not None:
+        waits = "; ".join(case["host_waits"]) or "none"
+    verdict = "correct" if case["correct"] else "WRONG"
+    print(f"\n{case['kernel']}, {case['mask']}: {verdict}; host waits: {waits}", flush=True)
+    if case["overlap"]:
+        print("".join(f"{name:>14}" for name in case["overlap"][0]))
+    for row in case["overlap"]:
+        cells = []
+        for value in row.values():
+            cells.append(f"{value:14.3f}" if isinstance(value, float) else f"{value:>14}")
+        print("".join(cells))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Time a bounded list of tile sizes of Triton's kernels on this GPU, and print the table's lines to paste.
+"""Time a bounded list of tile sizes of the Triton kernels on this GPU and print the table to paste.
 
-    python -m benchmarks.tune_blocks                     or, for one head size: --head-dims 128
+    python -m benchmarks.tune_blocks
+    python -m benchmarks.tune_blocks --head-dims 128
 
-For every kernel and head size all candidates are timed on one causal square, forward or backward; where both kernels of
-backward run, the other one keeps the tiles that the table gives it. What does not fit the GPU is left out and counted.
-Nothing is written: paste the lines into megatron_ring/kernels/attention/triton/blocks.py, and run
-tests/kernels/attention/test_triton_compiled.py. Takes minutes, most of them compiling. Never run on a GPU.
+For every kernel and head dim all candidates are timed on one causal square, forward or backward.
+Backward runs two kernels; the one that is not tuned keeps the tiles of the table. Candidates that
+do not fit the GPU are skipped and counted. No file is written: paste the lines into
+megatron_ring/kernels/attention/triton/blocks.py and run
+tests/kernels/attention/test_triton_compiled.py. Takes minutes, most of them for compiling. Has
+never run on a GPU.
 """
 
 import argparse
@@ -34,30 +37,35 @@ from megatron_ring.kernels.attention.triton.blocks import (
 )
 
 KERNELS: tuple[Kernel, ...] = ("forward", "queries", "keys")
-ROWS, COLUMNS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-ROWS_OF_A_WARP = 16  # of a product: fewer, and warps compute what others do
+ROWS = (32, 64, 128)
+COLUMNS = (32, 64, 128)
+WARPS = (4, 8)
+STAGES = (1, 2, 3)
+ROWS_PER_WARP = 16  # of a product; with fewer rows, warps repeat each other's work
+# Returns the milliseconds of a kernel with a head dim and tile sizes.
 Timer = Callable[[Kernel, int, Blocks], float]
 
 
 def main() -> None:
-    asked = _parser().parse_args()
+    options = _parser().parse_args()
     if not torch.cuda.is_available():
         raise KernelUnavailable(
-            "tune_blocks times Triton's kernels on a GPU, and torch finds none. Run it where "
-            "torch.cuda.is_available() is true; elsewhere the table stays as it is."
+            "tune_blocks times Triton kernels on a GPU, and torch finds none. Run it where "
+            "torch.cuda.is_available() is true."
         )
     generation = generation_of(torch.device("cuda"))
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {vars(asked)}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, "
+        f"{vars(options)}"
     )
-    square = Square(asked.tokens, asked.heads, asked.kv_heads, generation)
+    square = Square(options.tokens, options.heads, options.kv_heads, generation)
     print(f'    "{generation}": {{')
     for kernel in KERNELS:
-        now = {head: blocks_for(kernel, head, generation) for head in asked.head_dims}
-        found = {
-            head: fastest(kernel, head, blocks, square.milliseconds) for head, blocks in now.items()
-        }
-        print(line(kernel, found), flush=True)
+        best = {}
+        for head_dim in options.head_dims:
+            current = blocks_for(kernel, head_dim, generation)
+            best[head_dim] = fastest(kernel, head_dim, current, square.milliseconds)
+        print(line(kernel, best), flush=True)
     print("    },")
 
 
@@ -66,65 +74,78 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=8192, help="queries and keys of the square")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key-value heads")
     parser.add_argument(
-        "--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=[64, 128, 256]
+        "--head-dims",
+        type=int,
+        nargs="+",
+        choices=(64, 128, 256),
+        default=[64, 128, 256],
+        help="head dims to tune",
     )
     return parser
 
 
-def candidates(kernel: Kernel, now: Blocks) -> Iterator[Blocks]:
-    """What the table has ``now``, and tiles in which every warp has rows of its own: of keys, where dK is summed."""
-    yield now
+def candidates(kernel: Kernel, current: Blocks) -> Iterator[Blocks]:
+    """Yield ``current``, then all tile sizes in which every warp has rows of its own.
+
+    Rows are queries, or keys in the kernel that accumulates dK and dV.
+    """
+    yield current
     for rows, columns, warps, stages in itertools.product(ROWS, COLUMNS, WARPS, STAGES):
-        if ROWS_OF_A_WARP * warps <= rows:
-            queries, keys = (columns, rows) if kernel == "keys" else (rows, columns)
-            if (blocks := Blocks(queries, keys, warps, stages)) != now:
-                yield blocks
+        if ROWS_PER_WARP * warps > rows:
+            continue
+        queries, keys = (columns, rows) if kernel == "keys" else (rows, columns)
+        blocks = Blocks(queries, keys, warps, stages)
+        if blocks != current:
+            yield blocks
 
 
 @dataclass(frozen=True)
-class Found:
-    """blocks: the fastest. Candidates that did not fit the GPU are ``left_out`` of all ``tried``."""
+class Fastest:
+    """The fastest tile sizes, and how many of the ``tried`` candidates did not fit the GPU."""
 
     blocks: Blocks
     milliseconds: float
     tried: int
-    left_out: int
+    too_big: int
 
 
-def fastest(kernel: Kernel, head: int, now: Blocks, timed: Timer) -> Found:
-    """Of all candidates that this GPU has the shared memory and registers for."""
-    times, tried = {}, list(candidates(kernel, now))
+def fastest(kernel: Kernel, head_dim: int, current: Blocks, timer: Timer) -> Fastest:
+    """Return the fastest candidate; raise KernelUnavailable if none fits the GPU.
+
+    A candidate fits if the GPU has enough shared memory and registers.
+    """
+    tried = list(candidates(kernel, current))
+    times = {}
     for blocks in tried:
         try:
-            times[blocks] = timed(kernel, head, blocks)
+            times[blocks] = timer(kernel, head_dim, blocks)
         except OutOfResources:
             continue
     if not times:
         raise KernelUnavailable(
-            f"none of the {len(tried)} candidates of {kernel!r} fits this GPU at head size {head}"
+            f"none of the {len(tried)} candidates of kernel {kernel!r} fits this GPU with head "
+            f"dim {head_dim}. Leave it out of --head-dims."
         )
     best = min(times, key=times.__getitem__)
-    return Found(best, times[best], len(tried), len(tried) - len(times))
+    return Fastest(best, times[best], len(tried), len(tried) - len(times))
 
 
-def line(kernel: Kernel, found: dict[int, Found]) -> str:
-    """The kernel's line of the table, by head size, and how long its fastest took."""
-    sizes = ", ".join(
-        f"{head}: Blocks({', '.join(map(str, one.blocks))})" for head, one in found.items()
-    )
-    told = "; ".join(
-        f"{one.milliseconds:.3g} ms, {one.left_out} of {one.tried} too big"
-        for one in found.values()
-    )
-    return f'        "{kernel}": {{{sizes}}},  # {told}'
+def line(kernel: Kernel, best: dict[int, Fastest]) -> str:
+    """Return the kernel's line of the table, by head dim, with the times in a comment."""
+    entries = []
+    comments = []
+    for head_dim, result in best.items():
+        entries.append(f"{head_dim}: Blocks({', '.join(map(str, result.blocks))})")
+        comments.append(f"{result.milliseconds:.3g} ms, {result.too_big} of {result.tried} too big")
+    return f'        "{kernel}": {{{", ".join(entries)}}},  # {"; ".join(comments)}'
 
 
 @dataclass(frozen=True)
 class Square:
-    """One causal square of bfloat16 on the GPU."""
+    """One causal square in bfloat16 on the GPU."""
 
     tokens: int
     heads: int
@@ -132,41 +153,40 @@ class Square:
     generation: Generation
     device: str = "cuda"
 
-    def milliseconds(self, kernel: Kernel, head: int, blocks: Blocks) -> float:
-        """Of forward or of backward with these tiles: the median of five, after one that compiles."""
-        with mock.patch.dict(TABLE[self.generation], {kernel: {head: blocks}}):
-            act = self._work(kernel, head)
-            act()
-            return statistics.median(_timed(act) for _ in range(5))
+    def milliseconds(self, kernel: Kernel, head_dim: int, blocks: Blocks) -> float:
+        """Return the median time of five runs with these tile sizes, after one that compiles.
 
-    def _work(self, kernel: Kernel, head: int) -> Callable[[], None]:
-        heads = self.heads, self.kv_heads, self.kv_heads, self.heads
-        shapes = [(1, self.tokens, each, head) for each in heads]
+        Times forward, or the whole backward pass for the other two kernels.
+        """
+        with mock.patch.dict(TABLE[self.generation], {kernel: {head_dim: blocks}}):
+            run = self._run(kernel, head_dim)
+            run()
+            return statistics.median(_milliseconds(run) for _ in range(5))
+
+    def _run(self, kernel: Kernel, head_dim: int) -> Callable[[], None]:
         q, k, v, dout = (
-            torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in shapes
+            torch.randn(1, self.tokens, heads, head_dim, device=self.device, dtype=torch.bfloat16)
+            for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
-        runs, scale, state = (
-            hop_runs(Layout("none", self.tokens, 1), 0, 0, CAUSAL),
-            head**-0.5,
-            RunningSoftmax.empty(q),
-        )
+        key_ranges = hop_runs(Layout("none", self.tokens, 1), 0, 0, CAUSAL)
+        scale = head_dim**-0.5
+        state = RunningSoftmax.empty(q)
         if kernel == "forward":
-            return lambda: kernels.forward(q, k, v, runs, scale, state)
-        kernels.forward(q, k, v, runs, scale, state)
-        out, sums = (
-            state.out_BLHD.to(q.dtype),
-            [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)],
-        )
-        return lambda: kernels.backward(dout, q, k, v, out, state.lse_BHL, runs, scale, *sums)
+            return lambda: kernels.forward(q, k, v, key_ranges, scale, state)
+        kernels.forward(q, k, v, key_ranges, scale, state)
+        out = state.out_BLHD.to(q.dtype)
+        lse = state.lse_BHL
+        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+        return lambda: kernels.backward(dout, q, k, v, out, lse, key_ranges, scale, *gradients)
 
 
-def _timed(act: Callable[[], None]) -> float:
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    act()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended)
+def _milliseconds(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Streams and events that keep account of what is ordered on a device, and find what races.
+"""Recording streams and events that find races: unordered accesses to the same memory.
 
-What is queued on a stream is computed at once; of each operation it is noted what it reads and writes, and what is
-known then: how many operations of every stream must be done before it. An event carries that knowledge from one stream
-to another, and nothing else does (vector clocks, Fidge 1988 and Mattern 1989). Two operations of which neither knows
-the other race where they touch the same memory and one of them writes.
+Work queued on a stream is computed at once. For each operation it is recorded which tensors it
+reads and writes, and how many operations of every stream are known to be complete before it. Only
+an event carries that knowledge from one stream to another (vector clocks, Fidge 1988 and Mattern
+1989). Two operations race if neither is known to be complete before the other, they touch the same
+memory and at least one of them writes.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Race(Exception):
-    """Two operations on the same memory, in no order."""
+    """Two operations access the same memory in no defined order."""
 
 
 class Operation(NamedTuple):
@@ -29,92 +30,114 @@ class Operation(NamedTuple):
 
 class Event(NamedTuple):
     origin: "Stream"
-    known: dict["Stream", int]
+    completed: dict["Stream", int]
 
 
 @dataclass(eq=False)
 class Stream:
-    """As torch.cuda.Stream. known: how many operations of each stream are done before what is queued here next."""
+    """A stand-in for torch.cuda.Stream.
+
+    Attributes:
+        skips_wait: Predicate of the waiting stream and an event's origin; such waits are left out.
+        completed: By stream, the number of operations that are complete before the next one here.
+    """
 
     ring_rank: int
     kind: str
-    forgets: Callable[["Stream", "Stream"], bool]
-    known: dict["Stream", int] = field(default_factory=lambda: defaultdict(int))
+    skips_wait: Callable[["Stream", "Stream"], bool]
+    completed: dict["Stream", int] = field(default_factory=lambda: defaultdict(int))
 
     def record_event(self) -> Event:
-        return Event(self, dict(self.known))
+        return Event(self, dict(self.completed))
 
     def wait_event(self, event: Event) -> None:
-        if not self.forgets(self, event.origin):
-            for stream, number in event.known.items():
-                self.known[stream] = max(self.known[stream], number)
+        if self.skips_wait(self, event.origin):
+            return
+        for stream, number in event.completed.items():
+            self.completed[stream] = max(self.completed[stream], number)
 
-    def knows(self, operation: Operation) -> bool:
-        return self.known[operation.stream] >= operation.number
+    def is_after(self, operation: Operation) -> bool:
+        """Return whether ``operation`` is complete before the next operation on this stream."""
+        return self.completed[operation.stream] >= operation.number
 
 
 @dataclass
-class Memory:
-    """Of one storage: who wrote last, and who has read since. kept: holds it, so that no other takes its place."""
+class Accesses:
+    """The last write to a storage and the reads since.
 
-    kept: torch.UntypedStorage
+    Attributes:
+        storage: Kept alive, so that no other storage gets its address.
+    """
+
+    storage: torch.UntypedStorage
     written: Operation | None = None
     read: list[Operation] = field(default_factory=list)
 
 
 class Device:
-    """What is noted of all streams. copies: of each in order, the stream and what it knew."""
+    """Records the operations of all streams.
+
+    Attributes:
+        copies: An event for each message copied, in order.
+    """
 
     def __init__(self):
         self.copies: list[Event] = []
-        self._memory: dict[int, Memory] = {}
+        self._accesses: dict[int, Accesses] = {}
         self._lock = threading.Lock()
-        self._here = threading.local()
+        self._local = threading.local()
 
     @property
     def current(self) -> Stream:
-        """The stream that this thread queues on."""
-        return self._here.stream
+        """The stream on which this thread queues its work."""
+        return self._local.stream
 
     @contextlib.contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        outer = getattr(self._here, "stream", None)
-        self._here.stream = stream
-        with contextlib.nullcontext() if outer else _Noting(self):
+        outer = getattr(self._local, "stream", None)
+        self._local.stream = stream
+        with contextlib.nullcontext() if outer else _Recording(self):
             yield
-        self._here.stream = outer
+        self._local.stream = outer
 
-    def note(self, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
-        """An operation on this thread's stream."""
+    def record(self, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
+        """Record an operation on this thread's stream; raise Race if it races."""
         with self._lock:
             stream = self.current
-            operation = Operation(stream, stream.known[stream] + 1)
+            operation = Operation(stream, stream.completed[stream] + 1)
             for tensor in reads:
-                self._reads(operation, tensor)
+                self._record_read(operation, tensor)
             for tensor in writes:
-                self._writes(operation, tensor)
-            stream.known[stream] += 1
+                self._record_write(operation, tensor)
+            stream.completed[stream] += 1
 
-    def _reads(self, operation: Operation, tensor: torch.Tensor) -> None:
-        memory = self._of(tensor)
-        if memory.written and not operation.stream.knows(memory.written):
-            raise Race("read before it is there")
-        memory.read.append(operation)
+    def _record_read(self, operation: Operation, tensor: torch.Tensor) -> None:
+        accesses = self._accesses_of(tensor)
+        if accesses.written and not operation.stream.is_after(accesses.written):
+            raise Race("read before the write is complete")
+        accesses.read.append(operation)
 
-    def _writes(self, operation: Operation, tensor: torch.Tensor) -> None:
-        memory = self._of(tensor)
-        before = [*memory.read, *([memory.written] if memory.written else [])]
-        if not all(other == operation or operation.stream.knows(other) for other in before):
-            raise Race("overwritten while others are at it")
-        memory.written, memory.read = operation, []
+    def _record_write(self, operation: Operation, tensor: torch.Tensor) -> None:
+        accesses = self._accesses_of(tensor)
+        earlier = list(accesses.read)
+        if accesses.written:
+            earlier.append(accesses.written)
+        for other in earlier:
+            if other != operation and not operation.stream.is_after(other):
+                raise Race("overwritten while still in use")
+        accesses.written = operation
+        accesses.read = []
 
-    def _of(self, tensor: torch.Tensor) -> Memory:
+    def _accesses_of(self, tensor: torch.Tensor) -> Accesses:
         storage = tensor.untyped_storage()
-        return self._memory.setdefault(storage._cdata, Memory(storage))
+        return self._accesses.setdefault(storage._cdata, Accesses(storage))
 
 
-class _Noting(TorchDispatchMode):
-    """Notes every operation of a thread. Runs of a mask, int64, are the host's, and all ranks may have the same."""
+class _Recording(TorchDispatchMode):
+    """Records every operation of a thread.
+
+    Key ranges of a mask, int64, are left out: they are on the host, and all ranks may share them.
+    """
 
     def __init__(self, device: Device):
         super().__init__()
@@ -123,14 +146,16 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = _tensors((args, kwargs))
-        there = {tensor.untyped_storage()._cdata for tensor in given}
-        made = [
-            tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in there
+        inputs = _tensors((args, kwargs))
+        input_storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        new = [
+            tensor
+            for tensor in _tensors(result)
+            if tensor.untyped_storage()._cdata not in input_storages
         ]
         if func is torch.ops.aten.copy_.default and self.device.current.kind == "messages":
             self.device.copies.append(self.device.current.record_event())
-        self.device.note(given, [*made, *_written(func, args, kwargs)])
+        self.device.record(inputs, [*new, *_mutated(func, args, kwargs)])
         return result
 
 
@@ -142,12 +167,13 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     ]
 
 
-def _written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Of what is given that which the operator's schema says it writes to."""
-    named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-    into = [
+def _mutated(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Return the arguments that the operator mutates according to its schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    values = dict(zip(names, args)) | kwargs
+    mutated = [
         argument.name
         for argument in func._schema.arguments
         if argument.alias_info and argument.alias_info.is_write
     ]
-    return _tensors([named.get(name) for name in into])
+    return _tensors([values.get(name) for name in mutated])

@@ -1,4 +1,7 @@
+"""The overlap benchmark on two ranks over an unlimited link: its rows and what it derives."""
+
 import json
+import re
 import subprocess
 import sys
 
@@ -7,25 +10,29 @@ import pytest
 from tests.benchmarks import commands
 from tests.programs import free_port
 
+HEADS = 2
+KV_HEADS = 1
+HEAD_DIM = 8
 SMALL = [
     "--ratios",
     "--tokens",
     "64",
     "128",
     "--heads",
-    "2",
+    str(HEADS),
     "--kv-heads",
-    "1",
+    str(KV_HEADS),
     "--head-dim",
-    "8",
+    str(HEAD_DIM),
     "--rounds",
     "1",
 ]
+FLOAT32_BYTES = 4
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> tuple[list[dict], list[str]]:
-    """The rows that two ranks write, and the lines that they print."""
+def run(tmp_path_factory) -> tuple[list[dict], list[str]]:
+    """The rows that two ranks write and the lines that they print."""
     file = tmp_path_factory.mktemp("overlap") / "overlap.json"
     launcher = [
         sys.executable,
@@ -43,50 +50,58 @@ def told(tmp_path_factory) -> tuple[list[dict], list[str]]:
     return json.loads(file.read_text())["rows"], done.stdout.splitlines()
 
 
-def test_a_row_for_each_length_over_a_link_that_is_left_as_it_is(told):
-    rows, lines = told
+def test_without_ratios_there_is_one_row_per_length_on_the_unlimited_link(run):
+    rows, lines = run
     assert [(row["tokens"], row["mbit"]) for row in rows] == [(64, None), (128, None)]
     assert [line.split()[:2] for line in lines[-2:]] == [["64", "none"], ["128", "none"]]
 
 
-def test_what_is_exposed_is_what_the_messages_add(told):
-    for row in told[0]:
-        compute, communication, together = row["compute"], row["communication"], row["together"]
+def test_exposed_time_is_what_messages_add_to_computation(run):
+    rows, _ = run
+    for row in rows:
+        compute = row["compute"]
+        communication = row["communication"]
+        together = row["together"]
         assert row["exposed"] == pytest.approx(1 - compute / together)
         assert row["over_max"] == pytest.approx(together / max(compute, communication))
         assert 0 < row["waited"] < 1
 
 
-def test_bytes_are_those_that_the_ring_sends(told):
-    """Of two ranks: K and V once forward and once backward, and their gradients home, in float32."""
-    for row in told[0]:
-        assert row["bytes_per_second"] * row["communication"] == pytest.approx(
-            3 * 2 * row["tokens"] * 8 * 4
-        )
+def test_bytes_are_those_that_the_ring_sends(run):
+    """Two ranks send K and V once forward, once backward, and their gradients back, in float32."""
+    rows, _ = run
+    for row in rows:
+        k_and_v = 2 * row["tokens"] * KV_HEADS * HEAD_DIM * FLOAT32_BYTES
+        assert row["bytes_per_second"] * row["communication"] == pytest.approx(3 * k_and_v)
 
 
-def test_a_ring_hides_its_messages_from_the_longer_of_two_lengths_on(told):
-    for row in told[0]:
-        keys = 2 * 8 * 4  # bytes of a token's K and V; backward as much again for their gradients
-        seconds = [sent * row["tokens"] / row["bytes_per_second"] for sent in (keys, 2 * keys)]
-        flops = [products * 2 * 2 * 8 * row["tokens"] ** 2 / 2 for products in (2, 5)]
-        hops = [work / rate for work, rate in zip(flops, row["flops_per_second"])]
-        assert row["needs"] == pytest.approx(
-            [row["tokens"] * link / hop for link, hop in zip(seconds, hops)]
-        )
-        assert row["can_hide"] == (max(row["needs"]) <= row["tokens"])
+def test_messages_can_be_hidden_from_the_larger_of_two_token_counts_on(run):
+    rows, _ = run
+    kv_bytes = 2 * KV_HEADS * HEAD_DIM * FLOAT32_BYTES  # per token; with their gradients: twice
+    for row in rows:
+        tokens = row["tokens"]
+        needs = []
+        for products, nbytes, rate in zip(
+            (2, 5), (kv_bytes, 2 * kv_bytes), row["flops_per_second"]
+        ):
+            send_seconds = nbytes * tokens / row["bytes_per_second"]
+            hop_operations = products * 2 * HEADS * HEAD_DIM * tokens**2 / 2
+            hop_seconds = hop_operations / rate
+            needs.append(tokens * send_seconds / hop_seconds)
+        assert row["needs"] == pytest.approx(needs)
+        assert row["can_hide"] == (max(row["needs"]) <= tokens)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("flags", "message"),
     [
-        (["--rounds", "0"], "rounds 0 must be at least 1. Set --rounds."),
-        (["--tokens", "0"], "tokens 0 must be at least 1. Set --tokens."),
-        (["--ratios", "-1"], "ratio -1.0 must be above 0. Set --ratios."),
+        (["--rounds", "0"], "rounds 0 .*at least 1.*--rounds"),
+        (["--tokens", "0"], "tokens 0 .*at least 1.*--tokens"),
+        (["--ratios", "-1"], r"ratio -1\.0 .*above 0.*--ratios"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(asked, said):
-    refused = commands.run("bench_overlap", *asked)
+def test_invalid_options_and_a_single_rank_are_rejected(flags, message):
+    refused = commands.run("bench_overlap", *flags)
     assert refused.returncode == 2
-    assert said in refused.stderr
-    assert "a ring of one rank sends nothing" in refused.stderr
+    assert re.search(message, refused.stderr)
+    assert re.search("ring of 1 rank .*at least 2 ranks", refused.stderr)

@@ -1,27 +1,35 @@
-"""Traces made by hand, whose overlap is known."""
+"""Handmade traces with known overlap."""
 
 import pytest
 
 from benchmarks.device_trace import Overlap, Span, merged, overlaps
 
-# Two ranks: the streams of their hops and of their messages, and the sizes by which these answer.
-STREAMS, ROLL_CALL = [(7, 20), (13, 24)], [(1, 2), (3, 4)]
+# Two ranks: the streams of their hops and messages, and the sizes of the copies that mark these.
+STREAMS = [(7, 20), (13, 24)]
+MARKERS = [(1, 2), (3, 4)]
+COPY = "Memcpy DtoD (Device -> Device)"
+FROM_HOST = "Memcpy HtoD (Pinned -> Device)"
 
 
 def kernel(rank: int, begin: float, end: float) -> dict:
-    return on_device("kernel", "forward_hop", STREAMS[rank][0], begin, end)
+    hops, _ = STREAMS[rank]
+    return on_device("kernel", "forward_hop", hops, begin, end)
 
 
-def message(
-    rank: int, begin: float, end: float, name: str = "Memcpy DtoD (Device -> Device)"
-) -> dict:
-    return on_device("gpu_memcpy", name, STREAMS[rank][1], begin, end, bytes=1 << 20)
+def message(rank: int, begin: float, end: float) -> dict:
+    _, messages = STREAMS[rank]
+    return on_device("gpu_memcpy", COPY, messages, begin, end, bytes=1 << 20)
 
 
-def on_device(cat: str, name: str, stream: int, begin: float, end: float, **args) -> dict:
+def marker(size: int, begin: float) -> dict:
+    streams = [stream for pair in STREAMS for stream in pair]
+    return on_device("gpu_memcpy", COPY, streams[size - 1], begin, begin + 1, bytes=size)
+
+
+def on_device(category: str, name: str, stream: int, begin: float, end: float, **args) -> dict:
     return {
         "ph": "X",
-        "cat": cat,
+        "cat": category,
         "name": name,
         "ts": begin,
         "dur": end - begin,
@@ -29,15 +37,8 @@ def on_device(cat: str, name: str, stream: int, begin: float, end: float, **args
     }
 
 
-def answer(size: int, begin: float) -> dict:
-    stream = [stream for pair in STREAMS for stream in pair][size - 1]
-    return on_device(
-        "gpu_memcpy", "Memcpy DtoD (Device -> Device)", stream, begin, begin + 1, bytes=size
-    )
-
-
-def found(*events: dict) -> list[Overlap]:
-    """Between what else a trace has: what runs on the host, and the roll call at the end."""
+def overlaps_of(*events: dict) -> list[Overlap]:
+    """Return the overlaps of a trace that also has a host event and the markers at its end."""
     host = {
         "ph": "X",
         "cat": "cuda_runtime",
@@ -46,75 +47,65 @@ def found(*events: dict) -> list[Overlap]:
         "dur": 1000,
         "args": {},
     }
-    return overlaps(
-        [host, *events, *(answer(size, 900 + size) for size in (1, 2, 3, 4))], ROLL_CALL
-    )
+    markers = [marker(size, 900 + size) for size in (1, 2, 3, 4)]
+    return overlaps([host, *events, *markers], MARKERS)
 
 
 NOTHING = Overlap(0, 0, 0, 0, 0)
 
 
-def test_none():
-    assert found(kernel(0, 0, 10), message(0, 10, 15)) == [Overlap(1, 5, 0, 0, 10), NOTHING]
+def test_a_message_after_the_kernel_is_not_hidden():
+    assert overlaps_of(kernel(0, 0, 10), message(0, 10, 15)) == [Overlap(1, 5, 0, 0, 10), NOTHING]
 
 
-def test_full():
-    assert found(kernel(0, 0, 10), message(0, 2, 7)) == [Overlap(1, 5, 5, 5, 10), NOTHING]
+def test_a_message_within_the_kernel_is_hidden():
+    assert overlaps_of(kernel(0, 0, 10), message(0, 2, 7)) == [Overlap(1, 5, 5, 5, 10), NOTHING]
 
 
 @pytest.mark.parametrize(
     ("begin", "end", "under"), [(-3, 4, 4), (8, 20, 2), (-5, 15, 10), (9.5, 10.5, 0.5)]
 )
-def test_partial(begin, end, under):
-    assert found(kernel(0, 0, 10), message(0, begin, end)) == [
-        Overlap(1, end - begin, under, under, 10),
-        NOTHING,
-    ]
+def test_a_message_that_is_partly_within_the_kernel_is_partly_hidden(begin, end, under):
+    expected = Overlap(1, end - begin, under, under, 10)
+    assert overlaps_of(kernel(0, 0, 10), message(0, begin, end)) == [expected, NOTHING]
 
 
-def test_under_several_kernels_and_the_gaps_between_them():
-    events = kernel(0, 0, 4), kernel(0, 4, 6), kernel(0, 8, 9)
-    assert found(*events, message(0, 3, 10)) == [Overlap(1, 7, 4, 4, 7), NOTHING]
+def test_gaps_between_kernels_hide_nothing():
+    kernels = [kernel(0, 0, 4), kernel(0, 4, 6), kernel(0, 8, 9)]
+    assert overlaps_of(*kernels, message(0, 3, 10)) == [Overlap(1, 7, 4, 4, 7), NOTHING]
 
 
-def test_several_messages_are_added_up_and_kernels_side_by_side_count_once():
-    events = kernel(0, 0, 10), kernel(0, 5, 12)
-    assert found(*events, message(0, 6, 8), message(0, 11, 14)) == [
-        Overlap(2, 5, 3, 3, 12),
-        NOTHING,
-    ]
+def test_messages_add_up_and_concurrent_kernels_count_once():
+    events = [kernel(0, 0, 10), kernel(0, 5, 12), message(0, 6, 8), message(0, 11, 14)]
+    assert overlaps_of(*events) == [Overlap(2, 5, 3, 3, 12), NOTHING]
 
 
-def test_another_rank_s_kernels_are_told_apart():
-    assert found(kernel(1, 0, 10), message(0, 5, 12), kernel(0, 11, 20)) == [
-        Overlap(1, 7, 1, 6, 9),
-        Overlap(0, 0, 0, 0, 10),
-    ]
+def test_kernels_of_other_ranks_are_counted_apart():
+    events = [kernel(1, 0, 10), message(0, 5, 12), kernel(0, 11, 20)]
+    assert overlaps_of(*events) == [Overlap(1, 7, 1, 6, 9), Overlap(0, 0, 0, 0, 10)]
 
 
-def test_a_message_that_a_kernel_copies_is_a_message_and_a_copy_among_the_hops_is_no_kernel():
-    copied = on_device("kernel", "direct_copy_kernel", STREAMS[0][1], 2, 6)
-    bounds = on_device(
-        "gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", STREAMS[0][0], 2, 6, bytes=4096
-    )
-    assert found(copied, bounds) == [Overlap(1, 4, 0, 0, 0), NOTHING]
+def test_the_stream_decides_what_is_a_message_and_what_a_kernel():
+    """A kernel on the message stream is a message; a copy on the hop stream is not a kernel."""
+    hops, messages = STREAMS[0]
+    copy_kernel = on_device("kernel", "direct_copy_kernel", messages, 2, 6)
+    key_ranges = on_device("gpu_memcpy", FROM_HOST, hops, 2, 6, bytes=4096)
+    assert overlaps_of(copy_kernel, key_ranges) == [Overlap(1, 4, 0, 0, 0), NOTHING]
 
 
-def test_the_roll_is_called_last_and_other_streams_do_not_count():
-    """A copy as small among the hops is not an answer, and neither is one from the host."""
-    small = on_device("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 99, 1, 2, bytes=1)
-    from_host = on_device("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 99, 950, 951, bytes=1)
+def test_only_the_last_copy_within_the_device_is_a_marker_and_other_streams_do_not_count():
+    small = on_device("gpu_memcpy", COPY, 99, 1, 2, bytes=1)
+    from_host = on_device("gpu_memcpy", FROM_HOST, 99, 950, 951, bytes=1)
     elsewhere = on_device("kernel", "elsewhere", 99, 0, 50)
-    assert found(small, from_host, elsewhere, message(0, 2, 7)) == [Overlap(1, 5, 0, 0, 0), NOTHING]
+    expected = [Overlap(1, 5, 0, 0, 0), NOTHING]
+    assert overlaps_of(small, from_host, elsewhere, message(0, 2, 7)) == expected
 
 
-def test_a_stream_that_does_not_answer_is_missed():
+def test_a_missing_marker_is_an_error():
     with pytest.raises(ValueError, match="no copy of 2 bytes in the trace"):
-        overlaps([answer(1, 0)], [(1, 2)])
+        overlaps([marker(1, 0)], [(1, 2)])
 
 
-def test_merged_spans_do_not_touch():
-    assert merged([Span(5, 6), Span(0, 2), Span(1, 3), Span(3, 4), Span(0.5, 1)]) == [
-        Span(0, 4),
-        Span(5, 6),
-    ]
+def test_merged_spans_are_disjoint_and_ordered():
+    spans = [Span(5, 6), Span(0, 2), Span(1, 3), Span(3, 4), Span(0.5, 1)]
+    assert merged(spans) == [Span(0, 4), Span(5, 6)]

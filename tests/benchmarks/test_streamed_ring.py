@@ -1,4 +1,4 @@
-"""The ring of streams on one device: its events order what ranks do to each other's memory, and nothing too much."""
+"""The ring on streams of one device: events order all accesses to shared memory, and no more."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,12 +16,14 @@ from megatron_ring.context_parallel.ring import Transfer
 from megatron_ring.kernels.attention import HopKernel, reference
 from tests.benchmarks.happens_before import Device, Race, Stream
 
-TOKENS, HEADS, SIZE = 8, 2, 4
+TOKENS = 8
+HEADS = 2
+HEAD_DIM = 4
 
 
 @dataclass
-class Reusing:
-    """An exchange whose rank makes use of all it is promised: it writes to what it sent once that is over."""
+class ReusingExchange:
+    """An exchange whose rank overwrites what it sent as soon as a transfer allows it."""
 
     exchange: StreamExchange
     device: Device
@@ -38,38 +40,43 @@ class ReusingTransfer:
 
     def wait(self) -> torch.Tensor:
         received = self.transfer.wait()
-        self.device.note(reads=[], writes=[self.sent])
+        self.device.record(reads=[], writes=[self.sent])
         return received
 
 
 def run(
     ranks: int,
-    groups: int,
+    kv_heads: int,
     device: Device | None = None,
     loop: ModuleType = ring_loop,
     kernel: HopKernel = reference,
-    forgets: Callable[[Stream, Stream], bool] = lambda waiting, origin: False,
+    skips_wait: Callable[[Stream, Stream], bool] = lambda waiting, origin: False,
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Forward and backward of every rank, on streams of ``device``, or on none; what each rank found."""
+    """Run forward and backward on every rank, on streams of ``device`` or without streams.
+
+    Returns out, lse and the gradients of each rank.
+    """
 
     def streams(rank: int) -> Streams:
         if device is None:
             return Streams.of_device("cpu")
-        return Streams(*(Stream(rank, kind, forgets) for kind in ("hops", "messages")), device.on)
+        hops = Stream(rank, "hops", skips_wait)
+        messages = Stream(rank, "messages", skips_wait)
+        return Streams(hops, messages, device.on)
 
     def body(rank: int, exchange: StreamExchange) -> tuple:
-        exchange = Reusing(exchange, device) if device else exchange
+        exchange = ReusingExchange(exchange, device) if device else exchange
         ring = ring_loop.Ring(Layout("striped", ranks * TOKENS, ranks), rank, kernel, 0.5, exchange)
         out, lse = loop.forward(q[rank], kv[rank], ring)
         return out, lse, *loop.backward(q[rank], None, q[rank], kv[rank], out, lse, ring)
 
     generator = torch.Generator().manual_seed(0)
-    q = [torch.randn(1, TOKENS, HEADS, SIZE, generator=generator) for _ in range(ranks)]
-    kv = [torch.randn(2, 1, TOKENS, groups, SIZE, generator=generator) for _ in range(ranks)]
+    q = [torch.randn(1, TOKENS, HEADS, HEAD_DIM, generator=generator) for _ in range(ranks)]
+    kv = [torch.randn(2, 1, TOKENS, kv_heads, HEAD_DIM, generator=generator) for _ in range(ranks)]
     return on_every_rank([streams(rank) for rank in range(ranks)], body)
 
 
-each_way = pytest.mark.parametrize("groups", [2, 1], ids=["queries travel", "keys travel"])
+each_direction = pytest.mark.parametrize("kv_heads", [2, 1], ids=["queries travel", "keys travel"])
 each_size = pytest.mark.parametrize("ranks", [2, 3, 4])
 each_loop = pytest.mark.parametrize(
     ("loop", "ranks"),
@@ -78,79 +85,77 @@ each_loop = pytest.mark.parametrize(
 )
 
 
-@each_way
+@each_direction
 @each_loop
-def test_nothing_races_and_nothing_changes(loop, ranks, groups):
-    of_streams, without = run(ranks, groups, Device(), loop), run(ranks, groups, loop=loop)
-    assert all(torch.equal(x, y) for pair in zip(of_streams, without) for x, y in zip(*pair))
+def test_nothing_races_and_results_equal_those_without_streams(loop, ranks, kv_heads):
+    with_streams = run(ranks, kv_heads, Device(), loop)
+    without = run(ranks, kv_heads, loop=loop)
+    for actual, expected in zip(with_streams, without):
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 
-# A wait that is left out: who waits, for what, and whether both are of the same rank.
+# The waits to leave out: the waiting stream, the event's origin, and whether both have one rank.
 WAITS = {
-    "for what is sent": ("messages", "hops", False),
-    "for room to receive": ("messages", "hops", True),
-    "for what is received": ("hops", "messages", True),
-    "for what was sent to be read": ("hops", "messages", False),
+    "for the message to be ready": ("messages", "hops", False),
+    "for the receive buffer": ("messages", "hops", True),
+    "for the message to arrive": ("hops", "messages", True),
+    "for the sent message to be read": ("hops", "messages", False),
 }
 
 
-@each_way
+@each_direction
 @each_loop
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_a_wait_that_is_left_out_is_a_race(wait, loop, ranks, groups):
-    def forgets(waiting: Stream, origin: Stream) -> bool:
+def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, kv_heads):
+    def skips_wait(waiting: Stream, origin: Stream) -> bool:
         return (waiting.kind, origin.kind, waiting.ring_rank == origin.ring_rank) == wait
 
     with pytest.raises(Race):
-        run(ranks, groups, Device(), loop, forgets=forgets)
+        run(ranks, kv_heads, Device(), loop, skips_wait=skips_wait)
 
 
-def test_a_kernel_that_writes_to_keys_under_way_races():
-    class Scribbling:
+def test_a_kernel_that_writes_to_keys_in_transit_is_a_race():
+    class WritesToKeys:
         @staticmethod
         def forward(q_BLHD, k_BLGD, *rest):
             k_BLGD.mul_(1.0)
 
     with pytest.raises(Race):
-        run(2, 1, Device(), kernel=Scribbling)
+        run(2, 1, Device(), kernel=WritesToKeys)
 
 
 @each_size
-def test_a_message_does_not_wait_for_the_hop_that_it_travels_under(ranks):
-    """Nor for any later one; of all that its sender queues, only for what that queued before it posted."""
-    device, hops = Device(), defaultdict(list)
+def test_a_message_does_not_wait_for_the_hop_that_hides_it(ranks):
+    """A message waits only for what its sender had queued before it posted the message."""
+    device = Device()
+    queued_before_hop = defaultdict(list)
 
-    class Noted:
-        """The reference, and how many operations its rank had queued when each hop of forward began."""
+    class CountingKernel:
+        """The reference; counts the operations that its rank had queued before each forward hop."""
 
         backward = staticmethod(reference.backward)
 
         @staticmethod
         def forward(*arguments):
-            hops[device.current.ring_rank].append(device.current.known[device.current])
+            stream = device.current
+            queued_before_hop[stream.ring_rank].append(stream.completed[stream])
             reference.forward(*arguments)
 
-    run(ranks, 1, device, kernel=Noted)
+    run(ranks, 1, device, kernel=CountingKernel)
     for receiver in range(ranks):
-        copies = [known for stream, known in device.copies if stream.ring_rank == receiver][
-            : ranks - 1
-        ]
         sender = (receiver - 1) % ranks
-        queued = [
-            number
-            for known in copies
-            for stream, number in known.items()
-            if is_hops_of(stream, sender)
-        ]
-        assert len(queued) == ranks - 1
-        assert all(before <= hop for before, hop in zip(queued, hops[sender]))
+        received = [copy for copy in device.copies if copy.origin.ring_rank == receiver]
+        waited_for = []
+        for copy in received[: ranks - 1]:
+            for stream, number in copy.completed.items():
+                if stream.kind == "hops" and stream.ring_rank == sender:
+                    waited_for.append(number)
+        assert len(waited_for) == ranks - 1
+        for number, at_hop in zip(waited_for, queued_before_hop[sender]):
+            assert number <= at_hop
 
 
-def is_hops_of(stream: Stream, ring_rank: int) -> bool:
-    return (stream.kind, stream.ring_rank) == ("hops", ring_rank)
-
-
-def test_a_rank_that_fails_is_heard_of_and_nobody_waits_for_it():
+def test_a_failing_rank_raises_its_error_and_ends_the_others():
     class OutOfMemory:
         @staticmethod
         def forward(q_BLHD, k_BLGD, v_BLGD, runs, *rest):

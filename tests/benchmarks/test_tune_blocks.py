@@ -1,84 +1,79 @@
-"""Which tiles are tried, which are taken, and what is printed, with a stand-in for the GPU's clock."""
+"""Tuning of tile sizes: candidates, choice and output, with a stand-in for the clock."""
 
-from pathlib import Path
+import re
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import tune_blocks
-from benchmarks.tune_blocks import KERNELS, Found, Square, candidates, fastest, line
+from benchmarks.tune_blocks import KERNELS, Fastest, Square, candidates, fastest, line
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks
 from tests.benchmarks import commands
 
-ROOT = Path(__file__).parents[2]
+CURRENT = Blocks(128, 64, 8, 2)
 
 
-def too_big(kernel, head, blocks):
+def does_not_fit(kernel, head_dim, blocks):
     raise OutOfResources(300_000, 232_448, "shared memory")
-
-
-NOW = Blocks(128, 64, 8, 2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("now", "others"), [(Blocks(128, 128, 8, 2), 26), (Blocks(32, 16, 4, 1), 27)]
+    ("current", "others"), [(Blocks(128, 128, 8, 2), 26), (Blocks(32, 16, 4, 1), 27)]
 )
-def test_the_list_has_what_is_there_and_else_gives_every_warp_rows(kernel, now, others):
-    first, *tried = candidates(kernel, now)
-    assert first == now
-    assert len(tried) == len({*tried} - {now}) == others
-    assert all(
-        16 * one.warps <= (one.block_k if kernel == "keys" else one.block_q) for one in tried
-    )
+def test_candidates_are_the_current_tiles_and_those_that_give_every_warp_rows(
+    kernel, current, others
+):
+    first, *rest = candidates(kernel, current)
+    assert first == current
+    assert len(rest) == len({*rest} - {current}) == others
+    for blocks in rest:
+        rows = blocks.block_k if kernel == "keys" else blocks.block_q
+        assert 16 * blocks.warps <= rows
 
 
-def test_the_fastest_that_fits_is_taken():
-    def timed(kernel, head, blocks):
+def test_the_fastest_candidate_that_fits_is_chosen():
+    def timer(kernel, head_dim, blocks):
         if blocks.stages == 3:
-            too_big(kernel, head, blocks)
+            does_not_fit(kernel, head_dim, blocks)
         return 1.0 if blocks == Blocks(64, 128, 4, 2) else 2.0
 
-    assert fastest("queries", 128, NOW, timed) == Found(
-        Blocks(64, 128, 4, 2), 1.0, tried=27, left_out=9
-    )
+    expected = Fastest(Blocks(64, 128, 4, 2), 1.0, tried=27, too_big=9)
+    assert fastest("queries", 128, CURRENT, timer) == expected
 
 
-def test_a_gpu_that_none_fits_is_named():
-    with pytest.raises(
-        KernelUnavailable,
-        match="none of the 28 candidates of 'keys' fits this GPU at head size 256",
-    ):
-        fastest("keys", 256, Blocks(64, 32, 8, 1), too_big)
+def test_no_fitting_candidate_is_an_error_with_kernel_and_head_dim():
+    with pytest.raises(KernelUnavailable, match="28 candidates .*'keys' .*256.*--head-dims"):
+        fastest("keys", 256, Blocks(64, 32, 8, 1), does_not_fit)
 
 
-def test_a_line_is_the_tables():
-    printed = line("keys", {64: Found(Blocks(64, 128, 8, 2), 1.25, 27, 3)})
+def test_the_printed_line_is_a_line_of_the_table():
+    printed = line("keys", {64: Fastest(Blocks(64, 128, 8, 2), 1.25, 27, 3)})
     assert eval(f"{{{printed.split('#')[0]}}}") == {"keys": {64: Blocks(64, 128, 8, 2)}}
-    assert "1.25 ms, 3 of 27 too big" in printed
+    assert re.search(r"# 1\.25 ms, 3 of 27 too big", printed)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_candidate_runs_in_the_tables_place_and_leaves_it_as_it_was(kernel, monkeypatch):
+def test_a_candidate_replaces_the_tables_tiles_only_while_it_is_timed(kernel, monkeypatch):
     before = {name: dict(sizes) for name, sizes in TABLE["ampere"].items()}
-    seen = []
+    tables = []
 
-    def timed(act):
-        act()
-        seen.append(TABLE["ampere"][kernel])
+    def record_table(run):
+        run()
+        tables.append(TABLE["ampere"][kernel])
         return 3.0
 
-    monkeypatch.setattr(tune_blocks, "_timed", timed)
+    monkeypatch.setattr(tune_blocks, "_milliseconds", record_table)
     square = Square(tokens=32, heads=2, kv_heads=1, generation="ampere", device="cpu")
     assert square.milliseconds(kernel, 64, Blocks(16, 16, 4, 1)) == 3.0
-    assert seen == [{64: Blocks(16, 16, 4, 1)}] * 5
+    assert tables == [{64: Blocks(16, 16, 4, 1)}] * 5
     assert TABLE["ampere"] == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_it_refuses_where_there_is_no_gpu():
+def test_without_a_gpu_it_exits_with_the_code_of_an_unavailable_kernel():
     run = commands.run("tune_blocks")
     assert run.returncode == KernelUnavailable.exit_code
     assert "torch finds none" in run.stderr

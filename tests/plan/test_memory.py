@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure_memory import LiveBytes
+from benchmarks.live_memory import LiveBytes
 from megatron_ring.config import Config, DataConfig, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout

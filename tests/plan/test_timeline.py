@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.packs import random_starts
+from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
