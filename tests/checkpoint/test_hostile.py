@@ -51,7 +51,7 @@ def refusal(call: Callable[[], object]) -> str:
         ("model: !!python/object/apply:os.getcwd []", "not YAML"),
         ("- 5", "keys and values"),
         ("x" * (1 << 20), str(1 << 20)),
-        ("\n".join(f"key{n}: 1" for n in range(1000)), "and 901 problems more"),
+        ("\n".join(f"key{n}: 1" for n in range(1000)), "and 901 more problems"),
     ],
     ids=["date", "deep", "huge", "layers", "type", "infinite", "tag", "list", "size", "keys"],
 )

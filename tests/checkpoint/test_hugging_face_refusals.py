@@ -51,7 +51,7 @@ REFUSED = [
     (
         "llama",
         {"num_key_value_heads": 3},
-        "num_query_groups 3 does not divide num_attention_heads 4",
+        "num_query_groups 3 must divide num_attention_heads 4",
     ),
     (
         "llama",
