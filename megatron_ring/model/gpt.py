@@ -25,6 +25,7 @@ from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.kernels.norm import Norm, norm
 from megatron_ring.kernels.rope import Rope, Rotation
 from megatron_ring.model.attention import AttentionFunction, SelfAttention
+from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import DEFAULT_MEMORY, in_chunks, run_block
@@ -145,6 +146,9 @@ class GPT(Layers):
     sample of this process's tokens, in any order; they may be (B, l) where samples number their
     tokens differently, for example document by document. ``document_starts`` is passed to the
     attention function, whose protocol defines it; None: a sample is one document.
+
+    With ``seed`` the constructor also initializes every parameter. A training run builds the model
+    with ``initialization.build`` instead, which allocates only what a rank keeps.
     """
 
     def __init__(
@@ -156,11 +160,14 @@ class GPT(Layers):
         tensor: TensorParallel = ALONE,
         operations: Operations = TORCH,
         memory: MemoryConfig = DEFAULT_MEMORY,
+        seed: int | None = None,
     ):
         super().__init__(config, seq_length, attention, tensor, operations, memory)
         shared = (config, vocab_size, tensor, operations, memory)
         self.embedding = Vocabulary(*shared)
         self.output = Vocabulary(*shared) if config.untie_embeddings_and_output_weights else None
+        if seed is not None:
+            initialize(self, config, seed)
 
     def forward(
         self,

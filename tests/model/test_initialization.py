@@ -205,3 +205,12 @@ def test_norms_start_as_the_identity_and_biases_and_sinks_at_zero(config, build)
             assert not value.any()
         elif "norm" in name:
             assert (value == 1).all()
+
+
+def test_a_model_that_is_given_a_seed_has_the_weights_of_build():
+    config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, add_qkv_bias=True)
+    direct = GPT(config, VOCABULARY, LENGTH, plain_attention, seed=3).state_dict()
+    built = initialization.build(GPT, config, VOCABULARY, LENGTH, plain_attention, seed=3)
+    expected = built.state_dict()
+    assert direct.keys() == expected.keys()
+    assert [name for name in direct if not torch.equal(direct[name], expected[name])] == []
