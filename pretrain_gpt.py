@@ -12,19 +12,18 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.engine.engine import leave_processes, start_processes
 from megatron_ring.errors import reporting_errors
 from megatron_ring.monitoring.metrics import NullReporter
-from megatron_ring.monitoring.outputs import keep_console_from_ending_the_run
-from megatron_ring.monitoring.ring_profile.watch import RingWatch, progress_tracker
-from megatron_ring.monitoring.watchdog import watched
-from megatron_ring.parallel.collective_errors import abort_collectively
+from megatron_ring.monitoring.outputs import tolerate_console_errors
+from megatron_ring.monitoring.ring_profile.monitor import RingMonitor, build_progress_tracker
+from megatron_ring.monitoring.watchdog import ring_watchdog
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.consensus import Consensus, abort_collectively
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.preflight.self_test import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
-from megatron_ring.training.entry import arguments, report_once
+from megatron_ring.training.entry import parse_arguments, report_once
 from megatron_ring.training.loop import train
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping
@@ -35,7 +34,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     is_rank_zero = environment.global_rank == 0
     if config.dry_run:
         world_size = config.parallel.world_size or environment.world_size
-        print(console.plan(Setup.of(config, world_size)))
+        print(console.plan(RunSettings.resolve(config, world_size)))
         return
     start_processes(environment, device_type())
     consensus = Consensus.build()
@@ -54,25 +53,25 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     if config.self_test == "start" and environment.world_size > 1:
         run_startup_check(setup, groups, consensus)
 
-    progress = progress_tracker(setup)
+    progress = build_progress_tracker(setup)
     reduction = config.parallel.context_parallel_reduction
     attention = ContextParallelAttention(
         setup.layout, setup.kernel.name, groups, progress, reduction
     )
     model = build_model(setup, groups, attention, start.vocab_size)
-    progress.follow(model)
+    progress.track_layers(model)
     engine = start_engine(model, setup, groups)
     if config.logging.profile_ring:
-        engine.wrap_optimizer_step(progress.optimizing)
+        engine.wrap_optimizer_step(progress.in_optimizer_step)
     if start.stored:
         with abort_collectively():
             checkpointing.resume(engine, start.stored, consensus)
 
     report = console.report(start, engine) if is_rank_zero else NullReporter()
     saver = checkpointing.Saver(setup, consensus, start.stored, start.lease)
-    watch = RingWatch(setup, progress)
+    watch = RingMonitor(setup, progress)
     stopping.begin(Consensus.build())
-    with watched(progress, groups, ring_timeout, consensus):
+    with ring_watchdog(progress, groups, ring_timeout, consensus):
         with abort_collectively():
             saved = train(engine, start, saver, report, stopping, progress, watch)
         if is_rank_zero:
@@ -84,12 +83,12 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
 
 
 if __name__ == "__main__":
-    keep_console_from_ending_the_run()
+    tolerate_console_errors()
     with reporting_errors():
         environment = Environment.read()
     stopping = Stopping(
-        is_rank_zero=environment.global_rank == 0, speaks_for_node=environment.local_rank == 0
+        is_rank_zero=environment.global_rank == 0, is_local_rank_zero=environment.local_rank == 0
     )
     with report_once(environment), stopping:
-        main(arguments(environment), environment, stopping)
+        main(parse_arguments(environment), environment, stopping)
     sys.exit(stopping.exit_code)

@@ -46,9 +46,9 @@ from benchmarks.common import DTYPES, device_name, write_json
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.context_parallel.traffic import queries_are_lighter
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.errors import ConfigError, flag, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -57,13 +57,13 @@ from megatron_ring.kernels.attention import (
     stripe_widths,
     to_kernel_layout,
 )
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import RunningSoftmax
-from megatron_ring.kernels.attention.support import Feature
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.registry import Feature
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import free_port, keep_freed_memory
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
+from megatron_ring.plan.ring_timeline import Timeline, bound_over_ring, visible_pairs_per_hop
 
 LAYOUTS = ("ring", "striped", "zigzag")
 # Rows of further runs: the striped ring without the mask, and the ring that sends queries.
@@ -113,7 +113,7 @@ class Case:
 
     @functools.cached_property
     def count(self) -> Timeline:
-        return counted(self.layout, self.mask)
+        return visible_pairs_per_hop(self.layout, self.mask)
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
         exchange,
         case.mask,
         sends_queries=lambda q, kv: False,
-        in_halves=exchange.is_slow,
+        splits_own_work=exchange.is_slow,
     )
 
     def run() -> None:
@@ -567,7 +567,7 @@ def _emulated_round(
     ranks = range(ring_size)
     for hop, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
         if case.count.work_RR[hop, rank]:
-            key_ranges = hop_runs(case.layout, rank, (rank - hop) % ring_size, case.mask)
+            key_ranges = hop_key_ranges(case.layout, rank, (rank - hop) % ring_size, case.mask)
             work[name][hop, rank] = time_hop(key_ranges)
     return work
 
@@ -598,7 +598,7 @@ def _hop_timer(options: Options, case: Case) -> Callable[[KeyRanges], float]:
         kernel.forward(*thin, key_ranges, scale, RunningSoftmax.empty(thin[0]))
         return _seconds_in_one_process(functools.partial(run_hop, key_ranges))
 
-    seconds(hop_runs(case.layout, 0, 0, case.mask))
+    seconds(hop_key_ranges(case.layout, 0, 0, case.mask))
     return seconds
 
 

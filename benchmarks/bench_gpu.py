@@ -32,16 +32,16 @@ from benchmarks.common import DTYPES, commit, write_json
 from benchmarks.document_packs import random_starts
 from benchmarks.emulated_ring import attention
 from benchmarks.overlap_criterion import operations
-from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
+from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.measured import MaskKind
-from megatron_ring.kernels.attention.state import RunningSoftmax
-from megatron_ring.kernels.attention.support import Feature
-from megatron_ring.plan.timeline import counted
+from megatron_ring.kernels.attention.registry import Feature
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 STRIPE_SIZES = (1, 128)
 PACK_RANKS = 8
@@ -262,7 +262,7 @@ class Bench:
                 }
                 if self._is_out_of_time(row):
                     continue
-                busiest = int(counted(layout, applied).work_RR.sum(dim=0).argmax())
+                busiest = int(visible_pairs_per_hop(layout, applied).work_RR.sum(dim=0).argmax())
                 times = self._time_rank(kernel, layout, busiest, applied)
                 if applied is CAUSAL:
                     baselines.append(times.seconds)
@@ -387,7 +387,7 @@ class Bench:
         gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
 
         def time_hop(hop: int) -> HopTimes:
-            key_ranges = hop_runs(layout, rank, (rank - hop) % size, mask)
+            key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
             forward = self._median_seconds(
                 lambda: kernel.forward(q, k, v, key_ranges, scale, state)
             )

@@ -29,8 +29,8 @@ import tyro
 from benchmarks.common import table_row, write_json
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.bin_packing import FITS
+from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.loader import Loader
-from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
@@ -162,7 +162,7 @@ def _stream(options: Options, store: TokenStore, packing: str) -> Stream:
 
 
 def _loader(options: Options, stream: Stream, apart: bool) -> Loader:
-    packing = Packing(
+    packing = DocumentBoundaries(
         END_OF_DOCUMENT, reset_attention_mask=apart, reset_position_ids=apart, eod_mask_loss=apart
     )
     return Loader(

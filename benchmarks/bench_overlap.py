@@ -41,10 +41,13 @@ from benchmarks.common import DTYPES, write_json
 from benchmarks.overlap_criterion import CAUSAL, Hop, operations
 from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel import ring as ring_loop
-from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
+from megatron_ring.context_parallel.hop_cost import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    backward_bytes,
+)
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
-from megatron_ring.context_parallel.traffic import backward_bytes
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -56,7 +59,7 @@ from megatron_ring.kernels.attention import (
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.plan.timeline import counted
+from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 
 @dataclass(frozen=True)
@@ -371,7 +374,7 @@ def _operations_per_pair(options: Options) -> list[int]:
 
 def _flops_per_second(options: Options, shard: Shard, seconds: Sequence[float]) -> list[float]:
     """Return the kernel's operations per second, forward and backward."""
-    pairs = counted(shard.layout).critical_path
+    pairs = visible_pairs_per_hop(shard.layout).critical_path
     per_pair = _operations_per_pair(options)
     return [work * pairs / spent for work, spent in zip(per_pair, seconds)]
 

@@ -1,7 +1,7 @@
 """Random document boundaries for benchmarks and pictures, with lengths distributed as in a corpus.
 
 Lengths are lognormal: many documents are short and few are long. No data is read; how real tokens
-are split into documents is in data/packing.py.
+are split into documents is in data/document_boundaries.py.
 """
 
 import math

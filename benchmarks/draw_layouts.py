@@ -18,7 +18,7 @@ from benchmarks.document_packs import starts_of
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors
-from megatron_ring.plan.timeline import counted
+from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 _RANK_COLORS = (
     "#4c72b0",
@@ -51,7 +51,7 @@ def main(
     tokens = sum(documents) or tokens
     layouts = [Layout(name, tokens, ring_size) for name in ("ring", "striped", "zigzag")]
     mask = Mask(document_starts=starts_of(documents, tokens) if documents else ())
-    max_work = max(counted(layout, mask).work_RR.max().item() for layout in layouts)
+    max_work = max(visible_pairs_per_hop(layout, mask).work_RR.max().item() for layout in layouts)
     figure, rows = plt.subplots(
         len(layouts), 2, figsize=(10, 4.2), width_ratios=[2, 1], layout="tight", squeeze=False
     )
@@ -113,7 +113,7 @@ def _draw_documents(axes: Axes, bounds: list[int]) -> None:
 
 def _draw_work(axes: Axes, layout: Layout, mask: Mask, max_work: float) -> None:
     """Draw a bar of visible pairs per rank and hop; the space above a bar is time spent waiting."""
-    timeline = counted(layout, mask)
+    timeline = visible_pairs_per_hop(layout, mask)
     width = 0.9 / layout.ring_size
     for ring_rank in range(layout.ring_size):
         left = [hop + ring_rank * width for hop in range(layout.ring_size)]

@@ -10,10 +10,15 @@ from typing import NamedTuple
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
-from megatron_ring.context_parallel.ring import with_gradient_of_lse
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.ring import fold_in_dlse
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.state import KnownDelta, RunningSoftmax, delta_of, zero_sums
+from megatron_ring.kernels.attention.running_softmax import (
+    KnownDelta,
+    RunningSoftmax,
+    delta_of,
+    zero_accumulators,
+)
 
 
 class Attention(NamedTuple):
@@ -51,7 +56,7 @@ def attention(
     q, k, v = ([x[:, rows].contiguous() for rows in positions] for x in inputs[:3])
     states = [RunningSoftmax.empty(x) for x in q]
     hops = [(rank, (rank - hop) % layout.ring_size) for hop in ranks for rank in ranks]
-    key_ranges = {hop: hop_runs(layout, *hop, mask) for hop in hops}
+    key_ranges = {hop: hop_key_ranges(layout, *hop, mask) for hop in hops}
 
     for rank, source in hops:
         kernel.forward(q[rank], k[source], v[source], key_ranges[rank, source], scale, states[rank])
@@ -70,8 +75,8 @@ def attention(
     own = []
     for rows in positions:
         local_dlse = None if dlse is None else dlse[:, :, rows].contiguous()
-        own.append(with_gradient_of_lse(local_dlse, dout[:, rows].contiguous(), out[:, rows]))
-    dq, dk, dv = ([zero_sums(x) for x in shards] for shards in (q, k, v))
+        own.append(fold_in_dlse(local_dlse, dout[:, rows].contiguous(), out[:, rows]))
+    dq, dk, dv = ([zero_accumulators(x) for x in shards] for shards in (q, k, v))
     for rank, source in hops:
         dout_BLHD, out_or_delta = own[rank]
         if queries_travel and rank != source:

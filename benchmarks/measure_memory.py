@@ -49,7 +49,7 @@ from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.plan.memory_report import memory_of_stages
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 SMALL = Config(
     model=ModelConfig(num_layers=2, hidden_size=128, num_attention_heads=2),
@@ -131,7 +131,7 @@ def _check(options: Options) -> None:
     # Resolving the settings raises ConfigError for an illegal length before any process starts.
     for nproc in options.nproc:
         for length in options.seq_lengths or (options.step * nproc,):
-            Setup.of(_config(options, length), nproc)
+            RunSettings.resolve(_config(options, length), nproc)
 
 
 def _config(options: Options, seq_length: int) -> Config:
@@ -324,7 +324,7 @@ def _search(rank: int, nproc: int, options: Options) -> list[Measured]:
 
 
 def _planned(seq_length: int, nproc: int, options: Options) -> int:
-    setup = Setup.of(_config(options, seq_length), nproc)
+    setup = RunSettings.resolve(_config(options, seq_length), nproc)
     return max(stage.peak for stage in memory_of_stages(setup, options.vocab_size))
 
 
@@ -336,7 +336,7 @@ def _measure(
     Args:
         resident: Also measure resident memory; needs a new process.
     """
-    setup = Setup.of(_config(options, seq_length), nproc)
+    setup = RunSettings.resolve(_config(options, seq_length), nproc)
     resident = resident and setup.device == "cpu"
     local_resident = _resident_peak(setup, rank, options) if resident else 0
     local_live = _live_peak(setup, rank, options)
@@ -347,7 +347,7 @@ def _measure(
     return Measured(nproc, seq_length, max_live, max_resident if resident else None, planned)
 
 
-def _resident_peak(setup: Setup, rank: int, options: Options) -> int:
+def _resident_peak(setup: RunSettings, rank: int, options: Options) -> int:
     before = _resident("VmRSS")
     trainer = _Trainer(setup, rank, options.vocab_size)
     trainer.step(trainer.shortest)
@@ -356,7 +356,7 @@ def _resident_peak(setup: Setup, rank: int, options: Options) -> int:
     return _resident("VmHWM") - before
 
 
-def _live_peak(setup: Setup, rank: int, options: Options) -> int:
+def _live_peak(setup: RunSettings, rank: int, options: Options) -> int:
     with LiveBytes() as live:
         trainer = _Trainer(setup, rank, options.vocab_size)
         trainer.step(trainer.shortest)
@@ -371,7 +371,7 @@ def _live_peak(setup: Setup, rank: int, options: Options) -> int:
 class _Trainer:
     """A training run on this rank whose steps may have any length."""
 
-    def __init__(self, setup: Setup, rank: int, vocab_size: int):
+    def __init__(self, setup: RunSettings, rank: int, vocab_size: int):
         from megatron_ring.training.assembly import build_model, start_engine
 
         groups = ProcessGroups.build(setup.grid, rank)
@@ -399,7 +399,7 @@ class _Trainer:
         self.engine.train_step(batches, 1e-4)
 
 
-def _shortest(setup: Setup) -> Layout:
+def _shortest(setup: RunSettings) -> Layout:
     """Return a layout with few tokens: two stripes, or chunks of two tokens, per rank.
 
     An invariant ring has so many per block. A pipeline gets the whole length, because its stages

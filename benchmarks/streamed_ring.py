@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_ring.parallel.recv_buffers import RecvBufferPool
+from megatron_ring.parallel.message_buffers import RecvBufferPool
 
 Result = TypeVar("Result")
 

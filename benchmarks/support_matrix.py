@@ -8,12 +8,12 @@ from pathlib import Path
 import tyro
 
 from megatron_ring.errors import reporting_errors
-from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT
+from megatron_ring.kernels.attention.registry import COLUMNS, SUPPORT
 from megatron_ring.kernels.selection import Cell, Unsupported
 
 _INTRODUCTION = """# What each attention kernel supports
 
-Written by `benchmarks/support_matrix.py` from `megatron_ring/kernels/attention/support.py`. The
+Written by `benchmarks/support_matrix.py` from `megatron_ring/kernels/attention/registry.py`. The
 program reads this table before a run starts: if the run needs a feature that its kernel does not
 support, it ends with exit code 5 and the message below the table.
 

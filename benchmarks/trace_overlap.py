@@ -43,7 +43,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
-from megatron_ring.kernels.attention.support import Feature
+from megatron_ring.kernels.attention.registry import Feature
 
 T = TypeVar("T")
 MASKS = ("causal", "documents")
@@ -198,7 +198,7 @@ class Case:
             "forward": lambda: self._forward(shards),
             "backward": lambda: self._backward(shards, forwards),
         }
-        self.mask.runs.clear()  # so that every hop has key ranges to copy to the device
+        self.mask.cached_key_ranges.clear()  # so that every hop has key ranges to copy to the device
         waits = [line for run in passes.values() if (line := _first_host_wait(run))]
         rows = []
         for direction, run in passes.items():

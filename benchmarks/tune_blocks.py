@@ -23,10 +23,10 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import triton as kernels
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.kernels.attention.triton.blocks import (
     TABLE,
     Blocks,
@@ -168,7 +168,7 @@ class Square:
             torch.randn(1, self.tokens, heads, head_dim, device=self.device, dtype=torch.bfloat16)
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
-        key_ranges = hop_runs(Layout("none", self.tokens, 1), 0, 0, CAUSAL)
+        key_ranges = hop_key_ranges(Layout("none", self.tokens, 1), 0, 0, CAUSAL)
         scale = head_dim**-0.5
         state = RunningSoftmax.empty(q)
         if kernel == "forward":

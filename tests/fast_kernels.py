@@ -5,6 +5,6 @@ selection of cases. Vendors' kernels have stand-ins in test_flash.py and test_to
 """
 
 from megatron_ring.kernels.attention import KERNELS
-from megatron_ring.kernels.attention.support import COLUMNS
+from megatron_ring.kernels.attention.registry import COLUMNS
 
 FAST_KERNELS = {name: KERNELS[name] for name, device in COLUMNS if device == "cpu"}

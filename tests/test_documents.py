@@ -21,7 +21,7 @@ import tyro
 
 from megatron_ring import errors
 from megatron_ring.config import Config, load_yaml, parse, to_yaml
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.console import plan
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def check_training(arguments: list[str], processes: int | None, folder: Path) ->
             arguments = [*arguments[:at], str(folder / "config.yaml"), *arguments[at + 1 :]]
     config = parse([*arguments, "--dry-run"], console=False)
     world_size = config.parallel.world_size or DEFAULT_PROCESSES
-    assert plan(Setup.of(config, processes or world_size))
+    assert plan(RunSettings.resolve(config, processes or world_size))
 
 
 def check_sbatch(words: list[str], folder: Path) -> None:

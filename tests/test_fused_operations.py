@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.console import plan
 from tests.programs import PROGRAM, working_folder
 from tests.training import tiny
@@ -51,12 +51,12 @@ def test_auto_equals_torch_on_a_cpu_and_both_print_the_choice_once(folder):
 
 
 def test_a_dry_run_prints_the_choice():
-    text = plan(Setup.of(tiny.config(model={"activation": "gelu"}), 2))
+    text = plan(RunSettings.resolve(tiny.config(model={"activation": "gelu"}), 2))
     assert "\noperations       torch for RMSNorm, RoPE, cross entropy, AdamW: liger" in text
 
 
 def test_a_split_vocabulary_is_named_in_the_choice():
-    text = plan(Setup.of(tiny.config(parallel={"tensor_model_parallel_size": 2}), 2))
+    text = plan(RunSettings.resolve(tiny.config(parallel={"tensor_model_parallel_size": 2}), 2))
     assert "cross entropy of a split vocabulary, AdamW: liger" in text
 
 

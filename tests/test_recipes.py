@@ -10,7 +10,7 @@ import pytest
 from megatron_ring.config import load_yaml
 from megatron_ring.plan.memory_report import memory_of_stages
 from megatron_ring.plan.parameters import parameter_count
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.console import plan
 
 ROOT = Path(__file__).parents[1]
@@ -35,9 +35,9 @@ NETWORK = 50e9  # bytes per second of a GPU between nodes, over its own network 
 BACKWARD = 1.2
 
 
-def setup_of(name: str) -> Setup:
+def setup_of(name: str) -> RunSettings:
     config = load_yaml(ROOT / "configs" / f"{name}.yaml")
-    return Setup.of(config, config.parallel.world_size or 2)
+    return RunSettings.resolve(config, config.parallel.world_size or 2)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))

@@ -29,7 +29,7 @@ from megatron_ring.errors import (
     not_positive,
     reporting_errors,
 )
-from megatron_ring.other_names import PREPROCESS
+from megatron_ring.flag_hints import PREPROCESS
 
 # Names in a store's folder that belong to its tokenizer.
 _TOKENIZER_NAMES = ("tokenizer", "tokenizer_config")

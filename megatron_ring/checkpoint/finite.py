@@ -5,17 +5,17 @@ import torch
 from megatron_ring.errors import CheckpointError
 
 
-class NotFinite(CheckpointError):
+class NonFiniteTensor(CheckpointError):
     """Tensors of a checkpoint have values that are nan or infinite."""
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise NotFinite, with ``name`` and a count, if ``values`` has nan or infinity."""
-    if count := count_not_finite(values):
-        raise NotFinite(not_finite(name, count))
+    """Raise NonFiniteTensor, with ``name`` and a count, if ``values`` has nan or infinity."""
+    if count := count_non_finite(values):
+        raise NonFiniteTensor(describe_non_finite(name, count))
 
 
-def count_not_finite(values: torch.Tensor) -> int:
+def count_non_finite(values: torch.Tensor) -> int:
     """Return how many elements are nan or infinite.
 
     Blocks until the device of ``values`` has counted. A finite sum proves that every element is
@@ -28,7 +28,7 @@ def count_not_finite(values: torch.Tensor) -> int:
     return values.numel() - int(values.isfinite().sum())
 
 
-def not_finite(name: str, count: int) -> str:
+def describe_non_finite(name: str, count: int) -> str:
     """Return the error message for a tensor with ``count`` non-finite elements."""
     if count == 1:
         return f"{name} has 1 value that is nan or infinite"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ring.checkpoint.names import LEASE
 from megatron_ring.checkpoint.provenance import now
-from megatron_ring.parallel.proc_stat import ProcStat
+from megatron_ring.parallel.process_id import ProcStat
 from megatron_ring.untrusted import UntrustedInputError, parse_json, read_bytes
 
 LARGEST_NUMBER = 99_999_999

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ring.checkpoint import formats, names, store
+from megatron_ring.checkpoint import foreign_formats, names, store
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def locate(given: Path) -> Located:
         return Located(given, "")
     candidates, problems = names.candidates(given) if given.is_dir() else ([], [])
     if not candidates:
-        formats.check_no_other(given)
+        foreign_formats.check_not_foreign(given)
         raise CheckpointError(
             f"{given} is not a checkpoint (it has no {store.STATE}) and holds none (folders named "
             "step-NNNNNNNN). Set the path to a checkpoint or to the folder given as --save."

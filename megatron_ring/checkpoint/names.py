@@ -29,7 +29,7 @@ _NAME = re.compile(r"(?:\.removed-)?step-([0-9]{8}|[1-9][0-9]{8,15})")
 _LONGEST_NAME = 256
 
 
-def is_own(name: str) -> bool:
+def is_written_by_run(name: str) -> bool:
     """Return whether a run creates, replaces or deletes entries of this name in --save."""
     prefixes = (PARTIAL, REMOVED, LEASE, _STEP, _KEPT)
     return name in (LATEST, f".{LATEST}") or name.startswith(prefixes)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_ring.checkpoint import disk, names
-from megatron_ring.checkpoint.formats import LITTER
+from megatron_ring.checkpoint.foreign_formats import LITTER
 from megatron_ring.checkpoint.state import decode
 from megatron_ring.config import CheckpointConfig
 from megatron_ring.errors import CheckpointError
@@ -130,7 +130,7 @@ def _own(folder: Path) -> set[str]:
     }
 
 
-def set_aside_earlier(folder: Path) -> Path | None:
+def move_earlier_run(folder: Path) -> Path | None:
     """Move all checkpoints in ``folder`` and ``latest`` into a new sub-folder, and return it.
 
     Returns None if there are none. Called before the first save of a run from step 0, which would

@@ -128,10 +128,10 @@ def newest(folder: Path) -> Stored | None:
     Every byte of it is verified. Raises CheckpointError if there are checkpoints but none is
     complete.
     """
-    return first_whole(folder, *names.candidates(folder), verify)
+    return first_complete(folder, *names.candidates(folder), verify)
 
 
-def first_whole(
+def first_complete(
     folder: Path, candidates: list[Path], skipped: list[str], verify: Callable[[Path], RunState]
 ) -> Stored | None:
     """Return the first of ``candidates`` that ``verify`` accepts, as ``newest`` does.

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
-from megatron_ring import other_names, untrusted
+from megatron_ring import flag_hints, untrusted
 from megatron_ring.config.data import parse_shares
 from megatron_ring.config.model import parse_window
 from megatron_ring.config.schema import Config
@@ -64,7 +64,7 @@ def _config_path(arguments: list[str]) -> str:
 
 def _print_hints(arguments: list[str]) -> None:
     for argument in dict.fromkeys(arguments):
-        if argument.startswith("--") and (hint := other_names.hint(argument)):
+        if argument.startswith("--") and (hint := flag_hints.hint(argument)):
             print(hint, file=sys.stderr, flush=True)
 
 
@@ -153,7 +153,7 @@ def _describe(hint: Any) -> str:
 
 def _suggestion(key: str, known: list[str]) -> str:
     """Return a hint for an unknown key: this package's name for it, or the nearest name."""
-    if hint := other_names.hint(key):
+    if hint := flag_hints.hint(key):
         return f" {hint}"
     qualified = {name: name for name in known}
     for section in fields(Config):

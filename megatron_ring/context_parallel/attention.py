@@ -26,7 +26,7 @@ from megatron_ring.context_parallel.hop_cost import with_work_count
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import mask_of_documents, mask_of_window
 from megatron_ring.kernels.attention import KERNELS, stack_to_kernel_layout, to_kernel_layout
-from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.progress import Direction, ProgressTracker
 
@@ -263,7 +263,7 @@ def _ring(
         exchange=exchange,
         mask=mask,
         on_hop=progress.begin_hop,
-        in_halves=exchange is None or exchange.is_slow,
+        splits_own_work=exchange is None or exchange.is_slow,
     )
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel.progress import ProgressTracker
 
 # Matrix products of a visible pair: scores and output; backward: scores again, dP, dQ, dK and dV.
@@ -26,7 +26,7 @@ BACKWARD_PRODUCTS = 5
 
 def with_work_count(kernel: HopKernel, progress: ProgressTracker) -> HopKernel:
     """Wrap ``kernel`` to add its matrix products to ``progress``, if that accumulates work."""
-    return _WorkCountingKernel(kernel, progress) if progress.adds_work_up else kernel
+    return _WorkCountingKernel(kernel, progress) if progress.accumulates_work else kernel
 
 
 @dataclass(frozen=True)

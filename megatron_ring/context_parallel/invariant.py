@@ -21,10 +21,15 @@ from typing import NamedTuple
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import hop_runs
-from megatron_ring.context_parallel.ring import Ring, with_gradient_of_lse
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import KnownDelta, Output, RunningSoftmax, zero_sums
+from megatron_ring.context_parallel.mask import hop_key_ranges
+from megatron_ring.context_parallel.ring import Ring, fold_in_dlse
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import (
+    KnownDelta,
+    Output,
+    RunningSoftmax,
+    zero_accumulators,
+)
 
 BLOCKS = 8
 _ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
@@ -78,14 +83,14 @@ def backward(
     ring: Ring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute ``ring.backward`` with the same bits for every ring size."""
-    dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
+    dout_BLHD, out = fold_in_dlse(dlse_BHL, dout_BLHD, out_BLHD)
     q_nBlHD = _blocks(q_BLHD, 1, ring)
     dout_nBlHD = _blocks(dout_BLHD, 1, ring)
     out_blocks = _blocks_of_output(out, dout_nBlHD, ring)
     lse_nBHl = _blocks(lse_BHL, 2, ring)
     kv_n2BlGD = _blocks(kv_2BLGD, 2, ring)
-    dq_nBlHD = zero_sums(q_nBlHD)
-    dkv_n2BlGD = zero_sums(kv_n2BlGD)
+    dq_nBlHD = zero_accumulators(q_nBlHD)
+    dkv_n2BlGD = zero_accumulators(kv_n2BlGD)
     returning = None
     for hop in _hops(ring):
         in_flight = None if hop.is_last else ring.exchange.start(kv_n2BlGD, hop.distance)
@@ -121,7 +126,7 @@ def _pairs(ring: Ring, offsets: tuple[int, ...]) -> Iterator[_Pair]:
     for offset in offsets:
         for query_block in range(ring.ring_rank, BLOCKS, ranks):
             key_block = (query_block - offset) % BLOCKS
-            key_ranges = hop_runs(block_layout, query_block, key_block, ring.mask)
+            key_ranges = hop_key_ranges(block_layout, query_block, key_block, ring.mask)
             yield _Pair(query_block // ranks, key_block // ranks, key_ranges)
 
 

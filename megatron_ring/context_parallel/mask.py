@@ -14,7 +14,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mask:
         document_starts: where documents begin, increasing from 0; () for one document per sample.
         samples: number of concatenated samples. A batch of packed samples is one longer packed
             sample in which each sample begins a document.
-        runs: cache of ``hop_runs``, which lives as long as the mask.
+        runs: cache of ``hop_key_ranges``, which lives as long as the mask.
     """
 
     window: int = 0
@@ -64,7 +64,7 @@ class Mask:
 CAUSAL = Mask()
 
 
-def key_runs(
+def compute_key_ranges(
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
     first_visible: torch.Tensor | None = None,
@@ -80,19 +80,19 @@ def key_runs(
     return KeyRanges(torch.searchsorted(key_positions, first_visible), hi)
 
 
-def hop_runs(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRanges:
+def hop_key_ranges(layout: Layout, ring_rank: int, source: int, mask: Mask = CAUSAL) -> KeyRanges:
     """Return what the queries of ``ring_rank`` see of the keys of ring rank ``source``.
 
     The result is cached in ``mask``: every layer needs the same ranges, forward and backward.
     """
     key = layout, ring_rank, source
-    if key not in mask.runs:
-        if len(mask.runs) >= _MAX_CACHED:
-            mask.runs.pop(next(iter(mask.runs)))
+    if key not in mask.cached_key_ranges:
+        if len(mask.cached_key_ranges) >= _MAX_CACHED:
+            mask.cached_key_ranges.pop(next(iter(mask.cached_key_ranges)))
         queries = _concatenated(layout.positions(ring_rank), layout, mask)
         keys = _concatenated(layout.positions(source), layout, mask)
-        mask.runs[key] = key_runs(queries, keys, mask.first_visible(queries))
-    return mask.runs[key]
+        mask.cached_key_ranges[key] = compute_key_ranges(queries, keys, mask.first_visible(queries))
+    return mask.cached_key_ranges[key]
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,19 +15,19 @@ import torch
 
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import (
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
     Output,
     RunningSoftmax,
     delta,
     delta_of,
-    heads_of,
-    zero_sums,
+    slice_heads,
+    zero_accumulators,
 )
-from megatron_ring.parallel.recv_buffers import pack_bytes, unpack_bytes
+from megatron_ring.parallel.message_buffers import pack_bytes, unpack_bytes
 
 
 class Transfer(Protocol):
@@ -55,7 +55,7 @@ class Ring:
         exchange: None in a ring of one rank.
         on_hop: called with (hop, hops) as each hop begins, for monitoring.
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
-        in_halves: whether backward keeps half of the work on the rank's own keys until the last
+        splits_own_work: whether backward keeps half of the work on the rank's own keys until the last
             message is in flight, at the price of one more kernel call (docs/decisions/0013).
     """
 
@@ -67,7 +67,7 @@ class Ring:
     mask: Mask = CAUSAL
     on_hop: Callable[[int, int], object] = lambda hop, hops: None
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
-    in_halves: bool = True
+    splits_own_work: bool = True
 
     @functools.cached_property
     def hops(self) -> int:
@@ -91,9 +91,9 @@ class Ring:
         """Return the ring rank that owns the queries of ``hop``, if the queries travel."""
         return (self.ring_rank + hop) % self.layout.ring_size
 
-    def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
+    def compute_key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
         """Return what the queries of one ring rank see of the keys of another."""
-        return hop_runs(self.layout, queries_of, keys_of, self.mask)
+        return hop_key_ranges(self.layout, queries_of, keys_of, self.mask)
 
     @property
     def own_key_ranges(self) -> KeyRanges:
@@ -151,12 +151,12 @@ def backward(
     Whichever is fewer bytes goes around: K and V, or Q with the tensors of its rows. Their gradient
     accumulators follow one hop later, from the first rank that adds to them until they are back at
     their owner; those of the first hop stay there. Each rank adds its share once it has computed
-    its own. With ``in_halves``, half of the work on the rank's own keys is left until the
+    its own. With ``splits_own_work``, half of the work on the rank's own keys is left until the
     accumulators return, when there would be nothing else to compute.
 
     ``dlse`` is None if no gradient reaches the log-sum-exp.
     """
-    dout_BLHD, out = with_gradient_of_lse(dlse_BHL, dout_BLHD, out_BLHD)
+    dout_BLHD, out = fold_in_dlse(dlse_BHL, dout_BLHD, out_BLHD)
     send = _send_queries if ring.sends_queries(q_BLHD, kv_2BLGD) else _send_keys
     return send(QuerySide(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
 
@@ -174,13 +174,13 @@ def _send_keys(
     own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     all_groups, first_groups, last_groups = _split_groups(own_2BLGD, ring)
-    dq_BLHD = zero_sums(own.q_BLHD)
-    own_dkv_2BLGD = zero_sums(own_2BLGD)
+    dq_BLHD = zero_accumulators(own.q_BLHD)
+    own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     kv_2BLGD = own_2BLGD
     returning = None
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
-        dkv_2BLGD = zero_sums(kv_2BLGD) if hop else own_dkv_2BLGD
+        dkv_2BLGD = zero_accumulators(kv_2BLGD) if hop else own_dkv_2BLGD
         key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
         groups = all_groups if hop else first_groups
         _add_gradients(ring, key_ranges, groups, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
@@ -197,15 +197,15 @@ def _send_queries(
     own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     all_groups, first_groups, last_groups = _split_groups(kv_2BLGD, ring)
-    dkv_2BLGD = zero_sums(kv_2BLGD)
-    own_dq_BLHD = zero_sums(own.q_BLHD)
+    dkv_2BLGD = zero_accumulators(kv_2BLGD)
+    own_dq_BLHD = zero_accumulators(own.q_BLHD)
     rows = own
     returning = None
     payload = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
     message = pack_bytes(payload) if ring.hops > 1 else None
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(message, hop, distance=-1)
-        dq_BLHD = zero_sums(own.q_BLHD) if hop else own_dq_BLHD
+        dq_BLHD = zero_accumulators(own.q_BLHD) if hop else own_dq_BLHD
         key_ranges = ring.key_ranges(ring.queries_of(hop), ring.ring_rank)
         groups = all_groups if hop else first_groups
         _add_gradients(ring, key_ranges, groups, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
@@ -224,10 +224,10 @@ def _split_groups(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, sli
     """Return all key-value heads, those for which own queries and keys meet first, and last.
 
     Half each, so that there is work both while the first message travels and while the last
-    accumulators return; without ``in_halves`` all of them first.
+    accumulators return; without ``splits_own_work`` all of them first.
     """
     groups = kv_2BLGD.shape[3]
-    border = -(-groups // 2) if ring.in_halves and ring.hops > 1 else groups
+    border = -(-groups // 2) if ring.splits_own_work and ring.hops > 1 else groups
     return slice(0, groups), slice(0, border), slice(border, groups)
 
 
@@ -248,7 +248,7 @@ def _add_gradients(
     dout_BLhD = rows.dout_BLHD[:, :, heads]
     q_BLhD = rows.q_BLHD[:, :, heads]
     # A KnownDelta is not sliced if all heads are wanted, so that its output is computed once.
-    out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else heads_of(rows.out, heads)
+    out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else slice_heads(rows.out, heads)
     k_BLgD, v_BLgD = kv_2BLGD[:, :, :, groups]
     dk_BLgD, dv_BLgD = dkv_2BLGD[:, :, :, groups]
     ring.kernel.backward(
@@ -257,7 +257,7 @@ def _add_gradients(
     )  # fmt: skip
 
 
-def with_gradient_of_lse(
+def fold_in_dlse(
     dlse_BHL: torch.Tensor | None, dout_BLHD: torch.Tensor, out_BLHD: torch.Tensor
 ) -> tuple[torch.Tensor, Output]:
     """Return a ``dout`` and ``out`` by which a kernel without ``dlse`` gets all three gradients."""

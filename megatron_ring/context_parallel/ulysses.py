@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megatron_ring.parallel.recv_buffers import pack_bytes, unpack_bytes
+from megatron_ring.parallel.message_buffers import pack_bytes, unpack_bytes
 
 # The dimensions of (..., tokens, heads, head dim).
 _TOKENS, _HEADS = -3, -2

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ring.config import DataConfig
+from megatron_ring.data.blend import Blend
+from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
 from megatron_ring.data.map_cache import MapCache
-from megatron_ring.data.mixture import Blend
-from megatron_ring.data.packing import Packing
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import PARTS, SampleStream, document_ranges, split_documents
 from megatron_ring.data.stream import Stream
@@ -43,7 +43,7 @@ class Dataset:
     """
 
     tokenizer: Tokenizer
-    packing: Packing
+    packing: DocumentBoundaries
     training: Stream
     validation: Stream | None
     test: Stream | None = None
@@ -66,7 +66,7 @@ class Dataset:
         stores = [TokenStore(prefix, maps) for prefix in weights]
         _refuse_different_tokenizers(list(weights))
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(stores[0].prefix))
-        packing = Packing.of(config, tokenizer.end_of_document)
+        packing = DocumentBoundaries.from_config(config, tokenizer.end_of_document)
         for store in stores:
             check_tokenizer(store.prefix, tokenizer)
             _refuse_missing_ends(store, packing)
@@ -155,7 +155,7 @@ def _refuse_different_tokenizers(prefixes: list[str]) -> None:
             )
 
 
-def _refuse_missing_ends(store: TokenStore, packing: Packing) -> None:
+def _refuse_missing_ends(store: TokenStore, packing: DocumentBoundaries) -> None:
     """Raise DataError where boundaries are needed and documents have no end-of-document token.
 
     Boundaries are found by these tokens, so without the check such a store would silently be

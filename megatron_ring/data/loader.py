@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
+from megatron_ring.data.document_boundaries import IGNORE_INDEX, NO_BOUNDARIES, DocumentBoundaries
 from megatron_ring.data.stream import SampleView, Stream
 from megatron_ring.parallel.grid import Coordinates, Grid
 
@@ -78,7 +78,7 @@ class Loader:
         micro_batch_size: int,
         global_batch_size: int,
         consumed_samples: int = 0,
-        packing: Packing = NO_BORDERS,
+        packing: DocumentBoundaries = NO_BOUNDARIES,
         ulysses_rank: int = 0,
         ulysses_size: int = 1,
     ):
@@ -123,7 +123,7 @@ class Loader:
         text_Bl = np.stack([view.tokens_at(self._sample_positions_l) for view in views])
         tokens_Bl = self._packing.fill_padding(text_Bl)
         next_Bl = np.stack([view.tokens_at(self._sample_positions_l + 1) for view in views])
-        next_Bl[:, self._is_padding_l] = IGNORED
+        next_Bl[:, self._is_padding_l] = IGNORE_INDEX
         targets_Bl = self._packing.targets(tokens_Bl, next_Bl)
         positions, starts = self._positions_and_starts(views)
         return Batch(
@@ -165,7 +165,7 @@ class LaterStageLoader:
 
 def build_loader(
     stream: Stream,
-    packing: Packing,
+    packing: DocumentBoundaries,
     layout: Layout,
     grid: Grid,
     at: Coordinates,

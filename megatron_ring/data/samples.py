@@ -101,7 +101,7 @@ class SampleStream(Stream):
         pieces = self._pieces(start, start + self.seq_length + 1)
         return SampleView(pieces, self.store, self.vocab_size)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return one line: the store and the samples in an epoch."""
         return [f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch"]
 

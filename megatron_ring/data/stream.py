@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ring.data.packing import IGNORED
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import DataError
 
@@ -26,12 +26,12 @@ class SampleView:
     def tokens_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the tokens at ``positions``, which must not decrease.
 
-        (len(positions),) int64, IGNORED after the last piece. Raises DataError for an id outside
+        (len(positions),) int64, IGNORE_INDEX after the last piece. Raises DataError for an id outside
         the vocabulary.
         """
         starts = self._piece_starts()
         bounds = np.searchsorted(positions, starts)
-        tokens = np.full(len(positions), IGNORED)
+        tokens = np.full(len(positions), IGNORE_INDEX)
         for piece, start, first, stop in zip(self.pieces, starts, bounds, bounds[1:]):
             tokens[first:stop] = piece[positions[first:stop] - start]
         self._refuse_unknown_ids(tokens[: bounds[-1]], positions)
@@ -87,13 +87,13 @@ class Stream(ABC):
         """
 
     @abstractmethod
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return one line per token store: its prefix and the size of an epoch."""
 
     def sample(self, index: int) -> np.ndarray:
         """Return all of sample ``index``: (S+1,) int64.
 
-        Tokens are [0, S), their targets [1, S+1); positions without text are IGNORED.
+        Tokens are [0, S), their targets [1, S+1); positions without text are IGNORE_INDEX.
         """
         return self.text(index).tokens_at(np.arange(self.seq_length + 1))
 

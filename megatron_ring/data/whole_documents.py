@@ -58,7 +58,7 @@ class WholeDocumentStream(Stream):
         pieces = [self._piece(piece) for piece in self._packs[self._order[n]]]
         return SampleView(pieces, self.store, self.vocab_size)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return one line: the store, the samples in an epoch and the share of padding."""
         return [
             f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch of whole "

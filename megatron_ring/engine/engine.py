@@ -24,12 +24,12 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-from megatron_ring.checkpoint.finite import NotFinite, not_finite
+from megatron_ring.checkpoint.finite import NonFiniteTensor, describe_non_finite
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.loader import Batch
-from megatron_ring.data.packing import IGNORED
-from megatron_ring.engine.loss import (
+from megatron_ring.engine.loss_and_norm import (
     StepGate,
     clip_gradients,
     counted_tokens,
@@ -51,7 +51,7 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, keep_freed_memory
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.tensor import whole_shape
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 # By their names in DeepSpeed's config.
 _MONITORS = {
@@ -130,7 +130,7 @@ class Engine:
     These are ``train_step``, ``evaluate`` and ``update_compute_weights``.
     """
 
-    def __init__(self, model: torch.nn.Module, setup: Setup, groups: ProcessGroups):
+    def __init__(self, model: torch.nn.Module, setup: RunSettings, groups: ProcessGroups):
         training = setup.config.training
         self.adam = torch.optim.AdamW(
             decay_groups(model, training.weight_decay),
@@ -193,7 +193,7 @@ class Engine:
         ``bytes_per_token``: (V,), the bytes of text of each token id.
         """
         targets = _targets([batch for batches in steps for batch in batches])
-        counted = targets[targets != IGNORED]
+        counted = targets[targets != IGNORE_INDEX]
         counts = torch.stack([torch.tensor(len(counted)), bytes_per_token[counted].sum()])
         self.engine.eval()
         with torch.no_grad():
@@ -233,7 +233,7 @@ class Engine:
         """Load weights, and optimizer state if it has taken steps, from a checkpoint of any grid.
 
         ``update_compute_weights`` must follow. Does not communicate. Raises CheckpointError on the
-        ranks that find one of their parameters missing or of another shape, NotFinite on those that
+        ranks that find one of their parameters missing or of another shape, NonFiniteTensor on those that
         read a value that is nan or infinite.
         """
         tensors.check_shapes(self.shapes())
@@ -244,7 +244,9 @@ class Engine:
             for kind, count in fragment.load(tensors, kinds).items():
                 non_finite[f"{kind}/{fragment.name}"] += count
         if non_finite:
-            raise NotFinite(not_finite(name, count) for name, count in sorted(non_finite.items()))
+            raise NonFiniteTensor(
+                describe_non_finite(name, count) for name, count in sorted(non_finite.items())
+            )
         for moments in self.adam.state.values():
             if not with_moments:
                 # After a roll back to a checkpoint of weights alone, Adam still has moments.
@@ -410,7 +412,7 @@ class _ModelParallelUnit:
 
 
 def zero3_partitioner(
-    setup: Setup, groups: ProcessGroups
+    setup: RunSettings, groups: ProcessGroups
 ) -> Callable[[torch.nn.Parameter], tuple[torch.Tensor, int]] | None:
     """Return a function that partitions an unallocated parameter for ZeRO 3; None: DeepSpeed does.
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from megatron_ring.checkpoint import boxes
 from megatron_ring.checkpoint.boxes import Box
-from megatron_ring.checkpoint.finite import count_not_finite
+from megatron_ring.checkpoint.finite import count_non_finite
 from megatron_ring.checkpoint.tensors import MOMENTS, WEIGHT, Piece, Tensors
 from megatron_ring.parallel.tensor import part_shape, split_of
 
@@ -80,7 +80,7 @@ class Fragment:
         for piece in self._pieces(0, len(self.values[WEIGHT])):
             for kind in kinds:
                 tensors.read_into(piece.values[kind], piece.name, kind, piece.box)
-        counts = {kind: count_not_finite(self.values[kind]) for kind in kinds}
+        counts = {kind: count_non_finite(self.values[kind]) for kind in kinds}
         return {kind: count for kind, count in counts.items() if count}
 
     def _pieces(self, first: int, last: int) -> Iterator[Piece]:

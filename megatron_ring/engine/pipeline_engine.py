@@ -29,9 +29,9 @@ from megatron_ring.engine.engine import Engine
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.gpt import Layers, Vocabulary, loss_sum
 from megatron_ring.model.initialization import build
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.parallel.tensor_exchange import TensorParallel
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 StageTensors = tuple[torch.Tensor, ...]
 """What a stage passes to the next: (x_BmE, targets_Bl, positions), or with document_starts."""
@@ -97,7 +97,7 @@ class _InitializedTiedLayer(_Initialized, TiedLayerSpec):
 
 
 def build_stage(
-    setup: Setup, attention: AttentionFunction, vocab_size: int, tensor: TensorParallel
+    setup: RunSettings, attention: AttentionFunction, vocab_size: int, tensor: TensorParallel
 ) -> PipelineModule:
     """Build and initialize this process's stage of a GPT. Collective over all processes."""
     config = setup.config

@@ -33,7 +33,7 @@ from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, part_shap
 from megatron_ring.parallel.tensor_exchange import (
     ALONE,
     TensorParallel,
-    own_tokens,
+    local_tokens,
     to_tensor_region,
 )
 
@@ -109,7 +109,7 @@ class Layers(nn.Module):
     ) -> torch.Tensor:
         """(B, m, E) -> (B, m, E), normalized after the last layer."""
         if self.position_embedding is not None:
-            x_BmE = x_BmE + self.position_embedding(own_tokens(positions_l, self.tensor))
+            x_BmE = x_BmE + self.position_embedding(local_tokens(positions_l, self.tensor))
         rotation = self.rotation(positions_l)
         offload = Offload(x_BmE.device)
         for block in self.blocks.values():

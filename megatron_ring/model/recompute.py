@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ring_attention
-from megatron_ring.parallel.tensor_exchange import ShardKept, TensorParallel
+from megatron_ring.parallel.tensor_exchange import SavedShard, TensorParallel
 
 DEFAULT_MEMORY = MemoryConfig()
 """Everything that backward needs is kept."""
@@ -94,7 +94,7 @@ def in_chunks(
 
 def shard_for_backward(
     x_BmE: torch.Tensor, tensor: TensorParallel, memory: MemoryConfig, recomputed: bool = False
-) -> ShardKept | None:
+) -> SavedShard | None:
     """Return what backward keeps of the gathered input of column-parallel layers; None: all of it.
 
     Under sequence parallelism this is the rank's own shard, gathered again in backward. A region
@@ -103,7 +103,7 @@ def shard_for_backward(
     """
     if not tensor.sequence_parallel or recomputed or memory.recompute != "none":
         return None
-    return ShardKept(x_BmE, tensor)
+    return SavedShard(x_BmE, tensor)
 
 
 def _recomputed(

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.gpt import GPT
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.parallel.tensor_exchange import TensorParallel
 
 Shapes = dict[str, tuple[int, ...]]

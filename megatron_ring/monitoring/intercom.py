@@ -28,7 +28,7 @@ import psutil
 
 from megatron_ring.monitoring.addresses import listen, network_identity, pid_identity
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.parallel.progress import NO_RANK, Direction, Place
+from megatron_ring.parallel.progress import NO_RANK, Direction, ProgressSnapshot
 
 RESPONSE_TIMEOUT = 3.0
 """Seconds for a whole exchange: connecting, sending the request and receiving the response."""
@@ -59,7 +59,7 @@ class Peer(NamedTuple):
         return f"rank {self.rank} ({self.node}, pid {self.pid})"
 
 
-class NoAnswer(NamedTuple):
+class NoResponse(NamedTuple):
     """The reason why a peer did not respond.
 
     reason: continues a sentence that starts with the peer. has_ended: the peer is known to have
@@ -83,7 +83,7 @@ class Intercom:
     def __init__(
         self,
         consensus: Consensus,
-        read_progress: Callable[[], Place],
+        read_progress: Callable[[], ProgressSnapshot],
         on_stall: Callable[[int], None],
     ):
         """Start serving and exchange addresses; collective, blocks until all processes serve."""
@@ -105,7 +105,7 @@ class Intercom:
         """Stop listening and drop all open connections."""
         self._server.close()
 
-    def ask(self, rank: int) -> Place | NoAnswer:
+    def ask(self, rank: int) -> ProgressSnapshot | NoResponse:
         """Request a peer's progress; returns the reason if there is no valid response."""
         peer = self.members[rank]
         try:
@@ -113,20 +113,20 @@ class Intercom:
         except (OSError, ValueError) as error:
             return _diagnose(peer, error, self.own.pids)
 
-    def wait_chain(self, rank: int) -> dict[Peer, Place | NoAnswer]:
+    def wait_chain(self, rank: int) -> dict[Peer, ProgressSnapshot | NoResponse]:
         """Follow the chain of waits from ``rank`` and return what each peer in it reports.
 
         The chain ends at a peer that does not wait for another, does not respond, or is already in
         the chain.
         """
-        chain: dict[Peer, Place | NoAnswer] = {}
+        chain: dict[Peer, ProgressSnapshot | NoResponse] = {}
         while 0 <= rank < len(self.members):
             peer = self.members[rank]
             if peer in chain:
                 break
             response = self.ask(rank)
             chain[peer] = response
-            rank = response.waits_for if isinstance(response, Place) else NO_RANK
+            rank = response.waits_for if isinstance(response, ProgressSnapshot) else NO_RANK
         return chain
 
     def report_stall(self, suspect: int) -> None:
@@ -231,13 +231,13 @@ async def _cancel(tasks: set[asyncio.Task]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _parse_progress(response: bytes) -> Place:
+def _parse_progress(response: bytes) -> ProgressSnapshot:
     """Parse a peer's progress; raises ValueError for anything else."""
     values = json.loads(response)
-    if not isinstance(values, list) or len(values) != len(Place._fields):
+    if not isinstance(values, list) or len(values) != len(ProgressSnapshot._fields):
         raise ValueError("the response is not a list of progress values")
-    progress = Place(*values)
-    for name, value in zip(Place._fields, progress):
+    progress = ProgressSnapshot(*values)
+    for name, value in zip(ProgressSnapshot._fields, progress):
         if name != "seconds" and not (type(value) is int and -1 <= value < 2**63):
             raise ValueError(f"{name} is not a whole number in range")
     if type(progress.seconds) not in (int, float) or not 0 <= progress.seconds < math.inf:
@@ -253,27 +253,27 @@ _STATUS = {
 }
 
 
-def _diagnose(peer: Peer, error: Exception, own_pids: str) -> NoAnswer:
+def _diagnose(peer: Peer, error: Exception, own_pids: str) -> NoResponse:
     """Determine why a peer did not respond. own_pids: this process's pid namespace."""
     if peer.pids == own_pids:
         return _diagnose_local(peer.pid)
     if isinstance(error, ConnectionRefusedError):
-        return NoAnswer("is dead: its host refuses connections to its port", has_ended=True)
+        return NoResponse("is dead: its host refuses connections to its port", has_ended=True)
     if isinstance(error, TimeoutError):
-        return NoAnswer("is unresponsive: it is stopped, or its host is unreachable")
+        return NoResponse("is unresponsive: it is stopped, or its host is unreachable")
     if isinstance(error, ValueError):
-        return NoAnswer("is unresponsive: the response is not from a process of this run")
-    return NoAnswer(f"cannot be reached: {error}")
+        return NoResponse("is unresponsive: the response is not from a process of this run")
+    return NoResponse(f"cannot be reached: {error}")
 
 
-def _diagnose_local(pid: int) -> NoAnswer:
+def _diagnose_local(pid: int) -> NoResponse:
     """Determine why a process of this host did not respond."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return NoAnswer("is dead: there is no such process", has_ended=True)
+        return NoResponse("is dead: there is no such process", has_ended=True)
     except psutil.Error:
-        return NoAnswer("is unresponsive, and its state cannot be read")
+        return NoResponse("is unresponsive, and its state cannot be read")
     if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-        return NoAnswer("is dead: the process has exited", has_ended=True)
-    return NoAnswer(_STATUS.get(status, "is alive but unresponsive"))
+        return NoResponse("is dead: the process has exited", has_ended=True)
+    return NoResponse(_STATUS.get(status, "is alive but unresponsive"))

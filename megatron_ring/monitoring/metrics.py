@@ -112,14 +112,14 @@ class HeldOutRecord:
         }
 
 
-class Report(Protocol):
+class Reporter(Protocol):
     """The interface through which the training loop reports its steps."""
 
     def step(self, record: StepRecord) -> None:
-        """Report an optimizer step."""
+        """Reporter an optimizer step."""
 
     def held_out(self, record: HeldOutRecord) -> None:
-        """Report a validation or the test."""
+        """Reporter a validation or the test."""
 
     def log(self, message: str) -> None:
         """Print a line between those of the steps."""
@@ -173,7 +173,7 @@ class EvenlySampled(Generic[T]):
         self._added += 1
 
 
-class ConsoleReport:
+class ConsoleReporter:
     """Reports to the console, the metrics file and the monitors.
 
     A failure of any of them does not end the run, and the memory used does not depend on the number
@@ -212,7 +212,7 @@ class ConsoleReport:
         )
 
     def step(self, record: StepRecord) -> None:
-        """Report an optimizer step."""
+        """Reporter an optimizer step."""
         self.first = self.first or record
         self.last = record
         self.rates.add(_rates(record))
@@ -229,7 +229,7 @@ class ConsoleReport:
             tqdm.write(line)
 
     def held_out(self, record: HeldOutRecord) -> None:
-        """Report a validation or the test."""
+        """Reporter a validation or the test."""
         if record.part == "validation":
             self.validations.append(record)
             del self.validations[1:-_KEPT_VALIDATIONS]

@@ -67,7 +67,7 @@ def describe_error(error: Exception) -> str:
 # ---- before the start ----
 
 
-def check(logging: LoggingConfig, save: str = "") -> None:
+def check_outputs(logging: LoggingConfig, save: str = "") -> None:
     """Raise ConfigError for all outputs that cannot be written; writes nothing.
 
     That includes outputs that would replace a file of another kind, and those under a name that
@@ -125,7 +125,7 @@ def _checkpoint_problem(name: str, value: str, save: str) -> str | None:
         if folder not in location.parents:
             continue
         top = location.relative_to(folder).parts[0]
-        if names.is_own(top):
+        if names.is_written_by_run(top):
             return (
                 f"{name} {value} is {top}, or inside it, in the folder of --save. Checkpoints use "
                 f"that name and would replace or delete it. Set {flag(name)} to another path."
@@ -223,7 +223,7 @@ def _exists(path: Path) -> bool:
 # ---- the console ----
 
 
-def keep_console_from_ending_the_run() -> None:
+def tolerate_console_errors() -> None:
     """Make sys.stdout and sys.stderr drop what cannot be written, as after ``| head``.
 
     A full disk is survived too. Lost descriptors are redirected to /dev/null, so that libraries

@@ -34,10 +34,10 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_ring.errors import RingStalled
-from megatron_ring.monitoring.intercom import RESPONSE_TIMEOUT, Intercom, NoAnswer, Peer
-from megatron_ring.parallel.collectives import ProcessGroups, let_links_outlast_suspensions
+from megatron_ring.monitoring.intercom import RESPONSE_TIMEOUT, Intercom, NoResponse, Peer
+from megatron_ring.parallel.collectives import ProcessGroups, leave_link_timeouts_to_watchdog
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.parallel.progress import NO_RANK, Place, ProgressTracker
+from megatron_ring.parallel.progress import NO_RANK, ProgressSnapshot, ProgressTracker
 
 # All in seconds.
 _CHECK_INTERVAL = 1.0
@@ -91,7 +91,7 @@ class Suspensions:
         return max(durations, default=0.0)
 
 
-def watched(
+def ring_watchdog(
     progress: ProgressTracker, groups: ProcessGroups, ring_timeout: int, consensus: Consensus
 ) -> AbstractContextManager:
     """Return a context with a watchdog over ``progress``; an empty one without a ring or timeout.
@@ -100,7 +100,7 @@ def watched(
     """
     if groups.ring_links is None or not ring_timeout:
         return contextlib.nullcontext()
-    let_links_outlast_suspensions(groups.ring_links)
+    leave_link_timeouts_to_watchdog(groups.ring_links)
     ring = dist.get_process_group_ranks(groups.ring_links[0])
     next_rank = ring[(ring.index(consensus.rank) + 1) % len(ring)]
     return Watchdog(progress, next_rank, ring_timeout, consensus)
@@ -134,14 +134,14 @@ class Watchdog:
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def read(self) -> Place:
+    def read(self) -> ProgressSnapshot:
         """Return this process's progress; its duration excludes suspensions."""
         progress = self._progress.read()
         seconds = progress.seconds - self.suspensions.seconds_in(progress.seconds)
         return progress._replace(seconds=max(0.0, seconds))
 
     def __enter__(self) -> "Watchdog":
-        self._next_has_responded = isinstance(self.intercom.ask(self.next_rank), Place)
+        self._next_has_responded = isinstance(self.intercom.ask(self.next_rank), ProgressSnapshot)
         self._thread.start()
         return self
 
@@ -179,7 +179,7 @@ class Watchdog:
         deadline = time.monotonic() + _GRACE_PERIOD
         while time.monotonic() < deadline and not self._wake.is_set():
             response = self.intercom.ask(self.next_rank)
-            if isinstance(response, Place):
+            if isinstance(response, ProgressSnapshot):
                 return
             if response.has_ended:
                 self._suspect = self.next_rank
@@ -207,7 +207,7 @@ class Watchdog:
         with self.suspensions.detect(_CHECK_INTERVAL):
             return self._wake.wait(_CHECK_INTERVAL)
 
-    def _check_next(self, progress: Place) -> None:
+    def _check_next(self, progress: ProgressSnapshot) -> None:
         """Suspect the next rank of the ring if it is dead or has been silent for too long.
 
         A dead neighbour is checked again a second later: at the end of a run it may have exited
@@ -216,7 +216,7 @@ class Watchdog:
         with self.suspensions.detect(RESPONSE_TIMEOUT):
             response = self.intercom.ask(self.next_rank)
         now = time.monotonic()
-        if isinstance(response, Place):
+        if isinstance(response, ProgressSnapshot):
             self._next_has_responded = True
             self._silent_since = None
             self._dead_responses = 0
@@ -262,7 +262,9 @@ def _print_fault(message: str) -> None:
     print(f"\n{RingStalled.__name__}: {message}", file=sys.stderr, flush=True)
 
 
-def report(own: Peer, progress: Place, waits: dict[Peer, Place | NoAnswer]) -> str:
+def report(
+    own: Peer, progress: ProgressSnapshot, waits: dict[Peer, ProgressSnapshot | NoResponse]
+) -> str:
     """Format the diagnosis: this process, the first peer in ``waits`` and the end of the chain."""
     chain = list(waits.items())
     first, of_first = chain[0]
@@ -271,7 +273,7 @@ def report(own: Peer, progress: Place, waits: dict[Peer, Place | NoAnswer]) -> s
     if first != own:
         clauses.append(f"{first} {_describe(of_first)}")
     ranks = [peer.rank for peer in waits]
-    if isinstance(of_last, Place) and of_last.waits_for in ranks:
+    if isinstance(of_last, ProgressSnapshot) and of_last.waits_for in ranks:
         cycle = ranks[ranks.index(of_last.waits_for) :]
         clauses.append(f"deadlock: these {len(cycle)} ranks wait for each other")
     elif last != first:
@@ -279,5 +281,5 @@ def report(own: Peer, progress: Place, waits: dict[Peer, Place | NoAnswer]) -> s
     return "; ".join(clauses)
 
 
-def _describe(response: Place | NoAnswer) -> str:
-    return f"is alive and {response}" if isinstance(response, Place) else str(response)
+def _describe(response: ProgressSnapshot | NoResponse) -> str:
+    return f"is alive and {response}" if isinstance(response, ProgressSnapshot) else str(response)

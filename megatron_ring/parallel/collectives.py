@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.message_buffers import RecvBufferPool, storage_order_view
 from megatron_ring.parallel.progress import ProgressTracker
-from megatron_ring.parallel.recv_buffers import RecvBufferPool, storage_order_view
 from megatron_ring.parallel.same_machine import (
     PeerMemoryReader,
     ReadFuture,
@@ -227,7 +227,7 @@ class ProcessGroups:
 _watched_links: set[str] = set()  # group names of links whose waits a watchdog ends
 
 
-def let_links_outlast_suspensions(links: RingLinks) -> None:
+def leave_link_timeouts_to_watchdog(links: RingLinks) -> None:
     """Leave the timeout of waits on these links to the watchdog, which must run from now on.
 
     gloo counts time in which its process was suspended as waiting time, and the watchdog does not.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import MegatronRingError
-from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.parallel.process_id import ProcessId, describe_processes
 
 Result = TypeVar("Result")
 
@@ -86,11 +86,11 @@ def run_checked(consensus: Consensus, act: Callable[[], Result]) -> Result:
         result = act()
     except MegatronRingError as error:
         own_error = error
-    outcomes = consensus.gather(lambda: (Process.here(consensus.rank), own_error))
+    outcomes = consensus.gather(lambda: (ProcessId.here(consensus.rank), own_error))
     failed = [process for process, error in outcomes if error]
     if failed:
         first = next(error for _, error in outcomes if error)
-        prefix = "" if len(failed) == len(outcomes) else f"on {in_words(failed)}: "
+        prefix = "" if len(failed) == len(outcomes) else f"on {describe_processes(failed)}: "
         raise type(first)(prefix + problem for problem in first.problems) from (own_error or first)
     return result
 

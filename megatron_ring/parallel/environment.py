@@ -155,7 +155,7 @@ _DETERMINISTIC_VALUES = {
 }
 
 
-def fix_order_of_sums() -> None:
+def fix_reduction_order() -> None:
     """Make cuBLAS and NCCL deterministic; must be called before either starts.
 
     Raises ConfigError if the environment sets other values.

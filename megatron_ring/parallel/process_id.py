@@ -11,7 +11,7 @@ from typing import NamedTuple
 _MAX_HOSTS_LISTED = 3
 
 
-class Process(NamedTuple):
+class ProcessId(NamedTuple):
     """One rank of the run."""
 
     global_rank: int
@@ -19,16 +19,16 @@ class Process(NamedTuple):
     pid: int
 
     @staticmethod
-    def here(global_rank: int) -> "Process":
+    def here(global_rank: int) -> "ProcessId":
         """Return the identity of this process."""
-        return Process(global_rank, socket.gethostname(), os.getpid())
+        return ProcessId(global_rank, socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
         """Format as ``"rank 5 (node1, process 4242)"``."""
         return f"rank {self.global_rank} ({self.host}, process {self.pid})"
 
 
-def in_words(processes: Sequence[Process]) -> str:
+def describe_processes(processes: Sequence[ProcessId]) -> str:
     """Format processes in rank order, with their hosts, as ``"ranks 0-2, 5 (node1, node2)"``.
 
     More than three hosts are only counted.

@@ -32,7 +32,7 @@ class Direction(IntEnum):
     BACKWARD = 1
 
 
-class Place(NamedTuple):
+class ProgressSnapshot(NamedTuple):
     """What a process is doing, and for how long.
 
     Attributes:
@@ -75,7 +75,7 @@ class RingWork(NamedTuple):
     products: int
 
 
-_PROGRESS_FIELDS = len(Place._fields)
+_PROGRESS_FIELDS = len(ProgressSnapshot._fields)
 _WORK_FIELDS = len(RingWork._fields)
 
 
@@ -83,10 +83,10 @@ class ProgressTracker:
     """Records the progress of this process in a tensor, and reads it from any thread.
 
     Attributes:
-        buffer: int64 on the CPU. The first 7 are the fields of Place, except that ``seconds`` is
+        buffer: int64 on the CPU. The first 7 are the fields of ProgressSnapshot, except that ``seconds`` is
             stored as the time.monotonic_ns() from which they count. Two for RingWork may follow,
             and after them a log.
-        adds_work_up: whether the buffer has room for RingWork.
+        accumulates_work: whether the buffer has room for RingWork.
         log: the RingLog in the buffer, or None.
     """
 
@@ -97,7 +97,7 @@ class ProgressTracker:
         self._cells = cells[:_PROGRESS_FIELDS]
         after_progress = cells[_PROGRESS_FIELDS:]
         self._work = after_progress[:_WORK_FIELDS]
-        self.adds_work_up = len(self._work) > 0
+        self.accumulates_work = len(self._work) > 0
         log = after_progress[_WORK_FIELDS:]
         self.log = RingLog(log) if len(log) else None
 
@@ -107,10 +107,10 @@ class ProgressTracker:
         log_cells = RingLog.cells(log_rows) if log_rows else 0
         return ProgressTracker(_new_buffer(_WORK_FIELDS + log_cells))
 
-    def read(self) -> Place:
+    def read(self) -> ProgressSnapshot:
         """Return the current progress; may be called from any thread."""
         *fields, since, waits_for = self._cells.tolist()
-        return Place(*fields, (time.monotonic_ns() - since) / 1e9, waits_for)
+        return ProgressSnapshot(*fields, (time.monotonic_ns() - since) / 1e9, waits_for)
 
     @property
     def work(self) -> RingWork:
@@ -120,7 +120,7 @@ class ProgressTracker:
     @property
     def layer(self) -> int:
         """The layer that was entered last."""
-        return int(self._cells[Place._fields.index("layer")])
+        return int(self._cells[ProgressSnapshot._fields.index("layer")])
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """Yield ``numbers``, recording each as the current step."""
@@ -190,11 +190,11 @@ class ProgressTracker:
         return moment
 
     def _add_work(self, nanoseconds: int = 0, products: int = 0) -> None:
-        if self.adds_work_up:
+        if self.accumulates_work:
             self._work += nanoseconds, products
 
     def _write(self, first: str, *values: int) -> None:
-        start = Place._fields.index(first)
+        start = ProgressSnapshot._fields.index(first)
         self._cells[start : start + len(values)] = values
 
 

@@ -55,7 +55,7 @@ def to_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return _Exchange.apply(x, tensor, _unchanged, all_reduced)
 
 
-class ShardKept:
+class SavedShard:
     """The input of column-parallel layers with sequence parallelism, of which a shard is saved.
 
     Korthikanti et al. 2022, section 4.2.2: the all-gather's result is not stored for backward. Each
@@ -135,7 +135,7 @@ def from_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return _Exchange.apply(x, tensor, all_reduced, _unchanged)
 
 
-def own_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
+def local_tokens(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     """Return this rank's m of l tokens of x (..., l); all of them without sequence_parallel.
 
     No gradient flows through it.

@@ -4,21 +4,21 @@ Everything is counted from the config and the layout. No process is started, and
 the tokenizer is opened, for its number of ids.
 """
 
+from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
 from megatron_ring.plan.activations import inputs_gathered_again
+from megatron_ring.plan.communication import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
 from megatron_ring.plan.memory import bubble
 from megatron_ring.plan.memory_report import memory_lines
-from megatron_ring.plan.messages import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
-from megatron_ring.plan.timeline import counted
-from megatron_ring.settings.setup import Setup
+from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
+from megatron_ring.settings.run_settings import RunSettings
 
 _MAX_DRAWN_TOKENS = 32
 _MAX_DRAWN_RANKS = 8
 
 
-def plan_lines(setup: Setup) -> list[str]:
+def plan_lines(setup: RunSettings) -> list[str]:
     """Return the grid, the layout, memory and messages, with an empty line before each."""
     sections = [_coordinates(setup)]
     if setup.grid.context > 1:
@@ -34,7 +34,7 @@ def plan_lines(setup: Setup) -> list[str]:
 # ---- the grid and the layout ----
 
 
-def _coordinates(setup: Setup) -> list[str]:
+def _coordinates(setup: RunSettings) -> list[str]:
     axes = " ".join(f"{name:>8}" for name in setup.grid.sizes._fields)
     rows = []
     for rank in range(setup.grid.world_size):
@@ -73,7 +73,7 @@ def _layout_drawing(layout: Layout, ulysses: int) -> list[str]:
 # ---- bytes that a process sends ----
 
 
-def _messages(setup: Setup) -> list[str]:
+def _messages(setup: RunSettings) -> list[str]:
     return [
         *_ring_lines(setup),
         *_ulysses_lines(setup),
@@ -82,7 +82,7 @@ def _messages(setup: Setup) -> list[str]:
     ]
 
 
-def _ring_lines(setup: Setup) -> list[str]:
+def _ring_lines(setup: RunSettings) -> list[str]:
     """Return the bytes of a hop, and its work in layers with a window and in those without."""
     if setup.grid.ring == 1:
         return []
@@ -102,7 +102,7 @@ def _ring_lines(setup: Setup) -> list[str]:
         mask = Mask(window)
         name = f"window {window}" if window else "full attention"
         hops = layout.hops(mask.reach(layout.seq_length))
-        imbalance = counted(layout, mask).imbalance
+        imbalance = visible_pairs_per_hop(layout, mask).imbalance
         lines.append(
             f"work             {name}: {hops} hops, slowest rank over mean {imbalance:.4f}, "
             "counted in visible pairs"
@@ -110,7 +110,7 @@ def _ring_lines(setup: Setup) -> list[str]:
     return lines
 
 
-def _ulysses_lines(setup: Setup) -> list[str]:
+def _ulysses_lines(setup: RunSettings) -> list[str]:
     degree = setup.grid.ulysses
     if degree == 1:
         return []
@@ -122,7 +122,7 @@ def _ulysses_lines(setup: Setup) -> list[str]:
     ]
 
 
-def _tensor_lines(setup: Setup) -> list[str]:
+def _tensor_lines(setup: RunSettings) -> list[str]:
     ranks = setup.grid.tensor
     if ranks == 1:
         return []
@@ -136,7 +136,7 @@ def _tensor_lines(setup: Setup) -> list[str]:
     ]
 
 
-def _pipeline_lines(setup: Setup) -> list[str]:
+def _pipeline_lines(setup: RunSettings) -> list[str]:
     stages = setup.grid.pipe
     if stages == 1:
         return []
@@ -153,11 +153,11 @@ def _pipeline_lines(setup: Setup) -> list[str]:
     ]
 
 
-def _stream_bytes(setup: Setup) -> int:
+def _stream_bytes(setup: RunSettings) -> int:
     """Return the bytes of the residual stream (B, l, E)."""
     return _tokens(setup) * setup.config.model.hidden_size * setup.precision.dtype.itemsize
 
 
-def _tokens(setup: Setup) -> int:
+def _tokens(setup: RunSettings) -> int:
     """Return B x l, the tokens of a micro-batch on this process."""
-    return setup.config.training.micro_batch_size * setup.resident_length
+    return setup.config.training.micro_batch_size * setup.tokens_per_rank

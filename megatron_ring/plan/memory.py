@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.config import Config
-from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import Grid, layers_of_stage
 from megatron_ring.plan.activations import layer_bytes
 from megatron_ring.plan.parameters import parameters_of_stage, share
 

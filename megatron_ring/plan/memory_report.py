@@ -7,7 +7,7 @@ from megatron_ring.data.manifest import tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.plan.activations import layer_bytes, ring_attention_paper_bytes
 from megatron_ring.plan.memory import (
     ERROR,
@@ -17,7 +17,7 @@ from megatron_ring.plan.memory import (
     micro_batches_in_flight,
     stage_memory,
 )
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 ASSUMED_VOCAB_SIZE = 32_000
 """For a data set whose tokenizer cannot be read."""
@@ -36,7 +36,7 @@ _COLUMNS = (
 )
 
 
-def memory_lines(setup: Setup) -> list[str]:
+def memory_lines(setup: RunSettings) -> list[str]:
     """Return a row for each pipeline stage, with an explanation of the columns."""
     vocab_size, reason = vocabulary(setup.config)
     stages = memory_of_stages(setup, vocab_size)
@@ -74,12 +74,12 @@ def vocabulary(config: Config) -> tuple[int, str]:
         return ASSUMED_VOCAB_SIZE, f"assumed, because {path} cannot be read"
 
 
-def memory_of_stages(setup: Setup, vocab_size: int) -> list[StageMemory]:
+def memory_of_stages(setup: RunSettings, vocab_size: int) -> list[StageMemory]:
     """Return the memory of a process of each pipeline stage."""
     load = Workload(
         config=setup.config,
         grid=setup.grid,
-        tokens=setup.config.training.micro_batch_size * setup.resident_length,
+        tokens=setup.config.training.micro_batch_size * setup.tokens_per_rank,
         vocab_size=vocab_size,
         micro_batches=setup.micro_batches,
         dtype=setup.precision.dtype,
@@ -89,7 +89,7 @@ def memory_of_stages(setup: Setup, vocab_size: int) -> list[StageMemory]:
     return [stage_memory(load, stage) for stage in range(setup.grid.pipe)]
 
 
-def _zero_settings(setup: Setup) -> ZeroSettings:
+def _zero_settings(setup: RunSettings) -> ZeroSettings:
     """Return the settings of DeepSpeed's config, with DeepSpeed's defaults."""
     stage = setup.config.training.zero_stage
     ranks = setup.grid.data_context
@@ -111,7 +111,7 @@ def _zero_settings(setup: Setup) -> ZeroSettings:
     )
 
 
-def _activations_line(setup: Setup) -> str:
+def _activations_line(setup: RunSettings) -> str:
     per_layer = layer_bytes(setup.config, setup.grid, setup.precision.dtype, setup.device)
     paper = ring_attention_paper_bytes(setup.config.model.hidden_size)
     line = (

@@ -23,7 +23,7 @@ from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokens import bin_path
 from megatron_ring.errors import ConfigError, flag
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.parallel.process_id import ProcessId, describe_processes
 
 Fingerprints = dict[str, str]
 """What is compared, by name, as text for the message."""
@@ -76,14 +76,14 @@ def differences(
     The list is the same on every rank. A MegatronRingError that ``fingerprints`` raises on any rank
     is raised on all. Blocks.
     """
-    gathered = consensus.gather(lambda: (Process.here(consensus.rank), fingerprints()))
+    gathered = consensus.gather(lambda: (ProcessId.here(consensus.rank), fingerprints()))
     names = dict.fromkeys(name for _, of_rank in gathered for name in of_rank)
     problems = []
     for name in names:
         processes_by_value = _processes_by_value(name, gathered)
         if len(processes_by_value) > 1:
             values = "; ".join(
-                f"{value} on {in_words(processes)}"
+                f"{value} on {describe_processes(processes)}"
                 for value, processes in processes_by_value.items()
             )
             problems.append(f"{name} is not the same on all ranks: {values}. {remedy(name)}")
@@ -91,9 +91,9 @@ def differences(
 
 
 def _processes_by_value(
-    name: str, gathered: list[tuple[Process, Fingerprints]]
-) -> dict[str, list[Process]]:
-    processes: dict[str, list[Process]] = {}
+    name: str, gathered: list[tuple[ProcessId, Fingerprints]]
+) -> dict[str, list[ProcessId]]:
+    processes: dict[str, list[ProcessId]] = {}
     for process, fingerprints in gathered:
         value = fingerprints.get(name, "nothing")
         processes.setdefault(value, []).append(process)

@@ -20,9 +20,9 @@ from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Coordinates
-from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.parallel.process_id import ProcessId, describe_processes
 from megatron_ring.plan.parameters import share
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 # TOLERANCE holds for up to four query heads for each key-value head.
 _QUERY_HEADS_OF_TOLERANCE = 4
@@ -48,7 +48,7 @@ class Errors(NamedTuple):
 
 
 def check_attention(
-    setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus
+    setup: RunSettings, groups: ProcessGroups, processes: list[ProcessId], consensus: Consensus
 ) -> Errors:
     """Return the largest errors of any rank; raise ConfigError on all if one is above its limit.
 
@@ -66,7 +66,7 @@ def check_attention(
     return Errors(*map(max, by_tensor))
 
 
-def error_limits(setup: Setup) -> Errors:
+def error_limits(setup: RunSettings) -> Errors:
     """Return the largest errors that rounding explains.
 
     Gradients of keys and values add up over the query heads that share them, each rounded.
@@ -78,20 +78,20 @@ def error_limits(setup: Setup) -> Errors:
     return Errors(out=tolerance, dq=tolerance, dk=of_keys, dv=of_keys)
 
 
-def _problems(by_tensor: Errors, setup: Setup, processes: list[Process]) -> Iterator[str]:
+def _problems(by_tensor: Errors, setup: RunSettings, processes: list[ProcessId]) -> Iterator[str]:
     for name, of_ranks, limit in zip(Errors._fields, by_tensor, error_limits(setup)):
         # Not "error > limit", which is False for nan.
         wrong = [process for process, error in zip(processes, of_ranks) if not error <= limit]
         if wrong:
             largest = max(of_ranks[process.global_rank] for process in wrong)
             yield (
-                f"ring attention is not local attention: {name} is wrong on {in_words(wrong)}, by "
+                f"ring attention is not local attention: {name} is wrong on {describe_processes(wrong)}, by "
                 f"{largest:.1e} where {setup.precision.name} allows {limit:.1e} (kernel "
                 f"{setup.kernel.name})."
             )
 
 
-def errors(setup: Setup, groups: ProcessGroups, coordinates: Coordinates) -> Errors:
+def errors(setup: RunSettings, groups: ProcessGroups, coordinates: Coordinates) -> Errors:
     """Return the errors of this rank's tokens, the largest over the model's windows. Collective."""
     grid = setup.grid
     layout = _short_layout(setup.layout, grid.ulysses)
@@ -116,14 +116,14 @@ def errors(setup: Setup, groups: ProcessGroups, coordinates: Coordinates) -> Err
     return Errors(*map(max, zip(*of_windows)))
 
 
-def _windows(setup: Setup, seq_length: int) -> list[int]:
+def _windows(setup: RunSettings, seq_length: int) -> list[int]:
     """Return the windows of the model's layers, shortened to a quarter of the sample."""
     model = setup.config.model
     windows = {min(model.window_of(layer), seq_length // 4) for layer in range(model.num_layers)}
     return sorted(windows)
 
 
-def _document_starts(setup: Setup, seq_length: int) -> list[int]:
+def _document_starts(setup: RunSettings, seq_length: int) -> list[int]:
     if not setup.config.data.reset_attention_mask:
         return [0]
     return [0, seq_length // 3, seq_length // 2]
@@ -140,7 +140,7 @@ def _short_layout(layout: Layout, ulysses: int) -> Layout:
     return Layout(layout.name, seq_length, layout.ring_size, stripe)
 
 
-def _random_inputs(setup: Setup, tokens: int) -> list[torch.Tensor]:
+def _random_inputs(setup: RunSettings, tokens: int) -> list[torch.Tensor]:
     """Return random q, k, v and output gradient: standard normal, a tensor rank's heads."""
     model = setup.config.model
     query_heads = share(model.num_attention_heads, setup.grid.tensor)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.parallel.process_id import Process
-from megatron_ring.plan.messages import ring_tensors
+from megatron_ring.parallel.process_id import ProcessId
+from megatron_ring.plan.communication import ring_tensors
 from megatron_ring.preflight.reachability import ring_exchange
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 _LARGEST_MESSAGE = 64 << 20
 
@@ -33,8 +33,8 @@ _SLOW_SHARE = 0.5
 class Link(NamedTuple):
     """The connection from one process to the next in its ring."""
 
-    sender: Process
-    receiver: Process
+    sender: ProcessId
+    receiver: ProcessId
     bytes_per_second: float
 
     @property
@@ -48,7 +48,7 @@ class Link(NamedTuple):
 
 
 def measure_links(
-    setup: Setup, groups: ProcessGroups, processes: list[Process], consensus: Consensus
+    setup: RunSettings, groups: ProcessGroups, processes: list[ProcessId], consensus: Consensus
 ) -> list[Link]:
     """Measure every link of every ring and return all of them on every rank.
 
@@ -67,7 +67,7 @@ def measure_links(
     return links
 
 
-def message_bytes(setup: Setup) -> int:
+def message_bytes(setup: RunSettings) -> int:
     """Return the bytes of K and V in one hop, but at most 64 MiB.
 
     A slow network sends that many in half a second.

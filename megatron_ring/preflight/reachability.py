@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.monitoring.intercom import Intercom, NoAnswer
+from megatron_ring.monitoring.intercom import Intercom, NoResponse
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.process_id import Process
+from megatron_ring.parallel.process_id import ProcessId
 from megatron_ring.parallel.progress import ProgressTracker
 
 # A host name has at most 64 characters.
@@ -37,11 +37,11 @@ class _Member(NamedTuple):
 
     role: str
     expected_rank: int
-    process: Process | None
+    process: ProcessId | None
 
 
 def check_neighbours(
-    grid: Grid, groups: ProcessGroups, processes: list[Process], consensus: Consensus, device: str
+    grid: Grid, groups: ProcessGroups, processes: list[ProcessId], consensus: Consensus, device: str
 ) -> None:
     """Raise ConfigError on every rank if any finds another process in a group than the grid has.
 
@@ -68,7 +68,7 @@ def ring_exchange(groups: ProcessGroups) -> RingExchange | None:
 
 
 def _members(
-    grid: Grid, groups: ProcessGroups, this_process: Process, device: str
+    grid: Grid, groups: ProcessGroups, this_process: ProcessId, device: str
 ) -> Iterator[_Member]:
     """Exchange identities in every group of this process; blocks."""
     identity = _identity_message(this_process, device)
@@ -87,7 +87,7 @@ def _members(
 
 
 def _ring_neighbours(
-    grid: Grid, exchange: RingExchange, this_process: Process, identity: torch.Tensor
+    grid: Grid, exchange: RingExchange, this_process: ProcessId, identity: torch.Tensor
 ) -> Iterator[_Member]:
     ring = _ranks_of_group(grid, this_process.global_rank, "ring")
     position = ring.index(this_process.global_rank)
@@ -105,7 +105,7 @@ def _group_members(
 ) -> Iterator[_Member]:
     received = [torch.empty_like(identity) for _ in range(group.size())]
     dist.all_gather(received, identity, group=group)
-    processes: list[Process | None] = [_parse_identity(message) for message in received]
+    processes: list[ProcessId | None] = [_parse_identity(message) for message in received]
     processes += [None] * (len(expected) - len(processes))
     for position, (rank, process) in enumerate(zip(expected, processes)):
         yield _Member(f"member {position} of its {name} group", rank, process)
@@ -115,15 +115,15 @@ def _ranks_of_group(grid: Grid, global_rank: int, *axes: str) -> list[int]:
     return next(members for members in grid.members(*axes) if global_rank in members)
 
 
-def _identity_message(process: Process, device: str) -> torch.Tensor:
+def _identity_message(process: ProcessId, device: str) -> torch.Tensor:
     """(128,) uint8: the identity as text, padded with spaces."""
     text = f"{process.global_rank} {process.pid} {process.host}".encode().ljust(_IDENTITY_BYTES)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
 
 
-def _parse_identity(message: torch.Tensor) -> Process:
+def _parse_identity(message: torch.Tensor) -> ProcessId:
     global_rank, pid, host = bytes(message.tolist()).decode().split()
-    return Process(int(global_rank), host, int(pid))
+    return ProcessId(int(global_rank), host, int(pid))
 
 
 def check_reach(consensus: Consensus) -> None:
@@ -138,7 +138,7 @@ def check_reach(consensus: Consensus) -> None:
             answers = list(pool.map(intercom.ask, ranks))
         failures = []
         for rank, answer in zip(ranks, answers):
-            if isinstance(answer, NoAnswer):
+            if isinstance(answer, NoResponse):
                 member = intercom.members[rank]
                 failures.append(
                     f"{intercom.own} cannot reach {member} at {member.address}, port "

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.engine.engine import leave_processes
-from megatron_ring.parallel.collective_errors import abort_collectively, run_checked
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.parallel.process_id import ProcessId, describe_processes
 from megatron_ring.preflight.consistency import check_data, check_options_and_code
 from megatron_ring.preflight.exactness import Errors, check_attention, error_limits
 from megatron_ring.preflight.link_bandwidth import (
@@ -25,12 +24,12 @@ from megatron_ring.preflight.link_bandwidth import (
     slow_links,
 )
 from megatron_ring.preflight.reachability import check_neighbours, check_reach
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 _MAX_LINKS_SHOWN = 16
 
 
-def run_startup_check(setup: Setup, groups: ProcessGroups, consensus: Consensus) -> None:
+def run_startup_check(setup: RunSettings, groups: ProcessGroups, consensus: Consensus) -> None:
     """Run the self-test and print one line on rank 0.
 
     Raises a problem of any rank on every rank, after all have left their groups.
@@ -48,7 +47,7 @@ def run_self_test_only(config: Config, environment: Environment, consensus: Cons
     """
     with abort_collectively():
         check_options_and_code(config, consensus)
-        setup = run_checked(consensus, lambda: Setup.of(config, environment.world_size))
+        setup = run_checked(consensus, lambda: RunSettings.resolve(config, environment.world_size))
         if config.data.data_path:
             run_checked(consensus, lambda: Dataset.open(config.data, config.training.seed))
             check_data(config.data, consensus)
@@ -67,8 +66,8 @@ class SelfTestReport:
     empty where rings have one rank.
     """
 
-    setup: Setup
-    processes: list[Process]
+    setup: RunSettings
+    processes: list[ProcessId]
     errors: Errors
     links: list[Link]
 
@@ -88,7 +87,7 @@ class SelfTestReport:
         errors = ", ".join(f"{name} {error:.1e} ({limit:.1e})" for name, error, limit in limits)
         lines = [
             "processes        the same options and code, each where the grid has it: "
-            f"{in_words(self.processes)}",
+            f"{describe_processes(self.processes)}",
             f"attention        {self._equation()}, kernel {self.setup.kernel.name} in "
             f"{self.setup.precision.name}: error (limit) {errors}",
         ]
@@ -117,13 +116,13 @@ class SelfTestReport:
         ]
 
 
-def self_test(setup: Setup, groups: ProcessGroups, consensus: Consensus) -> SelfTestReport:
+def self_test(setup: RunSettings, groups: ProcessGroups, consensus: Consensus) -> SelfTestReport:
     """Raise ConfigError, with the same message on every rank, if a check fails on any rank.
 
     Communicates in all groups and blocks. Options, code and data must have been compared already
     (consistency.py): ranks that differ may not even have the same groups.
     """
-    processes = consensus.gather(lambda: Process.here(consensus.rank))
+    processes = consensus.gather(lambda: ProcessId.here(consensus.rank))
     check_neighbours(setup.grid, groups, processes, consensus, setup.device)
     if groups.ring_links and setup.config.parallel.ring_timeout:
         check_reach(consensus)

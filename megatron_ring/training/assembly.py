@@ -9,11 +9,11 @@ from megatron_ring.model.gpt import GPT
 from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor_exchange import TensorParallel
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 
 def build_model(
-    setup: Setup, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int
+    setup: RunSettings, groups: ProcessGroups, attention: AttentionFunction, vocab_size: int
 ) -> torch.nn.Module:
     """Build and initialize this process's part of the model, with the device and type of the run.
 
@@ -40,7 +40,7 @@ def build_model(
     )
 
 
-def start_engine(model: torch.nn.Module, setup: Setup, groups: ProcessGroups) -> Engine:
+def start_engine(model: torch.nn.Module, setup: RunSettings, groups: ProcessGroups) -> Engine:
     """Wrap ``model`` in a DeepSpeed engine. Collective over all processes."""
     engine = Engine if setup.grid.pipe == 1 else PipelineEngine
     return engine(model, setup, groups)

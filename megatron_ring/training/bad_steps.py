@@ -1,7 +1,7 @@
 """Detects loss spikes, counts bad steps, and skips them, rolls back or ends the run.
 
 A step is bad if its loss or gradient norm is not finite, or its loss is a spike. It was refused
-before any weight changed (engine/loss.py), and all ranks act on it alike, from the same numbers.
+before any weight changed (engine/loss_and_norm.py), and all ranks act on it alike, from the same numbers.
 
 A spike is measured against the median loss of the last good steps: no single step moves the median,
 and while losses fall it lags above them, so no good step is refused. A refused loss never enters
@@ -24,7 +24,7 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import GuardsConfig
 from megatron_ring.engine.engine import Engine, StepResult
 from megatron_ring.errors import Diverged
-from megatron_ring.monitoring.metrics import Report
+from megatron_ring.monitoring.metrics import Reporter
 from megatron_ring.monitoring.non_finite import origin
 from megatron_ring.training.checkpointing import Saver
 
@@ -109,7 +109,7 @@ class Guard:
 class BadSteps:
     """Handles bad steps. ``handle`` is collective: all ranks call it after the same step."""
 
-    def __init__(self, engine: Engine, guard: Guard, saver: Saver, report: Report):
+    def __init__(self, engine: Engine, guard: Guard, saver: Saver, report: Reporter):
         self.engine = engine
         self.guard = guard
         self.saver = saver

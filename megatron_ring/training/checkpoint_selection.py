@@ -9,20 +9,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_ring.checkpoint import fit, formats, names, store
+from megatron_ring.checkpoint import compatibility, foreign_formats, names, store
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import CheckpointConfig
-from megatron_ring.data.fingerprint import Fingerprint
+from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.errors import CheckpointError, MegatronRingError
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 _Result = TypeVar("_Result")
 _MAX_NAMES_SHOWN = 5
 
 
 def select_checkpoint(
-    setup: Setup, vocab_size: int, consensus: Consensus, fingerprints: Sequence[Fingerprint] = ()
+    setup: RunSettings,
+    vocab_size: int,
+    consensus: Consensus,
+    fingerprints: Sequence[Fingerprint] = (),
 ) -> store.Stored | None:
     """Return the checkpoint to resume from, None to start from step 0. Collective; blocks.
 
@@ -54,11 +57,11 @@ def select_checkpoint(
         return None
 
     def check_model() -> None:
-        fit.check_same_model(stored, setup.config, vocab_size, tensors_alone=is_new_run)
+        compatibility.check_same_model(stored, setup.config, vocab_size, weights_only=is_new_run)
 
     consensus.run_on_rank_zero(with_checkpoint_error(f"{stored.path} cannot be read", check_model))
     if fingerprints and not is_new_run and not folders.allow_other_data:
-        consensus.run_on_rank_zero(lambda: fit.check_same_data(stored, fingerprints))
+        consensus.run_on_rank_zero(lambda: compatibility.check_same_data(stored, fingerprints))
     return stored.for_new_run() if is_new_run else stored
 
 
@@ -66,7 +69,7 @@ def newest_checkpoint(folder: str, consensus: Consensus) -> store.Stored | None:
     """Return the newest complete checkpoint of ``folder``, None if there is none. Collective."""
     candidates, skipped = consensus.run_on_rank_zero(lambda: names.candidates(Path(folder)))
     try:
-        return store.first_whole(
+        return store.first_complete(
             Path(folder), candidates, skipped, lambda path: _verify(path, consensus)
         )
     except _NotReadError as error:
@@ -102,9 +105,9 @@ def _names_a_checkpoint(config: CheckpointConfig) -> bool:
     starts from random weights by mistake.
     """
     load = Path(config.load)
-    is_own = bool(config.save) and load.resolve() == Path(config.save).resolve()
+    is_written_by_run = bool(config.save) and load.resolve() == Path(config.save).resolve()
     if not load.exists():
-        if is_own:
+        if is_written_by_run:
             return False
         raise CheckpointError(
             f"load {load} does not exist. Set --load, or leave it out to start from step 0."
@@ -115,19 +118,21 @@ def _names_a_checkpoint(config: CheckpointConfig) -> bool:
             return True
         if load.is_dir() and names.checkpoints(load):
             return False
-        formats.check_no_other(load)
+        foreign_formats.check_not_foreign(load)
     except CheckpointError as error:
         first, *others = error.problems
         raise CheckpointError([f"load {first}", *others, "Set --load."]) from error
-    inner = formats.within(load)
+    inner = foreign_formats.within(load)
     if inner:
         raise CheckpointError(
             f"load {load} holds no checkpoint, but {inner[0]} does. Set --load {inner[0]}."
         )
     content = [
-        name for name in formats.content(load) if not name.startswith(".") and name != names.LATEST
+        name
+        for name in foreign_formats.content(load)
+        if not name.startswith(".") and name != names.LATEST
     ]
-    if content and not is_own:
+    if content and not is_written_by_run:
         raise CheckpointError(
             f"load {load} holds no checkpoint, and is not empty: it has {', '.join(content[:3])}. "
             "Set --load to a folder of checkpoints, or leave it out to start from step 0."

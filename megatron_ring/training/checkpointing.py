@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ring.checkpoint import disk, names, retention, store, tensors
-from megatron_ring.checkpoint.finite import NotFinite
+from megatron_ring.checkpoint.finite import NonFiniteTensor
 from megatron_ring.checkpoint.lease import Lease
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import FileRecord, RunState
@@ -23,9 +23,8 @@ from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
 from megatron_ring.config import Config
 from megatron_ring.engine.engine import Engine
 from megatron_ring.errors import CheckpointError, Diverged, MegatronRingError
-from megatron_ring.parallel.collective_errors import run_checked
-from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.settings.setup import Setup
+from megatron_ring.parallel.consensus import Consensus, run_checked
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.checkpoint_selection import newest_checkpoint, with_checkpoint_error
 
 _MAX_PROBLEMS_SHOWN = 5
@@ -43,7 +42,7 @@ def resume(engine: Engine, stored: store.Stored, consensus: Consensus) -> None:
     )
     try:
         run_checked(consensus, load)
-    except NotFinite as error:
+    except NonFiniteTensor as error:
         problems = error.problems
         advice = consensus.run_on_rank_zero(lambda: _advice(stored.path, problems))
         raise CheckpointError(
@@ -76,7 +75,7 @@ class Saver:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: RunSettings,
         consensus: Consensus,
         resumed_from: store.Stored | None = None,
         lease: Lease | None = None,
@@ -163,7 +162,7 @@ class Saver:
         with disk.write_errors(self._folder):
             if not self._folder.is_dir():
                 return
-            moved_to = retention.set_aside_earlier(self._folder)
+            moved_to = retention.move_earlier_run(self._folder)
         if moved_to:
             tqdm.write(
                 f"checkpoints      those of an earlier run in {self._folder} were moved to "
@@ -262,7 +261,7 @@ class _Save:
             return self._on_rank_zero(lambda: self._publish(records))
         except MegatronRingError as error:
             newest = self._on_rank_zero(self._discard)
-            if isinstance(error, NotFinite):
+            if isinstance(error, NonFiniteTensor):
                 problem = f"the checkpoint of step {step} is not written:"
                 raise Diverged([problem, *_shortened(error.problems), newest]) from error
             raise CheckpointError([*error.problems, newest]) from error
@@ -275,7 +274,7 @@ class _Save:
         """Write this rank's file and return its entries for the index."""
         try:
             return tensors.write_part(partial, self.consensus.rank, pieces)
-        except NotFinite:
+        except NonFiniteTensor:
             raise
         except CheckpointError as error:
             raise CheckpointError(

@@ -6,18 +6,18 @@ Also the whole output of --dry-run. Every line is a key of up to 16 characters a
 from pathlib import Path
 
 from megatron_ring.checkpoint import names
-from megatron_ring.checkpoint.fit import changed_stores, other_data
+from megatron_ring.checkpoint.compatibility import changed_data_options, changed_token_stores
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
-from megatron_ring.data.fingerprint import Fingerprint
+from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
-from megatron_ring.monitoring.metrics import ConsoleReport
+from megatron_ring.monitoring.metrics import ConsoleReporter
 from megatron_ring.monitoring.plot import draw_loss
-from megatron_ring.monitoring.ring_profile import watch as ring_profile
+from megatron_ring.monitoring.ring_profile.monitor import straggler_notice
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.schedule import change_on_resume
 from megatron_ring.training.start import Start
 
@@ -32,7 +32,7 @@ def opening(start: Start) -> str:
     lines = [
         *_settings(start.setup),
         f"model            {parameters:,} parameters, {token_ids} token ids{padding}",
-        *(f"data             {line}" for line in start.dataset.training.in_words()),
+        *(f"data             {line}" for line in start.dataset.training.describe()),
     ]
     if start.stored:
         lines += start.stored.skipped
@@ -102,8 +102,8 @@ def _names_own_checkpoint(stored: Stored, config: Config) -> bool:
 
 def _data_differences(stored: Stored, config: Config, fingerprints: list[Fingerprint]) -> list[str]:
     """Describe how the data differs from the checkpoint's, without final periods."""
-    other_stores = changed_stores(stored, fingerprints)
-    differences = other_data(stored, config)
+    other_stores = changed_token_stores(stored, fingerprints)
+    differences = changed_data_options(stored, config)
     is_same_store = len(fingerprints) == 1 and stored.state.data and not other_stores
     if is_same_store:
         # The same store under another path is no difference.
@@ -111,7 +111,7 @@ def _data_differences(stored: Stored, config: Config, fingerprints: list[Fingerp
     return [text.removesuffix(".") for text in [*differences, *other_stores]]
 
 
-def report(start: Start, engine: Engine) -> ConsoleReport:
+def report(start: Start, engine: Engine) -> ConsoleReporter:
     """Return the reporter of rank 0 and print the device's peak.
 
     The peak is measured where no data sheet of the device is known.
@@ -123,7 +123,7 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
         print(f"peak             {peak / 1e12:.4g} TFLOP/s a process, {source}")
     else:
         print(f"peak             {source}")
-    return ConsoleReport(
+    return ConsoleReporter(
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),
         peak_flops=peak * setup.grid.world_size if peak else None,
@@ -131,7 +131,7 @@ def report(start: Start, engine: Engine) -> ConsoleReport:
     )
 
 
-def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
+def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
     """Return the summary and the paths of the run's output; draw the loss plot.
 
     The plot is written beside the metrics file. If that fails, a warning is printed.
@@ -150,12 +150,12 @@ def closing(report: ConsoleReport, config: Config, saved: Path | None) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def plan(setup: Setup) -> str:
+def plan(setup: RunSettings) -> str:
     """Return the output of --dry-run: config, derived settings, placement, memory and messages."""
     return "\n".join([to_yaml(setup.config), *_settings(setup), *plan_lines(setup)])
 
 
-def _settings(setup: Setup) -> list[str]:
+def _settings(setup: RunSettings) -> list[str]:
     """Describe the settings that were derived from the config, with reasons."""
     grid = setup.grid
     micro_batch_size = setup.config.training.micro_batch_size
@@ -169,10 +169,10 @@ def _settings(setup: Setup) -> list[str]:
         f"micro-batches of {micro_batch_size} on each of {grid.data} data ranks",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
-        *(f"operations       {line}" for line in setup.operations.in_words()),
+        *(f"operations       {line}" for line in setup.operations.describe()),
         *_split_line(setup.config.data),
         *_window_line(setup.config.model),
-        *ring_profile.in_words(setup),
+        *straggler_notice(setup),
     ]
 
 
@@ -199,7 +199,7 @@ def _window_line(model: ModelConfig) -> list[str]:
     ]
 
 
-def _layout_description(setup: Setup) -> str:
+def _layout_description(setup: RunSettings) -> str:
     layout = setup.layout
     if layout.stripe_size == 1:
         return layout.name
@@ -209,7 +209,7 @@ def _layout_description(setup: Setup) -> str:
     return f"{layout.name}, stripe size {layout.stripe_size}{reason}"
 
 
-def _tokens_description(setup: Setup) -> str:
+def _tokens_description(setup: RunSettings) -> str:
     seq_length = setup.config.data.seq_length
     padding = setup.layout.seq_length - seq_length
     if not padding:

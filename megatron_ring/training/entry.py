@@ -3,7 +3,7 @@
 With --deterministic, a run started again the same way has the same losses, gradient norms and
 checkpoints, bit for bit: with the same config, number of processes, kind of devices, library
 versions and, on a CPU, number of threads. The attention kernel is chosen accordingly
-(settings/setup.py). The ring and gloo add in an order that depends on the ranks alone.
+(settings/run_settings.py). The ring and gloo add in an order that depends on the ranks alone.
 
 NCCL adds along rings or trees that it chooses by message size and the links it finds, not by
 timing, so it repeats itself on the same nodes; on others, or in another version, it may choose
@@ -24,7 +24,7 @@ import torch
 
 from megatron_ring.config import Config, parse
 from megatron_ring.errors import ConfigError, MegatronRingError
-from megatron_ring.parallel.environment import Environment, fix_order_of_sums
+from megatron_ring.parallel.environment import Environment, fix_reduction_order
 
 # The start of the RuntimeError that torch raises for an operator without a deterministic version
 # (Context::alertNotDeterministic); it has no class of its own.
@@ -34,7 +34,7 @@ _NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementat
 _SECONDS_FOR_MESSAGE = 3
 
 
-def arguments(environment: Environment) -> Config:
+def parse_arguments(environment: Environment) -> Config:
     """Parse this process's command line, without the arguments that launchers add.
 
     A bad flag ends the program with exit code 2 and the nearest flags; a bad file raises
@@ -68,7 +68,7 @@ def make_deterministic(is_rank_zero: bool) -> None:
     From here on a nondeterministic operator raises, and torch fills the memory it allocates. Prints
     a line on global rank 0.
     """
-    fix_order_of_sums()
+    fix_reduction_order()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # it chooses kernels by measured time
     if is_rank_zero:

@@ -12,8 +12,8 @@ from megatron_ring.data.dataset import bits_per_byte
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.engine.engine import Engine, StepResult
-from megatron_ring.monitoring.metrics import HeldOutRecord, Report, StepRecord
-from megatron_ring.monitoring.ring_profile.watch import RingWatch
+from megatron_ring.monitoring.metrics import HeldOutRecord, Reporter, StepRecord
+from megatron_ring.monitoring.ring_profile.monitor import RingMonitor
 from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.plan.flops import full_attention_flops, training_flops
 from megatron_ring.training.bad_steps import BadSteps, Guard
@@ -49,10 +49,10 @@ def train(
     engine: Engine,
     start: Start,
     saver: Saver,
-    report: Report,
+    report: Reporter,
     stopping: Stopping,
     progress: ProgressTracker,
-    watch: RingWatch,
+    watch: RingMonitor,
 ) -> Path | None:
     """Train from the step of ``start`` to train_iters, or until a stop is requested, and save.
 
@@ -69,7 +69,7 @@ def train(
     if eval_interval > 0 and start.state.step == 0:
         report.held_out(evaluate("validation", engine, start, step=0))
     with saver, start.training_batches() as batches:
-        for step in progress.steps(counter):
+        for step in progress.track_steps(counter):
             outcome = run_step(engine, start, batches, step, watch, guard)
             report.step(outcome.record)
             if outcome.result.refused:
@@ -83,7 +83,7 @@ def train(
             if is_last and start.has("test"):
                 report.held_out(evaluate("test", engine, start, step))
 
-            stops = not is_last and stopping.agreed(step)
+            stops = not is_last and stopping.requested(step)
             ends = is_last or stops
             save_is_due = save_interval > 0 and step % save_interval == 0
             if config.checkpoint.save and (ends or (save_is_due and guard.good_since_save)):
@@ -108,7 +108,7 @@ def train(
 
 
 def run_step(
-    engine: Engine, start: Start, batches: Prefetcher, step: int, watch: RingWatch, guard: Guard
+    engine: Engine, start: Start, batches: Prefetcher, step: int, watch: RingMonitor, guard: Guard
 ) -> StepOutcome:
     """Load data, run one optimizer step, measure it, and count it in ``guard``. Collective."""
     config = start.setup.config

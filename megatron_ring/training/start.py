@@ -13,22 +13,21 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
-from megatron_ring.data.fingerprint import Fingerprint, fingerprint
-from megatron_ring.data.loader import Batch, Loader
+from megatron_ring.data.loader import Batch, LaterStageLoader, Loader, build_loader
 from megatron_ring.data.prefetch import Prefetcher
-from megatron_ring.data.stages import LaterStageLoader, loader_of
+from megatron_ring.data.store_fingerprint import Fingerprint, fingerprint
 from megatron_ring.data.stream import Stream
 from megatron_ring.monitoring import outputs
-from megatron_ring.parallel.collective_errors import (
+from megatron_ring.parallel.consensus import (
+    Consensus,
     abort_collectively,
     run_checked,
     run_checked_each_step,
 )
-from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_options_and_code
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.checkpoint_selection import select_checkpoint
 
 Part = Literal["validation", "test"]
@@ -47,7 +46,7 @@ class Start:
     --save. data_consensus: used only to raise data errors of one rank on all.
     """
 
-    setup: Setup
+    setup: RunSettings
     dataset: Dataset
     coordinates: Coordinates
     stored: Stored | None
@@ -114,7 +113,7 @@ class Start:
 
     def _loader(self, stream: Stream, consumed_samples: int) -> Loader | LaterStageLoader:
         setup = self.setup
-        return loader_of(
+        return build_loader(
             stream,
             self.dataset.packing,
             setup.layout,
@@ -137,14 +136,14 @@ class Start:
             return run_checked(consensus, act)
 
         def check_outputs() -> None:
-            outputs.check(config.logging, config.checkpoint.save)
+            outputs.check_outputs(config.logging, config.checkpoint.save)
 
         def open_data() -> Dataset:
             return Dataset.open(config.data, config.training.seed, progress=rank == 0)
 
         with abort_collectively():
             check_options_and_code(config, consensus)
-            setup = on_all_ranks(lambda: Setup.of(config, environment.world_size))
+            setup = on_all_ranks(lambda: RunSettings.resolve(config, environment.world_size))
             consensus.run_on_rank_zero(check_outputs)
             dataset = on_all_ranks(open_data)
             check_data(config.data, consensus)

@@ -51,15 +51,15 @@ class Stopping:
     one rank gets it then, the launcher has to end the others.
     """
 
-    def __init__(self, is_rank_zero: bool, speaks_for_node: bool = False):
+    def __init__(self, is_rank_zero: bool, is_local_rank_zero: bool = False):
         """Prepare for signals.
 
-        ``is_rank_zero``: whether this is global rank 0, which prints. ``speaks_for_node``: whether
+        ``is_rank_zero``: whether this is global rank 0, which prints. ``is_local_rank_zero``: whether
         this is local rank 0, which prints that the node's launcher has ended.
         """
         self.stopped_after: int | None = None
         self._is_rank_zero = is_rank_zero
-        self._prints_for_node = speaks_for_node
+        self._prints_for_node = is_local_rank_zero
         self._launchers = Launchers.find()
         self._got_signal = False
         self._before_leaving: list[Callable[[], None]] = []
@@ -81,7 +81,7 @@ class Stopping:
         self._consensus = consensus
         self._begun.set()
 
-    def agreed(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         """Return whether a stop was requested on any rank, the same on all.
 
         Called by all ranks once a step; blocks until all have called it.

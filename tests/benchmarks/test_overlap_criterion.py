@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from benchmarks.overlap_criterion import CAUSAL, FULL, Hop, operations
-from megatron_ring.context_parallel.counted import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
-from megatron_ring.context_parallel.traffic import backward_bytes
+from megatron_ring.context_parallel.hop_cost import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    backward_bytes,
+)
 
 FLOPS = 600e12  # operations per second of one GPU
 BANDWIDTH = 50e9  # bytes per second of one 400 Gb/s network adapter

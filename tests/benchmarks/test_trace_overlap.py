@@ -144,7 +144,7 @@ def test_the_line_that_blocks_the_host_is_reported(tool, modes, monkeypatch):
         return out
 
     monkeypatch.setattr(
-        "megatron_ring.kernels.attention.state.torch.logaddexp", synchronizing_logaddexp
+        "megatron_ring.kernels.attention.running_softmax.torch.logaddexp", synchronizing_logaddexp
     )
     case = tool.Case.build(tool._parser().parse_args(SMALL), "sdpa", "causal")
     (line,) = case.examine(None)["host_waits"]

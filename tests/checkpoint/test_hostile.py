@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.checkpoint import boxes, disk, fit, names, retention, store
+from megatron_ring.checkpoint import boxes, compatibility, disk, names, retention, store
 from megatron_ring.checkpoint.single_file import consolidate
 from megatron_ring.checkpoint.state import encode
 from megatron_ring.checkpoint.summary import Summary
@@ -59,7 +59,10 @@ def test_an_invalid_config_is_a_checkpoint_error_with_its_path(content, reason, 
     (checkpoint / store.CONFIG).write_text(content)
     seal_again(checkpoint)
     stored = store.newest(checkpoint.parent)
-    for read in (lambda: Summary.of(checkpoint), lambda: fit.check_same_model(stored, Config(), 7)):
+    for read in (
+        lambda: Summary.of(checkpoint),
+        lambda: compatibility.check_same_model(stored, Config(), 7),
+    ):
         message = refusal(read)
         assert str(checkpoint) in message
         assert reason in message

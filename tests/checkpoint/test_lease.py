@@ -17,7 +17,7 @@ from megatron_ring.checkpoint import lease, names, store
 from megatron_ring.checkpoint.hugging_face.importing import _check_empty
 from megatron_ring.checkpoint.lease import Lease, Owner, Record
 from megatron_ring.errors import CheckpointError
-from megatron_ring.parallel.proc_stat import ProcStat
+from megatron_ring.parallel.process_id import ProcStat
 from tests.checkpoint.small import write
 
 ROOT = Path(__file__).parents[2]

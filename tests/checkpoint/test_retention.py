@@ -160,15 +160,15 @@ def test_a_run_from_step_0_keeps_the_checkpoints_of_an_earlier_run(tmp_path):
         write(save, step)
     write(elsewhere, 5)
     (save / "step-00000005").symlink_to("../elsewhere/step-00000005")
-    aside = retention.set_aside_earlier(save)
+    aside = retention.move_earlier_run(save)
     assert aside == save / "earlier-1"
     assert steps(aside) == [5, 10, 20]
     assert steps(save) == []
     assert store.newest(aside).state.step == 20
     assert store.verify(aside / "step-00000005").step == 5
-    assert retention.set_aside_earlier(save) is None
+    assert retention.move_earlier_run(save) is None
     write(save, 10)
-    assert retention.set_aside_earlier(save) == save / "earlier-2"
+    assert retention.move_earlier_run(save) == save / "earlier-2"
 
 
 @pytest.mark.parametrize("renames", range(3))
@@ -184,5 +184,5 @@ def test_after_a_kill_between_two_moves_the_newest_is_still_found(tmp_path, monk
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        retention.set_aside_earlier(tmp_path)
+        retention.move_earlier_run(tmp_path)
     assert store.newest(tmp_path).state.step == 30

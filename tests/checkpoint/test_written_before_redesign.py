@@ -17,7 +17,7 @@ import torch
 from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import KINDS, Tensors
-from megatron_ring.data.fingerprint import fingerprint
+from megatron_ring.data.store_fingerprint import fingerprint
 from megatron_ring.data.tokens import TokenStoreWriter
 from tests.distributed import run_ranks
 from tests.training import tiny

@@ -25,7 +25,7 @@ from megatron_ring.kernels.attention import (
     stack_to_kernel_layout,
     to_kernel_layout,
 )
-from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel import collectives
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
@@ -341,13 +341,15 @@ def splits_own_keys(rank: int, world_size: int) -> dict[str, bool]:
     links = ProcessGroups.build(Grid(ring=world_size), rank).ring_links
     spec = RingSpec("striped", "reference", links=tuple(link.group_name for link in links))
 
-    def in_halves() -> bool:
-        return attention._ring(torch.ones(1, 4, 2, 8), None, ProgressTracker(), spec).in_halves
+    def splits_own_work() -> bool:
+        return attention._ring(
+            torch.ones(1, 4, 2, 8), None, ProgressTracker(), spec
+        ).splits_own_work
 
-    within_machine = in_halves()
+    within_machine = splits_own_work()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "peer_memory_reader", lambda group: None)
-        return {"within the machine": within_machine, "over a network": in_halves()}
+        return {"within the machine": within_machine, "over a network": splits_own_work()}
 
 
 def test_work_on_own_keys_is_split_in_halves_only_if_messages_are_slow():

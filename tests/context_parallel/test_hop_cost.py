@@ -8,7 +8,7 @@ import torch
 from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import reference
-from megatron_ring.kernels.attention.state import accumulation_dtype
+from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from tests import oracle, simulated_ring
 from tests.tolerances import TOLERANCE
 

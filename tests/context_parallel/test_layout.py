@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.context_parallel.layout import NAMES, Layout, auto_stripe_size
-from megatron_ring.context_parallel.mask import hop_runs
+from megatron_ring.context_parallel.mask import hop_key_ranges
 from megatron_ring.errors import ConfigError
 
 SIXTEEN_TOKENS_ON_FOUR_RANKS = {
@@ -112,7 +112,7 @@ def test_every_rank_has_the_same_work_in_every_hop(layout):
     """Half of the square for the keys of others, and half a diagonal more for own keys."""
     length = layout.shard_length
     for rank, source in itertools.product(range(layout.ring_size), repeat=2):
-        pairs = hop_runs(layout, rank, source).visible_pairs
+        pairs = hop_key_ranges(layout, rank, source).visible_pairs
         assert 2 * pairs == length * (length + 1 if source == rank else length)
 
 
@@ -128,7 +128,7 @@ def test_with_single_tokens_hops_differ_by_a_diagonal(ring_size, length):
     """Queries see the diagonal of source ranks up to their own, and not that of later ones."""
     layout = Layout("striped", ring_size * length, ring_size)
     for rank, source in itertools.product(range(ring_size), repeat=2):
-        pairs = hop_runs(layout, rank, source).visible_pairs
+        pairs = hop_key_ranges(layout, rank, source).visible_pairs
         assert 2 * pairs == length * (length + (1 if source <= rank else -1))
 
 

@@ -11,12 +11,12 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import (
     Mask,
-    hop_runs,
-    key_runs,
+    compute_key_ranges,
+    hop_key_ranges,
     mask_of_documents,
     mask_of_window,
 )
-from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 from megatron_ring.parallel.collectives import ProcessGroups
 from tests import oracle
@@ -44,7 +44,7 @@ def mask_of_all_shards(layout: Layout, first_visible: torch.Tensor) -> torch.Ten
     shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     for queries in shards:
         for keys in shards:
-            key_ranges = key_runs(queries, keys, first_visible[queries])
+            key_ranges = compute_key_ranges(queries, keys, first_visible[queries])
             visible_SS[queries[:, None], keys] = dense_mask(key_ranges, len(keys))
     return visible_SS
 
@@ -54,7 +54,7 @@ def test_causal_key_ranges_give_the_causal_mask(layout):
     visible_SS = torch.zeros(layout.seq_length, layout.seq_length, dtype=torch.bool)
     for rank, source in itertools.product(range(layout.ring_size), repeat=2):
         at = layout.positions(rank)[:, None], layout.positions(source)
-        visible_SS[at] = dense_mask(hop_runs(layout, rank, source), layout.shard_length)
+        visible_SS[at] = dense_mask(hop_key_ranges(layout, rank, source), layout.shard_length)
     assert torch.equal(visible_SS, torch.ones_like(visible_SS).tril())
 
 
@@ -98,7 +98,7 @@ def mask_of_all_shards_and_samples(layout: Layout, mask: Mask) -> torch.Tensor:
     shard_shape = mask.samples, layout.shard_length
     visible_BSBS = torch.zeros(*shape, *shape, dtype=torch.bool)
     for rank, source in itertools.product(range(layout.ring_size), repeat=2):
-        key_ranges = hop_runs(layout, rank, source, mask)
+        key_ranges = hop_key_ranges(layout, rank, source, mask)
         visible = dense_mask(key_ranges, mask.samples * layout.shard_length)
         visible_BLBL = visible.view(*shard_shape, *shard_shape)
         queries = layout.positions(rank)
@@ -138,7 +138,10 @@ def test_no_key_is_visible_in_hops_that_are_cut(layout, name):
     mask = mask_of(oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,)), window)
     for hop in range(layout.hops(mask.reach(layout.seq_length)), layout.ring_size):
         for rank in range(layout.ring_size):
-            assert hop_runs(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs == 0
+            assert (
+                hop_key_ranges(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs
+                == 0
+            )
 
 
 WHOLE = Tiling(rows=8, split_triangles=False)
@@ -173,26 +176,30 @@ def test_every_hop_is_at_most_one_rectangle(name):
     for rank, source in itertools.product(range(4), repeat=2):
         of_others = earlier if source < rank else later
         expected = own if source == rank else of_others
-        assert list(hop_runs(layout, rank, source).tiles(WHOLE)) == expected
+        assert list(hop_key_ranges(layout, rank, source).tiles(WHOLE)) == expected
 
 
 def test_stripes_of_one_tile_need_masked_tiles_only_for_own_keys():
     layout = Layout("striped", 4 * 32, 4, stripe_size=8)
     tiling = Tiling(8, split_triangles=True)
     for rank, source in itertools.product(range(4), repeat=2):
-        kinds = {tile.kind for tile in hop_runs(layout, rank, source).tiles(tiling)}
+        kinds = {tile.kind for tile in hop_key_ranges(layout, rank, source).tiles(tiling)}
         assert (kinds == {TileKind.FULL}) == (rank != source)
 
 
 def test_key_ranges_are_computed_once_for_every_layer_of_a_batch():
     layout = Layout("striped", 16, 4)
     starts = torch.tensor([0, 5, 9])
-    first, second = (hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2))
+    first, second = (
+        hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2)
+    )
     assert first is second
-    other_window = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
+    other_window = hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 0, 1))
     assert other_window is not first
-    assert hop_runs(layout, 2, 1, mask_of_documents(starts, 4, 1)) is first
-    assert hop_runs(layout, 2, 1, mask_of_window(4)) is hop_runs(layout, 2, 1, mask_of_window(4))
+    assert hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 4, 1)) is first
+    assert hop_key_ranges(layout, 2, 1, mask_of_window(4)) is hop_key_ranges(
+        layout, 2, 1, mask_of_window(4)
+    )
 
 
 def test_a_buffer_refilled_with_other_documents_gets_another_mask():
@@ -208,7 +215,7 @@ def test_key_ranges_are_freed_with_their_batch():
     freed = []
     for batch in range(3):
         starts = torch.tensor([0, 5 + batch])
-        key_ranges = hop_runs(layout, 2, 1, mask_of_documents(starts, 0, 1))
+        key_ranges = hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 0, 1))
         weakref.finalize(key_ranges, freed.append, batch)
         del key_ranges
     assert freed == [0, 1]
@@ -217,8 +224,8 @@ def test_key_ranges_are_freed_with_their_batch():
 def test_a_mask_without_documents_caches_a_bounded_number_of_key_ranges():
     mask = Mask()
     for length in range(1, 1100):
-        hop_runs(Layout("none", length, 1), 0, 0, mask)
-    assert len(mask.runs) == 1024
+        hop_key_ranges(Layout("none", length, 1), 0, 0, mask)
+    assert len(mask.cached_key_ranges) == 1024
 
 
 def test_all_layers_of_a_batch_share_one_mask_forward_and_backward(monkeypatch):

@@ -19,7 +19,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, HopKernel, flash
-from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 
 RANKS, SHARD, HEADS = 4, 64, 4
 PACKED = Mask(document_starts=(0, 50, 51, 190))
@@ -69,7 +69,7 @@ def run_hops(
     kv = q.new_empty(2, 1, SHARD, groups, 64)
     dlse = q.new_empty(1, HEADS, SHARD, dtype=torch.float32)
     ring = ring_loop.Ring(layout, 1, kernel, 0.125, Loopback(), mask)
-    mask.runs.clear()  # cached ranges would not be copied again
+    mask.cached_key_ranges.clear()  # cached ranges would not be copied again
     with ForbidBlockingCopies():
         out, lse = loop.forward(q, kv, ring)
         loop.backward(q, dlse, q, kv, out, lse, ring)

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.context_parallel.traffic import queries_are_lighter
 from megatron_ring.kernels.attention import KERNELS
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS

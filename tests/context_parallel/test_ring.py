@@ -241,12 +241,12 @@ HALF = "compute 2 heads"
 ALL = "compute 4 heads"
 
 
-def events_of_backward(layout: Layout, groups: int, in_halves: bool) -> list[str]:
+def events_of_backward(layout: Layout, groups: int, splits_own_work: bool) -> list[str]:
     recorder = EventRecorder()
     q = torch.ones(1, 4, 4, 8)
     kv = torch.ones(2, 1, 4, groups, 8)
     lse = torch.zeros(1, 4, 4)
-    ring = ring_loop.Ring(layout, 0, recorder, 1.0, recorder, in_halves=in_halves)
+    ring = ring_loop.Ring(layout, 0, recorder, 1.0, recorder, splits_own_work=splits_own_work)
     ring_loop.backward(q, None, q, kv, q, lse, ring)
     return recorder.events
 
@@ -262,11 +262,11 @@ def test_backward_computes_while_any_message_travels(groups):
         ["start 1", ALL, "start 2", "wait 1"],
         [ALL, "wait 2", "start 3"],
     )
-    events = events_of_backward(Layout("striped", 12, 3), groups, in_halves=True)
+    events = events_of_backward(Layout("striped", 12, 3), groups, splits_own_work=True)
     assert events == [*hops[0], *hops[1], *hops[2], HALF, "wait 3"]
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["queries", "keys"])
 def test_if_messages_are_fast_all_own_keys_come_first(groups):
-    events = events_of_backward(Layout("striped", 8, 2), groups, in_halves=False)
+    events = events_of_backward(Layout("striped", 8, 2), groups, splits_own_work=False)
     assert events == ["start 0", ALL, "wait 0", ALL, "start 1", "wait 1"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.data.document_boundaries import NO_BOUNDARIES, DocumentBoundaries
 from megatron_ring.data.loader import LaterStageLoader, Loader, build_loader
-from megatron_ring.data.packing import NO_BORDERS, Packing
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.tokens import TokenStore
@@ -55,7 +55,11 @@ def stream(store_of) -> SampleStream:
 
 
 def loader_of_rank(
-    stream: SampleStream, packing: Packing, grid: Grid, rank: int, consumed_samples: int = 0
+    stream: SampleStream,
+    packing: DocumentBoundaries,
+    grid: Grid,
+    rank: int,
+    consumed_samples: int = 0,
 ) -> Loader | LaterStageLoader:
     return build_loader(
         stream,
@@ -70,7 +74,7 @@ def loader_of_rank(
 
 
 def bytes_per_rank(
-    stream: SampleStream, packing: Packing, grid: Grid, bytes_read: list[int]
+    stream: SampleStream, packing: DocumentBoundaries, grid: Grid, bytes_read: list[int]
 ) -> list[int]:
     """The bytes that each rank reads in STEPS optimizer steps."""
     totals = []
@@ -84,31 +88,31 @@ def bytes_per_rank(
 
 
 def test_a_context_rank_reads_its_own_tokens_and_a_later_stage_none(stream, bytes_read):
-    own_tokens = STEPS * GLOBAL_BATCH * S // 2 * 2
-    tokens_and_targets = 2 * own_tokens
+    local_tokens = STEPS * GLOBAL_BATCH * S // 2 * 2
+    tokens_and_targets = 2 * local_tokens
     expected = [tokens_and_targets, tokens_and_targets, 0, 0]
-    assert bytes_per_rank(stream, NO_BORDERS, GRID, bytes_read) == expected
+    assert bytes_per_rank(stream, NO_BOUNDARIES, GRID, bytes_read) == expected
 
 
 def test_with_document_boundaries_the_first_stage_reads_whole_samples_and_a_later_one_none(
     stream, bytes_read
 ):
     whole_samples = STEPS * GLOBAL_BATCH * S * 2
-    packing = Packing(end_of_document=0, reset_attention_mask=True)
+    packing = DocumentBoundaries(end_of_document=0, reset_attention_mask=True)
     expected = [2 * whole_samples, 2 * whole_samples, 0, 0]
     assert bytes_per_rank(stream, packing, GRID, bytes_read) == expected
 
 
 def test_every_tensor_rank_reads_the_same_tokens(stream, bytes_read):
-    own_tokens = STEPS * GLOBAL_BATCH * S // 2 * 2
+    local_tokens = STEPS * GLOBAL_BATCH * S // 2 * 2
     grid = replace(GRID, tensor=2)
-    expected = [2 * own_tokens] * 4 + [0] * 4
-    assert bytes_per_rank(stream, NO_BORDERS, grid, bytes_read) == expected
+    expected = [2 * local_tokens] * 4 + [0] * 4
+    assert bytes_per_rank(stream, NO_BOUNDARIES, grid, bytes_read) == expected
 
 
 def test_a_later_stage_counts_the_samples_that_the_first_consumes(stream):
     for rank in range(GRID.world_size):
-        loader = loader_of_rank(stream, NO_BORDERS, GRID, rank, consumed_samples=24)
+        loader = loader_of_rank(stream, NO_BOUNDARIES, GRID, rank, consumed_samples=24)
         with Prefetcher(loader) as ahead:
             batches = [ahead.next_step() for _ in range(STEPS)]
             assert ahead.consumed_samples == 24 + STEPS * GLOBAL_BATCH

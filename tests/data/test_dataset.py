@@ -47,7 +47,7 @@ def test_stores_of_a_blend_must_have_the_same_tokenizer(config, store_of, tokeni
     blend = replace(config, data_path=("2", path, "1", other))
     write_manifest(path, manifest_of(tokenizer.fingerprint))
     write_manifest(other, manifest_of(tokenizer.fingerprint))
-    assert Dataset.open(blend, seed=1).training.in_words() == [
+    assert Dataset.open(blend, seed=1).training.describe() == [
         f"66.67% of the samples from {path}: 4 training samples an epoch",
         f"33.33% of the samples from {other}: 4 training samples an epoch",
     ]
@@ -128,6 +128,6 @@ def test_a_test_share_that_fills_no_sample_is_refused(config):
 
 @pytest.mark.parametrize("packing", ["greedy", "best-fit"])
 def test_whole_document_packing_is_selected_by_the_option(config, packing):
-    (line,) = Dataset.open(replace(config, packing=packing), seed=1).training.in_words()
+    (line,) = Dataset.open(replace(config, packing=packing), seed=1).training.describe()
     assert "5 training samples an epoch" in line
     assert f"({packing}), 0.00% padding" in line

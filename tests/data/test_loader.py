@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.loader import Batch, Loader
-from megatron_ring.data.packing import Packing
 from megatron_ring.data.samples import SampleStream
 
 S = 16
@@ -238,7 +238,7 @@ def packed_batch(
         layout,
         ring_rank,
         samples=2,
-        packing=Packing(END, **flags),
+        packing=DocumentBoundaries(END, **flags),
         ulysses_rank=ulysses_rank,
         ulysses_size=ulysses,
     )
@@ -251,7 +251,7 @@ def test_packed_documents_on_four_striped_ranks(store_of):
     starts, targets, positions = [], [], []
     layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        batch = only_batch(stream, layout, ring_rank, packing=Packing(END, **ALL_FLAGS))
+        batch = only_batch(stream, layout, ring_rank, packing=DocumentBoundaries(END, **ALL_FLAGS))
         starts += [batch.document_starts.tolist()]
         targets += batch.targets_Bl.tolist()
         positions += batch.positions.tolist()
@@ -263,7 +263,7 @@ def test_packed_documents_on_four_striped_ranks(store_of):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_one_process_reads_boundaries_computed_from_whole_samples(store_of, lengths):
     stream = packed_stream(store_of, lengths)
-    packing = Packing(END, **ALL_FLAGS)
+    packing = DocumentBoundaries(END, **ALL_FLAGS)
     batch = packed_batch(stream, Layout("none", PACKED_S, 1), **ALL_FLAGS)
     samples = np.stack([stream.sample(0), stream.sample(1)])
     assert batch.tokens_Bl.tolist() == samples[:, :-1].tolist()
@@ -338,7 +338,7 @@ def test_a_layout_longer_than_the_samples_is_padded_at_their_end(store_of):
     tokens, targets, positions = [], [], []
     layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        batch = only_batch(stream, layout, ring_rank, packing=Packing(END, **ALL_FLAGS))
+        batch = only_batch(stream, layout, ring_rank, packing=DocumentBoundaries(END, **ALL_FLAGS))
         assert batch.document_starts.tolist() == [0, 3]
         tokens += batch.tokens_Bl.tolist()
         targets += batch.targets_Bl.tolist()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.packing import IGNORED
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.stream import SampleView
 from megatron_ring.errors import DataError
 
@@ -20,7 +20,7 @@ def view_of(pieces: list[list[int]]) -> SampleView:
     st.lists(st.integers(0, 40)).map(sorted),
 )
 def test_tokens_at_any_positions_are_those_of_the_whole_sample(pieces, positions):
-    whole = np.array([token for piece in pieces for token in piece] + [IGNORED] * 41)
+    whole = np.array([token for piece in pieces for token in piece] + [IGNORE_INDEX] * 41)
     tokens = view_of(pieces).tokens_at(np.array(positions, np.int64))
     assert tokens.tolist() == whole[positions].tolist()
     assert tokens.dtype == np.int64
@@ -30,7 +30,7 @@ def test_tokens_at_any_positions_are_those_of_the_whole_sample(pieces, positions
 def test_document_ends_are_end_tokens_and_padding(pieces, seq_length):
     view = view_of(pieces)
     whole = view.tokens_at(np.arange(seq_length))
-    expected = (whole == 1) | (whole == IGNORED)
+    expected = (whole == 1) | (whole == IGNORE_INDEX)
     assert view.document_ends(1, seq_length).tolist() == expected.tolist()
 
 

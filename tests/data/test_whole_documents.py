@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.bin_packing import FITS
-from megatron_ring.data.packing import IGNORED
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import DataError
 
@@ -32,7 +32,7 @@ def epoch(stream: WholeDocumentStream, number: int = 0) -> list[list[int]]:
 @every_fit
 def test_a_short_document_is_followed_by_padding(store_of, fit):
     stream = stream_of(store_of([[1, 2, 3, 4]]), fit)
-    assert epoch(stream) == [[1, 2, 3, 4, IGNORED, IGNORED, IGNORED]]
+    assert epoch(stream) == [[1, 2, 3, 4, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
     assert stream.sample(0).dtype == np.int64
     assert stream.padding_share == pytest.approx(2 / 6)
 
@@ -40,7 +40,7 @@ def test_a_short_document_is_followed_by_padding(store_of, fit):
 @every_fit
 def test_the_last_token_of_a_document_that_fills_the_sample_has_no_target(store_of, fit):
     stream = stream_of(store_of([range(6)]), fit)
-    assert epoch(stream) == [[0, 1, 2, 3, 4, 5, IGNORED]]
+    assert epoch(stream) == [[0, 1, 2, 3, 4, 5, IGNORE_INDEX]]
     assert stream.padding_share == 0
 
 
@@ -48,7 +48,7 @@ def test_the_last_token_of_a_document_that_fills_the_sample_has_no_target(store_
 def test_a_long_document_is_cut_and_the_token_at_the_cut_has_a_target(store_of, fit):
     stream = stream_of(store_of([range(14)]), fit)
     assert sorted(epoch(stream), reverse=True) == [
-        [12, 13, *[IGNORED] * 5],
+        [12, 13, *[IGNORE_INDEX] * 5],
         [6, 7, 8, 9, 10, 11, 12],
         [0, 1, 2, 3, 4, 5, 6],
     ]
@@ -69,7 +69,8 @@ def test_an_epoch_has_every_token_once_in_whole_documents(store_of, fit, lengths
     stream = stream_of(store_of(documents), fit, seed=seed)
     for number in (0, 1):
         texts = [
-            [token for token in sample[:-1] if token != IGNORED] for sample in epoch(stream, number)
+            [token for token in sample[:-1] if token != IGNORE_INDEX]
+            for sample in epoch(stream, number)
         ]
         assert sorted(chain.from_iterable(texts)) == list(range(sum(lengths)))
         for text in texts:
@@ -99,12 +100,12 @@ def test_epochs_differ_in_order_only_and_any_sample_is_found_directly(store_of, 
 def test_only_documents_of_the_range_are_read(store_of, fit):
     store = store_of([[1] * 9, [2] * 9, [3] * 9])
     stream = WholeDocumentStream(store, range(1, 2), 4, seed=1, vocab_size=10, fit=fit)
-    assert {token for sample in epoch(stream) for token in sample} == {2, IGNORED}
+    assert {token for sample in epoch(stream) for token in sample} == {2, IGNORE_INDEX}
 
 
 def test_an_id_outside_the_vocabulary_is_refused(store_of):
     """Even -100, which marks padding in a sample."""
-    stream = stream_of(store_of([[1, IGNORED, 3]], np.int32), "greedy", vocab_size=320)
+    stream = stream_of(store_of([[1, IGNORE_INDEX, 3]], np.int32), "greedy", vocab_size=320)
     with pytest.raises(
         DataError, match=r"P has id -100, .* has 320 ids, 0 to 319\. Set --tokenizer-model"
     ):
@@ -113,6 +114,6 @@ def test_an_id_outside_the_vocabulary_is_refused(store_of):
 
 def test_the_share_of_padding_is_described(store_of):
     stream = stream_of(store_of([[1, 2, 3, 4]]), "best-fit")
-    (line,) = stream.in_words()
+    (line,) = stream.describe()
     assert "P: 1 training samples an epoch" in line
     assert "(best-fit), 33.33% padding" in line

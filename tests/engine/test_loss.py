@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_ring.data.packing import IGNORED
-from megatron_ring.engine.loss import clip_gradients, counted_tokens, token_mean_factor
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
+from megatron_ring.engine.loss_and_norm import clip_gradients, counted_tokens, token_mean_factor
 from megatron_ring.kernels.cross_entropy import head_loss_sum
 from megatron_ring.parallel.collectives import ProcessGroups
 from tests.distributed import run_ranks
@@ -13,7 +13,7 @@ from tests.training import tiny
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(2, 6, 4, generator=GENERATOR, dtype=torch.float64)
 WEIGHT = torch.randn(11, 4, generator=GENERATOR, dtype=torch.float64)
-TARGETS = torch.tensor([[1, 2, 3, IGNORED, 5, 6], [IGNORED, 8, 9, 10, 0, 1]])
+TARGETS = torch.tensor([[1, 2, 3, IGNORE_INDEX, 5, 6], [IGNORE_INDEX, 8, 9, 10, 0, 1]])
 
 
 def expected_mean() -> torch.Tensor:
@@ -22,7 +22,7 @@ def expected_mean() -> torch.Tensor:
         -log_probability[b, t, TARGETS[b, t]]
         for b in range(2)
         for t in range(6)
-        if TARGETS[b, t] != IGNORED
+        if TARGETS[b, t] != IGNORE_INDEX
     ]
     return torch.stack(losses).mean()
 
@@ -35,7 +35,7 @@ def test_the_loss_sum_over_the_count_is_the_mean_over_counted_tokens():
 def test_losses_of_ranks_with_uneven_counts_average_to_the_token_mean():
     # Three ranks with 6, 4 and 0 counted tokens: a mean of their means would be wrong, or nan.
     parts = [(HIDDEN[:, :4], TARGETS[:, :4]), (HIDDEN[:, 4:], TARGETS[:, 4:])]
-    parts.append((HIDDEN[:, :2], torch.full((2, 2), IGNORED)))
+    parts.append((HIDDEN[:, :2], torch.full((2, 2), IGNORE_INDEX)))
     scale = token_mean_factor(counted_tokens(TARGETS), averaged_over=3)
     shares = [head_loss_sum(hidden, WEIGHT, targets) * scale for hidden, targets in parts]
     torch.testing.assert_close(sum(shares) / 3, expected_mean())
@@ -43,7 +43,7 @@ def test_losses_of_ranks_with_uneven_counts_average_to_the_token_mean():
 
 def test_a_rank_without_counted_tokens_has_zero_loss_and_zero_gradients():
     hidden = HIDDEN.clone().requires_grad_()
-    nothing = torch.full((2, 6), IGNORED)
+    nothing = torch.full((2, 6), IGNORE_INDEX)
     share = head_loss_sum(hidden, WEIGHT, nothing) * token_mean_factor(
         counted_tokens(nothing), averaged_over=4
     )

@@ -20,7 +20,7 @@ from tests.distributed import run_ranks
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
 
 B, L, E, V = 2, 9, 6, 37
-IGNORED = -100
+IGNORE_INDEX = -100
 FACTOR = 0.3
 
 each_chunk_size = pytest.mark.parametrize("chunk_size", [1, 5, B * L, 100, 0])
@@ -52,7 +52,7 @@ def head(dtype: torch.dtype = torch.float64, tokens: int = L) -> Head:
         torch.randn(shape, generator=random).to(dtype) for shape in ((B, tokens, E), (V, E))
     )
     targets = torch.randint(V, (B, tokens), generator=random)
-    targets.view(-1)[3::7] = IGNORED
+    targets.view(-1)[3::7] = IGNORE_INDEX
     return Head(hidden, weight, targets)
 
 
@@ -143,7 +143,7 @@ def test_the_factor_is_not_rounded_to_bfloat16():
 @each_dtype
 def test_ignored_tokens_affect_nothing(dtype):
     inputs = head(dtype)
-    ignored = inputs.targets == IGNORED
+    ignored = inputs.targets == IGNORE_INDEX
     result = outcome(head_loss_sum, *inputs, 5)
     changed = inputs._replace(hidden=inputs.hidden.masked_fill(ignored.unsqueeze(-1), 7))
     assert (result.dhidden[ignored] == 0).all()
@@ -155,7 +155,11 @@ def test_ignored_tokens_affect_nothing(dtype):
 def test_if_every_token_is_ignored_all_results_are_zero(chunk_size, tokens):
     inputs = head(tokens=tokens)
     result = outcome(
-        head_loss_sum, inputs.hidden, inputs.weight, torch.full((B, tokens), IGNORED), chunk_size
+        head_loss_sum,
+        inputs.hidden,
+        inputs.weight,
+        torch.full((B, tokens), IGNORE_INDEX),
+        chunk_size,
     )
     assert all((x == 0).all() for x in result)
     assert result.dhidden.shape == inputs.hidden.shape
@@ -163,9 +167,9 @@ def test_if_every_token_is_ignored_all_results_are_zero(chunk_size, tokens):
 
 def test_the_ignored_target_can_be_chosen():
     inputs = head()
-    zeroed = inputs.targets.masked_fill(inputs.targets == IGNORED, 0)
+    zeroed = inputs.targets.masked_fill(inputs.targets == IGNORE_INDEX, 0)
     result = outcome(head_loss_sum, inputs.hidden, inputs.weight, zeroed, 5, None, 0)
-    ignoring = inputs._replace(targets=zeroed.masked_fill(zeroed == 0, IGNORED))
+    ignoring = inputs._replace(targets=zeroed.masked_fill(zeroed == 0, IGNORE_INDEX))
     assert not beyond_tolerance(result, expected(ignoring), torch.float64)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_ring.monitoring.intercom import Intercom, NoAnswer
+from megatron_ring.monitoring.intercom import Intercom, NoResponse
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.preflight.reachability import check_reach
@@ -34,11 +34,11 @@ def main() -> None:
         "address": intercom.own.address,
         "on loopback": _is_open("127.0.0.1", intercom.own.port),
     }
-    result["answers"] = not isinstance(intercom.ask(other), NoAnswer)
+    result["answers"] = not isinstance(intercom.ask(other), NoResponse)
     dist.barrier()
     subprocess.run(["ip", "link", "set", "ring0", "down"], check=True)
     answer = intercom.ask(other)
-    result["unreachable but not ended"] = isinstance(answer, NoAnswer) and not answer.has_ended
+    result["unreachable but not ended"] = isinstance(answer, NoResponse) and not answer.has_ended
     Path(f"{consensus.rank}.new").write_text(json.dumps(result))
     Path(f"{consensus.rank}.new").replace(str(consensus.rank))
     # Keep running until the other rank has asked: it could tell that this process has ended.

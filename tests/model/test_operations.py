@@ -12,14 +12,14 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.engine.pipeline_engine import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.kernels.fused import liger
-from megatron_ring.kernels.fused.choice import Choice
+from megatron_ring.kernels.fused.choose_libraries import Choice
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.model import gpt
 from megatron_ring.model.gpt import GPT
 from megatron_ring.model.initialization import build
 from megatron_ring.model.offload import Offload
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.assembly import build_model
 from tests.kernels.fused.interpreted import interpreted  # noqa: F401
 from tests.model.conftest import CONFIGS, LENGTH, VOCABULARY, plain_attention
@@ -114,7 +114,7 @@ def test_operations_reach_every_stage_of_a_pipeline(counted, llama, tokens_BS, p
 
 
 def test_build_model_uses_the_operations_of_the_setup(counted):
-    setup = replace(Setup.of(tiny.config(), 1), operations=Choice((), counted[0]))
+    setup = replace(RunSettings.resolve(tiny.config(), 1), operations=Choice((), counted[0]))
     model = build_model(setup, ProcessGroups(), plain_attention, tiny.VOCAB)
     assert model.operations is counted[0]
     assert model.blocks["0"].mlp_norm.function is counted[0].norm

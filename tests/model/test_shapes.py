@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ring.model.gpt import GPT, Layers
 from megatron_ring.model.shapes import layer_shapes, parameter_shapes, stage_shapes
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.parallel.tensor_exchange import TensorParallel
 from tests.model.conftest import CONFIGS, LENGTH, plain_attention
 

@@ -18,11 +18,11 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.gpt import Layers
 from megatron_ring.model.initialization import build
-from megatron_ring.monitoring.watchdog import watched
+from megatron_ring.monitoring.watchdog import ring_watchdog
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.progress import Direction, Place, ProgressTracker
+from megatron_ring.parallel.progress import Direction, ProgressSnapshot, ProgressTracker
 
 RANKS = 3
 STEPS = 3
@@ -42,7 +42,7 @@ class Fault:
     signal: int = 0
     sleep: float = 0
 
-    def inject(self, progress: Place, folder: Path) -> None:
+    def inject(self, progress: ProgressSnapshot, folder: Path) -> None:
         """Act in the fault's hop, after creating the file ``struck`` in ``folder``."""
         if progress[:4] != (self.step, self.layer, self.direction, self.hop):
             return
@@ -142,7 +142,7 @@ def _rank(rank: int, folder: Path, fault: Fault, ring_timeout: int) -> None:
     groups = ProcessGroups.build(Grid(ring=RANKS), rank, ring_timeout)
     own_fault = fault if rank == 1 else Fault(step=0)
     KERNELS["faulty"] = FaultyKernel(own_fault, progress, folder)
-    with watched(progress, groups, ring_timeout, Consensus.build()):
+    with ring_watchdog(progress, groups, ring_timeout, Consensus.build()):
         (folder / f"{rank}.losses").write_text(json.dumps(_train(rank, progress, groups)))
         dist.barrier()
     dist.destroy_process_group()
@@ -157,12 +157,12 @@ def _train(rank: int, progress: ProgressTracker, groups: ProcessGroups) -> list[
     attention = ContextParallelAttention(layout, "faulty", groups, progress)
     memory = MemoryConfig(recompute="full", recompute_attention=True)
     layers = build(Layers, MODEL, layout.seq_length, attention, seed=1, memory=memory)
-    progress.follow(layers)
+    progress.track_layers(layers)
     x_BlE = torch.randn(
         1, SHARD_LENGTH, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank)
     )
     losses = []
-    for _ in progress.steps(range(1, STEPS + 1)):
+    for _ in progress.track_steps(range(1, STEPS + 1)):
         loss = layers.run(x_BlE, layout.positions(rank), None).sin().sum()
         loss.backward()
         with torch.no_grad():

@@ -11,16 +11,16 @@ from queue import SimpleQueue
 import pytest
 
 from megatron_ring.monitoring import intercom as intercom_module
-from megatron_ring.monitoring.intercom import Intercom, NoAnswer
-from megatron_ring.parallel.progress import Place, ProgressTracker
-from tests.parallel.alone import Alone
+from megatron_ring.monitoring.intercom import Intercom, NoResponse
+from megatron_ring.parallel.progress import ProgressSnapshot, ProgressTracker
+from tests.parallel.single_process import SingleProcessConsensus
 
 
 @pytest.fixture
 def intercom():
     """An intercom whose alarms arrive in the queue ``alarms``."""
     alarms: SimpleQueue[int] = SimpleQueue()
-    intercom = Intercom(Alone(), ProgressTracker().read, alarms.put)
+    intercom = Intercom(SingleProcessConsensus(), ProgressTracker().read, alarms.put)
     intercom.alarms = alarms
     yield intercom
     intercom.close()
@@ -44,7 +44,7 @@ def add_remote_peer(intercom: Intercom, port: int, **changes: object) -> None:
 
 def test_a_peer_responds_with_its_progress(intercom):
     response = intercom.ask(0)
-    assert isinstance(response, Place)
+    assert isinstance(response, ProgressSnapshot)
     assert response[:5] == ProgressTracker().read()[:5]
 
 
@@ -57,7 +57,7 @@ def test_an_alarm_is_received(intercom):
 @pytest.mark.parametrize("rank", ["1", "-1", "9" * 300, "x", ""])
 def test_an_alarm_about_a_rank_that_does_not_exist_is_ignored(intercom, rank):
     assert send(intercom, f"{intercom.key} stalled {rank}") == b""
-    assert isinstance(intercom.ask(0), Place)
+    assert isinstance(intercom.ask(0), ProgressSnapshot)
     assert intercom.alarms.empty()
 
 
@@ -68,7 +68,7 @@ def test_an_alarm_about_a_rank_that_does_not_exist_is_ignored(intercom, rank):
 def test_without_the_key_nothing_is_read_and_no_alarm_raised(intercom, request_text):
     assert send(intercom, request_text) == b""
     assert intercom.alarms.empty()
-    assert isinstance(intercom.ask(0), Place)
+    assert isinstance(intercom.ask(0), ProgressSnapshot)
 
 
 def test_on_one_host_only_loopback_is_used(intercom):
@@ -90,7 +90,7 @@ def test_a_flood_of_connections_uses_no_threads_few_descriptors_and_blocks_no_pe
             connection = socket.create_connection(("127.0.0.1", intercom.own.port), 5)
             connections.enter_context(connection)
             connection.sendall(b"x")  # without an end of the line
-        assert isinstance(intercom.ask(0), Place)
+        assert isinstance(intercom.ask(0), ProgressSnapshot)
         # 400 of the descriptors are this test's own.
         of_server = open_descriptors() - before - 400
         assert of_server <= 2 * intercom_module._MAX_CONNECTIONS
@@ -99,7 +99,7 @@ def test_a_flood_of_connections_uses_no_threads_few_descriptors_and_blocks_no_pe
 
 def test_the_deadline_of_a_request_holds_however_slowly_it_arrives(monkeypatch):
     monkeypatch.setattr(intercom_module, "_REQUEST_TIMEOUT", 0.5)
-    intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
+    intercom = Intercom(SingleProcessConsensus(), ProgressTracker().read, lambda rank: None)
 
     def send_slowly(connection: socket.socket) -> None:
         for _ in range(300):
@@ -127,13 +127,13 @@ def test_connections_made_while_descriptors_are_short_are_accepted_later(interco
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert early.recv(1000).startswith(b"[0, ")
-    assert isinstance(intercom.ask(0), Place)
+    assert isinstance(intercom.ask(0), ProgressSnapshot)
 
 
 def test_a_closed_intercom_refuses_connections_and_leaves_nothing_open():
     before = open_descriptors()
     threads = intercom_threads()
-    intercom = Intercom(Alone(), ProgressTracker().read, lambda rank: None)
+    intercom = Intercom(SingleProcessConsensus(), ProgressTracker().read, lambda rank: None)
     with socket.create_connection(("127.0.0.1", intercom.own.port), 5):
         intercom.ask(0)
         intercom.close()
@@ -176,7 +176,7 @@ def test_a_silent_peer_on_another_host_is_not_known_to_have_ended(intercom, monk
     with socket.create_server(("127.0.0.1", 0)) as silent:
         add_remote_peer(intercom, silent.getsockname()[1])
         response = intercom.ask(1)
-    assert isinstance(response, NoAnswer)
+    assert isinstance(response, NoResponse)
     assert "unresponsive" in response.reason
     assert not response.has_ended
 
@@ -217,7 +217,7 @@ def test_an_invalid_response_counts_as_none(intercom, content):
         thread.start()
         response = intercom.ask(1)
         thread.join()
-    assert isinstance(response, NoAnswer)
+    assert isinstance(response, NoResponse)
     assert not response.has_ended
 
 
@@ -238,13 +238,13 @@ def test_a_response_that_never_ends_times_out(intercom, monkeypatch):
         response = intercom.ask(1)
         over.set()
         thread.join()
-    assert isinstance(response, NoAnswer)
+    assert isinstance(response, NoResponse)
     assert not response.has_ended
 
 
 def test_a_chain_of_waits_ends_at_a_rank_that_does_not_exist():
     progress = ProgressTracker()
-    intercom = Intercom(Alone(), progress.read, lambda rank: None)
+    intercom = Intercom(SingleProcessConsensus(), progress.read, lambda rank: None)
     with contextlib.closing(intercom), progress.waiting_for(5):
         [response] = intercom.wait_chain(0).values()
     assert response.waits_for == 5

@@ -8,7 +8,12 @@ import re
 import pytest
 
 from megatron_ring.config import LoggingConfig
-from megatron_ring.monitoring.metrics import ConsoleReport, EvenlySampled, HeldOutRecord, StepRecord
+from megatron_ring.monitoring.metrics import (
+    ConsoleReporter,
+    EvenlySampled,
+    HeldOutRecord,
+    StepRecord,
+)
 from megatron_ring.monitoring.plot import draw_loss
 
 STEP = {
@@ -34,9 +39,11 @@ def monitored() -> list:
 
 
 @pytest.fixture
-def report(tmp_path, monitored) -> ConsoleReport:
+def report(tmp_path, monitored) -> ConsoleReporter:
     logging = LoggingConfig(metrics_file=str(tmp_path / "new" / "metrics.jsonl"))
-    return ConsoleReport(logging, range(1, 3), peak_flops=1e10, monitors={"list": monitored.extend})
+    return ConsoleReporter(
+        logging, range(1, 3), peak_flops=1e10, monitors={"list": monitored.extend}
+    )
 
 
 def test_a_step_a_validation_and_the_test_write_one_json_object_each(report, tmp_path):
@@ -55,7 +62,7 @@ def test_a_run_from_step_0_starts_a_new_file_and_renames_the_earlier_one(tmp_pat
     file = tmp_path / "metrics.jsonl"
     earlier = json.dumps({"step": 0, "validation_loss": 9.0}) + "\n"
     file.write_text(earlier)
-    ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors={})
+    ConsoleReporter(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors={})
     assert not file.exists()
     assert (tmp_path / "metrics.jsonl.1").read_text() == earlier
     assert capsys.readouterr().out.count("metrics.jsonl.1") == 1
@@ -84,7 +91,7 @@ def test_the_console_line_shows_progress_and_throughput(report, capsys):
 
 
 def test_without_a_known_peak_no_utilisation_is_shown(capsys):
-    report = ConsoleReport(LoggingConfig(), range(1, 3), peak_flops=None, monitors={})
+    report = ConsoleReporter(LoggingConfig(), range(1, 3), peak_flops=None, monitors={})
     report.step(StepRecord(**STEP))
     assert "960 tokens/s  ETA" in capsys.readouterr().out
     assert report.close().endswith("960 tokens/s (median)")
@@ -139,7 +146,7 @@ def test_after_a_roll_back_the_file_and_the_summary_have_every_step_once(report,
 def test_a_resumed_run_continues_the_file_at_the_checkpoints_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)))
-    report = ConsoleReport(LoggingConfig(metrics_file=str(file)), range(3, 5), 1e10, monitors={})
+    report = ConsoleReporter(LoggingConfig(metrics_file=str(file)), range(3, 5), 1e10, monitors={})
     report.step(StepRecord(**STEP | {"step": 3}))
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
@@ -150,7 +157,7 @@ def test_a_failing_output_warns_once_and_the_others_continue(tmp_path, monitored
 
     file = tmp_path / "metrics.jsonl"
     monitors = {"wandb": fail, "list": monitored.extend}
-    report = ConsoleReport(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors)
+    report = ConsoleReporter(LoggingConfig(metrics_file=str(file)), range(1, 3), 1e10, monitors)
     file.mkdir()
     for step in (1, 2):
         report.step(StepRecord(**STEP | {"step": step}))
@@ -169,7 +176,7 @@ def test_a_failing_output_warns_once_and_the_others_continue(tmp_path, monitored
 
 def test_the_memory_of_a_report_does_not_grow_with_the_steps(tmp_path):
     """The summary uses the first and the last step and a sample of the speeds."""
-    report = ConsoleReport(LoggingConfig(log_interval=10**6), range(1, 12_001), 1e10, monitors={})
+    report = ConsoleReporter(LoggingConfig(log_interval=10**6), range(1, 12_001), 1e10, monitors={})
     sizes = []
     for step in range(1, 12_001):
         values = {"step": step, "loss": 10 - step / 4_000, "tokens_per_second": float(step)}

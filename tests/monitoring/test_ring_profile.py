@@ -12,9 +12,9 @@ import torch
 
 from megatron_ring.config import Config, ModelConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
+from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.context_parallel.traffic import backward_bytes, queries_are_lighter
 from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.monitoring.ring_profile import recording
 from megatron_ring.monitoring.ring_profile.hop_statistics import (
@@ -34,8 +34,8 @@ from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.progress import Direction, ProgressTracker
 from megatron_ring.parallel.ring_log import Event
-from megatron_ring.plan.messages import ring_tensors
-from megatron_ring.plan.timeline import counted
+from megatron_ring.plan.communication import ring_tensors
+from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 from tests.distributed import run_ranks
 
 SECOND = 10**9
@@ -200,7 +200,7 @@ def test_the_work_of_a_rank_follows_from_its_mask(size, profiles):
 
     Forward computes two products of each pair, backward five.
     """
-    pairs_RR = counted(Layout("ring", 24 * size, size)).work_RR
+    pairs_RR = visible_pairs_per_hop(Layout("ring", 24 * size, size)).work_RR
     products = [of_rank[GROUPED_HEADS][1] for of_rank in profiles[size]]
     assert products == (4 * (2 + 5) * pairs_RR.sum(dim=0)).tolist()
 

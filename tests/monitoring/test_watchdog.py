@@ -13,11 +13,11 @@ import pytest
 from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import RingStalled
 from megatron_ring.monitoring import watchdog as watchdog_module
-from megatron_ring.monitoring.intercom import NoAnswer, Peer
+from megatron_ring.monitoring.intercom import NoResponse, Peer
 from megatron_ring.monitoring.watchdog import Suspensions, Watchdog, report
-from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker
+from megatron_ring.parallel.progress import NO_RANK, Direction, ProgressSnapshot, ProgressTracker
 from tests.monitoring.stalls import TIMEOUT, Exit, Fault, Ring
-from tests.parallel.alone import Alone
+from tests.parallel.single_process import SingleProcessConsensus
 
 AT = "step 2, layer 1, backward, hop"
 FAULTS = {
@@ -108,11 +108,11 @@ def peer(rank: int) -> Peer:
     return Peer(rank, f"node{rank}", 4240 + rank, "", "", 0)
 
 
-def waiting(for_rank: int) -> Place:
-    return Place(12, 5, Direction.BACKWARD, 2, 4, 31.4, for_rank)
+def waiting(for_rank: int) -> ProgressSnapshot:
+    return ProgressSnapshot(12, 5, Direction.BACKWARD, 2, 4, 31.4, for_rank)
 
 
-OUTSIDE = Place(12, 5, 0, 0, 0, 31.4, NO_RANK)
+OUTSIDE = ProgressSnapshot(12, 5, 0, 0, 0, 31.4, NO_RANK)
 
 
 def test_a_long_chain_of_waits_is_reported_by_its_ends():
@@ -170,22 +170,24 @@ def test_the_number_of_recorded_suspensions_is_bounded():
 class FakeIntercom:
     """Returns the given responses of a peer one by one, and the last one from then on."""
 
-    def __init__(self, *responses: Place | NoAnswer):
+    def __init__(self, *responses: ProgressSnapshot | NoResponse):
         self.responses = list(responses)
 
-    def ask(self, rank: int) -> Place | NoAnswer:
+    def ask(self, rank: int) -> ProgressSnapshot | NoResponse:
         return self.responses.pop(0) if len(self.responses) > 1 else self.responses[0]
 
 
-ALIVE = Place(1, 0, Direction.FORWARD, 0, 0, 1.0, NO_RANK)
-SILENT = NoAnswer("is unresponsive")
-DEAD = NoAnswer("is dead", has_ended=True)
+ALIVE = ProgressSnapshot(1, 0, Direction.FORWARD, 0, 0, 1.0, NO_RANK)
+SILENT = NoResponse("is unresponsive")
+DEAD = NoResponse("is dead", has_ended=True)
 
 
 @contextlib.contextmanager
-def unstarted_watchdog(*responses: Place | NoAnswer, ring_timeout: int = 600) -> Iterator[Watchdog]:
+def unstarted_watchdog(
+    *responses: ProgressSnapshot | NoResponse, ring_timeout: int = 600
+) -> Iterator[Watchdog]:
     """A watchdog without a thread, whose neighbour sends these responses."""
-    watchdog = Watchdog(ProgressTracker(), 0, ring_timeout, Alone())
+    watchdog = Watchdog(ProgressTracker(), 0, ring_timeout, SingleProcessConsensus())
     with contextlib.closing(watchdog.intercom):
         watchdog.intercom = FakeIntercom(*responses)
         yield watchdog
@@ -249,7 +251,7 @@ def test_a_torch_error_after_a_long_suspension_exits_for_a_restart(
             raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
 
     with pytest.raises(RuntimeError, match="Timed out"):
-        fail(Watchdog(ProgressTracker(), 0, 600, Alone()))
+        fail(Watchdog(ProgressTracker(), 0, 600, SingleProcessConsensus()))
     assert codes == [RingStalled.exit_code] * ends
     assert ("RingStalled" in capsys.readouterr().err) == ends
 

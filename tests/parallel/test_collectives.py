@@ -13,7 +13,7 @@ from megatron_ring.parallel import collectives, same_machine
 from megatron_ring.parallel.collectives import (
     ProcessGroups,
     RingExchange,
-    let_links_outlast_suspensions,
+    leave_link_timeouts_to_watchdog,
 )
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
@@ -221,7 +221,7 @@ def wait_longer_than_the_timeout(rank: int, world_size: int, same_host: bool) ->
     links = tuple(dist.new_group(timeout=timedelta(seconds=1)) for _ in range(2))
     if same_host:
         same_machine.probe_shared_memory(links[0])
-    let_links_outlast_suspensions(links)
+    leave_link_timeouts_to_watchdog(links)
     exchange = RingExchange.over(links)
     dist.barrier()
     if rank == 1:

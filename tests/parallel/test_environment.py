@@ -212,7 +212,7 @@ def test_empty_variables_count_as_unset(environ):
     environ.update(dict.fromkeys(EMPTY, ""))
     assert Environment.read() == without_variables
     Environment.read().complete()
-    environment.fix_order_of_sums()
+    environment.fix_reduction_order()
     assert environ["MASTER_ADDR"] == "127.0.0.1"
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     assert [environ[name] for name in names] == ["0", "0", "1", "0"]

@@ -117,15 +117,15 @@ RANK_THAT_FOLLOWS = """\
 import sys, time
 from pathlib import Path
 from megatron_ring.training.stopping import Stopping
-class Alone:
+class SingleProcessConsensus:
     def any_rank(self, condition):
         return condition
 with Stopping(True, True) as stopping:
     if sys.argv[2] == "begun":
-        stopping.begin(Alone())
+        stopping.begin(SingleProcessConsensus())
     Path(sys.argv[1], "started").touch()
     step = 0
-    while not (sys.argv[2] == "begun" and stopping.agreed(step)):
+    while not (sys.argv[2] == "begun" and stopping.requested(step)):
         step += 1
         time.sleep(0.01)
     stopping.close(None)

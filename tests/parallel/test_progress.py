@@ -10,7 +10,13 @@ from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.model.gpt import Layers
 from megatron_ring.model.initialization import build
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.progress import NO_RANK, Direction, Place, ProgressTracker, RingWork
+from megatron_ring.parallel.progress import (
+    NO_RANK,
+    Direction,
+    ProgressSnapshot,
+    ProgressTracker,
+    RingWork,
+)
 from megatron_ring.parallel.ring_log import Event
 
 MODEL = ModelConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
@@ -58,8 +64,8 @@ def test_layers_of_a_stage_are_recorded_with_their_index_in_the_whole_model(
         Layout("striped", LENGTH, 1), "recording", ProcessGroups(), progress
     )
     layers = build(Layers, MODEL, LENGTH, attention, seed=1, memory=memory, layers=STAGE)
-    progress.follow(layers)
-    for _ in progress.steps([7]):
+    progress.track_layers(layers)
+    for _ in progress.track_steps([7]):
         x_BlE = torch.randn(1, LENGTH, MODEL.hidden_size, requires_grad=True)
         layers.run(x_BlE, torch.arange(LENGTH), None).sum().backward()
     assert kernel.calls == FORWARD + backward
@@ -72,7 +78,7 @@ def test_a_wait_is_recorded_until_it_ends():
         progress.begin_hop(1, 4)
         with progress.waiting_for(2):
             waiting = progress.read()._replace(seconds=0)
-            assert waiting == Place(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
+            assert waiting == ProgressSnapshot(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
         assert progress.read().waits_for == NO_RANK
     assert progress.read().hops == 0
 
@@ -92,7 +98,7 @@ def test_a_wait_that_raises_stays_recorded():
 def test_seconds_restart_with_every_hop_and_every_wait():
     progress = ProgressTracker()
     progress.begin_hop(0, 2)
-    progress.buffer[Place._fields.index("seconds")] -= 10**10
+    progress.buffer[ProgressSnapshot._fields.index("seconds")] -= 10**10
     assert 10 <= progress.read().seconds < 20
     with progress.waiting_for(0):
         assert progress.read().seconds < 10
@@ -126,7 +132,7 @@ def test_all_events_are_logged(monkeypatch):
         with progress.waiting_for(2):
             pass
         progress.record_receive(sent_at, sender=2)
-    with progress.optimizing():
+    with progress.in_optimizer_step():
         pass
     assert progress.log.rows.tolist() == [
         [100, Event.ENTERED, 5, Direction.BACKWARD],
@@ -162,5 +168,5 @@ def test_a_small_buffer_keeps_progress_without_work_and_log():
     with progress.in_ring(1, Direction.FORWARD):
         progress.add_products(3)
     assert progress.log is None
-    assert not progress.adds_work_up
-    assert len(progress.buffer) == len(Place._fields)
+    assert not progress.accumulates_work
+    assert len(progress.buffer) == len(ProgressSnapshot._fields)

@@ -7,7 +7,7 @@ from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.memory import ERROR
 from megatron_ring.plan.memory_report import ASSUMED_VOCAB_SIZE, human, memory_of_stages
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import console
 from megatron_ring.training.console import plan
 from tests.training import tiny
@@ -21,7 +21,7 @@ EVERY_AXIS = {
 
 
 def printed(world_size: int, **sections: dict) -> str:
-    return "\n".join(plan_lines(Setup.of(tiny.config(**sections), world_size)))
+    return "\n".join(plan_lines(RunSettings.resolve(tiny.config(**sections), world_size)))
 
 
 def test_every_rank_has_its_coordinates():
@@ -41,7 +41,7 @@ def test_the_drawing_states_how_ulysses_splits_a_shard():
 
 def test_memory_is_listed_by_stage_with_its_error_and_its_exact_peak():
     training = {"zero_stage": 1, "global_batch_size": 16}
-    setup = Setup.of(tiny.config(parallel=EVERY_AXIS, training=training), 16)
+    setup = RunSettings.resolve(tiny.config(parallel=EVERY_AXIS, training=training), 16)
     output = "\n".join(plan_lines(setup))
     first, last = memory_of_stages(setup, 4096)
     assert f"within {ERROR:.0%} of the measured" in output
@@ -54,7 +54,7 @@ def test_memory_is_listed_by_stage_with_its_error_and_its_exact_peak():
 
 
 def first_stage(world_size: int, **sections):
-    return memory_of_stages(Setup.of(tiny.config(**sections), world_size), 61)[0]
+    return memory_of_stages(RunSettings.resolve(tiny.config(**sections), world_size), 61)[0]
 
 
 def test_activations_shrink_with_recomputation_and_the_optimizer_with_zero():
@@ -124,7 +124,7 @@ def test_bytes_are_formatted_in_binary_units(count, formatted):
 
 
 def test_a_plan_starts_no_processes():
-    plan(Setup.of(tiny.config(), 4))
+    plan(RunSettings.resolve(tiny.config(), 4))
     assert not torch.distributed.is_initialized()
 
 
@@ -150,5 +150,7 @@ def test_the_keys_travel_with_a_reduction_that_is_the_same_for_every_ring():
     ],
 )
 def test_a_converted_value_is_listed_once(sections, line):
-    assert console.plan(Setup.of(tiny.config(**sections), 1)).splitlines().count(line) == 1
-    assert f"\n{line[:17]}" not in console.plan(Setup.of(tiny.config(), 1))
+    assert (
+        console.plan(RunSettings.resolve(tiny.config(**sections), 1)).splitlines().count(line) == 1
+    )
+    assert f"\n{line[:17]}" not in console.plan(RunSettings.resolve(tiny.config(), 1))

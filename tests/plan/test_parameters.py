@@ -6,8 +6,7 @@ import pytest
 
 from megatron_ring.config import ModelConfig
 from megatron_ring.model.gpt import GPT, Layers
-from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.stages import layers_of_stage
+from megatron_ring.parallel.grid import Grid, layers_of_stage
 from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.plan.parameters import parameter_count, parameters_of_stage, share
 

@@ -18,15 +18,14 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_ring.data.tokens import TokenStoreWriter
 from megatron_ring.errors import DataError, MegatronRingError
 from megatron_ring.kernels.attention import KERNELS, sdpa
-from megatron_ring.parallel.collective_errors import run_checked
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
-from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.consensus import Consensus, run_checked
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.process_id import Process, in_words
+from megatron_ring.parallel.process_id import ProcessId, describe_processes
 from megatron_ring.preflight import consistency, link_bandwidth, reachability
 from megatron_ring.preflight.exactness import error_limits
 from megatron_ring.preflight.self_test import SelfTestReport, self_test
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from tests.distributed import run_ranks
 from tests.programs import free_port, start_rank, working_folder
 
@@ -83,7 +82,7 @@ PASSING = {
 
 
 def report_of(config: Config, consensus: Consensus) -> SelfTestReport:
-    setup = Setup.of(config, consensus.ranks)
+    setup = RunSettings.resolve(config, consensus.ranks)
     return self_test(setup, ProcessGroups.build(setup.grid, consensus.rank), consensus)
 
 
@@ -179,7 +178,7 @@ def run_with_another_group(rank: int, consensus: Consensus, folder: Path) -> Non
     """As if the tensor axis ran where the data axis does."""
     groups = ProcessGroups.build(Grid(data=2, tensor=2), rank)
     crossed, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
-    processes = consensus.gather(lambda: Process.here(rank))
+    processes = consensus.gather(lambda: ProcessId.here(rank))
     crossing = replace(groups, tensor=crossed)
     reachability.check_neighbours(Grid(data=2, tensor=2), crossing, processes, consensus, "cpu")
 
@@ -310,7 +309,9 @@ def test_a_rank_that_sends_late_is_at_one_end_of_the_slow_links():
 
 
 def link(sender: int, receiver: int, rate: float, hosts: str = "aa") -> link_bandwidth.Link:
-    return link_bandwidth.Link(Process(sender, hosts[0], 1), Process(receiver, hosts[1], 1), rate)
+    return link_bandwidth.Link(
+        ProcessId(sender, hosts[0], 1), ProcessId(receiver, hosts[1], 1), rate
+    )
 
 
 def test_a_link_between_hosts_is_compared_with_others_between_hosts():
@@ -336,10 +337,10 @@ def test_rates_are_printed_in_megabytes_with_two_digits_at_least():
 
 
 def test_ranks_are_printed_as_ranges_and_many_hosts_as_a_count():
-    processes = [Process(rank, f"node{rank // 2}", 1) for rank in range(8)]
-    assert in_words(processes[:3]) == "ranks 0-2 (node0, node1)"
-    assert in_words([processes[0], processes[7]]) == "ranks 0, 7 (node0, node3)"
-    assert in_words(processes) == "ranks 0-7 (4 hosts)"
+    processes = [ProcessId(rank, f"node{rank // 2}", 1) for rank in range(8)]
+    assert describe_processes(processes[:3]) == "ranks 0-2 (node0, node1)"
+    assert describe_processes([processes[0], processes[7]]) == "ranks 0, 7 (node0, node3)"
+    assert describe_processes(processes) == "ranks 0-7 (4 hosts)"
 
 
 # ---- the program ----

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from tests.distributed import run_ranks
 from tests.training import tiny
 
 
 def derived(world_size: int = 4, **sections) -> dict:
-    return Setup.of(tiny.config(**sections), world_size).deepspeed
+    return RunSettings.resolve(tiny.config(**sections), world_size).deepspeed
 
 
 def test_batch_sizes_count_context_ranks_as_data_ranks_as_deepspeed_does():

@@ -18,8 +18,8 @@ from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import rules
-from megatron_ring.settings.setup import Setup
-from megatron_ring.training.entry import arguments, report_once
+from megatron_ring.settings.run_settings import RunSettings
+from megatron_ring.training.entry import parse_arguments, report_once
 from megatron_ring.training.stopping import Stopping
 from tests.forked import Forked
 from tests.training import tiny
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 def problems(config: Config, world_size: int) -> list[str]:
     try:
-        setup = Setup.of(config, world_size)
+        setup = RunSettings.resolve(config, world_size)
     except ConfigError as error:
         return error.problems
     assert setup.grid.world_size == world_size
@@ -221,7 +221,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr("megatron_ring.settings.setup.device_type", lambda: "cpu")
+    monkeypatch.setattr("megatron_ring.settings.run_settings.device_type", lambda: "cpu")
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,10 @@ def test_all_broken_rules_are_reported_together():
 
 
 def test_on_cuda_activations_can_be_offloaded(monkeypatch):
-    monkeypatch.setattr("megatron_ring.settings.setup.device_type", lambda: "cuda")
-    assert Setup.of(tiny.config(memory={"offload_activations": True}), 1).device == "cuda"
+    monkeypatch.setattr("megatron_ring.settings.run_settings.device_type", lambda: "cuda")
+    assert (
+        RunSettings.resolve(tiny.config(memory={"offload_activations": True}), 1).device == "cuda"
+    )
 
 
 LEGAL = {
@@ -311,12 +313,12 @@ LEGAL = {
 
 @pytest.mark.parametrize(("world_size", "sections"), LEGAL.values(), ids=LEGAL)
 def test_a_legal_combination_close_to_an_illegal_one_is_accepted(world_size, sections):
-    assert Setup.of(tiny.config(**sections), world_size).grid.world_size == world_size
+    assert RunSettings.resolve(tiny.config(**sections), world_size).grid.world_size == world_size
 
 
 def test_a_sample_is_padded_to_equal_parts():
-    setup = Setup.of(tiny.config(**LEGAL["a padded sample"][1]), 8)
-    assert (setup.layout.seq_length, setup.layout.shard_length, setup.resident_length) == (
+    setup = RunSettings.resolve(tiny.config(**LEGAL["a padded sample"][1]), 8)
+    assert (setup.layout.seq_length, setup.layout.shard_length, setup.tokens_per_rank) == (
         48,
         24,
         12,
@@ -376,7 +378,7 @@ def test_any_config_is_refused_with_a_flag_or_divided_evenly(request_and_world_s
     messages = problems(tiny.config(**sections), world_size)
     assert all("--" in message and message.endswith(".") for message in messages)
     if not messages:
-        assert_divided_evenly(Setup.of(tiny.config(**sections), world_size))
+        assert_divided_evenly(RunSettings.resolve(tiny.config(**sections), world_size))
     if len(messages) == 1 and messages[0].startswith("seq_length"):
         nearest = re.search(r"Nearest: ([\d, ]+)\.", messages[0])[1]
         for length in nearest.split(", "):
@@ -384,7 +386,7 @@ def test_any_config_is_refused_with_a_flag_or_divided_evenly(request_and_world_s
             assert problems(tiny.config(**legal), world_size) == []
 
 
-def assert_divided_evenly(setup: Setup) -> None:
+def assert_divided_evenly(setup: RunSettings) -> None:
     """Assert that all processes have equal shares of everything, and together the whole."""
     config = setup.config
     grid = setup.grid
@@ -396,10 +398,10 @@ def assert_divided_evenly(setup: Setup) -> None:
     parts = [
         layout.positions(r, u, grid.ulysses) for r in range(grid.ring) for u in range(grid.ulysses)
     ]
-    assert {len(part) for part in parts} == {setup.resident_length}
+    assert {len(part) for part in parts} == {setup.tokens_per_rank}
     assert sorted(torch.cat(parts).tolist()) == list(range(layout.seq_length))
     assert 0 <= layout.seq_length - config.data.seq_length < grid.context * grid.tensor
-    assert setup.resident_length % (grid.tensor if config.parallel.sequence_parallel else 1) == 0
+    assert setup.tokens_per_rank % (grid.tensor if config.parallel.sequence_parallel else 1) == 0
     assert (
         setup.micro_batches * config.training.micro_batch_size * grid.data
         == setup.global_batch_size
@@ -438,7 +440,7 @@ def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
     )
     environment = Environment.read()
     with pytest.raises(SystemExit) as raised, report_once(environment):
-        pretrain_gpt.main(arguments(environment), environment, Stopping(True))
+        pretrain_gpt.main(parse_arguments(environment), environment, Stopping(True))
     assert raised.value.code == ConfigError.exit_code
     assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")
     assert not dist.is_initialized()

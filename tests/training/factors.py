@@ -1,7 +1,7 @@
 """The factors of the parity matrix: options of grid, ZeRO, memory and model, and their configs.
 
 The first value of each factor is its default; together they are one process without sharding,
-recompute or chunks. ``Setup.of`` decides whether an assignment is legal; the number of processes is
+recompute or chunks. ``RunSettings.resolve`` decides whether an assignment is legal; the number of processes is
 the only limit of our own.
 """
 
@@ -11,7 +11,7 @@ from math import prod
 
 from megatron_ring.config import Config
 from megatron_ring.errors import ConfigError
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from tests.training import tiny
 from tests.training.covering import Assignment, Factors, covering
 
@@ -89,9 +89,9 @@ def world_size(row: Assignment) -> int:
 
 
 def refusals(row: Assignment) -> list[str]:
-    """Return why ``row`` cannot run, by ``Setup.of``."""
+    """Return why ``row`` cannot run, by ``RunSettings.resolve``."""
     try:
-        Setup.of(config(row), world_size(row))
+        RunSettings.resolve(config(row), world_size(row))
     except ConfigError as error:
         return error.problems
     return []

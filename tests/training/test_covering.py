@@ -55,7 +55,7 @@ def test_a_witness_has_as_few_changes_as_possible():
     assert witness({"a": 1}, FREE, some_are_legal, 0) is None
 
 
-# The pairs of values that ``Setup.of`` refuses, by parts of its message. The other infeasible
+# The pairs of values that ``RunSettings.resolve`` refuses, by parts of its message. The other infeasible
 # pairs would need too many processes.
 REFUSED = {
     ("context_parallel_size", "--context-parallel striped"): {

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
-from megatron_ring.kernels.attention.support import SUPPORT, Feature, Unsupported
-from megatron_ring.parallel.environment import fix_order_of_sums
-from megatron_ring.settings.setup import Setup
+from megatron_ring.kernels.attention.registry import SUPPORT, Feature, Unsupported
+from megatron_ring.parallel.environment import fix_reduction_order
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import entry
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 from tests.training import tiny
@@ -44,20 +44,20 @@ def deterministic_mode(environ) -> Iterator[None]:
 
 
 def test_libraries_are_configured_by_the_environment(environ):
-    fix_order_of_sums()
+    fix_reduction_order()
     assert (environ["CUBLAS_WORKSPACE_CONFIG"], environ["NCCL_NVLS_ENABLE"]) == (":4096:8", "0")
 
 
 def test_a_deterministic_setting_in_the_environment_is_kept(environ):
     environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-    fix_order_of_sums()
+    fix_reduction_order()
     assert environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_nondeterministic_settings_in_the_environment_are_refused_together(environ):
     environ.update(CUBLAS_WORKSPACE_CONFIG=":0:0", NCCL_NVLS_ENABLE="1")
     with pytest.raises(ConfigError) as refused:
-        fix_order_of_sums()
+        fix_reduction_order()
     first, second = refused.value.problems
     assert re.search(r"CUBLAS_WORKSPACE_CONFIG .*:4096:8 or :16:8.*:0:0.*--deterministic", first)
     assert re.search(r"NCCL_NVLS_ENABLE .*\b0\b.*\b1\b.*--deterministic", second)
@@ -82,20 +82,22 @@ def test_auto_skips_a_nondeterministic_kernel_and_naming_it_is_an_error(requeste
         Unsupported("it adds at random", "Set another"),
     )
     parallel = {"attention_kernel": requested}
-    assert Setup.of(tiny.config(parallel=parallel), 2).kernel.name == "sdpa"
+    assert RunSettings.resolve(tiny.config(parallel=parallel), 2).kernel.name == "sdpa"
     deterministic = tiny.config(parallel=parallel, training={"deterministic": True})
     if requested == "auto":
-        assert Setup.of(deterministic, 2).kernel.name == "reference"
+        assert RunSettings.resolve(deterministic, 2).kernel.name == "reference"
     else:
         with pytest.raises(KernelUnavailable, match="sdpa.*it adds at random"):
-            Setup.of(deterministic, 2)
+            RunSettings.resolve(deterministic, 2)
 
 
 def test_cudnn_is_refused_on_cuda(monkeypatch):
-    monkeypatch.setattr("megatron_ring.settings.setup.device_type", lambda: "cuda")
+    monkeypatch.setattr("megatron_ring.settings.run_settings.device_type", lambda: "cuda")
     sections = {"parallel": {"attention_kernel": "cudnn"}, "model": {"hidden_size": 256}}
     with pytest.raises(KernelUnavailable, match="cudnn"):
-        Setup.of(tiny.config(**sections, training={"dtype": "bf16", "deterministic": True}), 2)
+        RunSettings.resolve(
+            tiny.config(**sections, training={"dtype": "bf16", "deterministic": True}), 2
+        )
 
 
 def run(folder: Path, *flags: str, program: Path = PROGRAM) -> list[tuple[int, str]]:

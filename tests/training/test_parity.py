@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.data.packing import IGNORED
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from tests.distributed import run_ranks
 from tests.training import tiny
 
@@ -126,7 +126,7 @@ def train_half_unlabelled(
     results = []
     for _ in range(5):
         (batch,) = run.loader.next_step()
-        batch.targets_Bl[:, batch.positions >= tiny.SEQ // 2] = IGNORED
+        batch.targets_Bl[:, batch.positions >= tiny.SEQ // 2] = IGNORE_INDEX
         result = run.engine.train_step([batch], learning_rate=1e-2)
         assert result.tokens == len(batch.tokens_Bl) * tiny.SEQ // 2
         results.append((result.loss, result.grad_norm))

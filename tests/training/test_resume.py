@@ -18,7 +18,7 @@ from megatron_ring.checkpoint import retention, store, tensors
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, DataError, Diverged
 from megatron_ring.parallel.consensus import Consensus
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.checkpoint_selection import select_checkpoint
 from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
@@ -455,7 +455,7 @@ def verify_without_memory(rank: int, world_size: int, folder: Path) -> None:
     """Run out of memory on one rank while files are verified: the checkpoint is not damaged."""
     consensus = Consensus.build()
     for load in (folder, folder / "step-00000010"):
-        setup = Setup.of(tiny.config(checkpoint={"load": str(load)}), world_size)
+        setup = RunSettings.resolve(tiny.config(checkpoint={"load": str(load)}), world_size)
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr(store, "check", lambda *_: _raise(MemoryError("cannot allocate")))
@@ -481,7 +481,7 @@ def select_each(rank: int, world_size: int, cases: list[dict], cwd: Path) -> lis
     consensus = Consensus.build()
     selected = []
     for folders in cases:
-        setup = Setup.of(tiny.config(checkpoint=folders), world_size)
+        setup = RunSettings.resolve(tiny.config(checkpoint=folders), world_size)
         try:
             stored = select_checkpoint(setup, tiny.VOCAB, consensus)
             selected.append(f"{stored.path} {stored.state.step}" if stored else "step 0")

@@ -18,15 +18,15 @@ from megatron_ring.config import (
     TrainingConfig,
 )
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.data.packing import Packing
+from megatron_ring.data.document_boundaries import DocumentBoundaries
+from megatron_ring.data.loader import build_loader
 from megatron_ring.data.samples import SampleStream
-from megatron_ring.data.stages import loader_of
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.engine.engine import start_processes
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.checkpoint_selection import select_checkpoint
@@ -96,7 +96,7 @@ class Run:
         # DeepSpeed keeps the tensor axis of an engine for the engines after it.
         deepspeed.utils.groups.mpu = None
         self.config = config
-        self.setup = Setup.of(config, world_size)
+        self.setup = RunSettings.resolve(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)
         reduction = config.parallel.context_parallel_reduction
         attention = ContextParallelAttention(
@@ -108,7 +108,7 @@ class Run:
         self.saver = checkpointing.Saver(self.setup, self.consensus)
         self.at = self.setup.grid.coordinates(global_rank)
         self.stream = stream(prefix, seq_length=config.data.seq_length)
-        self.packing = Packing.of(config.data, END_OF_DOCUMENT)
+        self.packing = DocumentBoundaries.from_config(config.data, END_OF_DOCUMENT)
         self.step = 0
         self._load_from(consumed_samples=0)
 
@@ -154,7 +154,7 @@ class Run:
         return self.engine.evaluate([self.loader.next_step()], torch.ones(VOCAB)).loss_sum
 
     def _load_from(self, consumed_samples: int) -> None:
-        self.loader = loader_of(
+        self.loader = build_loader(
             self.stream,
             self.packing,
             self.setup.layout,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint import formats, lease, names, store
+from megatron_ring.checkpoint import foreign_formats, lease, names, store
 from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
 from megatron_ring.checkpoint.hugging_face import tensor_mapping, unsupported
@@ -88,7 +88,7 @@ def _check_empty(out: Path) -> None:
 
     The remainder of a killed import, the lease of a run and files of operating systems are ignored.
     """
-    entries = formats.content(out) if out.is_dir() else []
+    entries = foreign_formats.content(out) if out.is_dir() else []
     others = [name for name in entries if not name.startswith((names.PARTIAL, names.LEASE))]
     if others:
         raise CheckpointError(f"{out} already exists and has {others[0]}. Set a new folder.")

@@ -7,7 +7,7 @@ picks one for ``--attention-kernel`` and gives the reason.
 
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
 from megatron_ring.kernels.attention.hop_kernel import HopKernel
-from megatron_ring.kernels.attention.support import (
+from megatron_ring.kernels.attention.registry import (
     KERNELS,
     stack_to_kernel_layout,
     stripe_widths,

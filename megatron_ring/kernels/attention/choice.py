@@ -12,7 +12,7 @@ from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention.flash import flash_version
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import auto_order
-from megatron_ring.kernels.attention.support import (
+from megatron_ring.kernels.attention.registry import (
     KERNEL_SPECS,
     Feature,
     features_of_tensors,

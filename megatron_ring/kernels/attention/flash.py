@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version
 
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiled_kernel import TiledKernel
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 from megatron_ring.kernels.attention.torch_operators import CUDA_EFFICIENT

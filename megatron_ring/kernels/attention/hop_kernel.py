@@ -4,8 +4,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import Output, RunningSoftmax
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax
 
 
 class HopKernel(Protocol):

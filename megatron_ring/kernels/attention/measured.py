@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import Feature, published_order
+from megatron_ring.kernels.attention.registry import Feature, published_order
 from megatron_ring.kernels.selection import Candidates
 
 

@@ -7,8 +7,8 @@ FlashAttention, appendix B.2).
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import Output, RunningSoftmax, output_of
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 

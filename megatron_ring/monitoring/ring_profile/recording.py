@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ring.data.replace_file import replace_file
 from megatron_ring.monitoring.outputs import describe_error
 from megatron_ring.monitoring.ring_profile.trace import ClockOffset, RankLog, StepLog, as_json
 from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.untrusted import replace_file
 
 # The first steps of a process pay one-time costs and are not recorded.
 _SKIPPED_STEPS = 2

@@ -11,7 +11,7 @@ from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose, measured
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import MEASURED, MaskKind, Measured
-from megatron_ring.kernels.attention.support import (
+from megatron_ring.kernels.attention.registry import (
     KERNEL_SPECS,
     Feature,
     features_of_tensors,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, key_runs
+from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.kernels.attention import flash
 from megatron_ring.kernels.attention.flash import FlashVersion, flash_version
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.kernels.attention.tiles import TileKind
 from tests import oracle, simulated_ring
 from tests.kernels.attention import flash_stand_ins
@@ -130,7 +130,9 @@ def test_striped_documents_are_one_unmasked_call_per_hop(lengths):
     first_visible = documents(2800, *lengths)
     shards = [layout.positions(0), layout.positions(1)]
     for query_positions, key_positions in itertools.product(shards, repeat=2):
-        key_ranges = key_runs(query_positions, key_positions, first_visible[query_positions])
+        key_ranges = compute_key_ranges(
+            query_positions, key_positions, first_visible[query_positions]
+        )
         assert {tile.kind for tile in key_ranges.tiles(flash._TILING)} <= {TileKind.CAUSAL}
         assert len(key_ranges.varlen_calls(flash._TILING)) <= 1
 

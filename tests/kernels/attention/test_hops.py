@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import key_runs
+from megatron_ring.context_parallel.mask import compute_key_ranges
 from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from tests import oracle
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
@@ -83,7 +83,7 @@ def hop_by_hop(
     whole = RunningSoftmax.empty(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=whole.out_BLHD.dtype) for x in (q, k, v))
     for own in shards:
-        hops = [(source, key_runs(own, source, first_visible[own])) for source in shards]
+        hops = [(source, compute_key_ranges(own, source, first_visible[own])) for source in shards]
         own_q, own_dout, own_dq = q[:, own], dout[:, own], dq[:, own]
         state = RunningSoftmax.empty(own_q)
         for source, key_ranges in hops:
@@ -162,7 +162,7 @@ def test_queries_that_see_nothing_in_any_hop_are_zero(kernel):
 @each_kernel
 def test_gradients_are_added_to_the_buffers(kernel):
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1)
-    key_ranges = key_runs(torch.arange(5), torch.arange(5))
+    key_ranges = compute_key_ranges(torch.arange(5), torch.arange(5))
     state = RunningSoftmax.empty(q)
     kernel.forward(q, k, v, key_ranges, 0.25, state)
     zeros = [torch.zeros_like(x) for x in (q, k, v)]
@@ -180,7 +180,7 @@ def test_inputs_may_be_views(kernel):
     generator = torch.Generator().manual_seed(0)
     fused_BLHD = torch.randn(1, 40, 6, 16, dtype=torch.float64, generator=generator)
     q, k, v = fused_BLHD[:, :, :2], fused_BLHD[:, :, 2:4], fused_BLHD[:, :, 4:]
-    key_ranges = key_runs(torch.arange(40), torch.arange(40))
+    key_ranges = compute_key_ranges(torch.arange(40), torch.arange(40))
     results = []
     for inputs in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
         state = RunningSoftmax.empty(q)

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, hop_runs
+from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.kernels.attention import tiles as tiles_module
-from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 
@@ -204,7 +204,7 @@ def striped_hops(ring_size: int, lengths: list[int]) -> list[KeyRanges]:
     layout = Layout("striped", sum(lengths) + -sum(lengths) % ring_size, ring_size)
     mask = Mask(document_starts=starts)
     pairs_of_ranks = itertools.product(range(ring_size), repeat=2)
-    return [hop_runs(layout, rank, source, mask) for rank, source in pairs_of_ranks]
+    return [hop_key_ranges(layout, rank, source, mask) for rank, source in pairs_of_ranks]
 
 
 @given(

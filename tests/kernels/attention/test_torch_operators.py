@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, key_runs
+from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.kernels.attention import sdpa
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, hop_errors, window
 from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
@@ -88,7 +88,7 @@ def test_every_call_conforms_to_torchs_schema(layout, first_visible, kernel):
     """On meta tensors torch checks names, types and shapes of the calls it would make on a GPU."""
     query_positions = layout.positions(layout.ring_size - 1)
     key_positions = layout.positions(0)
-    key_ranges = key_runs(query_positions, key_positions, first_visible[query_positions])
+    key_ranges = compute_key_ranges(query_positions, key_positions, first_visible[query_positions])
     q, dout, k, v = (
         torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta")
         for n in (4, 4, 2, 2)

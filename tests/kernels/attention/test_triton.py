@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, key_runs
+from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.kernels.attention import triton
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import RunningSoftmax
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.kernels.attention.triton import blocks
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import SHORT, Serialized, documents, hop_errors, window
@@ -109,7 +109,7 @@ def test_queries_that_see_nothing_keep_their_state():
 
 def test_gradients_are_added_to_the_buffers():
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1, torch.float32)
-    key_ranges = key_runs(torch.arange(5), torch.arange(5))
+    key_ranges = compute_key_ranges(torch.arange(5), torch.arange(5))
     state = RunningSoftmax.empty(q)
     triton.forward(q, k, v, key_ranges, 0.25, state)
     zeros = [torch.zeros_like(x) for x in (q, k, v)]
@@ -123,19 +123,19 @@ def test_gradients_are_added_to_the_buffers():
 
 def test_gradient_buffers_may_be_some_heads_of_larger_ones():
     q, k, v, dout = oracle.random_inputs(2, 20, 4, 2, torch.float32)
-    key_ranges = key_runs(torch.arange(20), torch.arange(20))
+    key_ranges = compute_key_ranges(torch.arange(20), torch.arange(20))
     state = RunningSoftmax.empty(q)
     triton.forward(q, k, v, key_ranges, 0.25, state)
-    at_once, in_halves = ([torch.zeros_like(x) for x in (q, k, v)] for _ in range(2))
+    at_once, splits_own_work = ([torch.zeros_like(x) for x in (q, k, v)] for _ in range(2))
     out, lse = state.out_BLHD, state.lse_BHL
     triton.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *at_once)
     for heads, groups in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))):
         queries = [x[:, :, heads] for x in (dout, q)]
         keys = [x[:, :, groups] for x in (k, v)]
-        buffers = [x[:, :, part] for x, part in zip(in_halves, (heads, groups, groups))]
+        buffers = [x[:, :, part] for x, part in zip(splits_own_work, (heads, groups, groups))]
         half_out, half_lse = out[:, :, heads], lse[:, heads]
         triton.backward(*queries, *keys, half_out, half_lse, key_ranges, 0.25, *buffers)
-    assert all(torch.equal(x, y) for x, y in zip(at_once, in_halves))
+    assert all(torch.equal(x, y) for x, y in zip(at_once, splits_own_work))
 
 
 @pytest.mark.parametrize(("head_dim", "row"), [(64, 64), (65, 128), (96, 128), (256, 256)])

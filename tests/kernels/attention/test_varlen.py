@@ -5,7 +5,7 @@ import itertools
 import torch
 from hypothesis import example, given
 
-from megatron_ring.kernels.attention.runs import KeyRanges
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 from megatron_ring.kernels.attention.varlen import VarlenCall
 from tests.kernels.attention.test_tiles import (

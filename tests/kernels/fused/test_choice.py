@@ -11,9 +11,9 @@ import torch
 from megatron_ring.config import TrainingConfig
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.fused import liger
-from megatron_ring.kernels.fused.choice import choose, missing
+from megatron_ring.kernels.fused.choose_libraries import choose, missing
+from megatron_ring.kernels.fused.libraries import COLUMNS, LIBRARIES, OFFERS, PREFERENCE, Operation
 from megatron_ring.kernels.fused.operations import TORCH
-from megatron_ring.kernels.fused.support import COLUMNS, LIBRARIES, OFFERS, PREFERENCE, Operation
 from megatron_ring.kernels.selection import Validation
 from tests.kernels.fused.stand_ins import APEX, FLASH_ATTN, import_with_stand_ins
 
@@ -51,7 +51,7 @@ def libraries(
     requested: str, required=LLAMA, device="cuda", dtype=torch.bfloat16, **options
 ) -> list[str]:
     choice = choose(requested, device, dtype, required, **options)
-    return [settled.library for settled in choice.settled]
+    return [selected.library for selected in choice.choices]
 
 
 def refusal(requested: str, required=LLAMA, device="cuda", dtype=torch.bfloat16) -> str:
@@ -70,7 +70,7 @@ def test_the_option_offers_every_library():
 def test_auto_on_a_cpu_is_torch_with_the_reason():
     choice = choose("auto", "cpu", torch.bfloat16, LLAMA)
     assert choice.operations == TORCH
-    (line,) = choice.in_words()
+    (line,) = choice.describe()
     libraries, reason = line.split(": ", maxsplit=1)
     assert libraries == "torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW"
     assert reason.startswith("liger, flash-attn, apex: CUDA only")
@@ -78,7 +78,7 @@ def test_auto_on_a_cpu_is_torch_with_the_reason():
 
 def test_torch_can_be_requested_on_every_device():
     for device in ("cpu", "cuda"):
-        assert choose("torch", device, torch.float64, LLAMA).in_words() == [
+        assert choose("torch", device, torch.float64, LLAMA).describe() == [
             "torch for RMSNorm, RoPE, SwiGLU, cross entropy, AdamW: requested"
         ]
 
@@ -88,7 +88,7 @@ def test_auto_on_cuda_is_the_first_installed_library(install):
     choice = choose("auto", "cuda", torch.bfloat16, LLAMA)
     assert choice.operations.norm is liger.norm
     assert choice.operations.cross_entropy is liger.cross_entropy
-    line = choice.in_words()[0]
+    line = choice.describe()[0]
     assert line.startswith("liger for RMSNorm, RoPE, SwiGLU, cross entropy: installed; ")
     assert "not been measured" in line
     assert line.endswith(Validation.INTERPRETED.caveat)
@@ -100,7 +100,7 @@ def test_auto_on_cuda_is_the_first_installed_library(install):
 
 def test_a_requested_library_computes_what_it_supports_and_torch_the_rest(install):
     install("liger")
-    first, second = choose("liger", "cuda", torch.bfloat16, LLAMA).in_words()
+    first, second = choose("liger", "cuda", torch.bfloat16, LLAMA).describe()
     assert first.startswith("liger for RMSNorm, RoPE, SwiGLU, cross entropy: requested; tested in")
     assert second == "torch for AdamW: liger: it has no such kernel"
 
@@ -108,7 +108,7 @@ def test_a_requested_library_computes_what_it_supports_and_torch_the_rest(instal
 def test_the_cross_entropy_of_a_split_vocabulary_is_torchs(install):
     install("liger", "flash-attn")
     choice = choose("auto", "cuda", torch.bfloat16, [Operation.SPLIT_CROSS_ENTROPY])
-    (line,) = choice.in_words()
+    (line,) = choice.describe()
     reason = OFFERS[Operation.SPLIT_CROSS_ENTROPY]["liger"].reason
     assert line.startswith(
         f"torch for cross entropy of a split vocabulary: liger, flash-attn: {reason}"

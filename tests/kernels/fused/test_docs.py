@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.kernels.fused.support import COLUMNS, LIBRARIES, OFFERS, Offer
+from megatron_ring.kernels.fused.libraries import COLUMNS, LIBRARIES, OFFERS, Offer
 
 PAGE = (Path(__file__).parents[3] / "docs" / "fused.md").read_text()
 

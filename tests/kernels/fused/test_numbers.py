@@ -7,14 +7,14 @@ import torch
 
 from megatron_ring.kernels.cross_entropy import WHOLE
 from megatron_ring.kernels.fused import liger
+from megatron_ring.kernels.fused.libraries import LIBRARIES, OFFERS, Operation
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.kernels.fused.support import LIBRARIES, OFFERS, Operation
 from megatron_ring.kernels.rope import Rope
 from tests.kernels.fused.interpreted import interpreted  # noqa: F401
 from tests.kernels.fused.stand_ins import APEX, FLASH_ATTN, import_with_stand_ins
 from tests.tolerances import TOLERANCE, error
 
-IGNORED = -100
+IGNORE_INDEX = -100
 STAND_INS = {"flash-attn": FLASH_ATTN, "apex": APEX}
 EPSILON = 1e-5
 # The interpreter's products of two bfloat16 numbers are wrong; only this operation has any.
@@ -131,7 +131,7 @@ def test_swiglu_matches_the_formula(operation, library, dtype, functions):
 @pytest.fixture
 def targets_c1() -> torch.Tensor:
     targets = torch.randint(50, (7, 1), generator=torch.Generator().manual_seed(3))
-    targets[2] = IGNORED
+    targets[2] = IGNORE_INDEX
     return targets
 
 
@@ -144,7 +144,7 @@ def test_cross_entropy_matches_float64(
     exact = logits.double().clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, targets_c1[:, 0], reduction="sum")
     loss, gradient = functions.cross_entropy(
-        logits.clone(), targets_c1, WHOLE, IGNORED, with_gradient
+        logits.clone(), targets_c1, WHOLE, IGNORE_INDEX, with_gradient
     )
     # The loss is float32 for smaller logits too: it is reported, and compared from step to step.
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
@@ -159,7 +159,7 @@ def test_cross_entropy_matches_float64(
 @pytest.mark.parametrize("library", ["torch", "liger", "flash-attn"])
 def test_the_loss_of_an_invalid_target_is_not_finite(invalid, targets_c1, library, functions):
     targets_c1[4] = invalid
-    loss, _ = functions.cross_entropy(normal(7, 50).float(), targets_c1, WHOLE, IGNORED, True)
+    loss, _ = functions.cross_entropy(normal(7, 50).float(), targets_c1, WHOLE, IGNORE_INDEX, True)
     assert not loss.isfinite()
 
 

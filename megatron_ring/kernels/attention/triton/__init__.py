@@ -8,8 +8,8 @@ are a small table (blocks.py), not a search.
 import torch
 import triton
 
-from megatron_ring.kernels.attention.runs import KeyRanges
-from megatron_ring.kernels.attention.state import Output, RunningSoftmax, delta_of
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.triton.backward_kernels import (
     backward_hop_keys,
     backward_hop_queries,

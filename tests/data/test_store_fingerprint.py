@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ring.data import fingerprint as module
-from megatron_ring.data.fingerprint import fingerprint
+from megatron_ring.data import store_fingerprint
 from megatron_ring.data.manifest import Manifest, manifest_path, write_manifest
+from megatron_ring.data.store_fingerprint import fingerprint
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path
 from megatron_ring.errors import DataError
@@ -74,7 +74,7 @@ def test_the_bytes_read_are_bounded_at_any_store_size(tmp_path, monkeypatch):
         read.append((count, offset))
         return pread(descriptor, count, offset)
 
-    monkeypatch.setattr(module.os, "pread", recording_pread)
+    monkeypatch.setattr(store_fingerprint.os, "pread", recording_pread)
     assert fingerprint(prefix)["tokens"] == size // 2
     assert sum(count for count, _ in read) < 4 << 20
     assert max(offset + count for count, offset in read) == size, "the end of the file is read too"

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_ring.config import Config, LoggingConfig, ModelConfig, ParallelConfig
-from megatron_ring.monitoring.ring_profile.watch import in_words, progress_tracker
+from megatron_ring.monitoring.ring_profile.monitor import build_progress_tracker, straggler_notice
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import rules
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 CONFIG = Config(
     model=ModelConfig(hidden_size=32, num_attention_heads=4),
@@ -46,20 +46,20 @@ def test_profiling_is_refused_on_cuda():
 
 
 def test_stragglers_are_not_detected_on_cuda_and_the_console_reports_that():
-    on_cpu = Setup.of(CONFIG, world_size=2)
+    on_cpu = RunSettings.resolve(CONFIG, world_size=2)
     on_cuda = replace(on_cpu, device="cuda")
     disabled = replace(CONFIG, logging=LoggingConfig(straggler_threshold=0))
-    assert progress_tracker(on_cpu).adds_work_up
-    assert not progress_tracker(on_cuda).adds_work_up
-    assert in_words(on_cpu) == []
-    assert in_words(replace(on_cuda, config=disabled)) == []
-    [line] = in_words(on_cuda)
+    assert build_progress_tracker(on_cpu).accumulates_work
+    assert not build_progress_tracker(on_cuda).accumulates_work
+    assert straggler_notice(on_cpu) == []
+    assert straggler_notice(replace(on_cuda, config=disabled)) == []
+    [line] = straggler_notice(on_cuda)
     assert line.startswith("stragglers       not detected")
 
 
 @pytest.mark.parametrize(("ring", "threshold"), [(1, 1.25), (2, 0)])
 def test_without_a_ring_or_a_threshold_nothing_is_recorded(ring, threshold):
     config = replace(CONFIG, logging=LoggingConfig(straggler_threshold=threshold))
-    setup = Setup.of(config, world_size=ring)
-    assert progress_tracker(setup).log is None
-    assert not progress_tracker(setup).adds_work_up
+    setup = RunSettings.resolve(config, world_size=ring)
+    assert build_progress_tracker(setup).log is None
+    assert not build_progress_tracker(setup).accumulates_work

@@ -23,9 +23,9 @@ from megatron_ring.monitoring.ring_profile.report import (
 from megatron_ring.monitoring.ring_profile.stragglers import StragglerDetector
 from megatron_ring.monitoring.ring_profile.trace import StepLog
 from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.parallel.progress import ProgressTracker
-from megatron_ring.parallel.stages import layers_of_stage
-from megatron_ring.settings.setup import Setup
+from megatron_ring.settings.run_settings import RunSettings
 
 # Log rows of a hop: its start, and for each of two transfers a post, a completion and up to four
 # waits of two rows.
@@ -34,7 +34,7 @@ _ROWS_PER_PASS = 2
 _ROWS_PER_OPTIMIZER_STEP = 2
 
 
-def progress_tracker(setup: Setup) -> ProgressTracker:
+def build_progress_tracker(setup: RunSettings) -> ProgressTracker:
     """Return this process's progress tracker, with room for what the options record."""
     if setup.config.logging.profile_ring:
         return ProgressTracker.with_work(max_rows_per_step(setup))
@@ -43,7 +43,7 @@ def progress_tracker(setup: Setup) -> ProgressTracker:
     return ProgressTracker()
 
 
-def max_rows_per_step(setup: Setup) -> int:
+def max_rows_per_step(setup: RunSettings) -> int:
     """Return an upper bound of the rows that a process logs in a step.
 
     Each layer's ring runs forward and backward, and once more where attention is recomputed.
@@ -56,7 +56,7 @@ def max_rows_per_step(setup: Setup) -> int:
     return passes * rows_per_pass + _ROWS_PER_OPTIMIZER_STEP
 
 
-def in_words(setup: Setup) -> list[str]:
+def straggler_notice(setup: RunSettings) -> list[str]:
     """Return the console line for straggler detection that was requested but is not possible."""
     if _detects_stragglers(setup) or not _wants_stragglers(setup):
         return []
@@ -66,21 +66,21 @@ def in_words(setup: Setup) -> list[str]:
     ]
 
 
-def _wants_stragglers(setup: Setup) -> bool:
+def _wants_stragglers(setup: RunSettings) -> bool:
     return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0
 
 
-def _detects_stragglers(setup: Setup) -> bool:
+def _detects_stragglers(setup: RunSettings) -> bool:
     return _wants_stragglers(setup) and setup.device == "cpu"
 
 
-class RingWatch:
+class RingMonitor:
     """Collects what the options of a run record about its ring.
 
     The constructor and every method are collective over all processes; only rank 0 reports.
     """
 
-    def __init__(self, setup: Setup, progress: ProgressTracker):
+    def __init__(self, setup: RunSettings, progress: ProgressTracker):
         logging = setup.config.logging
         self._last_step = setup.config.training.train_iters
         self._log_interval = logging.log_interval
@@ -124,7 +124,7 @@ class _Profile:
     ``progress`` has a log. Every method is collective over all processes.
     """
 
-    def __init__(self, setup: Setup, progress: ProgressTracker, consensus: Consensus):
+    def __init__(self, setup: RunSettings, progress: ProgressTracker, consensus: Consensus):
         logging = setup.config.logging
         self._log = progress.log
         self._consensus = consensus

@@ -49,7 +49,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def zero_sums(like: torch.Tensor) -> torch.Tensor:
+def zero_accumulators(like: torch.Tensor) -> torch.Tensor:
     """Allocate contiguous zeros in which to accumulate gradients of ``like`` over blocks."""
     return torch.zeros_like(
         like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
@@ -80,7 +80,7 @@ class KnownDelta:
     @functools.cached_property
     def output_BLHD(self) -> torch.Tensor:
         """An output with this delta; computed once."""
-        return output_with(self.delta_BHL, self.dout_BLHD)
+        return output_from_delta(self.delta_BHL, self.dout_BLHD)
 
 
 Output = torch.Tensor | KnownDelta
@@ -96,14 +96,14 @@ def output_of(out: Output) -> torch.Tensor:
     return out.output_BLHD if isinstance(out, KnownDelta) else out
 
 
-def heads_of(out: Output, heads: slice) -> Output:
+def slice_heads(out: Output, heads: slice) -> Output:
     """Return some heads of an output or of a known delta."""
     if isinstance(out, KnownDelta):
         return KnownDelta(out.delta_BHL[:, heads], out.dout_BLHD[:, :, heads])
     return out[:, :, heads]
 
 
-def output_with(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
+def output_from_delta(delta_BHL: torch.Tensor, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """Construct a contiguous output with this delta, in the dtype of dout.
 
     In float32 and float64 it is a multiple of dout. In 2-byte dtypes that would not be accurate

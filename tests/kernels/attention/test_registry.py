@@ -8,7 +8,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.support import COLUMNS, SUPPORT, Feature, support
+from megatron_ring.kernels.attention.registry import COLUMNS, SUPPORT, Feature, support
 from megatron_ring.kernels.selection import Unsupported, Validation
 from megatron_ring.model.attention import with_sink
 from tests import oracle, simulated_ring

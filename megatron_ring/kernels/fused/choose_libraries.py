@@ -12,8 +12,8 @@ import torch
 from packaging.version import Version
 
 from megatron_ring.errors import KernelUnavailable
+from megatron_ring.kernels.fused.libraries import LIBRARIES, OFFERS, PREFERENCE, Library, Operation
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.kernels.fused.support import LIBRARIES, OFFERS, PREFERENCE, Library, Operation
 from megatron_ring.kernels.selection import (
     Assessment,
     Unsupported,
@@ -44,16 +44,16 @@ class OperationChoice:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OperationChoices:
     """The choices in the order of the required operations, and the functions for the model."""
 
-    settled: tuple[OperationChoice, ...]
+    choices: tuple[OperationChoice, ...]
     operations: Operations = TORCH
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Format a line for each library and reason: ``liger for RMSNorm, RoPE: requested``."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for choice in self.settled:
+        for choice in self.choices:
             groups.setdefault((choice.library, choice.reason), []).append(choice.operation.value)
         return [
             f"{library} for {', '.join(names)}: {reason}"
@@ -67,7 +67,7 @@ def choose(
     dtype: torch.dtype,
     required: Iterable[Operation],
     deterministic: bool = False,
-) -> Choice:
+) -> OperationChoices:
     """Choose a library for each of ``required``, for ``--fused-operations requested``.
 
     Raises KernelUnavailable, with the reasons, if a library requested by name supports none of
@@ -89,7 +89,7 @@ def choose(
         choices.append(OperationChoice(operation, library, reason))
     if requested not in ("auto", "torch") and all(one.library == "torch" for one in choices):
         raise KernelUnavailable(_message(requested, unavailable[requested], choices))
-    return Choice(tuple(choices), _operations(choices))
+    return OperationChoices(tuple(choices), _operations(choices))
 
 
 def _reasons(library: str, requested: str, assessments: dict[str, Assessment]) -> Iterator[str]:

@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_ring.data.packing import IGNORED
+from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor import split_of
 
 
 def counted_tokens(targets_Bl: torch.Tensor) -> torch.Tensor:
     """Return the number of targets that count towards the loss: an int64 scalar."""
-    return (targets_Bl != IGNORED).sum()
+    return (targets_Bl != IGNORE_INDEX).sum()
 
 
 def token_mean_factor(global_count: torch.Tensor, averaged_over: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from megatron_ring.config import Config
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention import KernelChoice, choose
-from megatron_ring.kernels.attention.support import Feature
-from megatron_ring.kernels.fused import choice
-from megatron_ring.kernels.fused.support import Operation
+from megatron_ring.kernels.attention.registry import Feature
+from megatron_ring.kernels.fused import choose_libraries
+from megatron_ring.kernels.fused.libraries import Operation
 from megatron_ring.parallel import degrees
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import deepspeed_config, lengths, rules
@@ -25,7 +25,7 @@ _MAX_ROPE_HEAD_DIM = 256  # of fused RoPE; a larger head dim is a separate opera
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunSettings:
     """The resolved settings of a run.
 
     device: "cpu" or "cuda". kernel: the attention kernel. operations: the libraries that compute
@@ -39,18 +39,18 @@ class Setup:
     device: str
     precision: Precision
     kernel: KernelChoice
-    operations: choice.Choice
+    operations: choose_libraries.OperationChoices
     global_batch_size: int
     micro_batches: int
     deepspeed: dict[str, Any]
 
     @property
-    def resident_length(self) -> int:
+    def tokens_per_rank(self) -> int:
         """The tokens l = L/U of a sequence that each process holds."""
         return self.layout.shard_length // self.grid.ulysses
 
     @staticmethod
-    def of(config: Config, world_size: int) -> "Setup":
+    def of(config: Config, world_size: int) -> "RunSettings":
         """Resolve ``config`` for a number of processes.
 
         Raises ConfigError with all problems, or KernelUnavailable if a kernel or library was
@@ -72,7 +72,7 @@ class Setup:
         sequences_per_micro_batch = config.training.micro_batch_size * grid.data
         global_batch_size = config.training.global_batch_size or sequences_per_micro_batch
         micro_batches = global_batch_size // sequences_per_micro_batch
-        return Setup(
+        return RunSettings(
             config=config,
             grid=grid,
             layout=lengths.layout(config, grid, kernel.name, device),
@@ -112,7 +112,9 @@ def _attention_features(config: Config) -> list[Feature]:
     return [feature for feature, is_required in required.items() if is_required]
 
 
-def _fused_operations(config: Config, grid: Grid, device: str, dtype: torch.dtype) -> choice.Choice:
+def _fused_operations(
+    config: Config, grid: Grid, device: str, dtype: torch.dtype
+) -> choose_libraries.OperationChoices:
     """Choose a library for each operation of the run that libraries have fused."""
     model = config.model
     training = config.training
@@ -128,6 +130,6 @@ def _fused_operations(config: Config, grid: Grid, device: str, dtype: torch.dtyp
         Operation.ADAMW: True,
     }
     operations = [operation for operation, is_used in used.items() if is_used]
-    return choice.choose(
+    return choose_libraries.choose(
         training.fused_operations, device, dtype, operations, training.deterministic
     )

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ring.config import Config, load_yaml, parse
 from megatron_ring.errors import ConfigError
-from megatron_ring.other_names import MEGATRON, MEGATRON_PREFIXES, PREPROCESS, TRAINER, hint
+from megatron_ring.flag_hints import MEGATRON, MEGATRON_PREFIXES, PREPROCESS, TRAINER, hint
 from tools import prepare_data
 
 OPTIONS = {

@@ -6,7 +6,7 @@ import torch
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.plan.timeline import Timeline, bound_over_ring, counted
+from megatron_ring.plan.ring_timeline import Timeline, bound_over_ring, visible_pairs_per_hop
 
 SMALL = [
     Layout("none", 9, 1),
@@ -44,12 +44,15 @@ def test_the_work_of_a_hop_is_its_visible_pairs(layout, mask):
         ]
         for hop in range(layout.ring_size)
     ]
-    assert counted(layout, mask).work_RR.tolist() == pairs
+    assert visible_pairs_per_hop(layout, mask).work_RR.tolist() == pairs
 
 
 @pytest.mark.parametrize("layout", SMALL, ids=str)
 def test_the_pairs_of_all_hops_add_up_to_the_causal_triangle(layout):
-    assert counted(layout).work_RR.sum() == layout.seq_length * (layout.seq_length + 1) / 2
+    assert (
+        visible_pairs_per_hop(layout).work_RR.sum()
+        == layout.seq_length * (layout.seq_length + 1) / 2
+    )
 
 
 def test_the_critical_path_is_the_sum_of_the_slowest_ranks():
@@ -63,7 +66,8 @@ def test_the_critical_path_is_the_sum_of_the_slowest_ranks():
 @pytest.mark.parametrize("name", ["striped", "zigzag"])
 def test_balanced_layouts_nearly_reach_the_bound_over_the_contiguous_ring(name, ring_size):
     ring, balanced = (
-        counted(Layout(layout, ring_size * 4096, ring_size)) for layout in ("ring", name)
+        visible_pairs_per_hop(Layout(layout, ring_size * 4096, ring_size))
+        for layout in ("ring", name)
     )
     gain, bound = ring.critical_path / balanced.critical_path, bound_over_ring(name, ring_size)
     assert bound == 2 - 1 / ring_size
@@ -72,7 +76,7 @@ def test_balanced_layouts_nearly_reach_the_bound_over_the_contiguous_ring(name, 
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8])
 def test_the_bound_is_the_gain_of_balance_of_the_contiguous_ring(ring_size):
-    ring = counted(Layout("ring", ring_size * 4096, ring_size))
+    ring = visible_pairs_per_hop(Layout("ring", ring_size * 4096, ring_size))
     assert ring.gain_of_balance == pytest.approx(bound_over_ring("striped", ring_size), rel=1e-3)
 
 
@@ -82,18 +86,20 @@ def test_the_contiguous_ring_gains_nothing_over_itself():
 
 @pytest.mark.parametrize("name", ["striped", "zigzag"])
 def test_sixteen_ranks_share_sixteen_thousand_tokens_evenly(name):
-    assert counted(Layout(name, 16384, 16)).imbalance <= 1.01
+    assert visible_pairs_per_hop(Layout(name, 16384, 16)).imbalance <= 1.01
 
 
 def test_contiguous_shards_leave_the_last_rank_nearly_twice_the_mean():
-    assert counted(Layout("ring", 16384, 16)).imbalance == pytest.approx(2 - 1 / 16, rel=1e-3)
+    assert visible_pairs_per_hop(Layout("ring", 16384, 16)).imbalance == pytest.approx(
+        2 - 1 / 16, rel=1e-3
+    )
 
 
 def test_only_stripes_balance_packed_documents():
     seq_length, ring_size = 65536, 8
     mask = Mask(document_starts=random_starts(1024, seq_length))
     imbalance = {
-        n: counted(Layout(n, seq_length, ring_size), mask).imbalance
+        n: visible_pairs_per_hop(Layout(n, seq_length, ring_size), mask).imbalance
         for n in ("ring", "striped", "zigzag")
     }
     assert imbalance["striped"] <= 1.01

@@ -3,14 +3,14 @@
 import pytest
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
-from megatron_ring.kernels.attention.support import SUPPORT, Feature, Unsupported
-from megatron_ring.settings.setup import Setup
+from megatron_ring.kernels.attention.registry import SUPPORT, Feature, Unsupported
+from megatron_ring.settings.run_settings import RunSettings
 from tests.training import tiny
 
 
 def problems(world_size: int, **sections) -> list[str]:
     with pytest.raises(ConfigError) as raised:
-        Setup.of(tiny.config(**sections), world_size)
+        RunSettings.resolve(tiny.config(**sections), world_size)
     return raised.value.problems
 
 
@@ -41,7 +41,7 @@ def test_a_stripe_size_without_the_striped_layout_is_refused():
 def test_striped_single_tokens_support_any_length_by_padding():
     def padded_length(world_size: int, seq_length: int = 47, **parallel) -> int:
         config = tiny.config(data={"seq_length": seq_length}, parallel=parallel)
-        return Setup.of(config, world_size).layout.seq_length
+        return RunSettings.resolve(config, world_size).layout.seq_length
 
     assert padded_length(4) == 48
     assert padded_length(3, stripe_size=1) == 48
@@ -78,20 +78,20 @@ def test_the_default_batch_is_one_micro_batch_on_each_data_rank():
         parallel={"context_parallel_size": 2},
         training={"global_batch_size": 0, "micro_batch_size": 3},
     )
-    setup = Setup.of(config, 4)
+    setup = RunSettings.resolve(config, 4)
     assert (setup.grid.data, setup.grid.ring) == (2, 2)
     assert (setup.global_batch_size, setup.micro_batches) == (6, 1)
 
 
 def test_context_ranks_default_to_all_remaining_processes():
-    assert Setup.of(tiny.config(), 4).grid.ring == 4
+    assert RunSettings.resolve(tiny.config(), 4).grid.ring == 4
 
 
 def test_ulysses_ranks_divide_the_tokens_of_a_shard():
-    setup = Setup.of(
+    setup = RunSettings.resolve(
         tiny.config(parallel={"ulysses_degree": 2, "tensor_model_parallel_size": 2}), 8
     )
-    assert (setup.layout.shard_length, setup.resident_length) == (24, 12)
+    assert (setup.layout.shard_length, setup.tokens_per_rank) == (24, 12)
 
 
 def test_an_unsupported_kernel_is_refused_with_the_reason(monkeypatch):
@@ -103,8 +103,8 @@ def test_an_unsupported_kernel_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(
         KernelUnavailable, match="sdpa .* float32: removed by this test. Set another."
     ):
-        Setup.of(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
-    assert Setup.of(tiny.config(), 2).kernel.name == "reference"
+        RunSettings.resolve(tiny.config(parallel={"attention_kernel": "sdpa"}), 2)
+    assert RunSettings.resolve(tiny.config(), 2).kernel.name == "reference"
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_an_unsupported_kernel_is_refused_with_the_reason(monkeypatch):
 )
 def test_a_feature_without_a_kernel_is_refused(model, remedy):
     with pytest.raises(KernelUnavailable, match=remedy):
-        Setup.of(tiny.config(model=model), 2)
+        RunSettings.resolve(tiny.config(model=model), 2)
 
 
 def test_auto_chooses_the_widest_stripes_that_suit_the_kernel_and_the_mask():
     def stripe(**sections) -> int:
-        return Setup.of(tiny.config(**sections), 2).layout.stripe_size
+        return RunSettings.resolve(tiny.config(**sections), 2).layout.stripe_size
 
     assert stripe(data={"seq_length": 32768}) == 2048
     assert stripe(data={"seq_length": 2048}) == 512

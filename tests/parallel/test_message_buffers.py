@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_ring.kernels.attention.state import accumulation_dtype
-from megatron_ring.parallel.recv_buffers import (
+from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
+from megatron_ring.parallel.message_buffers import (
     RecvBufferPool,
     pack_bytes,
     storage_order_view,

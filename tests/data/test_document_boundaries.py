@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from megatron_ring.data.packing import IGNORED, NO_BORDERS, Packing
-from megatron_ring.engine.loss import counted_tokens
+from megatron_ring.data.document_boundaries import IGNORE_INDEX, NO_BOUNDARIES, DocumentBoundaries
+from megatron_ring.engine.loss_and_norm import counted_tokens
 
 END = 0
-ALL = Packing(END, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
+ALL = DocumentBoundaries(
+    END, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True
+)
 
 
-def all_positions(packing: Packing, tokens_BS: np.ndarray) -> np.ndarray:
+def all_positions(packing: DocumentBoundaries, tokens_BS: np.ndarray) -> np.ndarray:
     """The positions of every token of whole samples."""
     return packing.positions(tokens_BS == END, np.arange(tokens_BS.shape[1]))
 
@@ -67,14 +69,14 @@ def test_every_sample_of_a_batch_begins_a_document():
 
 def test_an_end_token_has_no_target_and_is_a_target_itself():
     targets_BS = ALL.targets(np.array([[1, END, 3, 4]]), np.array([[END, 3, 4, END]]))
-    assert targets_BS.tolist() == [[END, IGNORED, 4, END]]
+    assert targets_BS.tolist() == [[END, IGNORE_INDEX, 4, END]]
     assert counted_tokens(torch.from_numpy(targets_BS)) == 3
 
 
 def test_without_flags_a_sample_is_one_document():
     tokens_BS = np.array([[1, END, 3, 4], [5, 6, 7, END]])
     next_BS = np.array([[END, 3, 4, 5], [6, 7, END, 8]])
-    for packing in (NO_BORDERS, Packing(END)):
+    for packing in (NO_BOUNDARIES, DocumentBoundaries(END)):
         assert packing.document_starts(tokens_BS == END) is None
         assert all_positions(packing, tokens_BS).tolist() == [0, 1, 2, 3]
         assert packing.targets(tokens_BS, next_BS).tolist() == next_BS.tolist()
@@ -86,7 +88,7 @@ def test_all_results_are_int64():
         ALL.document_starts(tokens_BS == END),
         all_positions(ALL, tokens_BS),
         ALL.targets(tokens_BS, tokens_BS),
-        all_positions(NO_BORDERS, tokens_BS),
+        all_positions(NO_BOUNDARIES, tokens_BS),
     )
     assert {array.dtype for array in results} == {np.dtype(np.int64)}
 

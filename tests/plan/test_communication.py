@@ -5,7 +5,7 @@ import torch
 from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.plan.messages import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
+from megatron_ring.plan.communication import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
 
 CONFIG = Config(
     model=ModelConfig(hidden_size=64, num_attention_heads=8, num_query_groups=4),

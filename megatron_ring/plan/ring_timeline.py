@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_runs
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Timeline:
         return self.critical_path / float(self.work_RR.sum(dim=0).mean())
 
 
-def counted(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
+def visible_pairs_per_hop(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
     """Return the visible (query, key) pairs of every hop and rank."""
     ranks = range(layout.ring_size)
 
     def pairs(rank: int, hop: int) -> int:
         source = (rank - hop) % layout.ring_size
-        return hop_runs(layout, rank, source, mask).visible_pairs
+        return hop_key_ranges(layout, rank, source, mask).visible_pairs
 
     work = [[pairs(rank, hop) for rank in ranks] for hop in ranks]
     return Timeline(torch.tensor(work, dtype=torch.float64))

@@ -1,7 +1,7 @@
 """A stand-in for Consensus in tests that run one process without torch.distributed."""
 
 
-class Alone:
+class SingleProcessConsensus:
     """The consensus of a single process."""
 
     rank = 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ring.checkpoint import formats
+from megatron_ring.checkpoint import foreign_formats
 from megatron_ring.errors import CheckpointError
 
 FOREIGN = {
@@ -40,7 +40,7 @@ def fill(folder, names):
 def test_a_checkpoint_of_another_program_is_named(tmp_path, word, names):
     fill(tmp_path, names)
     with pytest.raises(CheckpointError, match=word) as refused:
-        formats.check_no_other(tmp_path)
+        foreign_formats.check_not_foreign(tmp_path)
     assert str(tmp_path) in str(refused.value)
     if word != "not whole":
         assert "convert_checkpoint.py import" in str(refused.value)
@@ -58,16 +58,16 @@ def test_a_checkpoint_of_another_program_is_named(tmp_path, word, names):
 )
 def test_a_folder_without_any_checkpoint_is_accepted(tmp_path, names):
     fill(tmp_path, names)
-    formats.check_no_other(tmp_path)
+    foreign_formats.check_not_foreign(tmp_path)
 
 
 def test_a_file_is_refused_with_the_nearest_folder(tmp_path):
     (tmp_path / "latest").write_text("step-00000010")
     with pytest.raises(CheckpointError, match=f"is a file.* Nearest: {tmp_path}"):
-        formats.check_no_other(tmp_path / "latest")
+        foreign_formats.check_not_foreign(tmp_path / "latest")
 
 
 def test_files_of_operating_systems_are_not_content(tmp_path):
     fill(tmp_path, [".DS_Store", "._notes", ".nfs00000000051e0b7a00000001", "Thumbs.db", "notes"])
-    assert formats.content(tmp_path) == ["notes"]
-    assert formats.content(tmp_path / "none") == []
+    assert foreign_formats.content(tmp_path) == ["notes"]
+    assert foreign_formats.content(tmp_path / "none") == []

@@ -24,14 +24,14 @@ _WITHOUT_TENSORS = {
 
 
 def check_same_model(
-    stored: Stored, config: Config, vocab_size: int, tensors_alone: bool = False
+    stored: Stored, config: Config, vocab_size: int, weights_only: bool = False
 ) -> None:
     """Raise CheckpointError, naming every differing option, if the checkpoint is of another model.
 
-    With ``tensors_alone`` only the tensors have to agree, which is what a new run that starts from
+    With ``weights_only`` only the tensors have to agree, which is what a new run that starts from
     the weights needs.
     """
-    ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if tensors_alone else set())
+    ignored = {"padded_vocab_size"} | (_WITHOUT_TENSORS if weights_only else set())
     now = config.model
     then = read_config(stored.path).model
     seq_length_then = stored.state.seq_length
@@ -58,9 +58,9 @@ def check_same_model(
 def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
     """Raise CheckpointError if this run would read other tokens than the checkpoint's run.
 
-    The error names each token store that differs. ``here``: see ``changed_stores``.
+    The error names each token store that differs. ``here``: see ``changed_token_stores``.
     """
-    if changed := changed_stores(stored, here):
+    if changed := changed_token_stores(stored, here):
         raise CheckpointError(
             [
                 f"{stored.path} was trained on other data than --data-path names, so sample "
@@ -72,10 +72,10 @@ def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def changed_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
+def changed_token_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
     """Describe each token store that only one of the checkpoint's run and this run reads.
 
-    ``here``: the fingerprints (data/fingerprint.py) of the stores that this run reads. The order
+    ``here``: the fingerprints (data/store_fingerprint.py) of the stores that this run reads. The order
     and weights of a blend do not matter, nor does a store's path. A checkpoint written before
     fingerprints were kept matches any data.
     """
@@ -115,7 +115,7 @@ def _size(name: str, stores: list[dict[str, Any]]) -> str:
     return "not read"
 
 
-def other_data(stored: Stored, config: Config) -> list[str]:
+def changed_data_options(stored: Stored, config: Config) -> list[str]:
     """Describe the differing options that change which text a sample number refers to."""
     then = read_config(stored.path)
     data_then = replace(then.data, split=then.data.shares)

@@ -12,13 +12,13 @@ import numpy as np
 
 from megatron_ring.config import DataConfig
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The target of a token that is left out of the loss, equal to the ``ignore_index`` of PyTorch's
 cross entropy. In a sample it marks the positions without text."""
 
 
 @dataclass(frozen=True)
-class Packing:
+class DocumentBoundaries:
     """What the boundaries between documents change in a batch.
 
     ``ends_BS``, (B, S) bool, marks the end-of-document tokens of whole samples. Tokens and targets
@@ -31,9 +31,9 @@ class Packing:
     eod_mask_loss: bool = False
 
     @staticmethod
-    def of(config: DataConfig, end_of_document: int) -> "Packing":
+    def of(config: DataConfig, end_of_document: int) -> "DocumentBoundaries":
         """Take the three flags from ``config``; documents end with the id ``end_of_document``."""
-        return Packing(
+        return DocumentBoundaries(
             end_of_document,
             config.reset_attention_mask,
             config.reset_position_ids,
@@ -51,8 +51,8 @@ class Packing:
         return self.reset_attention_mask or self.reset_position_ids
 
     def fill_padding(self, tokens_Bl: np.ndarray) -> np.ndarray:
-        """Replace IGNORED by end-of-document tokens, so that each padding token is a document."""
-        return np.where(tokens_Bl == IGNORED, self.end_of_document, tokens_Bl)
+        """Replace IGNORE_INDEX by end-of-document tokens, so that each padding token is a document."""
+        return np.where(tokens_Bl == IGNORE_INDEX, self.end_of_document, tokens_Bl)
 
     def document_starts(self, ends_BS: np.ndarray) -> np.ndarray | None:
         """Return where each document begins, the samples laid end to end.
@@ -80,14 +80,14 @@ class Packing:
     def targets(self, tokens_Bl: np.ndarray, next_Bl: np.ndarray) -> np.ndarray:
         """Return the target of each token: the next token ``next_Bl``.
 
-        With eod_mask_loss the target of an end-of-document token is IGNORED.
+        With eod_mask_loss the target of an end-of-document token is IGNORE_INDEX.
         """
         if not self.eod_mask_loss:
             return next_Bl
-        return np.where(tokens_Bl == self.end_of_document, IGNORED, next_Bl)
+        return np.where(tokens_Bl == self.end_of_document, IGNORE_INDEX, next_Bl)
 
 
-NO_BORDERS = Packing(end_of_document=-1)
+NO_BOUNDARIES = DocumentBoundaries(end_of_document=-1)
 """All three flags off: each sample is treated as one document. No token has the id -1."""
 
 

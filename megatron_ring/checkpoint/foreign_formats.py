@@ -81,7 +81,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|gguf|npz|msgpack|h5|nem
 _OWN = re.compile(r"state\.json|tensors\.json|part-\d{5,}\.safetensors")
 
 
-def check_no_other(folder: Path) -> None:
+def check_not_foreign(folder: Path) -> None:
     """Raise CheckpointError if ``folder`` is a file, a foreign checkpoint or an incomplete one."""
     if folder.is_file():
         raise CheckpointError(

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from megatron_ring.kernels.attention.state import (
+from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
     RunningSoftmax,
     accumulation_dtype,
     delta,
     delta_of,
-    heads_of,
+    output_from_delta,
     output_of,
-    output_with,
+    slice_heads,
 )
 
 B, L, H, D, BLOCKS, KEYS = 2, 5, 3, 4, 4, 6
@@ -128,7 +128,7 @@ def test_output_with_has_the_given_delta(rows, equal, size, dtype):
     """For gradients of any size, also with equal elements; it is 0 where the gradient is."""
     out, dout = rows[0].to(dtype), size * rows[1]
     dout = (dout.sign() * size if equal else dout).to(dtype)
-    result = output_with(delta(out, dout), dout)
+    result = output_from_delta(delta(out, dout), dout)
     assert result.dtype == dtype
     assert delta(result, dout).dtype == accumulation_dtype(dtype)
     torch.testing.assert_close(delta(result, dout), delta(out, dout), rtol=ROUNDING[dtype], atol=0)
@@ -142,7 +142,7 @@ def test_at_most_two_elements_of_a_head_carry_delta(head_dim):
     generator = torch.Generator().manual_seed(head_dim)
     out, dout = (torch.randn(1, 50, 2, head_dim, generator=generator).to(dtype) for _ in range(2))
     expected = delta(out, dout)
-    result = output_with(expected, dout)
+    result = output_from_delta(expected, dout)
     assert result.count_nonzero(-1).max() <= 2
     rounding = torch.finfo(dtype).eps if head_dim == 1 else ROUNDING[dtype]
     torch.testing.assert_close(delta(result, dout), expected, rtol=rounding, atol=0)
@@ -153,7 +153,7 @@ def test_with_one_gradient_element_per_row_delta_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)
     out, at = torch.randn(1, 40, 2, 16, generator=generator).to(dtype), torch.arange(40) % 16
     dout = torch.nn.functional.one_hot(at, 16).to(dtype)[None, :, None].expand_as(out) * 3
-    assert torch.equal(delta(output_with(delta(out, dout), dout), dout), delta(out, dout))
+    assert torch.equal(delta(output_from_delta(delta(out, dout), dout), dout), delta(out, dout))
 
 
 def test_a_gradient_may_be_a_view(rows):
@@ -161,18 +161,20 @@ def test_a_gradient_may_be_a_view(rows):
     out, dout = (x.float() for x in rows)
     heads = dout[:, :, 1:]
     assert torch.equal(
-        output_with(delta(out[:, :, 1:], heads), heads),
-        output_with(delta(out[:, :, 1:], heads), heads.contiguous()),
+        output_from_delta(delta(out[:, :, 1:], heads), heads),
+        output_from_delta(delta(out[:, :, 1:], heads), heads.contiguous()),
     )
     ones = torch.ones((), dtype=torch.float32).expand_as(out)
-    torch.testing.assert_close(delta(output_with(delta(out, ones), ones), ones), delta(out, ones))
+    torch.testing.assert_close(
+        delta(output_from_delta(delta(out, ones), ones), ones), delta(out, ones)
+    )
 
 
 def test_output_with_does_not_overflow_in_float16():
     """The sum over a head would, in a single element; so delta is distributed over all elements."""
     out = torch.full((1, 3, 2, 128), 3e3, dtype=torch.float16)
     dout = torch.full_like(out, 0.5)
-    result = output_with(delta(out, dout), dout)
+    result = output_from_delta(delta(out, dout), dout)
     assert result.isfinite().all()
     torch.testing.assert_close(delta(result, dout), delta(out, dout), rtol=2**-20, atol=0)
 
@@ -181,7 +183,9 @@ def test_output_with_does_not_overflow_in_float16():
 def test_a_delta_that_is_not_finite_propagates(rows, dtype):
     dout = rows[1].to(dtype)
     for wrong in (torch.inf, torch.nan):
-        result = output_with(torch.full((B, H, L), wrong, dtype=accumulation_dtype(dtype)), dout)
+        result = output_from_delta(
+            torch.full((B, H, L), wrong, dtype=accumulation_dtype(dtype)), dout
+        )
         assert not delta(result, dout)[..., [1, 2, 4]].isfinite().any()
 
 
@@ -193,7 +197,7 @@ def test_an_output_and_its_known_delta_are_interchangeable(rows):
     torch.testing.assert_close(delta_of(known, dout), delta_of(out, dout))
     torch.testing.assert_close(delta_of(output_of(known), dout), delta_of(out, dout))
     some = slice(1, 3)
-    of_known, of_out = heads_of(known, some), heads_of(out, some)
+    of_known, of_out = slice_heads(known, some), slice_heads(out, some)
     dout = dout[:, :, some]
     torch.testing.assert_close(delta_of(of_known, dout), delta_of(of_out, dout))
 

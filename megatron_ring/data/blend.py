@@ -70,13 +70,13 @@ class Blend(Stream):
         stream, number = self._schedule.at(index)
         return self.streams[stream].text(number)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return the lines of the streams, each with its share of the samples."""
         total = sum(self._weights)
         return [
             f"{float(weight / total):.2%} of the samples from {line}"
             for weight, stream in zip(self._weights, self.streams)
-            for line in stream.in_words()
+            for line in stream.describe()
         ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.mixture import Blend, InterleaveSchedule
+from megatron_ring.data.blend import Blend, InterleaveSchedule
 from megatron_ring.data.stream import SampleView, Stream
 from megatron_ring.data.tokens import TokenStore
 
@@ -27,7 +27,7 @@ class NumberedStream(Stream):
     def text(self, index: int) -> SampleView:
         return SampleView([np.array([self.name, index])], self.store, vocab_size=100)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         return [f"stream {self.name}"]
 
 
@@ -70,7 +70,7 @@ def test_a_blend_returns_the_streams_samples_and_describes_their_shares(store_of
     streams = [NumberedStream(store, 0), NumberedStream(store, 1)]
     blend = Blend(streams, [Fraction(3), Fraction(1)])
     assert [blend.sample(index).tolist() for index in range(4)] == [[0, 0], [0, 1], [1, 0], [0, 2]]
-    assert blend.in_words() == [
+    assert blend.describe() == [
         "75.00% of the samples from stream 0",
         "25.00% of the samples from stream 1",
     ]

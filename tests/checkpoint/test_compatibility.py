@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.checkpoint import fit, store
+from megatron_ring.checkpoint import compatibility, store
 from megatron_ring.checkpoint.state import decode, encode
 from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_ring.errors import CheckpointError
@@ -17,7 +17,7 @@ from tests.checkpoint.small import state, write
 def test_another_model_is_refused_with_every_differing_option(tmp_path):
     write(tmp_path, 5, Config(model=ModelConfig(num_layers=2, hidden_size=128)))
     with pytest.raises(CheckpointError) as refused:
-        fit.check_same_model(store.newest(tmp_path), Config(), vocab_size=4096)
+        compatibility.check_same_model(store.newest(tmp_path), Config(), vocab_size=4096)
     title, *problems = refused.value.problems
     assert f"{tmp_path}/step-00000005" in title
     expected = [
@@ -65,7 +65,7 @@ YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}
 def test_a_default_given_explicitly_is_the_same_model(then, now, tmp_path):
     write(tmp_path, 5, Config(model=ModelConfig(**then)))
     now = Config(model=ModelConfig(**now), data=DataConfig(seq_length=48))
-    fit.check_same_model(store.newest(tmp_path), now, vocab_size=61)
+    compatibility.check_same_model(store.newest(tmp_path), now, vocab_size=61)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_only_the_option_that_was_changed_is_reported(then, now, differing, tmp_
     write(tmp_path, 5, Config(model=ModelConfig(**then)))
     now = Config(model=ModelConfig(**now), data=DataConfig(seq_length=48))
     with pytest.raises(CheckpointError) as refused:
-        fit.check_same_model(store.newest(tmp_path), now, vocab_size=61)
+        compatibility.check_same_model(store.newest(tmp_path), now, vocab_size=61)
     assert [problem.split()[0] for problem in refused.value.problems[1:]] == differing
 
 
@@ -99,8 +99,8 @@ def test_a_seq_length_that_changes_the_default_of_rope_original_length_is_refuse
     yarn = Config(model=ModelConfig(**YARN), data=DataConfig(seq_length=96))
     write(tmp_path, 5, yarn)
     with pytest.raises(CheckpointError, match="--rope-original-length"):
-        fit.check_same_model(store.newest(tmp_path), yarn, vocab_size=61)
-    fit.check_same_model(store.newest(tmp_path), yarn, vocab_size=61, tensors_alone=True)
+        compatibility.check_same_model(store.newest(tmp_path), yarn, vocab_size=61)
+    compatibility.check_same_model(store.newest(tmp_path), yarn, vocab_size=61, weights_only=True)
 
 
 def test_a_learned_position_table_fixes_the_length(tmp_path):
@@ -110,7 +110,7 @@ def test_a_learned_position_table_fixes_the_length(tmp_path):
     )
     write(tmp_path, 5, learned)
     with pytest.raises(CheckpointError, match="seq_length 48 .*64 .*--seq-length"):
-        fit.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
+        compatibility.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
 
 
 def test_a_new_run_may_change_options_that_do_not_change_tensors(tmp_path):
@@ -118,35 +118,35 @@ def test_a_new_run_may_change_options_that_do_not_change_tensors(tmp_path):
     longer = ModelConfig(
         rope_scaling="yarn", rope_scaling_factor=4.0, window_size=16, padded_vocab_size=61
     )
-    fit.check_same_model(
-        store.newest(tmp_path), Config(model=longer), vocab_size=61, tensors_alone=True
+    compatibility.check_same_model(
+        store.newest(tmp_path), Config(model=longer), vocab_size=61, weights_only=True
     )
     with pytest.raises(CheckpointError) as refused:
-        fit.check_same_model(store.newest(tmp_path), Config(model=longer), vocab_size=61)
+        compatibility.check_same_model(store.newest(tmp_path), Config(model=longer), vocab_size=61)
     assert [problem.split()[0] for problem in refused.value.problems[1:]] == [
         "window_size",
         "rope_scaling",
         "rope_scaling_factor",
     ]
     with pytest.raises(CheckpointError, match="num_layers 4 .*3 .*--num-layers"):
-        fit.check_same_model(
+        compatibility.check_same_model(
             store.newest(tmp_path),
             Config(model=ModelConfig(num_layers=3)),
             vocab_size=61,
-            tensors_alone=True,
+            weights_only=True,
         )
 
 
 def test_changed_data_options_are_listed_with_both_values(tmp_path):
     write(tmp_path, 5)
     stored = store.newest(tmp_path)
-    assert fit.other_data(stored, Config()) == []
-    assert fit.other_data(stored, Config(data=DataConfig(split=(98, 2)))) == []
+    assert compatibility.changed_data_options(stored, Config()) == []
+    assert compatibility.changed_data_options(stored, Config(data=DataConfig(split=(98, 2)))) == []
     changed = Config(
         data=DataConfig(data_path=("0.7", "a", "0.3", "b"), seq_length=64),
         training=TrainingConfig(seed=1),
     )
-    assert fit.other_data(stored, changed) == [
+    assert compatibility.changed_data_options(stored, changed) == [
         "data_path () there, ('0.7', 'a', '0.3', 'b') here",
         "seq_length 1024 there, 64 here",
         "seed 1234 there, 1 here",
@@ -177,7 +177,9 @@ def trained_on(*stores: dict, folder: Path) -> store.Stored:
     ],
 )
 def test_the_same_tokens_in_any_order_and_folder_are_the_same_data(here, tmp_path):
-    fit.check_same_data(trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here)
+    compatibility.check_same_data(
+        trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,13 +204,15 @@ def test_the_same_tokens_in_any_order_and_folder_are_the_same_data(here, tmp_pat
 )
 def test_other_data_is_refused_store_by_store_with_the_counts_and_the_flag(here, stated, tmp_path):
     with pytest.raises(CheckpointError, match="--allow-other-data") as refused:
-        fit.check_same_data(trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here)
+        compatibility.check_same_data(
+            trained_on(store_of("a"), store_of("b", 200), folder=tmp_path), here
+        )
     [problem] = refused.value.problems[1:]
     assert all(part in problem for part in stated)
 
 
 def test_a_checkpoint_without_fingerprints_is_resumed_on_any_data(tmp_path):
-    fit.check_same_data(trained_on(folder=tmp_path), [store_of("a")])
+    compatibility.check_same_data(trained_on(folder=tmp_path), [store_of("a")])
 
 
 def test_fingerprints_are_stored_in_the_state_and_old_states_have_none():
