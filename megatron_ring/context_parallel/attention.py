@@ -12,7 +12,6 @@ progress of this process (``ProgressTracker``) is passed as a tensor. The operat
 tensor although their schemas do not declare it (docs/decisions/0022).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,19 +105,21 @@ class ContextParallelAttention:
             samples=1 if document_starts is None else batch,
             layer=self.progress.layer,
         )
-        progress = self.progress.buffer
-        arrange = functools.partial(to_kernel_layout, self.kernel)
-        if document_starts is None:
-            return ring_attention(
-                arrange(q_BLHD), arrange(kv_2BLGD), None, progress, *spec.to_op_arguments()
-            )
-        # Samples have different documents, and a hop has one mask, so the samples are concatenated.
-        q_1NHD = q_BLHD.flatten(0, 1).unsqueeze(0)
-        kv_21NGD = kv_2BLGD.flatten(1, 2).unsqueeze(1)
-        out_1NHD, lse_1HN = ring_attention(
-            arrange(q_1NHD), arrange(kv_21NGD), document_starts, progress, *spec.to_op_arguments()
+        if document_starts is not None:
+            # Samples have different documents but a hop has one mask, so samples are concatenated.
+            q_BLHD = q_BLHD.flatten(0, 1).unsqueeze(0)
+            kv_2BLGD = kv_2BLGD.flatten(1, 2).unsqueeze(1)
+        out_BLHD, lse_BHL = ring_attention(
+            to_kernel_layout(self.kernel, q_BLHD),
+            to_kernel_layout(self.kernel, kv_2BLGD),
+            document_starts,
+            self.progress.buffer,
+            *spec.to_op_arguments(),
         )
-        return out_1NHD.view_as(q_BLHD), lse_1HN.view(-1, batch, length).transpose(0, 1)
+        if document_starts is not None:
+            out_BLHD = out_BLHD.view(batch, length, *out_BLHD.shape[2:])
+            lse_BHL = lse_BHL.view(-1, batch, length).transpose(0, 1)
+        return out_BLHD, lse_BHL
 
 
 class RingSpec(NamedTuple):

@@ -56,7 +56,7 @@ class Ring:
         on_hop: called with (hop, hops) as each hop begins, for monitoring.
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
         splits_own_work: whether backward keeps half of the work on the rank's own keys until the last
-            message is in flight, at the price of one more kernel call (docs/decisions/0013).
+            message is in flight, at the price of more kernel calls (docs/decisions/0013).
     """
 
     layout: Layout

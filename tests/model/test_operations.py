@@ -12,7 +12,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.engine.pipeline_engine import StageEmbedding, StageLayers, StageOutput
 from megatron_ring.kernels.fused import liger
-from megatron_ring.kernels.fused.choose_libraries import Choice
+from megatron_ring.kernels.fused.choose_libraries import OperationChoices
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.model import gpt
 from megatron_ring.model.gpt import GPT
@@ -114,7 +114,9 @@ def test_operations_reach_every_stage_of_a_pipeline(counted, llama, tokens_BS, p
 
 
 def test_build_model_uses_the_operations_of_the_setup(counted):
-    setup = replace(RunSettings.resolve(tiny.config(), 1), operations=Choice((), counted[0]))
+    setup = replace(
+        RunSettings.resolve(tiny.config(), 1), operations=OperationChoices((), counted[0])
+    )
     model = build_model(setup, ProcessGroups(), plain_attention, tiny.VOCAB)
     assert model.operations is counted[0]
     assert model.blocks["0"].mlp_norm.function is counted[0].norm
