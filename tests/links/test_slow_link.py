@@ -90,7 +90,7 @@ def test_a_signal_ends_both(number, launch, tmp_path):
     ("asked", "said"),
     [
         (["--mbit", "0", "true"], "mbit 0.0 must be above 0. Set --mbit."),
-        ([], "no program given. Append it, with its flags, to those of slow_link."),
+        ([], "no program is named. Write it, with its flags, behind those of slow_link.py."),
     ],
 )
 def test_what_cannot_be_is_refused(asked, said, launch):
