@@ -25,7 +25,7 @@ printf '%s\\n' "$@" "TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-}" >ranks
 
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
-    """A function that runs the script with further variables and checks its exit code.
+    """Return a function that runs the script with further variables and checks its exit code.
 
     Returns the arguments that start the ranks, or the lines of stderr if the script fails.
     """

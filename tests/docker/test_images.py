@@ -30,7 +30,7 @@ CUDA = "localhost/cuda"
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory) -> Iterator[Builder]:
-    """A builder with one image, DEBIAN."""
+    """Yield a builder with one image, DEBIAN."""
     folder = tmp_path_factory.mktemp("docker")
     with Builder(folder, host.pip_arguments(folder)) as builder:
         builder.pack(host.debian(folder), DEBIAN)
@@ -52,7 +52,7 @@ def cuda(builder) -> str:
 
 @pytest.fixture
 def runs(tmp_path) -> Path:
-    """A folder that any user of a container may write to, like the image's own."""
+    """Return a folder that any user of a container may write to, like the image's own."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs").chmod(0o777)
     return tmp_path / "runs"

@@ -126,7 +126,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """A folder with a token store."""
+    """Return a folder with a token store."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "page.txt").write_text("\n".join(f"line {i} of the page" for i in range(800)))
     prepare = [
@@ -143,7 +143,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(cluster, text, tmp_path_factory) -> Job:
-    """A finished job that its time limit of one minute interrupted once."""
+    """Return a finished job that its time limit of one minute interrupted once."""
     folder = tmp_path_factory.mktemp("jobs") / "interrupted"
     job = Job(cluster, text, folder, MORE_THAN_ENOUGH, ["--time=1", "--signal=B:USR1@5"])
     job.wait_for("RUNNING", seconds=30)
@@ -156,7 +156,7 @@ def interrupted(cluster, text, tmp_path_factory) -> Job:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, text, interrupted, tmp_path_factory) -> list[tuple[int, float, float]]:
-    """The losses of a job that was never interrupted."""
+    """Return the losses of a job that was never interrupted."""
     job = Job(
         cluster,
         text,
