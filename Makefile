@@ -1,25 +1,27 @@
-# Two commands for a stranger: `make train` and `make test`. Each does all of its own set-up, in .venv.
+# `make train` and `make test` work in a fresh clone: each installs what it needs into .venv.
 # ARGS adds flags: make train ARGS="--train-iters 300".
 
 PYTHON ?= python3
-# PyPI's build of torch is the CUDA one; where a CPU build of this version lies ready, pip takes that.
+# PyPI's build of torch is the CUDA one. If an index or folder configured for pip has a CPU build of
+# this version, pip prefers that.
 TORCH ?= torch==2.13.0
-# All else comes in the versions of constraints.txt, or with CONSTRAINTS= in the newest.
+# All other packages have the versions of constraints.txt, or the newest ones with CONSTRAINTS=
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
-# Files of tests that run beside each other: most keep one core busy. With 0 all is one process, which --pdb needs.
+# Number of test files that run in parallel; most keep one core busy. 0 runs all in one process,
+# which --pdb needs.
 WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 STORE := data/python-library/tokens
-# Without a GPU, say so to DeepSpeed, which else asks around and warns.
+# Without this variable and a GPU, DeepSpeed searches for an accelerator and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
-# The versions that fit the torch that is installed, in a file for pip.
+# A file for pip with the constraints that fit the installed torch.
 USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
 write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $(USABLE))
@@ -32,22 +34,23 @@ train: $(BIN)/.installed $(STORE).json
 		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
 
 test: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slurm and not docker and not links" --steps-of-pairs 20 $(ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links" \
+		--steps-of-pairs 20 $(ARGS)
 
-# A SLURM of two nodes on this machine, for which it needs root.
+# Starts a SLURM cluster on this machine; needs root.
 test-slurm: $(BIN)/.installed-dev
 	tests/slurm/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
-# Images built without an engine, on a base made here, for which it needs root.
+# Builds the images without a container engine, on a base made here; needs root.
 test-docker: $(BIN)/.installed-dev
 	tests/docker/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m docker tests/docker $(ARGS)
 
-# Two network namespaces with a slow link between them, for which it needs root.
+# Creates two network namespaces with a slow link between them; needs root.
 test-links: $(BIN)/.installed-dev
 	tests/links/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m links tests/links $(ARGS)
@@ -57,7 +60,7 @@ check: $(BIN)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 
-# Write constraints.txt anew, with the newest versions that fit each other.
+# Update constraints.txt to the newest versions that are compatible with each other.
 constraints:
 	rm -rf $(VENV)-newest
 	$(PYTHON) -m venv $(VENV)-newest
@@ -66,14 +69,14 @@ constraints:
 	$(VENV)-newest/bin/python tools/constraints.py write
 	rm -rf $(VENV)-newest
 
-# Whether constraints.txt has a line for everything that is installed, and that version is.
+# Check that constraints.txt has a line for every installed package, with the installed version.
 constraints-check: $(BIN)/.installed-dev
 	$(BIN)/python tools/constraints.py check
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 $(ARGS)
 
-# Needs no more than torch and Triton, which lie ready where there is a GPU.
+# Needs only torch and Triton, which are usually installed where there is a GPU.
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu --minutes 6 --json bench-gpu.json $(ARGS)
 	timeout 90 $(PYTHON) -m benchmarks.trace_overlap --json trace-overlap.json
@@ -88,7 +91,7 @@ $(BIN)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and alone: asked for by another package it would come in its newest and largest build.
+# torch is installed first: as a dependency of another package pip would install its newest build.
 $(BIN)/.torch: | $(BIN)/.venv
 	$(write_usable)
 	$(BIN)/$(PIP_INSTALL) $(FIT) "$(TORCH)"

@@ -308,7 +308,7 @@ def _measure(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
 def _limits(sent: int, compute: Callable[[], Seconds], ratios: Sequence[float]) -> list[float]:
     """Return the limit in megabits per second for each ratio; the same on every rank.
 
-    At that limit, sending ``sent`` bytes takes so many times what ``compute`` takes.
+    At that limit, sending ``sent`` bytes takes ``ratio`` times as long as ``compute``.
     """
     compute()  # warm-up
     seconds = statistics.median(compute().both for _ in range(3))
@@ -384,7 +384,7 @@ def _needed_tokens(
 ) -> list[float]:
     """Return the fewest tokens per rank that hide a hop's messages, forward and backward.
 
-    Messages travel from the first hop on, of which every layout sees half of the square.
+    Messages travel from the first hop on, in which the causal mask leaves half of the square.
     """
     tokens = len(shard.q[0])
     sent = [shard.kv.nbytes, min(backward_bytes(shard.q, shard.kv).values())]

@@ -19,8 +19,8 @@ import tyro
 PACKAGE = "megatron_ring"
 SHORT_FILE = 60
 LONG_LINE = 100
-# Words that the code once used in a meaning of its own. What is left of them is ordinary English
-# and was read one by one.
+# Words that the code once used with a private meaning. The remaining uses were read one by one and
+# are ordinary English.
 DIALECT = ("told", "tells", "nobody", "whoever", "behind", "said", "says")
 
 

@@ -1,19 +1,24 @@
-"""Print what an image installs before the program itself: its dependencies, monitors and readers of data included."""
+"""Print the dependencies that an image installs before the program itself.
+
+python docker/requirements.py pyproject.toml
+
+They include the extras for monitors and for reading other data formats.
+"""
 
 import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = "data", "monitor"
+EXTRAS = ("data", "monitor")
 
 
 def requirements(pyproject: Path) -> list[str]:
-    """One requirement a line, as pip reads them."""
+    """Return the requirements as pip reads them, one per item."""
     project = tomllib.loads(pyproject.read_text())["project"]
-    extras = project["optional-dependencies"]
-    return project["dependencies"] + [
-        requirement for extra in EXTRAS for requirement in extras[extra]
-    ]
+    required = list(project["dependencies"])
+    for extra in EXTRAS:
+        required += project["optional-dependencies"][extra]
+    return required
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start a benchmark as a user does, with ``python -m benchmarks.NAME``, in any working directory."""
+"""Start a benchmark as a user does: ``python -m benchmarks.NAME``, in any directory."""
 
 import os
 import subprocess

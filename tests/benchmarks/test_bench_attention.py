@@ -36,7 +36,7 @@ def bench(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def run_in_process(monkeypatch, tmp_path, capsys):
-    """A function that runs the benchmark and returns its JSON and its output; ranks are forked."""
+    """Return a function that runs the benchmark, with forked ranks, for its JSON and output."""
     monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
     # A copy, so that variables set by the benchmark do not leak into other tests.
     monkeypatch.setattr(os, "environ", dict(os.environ))

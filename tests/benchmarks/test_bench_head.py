@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks" / "head.md").read_text
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """A function that runs the benchmark and returns its JSON and the lines of its output."""
+    """Return a function that runs the benchmark for its JSON and the lines of its output."""
     file = tmp_path / "bench.json"
 
     def run(*flags: str) -> tuple[dict, list[str]]:

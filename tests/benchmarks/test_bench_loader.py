@@ -24,7 +24,7 @@ SMALL = [
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """A function that runs the benchmark and returns its JSON and the lines of its output."""
+    """Return a function that runs the benchmark for its JSON and the lines of its output."""
     file = tmp_path / "bench.json"
 
     def run(*flags: str) -> tuple[dict, list[str]]:

@@ -32,7 +32,7 @@ FLOAT32_BYTES = 4
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[list[dict], list[str]]:
-    """The rows that two ranks write and the lines that they print."""
+    """Return the rows that two ranks write and the lines that they print."""
     file = tmp_path_factory.mktemp("overlap") / "overlap.json"
     launcher = [
         sys.executable,

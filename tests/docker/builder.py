@@ -1,7 +1,8 @@
-"""Images built and run without an engine: buildah, each step in a chroot, all that it keeps in one folder. Needs root.
+"""Builds and runs images without a container engine, by buildah with chroot isolation.
 
-A chroot shares this machine's network, so containers meet on its loopback. What it shows of an image is its files,
-user, environment and commands; not limits, nor networks of their own.
+Everything is kept in one folder. Needs root. A chroot shares this machine's network, so containers
+reach each other on its loopback. It shows an image's files, user, environment and commands, but
+neither resource limits nor separate networks.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ CHROOT = {"BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "docker"}
 
 
 class Builder:
-    """Its images and containers, and what runs in them, last while it is entered.
+    """A context within which images and containers exist and processes run in them.
 
-    lent: arguments that give each build step what this machine has, for pip to find packages with. Names of images
-    begin with localhost/, so that no registry is asked for them.
+    Args:
+        folder: Where images and containers are kept; deleted at the end.
+        build_arguments: Arguments for every build step, with which pip finds packages as it does
+            on this machine.
+
+    Image names must begin with localhost/, so that no registry is contacted.
     """
 
-    def __init__(self, folder: Path, lent: list[str]):
-        self.folder, self.lent = folder, lent
+    def __init__(self, folder: Path, build_arguments: list[str]):
+        self.folder = folder
+        self.build_arguments = build_arguments
         self._running: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Builder":
@@ -42,18 +48,17 @@ class Builder:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        self.ask("rm", "--all")
-        self.ask("rmi", "--all", "--force")
-        for mount in reversed(
-            _mounts_below(self.folder)
-        ):  # buildah's own, which hold files that are not ours to delete
+        self.buildah("rm", "--all")
+        self.buildah("rmi", "--all", "--force")
+        # buildah's own mounts show files of this machine, which must not be deleted.
+        for mount in reversed(_mounts_below(self.folder)):
             subprocess.run(["umount", "--lazy", mount], check=True)
         shutil.rmtree(self.folder)
 
-    def ask(self, command: str, *arguments: str) -> str:
-        """What one of buildah's commands says; raises, with all that it said, if it fails."""
+    def buildah(self, command: str, *arguments: str) -> str:
+        """Run a buildah command and return its output; fail with its whole output if it fails."""
         done = subprocess.run(
-            self._buildah(command, *arguments),
+            self._command(command, *arguments),
             capture_output=True,
             text=True,
             env=os.environ | CHROOT,
@@ -65,19 +70,19 @@ class Builder:
         return done.stdout.strip()
 
     def pack(self, tree: Path, image: str) -> None:
-        """An image of the files of ``tree``."""
-        container = self.ask("from", "scratch")
-        self.ask("add", container, str(tree), "/")
-        self.ask("commit", "--rm", container, image)
+        """Create an image from the files below ``tree``."""
+        container = self.buildah("from", "scratch")
+        self.buildah("add", container, str(tree), "/")
+        self.buildah("commit", "--rm", container, image)
 
     def build(self, file: str, image: str, base: str) -> None:
-        """What ``docker build`` makes of a file of this repository over ``base``."""
-        named = ["--file", str(ROOT / file), "--tag", image]
-        self.ask("build", *named, f"--build-arg=BASE={base}", *self.lent, str(ROOT))
+        """Build a Dockerfile of this repository on ``base``, as ``docker build`` does."""
+        names = ["--file", str(ROOT / file), "--tag", image]
+        self.buildah("build", *names, f"--build-arg=BASE={base}", *self.build_arguments, str(ROOT))
 
     def settings(self, image: str) -> dict:
-        """What an image says of itself: Env, User, Cmd, Labels and so on."""
-        return json.loads(self.ask("inspect", "--type", "image", image))["Docker"]["config"]
+        """Return the configuration of an image: Env, User, Cmd, Labels and so on."""
+        return json.loads(self.buildah("inspect", "--type", "image", image))["Docker"]["config"]
 
     def start(
         self,
@@ -87,28 +92,37 @@ class Builder:
         volumes: Mapping[Path, str] = {},
         user: str = "",
     ) -> subprocess.Popen:
-        """``docker run``: a container of its own, as the image's user unless told. volumes: where it sees a folder."""
-        container = self.ask("from", image)
+        """Start a command in a new container, as ``docker run`` does.
+
+        Args:
+            volumes: Folders of this machine and where the container mounts them.
+            user: Empty: the image's own user.
+        """
+        container = self.buildah("from", image)
         flags = [f"--user={user}"] if user else []
         flags += [f"--env={name}={value}" for name, value in environment.items()]
-        flags += [f"--volume={folder}:{place}" for folder, place in volumes.items()]
-        run = self._buildah("run", *flags, container, "--", *command)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self._running.append(
-            subprocess.Popen(run, env=os.environ | CHROOT, start_new_session=True, **pipes)
+        flags += [f"--volume={folder}:{target}" for folder, target in volumes.items()]
+        process = subprocess.Popen(
+            self._command("run", *flags, container, "--", *command),
+            env=os.environ | CHROOT,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        return self._running[-1]
+        self._running.append(process)
+        return process
 
-    def _buildah(self, command: str, *arguments: str) -> list[str]:
-        kept = ["--root", f"{self.folder}/images", "--runroot", f"{self.folder}/run"]
-        return ["buildah", *kept, command, *arguments]
+    def _command(self, command: str, *arguments: str) -> list[str]:
+        folders = ["--root", f"{self.folder}/images", "--runroot", f"{self.folder}/run"]
+        return ["buildah", *folders, command, *arguments]
 
 
 def output(process: subprocess.Popen, seconds: float = 600) -> str:
-    """All that it said; it must end with 0."""
-    said, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, said
-    return said
+    """Wait for a process to exit with 0 and return its output."""
+    stdout, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, stdout
+    return stdout
 
 
 def _mounts_below(folder: Path) -> list[str]:

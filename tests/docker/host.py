@@ -1,4 +1,4 @@
-"""What this machine lends to builds: a distribution like its own, and the way in which its pip finds packages."""
+"""What image builds get from this machine: its distribution and its pip configuration."""
 
 import ast
 import platform
@@ -7,61 +7,70 @@ import subprocess
 import sys
 from pathlib import Path
 
-LENT = "/lent"
-"""Where a build step sees this machine's folders."""
+MOUNT = "/lent"
+"""Where a build step finds folders of this machine."""
 
 
 def debian(folder: Path) -> Path:
-    """The smallest system of this machine's distribution, from where its apt takes packages; returns its root."""
+    """Install a minimal system of this machine's release from its apt mirror; return its root."""
     tree = folder / "debian"
     release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    _said("debootstrap", "--variant=minbase", release, str(tree), _mirror(release))
-    # How to reach the mirror: proxies, certificates, time-outs.
+    _output("debootstrap", "--variant=minbase", release, str(tree), _mirror(release))
+    # How to reach the mirror: proxies, certificates, timeouts.
     shutil.copytree("/etc/apt/apt.conf.d", tree / "etc/apt/apt.conf.d", dirs_exist_ok=True)
     return tree
 
 
 def pip_arguments(folder: Path) -> list[str]:
-    """buildah's arguments for the secret pip.conf, this machine's configuration, and for the folders that it names."""
-    settings = pip_settings()
-    lines = [f"{name} = {' '.join(map(_as_lent, words))}" for name, words in settings.items()]
-    (folder / "pip.conf").write_text("\n".join(["[global]", *lines]))
-    local = {_local(word) for words in settings.values() for word in words} - {""}
-    volumes = [
-        f"--volume=/{top}:{LENT}/{top}:ro" for top in sorted({path.split("/")[1] for path in local})
-    ]
+    """Return buildah arguments that give builds this machine's pip configuration.
+
+    They are the secret pip.conf, which is written to ``folder``, and the folders that it names.
+    """
+    lines = ["[global]"]
+    folders = set()
+    for name, words in pip_settings().items():
+        lines.append(f"{name} = {' '.join(map(_as_mounted, words))}")
+        folders |= {path.split("/")[1] for word in words if (path := _local_path(word))}
+    (folder / "pip.conf").write_text("\n".join(lines))
+    volumes = [f"--volume=/{top}:{MOUNT}/{top}:ro" for top in sorted(folders)]
     return [f"--secret=id=pip.conf,src={folder}/pip.conf", *volumes]
 
 
 def pip_settings() -> dict[str, list[str]]:
-    """The words of each of this machine's settings. The environment comes before files, in pip's list as in its use."""
+    """Return the words of each pip setting of this machine.
+
+    The environment overrides files: pip lists it first.
+    """
     settings: dict[str, list[str]] = {}
-    for setting in _said(sys.executable, "-m", "pip", "config", "list").splitlines():
+    for setting in _output(sys.executable, "-m", "pip", "config", "list").splitlines():
         name, _, value = setting.partition("=")
         settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value).split())
     return settings
 
 
 def _mirror(release: str) -> str:
-    targets = _said(
+    targets = _output(
         "apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages"
     )
-    return next(
-        uri for codename, uri in map(str.split, targets.splitlines()) if codename == release
-    )
+    for line in targets.splitlines():
+        codename, uri = line.split()
+        if codename == release:
+            return uri
+    raise LookupError(f"apt has no mirror of {release}")
 
 
-def _local(word: str) -> str:
-    """The path of a file or folder of this machine, "" for anything else."""
+def _local_path(word: str) -> str:
+    """Return the path that a setting's word names on this machine, "" for anything else."""
     path = word.removeprefix("file://")
     return path if path.startswith("/") else ""
 
 
-def _as_lent(word: str) -> str:
-    return word.replace(_local(word), LENT + _local(word)) if _local(word) else word
+def _as_mounted(word: str) -> str:
+    path = _local_path(word)
+    return word.replace(path, MOUNT + path) if path else word
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout

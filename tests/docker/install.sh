@@ -1,5 +1,6 @@
 #!/bin/bash
-# See that what builds images without an engine is here for tests/docker: install Debian's, as root, or say how.
+# Check that tests/docker can build images without a container engine: root is required; install
+# Debian's packages if they are missing.
 set -euo pipefail
 
 packages=(buildah debootstrap)
@@ -9,7 +10,7 @@ for program in "${packages[@]}"; do
     command -v "$program" >/dev/null || missing+=("$program")
 done
 if [[ $(id -u) -ne 0 ]]; then
-    echo "The images are built in a chroot, which takes root: sudo make test-docker" >&2
+    echo "Building images in a chroot requires root: sudo make test-docker" >&2
     exit 1
 fi
 [[ ${#missing[@]} -eq 0 ]] && exit

@@ -1,7 +1,7 @@
-"""A SLURM of three nodes on this machine, munged, slurmctld and slurmd of its own, all that they write in one folder.
+"""A SLURM cluster of three nodes on this machine: munged, slurmctld and one slurmd per node.
 
-It listens on loopback, at ports that were free. The names of its nodes are known only to what they run: each slurmd has
-its own view of /etc/hosts. Needs root.
+Everything that they write is in one folder. They listen on loopback, on free ports. Node names
+resolve only within the cluster: each slurmd has its own view of /etc/hosts. Needs root.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ SlurmdParameters=config_overrides
 NodeName=node[1-3] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]},{ports[3]}
 PartitionName=all Nodes=ALL Default=YES
 """
-NODES = "node1", "node2", "node3"
+NODES = ("node1", "node2", "node3")
 
 
 class Cluster:
-    """Its daemons run while it is entered; they, and whatever they started, end with it."""
+    """A context within which the cluster runs; leaving it kills all of its processes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -51,11 +51,11 @@ class Cluster:
         self._configure()
         try:
             self._start("munged", "munged", *self._munge_flags())
-            until(lambda: (self.folder / "munge.socket").exists())
+            wait_until(lambda: (self.folder / "munge.socket").exists())
             self._start("slurmctld", "slurmctld", "-D", "-i")
             for node in NODES:
                 self._start_node(node)
-            until(lambda: self.ask("sinfo", "--noheader", "--format=%T%D") == f"idle{len(NODES)}")
+            wait_until(self._all_nodes_are_idle)
         except BaseException:
             self._stop()
             raise
@@ -69,8 +69,8 @@ class Cluster:
     ):
         self._stop()
 
-    def ask(self, *command: str, environment: dict[str, str] | None = None) -> str:
-        """What one of SLURM's commands says; raises if it fails."""
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
+        """Run a SLURM command and return its output; fail with the output if it fails."""
         environment = self.environment | (environment or {})
         done = subprocess.run(
             command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60
@@ -79,15 +79,19 @@ class Cluster:
         return done.stdout.strip()
 
     def kill_node(self, node: str) -> None:
-        """As if its power had failed: SIGKILL to its slurmd, and to all that it started, from the parents down."""
+        """Simulate a power failure: SIGKILL the node's slurmd and all that it started.
+
+        Parents of tasks are killed before the tasks.
+        """
         self._daemons.pop(node).kill()
         tasks = [
-            process
-            for process, variables in self._processes()
+            pid
+            for pid, variables in self._environments().items()
             if f"SLURMD_NODENAME={node}" in variables
         ]
-        for process in sorted({parent_of(task) for task in tasks} & set(self._own())) + tasks:
-            end(process)
+        parents = {parent_of(task) for task in tasks} & self._environments().keys()
+        for pid in [*sorted(parents), *tasks]:
+            kill(pid)
 
     def _configure(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
@@ -102,22 +106,22 @@ class Cluster:
     def _munge_flags(self) -> list[str]:
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
         flags = [f"--{flag}={self.folder}/munge.{file}" for flag, file in files.items()]
-        return [
-            "--foreground",
-            "--force",
-            *flags,
-        ]  # --force: it would have its socket in no folder of pytest's
+        # Without --force munged refuses to create its socket in a folder of pytest's.
+        return ["--foreground", "--force", *flags]
 
     def _start_node(self, node: str) -> None:
-        """Start its slurmd, for which the names of the nodes are this machine's."""
-        see_names = f"mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
-        self._start(node, "unshare", "--mount", "sh", "-c", see_names)
+        """Start a slurmd for which the names of all nodes resolve to this machine."""
+        command = f"mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
+        self._start(node, "unshare", "--mount", "sh", "-c", command)
 
     def _start(self, name: str, *command: str) -> None:
         log = (self.folder / f"{name}.log").open("a")
         self._daemons[name] = subprocess.Popen(
             command, env=self.environment, stdout=log, stderr=log
         )
+
+    def _all_nodes_are_idle(self) -> bool:
+        return self.run("sinfo", "--noheader", "--format=%T%D") == f"idle{len(NODES)}"
 
     def _stop(self) -> None:
         for daemon in reversed(self._daemons.values()):
@@ -126,39 +130,36 @@ class Cluster:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-        while own := self._own():  # again, for what was just being started
-            for process in own:
-                end(process)
+        # Repeated, because a killed process may just have started another.
+        while pids := self._environments():
+            for pid in pids:
+                kill(pid)
             time.sleep(0.1)
 
-    def _own(self) -> list[int]:
-        """The processes that know this cluster."""
-        return [process for process, variables in self._processes()]
-
-    def _processes(self) -> list[tuple[int, list[str]]]:
-        """Those of them, and their environment."""
-        found = []
+    def _environments(self) -> dict[int, list[str]]:
+        """Return the environment of each process of this cluster by process id."""
+        environments = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has ended, or is none of ours
+            except OSError:  # the process has ended, or belongs to another user
                 continue
             if f"SLURM_CONF={self.folder}/slurm.conf" in variables:
-                found.append((int(folder.name), variables))
-        return found
+                environments[int(folder.name)] = variables
+        return environments
 
 
-def parent_of(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def end(process: int) -> None:
+def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different ones."""
+    """Return ``count`` different free ports."""
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [server.getsockname()[1] for server in servers]
     for server in servers:
@@ -166,8 +167,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < deadline, f"not true within {seconds:g} s"
         time.sleep(0.2)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# See that SLURM and munge are here for tests/slurm: install Debian's, as root, or say how.
+# Check that tests/slurm can start SLURM and munge: install Debian's packages if they are missing.
 set -euo pipefail
 
 packages=(munge slurmctld slurmd slurm-client)

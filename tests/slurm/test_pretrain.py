@@ -1,7 +1,8 @@
-"""Jobs of two nodes on a real SLURM: what stops them, and that they end as if nothing had.
+"""Jobs of two nodes on a real SLURM: interrupted jobs end like uninterrupted ones.
 
-A job is given more steps than it can do; once it was stopped, the last step is put a few ahead of where it got to. So
-whatever the machine's speed it is stopped under way, and the learning rate, which is constant, does not tell.
+A job starts with more steps than it can do. After it was interrupted, its last step is set a few
+steps ahead of the one it reached. It is therefore interrupted under way on any machine; the
+learning rate is constant and does not depend on the number of steps.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.checkpoint import names
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -22,15 +23,21 @@ RECIPE = """\
 model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2}
 parallel: {context_parallel: striped}
 data: {data_path: [text/tokens], seq_length: 256, split: [1, 0, 0]}
-training: {train_iters: %d, lr_warmup_iters: 1, lr_decay_style: constant, eval_interval: 0, dtype: fp32}
+training:
+  train_iters: %d
+  lr_warmup_iters: 1
+  lr_decay_style: constant
+  eval_interval: 0
+  dtype: fp32
 logging: {log_interval: 100}
 """
 SBATCH = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-ENOUGH = 1_000_000
+MORE_THAN_ENOUGH = 1_000_000  # steps
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 class Job:
-    """A run under the batch script of this repository, in a folder of its own; it saves and resumes there."""
+    """A run under this repository's batch script that saves and resumes in its own folder."""
 
     def __init__(
         self,
@@ -41,16 +48,15 @@ class Job:
         sbatch: list[str],
         *flags: str,
     ):
-        self.cluster, self.folder = cluster, folder
+        self.cluster = cluster
+        self.folder = folder
         folder.mkdir()
         (folder / "text").symlink_to(text)
-        self.end_at(last_step)
+        self.set_last_step(last_step)
         environment = {
             "PYTHON": sys.executable,
             "PROGRAM": str(ROOT / "pretrain_gpt.py"),
             "LOGS": "logs",
-        }
-        environment |= {
             "NODE_CACHE": str(folder / "cache"),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
@@ -73,15 +79,16 @@ class Job:
             "--metrics-file",
             "metrics.jsonl",
         ]
-        self.number = cluster.ask(*command, *run, *flags, environment=environment)
+        self.id = cluster.run(*command, *run, *flags, environment=environment)
 
     @property
     def state(self) -> str:
-        shown = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.number)
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
         return shown.partition("JobState=")[2].split()[0]
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
+        """The logs of the batch script and of all ranks."""
         logs = [*self.folder.glob("slurm-*.log"), *(self.folder / "logs").glob("*")]
         return "\n".join(f"{log.name}: {log.read_text()}" for log in logs)
 
@@ -89,31 +96,26 @@ class Job:
     def losses(self) -> list[tuple[int, float, float]]:
         """(step, loss, gradient norm) of each step, in the order of the file."""
         file = self.folder / "metrics.jsonl"
-        records = (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        )
+        if not file.exists():
+            return []
+        records = [json.loads(line) for line in file.read_text().splitlines()]
         return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
 
-    def end_at(self, last_step: int) -> None:
+    def set_last_step(self, last_step: int) -> None:
         (self.folder / "run.yaml").write_text(RECIPE % last_step)
 
-    def until(self, state: str, seconds: float) -> None:
-        until(
-            lambda: (
-                self.state in (state, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            ),
-            seconds,
-        )
-        assert self.state == state, self.said
+    def wait_for(self, state: str, seconds: float) -> None:
+        """Wait until the job is in ``state``; fail with its output if it ends in another one."""
+        wait_until(lambda: self.state in (state, *ENDED), seconds)
+        assert self.state == state, self.output
 
-    def start_again(self) -> None:
-        """Soon, not after the two minutes that SLURM lets a requeued job wait, and with time to finish.
+    def restart_soon(self) -> None:
+        """Restart a requeued job in five seconds, with enough time to finish.
 
-        Not at once either: a node refuses a job that it was told to end within the same second.
+        SLURM would restart it after two minutes. At once is too soon: a node rejects a job that it
+        ended within the same second.
         """
-        self.cluster.ask(
-            "scontrol", "update", f"JobId={self.number}", "StartTime=now+5", "TimeLimit=5"
-        )
+        self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now+5", "TimeLimit=5")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """A folder with a store of tokens."""
+    """Return a folder with a token store."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "page.txt").write_text("\n".join(f"line {i} of the page" for i in range(800)))
     prepare = [
@@ -140,59 +142,62 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(cluster, text, tmp_path_factory) -> Job:
-    """A job that a time limit of a minute has stopped once."""
-    folder = tmp_path_factory.mktemp("jobs") / "stopped"
-    job = Job(cluster, text, folder, ENOUGH, ["--time=1", "--signal=B:USR1@5"])
-    job.until("RUNNING", seconds=30)
-    job.until("PENDING", seconds=120)
-    job.end_at(job.losses[-1][0] + 10)
-    job.start_again()
-    job.until("COMPLETED", seconds=120)
+def interrupted(cluster, text, tmp_path_factory) -> Job:
+    """Return a finished job that its time limit of one minute interrupted once."""
+    folder = tmp_path_factory.mktemp("jobs") / "interrupted"
+    job = Job(cluster, text, folder, MORE_THAN_ENOUGH, ["--time=1", "--signal=B:USR1@5"])
+    job.wait_for("RUNNING", seconds=30)
+    job.wait_for("PENDING", seconds=120)
+    job.set_last_step(job.losses[-1][0] + 10)
+    job.restart_soon()
+    job.wait_for("COMPLETED", seconds=120)
     return job
 
 
 @pytest.fixture(scope="module")
-def straight(cluster, text, stopped, tmp_path_factory) -> list[tuple[int, float, float]]:
-    """The losses of a job that nothing has stopped."""
+def uninterrupted(cluster, text, interrupted, tmp_path_factory) -> list[tuple[int, float, float]]:
+    """Return the losses of a job that was never interrupted."""
     job = Job(
         cluster,
         text,
-        tmp_path_factory.mktemp("jobs") / "straight",
-        stopped.losses[-1][0],
+        tmp_path_factory.mktemp("jobs") / "uninterrupted",
+        interrupted.losses[-1][0],
         ["--time=5"],
     )
-    job.until("COMPLETED", seconds=240)
+    job.wait_for("COMPLETED", seconds=240)
     return job.losses
 
 
-def test_a_time_limit_requeues_a_job_that_has_lost_and_repeated_no_step(stopped, straight):
-    assert stopped.losses == straight
-    assert "exit code 75: requeued" in stopped.said
-    assert stopped.said.count("resuming         saved/step-") == 1
-    assert "Traceback" not in stopped.said
+def test_a_job_requeued_at_its_time_limit_loses_and_repeats_no_step(interrupted, uninterrupted):
+    assert interrupted.losses == uninterrupted
+    assert "exit code 75: requeued" in interrupted.output
+    assert interrupted.output.count("resuming         saved/step-") == 1
+    assert "Traceback" not in interrupted.output
 
 
-def test_after_a_node_has_failed_a_job_goes_on_from_the_newest_checkpoint_on_another(
-    cluster, text, straight, tmp_path
+def test_after_a_node_failure_a_job_continues_on_another_from_its_newest_checkpoint(
+    cluster, text, uninterrupted, tmp_path
 ):
-    job = Job(cluster, text, tmp_path / "failed", ENOUGH, ["--time=5"], "--save-interval", "20")
-    until(lambda: len(names.checkpoints(tmp_path / "failed" / "saved")) > 1)
+    job = Job(
+        cluster, text, tmp_path / "failed", MORE_THAN_ENOUGH, ["--time=5"], "--save-interval", "20"
+    )
+    wait_until(lambda: len(names.checkpoints(tmp_path / "failed" / "saved")) > 1)
     cluster.kill_node("node2")
-    job.until("PENDING", seconds=100)
-    saved, reached = newest_step(job), job.losses[-1][0]
-    job.end_at(reached + 10)
-    job.start_again()
-    job.until("COMPLETED", seconds=120)
-    assert f"resuming         saved/step-{saved:08d}" in job.said
-    assert job.losses == straight[: reached + 10]
+    job.wait_for("PENDING", seconds=100)
+    saved = newest_step(job)
+    reached = job.losses[-1][0]
+    job.set_last_step(reached + 10)
+    job.restart_soon()
+    job.wait_for("COMPLETED", seconds=120)
+    assert f"resuming         saved/step-{saved:08d}" in job.output
+    assert job.losses == uninterrupted[: reached + 10]
 
 
 def newest_step(job: Job) -> int:
     return int((job.folder / "saved" / "latest").read_text().removeprefix("step-"))
 
 
-def test_ranks_that_are_dealt_out_in_turn_are_refused(cluster, text):
+def test_a_cyclic_distribution_of_ranks_is_rejected(cluster, text):
     srun = [
         "srun",
         "--nodes=2",

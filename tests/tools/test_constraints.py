@@ -1,4 +1,4 @@
-"""The file that pins what `make` and the images install."""
+"""constraints.txt, which pins what `make` and the images install, and the tool that writes it."""
 
 import runpy
 import tomllib
@@ -20,34 +20,28 @@ def test_the_file_is_as_the_tool_writes_it():
 
 def test_every_requirement_of_a_developer_has_a_pin_that_satisfies_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(each for extra in project["optional-dependencies"].values() for each in extra),
-    ]
-    for requirement in map(Requirement, wanted):
+    lines = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        lines += extra
+    for requirement in map(Requirement, lines):
         if requirement.name not in ("torch", "megatron_ring"):
-            assert (
-                PINS[requirement.name.lower().replace("_", "-").replace(".", "-")]
-                in requirement.specifier
-            )
+            assert PINS[TOOL.canonical_name(requirement.name)] in requirement.specifier
 
 
-def test_torch_and_what_belongs_to_its_build_have_no_line():
+def test_torch_and_packages_of_its_cuda_build_have_no_line():
     assert not [name for name in PINS if name == "torch" or name.startswith(("nvidia", "cuda"))]
 
 
-def test_the_triton_of_a_cuda_build_stays():
+def test_the_pin_of_triton_is_left_out_if_torch_requires_its_own():
     pinned = {"numpy": "2.4.6", "triton": "3.9.0"}
-    assert TOOL.usable(pinned, ["filelock", "triton==3.7.1; platform_system == 'Linux'"]) == {
-        "numpy": "2.4.6"
-    }
-    assert TOOL.usable(pinned, []) == {"numpy": "2.4.6"}, (
-        "before torch is there it may bring its own"
-    )
+    without_triton = {"numpy": "2.4.6"}
+    of_cuda_build = ["filelock", "triton==3.7.1; platform_system == 'Linux'"]
+    assert TOOL.usable(pinned, of_cuda_build) == without_triton
+    assert TOOL.usable(pinned, []) == without_triton, "torch is not installed yet"
     assert TOOL.usable(pinned, ["filelock", "tritonclient"]) == pinned
 
 
-def test_other_versions_and_packages_without_a_line_are_named():
+def test_other_versions_and_packages_without_a_line_are_reported():
     found = TOOL.differences({"a": "1", "b": "2", "absent": "3"}, {"a": "1", "b": "2.1", "c": "4"})
     assert [line.split()[:2] for line in found] == [["b", "2.1"], ["c", "4"]]
 
