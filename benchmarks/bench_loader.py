@@ -166,7 +166,14 @@ def _loader(options: Options, stream: Stream, apart: bool) -> Loader:
         END_OF_DOCUMENT, reset_attention_mask=apart, reset_position_ids=apart, eod_mask_loss=apart
     )
     return Loader(
-        stream, _layout(options), 0, 0, 1, micro_batch_size=1, global_batch_size=1, packing=packing
+        stream,
+        _layout(options),
+        0,
+        0,
+        1,
+        micro_batch_size=1,
+        global_batch_size=1,
+        boundaries=packing,
     )
 
 

@@ -26,13 +26,13 @@ class Mask:
         document_starts: where documents begin, increasing from 0; () for one document per sample.
         samples: number of concatenated samples. A batch of packed samples is one longer packed
             sample in which each sample begins a document.
-        runs: cache of ``hop_key_ranges``, which lives as long as the mask.
+        cached_key_ranges: cache of ``hop_key_ranges``, which lives as long as the mask.
     """
 
     window: int = 0
     document_starts: tuple[int, ...] = ()
     samples: int = 1
-    runs: dict[tuple[Layout, int, int], KeyRanges] = field(
+    cached_key_ranges: dict[tuple[Layout, int, int], KeyRanges] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 

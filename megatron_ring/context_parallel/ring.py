@@ -91,7 +91,7 @@ class Ring:
         """Return the ring rank that owns the queries of ``hop``, if the queries travel."""
         return (self.ring_rank + hop) % self.layout.ring_size
 
-    def compute_key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
+    def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
         """Return what the queries of one ring rank see of the keys of another."""
         return hop_key_ranges(self.layout, queries_of, keys_of, self.mask)
 

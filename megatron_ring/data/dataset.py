@@ -43,7 +43,7 @@ class Dataset:
     """
 
     tokenizer: Tokenizer
-    packing: DocumentBoundaries
+    boundaries: DocumentBoundaries
     training: Stream
     validation: Stream | None
     test: Stream | None = None
@@ -66,13 +66,13 @@ class Dataset:
         stores = [TokenStore(prefix, maps) for prefix in weights]
         _refuse_different_tokenizers(list(weights))
         tokenizer = Tokenizer.load(config.tokenizer_model or tokenizer_path(stores[0].prefix))
-        packing = DocumentBoundaries.from_config(config, tokenizer.end_of_document)
+        boundaries = DocumentBoundaries.from_config(config, tokenizer.end_of_document)
         for store in stores:
             check_tokenizer(store.prefix, tokenizer)
-            _refuse_missing_ends(store, packing)
+            _refuse_missing_ends(store, boundaries)
         parts_by_store = [_split(store, config, seed, tokenizer.vocab_size) for store in stores]
         streams = [_blend(streams, weights.values()) for streams in zip(*parts_by_store)]
-        return Dataset(tokenizer, packing, *streams, prefixes=tuple(weights))
+        return Dataset(tokenizer, boundaries, *streams, prefixes=tuple(weights))
 
 
 def _split(
@@ -155,26 +155,26 @@ def _refuse_different_tokenizers(prefixes: list[str]) -> None:
             )
 
 
-def _refuse_missing_ends(store: TokenStore, packing: DocumentBoundaries) -> None:
+def _refuse_missing_ends(store: TokenStore, boundaries: DocumentBoundaries) -> None:
     """Raise DataError where boundaries are needed and documents have no end-of-document token.
 
     Boundaries are found by these tokens, so without the check such a store would silently be
     trained as one document.
     """
-    if not packing.flags:
+    if not boundaries.flags:
         return
     nonempty = np.flatnonzero(store.lengths)
     picks = np.linspace(0, len(nonempty) - 1, min(_DOCUMENTS_CHECKED, len(nonempty)))
     checked = nonempty[picks.astype(np.int64)]
-    unended = [n for n in checked if store.document(n)[-1] != packing.end_of_document]
+    unended = [n for n in checked if store.document(n)[-1] != boundaries.end_of_document]
     if unended:
         raise DataError(
             f"token store {store.prefix}: {len(unended)} of {len(checked)} documents checked do "
-            f"not end with the end-of-document token (id {packing.end_of_document}); the first is "
-            f"document {unended[0]}. {', '.join(packing.flags)} find document boundaries by this "
+            f"not end with the end-of-document token (id {boundaries.end_of_document}); the first is "
+            f"document {unended[0]}. {', '.join(boundaries.flags)} find document boundaries by this "
             "token. Write the store again with tools/prepare_data.py --output-prefix "
             f"{store.prefix} (Megatron: --append-eod), set --tokenizer-model to the tokenizer it "
-            f"was written with, or remove {', '.join(map(flag, packing.flags))}."
+            f"was written with, or remove {', '.join(map(flag, boundaries.flags))}."
         )
 
 

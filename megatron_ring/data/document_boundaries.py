@@ -31,7 +31,7 @@ class DocumentBoundaries:
     eod_mask_loss: bool = False
 
     @staticmethod
-    def of(config: DataConfig, end_of_document: int) -> "DocumentBoundaries":
+    def from_config(config: DataConfig, end_of_document: int) -> "DocumentBoundaries":
         """Take the three flags from ``config``; documents end with the id ``end_of_document``."""
         return DocumentBoundaries(
             end_of_document,

@@ -8,7 +8,7 @@ From samples to a rank's share of a micro-batch:
   rank, so nothing has to be redistributed between ranks afterwards. The target of a token is the
   next token of the sample, which is read here too although it may belong to another rank.
 - Where document boundaries matter, they are found in the whole sample, because the
-  end-of-document token before a document may belong to another rank (packing.py).
+  end-of-document token before a document may belong to another rank (document_boundaries.py).
 - Every tensor rank reads all tokens of its context rank: it looks all of them up in its own rows of
   the embedding and scores all of their targets with its own rows of the head.
 - A pipeline stage after the first reads nothing: what it needs of a batch travels to it with the
@@ -78,7 +78,7 @@ class Loader:
         micro_batch_size: int,
         global_batch_size: int,
         consumed_samples: int = 0,
-        packing: DocumentBoundaries = NO_BOUNDARIES,
+        boundaries: DocumentBoundaries = NO_BOUNDARIES,
         ulysses_rank: int = 0,
         ulysses_size: int = 1,
     ):
@@ -86,7 +86,7 @@ class Loader:
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._stream = stream
-        self._packing = packing
+        self._boundaries = boundaries
         self._layout_padding = layout.seq_length - stream.seq_length
         self._last = stream.seq_length - 1
         self._layout_positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
@@ -121,10 +121,10 @@ class Loader:
     def _batch(self, first: int) -> Batch:
         views = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
         text_Bl = np.stack([view.tokens_at(self._sample_positions_l) for view in views])
-        tokens_Bl = self._packing.fill_padding(text_Bl)
+        tokens_Bl = self._boundaries.fill_padding(text_Bl)
         next_Bl = np.stack([view.tokens_at(self._sample_positions_l + 1) for view in views])
         next_Bl[:, self._is_padding_l] = IGNORE_INDEX
-        targets_Bl = self._packing.targets(tokens_Bl, next_Bl)
+        targets_Bl = self._boundaries.targets(tokens_Bl, next_Bl)
         positions, starts = self._positions_and_starts(views)
         return Batch(
             torch.from_numpy(tokens_Bl),
@@ -141,13 +141,13 @@ class Loader:
         Either depends on the document ends of the whole sample, so these are searched only where
         one of the two is needed.
         """
-        if not self._packing.needs_whole_samples:
+        if not self._boundaries.needs_whole_samples:
             return self._sample_positions_l, None
-        end_of_document = self._packing.end_of_document
+        end_of_document = self._boundaries.end_of_document
         ends_BS = np.stack([view.document_ends(end_of_document, self._last + 1) for view in views])
         ends_BS = np.pad(ends_BS, ((0, 0), (0, self._layout_padding)), mode="edge")
-        positions = self._packing.positions(ends_BS, self._layout_positions_l)
-        return positions.clip(max=self._last), self._packing.document_starts(ends_BS)
+        positions = self._boundaries.positions(ends_BS, self._layout_positions_l)
+        return positions.clip(max=self._last), self._boundaries.document_starts(ends_BS)
 
 
 @dataclass
@@ -165,7 +165,7 @@ class LaterStageLoader:
 
 def build_loader(
     stream: Stream,
-    packing: DocumentBoundaries,
+    boundaries: DocumentBoundaries,
     layout: Layout,
     grid: Grid,
     at: Coordinates,
@@ -185,7 +185,7 @@ def build_loader(
         micro_batch_size,
         global_batch_size,
         consumed_samples,
-        packing,
+        boundaries,
         ulysses_rank=at.ulysses,
         ulysses_size=grid.ulysses,
     )

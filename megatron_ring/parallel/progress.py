@@ -122,13 +122,13 @@ class ProgressTracker:
         """The layer that was entered last."""
         return int(self._cells[ProgressSnapshot._fields.index("layer")])
 
-    def steps(self, numbers: Iterable[int]) -> Iterator[int]:
+    def track_steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """Yield ``numbers``, recording each as the current step."""
         for number in numbers:
             self._write("step", number)
             yield number
 
-    def follow(self, model: nn.Module) -> None:
+    def track_layers(self, model: nn.Module) -> None:
         """Record from now on which of the model's ``blocks.N`` runs, recomputation included."""
         for name, module in model.named_modules():
             if number := re.search(r"\bblocks\.(\d+)$", name):
@@ -176,7 +176,7 @@ class ProgressTracker:
         self._add_work(products=products)
 
     @contextlib.contextmanager
-    def optimizing(self) -> Iterator[None]:
+    def in_optimizer_step(self) -> Iterator[None]:
         """Record the optimizer's step."""
         self._log(Event.OPTIMIZING)
         yield

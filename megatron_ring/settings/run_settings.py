@@ -50,7 +50,7 @@ class RunSettings:
         return self.layout.shard_length // self.grid.ulysses
 
     @staticmethod
-    def of(config: Config, world_size: int) -> "RunSettings":
+    def resolve(config: Config, world_size: int) -> "RunSettings":
         """Resolve ``config`` for a number of processes.
 
         Raises ConfigError with all problems, or KernelUnavailable if a kernel or library was

@@ -115,7 +115,7 @@ class Start:
         setup = self.setup
         return build_loader(
             stream,
-            self.dataset.packing,
+            self.dataset.boundaries,
             setup.layout,
             setup.grid,
             self.coordinates,

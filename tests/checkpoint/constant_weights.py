@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_ring.checkpoint import names, store, tensors
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import Config, ModelConfig
+from megatron_ring.model.shapes import parameter_shapes
 
 VOCABULARY = 48
 LENGTH = 32
@@ -28,7 +28,7 @@ def write(
     Weights are bfloat16 if ``narrow`` is in their name, otherwise float32. The parameter
     ``left_out`` is missing. ``state``: further fields of its RunState.
     """
-    shapes = parameters(model, VOCABULARY, LENGTH)
+    shapes = parameter_shapes(model, VOCABULARY, LENGTH)
     shapes.pop(left_out, None)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:

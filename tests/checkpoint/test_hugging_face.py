@@ -11,10 +11,10 @@ from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model, resolved
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.model.gpt import GPT
+from megatron_ring.model.shapes import parameter_shapes
 from tests.checkpoint.hugging_face_models import (
     CASES,
     LENGTH,
@@ -68,7 +68,7 @@ def test_an_imported_and_exported_model_is_the_same(case, tmp_path, tokens_BS):
 def test_parameters_are_those_of_the_model(name):
     model = GPT(CONFIGS[name], VOCABULARY, LENGTH, plain_attention)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert parameters(CONFIGS[name], VOCABULARY, LENGTH) == expected
+    assert parameter_shapes(CONFIGS[name], VOCABULARY, LENGTH) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

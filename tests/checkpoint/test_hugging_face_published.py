@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
+from megatron_ring.model.shapes import parameter_shapes
 
 # Including keys that have no effect here, except lists and names.
 LLAMA_3_1_8B = {
@@ -157,5 +157,5 @@ def test_published_configs_are_read_with_the_known_number_of_parameters(config, 
     model, problems = read_model(family, config)
     assert problems == []
     assert {name: getattr(model, name) for name in fields} == fields
-    shapes = parameters(model, config["vocab_size"], config[family.length])
+    shapes = parameter_shapes(model, config["vocab_size"], config[family.length])
     assert sum(map(prod, shapes.values())) == count

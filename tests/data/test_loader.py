@@ -238,7 +238,7 @@ def packed_batch(
         layout,
         ring_rank,
         samples=2,
-        packing=DocumentBoundaries(END, **flags),
+        boundaries=DocumentBoundaries(END, **flags),
         ulysses_rank=ulysses_rank,
         ulysses_size=ulysses,
     )
@@ -251,7 +251,9 @@ def test_packed_documents_on_four_striped_ranks(store_of):
     starts, targets, positions = [], [], []
     layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        batch = only_batch(stream, layout, ring_rank, packing=DocumentBoundaries(END, **ALL_FLAGS))
+        batch = only_batch(
+            stream, layout, ring_rank, boundaries=DocumentBoundaries(END, **ALL_FLAGS)
+        )
         starts += [batch.document_starts.tolist()]
         targets += batch.targets_Bl.tolist()
         positions += batch.positions.tolist()
@@ -338,7 +340,9 @@ def test_a_layout_longer_than_the_samples_is_padded_at_their_end(store_of):
     tokens, targets, positions = [], [], []
     layout = Layout("striped", 8, 4)
     for ring_rank in range(4):
-        batch = only_batch(stream, layout, ring_rank, packing=DocumentBoundaries(END, **ALL_FLAGS))
+        batch = only_batch(
+            stream, layout, ring_rank, boundaries=DocumentBoundaries(END, **ALL_FLAGS)
+        )
         assert batch.document_starts.tolist() == [0, 3]
         tokens += batch.tokens_Bl.tolist()
         targets += batch.targets_Bl.tolist()

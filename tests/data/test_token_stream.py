@@ -72,7 +72,7 @@ def open_loader(
     dataset = Dataset.open(config, seed=3)
     return build_loader(
         dataset.training,
-        dataset.packing,
+        dataset.boundaries,
         layout,
         grid,
         at,

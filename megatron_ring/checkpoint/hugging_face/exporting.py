@@ -22,7 +22,6 @@ from megatron_ring.checkpoint.hugging_face.folder import (
     read_json,
 )
 from megatron_ring.checkpoint.hugging_face.key_mappings import Fields
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
 from megatron_ring.checkpoint.hugging_face.tensor_mapping import Module, Tensor
 from megatron_ring.checkpoint.locate import Located
@@ -30,6 +29,7 @@ from megatron_ring.checkpoint.single_file import Entry
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.checkpoint.tensors import Tensors
 from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.model.shapes import parameter_shapes
 
 _STORED = "stored"
 _METADATA = {"format": "pt"}  # transformers refuses a file without it
@@ -84,7 +84,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> Ex
     model = stored.config.model
     vocab_size = stored.state.vocab_size
     seq_length = stored.state.seq_length
-    stored.tensors.check_shapes(parameters(model, vocab_size, seq_length))
+    stored.tensors.check_shapes(parameter_shapes(model, vocab_size, seq_length))
     imported_from = _imported_from(located.path)
     name, reason = choose_family(options.family, model, seq_length, imported_from)
     family = FAMILIES[name]

@@ -13,7 +13,6 @@ from megatron_ring.checkpoint.hugging_face import tensor_mapping, unsupported
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family, read_model
 from megatron_ring.checkpoint.hugging_face.folder import Folder, Header
 from megatron_ring.checkpoint.hugging_face.key_mappings import invalid_sizes
-from megatron_ring.checkpoint.hugging_face.parameters import parameters
 from megatron_ring.checkpoint.hugging_face.rope_parameters import rope_config, unread_parameters
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
 from megatron_ring.checkpoint.hugging_face.tensor_mapping import Tensor
@@ -22,6 +21,7 @@ from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import TYPES, Shapes, write_whole
 from megatron_ring.config import Config
 from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.model.shapes import parameter_shapes
 from megatron_ring.untrusted import shown
 
 _MAX_NOTES = 20
@@ -56,7 +56,7 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
     folder = Folder.open(source)
     name, family = _family(folder)
     config, vocab_size = _config(folder, family, stretch)
-    shapes = parameters(config.model, vocab_size, config.data.seq_length)
+    shapes = parameter_shapes(config.model, vocab_size, config.data.seq_length)
     mapped = _map_tensors(folder, family, shapes)
     state = RunState(
         step=0,
