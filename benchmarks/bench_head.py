@@ -38,7 +38,7 @@ class Options:
     vocab_size: int = 32768
     """Vocabulary size."""
     chunk_size: int = 1024
-    """Tokens per chunk, whose logits exist at a time."""
+    """Tokens per chunk; the logits of one chunk exist at a time."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the hidden states and the weight."""
     rounds: int = 5
