@@ -198,7 +198,8 @@ class Case:
             "forward": lambda: self._forward(shards),
             "backward": lambda: self._backward(shards, forwards),
         }
-        self.mask.cached_key_ranges.clear()  # so that every hop has key ranges to copy to the device
+        # Without cached key ranges every hop has some to copy to the device.
+        self.mask.cached_key_ranges.clear()
         waits = [line for run in passes.values() if (line := _first_host_wait(run))]
         rows = []
         for direction, run in passes.items():

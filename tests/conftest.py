@@ -1,6 +1,7 @@
-"""One thread per process, property tests that draw the same examples every time and are never timed, no GPU for Triton.
+"""Settings of all tests: one thread, the same random examples each time, Triton without a GPU.
 
-Triton decides when a kernel is defined whether it is interpreted, so the variable is set before anything is imported.
+Triton decides when a kernel is defined whether it is interpreted, so the variable is set before
+anything is imported.
 """
 
 import os

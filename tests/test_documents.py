@@ -1,8 +1,8 @@
 """The documents agree with the tree: commands, paths, links, flags, exit codes, layers, decisions.
 
 A command in a document is checked without running it: ``pretrain_gpt.py`` as by ``--dry-run``,
-tools and benchmarks by their own parsers, make targets by the Makefile. What SLURM and container engines
-run is covered by ``make test-slurm`` and ``make test-docker``.
+tools and benchmarks by their own parsers, make targets by the Makefile. What SLURM and container
+engines run is covered by ``make test-slurm`` and ``make test-docker``.
 """
 
 import argparse

@@ -75,8 +75,8 @@ def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:
 def changed_token_stores(stored: Stored, here: Sequence[dict[str, Any]]) -> list[str]:
     """Describe each token store that only one of the checkpoint's run and this run reads.
 
-    ``here``: the fingerprints (data/store_fingerprint.py) of the stores that this run reads. The order
-    and weights of a blend do not matter, nor does a store's path. A checkpoint written before
+    ``here``: the fingerprints (data/store_fingerprint.py) of the stores that this run reads. The
+    order and weights of a blend do not matter, nor does a store's path. A checkpoint written before
     fingerprints were kept matches any data.
     """
     there = list(stored.state.data)

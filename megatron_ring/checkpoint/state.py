@@ -45,8 +45,8 @@ class RunState:
             ``written_at``, it is reported, but resuming does not depend on it.
         commit: Commit of the code that wrote it.
         written_at: Time of writing, in UTC.
-        data: Fingerprint of each token store that the run has read (data/store_fingerprint.py); empty in
-            checkpoints from before fingerprints were kept.
+        data: Fingerprint of each token store that the run has read (data/store_fingerprint.py);
+            empty in checkpoints from before fingerprints were kept.
     """
 
     # Types and ranges are checked when a file is read; see untrusted.parse_json.

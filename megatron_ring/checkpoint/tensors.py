@@ -60,7 +60,8 @@ class Piece:
 def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Written]:
     """Write a file of ``pieces``; returns their index entries.
 
-    Raises CheckpointError, and NonFiniteTensor before anything is written if a value is nan or infinite.
+    Raises CheckpointError, and NonFiniteTensor before anything is written if a value is nan or
+    infinite.
     """
     pieces = list(pieces)
     path = folder / part_name(number)

@@ -55,8 +55,8 @@ class Ring:
         exchange: None in a ring of one rank.
         on_hop: called with (hop, hops) as each hop begins, for monitoring.
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
-        splits_own_work: whether backward keeps half of the work on the rank's own keys until the last
-            message is in flight, at the price of more kernel calls (docs/decisions/0013).
+        splits_own_work: whether backward keeps half of the work on the rank's own keys until the
+            last message is in flight, at the price of more kernel calls (docs/decisions/0013).
     """
 
     layout: Layout

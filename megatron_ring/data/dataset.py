@@ -170,9 +170,9 @@ def _refuse_missing_ends(store: TokenStore, boundaries: DocumentBoundaries) -> N
     if unended:
         raise DataError(
             f"token store {store.prefix}: {len(unended)} of {len(checked)} documents checked do "
-            f"not end with the end-of-document token (id {boundaries.end_of_document}); the first is "
-            f"document {unended[0]}. {', '.join(boundaries.flags)} find document boundaries by this "
-            "token. Write the store again with tools/prepare_data.py --output-prefix "
+            f"not end with the end-of-document token (id {boundaries.end_of_document}); the first "
+            f"is document {unended[0]}. {', '.join(boundaries.flags)} find document boundaries by "
+            "this token. Write the store again with tools/prepare_data.py --output-prefix "
             f"{store.prefix} (Megatron: --append-eod), set --tokenizer-model to the tokenizer it "
             f"was written with, or remove {', '.join(map(flag, boundaries.flags))}."
         )

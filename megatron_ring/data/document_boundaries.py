@@ -51,7 +51,7 @@ class DocumentBoundaries:
         return self.reset_attention_mask or self.reset_position_ids
 
     def fill_padding(self, tokens_Bl: np.ndarray) -> np.ndarray:
-        """Replace IGNORE_INDEX by end-of-document tokens, so that each padding token is a document."""
+        """Replace IGNORE_INDEX by end-of-document tokens: each padding token is a document."""
         return np.where(tokens_Bl == IGNORE_INDEX, self.end_of_document, tokens_Bl)
 
     def document_starts(self, ends_BS: np.ndarray) -> np.ndarray | None:

@@ -26,8 +26,8 @@ class SampleView:
     def tokens_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the tokens at ``positions``, which must not decrease.
 
-        (len(positions),) int64, IGNORE_INDEX after the last piece. Raises DataError for an id outside
-        the vocabulary.
+        (len(positions),) int64, IGNORE_INDEX after the last piece. Raises DataError for an id
+        outside the vocabulary.
         """
         starts = self._piece_starts()
         bounds = np.searchsorted(positions, starts)

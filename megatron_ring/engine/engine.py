@@ -233,8 +233,8 @@ class Engine:
         """Load weights, and optimizer state if it has taken steps, from a checkpoint of any grid.
 
         ``update_compute_weights`` must follow. Does not communicate. Raises CheckpointError on the
-        ranks that find one of their parameters missing or of another shape, NonFiniteTensor on those that
-        read a value that is nan or infinite.
+        ranks that find one of their parameters missing or of another shape, NonFiniteTensor on
+        those that read a value that is nan or infinite.
         """
         tensors.check_shapes(self.shapes())
         with_moments = state.optimizer_steps > 0

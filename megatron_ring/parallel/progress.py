@@ -83,8 +83,9 @@ class ProgressTracker:
     """Records the progress of this process in a tensor, and reads it from any thread.
 
     Attributes:
-        buffer: int64 on the CPU. The first 7 are the fields of ProgressSnapshot, except that ``seconds`` is
-            stored as the time.monotonic_ns() from which they count. Two for RingWork may follow,
+        buffer: int64 on the CPU. The first 7 are the fields of ProgressSnapshot, except that
+            ``seconds`` is stored as the time.monotonic_ns() from which they count. Two for RingWork
+            may follow,
             and after them a log.
         accumulates_work: whether the buffer has room for RingWork.
         log: the RingLog in the buffer, or None.

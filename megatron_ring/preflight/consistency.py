@@ -44,8 +44,8 @@ def check_options_and_code(config: Config, consensus: Consensus) -> None:
         consensus, code, lambda name: "Install the same version on every host."
     )
     if code_problems:
-        # git is slow, and commits also differ by changes that compute nothing, so the commit is only
-        # looked up to explain a difference that was found.
+        # git is slow, and commits also differ by changes that compute nothing, so the commit is
+        # only looked up to explain a difference that was found.
         code_problems += differences(
             consensus,
             lambda: {"commit": commit() or "none"},

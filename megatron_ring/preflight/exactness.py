@@ -85,7 +85,8 @@ def _problems(by_tensor: Errors, setup: RunSettings, processes: list[ProcessId])
         if wrong:
             largest = max(of_ranks[process.global_rank] for process in wrong)
             yield (
-                f"ring attention is not local attention: {name} is wrong on {describe_processes(wrong)}, by "
+                f"ring attention is not local attention: {name} is wrong on "
+                f"{describe_processes(wrong)}, by "
                 f"{largest:.1e} where {setup.precision.name} allows {limit:.1e} (kernel "
                 f"{setup.kernel.name})."
             )

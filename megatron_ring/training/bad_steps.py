@@ -1,7 +1,8 @@
 """Detects loss spikes, counts bad steps, and skips them, rolls back or ends the run.
 
 A step is bad if its loss or gradient norm is not finite, or its loss is a spike. It was refused
-before any weight changed (engine/loss_and_norm.py), and all ranks act on it alike, from the same numbers.
+before any weight changed (engine/loss_and_norm.py), and all ranks act on it alike, from the same
+numbers.
 
 A spike is measured against the median loss of the last good steps: no single step moves the median,
 and while losses fall it lags above them, so no good step is refused. A refused loss never enters

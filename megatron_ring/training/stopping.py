@@ -54,8 +54,8 @@ class Stopping:
     def __init__(self, is_rank_zero: bool, is_local_rank_zero: bool = False):
         """Prepare for signals.
 
-        ``is_rank_zero``: whether this is global rank 0, which prints. ``is_local_rank_zero``: whether
-        this is local rank 0, which prints that the node's launcher has ended.
+        ``is_rank_zero``: whether this is global rank 0, which prints. ``is_local_rank_zero``:
+        whether this is local rank 0, which prints that the node's launcher has ended.
         """
         self.stopped_after: int | None = None
         self._is_rank_zero = is_rank_zero

@@ -1,8 +1,8 @@
 """A ring over limited links: its results, its bytes and what the benchmark derives from its times.
 
 How much of the communication is hidden depends on what else the machine does.
-``benchmarks/bench_overlap.py`` measures it and docs/benchmarks/overlap.md has the figures; no test here
-depends on a clock.
+``benchmarks/bench_overlap.py`` measures it and docs/benchmarks/overlap.md has the figures; no test
+here depends on a clock.
 """
 
 import json

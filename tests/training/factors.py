@@ -1,8 +1,8 @@
 """The factors of the parity matrix: options of grid, ZeRO, memory and model, and their configs.
 
 The first value of each factor is its default; together they are one process without sharding,
-recompute or chunks. ``RunSettings.resolve`` decides whether an assignment is legal; the number of processes is
-the only limit of our own.
+recompute or chunks. ``RunSettings.resolve`` decides whether an assignment is legal; the number of
+processes is the only limit of our own.
 """
 
 import functools

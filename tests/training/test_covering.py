@@ -55,8 +55,8 @@ def test_a_witness_has_as_few_changes_as_possible():
     assert witness({"a": 1}, FREE, some_are_legal, 0) is None
 
 
-# The pairs of values that ``RunSettings.resolve`` refuses, by parts of its message. The other infeasible
-# pairs would need too many processes.
+# The pairs of values that ``RunSettings.resolve`` refuses, by parts of its message. The other
+# infeasible pairs would need too many processes.
 REFUSED = {
     ("context_parallel_size", "--context-parallel striped"): {
         *(("ring", ring, "layout", "none") for ring in (2, 3, 4)),
