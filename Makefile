@@ -18,7 +18,7 @@ STORE := data/python-library/tokens
 # Without this variable and a GPU, DeepSpeed searches for an accelerator and warns.
 ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
-IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # A file for pip with the constraints that fit the installed torch.

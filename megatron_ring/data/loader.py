@@ -120,12 +120,14 @@ class Loader:
 
     def _batch(self, first: int) -> Batch:
         views = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
-        text_Bl = np.stack([view.tokens_at(self._sample_positions_l) for view in views])
-        tokens_Bl = self._boundaries.fill_padding(text_Bl)
+        tokens_Bl = self._boundaries.fill_padding(
+            np.stack([view.tokens_at(self._sample_positions_l) for view in views])
+        )
         next_Bl = np.stack([view.tokens_at(self._sample_positions_l + 1) for view in views])
         next_Bl[:, self._is_padding_l] = IGNORE_INDEX
-        targets_Bl = self._boundaries.targets(tokens_Bl, next_Bl)
+        # Before the targets are copied: here memory of a whole sample is needed.
         positions, starts = self._positions_and_starts(views)
+        targets_Bl = self._boundaries.targets(tokens_Bl, next_Bl)
         return Batch(
             torch.from_numpy(tokens_Bl),
             torch.from_numpy(targets_Bl),

@@ -95,9 +95,12 @@ class Layers(nn.Module):
         self.operations = operations
         self.memory = memory
         self.rope = None if has_learned_positions else rope(config, seq_length)
-        self.position_embedding = (
-            nn.Embedding(seq_length, config.hidden_size) if has_position_table else None
-        )
+        self.position_embedding = None
+        if has_position_table:
+            # Without the initialization of nn.Embedding, for which torch loads its decompositions
+            # on the meta device: 75 MB of memory.
+            table_SE = torch.empty(seq_length, config.hidden_size)
+            self.position_embedding = nn.Embedding.from_pretrained(table_SE, freeze=False)
         self.blocks = nn.ModuleDict()
         for layer in layers:
             window = config.window_of(layer)

@@ -148,7 +148,7 @@ def test_the_line_that_blocks_the_host_is_reported(tool, modes, monkeypatch):
     )
     case = tool.Case.build(tool._parser().parse_args(SMALL), "sdpa", "causal")
     (line,) = case.examine(None)["host_waits"]
-    assert "state.py" in line
+    assert "running_softmax.py" in line
     assert "torch.logaddexp" in line
     assert modes == ["error", "default"] * 2
 
