@@ -5,8 +5,9 @@ occurs, and, marked whole, those in which each pair of values does; one test has
 combinations of three values. Rows with the same number of processes share the processes.
 
 Rows of pairs train --steps-of-pairs steps: 4, or 20 in ``make test-all``, which also trains the
-rows that are marked exhaustive: without them 96% of the pairs occur. A wrong gradient shows in the first norm and a wrong update in the second loss. Compared
-are losses, gradient norms, a validation loss and all parameters in fp32, to 1e-5 (trained.py).
+rows that are marked exhaustive: without them 96% of the pairs occur. A wrong gradient shows in the
+first norm and a wrong update in the second loss. Compared are losses, gradient norms, a validation
+loss and all parameters in fp32, to 1e-5 (trained.py).
 """
 
 from pathlib import Path
