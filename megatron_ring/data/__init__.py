@@ -9,8 +9,8 @@ A batch is made in six steps, each with its module docstring:
 3. *The token store* on disk: tokens.py (``P.bin``), token_index.py (``P.idx``), manifest.py
    (``P.json``).
 4. *Tokens to samples*, during training: dataset.py opens the stores and splits their documents;
-   samples.py or whole_documents.py numbers the samples of a store; mixture.py blends stores.
+   samples.py or whole_documents.py numbers the samples of a store; blend.py blends stores.
 5. *Samples to micro-batches*: loader.py picks the samples of this data rank and, of each sample,
-   the tokens of this context rank; packing.py adds positions, targets and document boundaries.
+   the tokens of this context rank; document_boundaries.py adds positions, targets and boundaries.
 6. prefetch.py prepares the batches of the next steps in a thread.
 """

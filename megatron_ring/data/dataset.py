@@ -2,7 +2,7 @@
 
 The token stores that ``--data-path`` names are opened, their documents are split into the parts of
 ``--split``, and each part becomes a ``Stream`` of numbered samples (stream.py): samples.py or
-whole_documents.py for one store, mixture.py for a blend of several. Everything that can disagree is
+whole_documents.py for one store, blend.py for a blend of several. Everything that can disagree is
 checked here, before training starts: stores, manifests, tokenizer, split and document boundaries.
 """
 

@@ -1,7 +1,7 @@
 """Streams: what a loader reads from, samples numbered without end and equal on every process.
 
 samples.py cuts samples from concatenated documents, whole_documents.py packs whole documents, and
-mixture.py interleaves such streams. A sample is a view into the memory-mapped token store: a rank
+blend.py interleaves such streams. A sample is a view into the memory-mapped token store: a rank
 reads the positions it owns and no others.
 """
 

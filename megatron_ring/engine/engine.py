@@ -1,8 +1,8 @@
 """DeepSpeed's engine behind one interface: train steps, evaluation, and checkpoint contents.
 
 DeepSpeed sees one data axis of size data x context. ZeRO shards over it and averages gradients over
-it; ``loss.py`` makes that average the mean over tokens. Only this file and pipeline_engine.py
-import deepspeed.
+it; ``loss_and_norm.py`` makes that average the mean over tokens. Only this file and
+pipeline_engine.py import deepspeed.
 """
 
 import math

@@ -65,7 +65,7 @@ def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[s
         # The optimizer is torch's AdamW, offloaded or not.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # The loss is scaled for a mean over ranks and micro-batches (loss.py).
+        # The loss is scaled for a mean over ranks and micro-batches (loss_and_norm.py).
         "gradient_allreduce_op": "mean",
         "managed_gradient_accumulation": True,
         "tensorboard": {

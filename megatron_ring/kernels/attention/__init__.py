@@ -1,8 +1,8 @@
 """Attention of one hop: a rank's queries over the keys of one shard, continuing a running softmax.
 
 A kernel has the two functions of ``HopKernel`` (hop_kernel.py) and receives tensors and key ranges
-(runs.py), never a rank. ``KERNELS`` has them by name, support.py what each supports, and ``choose``
-picks one for ``--attention-kernel`` and gives the reason.
+(key_ranges.py), never a rank. ``KERNELS`` has them by name, registry.py what each supports, and
+``choose`` picks one for ``--attention-kernel`` and gives the reason.
 """
 
 from megatron_ring.kernels.attention.choice import KernelChoice, choose

@@ -13,7 +13,7 @@ class HopKernel(Protocol):
 
     Shapes: q, out (batch, queries, heads, head dim); k, v (batch, keys, key-value heads, head dim).
     A module with these two functions is a kernel. To add one: write its file, add an entry to
-    ``KERNEL_SPECS`` in support.py, and test it with tests/kernels/attention/test_hops.py.
+    ``KERNEL_SPECS`` in registry.py, and test it with tests/kernels/attention/test_hops.py.
     """
 
     def forward(

@@ -1,5 +1,5 @@
 """Operations other than attention for which several libraries have fused kernels.
 
-operations.py has one signature for each operation, support.py which library supports it, and
-choice.py chooses the libraries of a run for ``--fused-operations``.
+operations.py has one signature for each operation, libraries.py which library supports it, and
+choose_libraries.py chooses the libraries of a run for ``--fused-operations``.
 """

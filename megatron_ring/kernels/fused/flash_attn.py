@@ -53,7 +53,7 @@ def cross_entropy(
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Implement CrossEntropy with losses in float32; the gradient overwrites the logits."""
-    assert part is WHOLE, "support.py refuses a split vocabulary"
+    assert part is WHOLE, "libraries.py refuses a split vocabulary"
     target_c, penalty = ignore_invalid_targets(target_c1, logits_cv.shape[1], ignore_index)
     with torch.set_grad_enabled(with_gradient):
         logits_cv = logits_cv.detach().requires_grad_(with_gradient)

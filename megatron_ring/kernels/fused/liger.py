@@ -65,7 +65,7 @@ def cross_entropy(
 
     It blocks the host until the device has checked the targets.
     """
-    assert part is WHOLE, "support.py refuses a split vocabulary"
+    assert part is WHOLE, "libraries.py refuses a split vocabulary"
     target_c, penalty = ignore_invalid_targets(target_c1, logits_cv.shape[1], ignore_index)
     dtype = logits_cv.dtype
     loss, *_, dlogits_cv = cross_entropy_forward(
