@@ -80,37 +80,35 @@ def run_checked(consensus: Consensus, act: Callable[[], Result]) -> Result:
     If ``act`` raises a MegatronRingError on any rank, the first one is raised on all, prefixed with
     the ranks that raised one, unless all did.
     """
-    result = None
-    own_error = None
+    result, own_error = _attempt(act)
+    _raise_first(consensus, own_error)
+    return result
+
+
+def run_checked_each_step(consensus: Consensus, act: Callable[[], Result]) -> Result:
+    """Do what ``run_checked`` does at the cost of one all-reduce of a number if no rank fails."""
+    result, own_error = _attempt(act)
+    if consensus.any_rank(own_error is not None):
+        _raise_first(consensus, own_error)
+    return result
+
+
+def _attempt(act: Callable[[], Result]) -> tuple[Result | None, MegatronRingError | None]:
+    """Return the result of ``act``, or the MegatronRingError that it raises."""
     try:
-        result = act()
+        return act(), None
     except MegatronRingError as error:
-        own_error = error
+        return None, error
+
+
+def _raise_first(consensus: Consensus, own_error: MegatronRingError | None) -> None:
+    """Raise the first rank's error on every rank, if any has one; all ranks must call it."""
     outcomes = consensus.gather(lambda: (ProcessId.here(consensus.rank), own_error))
     failed = [process for process, error in outcomes if error]
     if failed:
         first = next(error for _, error in outcomes if error)
         prefix = "" if len(failed) == len(outcomes) else f"on {describe_processes(failed)}: "
         raise type(first)(prefix + problem for problem in first.problems) from (own_error or first)
-    return result
-
-
-def run_checked_each_step(consensus: Consensus, act: Callable[[], Result]) -> Result:
-    """Do what ``run_checked`` does at the cost of one all-reduce of a number if no rank fails."""
-    result = None
-    own_error = None
-    try:
-        result = act()
-    except MegatronRingError as error:
-        own_error = error
-    if consensus.any_rank(own_error is not None):
-        run_checked(consensus, lambda: _raise(own_error))
-    return result
-
-
-def _raise(error: MegatronRingError | None) -> None:
-    if error:
-        raise error
 
 
 @contextlib.contextmanager

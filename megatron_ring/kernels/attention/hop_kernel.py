@@ -44,5 +44,6 @@ class HopKernel(Protocol):
         """Add this hop's contribution to ``dq``, ``dk`` and ``dv``, float32 or for float64 float64.
 
         ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD or a
-        ``KnownDelta`` instead of it; ``state.delta_of`` and ``state.output_of`` read either.
+        ``KnownDelta`` instead of it; ``delta_of`` and ``output_of`` of running_softmax.py read
+        either.
         """
