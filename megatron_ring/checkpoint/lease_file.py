@@ -28,33 +28,48 @@ _NAME = re.compile(re.escape(LEASE) + "([0-9]{8})")
 
 
 @dataclass(frozen=True)
-class ProcessId:
-    """A process, as another process can identify it, on the same host or elsewhere.
+class Owner:
+    """A process that holds a lease, or is about to acquire one, as another process can identify it.
 
-    process_start: start time of the process in clock ticks since boot; it distinguishes a process
-    from a later one with the same pid. boot_id, pid_namespace: pids are comparable only where both
-    are known and equal, which they need not be for two containers on one host.
+    All fields are written to the lease file. run: a random id of this run. process_start: start
+    time of the process in clock ticks since boot; it distinguishes a process from a later one with
+    the same pid. boot_id, pid_namespace: pids are comparable only where both are known and equal,
+    which they need not be for two containers on one host. slurm_restarts: how often the SLURM job
+    was requeued. started_at: UTC.
     """
 
+    run: str
     host: str
     pid: int
     process_start: int
     boot_id: str
     pid_namespace: str
+    slurm_job: str
+    slurm_restarts: int
+    started_at: str
 
     @staticmethod
-    def current() -> "ProcessId":
-        """Return the identity of this process."""
+    def here(slurm_job: str = "", slurm_restarts: int = 0) -> "Owner":
+        """Return this process as the owner of a new lease."""
         stat_of_self = ProcStat.read(os.getpid())
-        return ProcessId(
+        return Owner(
+            run=secrets.token_hex(16),
             host=socket.gethostname(),
             pid=os.getpid(),
             process_start=stat_of_self.start if stat_of_self else 0,
             boot_id=_boot_id(),
             pid_namespace=_pid_namespace(),
+            slurm_job=slurm_job,
+            slurm_restarts=slurm_restarts,
+            started_at=now(),
         )
 
-    def state_seen_from(self, other: "ProcessId") -> str | None:
+    def __str__(self) -> str:
+        job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
+        text = f"host {self.host}, pid {self.pid}{job}, started {self.started_at} UTC"
+        return "".join(character if character.isprintable() else "?" for character in text)
+
+    def state_seen_from(self, other: "Owner") -> str | None:
         """Return the state letter of this process in /proc, "" if it has ended.
 
         Returns None if ``other`` cannot see it because it is on another host or in another
@@ -68,36 +83,6 @@ class ProcessId:
         if process is None or process.start != self.process_start or process.has_ended:
             return ""
         return process.state
-
-
-@dataclass(frozen=True)
-class Owner(ProcessId):
-    """A process that holds a lease, or is about to acquire one.
-
-    run: a random id of this run. slurm_restarts: how often the SLURM job was requeued. started_at:
-    UTC. All fields are written to the lease file.
-    """
-
-    run: str
-    slurm_job: str
-    slurm_restarts: int
-    started_at: str
-
-    @staticmethod
-    def here(slurm_job: str = "", slurm_restarts: int = 0) -> "Owner":
-        """Return this process as the owner of a new lease."""
-        return Owner(
-            **asdict(ProcessId.current()),
-            run=secrets.token_hex(16),
-            slurm_job=slurm_job,
-            slurm_restarts=slurm_restarts,
-            started_at=now(),
-        )
-
-    def __str__(self) -> str:
-        job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
-        text = f"host {self.host}, pid {self.pid}{job}, started {self.started_at} UTC"
-        return "".join(character if character.isprintable() else "?" for character in text)
 
     def is_earlier_start_of(self, other: "Owner") -> bool:
         """Return whether SLURM has requeued this owner's job and ``other`` is of the later start.
