@@ -21,9 +21,9 @@ def test_another_model_is_refused_with_every_differing_option(tmp_path):
     title, *problems = refused.value.problems
     assert f"{tmp_path}/step-00000005" in title
     expected = [
-        ("num_layers", "2", "4", "--num-layers"),
-        ("hidden_size", "128", "256", "--hidden-size"),
-        ("vocab_size", "61", "4096", "--tokenizer-model", "--padded-vocab-size"),
+        ("num_layers 2 there, 4 here", "--num-layers"),
+        ("hidden_size 128 there, 256 here", "--hidden-size"),
+        ("vocab_size 61 there, 4096 here", "--tokenizer-model", "--padded-vocab-size"),
     ]
     for problem, parts in zip(problems, expected, strict=True):
         assert all(part in problem for part in parts), problem
@@ -109,7 +109,7 @@ def test_a_learned_position_table_fixes_the_length(tmp_path):
         data=DataConfig(seq_length=64),
     )
     write(tmp_path, 5, learned)
-    with pytest.raises(CheckpointError, match="seq_length 48 .*64 .*--seq-length"):
+    with pytest.raises(CheckpointError, match="seq_length 48 there, 64 here.*--seq-length"):
         compatibility.check_same_model(store.newest(tmp_path), learned, vocab_size=61)
 
 
@@ -128,7 +128,7 @@ def test_a_new_run_may_change_options_that_do_not_change_tensors(tmp_path):
         "rope_scaling",
         "rope_scaling_factor",
     ]
-    with pytest.raises(CheckpointError, match="num_layers 4 .*3 .*--num-layers"):
+    with pytest.raises(CheckpointError, match="num_layers 4 there, 3 here.*--num-layers"):
         compatibility.check_same_model(
             store.newest(tmp_path),
             Config(model=ModelConfig(num_layers=3)),

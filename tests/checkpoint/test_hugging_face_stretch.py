@@ -170,9 +170,13 @@ def test_samples_may_be_shorter_than_the_longest_sequence(models, tmp_path):
     ("name", "stretch", "parts"),
     [
         ("gpt2", Stretch("yarn", seq_length=LONG), ("48 rows", "--rope-scaling")),
-        ("gpt2", Stretch(seq_length=16), ("seq_length is 48", "--seq-length")),
+        ("gpt2", Stretch(seq_length=16), ("48 rows", "seq_length is 48", "--seq-length")),
         ("qwen2", Stretch(seq_length=LONG), ("seq_length 192", "48 tokens", "--rope-scaling")),
-        ("qwen2", Stretch("yarn"), ("yarn", "--seq-length", "--rope-scaling-factor")),
+        (
+            "qwen2",
+            Stretch("yarn"),
+            ("yarn needs a length", "--seq-length", "--rope-scaling-factor"),
+        ),
         (
             "qwen2",
             Stretch("yarn", seq_length=LENGTH),
@@ -183,7 +187,11 @@ def test_samples_may_be_shorter_than_the_longest_sequence(models, tmp_path):
             Stretch("yarn", rope_scaling_factor=0.5),
             ("yarn by 0.5,", "48 tokens", "more than 1", "--rope-scaling-factor"),
         ),
-        ("qwen2", Stretch(rope_scaling_factor=4.0), ("rope_scaling_factor", "--rope-scaling")),
+        (
+            "qwen2",
+            Stretch(rope_scaling_factor=4.0),
+            ("rope_scaling_factor has no effect", "--rope-scaling,"),
+        ),
         ("qwen2", Stretch(seq_length=-1), ("below 0", "--seq-length")),
         ("llama by linear", Stretch("yarn", seq_length=LONG), ("linear", "--rope-scaling")),
     ],

@@ -105,8 +105,9 @@ def test_unknown_provenance_is_shown_as_unknown(other, capsys):
 def test_equal_checkpoints_have_exit_code_0(folder, capsys):
     assert main([str(folder / "step-00000005"), str(folder)]) == 0
     output = capsys.readouterr().out
-    assert f"first: {folder}/step-00000005, step 5\n" in output
-    assert f"second: {folder}/step-00000010, step 10\n" in output
+    assert (
+        f"first: {folder}/step-00000005, step 5\nsecond: {folder}/step-00000010, step 10\n"
+    ) in output
     assert "options that differ: none\n" in output
     assert output.endswith("\nequal\n")
 
