@@ -8,7 +8,6 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.model import initialization
 from megatron_ring.model.gpt import GPT
 from tests.model.conftest import plain_attention
 
@@ -137,8 +136,8 @@ def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 def our_model(checkpoint: Summary) -> GPT:
     """Build our model on one process with all parameters from the checkpoint."""
     state = checkpoint.state
-    model = initialization.build(
-        GPT, checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1
+    model = GPT(
+        checkpoint.config.model, state.vocab_size, state.seq_length, plain_attention, seed=1
     )
     parameters = dict(model.named_parameters())
     assert parameters.keys() == checkpoint.tensors.shapes.keys()

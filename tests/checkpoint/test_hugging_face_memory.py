@@ -27,8 +27,6 @@ MODELS = {
 MEASURED = """
 import sys
 from pathlib import Path
-import megatron_ring.checkpoint.hugging_face.exporting
-import megatron_ring.checkpoint.hugging_face.importing
 from tools.convert_checkpoint import main
 
 def high_water_mark():

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from megatron_ring.config import Config, ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
-from megatron_ring.model import initialization
 from megatron_ring.model.gpt import GPT
 from tests.checkpoint import imagined
 from tools.average_checkpoints import main as average
@@ -53,8 +52,7 @@ def test_the_metadata_of_the_file_is_enough_to_build_the_model(tmp_path):
     """The file is of a mean, and is read without any code for checkpoints."""
     config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, add_qkv_bias=True)
     models = [
-        initialization.build(GPT, config, vocab_size=7, seq_length=16, attention=None, seed=seed)
-        for seed in (1, 2)
+        GPT(config, vocab_size=7, seq_length=16, attention=None, seed=seed) for seed in (1, 2)
     ]
     for step, model in enumerate(models):
         imagined.write(tmp_path / "run", step, {"weight": model.state_dict()}, Config(model=config))
