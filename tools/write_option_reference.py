@@ -75,7 +75,8 @@ def _name(name: str, hint: Any) -> str:
 
 
 def _values(hint: Any) -> str:
-    origin, inner = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    inner = get_args(hint)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin in (types.UnionType, Union):

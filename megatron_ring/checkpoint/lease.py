@@ -15,7 +15,7 @@ one, so the next run is refused until a user has deleted that file.
 The file can be replaced while its run is alive, for example by a copy or a folder when a backup is
 restored, and an entry that is not a lease can get a higher number. The holder then creates a lease
 with the number after the highest and continues with that. It accepts another run as its successor
-only if that run's lease file is readable.
+only if that run's lease file is a valid lease, or one that it has no permission to read.
 
 The holder rewrites its file with an increasing count. Another run polls the file for a change and
 measures time on its own clock: clocks of two hosts are never compared. A lease that stays unchanged

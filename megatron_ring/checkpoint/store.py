@@ -2,7 +2,8 @@
 
     SAVE/latest                     the name of the newest complete checkpoint
     SAVE/step-00000200/config.yaml  the resolved config of the run that wrote it
-    SAVE/step-00000200/state.json   step, consumed samples; size and checksum of every file
+    SAVE/step-00000200/state.json   step, consumed samples; size and checksum of every other file,
+                                    and its own checksum
     SAVE/step-00000200/...          the tensors (tensors.py), one file for each process
 
 A checkpoint, or any file in it, may be a link to another disk to which it was moved: the checksums

@@ -45,7 +45,7 @@ def part_name(number: int) -> str:
 
 
 def encode(shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]) -> str:
-    """Return the index for parts 0, 1, ..., of which ``parts`` has the pieces.
+    """Return the index of all parts; ``parts`` has the pieces of each, in order of their numbers.
 
     Raises CheckpointError unless they hold every element exactly once.
     """

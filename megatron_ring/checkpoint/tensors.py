@@ -79,11 +79,11 @@ def write_part(folder: Path, number: int, pieces: Iterable[Piece]) -> list[Writt
 def write_index(
     folder: Path, shapes: Shapes, kinds: Iterable[str], parts: list[list[Written]]
 ) -> None:
-    """Write the index of parts 0, 1, ....
+    """Write the index of all parts, in the order of their numbers.
 
-    ``parts`` has what ``write_part`` returned for each, ``shapes`` those of whole parameters.
-    Raises CheckpointError, also unless the boxes have every element of every parameter exactly
-    once.
+    ``parts`` has what ``write_part`` returned for each; ``shapes`` are those of whole parameters.
+    Raises CheckpointError if the index cannot be written, or if any element of a parameter is not
+    in exactly one box.
     """
     with _write_errors(folder / INDEX):
         (folder / INDEX).write_text(encode(shapes, kinds, parts))

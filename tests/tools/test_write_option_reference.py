@@ -1,3 +1,5 @@
+"""docs/reference/options.md is current and explains every option."""
+
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 

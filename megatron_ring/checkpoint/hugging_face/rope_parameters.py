@@ -15,6 +15,7 @@ _DEFAULT_BASE = 10000.0
 LONGEST = 2**31 - 1
 """The largest number of tokens of a sequence: the largest value of --seq-length."""
 _PARAMETERS_OF_ALL_TYPES = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# The parameters that each rope_type uses besides those.
 _PARAMETERS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
