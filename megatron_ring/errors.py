@@ -63,7 +63,7 @@ class Diverged(MegatronRingError):
 
 
 class RingStalled(MegatronRingError):
-    """A neighbour in the ring died, or did not respond within --ring-timeout.
+    """A neighbour in the ring died, or kept this process waiting longer than --ring-timeout.
 
     The job has to be restarted with --load; steps since the last checkpoint are lost.
     """

@@ -141,7 +141,10 @@ MEGATRON = {
     "optimizer-offload-fraction": "set --offload-optimizer cpu, which offloads all of it",
     # processes
     "model-parallel-size": "set --tensor-model-parallel-size",
-    "cp-comm-type": "set --ulysses-degree: p2p is 1, a2a --context-parallel-size, a2a+p2p between",
+    "cp-comm-type": (
+        "set --ulysses-degree: 1 for p2p, --context-parallel-size for a2a, a degree between them "
+        "for a2a+p2p"
+    ),
     "hierarchical-context-parallel-sizes": "set --ulysses-degree to the first of them",
     "num-layers-per-virtual-pipeline-stage": _NO_INTERLEAVING,
     "num-virtual-stages-per-pipeline-rank": _NO_INTERLEAVING,

@@ -38,7 +38,7 @@ def test_every_hint_names_flags_and_values_that_exist(name):
     for flag, value in named:
         assert flag in OPTIONS
         choices = get_args(OPTIONS[flag]) if get_origin(OPTIONS[flag]) is Literal else ()
-        # Only after "set" is the word that follows a flag a value and not part of the sentence.
+        # The word after a flag is a value only where the hint begins with "set --FLAG VALUE".
         if choices and HINTS[name].startswith(f"set --{flag} {value}"):
             assert value in map(str, choices)
 

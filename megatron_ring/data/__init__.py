@@ -2,10 +2,12 @@
 
 A batch is made in six steps, each with its module docstring:
 
-1. *Files to documents*, once, before training: corpus.py selects files and cuts them into shards,
-   documents.py reads the documents of each file (compression.py, archives.py, file_formats.py).
-2. *Documents to tokens*: shards.py tokenizes (tokenizer.py), worker_pool.py spreads the shards over
-   processes, and prepare.py joins them into one token store.
+1. *Files to documents*, once, before training: corpus.py selects files (file_search.py) and cuts
+   them into shards, documents.py reads the documents of each file (compression.py, archives.py,
+   file_formats.py).
+2. *Documents to tokens*: tokenizer_training.py trains a tokenizer if none is given, shards.py
+   tokenizes (tokenizer.py), worker_pool.py spreads the shards over processes, and prepare.py joins
+   them into one token store.
 3. *The token store* on disk: tokens.py (``P.bin``), token_index.py (``P.idx``), manifest.py
    (``P.json``).
 4. *Tokens to samples*, during training: dataset.py opens the stores and splits their documents;

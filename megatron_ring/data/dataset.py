@@ -56,8 +56,8 @@ class Dataset:
         The default corpus is the source text of Python's own library; it is prepared first if it
         does not exist yet. Raises DataError for a store or tokenizer that is missing, damaged, too
         small or does not fit the others, and for documents without end-of-document tokens where
-        ``config`` needs document boundaries. Raises ConfigError for a split that leaves a part
-        without documents.
+        ``config`` needs document boundaries. Raises ConfigError for a split that does not add up to
+        1 and leaves a part without documents.
         """
         weights = config.blend or {
             str(prepare_python_library(DEFAULT_FOLDER, 2, progress)): Fraction(1)

@@ -136,10 +136,10 @@ def suffix_pattern(suffix: str) -> str:
 
 
 def kind_of(head: bytes, suffix: str, json_key: str) -> Kind:
-    """Return the kind of the content that begins with ``head``, up to HEAD_BYTES of it.
+    """Return the kind of the content that begins with ``head``.
 
-    ``suffix`` is the content's suffix, in lower case and without that of a compression. Raises
-    UnreadableFormat.
+    ``head`` has at least HEAD_BYTES bytes, or all of the content if that is shorter. ``suffix`` is
+    the content's suffix, in lower case and without that of a compression. Raises UnreadableFormat.
     """
     _refuse_known(head, suffix)
     if head[_TAR_MAGIC_BYTES] == _TAR_MAGIC or suffix == ".tar":

@@ -11,9 +11,8 @@ From samples to a rank's share of a micro-batch:
   end-of-document token before a document may belong to another rank (document_boundaries.py).
 - Every tensor rank reads all tokens of its context rank: it looks all of them up in its own rows of
   the embedding and scores all of their targets with its own rows of the head.
-- A pipeline stage after the first reads nothing: what it needs of a batch travels to it with the
-  hidden states (engine/pipeline_engine.py), and the number of targets in the loss is sent on by
-  engine/pipeline_engine.py.
+- A pipeline stage after the first reads nothing: engine/pipeline_engine.py passes on what it needs
+  of a batch with the hidden states, and broadcasts the number of targets in the loss.
 
 This is selection only: no collectives, and the same samples in the same global batches on any grid.
 """

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path
 
 from megatron_ring.data.corpus import Corpus, Shard
 from megatron_ring.data.documents import Reading
+from megatron_ring.data.map_cache import FileState
 from megatron_ring.data.token_index import idx_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStoreWriter, bin_path, token_dtype
@@ -152,15 +153,10 @@ def _record_path(prefix: Path) -> Path:
 
 def _shard_name(shard: Shard, *options: str | int) -> str:
     files = [
-        (str(piece.file.absolute()), piece.start, piece.stop, *_size_and_mtime(piece.file))
+        (str(piece.file.absolute()), piece.start, piece.stop, *astuple(FileState.of(piece.file)))
         for piece in shard
     ]
     return hashlib.sha256(json.dumps((options, files)).encode()).hexdigest()[:32]
-
-
-def _size_and_mtime(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

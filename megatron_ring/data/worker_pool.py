@@ -92,11 +92,14 @@ def run_in_order(
     for job in jobs:
         submitted.append((job, pool.submit(work, job)))
         if len(submitted) > ahead:
-            first, future = submitted.popleft()
-            yield first, future.result()
+            yield _wait_for(*submitted.popleft())
     while submitted:
-        first, future = submitted.popleft()
-        yield first, future.result()
+        yield _wait_for(*submitted.popleft())
+
+
+def _wait_for(job: object, future: Future) -> tuple:
+    # A function, so that the suspended generator keeps no finished job, which may hold its texts.
+    return job, future.result()
 
 
 def _follow_parent() -> None:

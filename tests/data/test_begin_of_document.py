@@ -139,7 +139,9 @@ def test_a_bos_outside_the_vocabulary_is_refused(tmp_path):
     ],
 )
 def test_a_configuration_of_wrong_types_is_refused(tmp_path, config):
-    with pytest.raises(DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object)"):
+    with pytest.raises(
+        DataError, match=r"tokenizer_config\.json.*(bos_token|eos_token|object).*delete it"
+    ):
         Tokenizer.load(byte_level(tmp_path, "", config))
 
 

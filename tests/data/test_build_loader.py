@@ -56,14 +56,14 @@ def stream(store_of) -> SampleStream:
 
 def loader_of_rank(
     stream: SampleStream,
-    packing: DocumentBoundaries,
+    boundaries: DocumentBoundaries,
     grid: Grid,
     rank: int,
     consumed_samples: int = 0,
 ) -> Loader | LaterStageLoader:
     return build_loader(
         stream,
-        packing,
+        boundaries,
         Layout("striped", S, grid.ring),
         grid,
         grid.coordinates(rank),
@@ -74,13 +74,13 @@ def loader_of_rank(
 
 
 def bytes_per_rank(
-    stream: SampleStream, packing: DocumentBoundaries, grid: Grid, bytes_read: list[int]
+    stream: SampleStream, boundaries: DocumentBoundaries, grid: Grid, bytes_read: list[int]
 ) -> list[int]:
     """The bytes that each rank reads in STEPS optimizer steps."""
     totals = []
     for rank in range(grid.world_size):
         bytes_read.clear()
-        loader = loader_of_rank(stream, packing, grid, rank)
+        loader = loader_of_rank(stream, boundaries, grid, rank)
         for _ in range(STEPS):
             loader.next_step()
         totals.append(sum(bytes_read))
@@ -98,9 +98,9 @@ def test_with_document_boundaries_the_first_stage_reads_whole_samples_and_a_late
     stream, bytes_read
 ):
     whole_samples = STEPS * GLOBAL_BATCH * S * 2
-    packing = DocumentBoundaries(end_of_document=0, reset_attention_mask=True)
+    boundaries = DocumentBoundaries(end_of_document=0, reset_attention_mask=True)
     expected = [2 * whole_samples, 2 * whole_samples, 0, 0]
-    assert bytes_per_rank(stream, packing, GRID, bytes_read) == expected
+    assert bytes_per_rank(stream, boundaries, GRID, bytes_read) == expected
 
 
 def test_every_tensor_rank_reads_the_same_tokens(stream, bytes_read):

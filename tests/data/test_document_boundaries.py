@@ -16,9 +16,9 @@ ALL = DocumentBoundaries(
 )
 
 
-def all_positions(packing: DocumentBoundaries, tokens_BS: np.ndarray) -> np.ndarray:
+def all_positions(boundaries: DocumentBoundaries, tokens_BS: np.ndarray) -> np.ndarray:
     """The positions of every token of whole samples."""
-    return packing.positions(tokens_BS == END, np.arange(tokens_BS.shape[1]))
+    return boundaries.positions(tokens_BS == END, np.arange(tokens_BS.shape[1]))
 
 
 def token_by_token(samples: list[list[int]]) -> tuple[list[int], list[list[int]], list[list[int]]]:
@@ -76,10 +76,10 @@ def test_an_end_token_has_no_target_and_is_a_target_itself():
 def test_without_flags_a_sample_is_one_document():
     tokens_BS = np.array([[1, END, 3, 4], [5, 6, 7, END]])
     next_BS = np.array([[END, 3, 4, 5], [6, 7, END, 8]])
-    for packing in (NO_BOUNDARIES, DocumentBoundaries(END)):
-        assert packing.document_starts(tokens_BS == END) is None
-        assert all_positions(packing, tokens_BS).tolist() == [0, 1, 2, 3]
-        assert packing.targets(tokens_BS, next_BS).tolist() == next_BS.tolist()
+    for boundaries in (NO_BOUNDARIES, DocumentBoundaries(END)):
+        assert boundaries.document_starts(tokens_BS == END) is None
+        assert all_positions(boundaries, tokens_BS).tolist() == [0, 1, 2, 3]
+        assert boundaries.targets(tokens_BS, next_BS).tolist() == next_BS.tolist()
 
 
 def test_all_results_are_int64():

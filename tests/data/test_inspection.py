@@ -29,7 +29,7 @@ def test_counts_that_differ_from_the_manifest_are_named(store_of, tokenizer):
     ("document", "fault"),
     [
         ([400, 1], "has ids from 1 to 400, .* 0 to 319"),
-        ([5, 6], r"has 0 end-of-document ids \(1\)"),
+        ([5, 6], r"has 0 end-of-document ids \(1\) and must have exactly one, at its end"),
         ([5, 1, 6, 1], r"has 2 end-of-document ids"),
         ([], "has 0 end-of-document ids"),
     ],

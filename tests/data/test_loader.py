@@ -265,14 +265,14 @@ def test_packed_documents_on_four_striped_ranks(store_of):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_one_process_reads_boundaries_computed_from_whole_samples(store_of, lengths):
     stream = packed_stream(store_of, lengths)
-    packing = DocumentBoundaries(END, **ALL_FLAGS)
+    boundaries = DocumentBoundaries(END, **ALL_FLAGS)
     batch = packed_batch(stream, Layout("none", PACKED_S, 1), **ALL_FLAGS)
     samples = np.stack([stream.sample(0), stream.sample(1)])
     assert batch.tokens_Bl.tolist() == samples[:, :-1].tolist()
-    assert batch.targets_Bl.tolist() == packing.targets(samples[:, :-1], samples[:, 1:]).tolist()
+    assert batch.targets_Bl.tolist() == boundaries.targets(samples[:, :-1], samples[:, 1:]).tolist()
     ends = samples[:, :-1] == END
-    assert batch.positions.tolist() == packing.positions(ends, np.arange(PACKED_S)).tolist()
-    assert batch.document_starts.tolist() == packing.document_starts(ends).tolist()
+    assert batch.positions.tolist() == boundaries.positions(ends, np.arange(PACKED_S)).tolist()
+    assert batch.document_starts.tolist() == boundaries.document_starts(ends).tolist()
     assert {getattr(batch, field.name).dtype for field in fields(Batch)} == {torch.int64}
 
 

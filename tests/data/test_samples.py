@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.samples import SampleStream, split_documents
+from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import DataError
 
 
@@ -13,7 +14,7 @@ def stream_of(store, seq_length: int, seed: int = 1, vocab_size: int = 65536) ->
     return SampleStream(store, range(len(store)), seq_length, seed, vocab_size)
 
 
-def epoch(stream: SampleStream, number: int = 0) -> list[list[int]]:
+def epoch(stream: SampleStream | WholeDocumentStream, number: int = 0) -> list[list[int]]:
     """All samples of one epoch."""
     first = number * stream.samples_per_epoch
     indices = range(first, first + stream.samples_per_epoch)

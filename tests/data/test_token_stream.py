@@ -17,6 +17,7 @@ from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.loader import Batch, LaterStageLoader, Loader, build_loader
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.parallel.grid import Coordinates, Grid
+from tests.data.test_loader import token_target_position
 
 S = 24
 GLOBAL_BATCH = 8
@@ -79,13 +80,6 @@ def open_loader(
         micro_batch_size=GLOBAL_BATCH // grid.data // 2,
         global_batch_size=GLOBAL_BATCH,
         consumed_samples=consumed,
-    )
-
-
-def token_target_position(batch: Batch) -> torch.Tensor:
-    """Each token of a batch with its target and its position: (B, l, 3)."""
-    return torch.stack(
-        [batch.tokens_Bl, batch.targets_Bl, batch.positions.expand_as(batch.tokens_Bl)], dim=-1
     )
 
 

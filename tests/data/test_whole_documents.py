@@ -11,6 +11,7 @@ from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import DataError
+from tests.data.test_samples import epoch
 
 S = 6
 every_fit = pytest.mark.parametrize("fit", FITS)
@@ -20,13 +21,6 @@ def stream_of(
     store, fit: str, seq_length: int = S, seed: int = 1, vocab_size: int = 65536
 ) -> WholeDocumentStream:
     return WholeDocumentStream(store, range(len(store)), seq_length, seed, vocab_size, fit)
-
-
-def epoch(stream: WholeDocumentStream, number: int = 0) -> list[list[int]]:
-    """All samples of one epoch."""
-    first = number * stream.samples_per_epoch
-    indices = range(first, first + stream.samples_per_epoch)
-    return [stream.sample(index).tolist() for index in indices]
 
 
 @every_fit
