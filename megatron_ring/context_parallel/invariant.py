@@ -23,6 +23,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_key_ranges
 from megatron_ring.context_parallel.ring import Ring, fold_in_dlse
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
@@ -65,7 +66,8 @@ def forward(
         in_flight = None if hop.is_last else ring.exchange.start(kv_n2BlGD, hop.distance)
         for queries, keys, key_ranges in hop.pairs:
             ring.kernel.forward(
-                q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale, states[queries]
+                HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
+                states[queries],
             )
         if in_flight:
             kv_n2BlGD = in_flight.wait()
@@ -98,9 +100,12 @@ def backward(
             dkv_n2BlGD = returning.wait()
         for queries, keys, key_ranges in hop.pairs:
             ring.kernel.backward(
-                dout_nBlHD[queries], q_nBlHD[queries], *kv_n2BlGD[keys], out_blocks[queries],
-                lse_nBHl[queries], key_ranges, ring.scale, dq_nBlHD[queries], *dkv_n2BlGD[keys],
-            )  # fmt: skip
+                HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
+                dout_nBlHD[queries],
+                out_blocks[queries],
+                lse_nBHl[queries],
+                GradientAccumulators(dq_nBlHD[queries], *dkv_n2BlGD[keys]),
+            )
         if ring.exchange:
             returning = ring.exchange.start(dkv_n2BlGD, hop.distance)
         if in_flight:
