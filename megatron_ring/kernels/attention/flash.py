@@ -10,6 +10,7 @@ Under ``torch.use_deterministic_algorithms`` gradients are accumulated in a fixe
 use stand-ins with the parameters of both versions; neither has run on a GPU.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -191,10 +192,14 @@ class FlashVersion:
     reason: str
 
 
+@functools.cache
 def flash_version(
     machine: Machine, head_dim: int, deterministic: bool
 ) -> FlashVersion | Unsupported:
-    """Version 3 where it supports the run, else version 2, else what is missing."""
+    """Version 3 where it supports the run, else version 2, else what is missing.
+
+    Cached, because every hop needs it.
+    """
     why_not_3 = _why_not_3(machine, head_dim, deterministic)
     if not why_not_3:
         return FlashVersion(3, "flash-attn 3 is installed and built for compute capability 9.0")
