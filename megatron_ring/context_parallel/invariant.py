@@ -4,11 +4,11 @@ A sample is split into eight blocks as the striped layout splits single tokens o
 eight. In a smaller ring a rank owns the tokens of several blocks and separates them. Everything is
 computed between two blocks, by the same call on the same numbers in rings of 1, 2, 4 and 8 ranks.
 
-The queries of block i meet the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7, which is
+The queries of block i attend to the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7, which is
 counting with reversed bits. In one hop a rank can compute those t that have the same remainder
 modulo R, and in this order they are adjacent for every such R. So the ring differs from ``ring.py``
 only in how far keys travel after each hop: by as many ranks as the remainder changes. The gradients
-of keys travel along and meet the queries in the same order, so nothing is stored until its turn.
+of keys travel along and are added to in the same order, so nothing is stored until its turn.
 
 The price: in backward, a rank adds to the accumulators that it receives, so it waits for them
 before it computes; the keys travel even where the queries would be fewer bytes; a hop is several

@@ -83,7 +83,7 @@ class Ring:
     def keys_of(self, hop: int) -> int:
         """Return the ring rank that owns the keys of ``hop``.
 
-        Hop 0 has this rank's own, so that every query sees a key before it meets those of others.
+        Hop 0 has this rank's own, so that every query sees a key in its first hop.
         """
         return (self.ring_rank - hop) % self.layout.ring_size
 
@@ -221,7 +221,7 @@ def _send_queries(
 
 
 def _split_groups(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
-    """Return all key-value heads, those for which own queries and keys meet first, and last.
+    """Return all key-value heads, and those whose work on own keys is done first, and last.
 
     Half each, so that there is work both while the first message travels and while the last
     accumulators return; without ``splits_own_work`` all of them first.
