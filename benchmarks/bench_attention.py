@@ -52,6 +52,8 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.errors import ConfigError, flag, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
+    GradientAccumulators,
+    HopInputs,
     choose,
     stack_to_kernel_layout,
     stripe_widths,
@@ -585,17 +587,20 @@ def _hop_timer(options: Options, case: Case) -> Callable[[KeyRanges], float]:
     *qkv, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
     q, k, v = (to_kernel_layout(name, x) for x in qkv)
     state = RunningSoftmax.empty(q)
-    gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
+    accumulators = GradientAccumulators(
+        *(torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v))
+    )
 
     def run_hop(key_ranges: KeyRanges) -> None:
-        kernel.forward(q, k, v, key_ranges, scale, state)
+        inputs = HopInputs(q, k, v, key_ranges, scale)
+        kernel.forward(inputs, state)
         out = state.out_BLHD.to(q.dtype)
-        kernel.backward(dout, q, k, v, out, state.lse_BHL, key_ranges, scale, *gradients)
+        kernel.backward(inputs, dout, out, state.lse_BHL, accumulators)
 
     def seconds(key_ranges: KeyRanges) -> float:
         # One thin head, to build and cache the tiles of this hop at little cost.
         thin = [x[:1, :, :1, :8] for x in (q, k, v)]
-        kernel.forward(*thin, key_ranges, scale, RunningSoftmax.empty(thin[0]))
+        kernel.forward(HopInputs(*thin, key_ranges, scale), RunningSoftmax.empty(thin[0]))
         return _seconds_in_one_process(functools.partial(run_hop, key_ranges))
 
     seconds(hop_key_ranges(case.layout, 0, 0, case.mask))

@@ -36,11 +36,18 @@ from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_P
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
+from megatron_ring.kernels.attention import (
+    KERNELS,
+    GradientAccumulators,
+    HopInputs,
+    HopKernel,
+    choose,
+    reference,
+)
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 STRIPE_SIZES = (1, 128)
@@ -384,17 +391,16 @@ class Bench:
         q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
         scale = q.shape[-1] ** -0.5
         state = RunningSoftmax.empty(q)
-        gradients = [torch.zeros_like(x, dtype=state.out_BLHD.dtype) for x in (q, k, v)]
+        accumulators = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
 
         def time_hop(hop: int) -> HopTimes:
             key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
-            forward = self._median_seconds(
-                lambda: kernel.forward(q, k, v, key_ranges, scale, state)
-            )
+            inputs = HopInputs(q, k, v, key_ranges, scale)
+            forward = self._median_seconds(lambda: kernel.forward(inputs, state))
             out = state.out_BLHD.to(q.dtype)
             lse = state.lse_BHL
             backward = self._median_seconds(
-                lambda: kernel.backward(dout, q, k, v, out, lse, key_ranges, scale, *gradients)
+                lambda: kernel.backward(inputs, dout, out, lse, accumulators)
             )
             return HopTimes(1, key_ranges.visible_pairs, forward, backward)
 

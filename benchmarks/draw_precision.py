@@ -30,7 +30,7 @@ from benchmarks.emulated_ring import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, choose, reference
+from megatron_ring.kernels.attention import KERNELS, HopInputs, HopKernel, choose, reference
 from megatron_ring.model.attention import with_sink
 from megatron_ring.settings.precision import device_type
 
@@ -163,14 +163,14 @@ class MergingKernel:
 
     kernel: HopKernel
 
-    def forward(self, q_BLHD, k_BLGD, v_BLGD, runs, scale, state) -> None:
-        self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, runs, scale, state)
-        _round(state.out_BLHD, q_BLHD.dtype)
+    def forward(self, inputs: HopInputs, state) -> None:
+        self.kernel.forward(inputs, state)
+        _round(state.out_BLHD, inputs.q_BLHD.dtype)
 
-    def backward(self, dout_BLHD, q_BLHD, *rest) -> None:
-        self.kernel.backward(dout_BLHD, q_BLHD, *rest)
-        for gradient in rest[-3:]:
-            _round(gradient, q_BLHD.dtype)
+    def backward(self, inputs: HopInputs, dout_BLHD, out, lse_BHL, accumulators) -> None:
+        self.kernel.backward(inputs, dout_BLHD, out, lse_BHL, accumulators)
+        for gradient in accumulators:
+            _round(gradient, inputs.q_BLHD.dtype)
 
 
 def main(

@@ -12,7 +12,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.context_parallel.ring import fold_in_dlse
-from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
     RunningSoftmax,
@@ -56,10 +56,15 @@ def attention(
     q, k, v = ([x[:, rows].contiguous() for rows in positions] for x in inputs[:3])
     states = [RunningSoftmax.empty(x) for x in q]
     hops = [(rank, (rank - hop) % layout.ring_size) for hop in ranks for rank in ranks]
-    key_ranges = {hop: hop_key_ranges(layout, *hop, mask) for hop in hops}
+    hop_inputs = {
+        (rank, source): HopInputs(
+            q[rank], k[source], v[source], hop_key_ranges(layout, rank, source, mask), scale
+        )
+        for rank, source in hops
+    }
 
     for rank, source in hops:
-        kernel.forward(q[rank], k[source], v[source], key_ranges[rank, source], scale, states[rank])
+        kernel.forward(hop_inputs[rank, source], states[rank])
     out = torch.cat([state.out_BLHD for state in states], 1)[:, to_sequence_order].to(dtype)
     lse = torch.cat([state.lse_BHL for state in states], 2)[:, :, to_sequence_order]
     dout = inputs[3]
@@ -82,17 +87,11 @@ def attention(
         if queries_travel and rank != source:
             out_or_delta = KnownDelta(delta_of(out_or_delta, dout_BLHD), dout_BLHD)
         kernel.backward(
+            hop_inputs[rank, source],
             dout_BLHD,
-            q[rank],
-            k[source],
-            v[source],
             out_or_delta,
             states[rank].lse_BHL,
-            key_ranges[rank, source],
-            scale,
-            dq[rank],
-            dk[source],
-            dv[source],
+            GradientAccumulators(dq[rank], dk[source], dv[source]),
         )
     gradients = (torch.cat(shards, 1)[:, to_sequence_order].to(dtype) for shards in (dq, dk, dv))
     return Attention(result if then else out, *gradients)

@@ -25,8 +25,9 @@ from triton.runtime.errors import OutOfResources
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention import triton as kernels
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.triton.blocks import (
     TABLE,
     Blocks,
@@ -169,15 +170,15 @@ class Square:
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
         key_ranges = hop_key_ranges(Layout("none", self.tokens, 1), 0, 0, CAUSAL)
-        scale = head_dim**-0.5
+        inputs = HopInputs(q, k, v, key_ranges, head_dim**-0.5)
         state = RunningSoftmax.empty(q)
         if kernel == "forward":
-            return lambda: kernels.forward(q, k, v, key_ranges, scale, state)
-        kernels.forward(q, k, v, key_ranges, scale, state)
+            return lambda: kernels.forward(inputs, state)
+        kernels.forward(inputs, state)
         out = state.out_BLHD.to(q.dtype)
         lse = state.lse_BHL
-        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-        return lambda: kernels.backward(dout, q, k, v, out, lse, key_ranges, scale, *gradients)
+        accumulators = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
+        return lambda: kernels.backward(inputs, dout, out, lse, accumulators)
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

@@ -125,7 +125,7 @@ class ContextParallelAttention:
 class RingSpec(NamedTuple):
     """Everything but tensors that the ring operators need, in values that an operator can take.
 
-    ``to_op_arguments`` and ``from_op_arguments`` are the only places that know the packed form.
+    ``to_op_arguments`` and ``from_op_arguments`` are the only places that define the packed form.
 
     Attributes:
         layout: a name of ``layout.NAMES``.

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ring.kernels.attention import HopKernel
-from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention import HopInputs, HopKernel
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel.progress import ProgressTracker
 
@@ -34,23 +33,19 @@ class _WorkCountingKernel:
     kernel: HopKernel
     progress: ProgressTracker
 
-    def forward(self, q_BLHD, k_BLGD, v_BLGD, key_ranges, *rest) -> None:
-        self.progress.add_products(FORWARD_PRODUCTS * _visible_pairs(q_BLHD, key_ranges))
-        self.kernel.forward(q_BLHD, k_BLGD, v_BLGD, key_ranges, *rest)
+    def forward(self, inputs: HopInputs, *rest) -> None:
+        self.progress.add_products(FORWARD_PRODUCTS * _visible_pairs(inputs))
+        self.kernel.forward(inputs, *rest)
 
-    def backward(
-        self, dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, key_ranges, *rest
-    ) -> None:
-        self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(q_BLHD, key_ranges))
-        self.kernel.backward(
-            dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, key_ranges, *rest
-        )
+    def backward(self, inputs: HopInputs, *rest) -> None:
+        self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(inputs))
+        self.kernel.backward(inputs, *rest)
 
 
-def _visible_pairs(q_BLHD: torch.Tensor, key_ranges: KeyRanges) -> int:
+def _visible_pairs(inputs: HopInputs) -> int:
     """Return the visible pairs of all samples and of this call's heads, which may be a subset."""
-    samples, _, heads, _ = q_BLHD.shape
-    return samples * heads * key_ranges.visible_pairs
+    samples, _, heads, _ = inputs.q_BLHD.shape
+    return samples * heads * inputs.key_ranges.visible_pairs
 
 
 def backward_bytes(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> dict[str, int]:

@@ -4,11 +4,11 @@ A sample is split into eight blocks as the striped layout splits single tokens o
 eight. In a smaller ring a rank owns the tokens of several blocks and separates them. Everything is
 computed between two blocks, by the same call on the same numbers in rings of 1, 2, 4 and 8 ranks.
 
-The queries of block i meet the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7, which is
+The queries of block i attend to the keys of block i - t for t = 0, 4, 2, 6, 1, 5, 3, 7, which is
 counting with reversed bits. In one hop a rank can compute those t that have the same remainder
 modulo R, and in this order they are adjacent for every such R. So the ring differs from ``ring.py``
 only in how far keys travel after each hop: by as many ranks as the remainder changes. The gradients
-of keys travel along and meet the queries in the same order, so nothing is stored until its turn.
+of keys travel along and are added to in the same order, so nothing is stored until its turn.
 
 The price: in backward, a rank adds to the accumulators that it receives, so it waits for them
 before it computes; the keys travel even where the queries would be fewer bytes; a hop is several
@@ -23,6 +23,7 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_key_ranges
 from megatron_ring.context_parallel.ring import Ring, fold_in_dlse
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
@@ -65,7 +66,8 @@ def forward(
         in_flight = None if hop.is_last else ring.exchange.start(kv_n2BlGD, hop.distance)
         for queries, keys, key_ranges in hop.pairs:
             ring.kernel.forward(
-                q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale, states[queries]
+                HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
+                states[queries],
             )
         if in_flight:
             kv_n2BlGD = in_flight.wait()
@@ -98,9 +100,12 @@ def backward(
             dkv_n2BlGD = returning.wait()
         for queries, keys, key_ranges in hop.pairs:
             ring.kernel.backward(
-                dout_nBlHD[queries], q_nBlHD[queries], *kv_n2BlGD[keys], out_blocks[queries],
-                lse_nBHl[queries], key_ranges, ring.scale, dq_nBlHD[queries], *dkv_n2BlGD[keys],
-            )  # fmt: skip
+                HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
+                dout_nBlHD[queries],
+                out_blocks[queries],
+                lse_nBHl[queries],
+                GradientAccumulators(dq_nBlHD[queries], *dkv_n2BlGD[keys]),
+            )
         if ring.exchange:
             returning = ring.exchange.start(dkv_n2BlGD, hop.distance)
         if in_flight:

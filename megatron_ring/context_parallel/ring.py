@@ -16,7 +16,7 @@ import torch
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
-from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
@@ -83,7 +83,7 @@ class Ring:
     def keys_of(self, hop: int) -> int:
         """Return the ring rank that owns the keys of ``hop``.
 
-        Hop 0 has this rank's own, so that every query sees a key before it meets those of others.
+        Hop 0 has this rank's own, so that every query sees a key in its first hop.
         """
         return (self.ring_rank - hop) % self.layout.ring_size
 
@@ -131,7 +131,7 @@ def forward(
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
         key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
-        ring.kernel.forward(q_BLHD, kv_2BLGD[0], kv_2BLGD[1], key_ranges, ring.scale, state)
+        ring.kernel.forward(HopInputs(q_BLHD, *kv_2BLGD, key_ranges, ring.scale), state)
         if in_flight:
             kv_2BLGD = in_flight.wait()
     return state.out_BLHD.to(q_BLHD.dtype), state.lse_BHL
@@ -221,7 +221,7 @@ def _send_queries(
 
 
 def _split_groups(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
-    """Return all key-value heads, those for which own queries and keys meet first, and last.
+    """Return all key-value heads, and those whose work on own keys is done first, and last.
 
     Half each, so that there is work both while the first message travels and while the last
     accumulators return; without ``splits_own_work`` all of them first.
@@ -245,16 +245,15 @@ def _add_gradients(
         return
     heads_per_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
     heads = slice(groups.start * heads_per_group, groups.stop * heads_per_group)
-    dout_BLhD = rows.dout_BLHD[:, :, heads]
-    q_BLhD = rows.q_BLHD[:, :, heads]
     # A KnownDelta is not sliced if all heads are wanted, so that its output is computed once.
     out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else slice_heads(rows.out, heads)
-    k_BLgD, v_BLgD = kv_2BLGD[:, :, :, groups]
-    dk_BLgD, dv_BLgD = dkv_2BLGD[:, :, :, groups]
     ring.kernel.backward(
-        dout_BLhD, q_BLhD, k_BLgD, v_BLgD, out, rows.lse_BHL[:, heads], key_ranges, ring.scale,
-        dq_BLHD[:, :, heads], dk_BLgD, dv_BLgD,
-    )  # fmt: skip
+        HopInputs(rows.q_BLHD[:, :, heads], *kv_2BLGD[:, :, :, groups], key_ranges, ring.scale),
+        rows.dout_BLHD[:, :, heads],
+        out,
+        rows.lse_BHL[:, heads],
+        GradientAccumulators(dq_BLHD[:, :, heads], *dkv_2BLGD[:, :, :, groups]),
+    )
 
 
 def fold_in_dlse(

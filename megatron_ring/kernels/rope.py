@@ -53,7 +53,10 @@ class Rope:
         return Rotation(cos_lP.float(), sin_lP.float())
 
     def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Compute the scaled radians per token of every pair: (P,) float64 on ``device``."""
+        """Compute the scaled radians per token of every pair: (P,) float64.
+
+        They are computed on ``device``, so that nothing is copied to it.
+        """
         pair_P = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         return _SCALINGS[self.scaling](self, self.base ** (-2 * pair_P / self.head_dim))
 

@@ -1,9 +1,9 @@
 """Select one of several implementations: the first candidate that supports what a run requires.
 
 Attention kernels (attention/choice.py, ``--attention-kernel``) and fused operations
-(fused/choice.py, ``--fused-operations``) share this. Each has a support table with one cell for
-every implementation and requirement. The tables are read before a run starts, so no requirement is
-ignored silently.
+(fused/choose_libraries.py, ``--fused-operations``) share this. Each has a support table with one
+cell for every implementation and requirement. The tables are read before a run starts, so no
+requirement is ignored silently.
 """
 
 import enum

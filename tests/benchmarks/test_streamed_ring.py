@@ -13,7 +13,7 @@ from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.ring import Transfer
-from megatron_ring.kernels.attention import HopKernel, reference
+from megatron_ring.kernels.attention import HopInputs, HopKernel, reference
 from tests.benchmarks.happens_before import Device, Race, Stream
 
 TOKENS = 8
@@ -117,8 +117,8 @@ def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, kv_heads):
 def test_a_kernel_that_writes_to_keys_in_transit_is_a_race():
     class WritesToKeys:
         @staticmethod
-        def forward(q_BLHD, k_BLGD, *rest):
-            k_BLGD.mul_(1.0)
+        def forward(inputs: HopInputs, state):
+            inputs.k_BLGD.mul_(1.0)
 
     with pytest.raises(Race):
         run(2, 1, Device(), kernel=WritesToKeys)
@@ -158,8 +158,8 @@ def test_a_message_does_not_wait_for_the_hop_that_hides_it(ranks):
 def test_a_failing_rank_raises_its_error_and_ends_the_others():
     class OutOfMemory:
         @staticmethod
-        def forward(q_BLHD, k_BLGD, v_BLGD, runs, *rest):
-            if runs.visible_pairs == 0:
+        def forward(inputs: HopInputs, state):
+            if inputs.key_ranges.visible_pairs == 0:
                 raise MemoryError
 
     def body(rank: int, exchange: StreamExchange):

@@ -11,7 +11,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.kernels.attention import KERNELS, HopInputs, reference
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from tests import oracle, simulated_ring
@@ -107,15 +107,13 @@ class CountingKernel:
     def __init__(self):
         self.calls: Counter[tuple[str, int, int]] = Counter()
 
-    def forward(self, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object) -> None:
-        self.calls["forward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
-        reference.forward(q_BLHD, k_BLGD, *rest)
+    def forward(self, inputs: HopInputs, *rest: object) -> None:
+        self.calls["forward", inputs.q_BLHD.shape[1], inputs.k_BLGD.shape[1]] += 1
+        reference.forward(inputs, *rest)
 
-    def backward(
-        self, dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, k_BLGD: torch.Tensor, *rest: object
-    ) -> None:
-        self.calls["backward", q_BLHD.shape[1], k_BLGD.shape[1]] += 1
-        reference.backward(dout_BLHD, q_BLHD, k_BLGD, *rest)
+    def backward(self, inputs: HopInputs, *rest: object) -> None:
+        self.calls["backward", inputs.q_BLHD.shape[1], inputs.k_BLGD.shape[1]] += 1
+        reference.backward(inputs, *rest)
 
 
 def kernel_calls(size: int) -> Counter[tuple[str, int, int]]:

@@ -18,7 +18,7 @@ from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.kernels.attention import KERNELS, HopKernel, flash
+from megatron_ring.kernels.attention import KERNELS, HopInputs, HopKernel, flash
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 
 RANKS, SHARD, HEADS = 4, 64, 4
@@ -132,16 +132,16 @@ READING = {
 
 
 class WaitingKernel(NamedTuple):
-    """A kernel that only applies ``wait`` to its first tensor in one direction."""
+    """A kernel that only applies ``wait`` to the queries, or in backward to dout."""
 
     direction: str
     wait: Callable[[torch.Tensor], object]
 
-    def forward(self, q_BLHD, *rest) -> None:
+    def forward(self, inputs: HopInputs, *rest) -> None:
         if self.direction == "forward":
-            self.wait(q_BLHD)
+            self.wait(inputs.q_BLHD)
 
-    def backward(self, dout_BLHD, *rest) -> None:
+    def backward(self, inputs: HopInputs, dout_BLHD, *rest) -> None:
         if self.direction == "backward":
             self.wait(dout_BLHD)
 

@@ -8,7 +8,7 @@ import torch
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.kernels.attention import KERNELS, HopInputs, reference
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
@@ -202,8 +202,8 @@ def test_the_error_of_a_rank_is_raised_and_no_rank_waits_for_it():
     class OutOfMemory:
         """Rank 0 fails in the second hop, before it starts its last transfer."""
 
-        def forward(self, q_BLHD, k_BLGD, v_BLGD, key_ranges, scale, state):
-            if key_ranges.visible_pairs == 0:
+        def forward(self, inputs: HopInputs, state):
+            if inputs.key_ranges.visible_pairs == 0:
                 raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -223,7 +223,7 @@ class EventRecorder:
         self.events.append(f"start {number}")
         return RecordedTransfer(tensor, f"wait {number}", self.events)
 
-    def backward(self, dout_BLHD, *tensors) -> None:
+    def backward(self, inputs: HopInputs, dout_BLHD, *rest) -> None:
         self.events.append(f"compute {dout_BLHD.shape[2]} heads")
 
 

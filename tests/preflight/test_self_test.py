@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_ring.data.tokens import TokenStoreWriter
 from megatron_ring.errors import DataError, MegatronRingError
-from megatron_ring.kernels.attention import KERNELS, sdpa
+from megatron_ring.kernels.attention import KERNELS, HopInputs, sdpa
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.consensus import Consensus, run_checked
 from megatron_ring.parallel.grid import Grid
@@ -184,8 +184,8 @@ def run_with_another_group(rank: int, consensus: Consensus, folder: Path) -> Non
 
 
 def run_with_a_wrong_kernel(rank: int, consensus: Consensus, folder: Path) -> None:
-    def forward(q, k, v, runs, scale, state) -> None:
-        sdpa.forward(q, k, v, runs, 1.001 * scale, state)
+    def forward(inputs: HopInputs, state) -> None:
+        sdpa.forward(inputs._replace(scale=1.001 * inputs.scale), state)
 
     if rank == 1:
         KERNELS["sdpa"] = SimpleNamespace(forward=forward, backward=sdpa.backward)

@@ -6,7 +6,7 @@ A kernel has the two functions of ``HopKernel`` (hop_kernel.py) and receives ten
 """
 
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
-from megatron_ring.kernels.attention.hop_kernel import HopKernel
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.registry import (
     KERNELS,
     stack_to_kernel_layout,
@@ -16,6 +16,8 @@ from megatron_ring.kernels.attention.registry import (
 
 __all__ = [
     "KERNELS",
+    "GradientAccumulators",
+    "HopInputs",
     "HopKernel",
     "KernelChoice",
     "choose",

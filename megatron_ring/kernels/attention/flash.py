@@ -10,12 +10,14 @@ Under ``torch.use_deterministic_algorithms`` gradients are accumulated in a fixe
 use stand-ins with the parameters of both versions; neither has run on a GPU.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from packaging.version import Version
 
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, output_of
@@ -31,15 +33,9 @@ _MASKED_TILES = TiledKernel(
 )
 
 
-def forward(
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    state: RunningSoftmax,
-) -> None:
+def forward(inputs: HopInputs, state: RunningSoftmax) -> None:
     """As in ``HopKernel``."""
+    q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
     batch, library = len(q_BLHD), _library(q_BLHD)
     for call in key_ranges.varlen_calls(_TILING):
         q, k, v = q_BLHD[:, call.queries], k_BLGD[:, call.keys], v_BLGD[:, call.keys]
@@ -50,38 +46,32 @@ def forward(
         # Version 2 returns +inf for a row that sees nothing, which would dominate every merge.
         lse_BHL = lse_BHL.masked_fill(lse_BHL == torch.inf, -torch.inf)
         state.merge(call.queries, out.unflatten(0, (batch, -1)), lse_BHL)
-    _MASKED_TILES.forward(q_BLHD, k_BLGD, v_BLGD, key_ranges, scale, state)
+    _MASKED_TILES.forward(inputs, state)
 
 
 def backward(
+    inputs: HopInputs,
     dout_BLHD: torch.Tensor,
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    dq_BLHD: torch.Tensor,
-    dk_BLGD: torch.Tensor,
-    dv_BLGD: torch.Tensor,
+    accumulators: GradientAccumulators,
 ) -> None:
     """As in ``HopKernel``."""
-    inputs = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, output_of(out))
-    sums = (dq_BLHD, dk_BLGD, dv_BLGD)
+    q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
+    tensors = (dout_BLHD, q_BLHD, k_BLGD, v_BLGD, output_of(out))
     library = _library(q_BLHD)
     deterministic = torch.are_deterministic_algorithms_enabled()
     for call in key_ranges.varlen_calls(_TILING):
         rows, keys = call.queries, call.keys
         spans = (rows, rows, keys, keys, rows)
-        tensors = [_end_to_end(x[:, span]) for x, span in zip(inputs, spans)]
+        packed = [_end_to_end(x[:, span]) for x, span in zip(tensors, spans)]
         lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1).contiguous()
         gradients = library.backward(
-            *tensors, lse_HT, *_sequences(key_ranges, call, q_BLHD), scale, deterministic
+            *packed, lse_HT, *_sequences(key_ranges, call, q_BLHD), scale, deterministic
         )
-        for total, span, gradient in zip(sums, (rows, keys, keys), gradients):
+        for total, span, gradient in zip(accumulators, (rows, keys, keys), gradients):
             total[:, span] += gradient.unflatten(0, (len(q_BLHD), -1))
-    _MASKED_TILES.backward(*inputs, lse_BHL, key_ranges, scale, *sums)
+    _MASKED_TILES.backward(inputs, dout_BLHD, out, lse_BHL, accumulators)
 
 
 def _end_to_end(x_BLHD: torch.Tensor) -> torch.Tensor:
@@ -202,10 +192,14 @@ class FlashVersion:
     reason: str
 
 
+@functools.cache
 def flash_version(
     machine: Machine, head_dim: int, deterministic: bool
 ) -> FlashVersion | Unsupported:
-    """Version 3 where it supports the run, else version 2, else what is missing."""
+    """Version 3 where it supports the run, else version 2, else what is missing.
+
+    Cached, because every hop needs it.
+    """
     why_not_3 = _why_not_3(machine, head_dim, deterministic)
     if not why_not_3:
         return FlashVersion(3, "flash-attn 3 is installed and built for compute capability 9.0")

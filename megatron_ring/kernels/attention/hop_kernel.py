@@ -1,6 +1,6 @@
 """The interface of an attention kernel: one hop, forward and backward."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -8,42 +8,48 @@ from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax
 
 
+class HopInputs(NamedTuple):
+    """What both passes of a hop read: queries, the keys and values of one shard, and the mask.
+
+    Shapes: q (batch, queries, heads, head dim); k, v (batch, keys, key-value heads, head dim).
+    """
+
+    q_BLHD: torch.Tensor
+    k_BLGD: torch.Tensor
+    v_BLGD: torch.Tensor
+    key_ranges: KeyRanges
+    scale: float
+
+
+class GradientAccumulators(NamedTuple):
+    """Buffers to which a hop's gradients are added in place; float32, or for float64 float64."""
+
+    dq_BLHD: torch.Tensor
+    dk_BLGD: torch.Tensor
+    dv_BLGD: torch.Tensor
+
+
 class HopKernel(Protocol):
     """Attention of a rank's queries over the keys of one shard, without communication.
 
-    Shapes: q, out (batch, queries, heads, head dim); k, v (batch, keys, key-value heads, head dim).
     A module with these two functions is a kernel. To add one: write its file, add an entry to
     ``KERNEL_SPECS`` in registry.py, and test it with tests/kernels/attention/test_hops.py.
     """
 
-    def forward(
-        self,
-        q_BLHD: torch.Tensor,
-        k_BLGD: torch.Tensor,
-        v_BLGD: torch.Tensor,
-        key_ranges: KeyRanges,
-        scale: float,
-        state: RunningSoftmax,
-    ) -> None:
+    def forward(self, inputs: HopInputs, state: RunningSoftmax) -> None:
         """Attend to the visible keys of this shard, and update ``state`` in place."""
 
     def backward(
         self,
+        inputs: HopInputs,
         dout_BLHD: torch.Tensor,
-        q_BLHD: torch.Tensor,
-        k_BLGD: torch.Tensor,
-        v_BLGD: torch.Tensor,
         out: Output,
         lse_BHL: torch.Tensor,
-        key_ranges: KeyRanges,
-        scale: float,
-        dq_BLHD: torch.Tensor,
-        dk_BLGD: torch.Tensor,
-        dv_BLGD: torch.Tensor,
+        accumulators: GradientAccumulators,
     ) -> None:
-        """Add this hop's contribution to ``dq``, ``dk`` and ``dv``, float32 or for float64 float64.
+        """Add this hop's contribution to the gradients of q, k and v.
 
-        ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD or a
-        ``KnownDelta`` instead of it; ``delta_of`` and ``output_of`` of running_softmax.py read
-        either.
+        ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD, of the
+        shape of q, or a ``KnownDelta`` instead of it; ``delta_of`` and ``output_of`` of
+        running_softmax.py read either.
         """

@@ -7,20 +7,15 @@ FlashAttention, appendix B.2).
 
 import torch
 
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind
 
 
-def forward(
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    state: RunningSoftmax,
-) -> None:
+def forward(inputs: HopInputs, state: RunningSoftmax) -> None:
     """As in ``HopKernel``."""
+    q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
     if key_ranges.visible_pairs == 0:
         return
     scores_BHLM = _scores(q_BLHD, k_BLGD, key_ranges, scale)
@@ -32,21 +27,17 @@ def forward(
 
 
 def backward(
+    inputs: HopInputs,
     dout_BLHD: torch.Tensor,
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    dq_BLHD: torch.Tensor,
-    dk_BLGD: torch.Tensor,
-    dv_BLGD: torch.Tensor,
+    accumulators: GradientAccumulators,
 ) -> None:
     """As in ``HopKernel``."""
+    q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
     if key_ranges.visible_pairs == 0:
         return
+    dq_BLHD, dk_BLGD, dv_BLGD = accumulators
     k_BMHD, v_BMHD = _repeat_heads(k_BLGD, q_BLHD), _repeat_heads(v_BLGD, q_BLHD)
     q_BLHD, dout_BLHD = q_BLHD.to(dq_BLHD.dtype), dout_BLHD.to(dq_BLHD.dtype)
     delta_BHL1 = delta_of(out, dout_BLHD).unsqueeze(-1)

@@ -12,7 +12,9 @@ never run on a GPU.
 
 import torch
 
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.machine import Machine
+from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax
 from megatron_ring.kernels.attention.tiled_kernel import TiledKernel, TileOperator
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 from megatron_ring.kernels.attention.torch_operators import (
@@ -24,14 +26,20 @@ from megatron_ring.kernels.attention.torch_operators import (
 from megatron_ring.kernels.selection import Unsupported
 
 
-def forward(q_BLHD: torch.Tensor, *rest) -> None:
+def forward(inputs: HopInputs, state: RunningSoftmax) -> None:
     """As in ``HopKernel``."""
-    _kernel(q_BLHD).forward(q_BLHD, *rest)
+    _kernel(inputs.q_BLHD).forward(inputs, state)
 
 
-def backward(dout_BLHD: torch.Tensor, q_BLHD: torch.Tensor, *rest) -> None:
+def backward(
+    inputs: HopInputs,
+    dout_BLHD: torch.Tensor,
+    out: Output,
+    lse_BHL: torch.Tensor,
+    accumulators: GradientAccumulators,
+) -> None:
     """As in ``HopKernel``."""
-    _kernel(q_BLHD).backward(dout_BLHD, q_BLHD, *rest)
+    _kernel(inputs.q_BLHD).backward(inputs, dout_BLHD, out, lse_BHL, accumulators)
 
 
 def _kernel(q: torch.Tensor) -> TiledKernel:

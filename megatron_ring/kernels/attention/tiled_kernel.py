@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, output_of
 from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
@@ -16,7 +17,7 @@ from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
 
 @dataclass(frozen=True)
 class TileOperator:
-    """One library's attention of one tile; shapes as in HopKernel, with L queries and M keys.
+    """One library's attention of one tile; shapes as in HopInputs, with L queries and M keys.
 
     forward: (q_BLHD, k_BMGD, v_BMGD, causal, bias_LM, scale) -> (out_BLHD, lse_BHL). ``causal``:
         query i sees keys 0 to i of as many. ``bias_LM`` is added to the scores: 0 or -inf in the
@@ -39,16 +40,9 @@ class TiledKernel:
     tiling: Tiling
     operator_for: Callable[[Tile], TileOperator | None]
 
-    def forward(
-        self,
-        q_BLHD: torch.Tensor,
-        k_BLGD: torch.Tensor,
-        v_BLGD: torch.Tensor,
-        key_ranges: KeyRanges,
-        scale: float,
-        state: RunningSoftmax,
-    ) -> None:
+    def forward(self, inputs: HopInputs, state: RunningSoftmax) -> None:
         """As in ``HopKernel``."""
+        q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
         for tile in key_ranges.tiles(self.tiling):
             operator = self.operator_for(tile)
             if operator is None:
@@ -64,19 +58,15 @@ class TiledKernel:
 
     def backward(
         self,
+        inputs: HopInputs,
         dout_BLHD: torch.Tensor,
-        q_BLHD: torch.Tensor,
-        k_BLGD: torch.Tensor,
-        v_BLGD: torch.Tensor,
         out: Output,
         lse_BHL: torch.Tensor,
-        key_ranges: KeyRanges,
-        scale: float,
-        dq_BLHD: torch.Tensor,
-        dk_BLGD: torch.Tensor,
-        dv_BLGD: torch.Tensor,
+        accumulators: GradientAccumulators,
     ) -> None:
         """As in ``HopKernel``."""
+        q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
+        dq_BLHD, dk_BLGD, dv_BLGD = accumulators
         for tile in key_ranges.tiles(self.tiling):
             operator = self.operator_for(tile)
             if operator is None:

@@ -1,8 +1,8 @@
 """Which library computes which operation: one cell for each, with the dtypes it supports.
 
-``LIBRARIES`` has one entry for each library. ``choose`` (choice.py) reads it before a run starts. A
-test walks through it: every supported cell has a test of its numbers, and docs/fused.md shows this
-table.
+``LIBRARIES`` has one entry for each library. ``choose`` (choose_libraries.py) reads it before a run
+starts. A test walks through it: every supported cell has a test of its numbers, and docs/fused.md
+shows this table.
 """
 
 import enum

@@ -108,19 +108,35 @@ def test_the_reason_has_the_version_of_flash_attn():
 
 V100 = Machine("V100", (7, 0), 91002, "2.8.3")
 UNAVAILABLE = [
-    ("flash", WITHOUT_LIBRARIES, 64, "pip install -U flash-attn --no-build-isolation"),
+    (
+        "flash",
+        WITHOUT_LIBRARIES,
+        64,
+        "flash-attn 2 is not installed, and flash-attn 3 (the package flash_attn_3) is not "
+        "installed. pip install -U flash-attn --no-build-isolation",
+    ),
     ("flash", V100, 64, "compute capability 8.0, and this one has 7.0. Set --attention-kernel"),
     ("flash", Machine(), 64, "it requires a GPU of compute capability 8.0, and there is none"),
     (
         "cudnn",
         Machine("H100", (9, 0)),
         64,
-        "torch is built without cuDNN. Install a torch for CUDA",
+        "torch is built without cuDNN. Install a torch for CUDA with cuDNN 9.0",
     ),
     ("cudnn", Machine("H100", (9, 0), 8907), 64, "cuDNN 8.9.7 is older than 9.0"),
     ("cudnn", V100, 64, "compute capability 8.0, and this one has 7.0"),
-    ("cudnn", AMPERE, 192, "head dims up to 128, not 192; larger ones require compute capability"),
-    ("triton", WITHOUT_LIBRARIES, 64, "pip install triton, or set --attention-kernel auto"),
+    (
+        "cudnn",
+        AMPERE,
+        192,
+        "head dims up to 128, not 192; larger ones require compute capability 9.0 and cuDNN 9.10",
+    ),
+    (
+        "triton",
+        WITHOUT_LIBRARIES,
+        64,
+        "triton is not installed. pip install triton, or set --attention-kernel auto",
+    ),
 ]
 
 

@@ -9,11 +9,11 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
-from megatron_ring.kernels.attention import flash
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, flash
 from megatron_ring.kernels.attention.flash import FlashVersion, flash_version
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.tiles import TileKind
 from tests import oracle, simulated_ring
 from tests.kernels.attention import flash_stand_ins
@@ -98,16 +98,17 @@ def test_queries_that_see_nothing_keep_their_state():
         [[0, 1], [0, 2], [2, 2], [2, 2], [4, 5], [4, 6], [4, 7], [8, 8]]
     ).T.contiguous()
     key_ranges = KeyRanges(lo, hi)
+    inputs = HopInputs(q, k, v, key_ranges, 0.25)
     state = RunningSoftmax.empty(q)
-    flash.forward(q, k, v, key_ranges, 0.25, state)
+    flash.forward(inputs, state)
     masked_rows = [2, 3, 7]
     assert key_ranges.varlen_calls(flash._TILING)[0].lengths == ((2, 2), (2, 0), (0, 2), (3, 3))
     assert (state.out_BLHD[:, masked_rows] == 0).all()
     assert (state.lse_BHL[..., masked_rows] == -torch.inf).all()
     assert state.lse_BHL[..., [0, 1, 4, 5, 6]].isfinite().all()
-    gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+    gradients = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
     out = state.out_BLHD.half()
-    flash.backward(dout, q, k, v, out, state.lse_BHL, key_ranges, 0.25, *gradients)
+    flash.backward(inputs, dout, out, state.lse_BHL, gradients)
     assert all(gradient.isfinite().all() for gradient in gradients)
     # Their dq, and dk and dv of the keys at the same indices, which no query sees.
     assert all((gradient[:, [2, 3, 7]] == 0).all() for gradient in gradients)
@@ -118,7 +119,7 @@ def test_sequences_of_one_query_may_alternate_with_sequences_without_keys():
     q, k, v, _ = oracle.random_inputs(1, 4, 4, 2, torch.float16)
     lo, hi = torch.tensor([[0, 1], [1, 1], [2, 3], [3, 4]]).T.contiguous()
     state = RunningSoftmax.empty(q)
-    flash.forward(q, k, v, KeyRanges(lo, hi), 0.25, state)
+    flash.forward(HopInputs(q, k, v, KeyRanges(lo, hi), 0.25), state)
     expected = v.repeat_interleave(2, dim=2).float()
     expected[:, 1] = 0
     torch.testing.assert_close(state.out_BLHD, expected)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import compute_key_ranges
-from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from tests import oracle
@@ -83,19 +83,19 @@ def hop_by_hop(
     whole = RunningSoftmax.empty(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=whole.out_BLHD.dtype) for x in (q, k, v))
     for own in shards:
-        hops = [(source, compute_key_ranges(own, source, first_visible[own])) for source in shards]
         own_q, own_dout, own_dq = q[:, own], dout[:, own], dq[:, own]
         state = RunningSoftmax.empty(own_q)
-        for source, key_ranges in hops:
-            kernel.forward(own_q, k[:, source], v[:, source], key_ranges, scale, state)
+        hops = []
+        for source in shards:
+            key_ranges = compute_key_ranges(own, source, first_visible[own])
+            hops.append(HopInputs(own_q, k[:, source], v[:, source], key_ranges, scale))
+        for inputs in hops:
+            kernel.forward(inputs, state)
         out, lse = state.out_BLHD.to(q.dtype), state.lse_BHL
-        for source, key_ranges in hops:
-            source_dk, source_dv = dk[:, source], dv[:, source]
-            kernel.backward(
-                own_dout, own_q, k[:, source], v[:, source], out, lse, key_ranges, scale,
-                own_dq, source_dk, source_dv,
-            )  # fmt: skip
-            dk[:, source], dv[:, source] = source_dk, source_dv
+        for source, inputs in zip(shards, hops):
+            accumulators = GradientAccumulators(own_dq, dk[:, source], dv[:, source])
+            kernel.backward(inputs, own_dout, out, lse, accumulators)
+            dk[:, source], dv[:, source] = accumulators.dk_BLGD, accumulators.dv_BLGD
         dq[:, own] = own_dq
         whole.out_BLHD[:, own] = out.to(dq.dtype)
         whole.lse_BHL[:, :, own] = lse
@@ -152,7 +152,7 @@ def test_queries_that_see_nothing_in_any_hop_are_zero(kernel):
     q, k, v, _ = oracle.random_inputs(1, 6, 2, 1)
     lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T.contiguous()
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, KeyRanges(lo, hi), 0.25, state)
+    kernel.forward(HopInputs(q, k, v, KeyRanges(lo, hi), 0.25), state)
     masked_rows = [0, 1, 3, 5]
     assert (state.out_BLHD[:, masked_rows] == 0).all()
     assert (state.lse_BHL[..., masked_rows] == -torch.inf).all()
@@ -163,13 +163,14 @@ def test_queries_that_see_nothing_in_any_hop_are_zero(kernel):
 def test_gradients_are_added_to_the_buffers(kernel):
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1)
     key_ranges = compute_key_ranges(torch.arange(5), torch.arange(5))
+    inputs = HopInputs(q, k, v, key_ranges, 0.25)
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, key_ranges, 0.25, state)
-    zeros = [torch.zeros_like(x) for x in (q, k, v)]
-    ones = [torch.ones_like(x) for x in (q, k, v)]
-    for buffers in (zeros, ones):
+    kernel.forward(inputs, state)
+    zeros = GradientAccumulators(*map(torch.zeros_like, (q, k, v)))
+    ones = GradientAccumulators(*map(torch.ones_like, (q, k, v)))
+    for accumulators in (zeros, ones):
         out, lse = state.out_BLHD, state.lse_BHL
-        kernel.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *buffers)
+        kernel.backward(inputs, dout, out, lse, accumulators)
     for from_one, from_zero in zip(ones, zeros):
         torch.testing.assert_close(from_one, from_zero + 1)
 
@@ -182,8 +183,8 @@ def test_inputs_may_be_views(kernel):
     q, k, v = fused_BLHD[:, :, :2], fused_BLHD[:, :, 2:4], fused_BLHD[:, :, 4:]
     key_ranges = compute_key_ranges(torch.arange(40), torch.arange(40))
     results = []
-    for inputs in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
+    for tensors in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
         state = RunningSoftmax.empty(q)
-        kernel.forward(*inputs, key_ranges, 0.25, state)
+        kernel.forward(HopInputs(*tensors, key_ranges, 0.25), state)
         results.append(state.out_BLHD)
     torch.testing.assert_close(*results)

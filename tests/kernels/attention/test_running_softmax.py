@@ -124,7 +124,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, **HALF_PRECISION}
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
 @pytest.mark.parametrize("equal", [False, True])
-def test_output_with_has_the_given_delta(rows, equal, size, dtype):
+def test_output_from_delta_has_the_given_delta(rows, equal, size, dtype):
     """For gradients of any size, also with equal elements; it is 0 where the gradient is."""
     out, dout = rows[0].to(dtype), size * rows[1]
     dout = (dout.sign() * size if equal else dout).to(dtype)
@@ -170,7 +170,7 @@ def test_a_gradient_may_be_a_view(rows):
     )
 
 
-def test_output_with_does_not_overflow_in_float16():
+def test_output_from_delta_does_not_overflow_in_float16():
     """The sum over a head would, in a single element; so delta is distributed over all elements."""
     out = torch.full((1, 3, 2, 128), 3e3, dtype=torch.float16)
     dout = torch.full_like(out, 0.5)

@@ -5,9 +5,9 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
-from megatron_ring.kernels.attention import sdpa
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, sdpa
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, hop_errors, window
 from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
@@ -57,11 +57,11 @@ def test_tiles_of_the_size_used_on_gpus_match_the_oracle(layout, kernel):
 def test_queries_that_see_nothing_have_zero_gradient(kernel):
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float16)
     lo, hi = torch.tensor([[0, 2], [2, 2], [2, 4], [4, 4], [4, 5], [4, 5]]).T.contiguous()
-    key_ranges = KeyRanges(lo, hi)
+    inputs = HopInputs(q, k, v, KeyRanges(lo, hi), 0.25)
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, key_ranges, 0.25, state)
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    kernel.backward(dout, q, k, v, state.out_BLHD.half(), state.lse_BHL, key_ranges, 0.25, *sums)
+    kernel.forward(inputs, state)
+    sums = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
+    kernel.backward(inputs, dout, state.out_BLHD.half(), state.lse_BHL, sums)
     assert (state.lse_BHL[..., [1, 3]] == -torch.inf).all()
     assert all(gradient.isfinite().all() for gradient in sums)
     assert (sums[0][:, [1, 3]] == 0).all()
@@ -93,8 +93,8 @@ def test_every_call_conforms_to_torchs_schema(layout, first_visible, kernel):
         torch.empty(2, 60 // layout.ring_size, n, 16, dtype=torch.bfloat16, device="meta")
         for n in (4, 4, 2, 2)
     )
+    inputs = HopInputs(q, k, v, key_ranges, 0.25)
     state = RunningSoftmax.empty(q)
-    kernel.forward(q, k, v, key_ranges, 0.25, state)
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    out = state.out_BLHD.bfloat16()
-    kernel.backward(dout, q, k, v, out, state.lse_BHL, key_ranges, 0.25, *sums)
+    kernel.forward(inputs, state)
+    sums = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
+    kernel.backward(inputs, dout, state.out_BLHD.bfloat16(), state.lse_BHL, sums)

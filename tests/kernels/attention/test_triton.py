@@ -10,7 +10,7 @@ import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
-from megatron_ring.kernels.attention import triton
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, triton
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.kernels.attention.triton import blocks
@@ -93,16 +93,16 @@ def test_rings_match_the_oracle(ring_size, mask_name):
 def test_queries_that_see_nothing_keep_their_state():
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float32)
     lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T.contiguous()
-    key_ranges = KeyRanges(lo, hi)
+    inputs = HopInputs(q, k, v, KeyRanges(lo, hi), 0.25)
     state = RunningSoftmax.empty(q)
-    triton.forward(q, k, v, key_ranges, 0.25, state)
+    triton.forward(inputs, state)
     masked_rows = [0, 1, 3, 5]
     assert (state.out_BLHD[:, masked_rows] == 0).all()
     assert (state.lse_BHL[..., masked_rows] == -torch.inf).all()
     assert state.lse_BHL[..., [2, 4]].isfinite().all()
-    gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    gradients = GradientAccumulators(*map(torch.zeros_like, (q, k, v)))
     out, lse = state.out_BLHD, state.lse_BHL
-    triton.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *gradients)
+    triton.backward(inputs, dout, out, lse, gradients)
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert (gradients[0][:, masked_rows] == 0).all()
 
@@ -110,13 +110,14 @@ def test_queries_that_see_nothing_keep_their_state():
 def test_gradients_are_added_to_the_buffers():
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1, torch.float32)
     key_ranges = compute_key_ranges(torch.arange(5), torch.arange(5))
+    inputs = HopInputs(q, k, v, key_ranges, 0.25)
     state = RunningSoftmax.empty(q)
-    triton.forward(q, k, v, key_ranges, 0.25, state)
-    zeros = [torch.zeros_like(x) for x in (q, k, v)]
-    ones = [torch.ones_like(x) for x in (q, k, v)]
-    for buffers in (zeros, ones):
+    triton.forward(inputs, state)
+    zeros = GradientAccumulators(*map(torch.zeros_like, (q, k, v)))
+    ones = GradientAccumulators(*map(torch.ones_like, (q, k, v)))
+    for accumulators in (zeros, ones):
         out, lse = state.out_BLHD, state.lse_BHL
-        triton.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *buffers)
+        triton.backward(inputs, dout, out, lse, accumulators)
     for from_zero, from_one in zip(zeros, ones):
         torch.testing.assert_close(from_one, from_zero + 1)
 
@@ -124,18 +125,18 @@ def test_gradients_are_added_to_the_buffers():
 def test_gradient_buffers_may_be_some_heads_of_larger_ones():
     q, k, v, dout = oracle.random_inputs(2, 20, 4, 2, torch.float32)
     key_ranges = compute_key_ranges(torch.arange(20), torch.arange(20))
+    inputs = HopInputs(q, k, v, key_ranges, 0.25)
     state = RunningSoftmax.empty(q)
-    triton.forward(q, k, v, key_ranges, 0.25, state)
-    at_once, splits_own_work = ([torch.zeros_like(x) for x in (q, k, v)] for _ in range(2))
+    triton.forward(inputs, state)
+    at_once, in_halves = (GradientAccumulators(*map(torch.zeros_like, (q, k, v))) for _ in range(2))
     out, lse = state.out_BLHD, state.lse_BHL
-    triton.backward(dout, q, k, v, out, lse, key_ranges, 0.25, *at_once)
+    triton.backward(inputs, dout, out, lse, at_once)
     for heads, groups in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))):
-        queries = [x[:, :, heads] for x in (dout, q)]
-        keys = [x[:, :, groups] for x in (k, v)]
-        buffers = [x[:, :, part] for x, part in zip(splits_own_work, (heads, groups, groups))]
-        half_out, half_lse = out[:, :, heads], lse[:, heads]
-        triton.backward(*queries, *keys, half_out, half_lse, key_ranges, 0.25, *buffers)
-    assert all(torch.equal(x, y) for x, y in zip(at_once, splits_own_work))
+        parts = (heads, groups, groups)
+        half = HopInputs(*(x[:, :, part] for x, part in zip((q, k, v), parts)), key_ranges, 0.25)
+        accumulators = GradientAccumulators(*(x[:, :, part] for x, part in zip(in_halves, parts)))
+        triton.backward(half, dout[:, :, heads], out[:, :, heads], lse[:, heads], accumulators)
+    assert all(torch.equal(x, y) for x, y in zip(at_once, in_halves))
 
 
 @pytest.mark.parametrize(("head_dim", "row"), [(64, 64), (65, 128), (96, 128), (256, 256)])

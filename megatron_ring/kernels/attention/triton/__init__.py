@@ -8,7 +8,7 @@ are a small table (blocks.py), not a search.
 import torch
 import triton
 
-from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention.running_softmax import Output, RunningSoftmax, delta_of
 from megatron_ring.kernels.attention.triton.backward_kernels import (
     backward_hop_keys,
@@ -18,16 +18,10 @@ from megatron_ring.kernels.attention.triton.blocks import blocks_for, generation
 from megatron_ring.kernels.attention.triton.forward_kernel import LOG2_E, forward_hop
 
 
-def forward(
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    state: RunningSoftmax,
-) -> None:
+def forward(inputs: HopInputs, state: RunningSoftmax) -> None:
     """As in ``HopKernel``."""
-    q, k, v = (x.contiguous() for x in (q_BLHD, k_BLGD, v_BLGD))
+    *qkv, key_ranges, scale = inputs
+    q, k, v = (x.contiguous() for x in qkv)
     in_place = state.out_BLHD.is_contiguous() and state.lse_BHL.is_contiguous()
     assert in_place, "the state is updated in place and must be contiguous"
     batch, queries, heads, head_dim = q.shape
@@ -39,33 +33,29 @@ def forward(
 
 
 def backward(
+    inputs: HopInputs,
     dout_BLHD: torch.Tensor,
-    q_BLHD: torch.Tensor,
-    k_BLGD: torch.Tensor,
-    v_BLGD: torch.Tensor,
     out: Output,
     lse_BHL: torch.Tensor,
-    key_ranges: KeyRanges,
-    scale: float,
-    dq_BLHD: torch.Tensor,
-    dk_BLGD: torch.Tensor,
-    dv_BLGD: torch.Tensor,
+    accumulators: GradientAccumulators,
 ) -> None:
     """As in ``HopKernel``."""
-    dout, q, k, v = (x.contiguous() for x in (dout_BLHD, q_BLHD, k_BLGD, v_BLGD))
-    inputs = dout, q, k, v, _log2(lse_BHL), delta_of(out, dout).contiguous()
+    *qkv, key_ranges, scale = inputs
+    dq_BLHD, dk_BLGD, dv_BLGD = accumulators
+    dout, q, k, v = (x.contiguous() for x in (dout_BLHD, *qkv))
+    tensors = dout, q, k, v, _log2(lse_BHL), delta_of(out, dout).contiguous()
     batch, queries, heads, head_dim = q.shape
     keys, groups = k.shape[1:3]
     shape = (queries, keys, heads, groups)
     generation = generation_of(q.device)
     sizes = blocks_for("queries", head_dim, generation)
     backward_hop_queries[triton.cdiv(queries, sizes.block_q), heads, batch](
-        *inputs, *key_ranges.bounds(q.device), dq_BLHD,
+        *tensors, *key_ranges.bounds(q.device), dq_BLHD,
         *shape, _token_stride_in_heads(dq_BLHD), scale, **sizes.settings(head_dim),
     )  # fmt: skip
     sizes = blocks_for("keys", head_dim, generation)
     backward_hop_keys[triton.cdiv(keys, sizes.block_k), groups, batch](
-        *inputs, *key_ranges.query_ranges(keys, q.device), dk_BLGD, dv_BLGD,
+        *tensors, *key_ranges.query_ranges(keys, q.device), dk_BLGD, dv_BLGD,
         *shape, _token_stride_in_heads(dk_BLGD, dv_BLGD), scale, **sizes.settings(head_dim),
     )  # fmt: skip
 
