@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ring.checkpoint.names import LEASE
 from megatron_ring.checkpoint.provenance import now
-from megatron_ring.parallel.process_id import ProcStat
+from megatron_ring.parallel.process_id import ProcStat, boot_id, namespace_id
 from megatron_ring.untrusted import UntrustedInputError, parse_json, read_bytes
 
 LARGEST_NUMBER = 99_999_999
@@ -28,12 +28,14 @@ _NAME = re.compile(re.escape(LEASE) + "([0-9]{8})")
 
 
 @dataclass(frozen=True)
-class ProcessId:
-    """A process, as another process can identify it, on the same host or elsewhere.
+class Owner:
+    """A process that holds a lease, or is about to acquire one.
 
     process_start: start time of the process in clock ticks since boot; it distinguishes a process
     from a later one with the same pid. boot_id, pid_namespace: pids are comparable only where both
-    are known and equal, which they need not be for two containers on one host.
+    are known and equal, which they need not be for two containers on one host. run: a random id of
+    this run. slurm_restarts: how often the SLURM job was requeued. started_at: UTC. All fields are
+    written to the lease file.
     """
 
     host: str
@@ -41,43 +43,6 @@ class ProcessId:
     process_start: int
     boot_id: str
     pid_namespace: str
-
-    @staticmethod
-    def current() -> "ProcessId":
-        """Return the identity of this process."""
-        stat_of_self = ProcStat.read(os.getpid())
-        return ProcessId(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            process_start=stat_of_self.start if stat_of_self else 0,
-            boot_id=_boot_id(),
-            pid_namespace=_pid_namespace(),
-        )
-
-    def state_seen_from(self, other: "ProcessId") -> str | None:
-        """Return the state letter of this process in /proc, "" if it has ended.
-
-        Returns None if ``other`` cannot see it because it is on another host or in another
-        container.
-        """
-        if not self.boot_id or not self.pid_namespace:
-            return None
-        if (self.boot_id, self.pid_namespace) != (other.boot_id, other.pid_namespace):
-            return None
-        process = ProcStat.read(self.pid)
-        if process is None or process.start != self.process_start or process.has_ended:
-            return ""
-        return process.state
-
-
-@dataclass(frozen=True)
-class Owner(ProcessId):
-    """A process that holds a lease, or is about to acquire one.
-
-    run: a random id of this run. slurm_restarts: how often the SLURM job was requeued. started_at:
-    UTC. All fields are written to the lease file.
-    """
-
     run: str
     slurm_job: str
     slurm_restarts: int
@@ -86,8 +51,13 @@ class Owner(ProcessId):
     @staticmethod
     def here(slurm_job: str = "", slurm_restarts: int = 0) -> "Owner":
         """Return this process as the owner of a new lease."""
+        this_process = ProcStat.read(os.getpid())
         return Owner(
-            **asdict(ProcessId.current()),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process_start=this_process.start if this_process else 0,
+            boot_id=boot_id(),
+            pid_namespace=namespace_id("pid"),
             run=secrets.token_hex(16),
             slurm_job=slurm_job,
             slurm_restarts=slurm_restarts,
@@ -98,6 +68,19 @@ class Owner(ProcessId):
         job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
         text = f"host {self.host}, pid {self.pid}{job}, started {self.started_at} UTC"
         return "".join(character if character.isprintable() else "?" for character in text)
+
+    def state_seen_from(self, other: "Owner") -> str | None:
+        """Return the state letter of this process in /proc, "" if it has ended.
+
+        Returns None if ``other`` cannot see it because it is on another host or in another
+        container.
+        """
+        if not self.boot_id or not self.pid_namespace:
+            return None
+        if (self.boot_id, self.pid_namespace) != (other.boot_id, other.pid_namespace):
+            return None
+        process = ProcStat.read_running(self.pid, self.process_start)
+        return process.state if process else ""
 
     def is_earlier_start_of(self, other: "Owner") -> bool:
         """Return whether SLURM has requeued this owner's job and ``other`` is of the later start.
@@ -224,17 +207,3 @@ def delete_below(folder: Path, below: int) -> None:
         if number < below:
             with contextlib.suppress(OSError):
                 path_of(folder, number).unlink()
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""

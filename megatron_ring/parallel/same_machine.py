@@ -15,11 +15,12 @@ import secrets
 import threading
 from concurrent.futures import Future
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megatron_ring.parallel.process_id import boot_id, namespace_id
 
 _C = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PTRACER = 0x59616D61
@@ -169,11 +170,8 @@ def _allow_reading() -> None:
 
 def _machine_id() -> tuple[str, ...] | None:
     """Return what identifies this machine, its pid namespace and its network; None if unknown."""
-    try:
-        namespaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
-    except OSError:
-        return None
+    machine = boot_id(), namespace_id("pid"), namespace_id("net")
+    return machine if all(machine) else None
 
 
 def _can_read(machine: tuple[str, ...] | None, ticket: torch.Tensor, number: int) -> bool:
