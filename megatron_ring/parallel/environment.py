@@ -199,8 +199,10 @@ def keep_freed_memory() -> None:
 def first_host(node_list: str) -> str:
     """Return the first host of SLURM's compressed node list.
 
-    >>> first_host("node[01-03,7],other"), first_host("rack[2,4]-node[5-6]")
-    ('node01', 'rack2-node5')
+    >>> first_host("node[01-03,7],other"), first_host("gpu1,gpu2")
+    ('node01', 'gpu1')
+    >>> first_host("rack[2,4]-node[5-6]")
+    'rack2-node5'
     """
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", node_list).group()
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)

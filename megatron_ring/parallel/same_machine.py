@@ -4,7 +4,7 @@ Over a network a message is copied into the kernel and out of it, packet by pack
 that should compute. Within a machine one copy is enough, from the sender's tensor to the
 receiver's: Linux's process_vm_readv. The link carries only a ticket with the address of the
 message, and a receipt in return; until the receipt arrives the message must not change.
-(docs/decisions/0020-within-a-machine-tickets-travel.md)
+(docs/decisions/0020-ranks-on-one-host-read-messages-from-peer-memory.md)
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class PeerMemoryReader:
         """Read the next message that a global rank sends on ``link``; does not block.
 
         ``into`` must be dense in the same way as the message. ``timeout`` replaces that of the link
-        in the wait for the ticket.
+        in the waits for the ticket and for the receipt's send.
         """
         future = ReadFuture()
         ticket = torch.empty(3, dtype=torch.int64)
