@@ -111,8 +111,9 @@ class Environment:
     def complete(self) -> None:
         """Set the variables of torch's rendezvous that the launcher left out.
 
-        So that plain ``python`` runs with a world size of 1. Raises ConfigError if srun distributed
-        the ranks so that rings would leave the node in every hop, or if MASTER_PORT is not a port.
+        Without a launcher, plain ``python`` then runs with a world size of 1. Raises ConfigError if
+        srun distributed the ranks so that rings would leave the node in every hop, or if
+        MASTER_PORT is not a port.
         """
         _check_consecutive(_ranks_of_node())
         _set_default("RANK", str(self.global_rank))
