@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ring.checkpoint.names import LEASE
 from megatron_ring.checkpoint.provenance import now
-from megatron_ring.parallel.process_id import ProcStat
+from megatron_ring.parallel.process_id import ProcStat, boot_id, namespace_id
 from megatron_ring.untrusted import UntrustedInputError, parse_json, read_bytes
 
 LARGEST_NUMBER = 99_999_999
@@ -51,14 +51,14 @@ class Owner:
     @staticmethod
     def here(slurm_job: str = "", slurm_restarts: int = 0) -> "Owner":
         """Return this process as the owner of a new lease."""
-        stat_of_self = ProcStat.read(os.getpid())
+        this_process = ProcStat.read(os.getpid())
         return Owner(
             run=secrets.token_hex(16),
             host=socket.gethostname(),
             pid=os.getpid(),
-            process_start=stat_of_self.start if stat_of_self else 0,
-            boot_id=_boot_id(),
-            pid_namespace=_pid_namespace(),
+            process_start=this_process.start if this_process else 0,
+            boot_id=boot_id(),
+            pid_namespace=namespace_id("pid"),
             slurm_job=slurm_job,
             slurm_restarts=slurm_restarts,
             started_at=now(),
@@ -79,10 +79,8 @@ class Owner:
             return None
         if (self.boot_id, self.pid_namespace) != (other.boot_id, other.pid_namespace):
             return None
-        process = ProcStat.read(self.pid)
-        if process is None or process.start != self.process_start or process.has_ended:
-            return ""
-        return process.state
+        process = ProcStat.read_running(self.pid, self.process_start)
+        return process.state if process else ""
 
     def is_earlier_start_of(self, other: "Owner") -> bool:
         """Return whether SLURM has requeued this owner's job and ``other`` is of the later start.
@@ -209,17 +207,3 @@ def delete_below(folder: Path, below: int) -> None:
         if number < below:
             with contextlib.suppress(OSError):
                 path_of(folder, number).unlink()
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""

@@ -2,14 +2,13 @@
 
 import contextlib
 import ipaddress
-import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 
 from megatron_ring.parallel import environment
+from megatron_ring.parallel.process_id import boot_id, namespace_id
 
 LOOPBACK = "127.0.0.1"
 _DISCARD_PORT = 9  # connecting a datagram socket needs a port, even if nothing is sent
@@ -33,11 +32,9 @@ def pid_identity() -> str:
 
 
 def _identity(namespace: str) -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink(f'/proc/self/ns/{namespace}')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
+    boot = boot_id()
+    within_boot = namespace_id(namespace)
+    return f"{boot} {within_boot}" if boot and within_boot else socket.gethostname()
 
 
 def listen(on_one_host: bool, backlog: int) -> socket.socket:

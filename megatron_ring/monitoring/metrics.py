@@ -116,10 +116,10 @@ class Reporter(Protocol):
     """The interface through which the training loop reports its steps."""
 
     def step(self, record: StepRecord) -> None:
-        """Reporter an optimizer step."""
+        """Report an optimizer step."""
 
     def held_out(self, record: HeldOutRecord) -> None:
-        """Reporter a validation or the test."""
+        """Report a validation or the test."""
 
     def log(self, message: str) -> None:
         """Print a line between those of the steps."""
@@ -212,7 +212,7 @@ class ConsoleReporter:
         )
 
     def step(self, record: StepRecord) -> None:
-        """Reporter an optimizer step."""
+        """Report an optimizer step."""
         self.first = self.first or record
         self.last = record
         self.rates.add(_rates(record))
@@ -229,7 +229,7 @@ class ConsoleReporter:
             tqdm.write(line)
 
     def held_out(self, record: HeldOutRecord) -> None:
-        """Reporter a validation or the test."""
+        """Report a validation or the test."""
         if record.part == "validation":
             self.validations.append(record)
             del self.validations[1:-_KEPT_VALIDATIONS]

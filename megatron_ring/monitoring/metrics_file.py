@@ -31,8 +31,8 @@ _MAX_LINE_BYTES = 1 << 24
 class MetricsFile:
     """Writes a run's metrics file.
 
-    Every method may raise OSError; the next call first retries what failed. report: called with
-    each message for the user.
+    Every method may raise OSError. Renaming or truncation that failed is retried before the next
+    line. report: called with each message for the user.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None]):

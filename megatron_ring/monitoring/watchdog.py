@@ -236,8 +236,8 @@ class Watchdog:
         """Exit for a restart, because torch's timeouts include the time of a suspension."""
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         _print_fault(
-            f"{self.intercom.own} was suspended for {seconds:.0f} s, which exceeds the timeout of "
-            f"a torch collective: {cause}"
+            f"{self.intercom.own} was suspended for {seconds:.0f} s, which torch counts towards "
+            f"the timeout of a collective: {cause}"
         )
         os._exit(RingStalled.exit_code)
 

@@ -7,7 +7,7 @@ size, a rank posts them as one batch (docs/decisions/0003).
 
 Within a machine, with gloo, the communicators carry only tickets for messages (same_machine.py).
 On CUDA each has a stream of its own, on which a message waits for what was posted before it and for
-nothing after it (docs/decisions/0017-messages-have-streams-of-their-own.md).
+nothing after it (docs/decisions/0017-ring-messages-use-separate-high-priority-streams.md).
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """Consensus between processes: every rank gets every rank's result, and an error of one ends all.
 
-Only errors of the user's, MegatronRingError, are shared. Any other exception is raised where it
-occurs; the launcher then ends the other ranks.
+Only errors that the user can fix, MegatronRingError, are shared. Any other exception is raised
+where it occurs; the launcher then ends the other ranks.
 """
 
 import contextlib

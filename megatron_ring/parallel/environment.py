@@ -111,8 +111,9 @@ class Environment:
     def complete(self) -> None:
         """Set the variables of torch's rendezvous that the launcher left out.
 
-        So that plain ``python`` runs with a world size of 1. Raises ConfigError if srun distributed
-        the ranks so that rings would leave the node in every hop, or if MASTER_PORT is not a port.
+        Without a launcher, plain ``python`` then runs with a world size of 1. Raises ConfigError if
+        srun distributed the ranks so that rings would leave the node in every hop, or if
+        MASTER_PORT is not a port.
         """
         _check_consecutive(_ranks_of_node())
         _set_default("RANK", str(self.global_rank))
@@ -199,8 +200,10 @@ def keep_freed_memory() -> None:
 def first_host(node_list: str) -> str:
     """Return the first host of SLURM's compressed node list.
 
-    >>> first_host("node[01-03,7],other"), first_host("rack[2,4]-node[5-6]")
-    ('node01', 'rack2-node5')
+    >>> first_host("node[01-03,7],other"), first_host("gpu1,gpu2")
+    ('node01', 'gpu1')
+    >>> first_host("rack[2,4]-node[5-6]")
+    'rack2-node5'
     """
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", node_list).group()
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)

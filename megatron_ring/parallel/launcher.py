@@ -2,8 +2,8 @@
 
 ``torchrun`` starts ranks itself. ``deepspeed`` starts one ``deepspeed.launcher.launch`` on each
 node, which starts the ranks. If a signal that they do not handle kills them, their ranks keep
-running, and only the ranks themselves can end. A rank started by srun, a shell, nohup, tmux or a
-program of the user has no launcher here and outlives whatever started it.
+running, and nothing but the ranks themselves can end those. A rank started by srun, a shell, nohup,
+tmux or a program of the user has no launcher here and outlives whatever started it.
 """
 
 import os
@@ -53,8 +53,7 @@ class Launchers:
     def ended(self) -> ProcStat | None:
         """Return one of them that has ended; None while all run."""
         for process in self.processes:
-            current = ProcStat.read(process.pid)
-            if current is None or current.start != process.start or current.has_ended:
+            if ProcStat.read_running(process.pid, process.start) is None:
                 return process
         return None
 

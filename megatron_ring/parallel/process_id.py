@@ -1,4 +1,8 @@
-"""Identity of processes: a rank's host and pid for messages; a pid's start time on this host."""
+"""Identity of processes: a rank's host and pid for messages, and where and when a pid is valid.
+
+A pid refers to one process only within a boot of the host and a pid namespace, and together with
+the start time of the process, because pids are reused.
+"""
 
 import itertools
 import os
@@ -51,6 +55,25 @@ def _ranges(ranks: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def boot_id() -> str:
+    """Return the random id of this boot of this host; empty if it is unknown, as outside Linux."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def namespace_id(kind: str) -> str:
+    """Return the id of this process's "pid" or "net" namespace, unique within a boot of the host.
+
+    Empty if it is unknown. Containers have namespaces of their own.
+    """
+    try:
+        return os.readlink(f"/proc/self/ns/{kind}")
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True)
 class ProcStat:
     """The state of a process of this host, from Linux's /proc/PID/stat.
@@ -82,3 +105,11 @@ class ProcStat:
         # The name, in parentheses before these fields, may contain anything.
         fields = content.rpartition(b")")[2].split()
         return ProcStat(pid, fields[0].decode(), int(fields[1]), int(fields[19]))
+
+    @staticmethod
+    def read_running(pid: int, start: int) -> "ProcStat | None":
+        """Return the state of the process that started at ``start``; None if it has ended."""
+        process = ProcStat.read(pid)
+        if process is None or process.start != start or process.has_ended:
+            return None
+        return process

@@ -84,9 +84,8 @@ class ProgressTracker:
 
     Attributes:
         buffer: int64 on the CPU. The first 7 are the fields of ProgressSnapshot, except that
-            ``seconds`` is stored as the time.monotonic_ns() from which they count. Two for RingWork
-            may follow,
-            and after them a log.
+            ``seconds`` is stored as the time.monotonic_ns() from which they count. Two for
+            RingWork may follow, and after them a log.
         accumulates_work: whether the buffer has room for RingWork.
         log: the RingLog in the buffer, or None.
     """

@@ -4,7 +4,7 @@ Over a network a message is copied into the kernel and out of it, packet by pack
 that should compute. Within a machine one copy is enough, from the sender's tensor to the
 receiver's: Linux's process_vm_readv. The link carries only a ticket with the address of the
 message, and a receipt in return; until the receipt arrives the message must not change.
-(docs/decisions/0020-within-a-machine-tickets-travel.md)
+(docs/decisions/0020-ranks-on-one-host-read-messages-from-peer-memory.md)
 """
 
 import contextlib
@@ -15,11 +15,12 @@ import secrets
 import threading
 from concurrent.futures import Future
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megatron_ring.parallel.process_id import boot_id, namespace_id
 
 _C = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PTRACER = 0x59616D61
@@ -101,7 +102,7 @@ class PeerMemoryReader:
         """Read the next message that a global rank sends on ``link``; does not block.
 
         ``into`` must be dense in the same way as the message. ``timeout`` replaces that of the link
-        in the wait for the ticket.
+        in the waits for the ticket and for the receipt's send.
         """
         future = ReadFuture()
         ticket = torch.empty(3, dtype=torch.int64)
@@ -169,11 +170,8 @@ def _allow_reading() -> None:
 
 def _machine_id() -> tuple[str, ...] | None:
     """Return what identifies this machine, its pid namespace and its network; None if unknown."""
-    try:
-        namespaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
-    except OSError:
-        return None
+    machine = boot_id(), namespace_id("pid"), namespace_id("net")
+    return machine if all(machine) else None
 
 
 def _can_read(machine: tuple[str, ...] | None, ticket: torch.Tensor, number: int) -> bool:

@@ -178,6 +178,7 @@ def test_a_silent_peer_on_another_host_is_not_known_to_have_ended(intercom, monk
         response = intercom.ask(1)
     assert isinstance(response, NoResponse)
     assert "unresponsive" in response.reason
+    assert "stopped" in response.reason, "distinguishable from a response of another program"
     assert not response.has_ended
 
 

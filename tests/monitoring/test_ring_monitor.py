@@ -21,7 +21,7 @@ CONFIG = Config(
     [
         (
             {"straggler_threshold": 0.9},
-            ["straggler_threshold 0.9", "above 1", "--straggler-thresh"],
+            ["straggler_threshold 0.9", "above 1", "--straggler-threshold"],
         ),
         ({"profile_ring_steps": 0}, ["profile_ring_steps 0", "at least 1", "--profile-ring-steps"]),
         ({"profile_ring_trace": "x.json"}, ["profile_ring_trace x.json", "Set --profile-ring"]),

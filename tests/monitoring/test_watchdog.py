@@ -86,6 +86,7 @@ def test_a_slow_rank_is_distinguished_from_a_stopped_one(exits):
     working = f"for N s in {AT} 2 of 3"
     assert of_1.startswith("RingStalled: rank 1 ")
     assert of_1.endswith(working)
+    assert "; " not in of_1, "it waits for no other rank"
     for line in (of_0, of_2):
         assert re.search("; (rank 1|.* the chain of waits ends at rank 1, which) is alive", line)
         assert line.endswith(working)

@@ -1,4 +1,4 @@
-"""The records that ring profiling exchanges with the training loop, and the gather behind them."""
+"""The records that ring profiling exchanges with the training loop, and the gather to rank 0."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
