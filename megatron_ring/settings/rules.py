@@ -97,10 +97,14 @@ def _batch(config: Config, grid: Grid) -> str | None:
 
 
 def _mlp_chunks(config: Config, grid: Grid) -> str | None:
+    length = lengths.padded_length(config, grid)
+    if length < 1:
+        return None  # reported by its section
     parts = grid.context * lengths.tensor_ranks_per_token_split(config, grid)
-    tokens = lengths.padded_length(config, grid) // parts
+    # A length of fewer tokens than parts is illegal; with a legal one each process has a token.
+    tokens = max(length // parts, 1)
     chunks = config.memory.mlp_chunks
-    if not 0 < tokens < chunks:
+    if chunks <= tokens:
         return None
     return (
         f"mlp_chunks {chunks} is more than the {tokens} tokens of a sequence on each process. "

@@ -270,6 +270,18 @@ def test_all_broken_rules_are_reported_together():
         assert problem.startswith(value)
 
 
+def test_too_many_chunks_are_reported_with_a_length_of_fewer_tokens_than_processes():
+    config = tiny.config(
+        parallel={"context_parallel": "ring"},
+        data={"seq_length": 3},
+        memory={"mlp_chunks": 2},
+    )
+    seq_length, mlp_chunks = problems(config, 4)
+    assert seq_length.startswith("seq_length 3 ")
+    assert mlp_chunks.startswith("mlp_chunks 2 is more than the 1 ")
+    assert "--mlp-chunks to at most 1." in mlp_chunks
+
+
 def test_on_cuda_activations_can_be_offloaded(monkeypatch):
     monkeypatch.setattr("megatron_ring.settings.run_settings.device_type", lambda: "cuda")
     assert (
@@ -383,9 +395,7 @@ def test_any_config_is_refused_with_a_flag_or_divided_evenly(request_and_world_s
         nearest = re.search(r"Nearest: ([\d, ]+)\.", messages[0])[1]
         for length in nearest.split(", "):
             legal = sections | {"data": {"seq_length": int(length)}}
-            remaining = problems(tiny.config(**legal), world_size)
-            # A rule on the tokens of a process is checked only once they can be divided.
-            assert [m for m in remaining if m.startswith("seq_length")] == []
+            assert problems(tiny.config(**legal), world_size) == []
 
 
 def assert_divided_evenly(setup: RunSettings) -> None:
