@@ -22,6 +22,7 @@ from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.entry import parse_arguments, report_once
 from megatron_ring.training.stopping import Stopping
 from tests.forked import Forked
+from tests.limited import limited
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +281,17 @@ def test_too_many_chunks_are_reported_with_a_length_of_fewer_tokens_than_process
     assert seq_length.startswith("seq_length 3 ")
     assert mlp_chunks.startswith("mlp_chunks 2 is more than the 1 ")
     assert "--mlp-chunks to at most 1." in mlp_chunks
+
+
+@pytest.mark.parametrize("heads", [2**31 - 2, 10**40])
+def test_problems_of_very_many_heads_are_found_quickly(heads):
+    config = tiny.config(
+        model={"num_attention_heads": heads, "num_query_groups": 3, "kv_channels": 8},
+        parallel=tensor(4),
+    )
+    messages = limited(lambda: problems(config, 4))
+    assert messages[0].startswith("num_attention_heads ")
+    assert "--num-attention-heads" in messages[0]
 
 
 def test_on_cuda_activations_can_be_offloaded(monkeypatch):
