@@ -52,10 +52,11 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.mlp_chunks = memory.mlp_chunks
+        recomputed = memory.recompute != "none"
         self.attention_norm = _norm(config, operations)
-        self.attention = SelfAttention(config, attention, window, tensor, operations, memory)
+        self.attention = SelfAttention(config, attention, window, tensor, operations, recomputed)
         self.mlp_norm = _norm(config, operations)
-        self.mlp = mlp(config, tensor, operations, memory)
+        self.mlp = mlp(config, tensor, operations, recomputed or memory.mlp_chunks > 1)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
