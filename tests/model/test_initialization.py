@@ -49,6 +49,8 @@ def test_blocks_have_the_bits_of_a_single_draw(rows, columns, block_elements):
     assert torch.equal(torch.cat([block for _, block in blocks]), whole)
     stops = [row + len(block) for row, block in blocks]
     assert [row for row, _ in blocks] == [0, *stops[:-1]]
+    largest = max(block_elements, 16 * columns) + 15 * columns
+    assert max(block.numel() for _, block in blocks) <= largest
 
 
 @pytest.mark.parametrize("shape", [(3000, 4099), (65_536, 257)])
