@@ -29,7 +29,12 @@ from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import DEFAULT_MEMORY, in_chunks, run_block
-from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, part_shape, vocabulary_part
+from megatron_ring.parallel.tensor import (
+    VocabularyParallelEmbedding,
+    all_reduce_replicated_grads,
+    part_shape,
+    vocabulary_part,
+)
 from megatron_ring.parallel.tensor_exchange import (
     ALONE,
     TensorParallel,
@@ -151,8 +156,9 @@ class GPT(Layers):
     tokens differently, for example document by document. ``document_starts`` is passed to the
     attention function, whose protocol defines it; None: a sample is one document.
 
-    With ``seed`` the constructor also initializes every parameter. A training run builds the model
-    with ``initialization.build`` instead, which allocates only what a rank keeps.
+    With ``seed`` the constructor also initializes every parameter, and gradients of replicated
+    parameters are summed over ``tensor``. A training run builds the model with
+    ``initialization.build`` instead, which does the same and allocates only what a rank keeps.
     """
 
     def __init__(
@@ -172,6 +178,7 @@ class GPT(Layers):
         self.output = Vocabulary(*shared) if config.untie_embeddings_and_output_weights else None
         if seed is not None:
             initialize(self, config, seed)
+            all_reduce_replicated_grads(self, tensor)
 
     def forward(
         self,
