@@ -434,30 +434,42 @@ def assert_divided_evenly(setup: RunSettings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "message", "parts"),
     [
         (
             "--tensor-model-parallel-size 3",
             "tensor_model_parallel_size 3 ",
+            ["8 processes", "Legal: 1, 2, 4, 8."],
         ),
         (
             "--pipeline-model-parallel-size 8",
             "num_layers 4 ",
+            ["pipeline_model_parallel_size 8"],
         ),
-        ("--tensor-model-parallel-size 8", "num_attention_heads 4 must be a multiple of 8"),
+        (
+            "--tensor-model-parallel-size 8",
+            "num_attention_heads 4 must be a multiple of 8",
+            ["tensor_model_parallel_size 8"],
+        ),
         (
             "--ulysses-degree 2",
             "ulysses_degree 2 ",
+            ["context_parallel none"],
         ),
-        ("--pipeline-model-parallel-size 2 --zero-stage 3", "zero_stage 3 "),
+        (
+            "--pipeline-model-parallel-size 2 --zero-stage 3",
+            "zero_stage 3 splits gradients",
+            ["pipeline_model_parallel_size 2"],
+        ),
         (
             "--offload-param cpu",
             "offload_param cpu ",
+            ["ZeRO 3", "zero_stage is 1."],
         ),
     ],
 )
 def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
-    flags, message, monkeypatch, capsys
+    flags, message, parts, monkeypatch, capsys
 ):
     monkeypatch.setattr(
         sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()]
@@ -466,7 +478,9 @@ def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
     with pytest.raises(SystemExit) as raised, report_once(environment):
         pretrain_gpt.main(parse_arguments(environment), environment, Stopping(True))
     assert raised.value.code == ConfigError.exit_code
-    assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"\nConfigError on rank 0: {message}")
+    assert all(part in stderr for part in parts)
     assert not dist.is_initialized()
 
 
