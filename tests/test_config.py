@@ -351,7 +351,7 @@ def test_all_errors_in_a_file_are_reported_together(error_of):
         (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
         (
             "training: {lr: 0.1}\ntraining: {train_iters: 50}",
-            "lines 1 and 2",
+            "'training' is twice in one mapping, in lines 1 and 2",
         ),
     ],
 )

@@ -56,6 +56,9 @@ def negative(section: Any, *names: str) -> list[str]:
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number in ascending order, in O(sqrt(number))."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    """Return the divisors of a positive number in ascending order, in O(sqrt(number)).
+
+    Other numbers, which their section reports, have none.
+    """
+    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

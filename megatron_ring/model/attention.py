@@ -13,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from megatron_ring.config import MemoryConfig, ModelConfig
+from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.kernels.norm import NormFunction, norm
 from megatron_ring.kernels.rope import Rotation
-from megatron_ring.model.recompute import DEFAULT_MEMORY, shard_for_backward
+from megatron_ring.model.recompute import shard_for_backward
 from megatron_ring.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -58,7 +58,8 @@ class SelfAttention(nn.Module):
     A tensor-parallel rank has H/T and G/T of them, with their sinks; heads interact only in the
     output projection. H x D need not equal E. ``qk_layernorm`` normalizes every query and key head
     (Dehghani et al. 2023, Scaling Vision Transformers to 22 Billion Parameters, section 2) with
-    weights of size D that all heads share, on all tensor ranks.
+    weights of size D that all heads share, on all tensor ranks. ``recomputed``: backward runs the
+    layer again.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class SelfAttention(nn.Module):
         window: int,
         tensor: TensorParallel = ALONE,
         operations: Operations = TORCH,
-        memory: MemoryConfig = DEFAULT_MEMORY,
+        recomputed: bool = False,
     ):
         super().__init__()
         self.head_dim = config.head_dim
@@ -76,7 +77,7 @@ class SelfAttention(nn.Module):
         self.window = window
         self.tensor = tensor
         self.rope = operations.rope
-        self.memory = memory
+        self.recomputed = recomputed
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
@@ -93,7 +94,7 @@ class SelfAttention(nn.Module):
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
         """Return (B, m, E). ``rotation`` is None for a model with learned positions."""
-        kept = shard_for_backward(x_BmE, self.tensor, self.memory)
+        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
         q_BlhD = self.q_norm(self._split_heads(self.q_proj(x_BlE, kept)))
         k_BlgD = self.k_norm(self._split_heads(self.k_proj(x_BlE, kept)))

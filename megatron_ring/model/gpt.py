@@ -29,7 +29,12 @@ from megatron_ring.model.initialization import initialize
 from megatron_ring.model.mlp import mlp
 from megatron_ring.model.offload import Offload
 from megatron_ring.model.recompute import DEFAULT_MEMORY, in_chunks, run_block
-from megatron_ring.parallel.tensor import VocabularyParallelEmbedding, part_shape, vocabulary_part
+from megatron_ring.parallel.tensor import (
+    VocabularyParallelEmbedding,
+    all_reduce_replicated_grads,
+    part_shape,
+    vocabulary_part,
+)
 from megatron_ring.parallel.tensor_exchange import (
     ALONE,
     TensorParallel,
@@ -52,10 +57,11 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.mlp_chunks = memory.mlp_chunks
+        recomputed = memory.recompute != "none"
         self.attention_norm = _norm(config, operations)
-        self.attention = SelfAttention(config, attention, window, tensor, operations, memory)
+        self.attention = SelfAttention(config, attention, window, tensor, operations, recomputed)
         self.mlp_norm = _norm(config, operations)
-        self.mlp = mlp(config, tensor, operations, memory)
+        self.mlp = mlp(config, tensor, operations, recomputed or memory.mlp_chunks > 1)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
@@ -150,8 +156,9 @@ class GPT(Layers):
     tokens differently, for example document by document. ``document_starts`` is passed to the
     attention function, whose protocol defines it; None: a sample is one document.
 
-    With ``seed`` the constructor also initializes every parameter. A training run builds the model
-    with ``initialization.build`` instead, which allocates only what a rank keeps.
+    With ``seed`` the constructor also initializes every parameter, and gradients of replicated
+    parameters are summed over ``tensor``. A training run builds the model with
+    ``initialization.build`` instead, which does the same and allocates only what a rank keeps.
     """
 
     def __init__(
@@ -171,6 +178,7 @@ class GPT(Layers):
         self.output = Vocabulary(*shared) if config.untie_embeddings_and_output_weights else None
         if seed is not None:
             initialize(self, config, seed)
+            all_reduce_replicated_grads(self, tensor)
 
     def forward(
         self,

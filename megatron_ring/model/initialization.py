@@ -152,26 +152,17 @@ def random_blocks(
     The values are those of a single call, bit for bit. On a CPU, torch fills 16 numbers or more
     with the Box-Muller transform in groups of 16, each from 16 numbers of the stream; if the count
     is no multiple of 16, it redraws the last 16. Blocks of 16 rows, and a last block of at least
-    16 unless the tensor is smaller, therefore consume the stream as one call does.
+    16 unless the tensor is smaller, therefore consume the stream as one call does. A block has at
+    most ``block_elements`` numbers, or 16 rows if these are more; the last may have 15 rows more.
     """
     count = shape[0]
-    rows_per_block = _rows_per_block(shape, block_elements)
+    steps_per_block = block_elements // max(_ROWS_PER_STEP * math.prod(shape[1:]), 1)
+    rows_per_block = _ROWS_PER_STEP * max(steps_per_block, 1)
     row = 0
     while row < count:
         rows = rows_per_block if count - row >= rows_per_block + _ROWS_PER_STEP else count - row
         yield row, torch.randn((rows, *shape[1:]), generator=generator)
         row += rows
-
-
-def largest_block_bytes(shape: tuple[int, ...]) -> int:
-    """Return the most bytes that a block of a parameter of whole shape ``shape`` may have."""
-    rows = min(_rows_per_block(shape, BLOCK_ELEMENTS) + _ROWS_PER_STEP - 1, shape[0])
-    return rows * math.prod(shape[1:]) * torch.float32.itemsize
-
-
-def _rows_per_block(shape: tuple[int, ...], block_elements: int) -> int:
-    rows = block_elements // max(math.prod(shape[1:]), 1)
-    return max(rows // _ROWS_PER_STEP * _ROWS_PER_STEP, _ROWS_PER_STEP)
 
 
 def _constant(name: str) -> float | None:

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from megatron_ring.config import MemoryConfig, ModelConfig
+from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.activation import gelu
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.model.recompute import DEFAULT_MEMORY, shard_for_backward
+from megatron_ring.model.recompute import shard_for_backward
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, to_tensor_region
 
@@ -19,12 +19,12 @@ class SwigluMLP(nn.Module):
         config: ModelConfig,
         tensor: TensorParallel = ALONE,
         operations: Operations = TORCH,
-        memory: MemoryConfig = DEFAULT_MEMORY,
+        recomputed: bool = False,
     ):
         super().__init__()
         self.tensor = tensor
         self.swiglu = operations.swiglu
-        self.memory = memory
+        self.recomputed = recomputed
         hidden = config.hidden_size
         width = config.feed_forward_size
         bias = config.add_bias_linear
@@ -34,8 +34,7 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        in_chunks = self.memory.mlp_chunks > 1
-        kept = shard_for_backward(x_BmE, self.tensor, self.memory, in_chunks)
+        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
         return self.down_proj(self.swiglu(self.gate_proj(x_BlE, kept), self.up_proj(x_BlE, kept)))
 
@@ -48,11 +47,11 @@ class GeluMLP(nn.Module):
         config: ModelConfig,
         tensor: TensorParallel = ALONE,
         operations: Operations = TORCH,
-        memory: MemoryConfig = DEFAULT_MEMORY,
+        recomputed: bool = False,
     ):
         super().__init__()
         self.tensor = tensor
-        self.memory = memory
+        self.recomputed = recomputed
         hidden = config.hidden_size
         width = config.feed_forward_size
         bias = config.add_bias_linear
@@ -61,8 +60,7 @@ class GeluMLP(nn.Module):
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        in_chunks = self.memory.mlp_chunks > 1
-        kept = shard_for_backward(x_BmE, self.tensor, self.memory, in_chunks)
+        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
         return self.down_proj(gelu(self.up_proj(x_BlE, kept)))
 
@@ -74,7 +72,7 @@ def mlp(
     config: ModelConfig,
     tensor: TensorParallel = ALONE,
     operations: Operations = TORCH,
-    memory: MemoryConfig = DEFAULT_MEMORY,
+    recomputed: bool = False,
 ) -> nn.Module:
-    """Return the feed-forward of ``config.activation``."""
-    return _MLPS[config.activation](config, tensor, operations, memory)
+    """Return the feed-forward of ``config.activation``; ``recomputed``: backward runs it again."""
+    return _MLPS[config.activation](config, tensor, operations, recomputed)

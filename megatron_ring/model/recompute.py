@@ -93,15 +93,15 @@ def in_chunks(
 
 
 def shard_for_backward(
-    x_BmE: torch.Tensor, tensor: TensorParallel, memory: MemoryConfig, recomputed: bool = False
+    x_BmE: torch.Tensor, tensor: TensorParallel, recomputed: bool
 ) -> SavedShard | None:
     """Return what backward keeps of the gathered input of column-parallel layers; None: all of it.
 
     Under sequence parallelism this is the rank's own shard, gathered again in backward. A region
-    that backward recomputes (``recomputed``, or any ``memory.recompute``) gathers its input in
-    doing so: nothing is kept from forward to backward, and a second all-gather would be redundant.
+    that backward recomputes (``recomputed``) gathers its input in doing so: nothing is kept from
+    forward to backward, and a second all-gather would be redundant.
     """
-    if not tensor.sequence_parallel or recomputed or memory.recompute != "none":
+    if not tensor.sequence_parallel or recomputed:
         return None
     return SavedShard(x_BmE, tensor)
 

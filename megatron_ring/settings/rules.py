@@ -8,9 +8,9 @@ that all problems are reported together.
 from collections.abc import Callable
 
 from megatron_ring.config import Config
+from megatron_ring.config.checks import divisors
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.errors import ConfigError, nearest_multiples
-from megatron_ring.parallel.degrees import divisors
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import lengths
 from megatron_ring.settings.precision import precision
@@ -31,7 +31,7 @@ def _heads(config: Config, grid: Grid) -> str | None:
         f"num_attention_heads {heads} must be a multiple of {split} (tensor_model_parallel_size "
         f"{grid.tensor} x ulysses_degree {grid.ulysses}): heads are split over tensor ranks, then "
         f"over Ulysses ranks. Nearest: {nearest_multiples(heads, split)}; with {heads} heads the "
-        f"product may be {divisors(heads)}. Set --num-attention-heads, "
+        f"product may be {_list(divisors(heads))}. Set --num-attention-heads, "
         "--tensor-model-parallel-size or --ulysses-degree."
     )
 
@@ -41,12 +41,12 @@ def _query_groups(config: Config, grid: Grid) -> str | None:
     groups = config.model.key_value_heads
     if groups == heads or groups % grid.tensor == 0:
         return None
-    legal = [str(n) for n in range(grid.tensor, heads + 1, grid.tensor) if heads % n == 0]
+    legal = [n for n in divisors(heads) if n % grid.tensor == 0]
     return (
         f"num_query_groups {groups} must be a multiple of tensor_model_parallel_size "
         f"{grid.tensor}: key-value heads are split over tensor ranks, not repeated. Set "
-        f"--tensor-model-parallel-size (legal: {divisors(groups)}), or --num-query-groups (legal: "
-        f"{', '.join(legal) or 'none'})."
+        f"--tensor-model-parallel-size (legal: {_list(divisors(groups))}), or --num-query-groups "
+        f"(legal: {_list(legal) or 'none'})."
     )
 
 
@@ -97,10 +97,14 @@ def _batch(config: Config, grid: Grid) -> str | None:
 
 
 def _mlp_chunks(config: Config, grid: Grid) -> str | None:
+    length = lengths.padded_length(config, grid)
+    if length < 1:
+        return None  # reported by its section
     parts = grid.context * lengths.tensor_ranks_per_token_split(config, grid)
-    tokens = lengths.padded_length(config, grid) // parts
+    # A length of fewer tokens than parts is illegal; with a legal one each process has a token.
+    tokens = max(length // parts, 1)
     chunks = config.memory.mlp_chunks
-    if not 0 < tokens < chunks:
+    if chunks <= tokens:
         return None
     return (
         f"mlp_chunks {chunks} is more than the {tokens} tokens of a sequence on each process. "
@@ -163,8 +167,8 @@ def _invariant_ranks(config: Config, grid: Grid) -> str | None:
         f"context_parallel_reduction invariant accumulates over {BLOCKS} blocks of a sample, each "
         f"whole on a rank, but context_parallel is {parallel.context_parallel} with stripe_size "
         f"{parallel.stripe_size} on {grid.ring} ring ranks. Legal: striped with stripe_size 1 on "
-        f"{divisors(BLOCKS)} ring ranks. Set --context-parallel striped with --stripe-size 1, "
-        "--context-parallel-size, or --context-parallel-reduction arrival."
+        f"{_list(divisors(BLOCKS))} ring ranks. Set --context-parallel striped with --stripe-size "
+        "1, --context-parallel-size, or --context-parallel-reduction arrival."
     )
 
 
@@ -194,6 +198,10 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _invariant_ranks,
     _invariant_length,
 )
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:

@@ -87,9 +87,12 @@ class RunSettings:
 
 
 def _problems(config: Config, world_size: int, device: str) -> list[str]:
-    """Return the problems of the sections, then of the grid, or of the rules on a legal grid."""
+    """Return the problems of the sections, then of the grid, or of the rules on a legal grid.
+
+    Grid and rules compute with the values, so they are skipped if any is unusable.
+    """
     problems = config.problems()
-    if config.parallel.problems():
+    if config.unusable_values() or config.parallel.problems():
         return problems
     if of_grid := degrees.problems(config.parallel, world_size, config.dry_run):
         return problems + of_grid

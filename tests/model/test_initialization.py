@@ -49,6 +49,8 @@ def test_blocks_have_the_bits_of_a_single_draw(rows, columns, block_elements):
     assert torch.equal(torch.cat([block for _, block in blocks]), whole)
     stops = [row + len(block) for row, block in blocks]
     assert [row for row, _ in blocks] == [0, *stops[:-1]]
+    largest = max(block_elements, 16 * columns) + 15 * columns
+    assert max(block.numel() for _, block in blocks) <= largest
 
 
 @pytest.mark.parametrize("shape", [(3000, 4099), (65_536, 257)])
@@ -214,3 +216,12 @@ def test_a_model_that_is_given_a_seed_has_the_weights_of_build():
     expected = built.state_dict()
     assert direct.keys() == expected.keys()
     assert [name for name in direct if not torch.equal(direct[name], expected[name])] == []
+
+
+def test_a_model_that_is_given_a_seed_sums_the_gradients_that_build_sums(qwen):
+    def summed(model: GPT) -> list[str]:
+        return [name for name, p in model.named_parameters() if p._backward_hooks]
+
+    tensor = TensorParallel(rank=0, size=2)
+    direct = GPT(qwen, VOCABULARY, LENGTH, plain_attention, tensor, seed=5)
+    assert summed(direct) == summed(built(qwen, tensor=tensor)) != []

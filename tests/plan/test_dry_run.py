@@ -90,13 +90,15 @@ def test_bytes_of_every_exchange_are_listed():
     stream = tokens * 32 * 4  # E = 32
     q = tokens * 2 * 8 * 4  # 2 of 4 query heads
     kv = tokens * 2 * 2 * 8 * 4  # 1 of 2 key-value heads, twice for Ulysses
-    assert f"bytes of a hop   {kv:,} forward" in output
+    assert f"bytes of a hop   {kv:,} forward (K and V)" in output
     assert f"bytes of Ulysses {(q + kv) // 2:,} before attention" in output
     both = f"{2 * stream:,} in a layer's forward, {2 * stream:,} in its backward"
     assert f"bytes of tensor  {both}" in output
     sent = f"{stream + 16 * tokens:,} forward to the next one for a micro-batch"
     assert f"bytes of a stage {sent}, {stream:,} back" in output
-    assert "11.1% of a step: 2 stages, 8 micro-batches" in output
+    assert (
+        "bubble           a stage is idle for 11.1% of a step: 2 stages, 8 micro-batches" in output
+    )
 
 
 def test_one_process_lists_no_exchange():
@@ -106,7 +108,7 @@ def test_one_process_lists_no_exchange():
 
 
 def test_the_vocabulary_is_that_of_the_default_text_or_the_tokenizer_or_assumed(tmp_path):
-    assert "for 4,096 token ids" in printed(1)
+    assert "for 4,096 token ids (the tokenizer of the default text)" in printed(1)
     data = {"data_path": (str(tmp_path / "nothing"),)}
     without_tokenizer = printed(1, data=data)
     assert f"for {ASSUMED_VOCAB_SIZE:,} token ids (assumed" in without_tokenizer
@@ -131,9 +133,9 @@ def test_a_plan_starts_no_processes():
 def test_the_keys_travel_with_a_reduction_that_is_the_same_for_every_ring():
     model = {"num_query_groups": 4}
     parallel = {"stripe_size": 1}
-    assert "(the queries travel; " in printed(4, model=model, parallel=parallel)
+    assert " backward (the queries travel; " in printed(4, model=model, parallel=parallel)
     invariant = parallel | {"context_parallel_reduction": "invariant"}
-    assert "(the keys travel; " in printed(4, model=model, parallel=invariant)
+    assert " backward (the keys travel; " in printed(4, model=model, parallel=invariant)
 
 
 @pytest.mark.parametrize(

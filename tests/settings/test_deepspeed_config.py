@@ -113,8 +113,16 @@ def test_offload_options_become_deepspeed_keys_that_may_be_tuned():
             "zero_optimization.offload_param",
             "--offload-param",
         ),
-        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op 'sum'", "'mean'"),
-        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation False", "True"),
+        (
+            {"gradient_allreduce_op": "sum"},
+            "gradient_allreduce_op 'sum'",
+            "the derived 'mean'. It is fixed.",
+        ),
+        (
+            {"managed_gradient_accumulation": False},
+            "managed_gradient_accumulation False",
+            "the derived True. It is fixed.",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -22,6 +22,7 @@ from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.entry import parse_arguments, report_once
 from megatron_ring.training.stopping import Stopping
 from tests.forked import Forked
+from tests.limited import limited
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -270,6 +271,29 @@ def test_all_broken_rules_are_reported_together():
         assert problem.startswith(value)
 
 
+def test_too_many_chunks_are_reported_with_a_length_of_fewer_tokens_than_processes():
+    config = tiny.config(
+        parallel={"context_parallel": "ring"},
+        data={"seq_length": 3},
+        memory={"mlp_chunks": 2},
+    )
+    seq_length, mlp_chunks = problems(config, 4)
+    assert seq_length.startswith("seq_length 3 ")
+    assert mlp_chunks.startswith("mlp_chunks 2 is more than the 1 ")
+    assert "--mlp-chunks to at most 1." in mlp_chunks
+
+
+@pytest.mark.parametrize("heads", [2**31 - 2, 10**40])
+def test_problems_of_very_many_heads_are_found_quickly(heads):
+    config = tiny.config(
+        model={"num_attention_heads": heads, "num_query_groups": 3, "kv_channels": 8},
+        parallel=tensor(4),
+    )
+    messages = limited(lambda: problems(config, 4))
+    assert messages[0].startswith("num_attention_heads ")
+    assert "--num-attention-heads" in messages[0]
+
+
 def test_on_cuda_activations_can_be_offloaded(monkeypatch):
     monkeypatch.setattr("megatron_ring.settings.run_settings.device_type", lambda: "cuda")
     assert (
@@ -383,9 +407,7 @@ def test_any_config_is_refused_with_a_flag_or_divided_evenly(request_and_world_s
         nearest = re.search(r"Nearest: ([\d, ]+)\.", messages[0])[1]
         for length in nearest.split(", "):
             legal = sections | {"data": {"seq_length": int(length)}}
-            remaining = problems(tiny.config(**legal), world_size)
-            # A rule on the tokens of a process is checked only once they can be divided.
-            assert [m for m in remaining if m.startswith("seq_length")] == []
+            assert problems(tiny.config(**legal), world_size) == []
 
 
 def assert_divided_evenly(setup: RunSettings) -> None:
@@ -412,30 +434,42 @@ def assert_divided_evenly(setup: RunSettings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "message", "parts"),
     [
         (
             "--tensor-model-parallel-size 3",
             "tensor_model_parallel_size 3 ",
+            ["8 processes", "Legal: 1, 2, 4, 8."],
         ),
         (
             "--pipeline-model-parallel-size 8",
             "num_layers 4 ",
+            ["pipeline_model_parallel_size 8"],
         ),
-        ("--tensor-model-parallel-size 8", "num_attention_heads 4 must be a multiple of 8"),
+        (
+            "--tensor-model-parallel-size 8",
+            "num_attention_heads 4 must be a multiple of 8",
+            ["tensor_model_parallel_size 8"],
+        ),
         (
             "--ulysses-degree 2",
             "ulysses_degree 2 ",
+            ["context_parallel none"],
         ),
-        ("--pipeline-model-parallel-size 2 --zero-stage 3", "zero_stage 3 "),
+        (
+            "--pipeline-model-parallel-size 2 --zero-stage 3",
+            "zero_stage 3 splits gradients",
+            ["pipeline_model_parallel_size 2"],
+        ),
         (
             "--offload-param cpu",
             "offload_param cpu ",
+            ["ZeRO 3", "zero_stage is 1."],
         ),
     ],
 )
 def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
-    flags, message, monkeypatch, capsys
+    flags, message, parts, monkeypatch, capsys
 ):
     monkeypatch.setattr(
         sys, "argv", ["pretrain_gpt.py", "--dry-run", "--world-size", "8", *flags.split()]
@@ -444,7 +478,9 @@ def test_a_dry_run_of_an_illegal_config_exits_before_it_starts_anything(
     with pytest.raises(SystemExit) as raised, report_once(environment):
         pretrain_gpt.main(parse_arguments(environment), environment, Stopping(True))
     assert raised.value.code == ConfigError.exit_code
-    assert capsys.readouterr().err.startswith(f"\nConfigError on rank 0: {message}")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"\nConfigError on rank 0: {message}")
+    assert all(part in stderr for part in parts)
     assert not dist.is_initialized()
 
 
