@@ -22,9 +22,9 @@ def pytest_addoption(parser):
         "--steps-of-pairs",
         type=int,
         default=4,
-        help="that test_matrix.py trains where pairs of values meet",
+        help="steps that test_matrix.py trains on rows of pairs",
     )
-    parser.addoption("--kills", type=int, default=6, help="of runs, in test_crash_loop.py")
+    parser.addoption("--kills", type=int, default=6, help="kills in test_crash_loop.py")
 
 
 def pytest_collection_modifyitems(items):

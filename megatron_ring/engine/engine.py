@@ -127,7 +127,7 @@ class Evaluation:
 class Engine:
     """A model under DeepSpeed. Every method that communicates is called by all ranks in one order.
 
-    These are ``train_step``, ``evaluate`` and ``update_compute_weights``.
+    These are the constructor, ``train_step``, ``evaluate`` and ``update_compute_weights``.
     """
 
     def __init__(self, model: torch.nn.Module, setup: RunSettings, groups: ProcessGroups):
@@ -298,8 +298,8 @@ class Engine:
     def _own_loss(self) -> torch.Tensor:
         """Return this rank's share of the last step's loss.
 
-        It is not finite if this rank's own loss is not, and 0 on tensor ranks after the first,
-        which share the first one's loss.
+        It is not finite if this rank's own loss is not; otherwise it is 0 on tensor ranks after the
+        first, which share the first one's loss.
         """
         is_first_tensor_rank = self.groups.tensor is None or dist.get_rank(self.groups.tensor) == 0
         return self._step_loss_sum() / self.averaged_over * is_first_tensor_rank

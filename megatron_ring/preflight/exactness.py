@@ -81,7 +81,7 @@ def error_limits(setup: RunSettings) -> Errors:
 def _problems(by_tensor: Errors, setup: RunSettings, processes: list[ProcessId]) -> Iterator[str]:
     for name, of_ranks, limit in zip(Errors._fields, by_tensor, error_limits(setup)):
         # Not "error > limit", which is False for nan.
-        wrong = [process for process, error in zip(processes, of_ranks) if not error <= limit]
+        wrong = [process for process, found in zip(processes, of_ranks) if not found <= limit]
         if wrong:
             largest = max(of_ranks[process.global_rank] for process in wrong)
             yield (

@@ -49,7 +49,7 @@ def check_neighbours(
     """
     this_process = processes[consensus.rank]
     mismatches = []
-    for member in list(_members(grid, groups, this_process, device)):
+    for member in _members(grid, groups, this_process, device):
         expected = processes[member.expected_rank]
         if member.process != expected:
             mismatches.append(

@@ -7,8 +7,7 @@ versions and, on a CPU, number of threads. The attention kernel is chosen accord
 
 NCCL adds along rings or trees that it chooses by message size and the links it finds, not by
 timing, so it repeats itself on the same nodes; on others, or in another version, it may choose
-differently.
-``NCCL_ALGO=Ring`` restricts its choice. None of this has been run on a GPU.
+differently. ``NCCL_ALGO=Ring`` restricts its choice. None of this has been run on a GPU.
 """
 
 import codecs

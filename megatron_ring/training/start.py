@@ -1,10 +1,9 @@
 """Where a run starts, agreed on by all ranks: setup, data, and the checkpoint to resume from."""
 
 import atexit
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -32,8 +31,6 @@ from megatron_ring.training.checkpoint_selection import select_checkpoint
 
 Part = Literal["validation", "test"]
 """A part of the data that is not trained on."""
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -132,9 +129,6 @@ class Start:
         """
         rank = environment.global_rank
 
-        def on_all_ranks(act: Callable[[], _Result]) -> _Result:
-            return run_checked(consensus, act)
-
         def check_outputs() -> None:
             outputs.check_outputs(config.logging, config.checkpoint.save)
 
@@ -143,9 +137,11 @@ class Start:
 
         with abort_collectively():
             check_options_and_code(config, consensus)
-            setup = on_all_ranks(lambda: RunSettings.resolve(config, environment.world_size))
+            setup = run_checked(
+                consensus, lambda: RunSettings.resolve(config, environment.world_size)
+            )
             consensus.run_on_rank_zero(check_outputs)
-            dataset = on_all_ranks(open_data)
+            dataset = run_checked(consensus, open_data)
             check_data(config.data, consensus)
             fingerprints = consensus.run_on_rank_zero(
                 lambda: [fingerprint(store) for store in dataset.prefixes]

@@ -77,7 +77,10 @@ class Stopping:
         self._before_leaving.append(act)
 
     def begin(self, consensus: Consensus) -> None:
-        """From now on handle signals in ``agreed``, over ``consensus``, which nothing else uses."""
+        """From now on handle signals in ``requested``.
+
+        ``consensus``: used for that alone.
+        """
         self._consensus = consensus
         self._begun.set()
 

@@ -126,7 +126,7 @@ class Moment:
         self.before = self._files()
 
     def wait(self, run: Run) -> bool:
-        """Return whether ``condition`` held before the run ended."""
+        """Block until the moment, and return whether it came before the run ended."""
         came = run.wait_until(lambda: self._has_come(run))
         if came and self.kind in ("in a step", "in a save"):
             time.sleep(self.share * 0.3)
@@ -141,7 +141,7 @@ class Moment:
         return self.kind == "while it truncates its metrics" or last_step(self.metrics) >= self.step
 
     def _files(self) -> list[tuple[int, int]]:
-        """Sizes and times of the files that a resume or a step changes."""
+        """Return sizes and times of the files that a resume or a step changes."""
         files = self.metrics, self.metrics.with_name("metrics.jsonl.superseded")
         found = []
         for file in files:

@@ -70,12 +70,12 @@ CASES = {
     "a rank is killed in a hop, forward": Case(
         Fault("is killed", step=8, hop=1),
         (STALLED, KILLED),
-        err="RingStalled: {first} .*{forward}; {second} .*",
+        err="RingStalled: {first} .*{forward}; {second} .*dead.*",
     ),
     "a rank is killed in a hop, backward": Case(
         Fault("is killed", step=8, hop=2, direction="BACKWARD", layer=1),
         (STALLED, KILLED),
-        err="RingStalled: {first} .*{backward}; {second} .*",
+        err="RingStalled: {first} .*{backward}; {second} .*dead.*",
     ),
     "a rank is stopped": Case(
         Fault("is stopped", step=8),

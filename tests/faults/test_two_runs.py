@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.checkpoint import lease
+from megatron_ring.checkpoint import lease, names
 from megatron_ring.checkpoint.lease import Owner
+from megatron_ring.parallel.process_id import ProcStat
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 
 pytestmark = pytest.mark.whole
@@ -55,6 +56,36 @@ def latest(folder: Path) -> str:
     return ""
 
 
+def suspend_between_saves(ranks: list, folder: Path) -> None:
+    """Return once every thread of ``ranks`` is stopped and no checkpoint is being written.
+
+    A run that is suspended after its last check of the lease still publishes that checkpoint.
+    """
+    while True:
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        wait_until(lambda: all(is_stopped(rank.pid) for rank in ranks))
+        if not is_saving(folder / "saved"):
+            return
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether SIGSTOP has taken effect, which it does on each thread by itself.
+
+    Until then the process still counts as running, and its thread may renew the lease.
+    """
+    threads = [ProcStat.read(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")]
+    return all(thread and thread.state == "T" for thread in threads)
+
+
+def is_saving(saved: Path) -> bool:
+    newest = names.checkpoints(saved)[0].name
+    return bool(names.hidden(saved, names.PARTIAL)) or newest != latest(saved.parent)
+
+
 def test_a_second_run_is_refused_on_all_ranks_and_can_start_after_the_first(folder):
     first = start(folder)
     wait_until(lambda: latest(folder))
@@ -90,8 +121,7 @@ def test_the_lease_of_a_killed_run_is_taken_over_at_once(folder):
 def test_a_suspended_run_that_was_replaced_ends_without_writing(folder):
     ranks = start(folder)
     wait_until(lambda: latest(folder))
-    for rank in ranks:
-        rank.send_signal(signal.SIGSTOP)
+    suspend_between_saves(ranks, folder)
     new_lease = lease.take(folder / "saved", Owner.here(), looks=3, seconds=0.5)
     before = latest(folder)
     for rank in ranks:

@@ -363,6 +363,7 @@ def report_of(
 def test_the_origin_is_the_first_layer_forward_or_the_last_backward(reports, parts):
     described = origin(reports)
     assert re.search(".*".join(map(re.escape, parts)), described)
+    assert ("gradient" in described) == ("gradient" in parts)
     named_ranks = set(re.findall(r"rank \d", described))
     assert named_ranks == set(re.findall(r"rank \d", parts[0]))
 

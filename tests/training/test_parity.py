@@ -1,7 +1,7 @@
-"""Parity with one process over twenty steps in cases that the matrix (test_matrix.py) leaves out.
+"""Parity with one process in cases that the matrix (test_matrix.py) leaves out.
 
 These are documents under every layout with windows and sinks at once, sample lengths that no number
-of ranks divides, ranks without labels, and bf16.
+of ranks divides (eight steps each), ranks without labels (five), and bf16 (twenty).
 """
 
 from pathlib import Path
