@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.common import DTYPES, device_name, write_json
+from benchmarks.common import DTYPES, Column, device_name, plain_row, plain_titles, write_json
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -308,16 +308,16 @@ def _bound(name: str, cases: dict[str, Case]) -> float:
     return cases["ring"].count.gain_of_balance
 
 
-# Field of Result: column title, width and digits.
+# By field of Result.
 _COLUMNS = {
-    "stripe_size": ("stripe", 8, 0),
-    "seconds": ("seconds", 10, 4),
-    "speedup_over_ring": ("over ring", 11, 3),
-    "bound": ("bound", 8, 3),
-    "efficiency": ("efficiency", 12, 3),
-    "imbalance_counted": ("slowest/mean", 14, 4),
-    "imbalance_timed": ("timed", 8, 3),
-    "cost_per_pair_over_dense": ("pair/dense", 12, 3),
+    "stripe_size": Column("stripe", 8, 0),
+    "seconds": Column("seconds", 10, 4),
+    "speedup_over_ring": Column("over ring", 11, 3),
+    "bound": Column("bound", 8, 3),
+    "efficiency": Column("efficiency", 12, 3),
+    "imbalance_counted": Column("slowest/mean", 14, 4),
+    "imbalance_timed": Column("timed", 8, 3),
+    "cost_per_pair_over_dense": Column("pair/dense", 12, 3),
 }
 
 
@@ -331,8 +331,7 @@ def _print_report(findings: dict) -> None:
     if options["documents"] or options["window"]:
         print(_mask_line(findings))
     print(f"single: {findings['single']}")
-    titles = "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values())
-    print(f"{'layout':<10}{titles}")
+    print(f"{'layout':<10}{plain_titles(_COLUMNS)}")
     single = {"layout": "single", "seconds": findings["single_seconds"], "efficiency": 1.0}
     dense = {
         "layout": DENSE,
@@ -357,11 +356,7 @@ def _mask_line(findings: dict) -> str:
 
 
 def _line(row: dict) -> str:
-    cells = []
-    for field, (_, width, digits) in _COLUMNS.items():
-        value = row.get(field)
-        cells.append(" " * width if value is None else f"{value:>{width}.{digits}f}")
-    return f"{row['layout']:<10}" + "".join(cells)
+    return f"{row['layout']:<10}{plain_row(_COLUMNS, row)}"
 
 
 # ---- real ranks ----

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import DTYPES, commit, write_json
+from benchmarks.common import DTYPES, commit, gpu_milliseconds, random_inputs, write_json
 from benchmarks.document_packs import random_starts
 from benchmarks.emulated_ring import attention
 from benchmarks.overlap_criterion import operations
@@ -370,13 +370,8 @@ class Bench:
     def _tensors(self, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return random q, k, v and gradient of the output for so many tokens."""
         options = self.options
-        generator = torch.Generator(options.device).manual_seed(0)
-        tensors = []
-        for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads):
-            shape = (1, tokens, heads, options.head_dim)
-            x = torch.randn(shape, generator=generator, device=options.device)
-            tensors.append(x.to(dtype))
-        return tensors
+        heads = (options.heads, options.kv_heads, options.head_dim)
+        return random_inputs(tokens, *heads, options.device, dtype)
 
     def _time_rank(
         self,
@@ -420,12 +415,7 @@ class Bench:
             start = time.process_time()
             run()
             return time.process_time() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return gpu_milliseconds(run) / 1e3
 
 
 def _sample_of_hops(ring_size: int) -> list[int]:

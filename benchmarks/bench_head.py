@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from benchmarks.common import DTYPES, MIB, device_name, table_row, write_json
+from benchmarks.common import DTYPES, MIB, device_name, table_head, table_row, write_json
 from benchmarks.live_memory import LiveMemory
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
@@ -64,8 +64,7 @@ def main() -> None:
     _check(options)
     print(_setting(options))
     print()
-    print(table_row(_COLUMNS))
-    print(table_row("---:" for _ in _COLUMNS), flush=True)
+    print(table_head(_COLUMNS), flush=True)
     results = []
     for tokens in options.tokens:
         result = _measure(options, tokens)

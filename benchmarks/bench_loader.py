@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks.common import table_row, write_json
+from benchmarks.common import table_head, table_row, write_json
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.document_boundaries import DocumentBoundaries
@@ -96,8 +96,7 @@ def main() -> None:
     )
     print(_setting(options))
     print()
-    print(table_row(columns))
-    print(table_row("---:" for _ in columns), flush=True)
+    print(table_head(columns), flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         store = _write_store(options, Path(folder) / "random")

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import DTYPES, write_json
+from benchmarks.common import DTYPES, Column, plain_row, plain_titles, write_json
 from benchmarks.overlap_criterion import CAUSAL, Hop, operations
 from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel import ring as ring_loop
@@ -397,16 +397,16 @@ def _needed_tokens(
 
 # ---- report ----
 
-# Field of Row: column title, width and digits.
+# By field of Row.
 _COLUMNS = {
-    "tokens": ("tokens", 7, 0),
-    "mbit": ("Mbit/s", 8, 0),
-    "compute": ("compute", 9, 3),
-    "communication": ("communication", 15, 3),
-    "together": ("together", 10, 3),
-    "over_max": ("over max", 10, 3),
-    "exposed": ("exposed", 9, 3),
-    "waited": ("waited", 8, 3),
+    "tokens": Column("tokens", 7, 0),
+    "mbit": Column("Mbit/s", 8, 0),
+    "compute": Column("compute", 9, 3),
+    "communication": Column("communication", 15, 3),
+    "together": Column("together", 10, 3),
+    "over_max": Column("over max", 10, 3),
+    "exposed": Column("exposed", 9, 3),
+    "waited": Column("waited", 8, 3),
 }
 
 
@@ -418,8 +418,7 @@ def _report(options: Options, rows: list[Row], load: list[float]) -> None:
         f"{options.head_dim}, {options.kv_heads} key-value heads, median of {options.rounds} "
         f"rounds, load {load[0]:.1f} before, {load[1]:.1f} after"
     )
-    titles = "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values())
-    print(f"{titles}{'needs':>14}  can hide")
+    print(f"{plain_titles(_COLUMNS)}{'needs':>14}  can hide")
     for row in rows:
         print(_line(row))
     findings = {
@@ -432,13 +431,9 @@ def _report(options: Options, rows: list[Row], load: list[float]) -> None:
 
 
 def _line(row: Row) -> str:
-    cells = []
-    for field, (_, width, digits) in _COLUMNS.items():
-        value = getattr(row, field)
-        text = "none" if value is None else f"{value:.{digits}f}"
-        cells.append(f"{text:>{width}}")
     needs = " + ".join(f"{tokens:.0f}" for tokens in row.needs)
-    return f"{''.join(cells)}{needs:>14}  {'yes' if row.can_hide else 'no'}"
+    cells = plain_row(_COLUMNS, vars(row), missing="none")
+    return f"{cells}{needs:>14}  {'yes' if row.can_hide else 'no'}"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""What all benchmarks share: dtypes by flag, the device's name, Markdown rows and the JSON file."""
+"""What benchmarks share: dtypes by flag, inputs, GPU timing, tables and the JSON file."""
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from megatron_ring.settings.precision import DTYPES as TRAINING_DTYPES
+
 MIB = 2**20
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES = {"fp64": torch.float64} | TRAINING_DTYPES
 
 
 def device_name(device: str) -> str:
@@ -32,9 +29,70 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def random_inputs(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, device: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Return q, k, v and the gradient of the output, each (1, tokens, heads, head dim).
+
+    They are standard normal and the same for the same arguments.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for h in (heads, kv_heads, kv_heads, heads):
+        x = torch.randn((1, tokens, h, head_dim), generator=generator, device=device)
+        tensors.append(x.to(dtype))
+    return tensors
+
+
+def gpu_milliseconds(run: Callable[[], None]) -> float:
+    """Return the milliseconds that the GPU takes for what ``run`` queues; blocks until the end."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+# ---- output ----
+
+
 def table_row(cells: Iterable[str]) -> str:
     """Return one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def table_head(titles: Sequence[str]) -> str:
+    """Return the first two rows of a Markdown table whose columns are aligned right."""
+    return f"{table_row(titles)}\n{table_row('---:' for _ in titles)}"
+
+
+class Column(NamedTuple):
+    """A column of a table in plain text, aligned right."""
+
+    title: str
+    width: int
+    digits: int
+
+
+def plain_titles(columns: Mapping[str, Column]) -> str:
+    """Return the first line of a table in plain text."""
+    return "".join(f"{column.title:>{column.width}}" for column in columns.values())
+
+
+def plain_row(columns: Mapping[str, Column], row: Mapping[str, Any], missing: str = "") -> str:
+    """Return one line of a table in plain text.
+
+    Args:
+        columns: Columns by their keys in ``row``.
+        missing: Printed for a value that is None or absent.
+    """
+    cells = []
+    for field, column in columns.items():
+        value = row.get(field)
+        text = missing if value is None else f"{value:.{column.digits}f}"
+        cells.append(f"{text:>{column.width}}")
+    return "".join(cells)
 
 
 def write_json(path: str, findings: dict[str, Any]) -> None:

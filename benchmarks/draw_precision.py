@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from benchmarks.common import DTYPES, table_row
+from benchmarks.common import DTYPES, table_head, table_row
 from benchmarks.emulated_ring import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
@@ -339,7 +339,7 @@ def _page(
         for name, rows in errors.items()
     }
     header = ["ranks", *(f"{tensor}, {name}" for tensor in Attention._fields for name in errors)]
-    table = [table_row(header), table_row(["---:"] * len(header))]
+    table = [table_head(header)]
     for row, size in enumerate(ring_sizes):
         cells = [f"{errors[name][row][tensor]:.5f}" for tensor in tensors for name in errors]
         table.append(table_row([str(size), *cells]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.common import table_row
 from megatron_ring.errors import reporting_errors
 from megatron_ring.kernels.attention.registry import COLUMNS, SUPPORT
 from megatron_ring.kernels.selection import Cell, Unsupported
@@ -47,7 +48,7 @@ def matrix() -> str:
     rows = [header, ["---"] * len(header)]
     for feature, cells in SUPPORT.items():
         rows.append([feature.value, *(_word(cell, refusals) for cell in cells.values())])
-    table = ["| " + " | ".join(row) + " |" for row in rows]
+    table = [table_row(row) for row in rows]
     notes = [f"{n}. {refused.reason}. {refused.instead}." for n, refused in enumerate(refusals, 1)]
     return "\n".join([_INTRODUCTION, *table, "", *notes, ""])
 

@@ -33,7 +33,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import emulated_ring
-from benchmarks.common import DTYPES, write_json
+from benchmarks.common import DTYPES, random_inputs, write_json
 from benchmarks.device_trace import Overlap, overlaps
 from benchmarks.document_packs import random_starts
 from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
@@ -162,12 +162,8 @@ class Case:
             "causal": CAUSAL,
             "documents": Mask(document_starts=random_starts(options.mean_document, length)),
         }
-        generator = torch.Generator(options.device).manual_seed(0)
-        inputs = []
-        for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads):
-            shape = (1, length, heads, options.head_dim)
-            x = torch.randn(shape, generator=generator, device=options.device)
-            inputs.append(x.to(DTYPES[options.dtype]))
+        heads = (options.heads, options.kv_heads, options.head_dim)
+        inputs = random_inputs(length, *heads, options.device, DTYPES[options.dtype])
         return Case(
             names={"kernel": kernel, "mask": mask},
             kernel=KERNELS[kernel],

@@ -22,6 +22,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.common import gpu_milliseconds
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
@@ -162,7 +163,7 @@ class Square:
         with mock.patch.dict(TABLE[self.generation], {kernel: {head_dim: blocks}}):
             run = self._run(kernel, head_dim)
             run()
-            return statistics.median(_milliseconds(run) for _ in range(5))
+            return statistics.median(gpu_milliseconds(run) for _ in range(5))
 
     def _run(self, kernel: Kernel, head_dim: int) -> Callable[[], None]:
         q, k, v, dout = (
@@ -179,15 +180,6 @@ class Square:
         lse = state.lse_BHL
         accumulators = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
         return lambda: kernels.backward(inputs, dout, out, lse, accumulators)
-
-
-def _milliseconds(run: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The attention benchmark: its rows, its masks, its baselines and the options that it rejects."""
 
+import functools
 import json
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from megatron_ring.errors import ConfigError
 from tests.benchmarks import commands
 from tests.distributed import fork_processes
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "--seq-length",
     "48",
@@ -35,21 +33,12 @@ def bench(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def run_in_process(monkeypatch, tmp_path, capsys):
+def run_in_process(run_main, monkeypatch):
     """Return a function that runs the benchmark, with forked ranks, for its JSON and output."""
     monkeypatch.setattr(torch.multiprocessing, "spawn", fork_processes)
     # A copy, so that variables set by the benchmark do not leak into other tests.
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    file = tmp_path / "bench.json"
-
-    def run(*flags: str) -> tuple[dict, str]:
-        monkeypatch.setattr(
-            sys, "argv", ["bench_attention.py", *SMALL, *flags, "--json", str(file)]
-        )
-        bench_attention.main()
-        return json.loads(file.read_text()), capsys.readouterr().out
-
-    return run
+    return functools.partial(run_main, bench_attention, *SMALL)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,9 @@ from benchmarks.common import DTYPES
 from megatron_ring.kernels.attention import measured
 from tests.benchmarks import commands
 
-ROOT = Path(__file__).parents[2]
 SIZES = ["--tokens", "256", "--ring-sizes", "1", "4", "--packs", "2048"]
 HEADS = ["--heads", "8", "--kv-heads", "2", "--head-dim", "16"]
 SMALL = ["--device", "cpu", "--rounds", "1", *SIZES, *HEADS]
-MISSING_MODULES = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib"]
 
 
 def bench(folder: Path, *flags: str) -> tuple[dict, str]:
@@ -68,11 +64,4 @@ def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):
 
 
 def test_imports_neither_deepspeed_nor_other_optional_packages():
-    """A machine that is lent for a benchmark may have little more than torch."""
-    block = f"import sys; sys.modules |= dict.fromkeys({MISSING_MODULES})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{block}; import benchmarks.bench_gpu"],
-        cwd=ROOT,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
+    commands.import_with_little_more_than_torch("bench_gpu")

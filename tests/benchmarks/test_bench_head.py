@@ -1,9 +1,8 @@
 """The head benchmark and the page that documents its results."""
 
-import json
+import functools
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks" / "head.md").read_text
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the benchmark for its JSON and the lines of its output."""
-    file = tmp_path / "bench.json"
-
-    def run(*flags: str) -> tuple[dict, list[str]]:
-        argv = ["bench_head.py", *SMALL, *flags, "--json", str(file)]
-        monkeypatch.setattr(sys, "argv", argv)
-        bench_head.main()
-        return json.loads(file.read_text()), capsys.readouterr().out.splitlines()
-
-    return run
+def run(run_main):
+    """Return a function that runs the benchmark for its JSON and its output."""
+    return functools.partial(run_main, bench_head, *SMALL)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -37,8 +28,9 @@ def test_time_and_memory_of_both_heads_are_measured(dtype, run):
     document, printed = run("--tokens", "64", "128", "--dtype", dtype)
     assert set(document) == {"device", "options", "results"}
     assert document["options"]["tokens"] == [64, 128]
-    assert dtype in printed[0]
-    assert [line.split(" | ")[0] for line in printed[-2:]] == ["| 64", "| 128"]
+    lines = printed.splitlines()
+    assert dtype in lines[0]
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 64", "| 128"]
     for result in document["results"]:
         assert set(result) == {
             "tokens",

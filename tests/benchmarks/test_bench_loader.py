@@ -1,7 +1,6 @@
 """The loader benchmark: its rows, the memory of a rank, and the options that it rejects."""
 
-import json
-import sys
+import functools
 
 import pytest
 
@@ -23,17 +22,9 @@ SMALL = [
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the benchmark for its JSON and the lines of its output."""
-    file = tmp_path / "bench.json"
-
-    def run(*flags: str) -> tuple[dict, list[str]]:
-        argv = ["bench_loader.py", *SMALL, *flags, "--json", str(file)]
-        monkeypatch.setattr(sys, "argv", argv)
-        bench_loader.main()
-        return json.loads(file.read_text()), capsys.readouterr().out.splitlines()
-
-    return run
+def run(run_main):
+    """Return a function that runs the benchmark for its JSON and its output."""
+    return functools.partial(run_main, bench_loader, *SMALL)
 
 
 def test_every_packing_is_measured_joined_and_apart(run):
@@ -42,7 +33,8 @@ def test_every_packing_is_measured_joined_and_apart(run):
     kinds = ("concatenate", "greedy", "best-fit")
     assert rows == [(packing, documents) for packing in kinds for documents in ("joined", "apart")]
     assert all(result["tokens_per_second"] > 0 for result in document["results"])
-    assert [tuple(line.strip("| ").split(" | ")[:2]) for line in printed[-6:]] == rows
+    lines = printed.splitlines()
+    assert [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[-6:]] == rows
 
 
 @pytest.mark.parametrize("row", [0, 1], ids=["joined", "apart"])

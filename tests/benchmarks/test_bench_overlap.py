@@ -103,5 +103,8 @@ def test_messages_can_be_hidden_from_the_larger_of_two_token_counts_on(run):
 def test_invalid_options_and_a_single_rank_are_rejected(flags, message):
     refused = commands.run("bench_overlap", *flags)
     assert refused.returncode == 2
-    assert re.search(message, refused.stderr)
-    assert re.search("ring of 1 rank .*at least 2 ranks", refused.stderr)
+    first, second = refused.stderr.splitlines()
+    assert re.fullmatch(f"ConfigError: {message}.", first)
+    assert re.search(
+        "ring of 1 rank .*at least 2 ranks.*slow_link.*torchrun --nproc-per-node 2", second
+    )

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from megatron_ring.errors import ConfigError
 from megatron_ring.plan.memory import ERROR
 from tests.benchmarks import commands
 from tests.distributed import fork_processes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("guess", [0, 10, 52, 640])

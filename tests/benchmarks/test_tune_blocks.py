@@ -65,7 +65,7 @@ def test_a_candidate_replaces_the_tables_tiles_only_while_it_is_timed(kernel, mo
         tables.append(TABLE["ampere"][kernel])
         return 3.0
 
-    monkeypatch.setattr(tune_blocks, "_milliseconds", record_table)
+    monkeypatch.setattr(tune_blocks, "gpu_milliseconds", record_table)
     square = Square(tokens=32, heads=2, kv_heads=1, generation="ampere", device="cpu")
     assert square.milliseconds(kernel, 64, Blocks(16, 16, 4, 1)) == 3.0
     assert tables == [{64: Blocks(16, 16, 4, 1)}] * 5
