@@ -39,15 +39,21 @@ def forms(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         )
     for first in range(x.dim()):
         for second in range(first + 1, x.dim()):
-            swapped = x.transpose(first, second).contiguous().transpose(first, second)
-            yield f"dimensions {first} and {second} swapped in memory", swapped
+            swapped = x.transpose(first, second).clone(memory_format=torch.contiguous_format)
+            yield (
+                f"dimensions {first} and {second} swapped in memory",
+                swapped.transpose(first, second),
+            )
     yield "every second element", torch.stack([x, torch.full_like(x, filling)], -1)[..., 0]
     one = torch.full((1,), filling, dtype=x.dtype)
     yield "misaligned", torch.cat([one, x.flatten()])[1:].view(x.shape)
 
 
 def outcome(operator: VendorOperator, arguments: Mapping[str, Any]) -> list[torch.Tensor] | str:
-    """Return the tensors that a call returns or writes, or the class of what it raises."""
+    """Return the tensors that a call returns or writes, or the class of what it raises.
+
+    ``arguments`` are used up: some operators compute in place.
+    """
     try:
         results = operator(**arguments)
     except Exception as error:
@@ -58,9 +64,7 @@ def outcome(operator: VendorOperator, arguments: Mapping[str, Any]) -> list[torc
         for name, memory in operator.memory.items()
         if memory.written and arguments.get(name) is not None
     ]
-    # Random states, which are not initialised without dropout, have at most one dimension.
-    tensors = (x for x in (*results, *written) if isinstance(x, torch.Tensor) and x.dim() > 1)
-    return [x.clone() for x in tensors]
+    return [x.detach().clone() for x in (*results, *written) if isinstance(x, torch.Tensor)]
 
 
 def equal(actual: list[torch.Tensor] | str, expected: list[torch.Tensor]) -> bool:
@@ -79,17 +83,26 @@ def misread_forms(call: Call, parameter: str, unstated: bool = False) -> list[st
     unstated: whether to call the operator with these forms as if nothing were stated about them.
     """
     operator, arguments = call
-    expected = outcome(operator, arguments)
+    expected = outcome(operator, _fresh(arguments))
     assert not isinstance(expected, str), expected
     if unstated:
         operator = without_statement(operator, parameter)
     found = []
     for name, form in forms(arguments[parameter]):
-        actual = outcome(operator, {**arguments, parameter: form})
+        actual = outcome(operator, {**_fresh(arguments), parameter: form})
         refused = operator.memory[parameter].written and actual == "ValueError"
         if not refused and not equal(actual, expected):
             found.append(name)
     return found
+
+
+def _fresh(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: x.detach().clone().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else x
+        for name, x in arguments.items()
+    }
 
 
 def without_statement(operator: VendorOperator, parameter: str) -> VendorOperator:

@@ -38,7 +38,7 @@ def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, 
     refuse_strided_rows(q=q, k=k, v=v)
     out, lse = _forward(q, k, v, is_causal, scale)
     unused = torch.empty(0)
-    return out, lse, unused, unused, q.shape[2], k.shape[2], torch.empty(2), torch.empty(0), unused
+    return out, lse, unused, unused, q.shape[2], k.shape[2], torch.zeros(2), torch.empty(0), unused
 
 
 def _flash_backward(
@@ -59,7 +59,7 @@ def _cudnn(
     assert min(q.shape[2], k.shape[2]) > 1, "cuDNN does not support sequences of length 1"
     refuse_misaligned(8, q=q, k=k, v=v)
     out, lse = _forward(q, k, v, is_causal, scale)
-    unused, scalar = torch.empty(0), torch.empty(())
+    unused, scalar = torch.empty(0), torch.zeros(())
     lengths = q.shape[2], k.shape[2]
     return out, lse.unsqueeze(-1), unused, unused, *lengths, scalar, scalar, unused
 
@@ -89,7 +89,7 @@ def _efficient(
     out, lse = _forward(q, k, v, is_causal, scale, bias, (*HALF_PRECISION, torch.float32))
     padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), torch.nan)
     padded[..., : lse.shape[2]] = lse.masked_fill(lse == -torch.inf, 0.0)
-    return out, padded, torch.empty(()), torch.empty(())
+    return out, padded, torch.zeros(()), torch.zeros(())
 
 
 def _efficient_backward(
