@@ -28,10 +28,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import DTYPES, commit, gpu_milliseconds, random_inputs, write_json
+from benchmarks.common import (
+    DTYPES,
+    commit,
+    gpu_milliseconds,
+    layout_name,
+    random_inputs,
+    write_json,
+)
 from benchmarks.document_packs import random_starts
-from benchmarks.emulated_ring import attention
 from benchmarks.overlap_criterion import operations
+from benchmarks.ring_correctness import correctness
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
@@ -44,7 +51,6 @@ from megatron_ring.kernels.attention import (
     choose,
     reference,
 )
-from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
@@ -53,6 +59,7 @@ from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 STRIPE_SIZES = (1, 128)
 PACK_RANKS = 8
 MEAN_DOCUMENT_LENGTH = 4096
+MAX_CORRECTNESS_TOKENS = 1024
 # The most scores of a hop that the reference, which keeps them all in float32, has to compute.
 MAX_REFERENCE_SCORES = 2**28
 
@@ -200,30 +207,15 @@ class Bench:
     # ---- the four parts ----
 
     def correctness(self) -> Iterator[dict[str, Any]]:
-        """Compare rings of four ranks with the reference in float64, over layouts and masks."""
-        tokens = 1024
-        masks = {
-            "causal": CAUSAL,
-            "window": Mask(window=100),
-            "documents": Mask(document_starts=random_starts(100, tokens)),
-        }
-        layouts = [
-            Layout("ring", tokens, 4),
-            Layout("striped", tokens, 4),
-            Layout("striped", tokens, 4, 32),
-            Layout("zigzag", tokens, 4),
-        ]
-        inputs = [x[:1, :, : max(1, x.shape[2] // 8)] for x in self._tensors(tokens, self.dtype)]
-        exact_inputs = [x.double() for x in inputs]
-        for (mask_name, mask), layout in itertools.product(masks.items(), layouts):
-            expected = attention(exact_inputs, layout, reference, mask)
-            for name, kernel in self.kernels.items():
-                actual = attention(inputs, layout, kernel, mask)
-                errors = [error(x, y) for x, y in zip(actual, expected)]
-                row = {"kernel": name, "layout": _layout_name(layout), "mask": mask_name}
-                row |= zip(("out", "dq", "dk", "dv"), errors)
-                row["correct"] = all(x <= TOLERANCE[self.dtype] for x in errors)
-                yield row
+        """Compare rings of four ranks with float64 attention on one, over layouts and masks."""
+        return correctness(
+            self.kernels,
+            min(MAX_CORRECTNESS_TOKENS, 2 * self.options.tokens[0]),
+            self.options.heads // self.options.kv_heads,
+            self.options.head_dim,
+            self.options.device,
+            self.dtype,
+        )
 
     def layouts(self) -> Iterator[dict[str, Any]]:
         """Time every layout on rings of every size, with the same number of tokens per rank."""
@@ -241,7 +233,7 @@ class Bench:
                     row = {
                         "tokens": tokens,
                         "ranks": size,
-                        "layout": _layout_name(layout),
+                        "layout": layout_name(layout),
                         "kernel": name,
                     }
                     if self._is_out_of_time(row):
@@ -263,7 +255,7 @@ class Bench:
             for (layout, applied), (name, kernel) in itertools.product(cases, self.kernels.items()):
                 row = {
                     "tokens": tokens,
-                    "layout": _layout_name(layout),
+                    "layout": layout_name(layout),
                     "kernel": name,
                     "documents": "applied" if applied is mask else "ignored",
                 }
@@ -423,12 +415,6 @@ def _sample_of_hops(ring_size: int) -> list[int]:
     if ring_size <= 8:
         return list(range(1, ring_size))
     return [1 + (ring_size - 2) * i // 3 for i in range(4)]
-
-
-def _layout_name(layout: Layout) -> str:
-    if layout.stripe_size > 1:
-        return f"{layout.name} by {layout.stripe_size}"
-    return layout.name
 
 
 def _format(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.settings.precision import DTYPES as TRAINING_DTYPES
 
 MIB = 2**20
@@ -17,6 +18,11 @@ DTYPES = {"fp64": torch.float64} | TRAINING_DTYPES
 def device_name(device: str) -> str:
     """Return the GPU's name for "cuda", else "CPU"."""
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def layout_name(layout: Layout) -> str:
+    """Return the name of a layout, with the stripe size if it is more than one token."""
+    return f"{layout.name} by {layout.stripe_size}" if layout.stripe_size > 1 else layout.name
 
 
 def commit() -> str:

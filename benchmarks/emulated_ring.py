@@ -1,7 +1,9 @@
 """Ring attention in one process: the hops of all ranks run one after another, and nothing is sent.
 
-Used to measure and draw what a ring of any size computes on a single device. Results are those of
-``ring.py`` up to the order in which the gradients of a hop are accumulated.
+Used to draw the rounding errors of a ring of any size, and of one that rounds what it accumulates.
+Results are those of ``ring.py`` up to the order in which the gradients of a hop are accumulated. It
+passes kernels all heads at once and nothing that was received, so it does not show whether a kernel
+is correct in training; ``streamed_ring.attention`` does.
 """
 
 from collections.abc import Callable, Sequence

@@ -21,6 +21,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from benchmarks.emulated_ring import Attention
+from megatron_ring.context_parallel import ring as ring_loop
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
+from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.parallel.message_buffers import RecvBufferPool
 
 Result = TypeVar("Result")
@@ -193,3 +198,52 @@ def on_every_rank(
         causes = [error for error in failures if not isinstance(error, LinkBroken)]
         raise (causes or failures)[0]
     return [future.result() for future in futures]
+
+
+def attention(
+    inputs: Sequence[torch.Tensor],
+    layout: Layout,
+    kernel: HopKernel,
+    mask: Mask = CAUSAL,
+    **settings: Any,
+) -> Attention:
+    """Compute attention of whole sequences with ``ring.forward`` and ``ring.backward`` themselves.
+
+    Unlike ``emulated_ring.attention`` this passes kernels what training passes them: half of the
+    heads on a rank's own keys, received copies, and queries or keys that travel.
+
+    Args:
+        inputs: q, k, v and the gradient of the output; their dtype is that of the results. If the
+            mask has several samples, those of the batch are laid end to end, as in the model.
+        settings: More fields of the Ring.
+    """
+    device = inputs[0].device
+    positions = [layout.positions(rank).to(device) for rank in range(layout.ring_size)]
+    scale = inputs[0].shape[-1] ** -0.5
+
+    def run_rank(rank: int, exchange: StreamExchange) -> tuple[torch.Tensor, ...]:
+        q, k, v, dout = (
+            x[:, positions[rank]].unflatten(0, (-1, mask.samples)).flatten(1, 2) for x in inputs
+        )
+        kv = torch.stack([k, v])
+        exchange = exchange if layout.ring_size > 1 else None
+        ring = ring_loop.Ring(layout, rank, kernel, scale, exchange, mask, **settings)
+        out, lse = ring_loop.forward(q, kv, ring)
+        dq, dkv = ring_loop.backward(dout, None, q, kv, out, lse, ring)
+        return out, dq, *dkv
+
+    # Streams read tensors that others have written, so the device finishes before and after.
+    streams = [Streams.of_device(device.type) for _ in positions]
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    of_ranks = on_every_rank(streams, run_rank)
+    synchronize()
+    to_sequence_order = torch.cat(positions).argsort()
+    return Attention(
+        *(
+            torch.cat([x.unflatten(1, (mask.samples, -1)).flatten(0, 1) for x in shards], 1)[
+                :, to_sequence_order
+            ].to(inputs[0].dtype)
+            for shards in zip(*of_ranks)
+        )
+    )

@@ -5,10 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.common import DTYPES
-from megatron_ring.kernels.attention import measured
+from benchmarks.ring_correctness import correctness
+from megatron_ring.kernels.attention import measured, sdpa, torch_operators
+from megatron_ring.kernels.memory_contract import UNRESTRICTED
 from tests.benchmarks import commands
+from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
 
 SIZES = ["--tokens", "256", "--ring-sizes", "1", "4", "--packs", "2048"]
 HEADS = ["--heads", "8", "--kv-heads", "2", "--head-dim", "16"]
@@ -31,6 +35,7 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
     findings, stdout = run
     assert all(row["correct"] for row in findings["correctness"])
     assert {row["mask"] for row in findings["correctness"]} == {"causal", "window", "documents"}
+    assert {row["travelling"] for row in findings["correctness"]} == {"keys", "queries"}
     ranks_of_layout = {row["layout"]: row["ranks"] for row in findings["layouts"]}
     expected = {"none": 1, "ring": 4, "striped": 4, "striped by 128": 4, "zigzag": 4}
     assert ranks_of_layout == expected
@@ -65,3 +70,21 @@ def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):
 
 def test_imports_neither_deepspeed_nor_other_optional_packages():
     commands.import_with_little_more_than_torch("bench_gpu")
+
+
+def rows_of_packs() -> list[dict]:
+    """Return the correctness rows of packs for torch's operators for CUDA, as stand-ins."""
+    with stand_ins_for_cuda_operators():
+        rows = list(correctness({"sdpa": sdpa.ON_CUDA}, 128, 2, 16, "cpu", torch.float16))
+    return [row for row in rows if row["mask"] == "documents"]
+
+
+def test_the_correctness_part_finds_an_operator_that_misreads_half_of_the_heads(monkeypatch):
+    """The fault seen on an H100: the start-up self-test found it, and this benchmark did not."""
+    assert all(row["correct"] for row in rows_of_packs())
+    memory = torch_operators._EFFICIENT_BACKWARD.memory
+    monkeypatch.setitem(memory, "out", UNRESTRICTED)
+    rows = rows_of_packs()
+    assert {row["travelling"] for row in rows} == {"keys", "queries"}
+    assert not any(row["correct"] for row in rows)
+    assert all(row["dv"] < 1e-2 < row["dq"] for row in rows)
