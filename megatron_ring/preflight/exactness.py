@@ -2,8 +2,11 @@
 
 The sample is short and drawn identically on every rank. Layout, groups, kernel, dtype, heads,
 windows and documents are the run's own; stripes are narrower where a short sample would not have
-enough of them. The reference is plain torch in float64 over the whole sample. It shares no code
-with the kernels, the masks and the ring, so that the same bug cannot be in both.
+enough of them. The operator is the one that the model calls, so kernels get what they get in
+training: halves of heads, received keys or queries, two samples if a micro-batch has several, and
+a gradient of the log-sum-exp if there are attention sinks. The reference is plain torch in float64
+over the whole sample. It shares no code with the kernels, the masks and the ring, so that the same
+bug cannot be in both.
 """
 
 import math
@@ -36,6 +39,19 @@ class AttentionResult(NamedTuple):
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+
+
+class Sample(NamedTuple):
+    """Inputs of attention and gradients of its results, for whole samples.
+
+    dlse_BHS: None if no gradient reaches the log-sum-exp.
+    """
+
+    q_BSHD: torch.Tensor
+    k_BSGD: torch.Tensor
+    v_BSGD: torch.Tensor
+    dout_BSHD: torch.Tensor
+    dlse_BHS: torch.Tensor | None = None
 
 
 class Errors(NamedTuple):
@@ -104,15 +120,22 @@ def errors(setup: RunSettings, groups: ProcessGroups, coordinates: Coordinates) 
     )
     positions = layout.positions(coordinates.ring, coordinates.ulysses, grid.ulysses)
     documents = _document_starts(setup, layout.seq_length)
-    starts = torch.tensor(documents) if len(documents) > 1 else None
+    sample = _random_sample(setup, layout.seq_length)
+    starts = None
+    if len(documents) > 1:
+        offsets = layout.seq_length * torch.arange(len(sample.q_BSHD))
+        starts = (offsets.unsqueeze(1) + torch.tensor(documents)).flatten()
     of_windows = []
     for window in _windows(setup, layout.seq_length):
-        sample = _random_inputs(setup, layout.seq_length)
-        q, k, v, dout = (tensor[:, positions].requires_grad_() for tensor in sample)
-        out_BlHD, _ = attention(q, k, v, window, starts)
-        gradients = torch.autograd.grad(out_BlHD, (q, k, v), dout)
-        actual = AttentionResult(out_BlHD, *gradients)
-        expected = plain_attention(*sample, window, documents)
+        q, k, v, dout = (tensor[:, positions] for tensor in sample[:4])
+        inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+        results = attention(*inputs, window, starts)
+        dresults = [dout]
+        if sample.dlse_BHS is not None:
+            dresults.append(sample.dlse_BHS[:, :, positions])
+        gradients = torch.autograd.grad(results[: len(dresults)], inputs, dresults)
+        actual = AttentionResult(results[0], *gradients)
+        expected = plain_attention(sample, window, documents)
         of_windows.append([error(a, b[:, positions]) for a, b in zip(actual, expected)])
     return Errors(*map(max, zip(*of_windows)))
 
@@ -141,40 +164,41 @@ def _short_layout(layout: Layout, ulysses: int) -> Layout:
     return Layout(layout.name, seq_length, layout.ring_size, stripe)
 
 
-def _random_inputs(setup: RunSettings, tokens: int) -> list[torch.Tensor]:
-    """Return random q, k, v and output gradient: standard normal, a tensor rank's heads."""
+def _random_sample(setup: RunSettings, tokens: int) -> Sample:
+    """Return standard normal tensors with a tensor rank's heads, for at most two samples."""
     model = setup.config.model
     query_heads = share(model.num_attention_heads, setup.grid.tensor)
     key_value_heads = share(model.key_value_heads, setup.grid.tensor)
+    samples = min(2, setup.config.training.micro_batch_size)
     generator = torch.Generator().manual_seed(tokens)
-    inputs = []
+    tensors = []
     for heads in (query_heads, key_value_heads, key_value_heads, query_heads):
-        tensor = torch.randn((1, tokens, heads, model.head_dim), generator=generator)
-        inputs.append(tensor.to(setup.device, setup.precision.dtype))
-    return inputs
+        tensor = torch.randn((samples, tokens, heads, model.head_dim), generator=generator)
+        tensors.append(tensor.to(setup.device, setup.precision.dtype))
+    if model.softmax_type == "vanilla":
+        return Sample(*tensors)
+    dlse_BHS = torch.randn((samples, query_heads, tokens), generator=generator)
+    return Sample(*tensors, dlse_BHS.to(setup.device))
 
 
-def plain_attention(
-    q_BSHD: torch.Tensor,
-    k_BSGD: torch.Tensor,
-    v_BSGD: torch.Tensor,
-    dout_BSHD: torch.Tensor,
-    window: int,
-    documents: list[int],
-) -> AttentionResult:
-    """Compute softmax(q k^T / sqrt(D)) v over the whole sample in float64, gradients by autograd.
+def plain_attention(sample: Sample, window: int, documents: list[int]) -> AttentionResult:
+    """Compute softmax(q k^T / sqrt(D)) v over whole samples in float64, gradients by autograd.
 
-    ``documents``: the positions at which documents start.
+    ``documents``: the positions of each sample at which documents start.
     """
-    q, k, v = (x.detach().double().requires_grad_() for x in (q_BSHD, k_BSGD, v_BSGD))
+    q, k, v = (x.detach().double().requires_grad_() for x in sample[:3])
     queries_per_key = q.shape[2] // k.shape[2]
     k_BSHD = k.repeat_interleave(queries_per_key, dim=2)
     v_BSHD = v.repeat_interleave(queries_per_key, dim=2)
     scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q, k_BSHD) * q.shape[-1] ** -0.5
     visible_SS = _visible(q.shape[1], window, documents).to(q.device)
-    weights_BHSS = scores_BHSS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
-    out_BSHD = torch.einsum("bhqk,bkhd->bqhd", weights_BHSS, v_BSHD)
-    gradients = torch.autograd.grad(out_BSHD, (q, k, v), dout_BSHD.double())
+    scores_BHSS = scores_BHSS.masked_fill(~visible_SS, -torch.inf)
+    out_BSHD = torch.einsum("bhqk,bkhd->bqhd", scores_BHSS.softmax(-1), v_BSHD)
+    results = [(out_BSHD, sample.dout_BSHD)]
+    if sample.dlse_BHS is not None:
+        results.append((scores_BHSS.logsumexp(-1), sample.dlse_BHS))
+    outputs, doutputs = zip(*results)
+    gradients = torch.autograd.grad(outputs, (q, k, v), [x.double() for x in doutputs])
     return AttentionResult(out_BSHD, *gradients)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_ring.data.tokens import TokenStoreWriter
 from megatron_ring.errors import DataError, MegatronRingError
-from megatron_ring.kernels.attention import KERNELS, HopInputs, sdpa
+from megatron_ring.kernels.attention import KERNELS, HopInputs, sdpa, torch_operators
+from megatron_ring.kernels.memory_contract import UNRESTRICTED
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.consensus import Consensus, run_checked
 from megatron_ring.parallel.grid import Grid
@@ -27,6 +29,7 @@ from megatron_ring.preflight.exactness import error_limits
 from megatron_ring.preflight.self_test import SelfTestReport, self_test
 from megatron_ring.settings.run_settings import RunSettings
 from tests.distributed import run_ranks
+from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
 from tests.programs import free_port, start_rank, working_folder
 
 SMALL = """\
@@ -78,6 +81,14 @@ PASSING = {
         4,
     ),
     "data 4": (changed(parallel={"context_parallel": "none"}), 0),
+    "two samples with sinks, packed, bf16": (
+        changed(
+            data={"reset_attention_mask": True},
+            model={"softmax_type": "learnable"},
+            training={"dtype": "bf16", "micro_batch_size": 3},
+        ),
+        4,
+    ),
 }
 
 
@@ -195,6 +206,22 @@ def run_with_a_wrong_kernel(rank: int, consensus: Consensus, folder: Path) -> No
         KERNELS["sdpa"] = sdpa
 
 
+def run_with_an_operator_that_misreads_halves_of_heads(
+    rank: int, consensus: Consensus, folder: Path
+) -> None:
+    """As on a GPU: torch's operators for CUDA, and messages slow enough for halves of heads."""
+    memory = torch_operators._EFFICIENT_BACKWARD.memory
+    with (
+        stand_ins_for_cuda_operators(),
+        mock.patch.dict(KERNELS, sdpa=sdpa.ON_CUDA),
+        mock.patch.object(RingExchange, "is_slow", True),
+    ):
+        config = changed(data={"reset_attention_mask": True}, training={"dtype": "bf16"})
+        report_of(config, consensus)
+        with mock.patch.dict(memory, out=UNRESTRICTED):
+            report_of(config, consensus)
+
+
 # By fault: for each problem that the error lists, in order, what its text must contain, in order.
 FAULTS = {
     run_with_another_option: [
@@ -239,6 +266,10 @@ FAULTS = {
         ],
     ],
     run_with_a_wrong_kernel: [["out is wrong on rank 1 (HOST)", "sdpa"]],
+    run_with_an_operator_that_misreads_halves_of_heads: [
+        ["dq is wrong on ranks 0-3 (HOST)", "sdpa"],
+        ["dk is wrong on ranks 0-3 (HOST)", "sdpa"],
+    ],
 }
 
 
