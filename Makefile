@@ -20,7 +20,8 @@ ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-PIP_INSTALL := pip install --quiet --disable-pip-version-check
+# Without compiling all modules to bytecode, which Python does for those that it imports.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 # A file for pip with the constraints that fit the installed torch.
 USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))

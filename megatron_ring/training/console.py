@@ -12,7 +12,6 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
 from megatron_ring.monitoring.metrics import ConsoleReporter
-from megatron_ring.monitoring.plot import draw_loss
 from megatron_ring.monitoring.ring_profile.monitor import straggler_notice
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
@@ -144,6 +143,9 @@ def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
         lines.append(f"metrics          {metrics}")
         # Not from a device or a pipe, which may have no end.
         if report.first and metrics.is_file():
+            # Imported here, because matplotlib would take a tenth of the start of every rank.
+            from megatron_ring.monitoring.plot import draw_loss
+
             plot = metrics.with_name("loss.png")
             if report.best_effort(f"loss plot {plot}", draw_loss, metrics, plot):
                 lines.append(f"loss plot        {plot}")
