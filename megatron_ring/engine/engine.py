@@ -53,6 +53,7 @@ from megatron_ring.parallel.environment import Environment, keep_freed_memory
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.rendezvous import join
 from megatron_ring.parallel.tensor import whole_shape
+from megatron_ring.settings.deepspeed_config import with_bucket_size
 from megatron_ring.settings.run_settings import RunSettings
 
 # By their names in DeepSpeed's config.
@@ -158,6 +159,7 @@ class Engine:
         settings = {key: value for key, value in setup.deepspeed.items() if key not in _MONITORS}
         # DeepSpeed computes the norm only where it clips, and we always report it.
         settings["gradient_clipping"] = training.clip_grad or math.inf
+        settings = with_bucket_size(settings, _element_count(model))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -367,6 +369,14 @@ def _start_monitors(config: dict[str, Any]) -> dict[str, Monitor]:
         if options.enabled and (monitor := best_effort(name, kind, options)):
             started[name] = monitor.write_events
     return started
+
+
+def _element_count(model: torch.nn.Module) -> int:
+    """Return the elements of the parameters of this process; those that ZeRO 3 splits count whole.
+
+    The same on all ranks of data x context, which have to fill their buckets alike.
+    """
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:
