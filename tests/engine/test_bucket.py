@@ -45,10 +45,11 @@ def bucket_bytes(rank: int, world_size: int, prefix) -> dict[str, tuple[int, int
 
 
 def test_the_bucket_that_deepspeed_allocates_is_the_planned_one(tmp_path):
-    for of_rank in run_ranks(2, bucket_bytes, tiny.write_store(tmp_path)):
-        assert {name: actual for name, (actual, _) in of_rank.items()} == {
-            name: planned for name, (_, planned) in of_rank.items()
-        }
+    for rank, of_rank in enumerate(run_ranks(2, bucket_bytes, tiny.write_store(tmp_path))):
+        for name, (actual, planned) in of_rank.items():
+            # The plan is that of the first tensor rank, which has one row more of 61.
+            fewer = 4 * 32 if name == "tensor" and rank == 1 else 0
+            assert actual == planned - fewer, name
         assert of_rank["requested"] == (4000, 4000)
         assert of_rank["zero 1"] == of_rank["zero 2"] == of_rank["zero 3"]
         assert of_rank["tensor"][0] < of_rank["zero 1"][0]
