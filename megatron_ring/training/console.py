@@ -17,7 +17,7 @@ from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.schedule import change_on_resume
+from megatron_ring.training.schedule import Warmup, change_on_resume, warmup_of
 from megatron_ring.training.start import Start
 
 
@@ -30,6 +30,7 @@ def opening(start: Start) -> str:
     padding = f" in {rows} rows" if rows > token_ids else ""
     lines = [
         *_settings(start.setup),
+        _warmup_line(start.warmup),
         f"model            {parameters:,} parameters, {token_ids} token ids{padding}",
         *(f"data             {line}" for line in start.dataset.training.describe()),
     ]
@@ -154,7 +155,8 @@ def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
 
 def plan(setup: RunSettings) -> str:
     """Return the output of --dry-run: config, derived settings, placement, memory and messages."""
-    return "\n".join([to_yaml(setup.config), *_settings(setup), *plan_lines(setup)])
+    settings = [*_settings(setup), _warmup_line(warmup_of(setup.config.training))]
+    return "\n".join([to_yaml(setup.config), *settings, *plan_lines(setup)])
 
 
 def _settings(setup: RunSettings) -> list[str]:
@@ -176,6 +178,10 @@ def _settings(setup: RunSettings) -> list[str]:
         *_window_line(setup.config.model),
         *straggler_notice(setup),
     ]
+
+
+def _warmup_line(warmup: Warmup) -> str:
+    return f"warm-up          {warmup.iters} steps: {warmup.reason}"
 
 
 def _split_line(data: DataConfig) -> list[str]:
