@@ -181,6 +181,9 @@ class Engine:
 
         ``batches`` is empty on pipeline stages after the first. The step is refused, and changes no
         weight, if its loss is above ``highest_loss`` or the loss or gradient is not finite.
+
+        The host reads the results from the device, so all work of the step on its stream is done
+        when this returns. Monitoring relies on that (parallel/device_clock.py).
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate

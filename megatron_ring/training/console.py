@@ -12,7 +12,6 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
 from megatron_ring.monitoring.metrics import ConsoleReporter
-from megatron_ring.monitoring.ring_profile.monitor import straggler_notice
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
@@ -176,7 +175,6 @@ def _settings(setup: RunSettings) -> list[str]:
         *(f"operations       {line}" for line in setup.operations.describe()),
         *_split_line(setup.config.data),
         *_window_line(setup.config.model),
-        *straggler_notice(setup),
     ]
 
 
