@@ -206,13 +206,12 @@ def _window_line(model: ModelConfig) -> list[str]:
 
 
 def _layout_description(setup: RunSettings) -> str:
-    layout = setup.layout
-    if layout.stripe_size == 1:
-        return layout.name
-    reason = ""
-    if setup.config.parallel.stripe_size == "auto":
-        reason = f" (auto: fastest with {setup.kernel.name})"
-    return f"{layout.name}, stripe size {layout.stripe_size}{reason}"
+    stripe_size = setup.layout.stripe_size
+    reason = f" (auto: {setup.stripe_reason})" if setup.stripe_reason else ""
+    if stripe_size == 1:
+        # On a CPU the reference alone prefers single tokens, and short samples have no others.
+        return setup.layout.name + (reason if setup.device == "cuda" else "")
+    return f"{setup.layout.name}, stripe size {stripe_size}{reason}"
 
 
 def _tokens_description(setup: RunSettings) -> str:

@@ -26,7 +26,7 @@ from megatron_ring.parallel.consensus import (
 )
 from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
-from megatron_ring.preflight.consistency import check_data, check_options_and_code
+from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.checkpoint_selection import select_checkpoint, with_checkpoint_error
 from megatron_ring.training.schedule import Warmup, warmup_of
@@ -144,6 +144,7 @@ class Start:
             setup = run_checked(
                 consensus, lambda: RunSettings.resolve(config, environment.world_size)
             )
+            check_layout(setup.layout, consensus)
             consensus.run_on_rank_zero(check_outputs)
             dataset = run_checked(consensus, open_data)
             check_data(config.data, consensus)

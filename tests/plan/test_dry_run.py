@@ -40,6 +40,13 @@ def test_the_drawing_states_how_ulysses_splits_a_shard():
     assert "member u holds the u-th run of 12" in output
 
 
+def test_no_more_stripes_are_drawn_than_the_sample_has():
+    output = printed(2, data={"seq_length": 8192})
+    assert "drawn for 8192 tokens; # is a stripe of 2048 tokens" in output
+    assert "ring rank 0  #..#" in output
+    assert "ring rank 1  .##." in output
+
+
 def test_memory_is_listed_by_stage_with_its_error_and_its_exact_peak():
     training = {"zero_stage": 1, "global_batch_size": 16}
     setup = RunSettings.resolve(tiny.config(parallel=EVERY_AXIS, training=training), 16)
