@@ -60,6 +60,7 @@ from megatron_ring.kernels.attention import (
     to_kernel_layout,
 )
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
@@ -202,8 +203,9 @@ def stripe_size(options: Options, mask: Mask) -> int:
     """Return --stripe-size as a number of tokens, with "auto" resolved."""
     if options.stripe_size != "auto":
         return options.stripe_size
-    widths = stripe_widths(_kernel(options), _device_type(options))
     packed = bool(mask.document_starts)
+    kind = MaskKind.SPARSE if packed or mask.window else MaskKind.CAUSAL
+    widths = stripe_widths(_kernel(options), _device_type(options), kind).widths
     return auto_stripe_size(options.seq_length, _ring_size(options), widths, packed, mask.window)
 
 
@@ -387,7 +389,12 @@ def _run_rank(rank: int, options: Options, port: int, results) -> None:
         torch.cuda.set_device(rank)
     else:
         keep_freed_memory()  # as in training
-    dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=options.nproc)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        rank=rank,
+        world_size=options.nproc,
+        device_id=torch.device("cuda", rank) if on_cuda and options.nproc > 1 else None,
+    )
     torch.set_num_threads(1)
     runs = _runs(rank, options)
     seconds = {name: [] for name in runs}

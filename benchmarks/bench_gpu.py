@@ -12,9 +12,9 @@ Rates count the products of visible pairs only, so work that a kernel computes a
 lowers its rate. "of single" is the rate relative to that of the fastest kernel on one causal square
 of a rank's tokens, forward and backward.
 
-The last lines are rows of kernels/attention/measured.py, from which --attention-kernel auto chooses
-on this device: the time of each kernel on one of eight striped ranks, by dtype, without and with
-documents.
+The last lines are rows of kernels/attention/measured.py, from which --attention-kernel auto and
+--stripe-size auto choose on this device: the time of each kernel on one of eight striped ranks, by
+dtype, without and with documents, and the relative speed of the stripe sizes of each kernel.
 """
 
 import argparse
@@ -78,9 +78,7 @@ def main() -> None:
     )
     parts = (bench.correctness, bench.orders, bench.layouts, bench.packs)
     findings = {part.__name__: bench.print_rows(part.__name__, part()) for part in parts}
-    print(
-        "\nfor kernels/attention/measured.py", *bench.measured_lines(findings["orders"]), sep="\n"
-    )
+    print("\nfor kernels/attention/measured.py", *bench.measured_lines(findings), sep="\n")
     setting = {
         "device": bench.device_name,
         "torch": torch.__version__,
@@ -299,15 +297,36 @@ class Bench:
 
     # ---- output ----
 
-    def measured_lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
-        """Yield the rows of ``orders`` as lines of measured.py, preceded by the command."""
+    def measured_lines(self, findings: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+        """Yield the rows of measured.py: of MEASURED, then MEASURED_STRIPES; first the command."""
         yield f"    # {' '.join(sys.argv)}"
-        source = f"commit {commit()}, torch {torch.__version__}"
-        cases = itertools.groupby(orders, lambda row: (row["dtype"], row["mask"]))
+        source = f'"commit {commit()}, torch {torch.__version__}"'
+        cases = itertools.groupby(findings["orders"], lambda row: (row["dtype"], row["mask"]))
         for (dtype, mask), rows in cases:
             times = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
             case = f'"{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}'
-            yield f'    Measured({case}, {{{times}}}, "{source}"),'
+            yield f"    Measured({case}, {{{times}}}, {source}, {self.options.head_dim}),"
+        for kernel, kind in itertools.product(self.kernels, MaskKind):
+            if speeds := self._speeds_of_stripes(findings, kernel, kind):
+                case = f'"{self.device_name}", "{kernel}", MaskKind.{kind.name}'
+                yield f"    MeasuredStripes({case}, {{{', '.join(speeds)}}}, {source}),"
+
+    def _speeds_of_stripes(
+        self, findings: dict[str, list[dict[str, Any]]], kernel: str, kind: MaskKind
+    ) -> list[str]:
+        """Return "stripe size: relative speed" of eight ranks, at the first of the sizes."""
+        if kind is MaskKind.CAUSAL:
+            rows, speed, size = findings["layouts"], "of_single", self.options.tokens[0]
+            rows = [row for row in rows if row["ranks"] == PACK_RANKS]
+        else:
+            rows, speed, size = findings["packs"], "over_ring", self.options.packs[0]
+        sizes = {"striped": "1", "zigzag": "WIDEST"}
+        sizes |= {f"striped by {stripe}": str(stripe) for stripe in STRIPE_SIZES}
+        return [
+            f"{sizes[row['layout']]}: {row[speed]:.4g}"
+            for row in rows
+            if (row["kernel"], row["tokens"]) == (kernel, size) and row["layout"] in sizes
+        ]
 
     def print_rows(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """Print each row once it is measured, then what was skipped; return the rows."""

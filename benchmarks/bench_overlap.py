@@ -56,6 +56,7 @@ from megatron_ring.kernels.attention import (
     stripe_widths,
     to_kernel_layout,
 )
+from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
@@ -274,7 +275,8 @@ class Shard:
 def _layout(name: str, tokens: int, kernel: str) -> Layout:
     ring_size = dist.get_world_size()
     length = tokens * ring_size
-    stripe = auto_stripe_size(length, ring_size, stripe_widths(kernel, "cpu"), packed=False)
+    widths = stripe_widths(kernel, "cpu", MaskKind.CAUSAL).widths
+    stripe = auto_stripe_size(length, ring_size, widths, packed=False)
     return Layout(name, length, ring_size, stripe if name == "striped" else 1)
 
 

@@ -23,7 +23,8 @@ class ParallelConfig:
     member exchange heads for sequence by all-to-all. 1: ring only."""
     stripe_size: int | Literal["auto"] = "auto"
     """Stripe size of the striped layout, in tokens; 1 as in the Striped Attention paper. auto: the
-    widest stripes that suit the attention kernel, as measured."""
+    fastest with the attention kernel, the device and the mask, as measured; resolved anew on
+    resume."""
     context_parallel_reduction: Literal["arrival", "invariant"] = "arrival"
     """Accumulation order of a ring. arrival: in hop order (fast); invariant: in an order that does
     not depend on the ring size, so that attention is bitwise equal on rings of 1, 2, 4 and 8 ranks

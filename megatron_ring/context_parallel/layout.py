@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.kernels.attention.measured import WIDEST, StripeSize
 
 Positions = Callable[["Layout", int], torch.Tensor]
 
@@ -185,16 +186,20 @@ _MAX_ROUND_TOKENS_OF_PACKED = 2048
 
 
 def auto_stripe_size(
-    seq_length: int, ring_size: int, widths: Sequence[int], packed: bool, window: int = 0
+    seq_length: int, ring_size: int, widths: Sequence[StripeSize], packed: bool, window: int = 0
 ) -> int:
     """Return what --stripe-size auto means: the widest of the kernel's ``widths`` that fits.
 
-    A width fits if it balances the work, with as many rounds in one direction as in the other.
-    ``packed`` documents also need many rounds, and short ones unless no width is that narrow. A
-    ``window`` should span two rounds; if no width is that narrow, the narrowest is the least
-    unbalanced. Returns 1 if no width fits.
+    WIDEST is two stripes per rank, which are the chunks of the zigzag layout. A width fits if it
+    balances the work, with as many rounds in one direction as in the other. ``packed`` documents
+    also need many rounds, and short ones unless no width is that narrow. A ``window`` should span
+    two rounds; if no width is that narrow, the narrowest is the least unbalanced. Returns 1 if no
+    width fits.
     """
-    even = [width for width in widths if seq_length % (2 * ring_size * width) == 0]
+    # The order of a ring of one does not depend on its stripes.
+    zigzag_chunk = max(1, seq_length // (2 * ring_size)) if ring_size > 1 else 1
+    in_tokens = [zigzag_chunk if width == WIDEST else width for width in widths]
+    even = [width for width in in_tokens if seq_length % (2 * ring_size * width) == 0]
     if packed:
         most = seq_length // (ring_size * _MIN_ROUNDS_OF_PACKED)
         in_many_rounds = [width for width in even if width <= most]

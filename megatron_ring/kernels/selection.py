@@ -17,6 +17,7 @@ class Validation(enum.Enum):
     """How a supported cell has been validated; the value is the word used in the documents."""
 
     TESTED = "tested"
+    MEASURED = "measured on H100"
     INTERPRETED = "interpreted"
     STAND_IN = "stand-in"
     UNPROVEN = "unproven"
@@ -29,6 +30,7 @@ class Validation(enum.Enum):
 
 _CAVEATS = {
     Validation.TESTED: "",
+    Validation.MEASURED: "measured on an H100, never run on such a device",
     Validation.INTERPRETED: "tested in Triton's interpreter, never run on such a device",
     Validation.STAND_IN: "tested with a stand-in for the library, never run on such a device",
     Validation.UNPROVEN: "written and never run on such a device",

@@ -48,6 +48,7 @@ def _layout_drawing(layout: Layout, ulysses: int) -> list[str]:
     stripe = layout.stripe_size
     smallest = layout.ring_size * 2
     units = max(smallest, _MAX_DRAWN_TOKENS // smallest * smallest)
+    units = min(units, layout.seq_length // stripe)
     small = Layout(layout.name, units * stripe, layout.ring_size, stripe)
     unit_name = "token" if stripe == 1 else f"stripe of {stripe} tokens"
     lines = [

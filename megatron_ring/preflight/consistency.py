@@ -16,6 +16,7 @@ import torch
 import megatron_ring
 from megatron_ring.checkpoint.provenance import commit
 from megatron_ring.config import Config, DataConfig
+from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.dataset import DEFAULT_FOLDER
 from megatron_ring.data.manifest import manifest_path, tokenizer_path
 from megatron_ring.data.prepare import prepare_python_library
@@ -53,6 +54,20 @@ def check_options_and_code(config: Config, consensus: Consensus) -> None:
         )
     if problems or code_problems:
         raise ConfigError(problems + code_problems)
+
+
+def check_layout(layout: Layout, consensus: Consensus) -> None:
+    """Raise ConfigError on every rank if the stripe size differs between ranks. Blocks.
+
+    --stripe-size auto follows the GPU, and the ranks of a job may have different ones.
+    """
+    problems = differences(
+        consensus,
+        lambda: {"stripe_size": str(layout.stripe_size)},
+        lambda name: f"Set {flag(name)} to one of these.",
+    )
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_data(config: DataConfig, consensus: Consensus) -> None:

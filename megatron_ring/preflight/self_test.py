@@ -13,7 +13,7 @@ from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.process_id import ProcessId, describe_processes
-from megatron_ring.preflight.consistency import check_data, check_options_and_code
+from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.preflight.exactness import Errors, check_attention, error_limits
 from megatron_ring.preflight.link_bandwidth import (
     Link,
@@ -48,6 +48,7 @@ def run_self_test_only(config: Config, environment: Environment, consensus: Cons
     with abort_collectively():
         check_options_and_code(config, consensus)
         setup = run_checked(consensus, lambda: RunSettings.resolve(config, environment.world_size))
+        check_layout(setup.layout, consensus)
         if config.data.data_path:
             run_checked(consensus, lambda: Dataset.open(config.data, config.training.seed))
             check_data(config.data, consensus)

@@ -7,32 +7,53 @@ out. Every other layout refuses a length that it cannot divide.
 """
 
 import itertools
+from typing import NamedTuple
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.errors import nearest_multiples
 from megatron_ring.kernels.attention import stripe_widths
+from megatron_ring.kernels.attention.machine import Machine
+from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.parallel.grid import Grid
 
 
-def layout(config: Config, grid: Grid, kernel: str, device: str) -> Layout:
+class ResolvedLayout(NamedTuple):
+    """The layout of a run, and why --stripe-size auto has that size; "" if it has no preference."""
+
+    layout: Layout
+    stripe_reason: str
+
+
+def layout(
+    config: Config,
+    grid: Grid,
+    kernel: str,
+    device: str,
+    mask: MaskKind,
+    machine: Machine | None = None,
+) -> ResolvedLayout:
     """Return the layout of a run, with --stripe-size auto resolved for the attention kernel.
 
-    The config must have no ``problems``.
+    The config must have no ``problems``. ``mask`` is the one by which the kernel was chosen,
+    ``machine`` this one by default.
     """
     parallel = config.parallel
     length = padded_length(config, grid)
-    stripe_size = parallel.stripe_size
-    if stripe_size == "auto":
-        may_be_wide = (
-            parallel.context_parallel == "striped"
-            and parallel.context_parallel_reduction == "arrival"
-        )
-        widths = stripe_widths(kernel, device) if may_be_wide else ()
-        stripe_size = auto_stripe_size(
-            length, grid.ring, widths, config.data.reset_attention_mask, config.model.window_size
-        )
-    return Layout(parallel.context_parallel, length, grid.ring, stripe_size)
+    if parallel.stripe_size != "auto":
+        fixed = Layout(parallel.context_parallel, length, grid.ring, parallel.stripe_size)
+        return ResolvedLayout(fixed, "")
+    may_be_wide = (
+        parallel.context_parallel == "striped" and parallel.context_parallel_reduction == "arrival"
+    )
+    if not may_be_wide:
+        return ResolvedLayout(Layout(parallel.context_parallel, length, grid.ring), "")
+    widths, reason = stripe_widths(kernel, device, mask, machine)
+    is_packed = config.data.reset_attention_mask
+    stripe_size = auto_stripe_size(length, grid.ring, widths, is_packed, config.model.window_size)
+    if widths and stripe_size == 1 and grid.ring > 1:
+        reason += f"; no such stripes balance {length} tokens on {grid.ring} ring ranks"
+    return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size), reason)
 
 
 def padded_length(config: Config, grid: Grid) -> int:

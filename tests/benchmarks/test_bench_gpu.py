@@ -14,7 +14,7 @@ from megatron_ring.kernels.memory_contract import UNRESTRICTED
 from tests.benchmarks import commands
 from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
 
-SIZES = ["--tokens", "256", "--ring-sizes", "1", "4", "--packs", "2048"]
+SIZES = ["--tokens", "256", "--ring-sizes", "1", "8", "--packs", "2048"]
 HEADS = ["--heads", "8", "--kv-heads", "2", "--head-dim", "16"]
 SMALL = ["--device", "cpu", "--rounds", "1", *SIZES, *HEADS]
 
@@ -37,7 +37,7 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
     assert {row["mask"] for row in findings["correctness"]} == {"causal", "window", "documents"}
     assert {row["travelling"] for row in findings["correctness"]} == {"keys", "queries"}
     ranks_of_layout = {row["layout"]: row["ranks"] for row in findings["layouts"]}
-    expected = {"none": 1, "ring": 4, "striped": 4, "striped by 128": 4, "zigzag": 4}
+    expected = {"none": 1, "ring": 8, "striped": 8, "striped by 128": 8, "zigzag": 8}
     assert ranks_of_layout == expected
     assert all(row["forward_tflops"] > 0 for row in findings["layouts"])
     assert all(row["backward_tflops"] > 0 for row in findings["layouts"])
@@ -51,20 +51,30 @@ def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):
     of_reference = [row for row in findings["orders"] if row["kernel"] == "reference"]
     assert [(row["dtype"], row["mask"]) for row in of_reference] == cases
     lines = stdout.partition("for kernels/attention/measured.py\n")[2]
-    table = eval(f"[{lines}]", vars(measured))
+    rows = eval(f"[{lines}]", vars(measured))
+    table = [row for row in rows if isinstance(row, measured.Measured)]
     assert [(row.device, row.dtype, row.mask.name) for row in table] == [
         ("cpu", DTYPES[dtype], mask) for dtype, mask in cases
     ]
     for row in table:
         assert row.milliseconds.keys() == {"sdpa", "reference"}
+        assert row.head_dim == 16
         assert "commit" in row.source
+    causal, documents = rows[len(table) :]
+    assert (causal.kernel, causal.mask.name) == ("sdpa", "CAUSAL")
+    assert causal.speeds.keys() == {1, 128, measured.WIDEST}
+    assert (documents.kernel, documents.mask.name) == ("sdpa", "SPARSE")
+    assert documents.speeds.keys() == {1, 128}
+    of_single = {row["layout"]: row["of_single"] for row in findings["layouts"]}
+    assert causal.speeds[measured.WIDEST] == pytest.approx(of_single["zigzag"], rel=1e-3)
+    assert causal.speeds[1] == pytest.approx(of_single["striped"], rel=1e-3)
     assert "benchmarks/bench_gpu.py --device cpu" in lines
 
 
 def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):
     findings, stdout = bench(tmp_path, "--minutes", "0")
     assert findings["layouts"] == findings["packs"] == findings["orders"] == []
-    assert "skipped, out of time: 256 4 zigzag sdpa" in stdout
+    assert "skipped, out of time: 256 8 zigzag sdpa" in stdout
     assert "attention_kernel flash" in stdout
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_ring.context_parallel.layout import NAMES, Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import hop_key_ranges
 from megatron_ring.errors import ConfigError
+from megatron_ring.kernels.attention.measured import WIDEST
 
 SIXTEEN_TOKENS_ON_FOUR_RANKS = {
     ("ring", 1): [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
@@ -148,6 +149,31 @@ def test_packed_documents_get_many_short_rounds(seq_length, ring_size, width):
     """At least 32, of up to 2,048 tokens if a width is narrow enough, else longer ones."""
     widths = (2048, 1024, 512, 256, 128)
     assert auto_stripe_size(seq_length, ring_size, widths, packed=True) == width
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "ring_size", "stripe_size"),
+    [
+        (65536, 8, 4096),
+        (131072, 6, 1),
+        (131076, 6, 10923),
+        (1 << 20, 64, 8192),
+        (24, 3, 4),
+        (21, 3, 1),
+        (16, 5, 1),
+        (6, 3, 1),
+        (3, 3, 1),
+        (65536, 1, 1),
+    ],
+)
+def test_the_widest_stripes_are_the_chunks_of_zigzag(seq_length, ring_size, stripe_size):
+    """Where two for each rank divide the sample; else single tokens, as on a ring of one."""
+    assert auto_stripe_size(seq_length, ring_size, (WIDEST,), packed=False) == stripe_size
+    if stripe_size > 1:
+        striped = Layout("striped", seq_length, ring_size, stripe_size)
+        zigzag = Layout("zigzag", seq_length, ring_size)
+        for ring_rank in range(ring_size):
+            assert torch.equal(striped.positions(ring_rank), zigzag.positions(ring_rank))
 
 
 # For four ranks of six tokens each: how far back a query looks, and the number of hops.

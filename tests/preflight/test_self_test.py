@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ring.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.tokens import TokenStoreWriter
 from megatron_ring.errors import DataError, MegatronRingError
 from megatron_ring.kernels.attention import KERNELS, HopInputs, sdpa, torch_operators
@@ -157,6 +158,12 @@ def run_with_other_code(rank: int, consensus: Consensus, folder: Path) -> None:
         consistency.check_options_and_code(CONFIG, consensus)
 
 
+def run_with_another_gpu(rank: int, consensus: Consensus, folder: Path) -> None:
+    """As if --stripe-size auto had followed another GPU on rank 2."""
+    layout = Layout("striped", 1024, 4, stripe_size=1 if rank == 2 else 128)
+    consistency.check_layout(layout, consensus)
+
+
 def run_with_other_data(rank: int, consensus: Consensus, folder: Path) -> None:
     own = folder / str(rank)
     own.mkdir()
@@ -236,6 +243,9 @@ FAULTS = {
             "not installed on rank 2 (HOST)",
         ],
         ["commit", "9f3 on ranks 0, 2-3 (HOST)", "9f3+ on rank 1 (HOST)"],
+    ],
+    run_with_another_gpu: [
+        ["stripe_size", "128 on ranks 0-1, 3 (HOST)", "1 on rank 2 (HOST)", "--stripe-size"],
     ],
     run_with_other_data: [
         ["size of tokens.bin", "6 bytes on ranks 0-2 (HOST)", "4 bytes on rank 3 (HOST)"],

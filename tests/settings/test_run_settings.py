@@ -3,8 +3,11 @@
 import pytest
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
+from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.registry import SUPPORT, Feature, Unsupported
+from megatron_ring.settings import run_settings
 from megatron_ring.settings.run_settings import RunSettings
+from megatron_ring.training import console
 from tests.training import tiny
 
 
@@ -145,3 +148,102 @@ def test_auto_chooses_the_widest_stripes_that_suit_the_kernel_and_the_mask():
     assert (
         stripe(data={"seq_length": 2048}, parallel={"context_parallel_reduction": "invariant"}) == 1
     )
+
+
+H100 = Machine("NVIDIA H100 80GB HBM3", (9, 0), cudnn=91501, triton=True)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Return a function that resolves settings as on a machine with such a GPU."""
+
+    def resolve(machine: Machine, world_size: int = 8, **sections) -> RunSettings:
+        monkeypatch.setattr(run_settings, "device_type", lambda: "cuda")
+        monkeypatch.setattr(Machine, "here", staticmethod(lambda: machine))
+        sections["training"] = {"dtype": "bf16"} | sections.get("training", {})
+        return RunSettings.resolve(tiny.config(**sections), world_size)
+
+    return resolve
+
+
+ONE_DOCUMENT = {"seq_length": 65536}
+PACKED = {"seq_length": 65536, "reset_attention_mask": True}
+STRIPES_ON_H100 = [
+    ("one document", {"data": ONE_DOCUMENT}, "cudnn", 4096),
+    ("documents", {"data": PACKED}, "triton", 128),
+    ("fewer than 32 rounds", {"data": PACKED | {"seq_length": 16384}}, "triton", 1),
+    ("a window", {"data": ONE_DOCUMENT, "model": {"window_size": 4096}}, "triton", 128),
+    ("a short window", {"data": ONE_DOCUMENT, "model": {"window_size": 100}}, "triton", 128),
+    ("fp32", {"data": ONE_DOCUMENT, "training": {"dtype": "fp32"}}, "sdpa", 4096),
+    ("fp32 documents", {"data": PACKED, "training": {"dtype": "fp32"}}, "sdpa", 1),
+    ("ragged", {"data": {"seq_length": 65535 + 9}}, "cudnn", 1),
+    ("padded", {"data": {"seq_length": 65535}}, "cudnn", 4096),
+    ("deterministic", {"data": ONE_DOCUMENT, "training": {"deterministic": True}}, "triton", 4096),
+    (
+        "invariant",
+        {"data": ONE_DOCUMENT, "parallel": {"context_parallel_reduction": "invariant"}},
+        "triton",
+        1,
+    ),
+    ("Ulysses", {"data": ONE_DOCUMENT, "parallel": {"ulysses_degree": 2}}, "cudnn", 8192),
+    ("Ulysses alone", {"data": ONE_DOCUMENT, "parallel": {"ulysses_degree": 8}}, "cudnn", 1),
+    ("by name", {"data": PACKED, "parallel": {"attention_kernel": "cudnn"}}, "cudnn", 1),
+    ("a given size", {"data": ONE_DOCUMENT, "parallel": {"stripe_size": 64}}, "cudnn", 64),
+    ("zigzag", {"data": ONE_DOCUMENT, "parallel": {"context_parallel": "zigzag"}}, "cudnn", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("sections", "kernel", "stripe_size"),
+    [row[1:] for row in STRIPES_ON_H100],
+    ids=[row[0] for row in STRIPES_ON_H100],
+)
+def test_on_a_gpu_the_stripes_are_the_fastest_with_the_kernel(
+    sections, kernel, stripe_size, on_gpu
+):
+    model = {"num_attention_heads": 8, "hidden_size": 64} | sections.get("model", {})
+    setup = on_gpu(H100, **sections | {"model": model})
+    assert (setup.kernel.name, setup.layout.stripe_size) == (kernel, stripe_size)
+
+
+def test_the_console_has_the_measurement_that_decided_the_stripes(on_gpu):
+    def line(machine: Machine, **sections) -> str:
+        return console._layout_description(on_gpu(machine, **sections))
+
+    one_document = line(H100, data=ONE_DOCUMENT)
+    assert "striped, stripe size 4096 (auto: fastest with cudnn and a causal mask" in one_document
+    assert "as measured (commit 58ca893" in one_document
+    h200 = Machine("NVIDIA H200", (9, 0), cudnn=91501, triton=True)
+    assert "as measured on NVIDIA H100 80GB HBM3" in line(h200, data=PACKED)
+    ragged = line(H100, data={"seq_length": 65544})
+    assert "no such stripes balance 65544 tokens on 8 ring ranks" in ragged
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "window", "layers", "frequency", "kernel", "stripe_size"),
+    [
+        (131072, 1024, 8, 4, "cudnn", 8192),
+        (32768, 4096, 8, 4, "triton", 128),
+        (131072, 1024, 8, 0, "triton", 128),
+    ],
+)
+def test_where_some_layers_have_no_window_the_costlier_mask_decides(
+    seq_length, window, layers, frequency, kernel, stripe_size, on_gpu
+):
+    model = {
+        "num_layers": layers,
+        "window_size": window,
+        "window_attn_skip_freq": frequency,
+    }
+    setup = on_gpu(H100, model=model, data={"seq_length": seq_length})
+    assert (setup.kernel.name, setup.layout.stripe_size) == (kernel, stripe_size)
+
+
+def test_a_config_that_is_saved_on_a_gpu_resolves_anew_elsewhere(on_gpu, monkeypatch):
+    """A checkpoint stores the option, not the stripe size of the device that wrote it."""
+    written = on_gpu(H100, data=ONE_DOCUMENT)
+    assert written.config.parallel.stripe_size == "auto"
+    monkeypatch.undo()
+    read = RunSettings.resolve(written.config, 8)
+    assert (read.layout.stripe_size, written.layout.stripe_size) == (2048, 4096)
+    assert read.layout.seq_length == written.layout.seq_length

@@ -11,7 +11,8 @@ import torch
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention.flash import flash_version
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.measured import auto_order
+from megatron_ring.kernels.attention.measured import SAME_GENERATION, MaskKind
+from megatron_ring.kernels.attention.preferences import auto_order
 from megatron_ring.kernels.attention.registry import (
     KERNEL_SPECS,
     Feature,
@@ -22,6 +23,7 @@ from megatron_ring.kernels.selection import (
     Assessment,
     Candidates,
     Refusal,
+    Validation,
     first_usable,
     refusals,
 )
@@ -41,11 +43,13 @@ def choose(
     head_dim: int,
     features: Iterable[Feature] = (),
     machine: Machine | None = None,
+    mask: MaskKind | None = None,
 ) -> KernelChoice:
     """Choose the kernel for ``--attention-kernel requested``, for ``features`` and such tensors.
 
-    ``machine`` is this one by default. Raises KernelUnavailable, with every reason, if the
-    requested kernel, or with ``auto`` every kernel, cannot be used.
+    ``machine`` is this one by default, ``mask`` the one by which ``auto`` orders the kernels, that
+    of ``features``. Raises KernelUnavailable, with every reason, if the requested kernel, or with
+    ``auto`` every kernel, cannot be used.
     """
     machine = machine or Machine.here()
     required = sorted({*features, *features_of_tensors(dtype, head_dim)}, key=list(Feature).index)
@@ -59,22 +63,25 @@ def choose(
 
     candidates = Candidates((requested,), "requested")
     if requested == "auto":
-        candidates = auto_order(device_type, dtype, required, machine)
+        mask = mask or MaskKind.of(required)
+        candidates = auto_order(device_type, dtype, head_dim, required, mask, machine)
     assessments = {name: assess(name) for name in candidates.names}
     chosen = first_usable(assessments)
     if chosen is None:
         raise KernelUnavailable([_message(refusal) for refusal in refusals(assessments)])
-    reasons = [candidates.reason, *_reasons(chosen, assessments)]
+    reasons = [candidates.reason, *_reasons(chosen, assessments, machine)]
     if chosen == "flash":
         reasons.append(flash_version(machine, head_dim, deterministic).reason)
     return KernelChoice(chosen, "; ".join(reasons))
 
 
-def _reasons(chosen: str, assessments: dict[str, Assessment]) -> Iterator[str]:
+def _reasons(chosen: str, assessments: dict[str, Assessment], machine: Machine) -> Iterator[str]:
     """Yield why the candidates before it were refused, and which of its features are untested."""
     for refusal in refusals(assessments, before=chosen):
         yield f"{_unsupported(refusal)}: {refusal.cause.reason}"
     for validation, features in assessments[chosen].caveats():
+        if validation is Validation.MEASURED and machine.capability in SAME_GENERATION:
+            continue
         yield f"{validation.caveat}: {', '.join(features)}"
 
 

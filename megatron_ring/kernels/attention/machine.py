@@ -39,6 +39,14 @@ class Machine:
             triton=bool(importlib.util.find_spec("triton")),
         )
 
+    @property
+    def has_small_shared_memory(self) -> bool:
+        """Whether a program has 99 KiB, as on consumer and Ada GPUs, instead of 163 or 227 KiB.
+
+        CUDA C++ Programming Guide, technical specifications by compute capability.
+        """
+        return self.capability in ((8, 6), (8, 9)) or self.capability[0] == 12
+
     def device_name(self, device_type: str) -> str:
         """Return the GPU's name on CUDA, else the device type."""
         return (self.gpu if device_type == "cuda" else "") or device_type

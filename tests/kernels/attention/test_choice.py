@@ -1,6 +1,7 @@
 """Which kernel ``auto`` chooses and its reason, and what vendors' kernels require of a machine."""
 
 import re
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 
 from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import KernelUnavailable
-from megatron_ring.kernels.attention import KERNELS, choose, measured
+from megatron_ring.kernels.attention import KERNELS, choose
 from megatron_ring.kernels.attention.machine import Machine
-from megatron_ring.kernels.attention.measured import MEASURED, MaskKind, Measured
+from megatron_ring.kernels.attention.measured import MEASURED, MEASURED_STRIPES, MaskKind
 from megatron_ring.kernels.attention.registry import (
     KERNEL_SPECS,
     Feature,
@@ -21,6 +22,7 @@ from megatron_ring.kernels.selection import Unsupported
 
 WITHOUT_LIBRARIES = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002)
 AMPERE = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 91002, "2.8.3")
+WITH_TRITON = replace(WITHOUT_LIBRARIES, triton=True)
 HOPPER = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True, triton=True)
 
 
@@ -48,7 +50,7 @@ def test_on_a_cpu_auto_follows_the_measurements():
 def test_every_measurement_is_of_kernels_that_support_it():
     for entry in MEASURED:
         device = "cpu" if entry.device == "cpu" else "cuda"
-        required = features_of_tensors(entry.dtype, 64)
+        required = features_of_tensors(entry.dtype, entry.head_dim)
         if entry.mask is MaskKind.SPARSE:
             required.add(Feature.DOCUMENTS)
         assert set(entry.order) <= set(KERNELS)
@@ -56,53 +58,30 @@ def test_every_measurement_is_of_kernels_that_support_it():
         cells = [support(name, device, one) for name in entry.order for one in required]
         assert not any(isinstance(cell, Unsupported) for cell in cells)
     assert len({(entry.device, entry.dtype, entry.mask) for entry in MEASURED}) == len(MEASURED)
-
-
-def test_measurements_of_a_gpu_match_the_beginning_of_its_name(monkeypatch):
-    milliseconds = {"sdpa": 2.0, "triton": 1.0}
-    entry = Measured("NVIDIA H100", torch.bfloat16, MaskKind.CAUSAL, milliseconds, "by a test")
-    assert entry.order == ("triton", "sdpa", "reference")
-    monkeypatch.setattr(measured, "MEASURED", (entry,))
-    assert auto(HOPPER).name == "triton"
-    assert "torch.bfloat16 with a causal mask, as measured (by a test)" in auto(HOPPER).reason
-    unmeasured = "no measurement for NVIDIA H100 80GB HBM3"
-    assert auto(HOPPER, Feature.DOCUMENTS).reason.startswith(unmeasured)
-    unmeasured = "no measurement for NVIDIA A100-SXM4-80GB in torch.bfloat16 with a causal mask"
-    assert auto(AMPERE).reason.startswith(unmeasured)
-
-
-@pytest.mark.parametrize(
-    ("machine", "features", "expected"),
-    [
-        (HOPPER, [], "flash"),
-        (HOPPER, [Feature.DOCUMENTS], "flash"),
-        (AMPERE, [], "flash"),
-        (Machine("NVIDIA H200", (9, 0), 91002, "2.8.3"), [], "cudnn"),
-        (WITHOUT_LIBRARIES, [], "cudnn"),
-        (WITHOUT_LIBRARIES, [Feature.WINDOW], "sdpa"),
-        (HOPPER, [Feature.DETERMINISM], "flash"),
-        (WITHOUT_LIBRARIES, [Feature.DETERMINISM], "sdpa"),
-        (Machine("Tesla V100", (7, 0), 91002), [], "sdpa"),
-    ],
-)
-def test_without_measurements_auto_follows_published_figures(machine, features, expected):
-    name, reason = auto(machine, *features)
-    assert name == expected
-    assert "published figures" in reason
+    stripes = {(entry.device, entry.kernel, entry.mask) for entry in MEASURED_STRIPES}
+    assert len(stripes) == len(MEASURED_STRIPES)
+    assert {kernel for _, kernel, _ in stripes} <= set(KERNELS)
 
 
 def test_the_reason_names_the_kernels_that_were_passed_over():
-    reason = auto(WITHOUT_LIBRARIES, dtype=torch.float32).reason
-    assert "cudnn and flash do not support float32: it supports only fp16 and bf16" in reason
-    assert "flash cannot run here: flash-attn 2 is not installed, and flash-attn 3" in reason
+    deterministic = auto(WITH_TRITON, Feature.DETERMINISM)
+    assert deterministic.name == "triton"
+    assert "cudnn does not support bitwise determinism: " in deterministic.reason
+    without_triton = auto(WITHOUT_LIBRARIES, Feature.DOCUMENTS)
+    assert without_triton.name == "sdpa"
+    assert "triton cannot run here: triton is not installed" in without_triton.reason
     name, reason = auto(HOPPER, dtype=torch.float64)
     assert name == "reference"
     assert "sdpa does not support float64: " in reason
 
 
 def test_the_reason_has_the_version_of_flash_attn():
-    assert "flash-attn 3 is installed and built for compute capability 9.0" in auto(HOPPER).reason
+    def by_name(machine: Machine) -> str:
+        return choose("flash", "cuda", torch.bfloat16, 128, [], machine).reason
+
+    assert "flash-attn 3 is installed and built for compute capability 9.0" in by_name(HOPPER)
     version_2 = "flash-attn 2.8.3: flash-attn 3 (the package flash_attn_3) is not installed"
+    assert version_2 in by_name(AMPERE)
     assert version_2 in auto(AMPERE).reason
 
 
@@ -136,6 +115,14 @@ UNAVAILABLE = [
         WITHOUT_LIBRARIES,
         64,
         "triton is not installed. pip install triton, or set --attention-kernel auto",
+    ),
+    ("triton", replace(V100, triton=True), 64, "compute capability 8.0, and this one has 7.0"),
+    (
+        "triton",
+        Machine("NVIDIA L40S", (8, 9), 91002, triton=True),
+        192,
+        "its tiles for head dims above 128, here 192, exceed the shared memory of compute "
+        "capability 8.9. Set --attention-kernel sdpa, or auto",
     ),
 ]
 

@@ -127,9 +127,10 @@ HEAD_DIMS = {Feature.HEAD_DIM_MULTIPLE_OF_8: 64, Feature.OTHER_HEADS: 257}
 
 # Every library is installed.
 COMPLETE = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, "2.8.3", flash_3=True, triton=True)
+ELSEWHERE = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 91002, "2.8.3", triton=True)
 
 
-def choose_with(kernel: str, feature: Feature, device: str):
+def choose_with(kernel: str, feature: Feature, device: str, machine: Machine = COMPLETE):
     """Require a feature as a run does: dtypes and head dims through tensors, the others by name.
 
     The rest of the run is supported by the kernel: float32 if possible, else bfloat16, and a head
@@ -139,7 +140,7 @@ def choose_with(kernel: str, feature: Feature, device: str):
     dtype = DTYPES.get(feature, torch.bfloat16 if refuses_float32 else torch.float32)
     head_dim = HEAD_DIMS.get(feature, 64)
     named = [] if feature in DTYPES or feature in HEAD_DIMS else [feature]
-    return choose(kernel, device, dtype, head_dim, named, COMPLETE)
+    return choose(kernel, device, dtype, head_dim, named, machine)
 
 
 def test_every_cell_is_filled():
@@ -161,6 +162,11 @@ def test_a_tested_cell_has_a_parity_test_and_a_refused_one_its_message(feature, 
         assert device == "cpu", "the device of this machine"
         assert choose_with(kernel, feature, device).reason == "requested"
         CHECKS[feature](kernel)
+    elif cell is Validation.MEASURED:
+        assert device == "cuda"
+        assert cell.caveat not in choose_with(kernel, feature, device).reason
+        reason = choose_with(kernel, feature, device, ELSEWHERE).reason
+        assert feature.value in reason.partition(f"{cell.caveat}: ")[2]
     else:
         assert device != "cpu"
         assert cell is not Validation.INTERPRETED or device == "cuda"
@@ -170,9 +176,9 @@ def test_a_tested_cell_has_a_parity_test_and_a_refused_one_its_message(feature, 
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    "feature", [f for f in SUPPORT if SUPPORT[f]["triton", "cuda"] is Validation.INTERPRETED]
+    "feature", [f for f in SUPPORT if isinstance(SUPPORT[f]["triton", "cuda"], Validation)]
 )
-def test_an_interpreted_cell_has_a_parity_test(feature, monkeypatch):
+def test_an_interpreted_or_measured_cell_has_a_parity_test(feature, monkeypatch):
     monkeypatch.setitem(KERNELS, "triton", Serialized(KERNELS["triton"]))
     CHECKS[feature]("triton")
 
