@@ -35,22 +35,24 @@ class Memory:
 
     def holds_for(self, x: torch.Tensor) -> bool:
         """Return whether ``x`` can be passed as it is; its dtype is not checked."""
-        return x.numel() == 0 or (self._is_dense(x) and self._is_aligned(x))
-
-    def _is_dense(self, x: torch.Tensor) -> bool:
-        stride = 1
+        sizes, strides = x.shape, x.stride()
+        expected = 1
         for dim in reversed(self.dense):
-            if x.shape[dim] > 1 and x.stride(dim) != stride:
-                return False
-            stride *= x.shape[dim]
-        return True
-
-    def _is_aligned(self, x: torch.Tensor) -> bool:
+            if sizes[dim] > 1 and strides[dim] != expected:
+                return x.numel() == 0
+            expected *= sizes[dim]
+        if self.alignment == 1:
+            return True
         # Allocators align more strictly than any operator requires, so the offset decides. Unlike
         # the address, tensors without data have it too.
-        innermost = self.dense[-1] % x.dim() if self.dense else None
-        steps = [x.stride(d) for d in range(x.dim()) if x.shape[d] > 1 and d != innermost]
-        return all(n * x.itemsize % self.alignment == 0 for n in (x.storage_offset(), *steps))
+        elements = self.alignment // x.itemsize or 1
+        if x.storage_offset() % elements:
+            return False
+        innermost = self.dense[-1] % len(sizes) if self.dense else None
+        for dim, size in enumerate(sizes):
+            if size > 1 and dim != innermost and strides[dim] % elements:
+                return x.numel() == 0
+        return True
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         """Copy ``x`` so that it can be passed; dimensions it is broadcast over are not multiplied.
@@ -65,7 +67,7 @@ class Memory:
             if x.stride(dim) == 0:
                 once = once.narrow(dim, 0, 1)
         copied = once.permute(order).clone(memory_format=torch.contiguous_format)
-        surplus = -x.shape[order[-1]] % max(self.alignment // x.itemsize, 1)
+        surplus = -x.shape[order[-1]] % (self.alignment // x.itemsize or 1)
         if surplus and len(dense) == 1:  # the rows are dense, and their distance is free
             copied = pad(copied, (0, surplus))[..., : x.shape[order[-1]]]
         copied = copied.permute([order.index(dim) for dim in range(x.dim())]).expand(x.shape)

@@ -6,8 +6,7 @@ and float32.
 
 ``cudnn`` uses cuDNN's fused attention, and the memory-efficient operator for what cuDNN does not
 take: masked tiles, and tiles of a single query or key. cuDNN makes a plan for every new shape. The
-shapes of packed documents differ in every batch, so ``auto`` does not select it for them. It has
-never run on a GPU.
+shapes of packed documents differ in every batch, so ``auto`` does not select it for them.
 """
 
 import torch

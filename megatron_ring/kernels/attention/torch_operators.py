@@ -137,7 +137,7 @@ CUDA_FLASH = TileOperator(_cuda_flash_forward, _cuda_flash_backward)
 # of batch and heads, and refuse these unless they are multiples of 8 elements.
 #
 # Of the output, in half precision, they read the strides of batch and heads, and take
-# heads x head dim for that of tokens (Params::o_strideM in kernel_backward.h). With half of a
+# heads x head dim for that of tokens (struct Params of kernel_backward.h). With half of a
 # tensor's heads dq and dk are wrong: seen on an H100 with torch 2.11, in bf16 and fp16. In float32
 # torch computes delta beforehand and reads the strides; one statement is for both.
 #
