@@ -9,6 +9,7 @@ import torch
 from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose, measured
+from megatron_ring.kernels.attention.flash import PINNED_4
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import MEASURED, MaskKind, Measured
 from megatron_ring.kernels.attention.registry import (
@@ -94,16 +95,21 @@ def test_without_measurements_auto_follows_published_figures(machine, features, 
 def test_the_reason_names_the_kernels_that_were_passed_over():
     reason = auto(WITHOUT_LIBRARIES, dtype=torch.float32).reason
     assert "cudnn and flash do not support float32: it supports only fp16 and bf16" in reason
-    assert "flash cannot run here: flash-attn 2 is not installed, and flash-attn 3" in reason
+    assert "flash cannot run here: flash-attn 3 (the package flash_attn_3) is not" in reason
     name, reason = auto(HOPPER, dtype=torch.float64)
     assert name == "reference"
     assert "sdpa does not support float64: " in reason
 
 
 def test_the_reason_has_the_version_of_flash_attn():
-    assert "flash-attn 3 is installed and built for compute capability 9.0" in auto(HOPPER).reason
-    version_2 = "flash-attn 2.8.3: flash-attn 3 (the package flash_attn_3) is not installed"
+    assert auto(HOPPER).reason.endswith("flash-attn 3 is used")
+    version_2 = "flash-attn 2.8.3 is used; flash-attn 3 (the package flash_attn_3) is not installed"
     assert version_2 in auto(AMPERE).reason
+    with_4 = Machine("NVIDIA B200", (10, 0), 91002, flash_4=PINNED_4)
+    reason = choose("flash", "cuda", torch.bfloat16, 128, [], with_4).reason
+    assert (
+        f"flash-attn {PINNED_4} is used; flash-attn 3 (the package flash_attn_3) is not" in reason
+    )
 
 
 V100 = Machine("V100", (7, 0), 91002, "2.8.3")
@@ -112,8 +118,9 @@ UNAVAILABLE = [
         "flash",
         WITHOUT_LIBRARIES,
         64,
-        "flash-attn 2 is not installed, and flash-attn 3 (the package flash_attn_3) is not "
-        "installed. pip install -U flash-attn --no-build-isolation",
+        "flash-attn 3 (the package flash_attn_3) is not installed; flash-attn 4 (the package "
+        "flash-attn-4) is not installed; flash-attn 2 is not installed. "
+        "pip install -e '.[flash]' (flash-attn 4), or set --attention-kernel auto",
     ),
     ("flash", V100, 64, "compute capability 8.0, and this one has 7.0. Set --attention-kernel"),
     ("flash", Machine(), 64, "it requires a GPU of compute capability 8.0, and there is none"),
