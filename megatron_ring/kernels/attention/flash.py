@@ -227,6 +227,7 @@ _FUNCTIONS = {
 # The first version 2 whose functions return (out, lse, ...) and take window_size_left and
 # window_size_right.
 _OLDEST_2 = "2.7"
+# As in the extra flash of pyproject.toml.
 PINNED_4 = "4.0.0b36"
 # The major compute capabilities that version 4 compiles for, forward and backward, with a check of
 # the head dims: Hopper (9) and Blackwell's data center GPUs (10 and 11).
@@ -263,8 +264,8 @@ def flash_version(
         refusals.append(refusal)
     if too_low := machine.requires_capability((8, 0)):
         return too_low
-    number = 4 if machine.capability[0] in _CAPABILITIES_4 and not machine.flash_4 else 2
-    remedy = f"{_INSTALL[number]}, or set --attention-kernel auto"
+    use_4 = machine.capability[0] in _CAPABILITIES_4 and machine.flash_4 != PINNED_4
+    remedy = f"{_INSTALL[4 if use_4 else 2]}, or set --attention-kernel auto"
     return Unsupported("; ".join(refusals), remedy)
 
 
@@ -294,10 +295,8 @@ def _why_not_4(machine: Machine, head_dim: int, deterministic: bool) -> str:
         actual = _dotted(machine)
         return f"flash-attn 4 runs on compute capabilities 9.x, 10.x and 11.x, not {actual}"
     if major != 9 and 128 < head_dim != 256:
-        return (
-            f"flash-attn 4 has head dims up to 128, and 256, on compute capability "
-            f"{_dotted(machine)}, not {head_dim}"
-        )
+        rule = f"up to 128, and 256, on compute capability {_dotted(machine)}"
+        return f"flash-attn 4 supports head dims {rule}, not {head_dim}"
     return ""
 
 

@@ -119,7 +119,7 @@ class _Cover:
         predecessor.
     lo_constant_until[i], hi_constant_until[i]: the first query after i whose bound differs from its
         predecessor's. lo_rising_until[i], hi_rising_until[i]: the first query after i whose bound
-        is not its predecessor's plus 1.
+        is not its predecessor's plus 1. All four are empty without ``sliding_windows``.
     borders: the queries that share no visible key with their predecessor. Nothing is visible across
         such a border between documents, so a node is split there instead of in its middle, and each
         document keeps its own triangle.
@@ -138,14 +138,18 @@ class _Cover:
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
         lo_steps, hi_steps = lo.diff(), hi.diff()
+
+        def for_windows(continues: torch.Tensor) -> list[int]:
+            return _ends_of_runs(continues) if tiling.sliding_windows else []
+
         return _Cover(
             lo.tolist(),
             hi.tolist(),
             causal_until=_ends_of_runs((lo_steps == 0) & (hi_steps == 1)),
-            lo_constant_until=_ends_of_runs(lo_steps == 0),
-            hi_constant_until=_ends_of_runs(hi_steps == 0),
-            lo_rising_until=_ends_of_runs(lo_steps == 1),
-            hi_rising_until=_ends_of_runs(hi_steps == 1),
+            lo_constant_until=for_windows(lo_steps == 0),
+            hi_constant_until=for_windows(hi_steps == 0),
+            lo_rising_until=for_windows(lo_steps == 1),
+            hi_rising_until=for_windows(hi_steps == 1),
             borders=(torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1).tolist(),
             tiling=tiling,
         )

@@ -2,6 +2,8 @@
 
 import itertools
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +204,12 @@ def test_the_version_and_why_not_those_before_it(machine, head_dim, deterministi
     assert all(part in version.reason for part in parts)
 
 
+def test_the_extra_installs_the_version_that_is_called():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["flash"]
+    assert any(one.startswith(f"flash-attn-4[cu13]=={flash.PINNED_4};") for one in extra)
+
+
 @pytest.mark.parametrize(
     ("machine", "head_dim", "parts", "remedy"),
     [
@@ -209,6 +217,7 @@ def test_the_version_and_why_not_those_before_it(machine, head_dim, deterministi
         (Machine("A100", (8, 0), 0, "2.6.3"), 64, ["2.6.3 is older than 2.7"], "-U flash-attn"),
         (Machine("A100", (8, 0), 0, flash_4=flash.PINNED_4), 64, ["9.x, 10.x and 11.x, not 8.0"],
          "-U flash-attn"),
+        (Machine(*H100, flash_4="4.0.0b99"), 64, ["4.0.0b36, not 4.0.0b99"], "'.[flash]'"),
         (BLACKWELL, 192, ["128, and 256, on compute capability 10.0, not 192"], "-U flash-attn"),
         (Machine("V100", (7, 0), 0, "2.8.3"), 64, ["8.0, and this one has 7.0"], "sdpa, or auto"),
     ],
