@@ -33,7 +33,7 @@ USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
 write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $(USABLE))
 
-.PHONY: train test test-all test-slurm test-docker test-links check bench bench-gpu clean
+.PHONY: train test test-all test-slurm test-docker test-links test-flash4 check bench bench-gpu clean
 .PHONY: constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
@@ -44,7 +44,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links" \
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links and not flash4" \
 		--steps-of-pairs 20 $(ARGS)
 
 # Starts a SLURM cluster on this machine; needs root.
@@ -61,6 +61,14 @@ test-docker: $(BIN)/.installed-dev
 test-links: $(BIN)/.installed-dev
 	tests/links/install.sh
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest -m links tests/links $(ARGS)
+
+# Compiles the kernels of flash-attn 4 for Hopper GPUs, in an environment of its own; no GPU needed.
+test-flash4: $(BIN)/.torch
+	$(write_usable)
+	$(PYTHON) -m venv $(VENV)-flash4
+	$(VENV)-flash4/bin/$(PIP_INSTALL) $(FIT) "$(TORCH)"
+	$(VENV)-flash4/bin/$(PIP_INSTALL) $(FIT) --editable ".[dev,flash]"
+	$(VENV)-flash4/bin/python -m pytest -m flash4 tests/kernels/attention/test_flash_4.py $(ARGS)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check
@@ -89,7 +97,7 @@ bench-gpu:
 	timeout 90 $(PYTHON) -m benchmarks.trace_overlap --json trace-overlap.json
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) $(VENV)-flash4 data runs
 
 $(STORE).json: | $(BIN)/.installed
 	$(BIN)/python tools/prepare_data.py --python-library --output-prefix $(STORE)

@@ -7,7 +7,8 @@ keeps the running softmax and the gradient accumulators in float32 ("ours"). It 
 ring like most published ones ("merged"): each hop's result is merged into an output of the inputs'
 dtype, and the accumulators that travel have that dtype too.
 
-A second table compares one rank with the largest ring for several families of inputs, with keys and
+Another table emulates flash-attn 4, whose calls return output and gradients in the inputs' dtype.
+The last one compares one rank with the largest ring for several families of inputs, with keys and
 with queries travelling in the backward pass.
 """
 
@@ -30,7 +31,15 @@ from benchmarks.emulated_ring import Attention, attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import reporting_errors
-from megatron_ring.kernels.attention import KERNELS, HopInputs, HopKernel, choose, reference
+from megatron_ring.kernels.attention import (
+    KERNELS,
+    GradientAccumulators,
+    HopInputs,
+    HopKernel,
+    choose,
+    reference,
+)
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.model.attention import with_sink
 from megatron_ring.settings.precision import device_type
 
@@ -39,6 +48,16 @@ _OPENING = """# An error that does not grow with the ring
 Root mean square of the difference from float64 over that of the exact value. *ours*: the running
 output and the gradient accumulators are float32 from hop to hop, and rounded once at the end.
 *merged*: the same kernel in a ring that keeps them in the inputs' dtype, as most published ones do.
+""".splitlines()
+_FLASH_4_OPENING = """
+## flash-attn 4, emulated
+
+Each call of flash-attn returns the output and the gradients of its hop in the inputs' dtype. Our
+ring merges and accumulates them in float32. Not measured with the library, which needs a GPU: each
+hop was computed in float32 by the kernel reference, and its output, dq, dk and dv were rounded to
+{dtype}. What the library rounds inside a call is not in these numbers. One rank has one hop, whose
+results are rounded once. A ring rounds the results of each hop and then their sum. Everything else
+is as above.
 """.splitlines()
 _FAMILIES_OPENING = """
 ## Families of inputs
@@ -173,6 +192,26 @@ class MergingKernel:
             _round(gradient, inputs.q_BLHD.dtype)
 
 
+@dataclass(frozen=True)
+class RoundedHops:
+    """Wraps a kernel and rounds the results of each hop to the inputs' dtype before adding them."""
+
+    kernel: HopKernel
+
+    def forward(self, inputs: HopInputs, state: RunningSoftmax) -> None:
+        hop = RunningSoftmax.empty(inputs.q_BLHD)
+        self.kernel.forward(inputs, hop)
+        _round(hop.out_BLHD, inputs.q_BLHD.dtype)
+        state.merge(slice(0, inputs.q_BLHD.shape[1]), hop.out_BLHD, hop.lse_BHL)
+
+    def backward(self, inputs: HopInputs, dout_BLHD, out, lse_BHL, accumulators) -> None:
+        hop = GradientAccumulators(*map(zero_accumulators, inputs[:3]))
+        self.kernel.backward(inputs, dout_BLHD, out, lse_BHL, hop)
+        for total, gradient in zip(accumulators, hop):
+            _round(gradient, inputs.q_BLHD.dtype)
+            total += gradient
+
+
 def main(
     output: Path = Path("docs/precision.md"),
     seq_length: int = 4096,
@@ -210,6 +249,9 @@ def main(
         name: [relative_errors(attention(inputs, x, hop_kernel), exact) for x in layouts]
         for name, hop_kernel in kernels.items()
     }
+    flash_4 = [
+        relative_errors(attention(inputs, x, RoundedHops(reference)), exact) for x in layouts
+    ]
     setting = (
         f"{seq_length} tokens, {heads} query and {kv_heads} key-value heads of {head_dim}, "
         f"{dtype}, causal; layout {layout}, kernel {choice.name} on {device}, emulated ranks"
@@ -226,6 +268,7 @@ def main(
     picture = output.with_suffix(".svg")
     _draw(picture, ring_sizes, errors, of_families)
     page = _page(picture.name, setting, ring_sizes, errors)
+    page += _page_of_flash_4(dtype, ring_sizes, flash_4)
     families = _page_of_families(smallest_and_largest, family_seq_length, of_families)
     output.write_text(page + families)
     print(f"wrote {output}")
@@ -354,6 +397,32 @@ def _page(
         "",
         f"From {min(ring_sizes)} to {max(ring_sizes)} ranks the worst of the four grows by a "
         f"factor of {growth['ours']:.2f} (ours) and {growth['merged']:.2f} (merged).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _page_of_flash_4(
+    dtype: str, ring_sizes: Sequence[int], errors: Sequence[Sequence[float]]
+) -> str:
+    table = [table_head(["ranks", *Attention._fields])]
+    for size, row in zip(ring_sizes, errors):
+        table.append(table_row([str(size), *(f"{error:.5f}" for error in row)]))
+    sizes = sorted(ring_sizes)
+    of_size = dict(zip(ring_sizes, errors))
+
+    def growth(small: int, large: int) -> float:
+        return max(above / below for above, below in zip(of_size[large], of_size[small]))
+
+    smallest, second, largest = sizes[0], sizes[min(1, len(sizes) - 1)], sizes[-1]
+    lines = [
+        "\n".join(_FLASH_4_OPENING).format(dtype=dtype),
+        "",
+        *table,
+        "",
+        f"From {smallest} to {second} ranks the worst of the four grows by a factor of "
+        f"{growth(smallest, second):.2f}, and from {second} to {largest} ranks by a factor of "
+        f"{growth(second, largest):.2f}.",
         "",
     ]
     return "\n".join(lines)

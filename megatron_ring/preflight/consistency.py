@@ -31,7 +31,17 @@ Fingerprints = dict[str, str]
 
 # Libraries whose code runs when they are installed, by their names for pip. A rank with another
 # version, or without one, may compute something else.
-_LIBRARIES = ("deepspeed", "triton", "flash-attn", "flash-attn-3", "liger-kernel", "apex")
+_LIBRARIES = (
+    "deepspeed",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
+    "liger-kernel",
+    "apex",
+)
 
 
 def check_options_and_code(config: Config, consensus: Consensus) -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from benchmarks import draw_precision
-from benchmarks.draw_precision import FAMILIES, FamilyErrors, MergingKernel, family_errors
+from benchmarks.draw_precision import (
+    FAMILIES,
+    FamilyErrors,
+    MergingKernel,
+    RoundedHops,
+    family_errors,
+)
 from benchmarks.emulated_ring import attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import reference, sdpa
@@ -28,6 +34,13 @@ def test_error_grows_for_a_ring_that_merges_in_bfloat16_but_not_for_ours():
     merged = errors(MergingKernel(sdpa), 32)
     assert all(large <= 1.1 * small for large, small in zip(ours, alone))
     assert all(large >= 1.5 * small for large, small in zip(merged, alone))
+
+
+def test_error_does_not_grow_where_the_results_of_each_hop_are_rounded_as_by_flash_attn_4():
+    """One rank rounds once, and a ring twice: each hop's results and their sum."""
+    alone, small, large = (errors(RoundedHops(reference), size) for size in (1, 2, 32))
+    assert all(second >= 1.2 * first for first, second in zip(alone, small))
+    assert all(last <= 1.1 * second for second, last in zip(small, large))
 
 
 def errors_of_family(family: str, tokens: int, ring_size: int, head_dim: int = 32) -> FamilyErrors:
@@ -85,6 +98,7 @@ def test_page_and_picture_are_written(tmp_path):
     setting = "64 tokens, 2 query and 1 key-value heads of 16, bf16, causal; layout striped"
     assert f"{setting}, kernel sdpa on cpu" in page
     firsts = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
-    assert firsts[:4] == ["| ranks", "| ---:", "| 1", "| 4"]
-    assert firsts[4:] == ["| inputs", "| ---", *(f"| {name}" for name in FAMILIES)]
+    rings = ["| ranks", "| ---:", "| 1", "| 4"]
+    assert firsts[:8] == rings * 2
+    assert firsts[8:] == ["| inputs", "| ---", *(f"| {name}" for name in FAMILIES)]
     assert (tmp_path / "page.svg").read_text().startswith("<?xml")

@@ -15,7 +15,8 @@ class Machine:
 
     gpu: its name, "" without one. capability: its compute capability.
     cudnn: torch's cuDNN version, 91002 for 9.10.2, 0 where torch is built without cuDNN.
-    flash_2: the version of flash-attn, "" without it. flash_3: whether flash-attn 3 is installed.
+    flash_2, flash_4: the versions of flash-attn and flash-attn-4, "" without them. flash_3: whether
+        flash-attn 3 is installed, which states no version.
     """
 
     gpu: str = ""
@@ -24,6 +25,7 @@ class Machine:
     flash_2: str = ""
     flash_3: bool = False
     triton: bool = False
+    flash_4: str = ""
 
     @staticmethod
     @functools.cache
@@ -37,6 +39,7 @@ class Machine:
             flash_2=installed_version("flash-attn"),
             flash_3=bool(importlib.util.find_spec("flash_attn_3")),
             triton=bool(importlib.util.find_spec("triton")),
+            flash_4=installed_version("flash-attn-4"),
         )
 
     @property

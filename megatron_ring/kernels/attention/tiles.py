@@ -16,15 +16,28 @@ right:
     # # # # # # \ .          . . m m # # # -
     # # # # # # \ \          . . - m # # # m
 
-Without ``split_triangles`` the causal mask on the left is a single CAUSAL tile.
+Without ``split_triangles`` the causal mask on the left is a single CAUSAL tile. With
+``sliding_windows`` the mask on the right is a single WINDOW tile.
 """
 
 import bisect
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Window(NamedTuple):
+    """The keys that a query sees, relative to the diagonal of a tile; None where not limited.
+
+    The diagonal ends at the last query and the last key, as flash-attn defines it. Of n queries and
+    m keys, query i sees the keys i + m - n - left to i + m - n + right, as far as they exist.
+    """
+
+    left: int | None = None
+    right: int | None = None
 
 
 class TileKind(enum.Enum):
@@ -32,16 +45,29 @@ class TileKind(enum.Enum):
 
     FULL = "every query sees every key"
     CAUSAL = "query i sees keys 0 to i of the tile, which is square"
+    WINDOW = "each query sees the keys of the tile's window"
     MASKED = "each query sees its own key range"
+
+
+_WINDOWS = {TileKind.FULL: Window(), TileKind.CAUSAL: Window(right=0)}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of queries x keys, in local indices of the two shards."""
+    """A rectangle of queries x keys, in local indices of the two shards.
+
+    sliding_window: the window of a WINDOW tile, else None.
+    """
 
     queries: slice
     keys: slice
     kind: TileKind
+    sliding_window: Window | None = None
+
+    @property
+    def window(self) -> Window:
+        """What is visible in a tile that is not MASKED, as a window."""
+        return self.sliding_window or _WINDOWS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -56,12 +82,15 @@ class Tiling:
         This pays where one kernel call takes many small tiles.
     tall_rows: the number of queries from which the kernel is faster. Where a split in the middle
         would leave fewer, it is moved up.
+    sliding_windows: make one WINDOW tile of the queries that see a sliding window of consecutive
+        tokens. This pays where the kernel has such windows.
     """
 
     rows: int
     split_triangles: bool
     split_documents: bool = False
     tall_rows: int = 0
+    sliding_windows: bool = False
 
 
 def cover(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> Iterator[Tile]:
@@ -87,7 +116,10 @@ class _Cover:
             node [6, 8)    all see [4, 6): emit FULL, then the triangle that is left: emit CAUSAL
 
     causal_until[i]: the first query after i that does not see exactly one key more than its
-    predecessor.
+        predecessor.
+    lo_constant_until[i], hi_constant_until[i]: the first query after i whose bound differs from its
+        predecessor's. lo_rising_until[i], hi_rising_until[i]: the first query after i whose bound
+        is not its predecessor's plus 1. All four are empty without ``sliding_windows``.
     borders: the queries that share no visible key with their predecessor. Nothing is visible across
         such a border between documents, so a node is split there instead of in its middle, and each
         document keeps its own triangle.
@@ -96,16 +128,31 @@ class _Cover:
     lo: list[int]
     hi: list[int]
     causal_until: list[int]
+    lo_constant_until: list[int]
+    hi_constant_until: list[int]
+    lo_rising_until: list[int]
+    hi_rising_until: list[int]
     borders: list[int]
     tiling: Tiling
 
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, tiling: Tiling) -> "_Cover":
-        breaks = torch.nonzero((lo.diff() != 0) | (hi.diff() != 1)).flatten() + 1
-        stops = torch.cat([breaks, torch.tensor([len(lo)])])
-        causal_until = stops[torch.searchsorted(stops, torch.arange(len(lo)), right=True)]
-        borders = torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1
-        return _Cover(lo.tolist(), hi.tolist(), causal_until.tolist(), borders.tolist(), tiling)
+        lo_steps, hi_steps = lo.diff(), hi.diff()
+
+        def for_windows(continues: torch.Tensor) -> list[int]:
+            return _ends_of_runs(continues) if tiling.sliding_windows else []
+
+        return _Cover(
+            lo.tolist(),
+            hi.tolist(),
+            causal_until=_ends_of_runs((lo_steps == 0) & (hi_steps == 1)),
+            lo_constant_until=for_windows(lo_steps == 0),
+            hi_constant_until=for_windows(hi_steps == 0),
+            lo_rising_until=for_windows(lo_steps == 1),
+            hi_rising_until=for_windows(hi_steps == 1),
+            borders=(torch.nonzero(lo[1:] >= hi[:-1]).flatten() + 1).tolist(),
+            tiling=tiling,
+        )
 
     def tiles(self) -> Iterator[Tile]:
         return self._node(0, len(self.lo), None)
@@ -119,6 +166,10 @@ class _Cover:
         if self._is_triangle(start, stop, covered) and (small or not self.tiling.split_triangles):
             first_key = covered[1] if covered else self.lo[start]
             yield Tile(queries, slice(first_key, self.hi[stop - 1]), TileKind.CAUSAL)
+            return
+        if window := self._window(start, stop, covered):
+            keys = slice(self.lo[start], self.hi[stop - 1])
+            yield Tile(queries, keys, TileKind.WINDOW, window)
             return
         common = self._seen_by_all(start, stop, covered)
         new = list(_outside(common, covered)) if common else []
@@ -194,6 +245,26 @@ class _Cover:
             and self.causal_until[start] >= stop
         )
 
+    def _window(self, start: int, stop: int, covered: KeySpan | None) -> Window | None:
+        """Return the sliding window through which the queries of a node see, None without one.
+
+        The first key that a query sees is constant where a shard or document begins, and then rises
+        by 1 from query to query. The last one rises by 1, and is constant where a shard ends.
+        """
+        if not self.tiling.sliding_windows or covered is not None:
+            return None
+        constant = min(self.lo_constant_until[start], stop)
+        rising = min(self.hi_rising_until[start], stop)
+        if constant == stop or self.lo_rising_until[constant - 1] < stop:
+            return None
+        if rising < stop and self.hi_constant_until[rising - 1] < stop:
+            return None
+        if self._borders_near_middle(start, stop):
+            return None
+        surplus = self.hi[stop - 1] - self.lo[start] - (stop - start)
+        left = surplus + constant - start - 1
+        return Window(left, stop - rising if rising > start + 1 else None)
+
     def _seen_by_all(self, start: int, stop: int, covered: KeySpan | None) -> KeySpan | None:
         """Return the keys that all queries of a node see, with ``covered``; None if there are none.
 
@@ -215,6 +286,16 @@ class _Cover:
             return left, right
         # A node rounds relative to its own first key, and may fall short of its ancestor's span.
         return min(left, covered[0]), max(right, covered[1])
+
+
+def _ends_of_runs(continues: torch.Tensor) -> list[int]:
+    """Return for each query the first one after it that does not continue its run.
+
+    ``continues[i]`` is whether query i + 1 continues the run of query i.
+    """
+    queries = len(continues) + 1
+    stops = torch.cat([torch.nonzero(~continues).flatten() + 1, torch.tensor([queries])])
+    return stops[torch.searchsorted(stops, torch.arange(queries), right=True)].tolist()
 
 
 def _outside(span: KeySpan, covered: KeySpan | None) -> Iterator[slice]:

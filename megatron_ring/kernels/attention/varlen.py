@@ -1,8 +1,8 @@
 r"""Group tiles into packed ("varlen") calls of flash-attn: many short sequences in one call.
 
-Tiles of one kind whose queries and keys do not overlap lie along the diagonal of the hop like
-packed documents. Two documents of 4 and 3 tokens, with one query and two keys between them that
-take part in nothing, are one call of four sequences:
+Tiles with the same window whose queries and keys do not overlap lie along the diagonal of the hop
+like packed documents. Two documents of 4 and 3 tokens, with one query and two keys between them
+that take part in nothing, are one call of four sequences:
 
                  keys 4  2  3
                  _____________        lengths = ((4, 4), (1, 0), (0, 2), (3, 3))
@@ -19,19 +19,20 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_ring.kernels.attention.tiles import Tile, TileKind
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Window
 
 
 @dataclass(frozen=True, eq=False)
 class VarlenCall:
     """The sequences of one packed call, along the diagonal of the rectangle ``queries`` x ``keys``.
 
+    window: what is visible in each sequence, relative to its own diagonal.
     lengths: the numbers of queries and keys of each sequence, in order; either may be 0.
     """
 
     queries: slice
     keys: slice
-    kind: TileKind
+    window: Window
     lengths: tuple[tuple[int, int], ...]
 
     @functools.cached_property
@@ -48,7 +49,7 @@ class VarlenCall:
 
 
 def varlen_calls(tiles: Iterable[Tile]) -> Iterator[VarlenCall]:
-    """Group the FULL and CAUSAL tiles into calls, each into the first call that it can follow."""
+    """Group the tiles that are not MASKED into calls, each into the first that it can follow."""
     chains: list[list[Tile]] = []
     for tile in tiles:
         if tile.kind is TileKind.MASKED:
@@ -61,9 +62,9 @@ def varlen_calls(tiles: Iterable[Tile]) -> Iterator[VarlenCall]:
 
 
 def _follows(tile: Tile, last: Tile) -> bool:
-    """Return whether a tile has the kind of ``last`` and follows it in both queries and keys."""
+    """Return whether a tile has the window of ``last`` and follows it in both queries and keys."""
     after = tile.queries.start >= last.queries.stop and tile.keys.start >= last.keys.stop
-    return after and tile.kind is last.kind
+    return after and tile.window == last.window
 
 
 def _call(chain: list[Tile]) -> VarlenCall:
@@ -79,7 +80,7 @@ def _call(chain: list[Tile]) -> VarlenCall:
         lengths.append(_lengths(tile))
     queries = slice(first.queries.start, last.queries.stop)
     keys = slice(first.keys.start, last.keys.stop)
-    return VarlenCall(queries, keys, first.kind, tuple(lengths))
+    return VarlenCall(queries, keys, first.window, tuple(lengths))
 
 
 def _lengths(tile: Tile) -> tuple[int, int]:

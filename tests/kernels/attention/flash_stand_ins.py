@@ -1,7 +1,12 @@
-"""Stand-ins for flash-attn 2.8.3 and the operators of flash-attn 3, with their parameters."""
+"""Stand-ins for flash-attn 2.8.3, the operators of flash-attn 3, and flash-attn-4 4.0.0b36.
+
+They have the libraries' parameters. tests/kernels/attention/test_flash_4.py holds the last one to
+the library itself.
+"""
 
 import torch
 
+from megatron_ring.kernels.attention.tiles import Window
 from tests.kernels.attention.float64_attention import varlen_backward, varlen_forward
 
 # The ``deterministic`` arguments of the backward calls.
@@ -15,13 +20,13 @@ def _flash_attn_varlen_forward(
     leftpad_k=None, seqused_k=None, zero_tensors: bool = False,
 ):  # fmt: skip
     assert (dropout_p, softcap, return_softmax) == (0.0, 0.0, False)
-    assert (window_size_left, window_size_right) == (-1, -1)
     if max_seqlen_q == 1 and q.shape[1] > k.shape[1]:
         assert len(q) == len(cu_seqlens_q) - 1, (
             "it lays out the heads of a group as queries, one query per sequence"
         )
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    out, lse = varlen_forward(q, k, v, *lengths, causal, softmax_scale, masked_lse=torch.inf)
+    window = _window(causal, window_size_left, window_size_right)
+    out, lse = varlen_forward(q, k, v, *lengths, window, softmax_scale, masked_lse=torch.inf)
     return out, lse, torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
 
@@ -32,12 +37,18 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ):  # fmt: skip
     assert (dropout_p, softcap) == (0.0, 0.0)
-    assert (window_size_left, window_size_right) == (-1, -1)
     DETERMINISTIC.append(deterministic)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     gradients = (dq, dk, dv)
-    varlen_backward(dout, q, k, v, out, softmax_lse, gradients, *lengths, causal, softmax_scale)
+    window = _window(causal, window_size_left, window_size_right)
+    varlen_backward(dout, q, k, v, out, softmax_lse, gradients, *lengths, window, softmax_scale)
     return torch.empty(0)
+
+
+def _window(causal: bool, left: int | None, right: int | None) -> Window:
+    """Return the window of a call: -1 and None are no limit, and causal replaces the right one."""
+    left, right = (None if limit == -1 else limit for limit in (left, right))
+    return Window(left, 0 if causal else right)
 
 
 FWD_3 = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None,
@@ -98,8 +109,53 @@ def _arguments(schema: str, positional: tuple, named: dict) -> dict:
 
 
 def _lengths_mask_and_scale(arguments: dict) -> tuple:
-    names = (
-        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal",
-        "softmax_scale",
-    )  # fmt: skip
-    return tuple(arguments[name] for name in names)
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    lengths = tuple(arguments[name] for name in names)
+    mask = ("is_causal", "window_size_left", "window_size_right")
+    return *lengths, _window(*(arguments[name] for name in mask)), arguments["softmax_scale"]
+
+
+# ---- flash-attn 4, flash_attn.cute.interface ----
+
+
+def _flash_attn_fwd(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+    causal=False, softcap=None, window_size_left=None, window_size_right=None,
+    learnable_sink=None, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, num_threads=384,
+    num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
+    block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None,
+    aux_scalars=None, q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None,
+    scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
+):  # fmt: skip
+    assert return_lse, "otherwise it returns None for lse where no input requires a gradient"
+    assert not any(x.requires_grad for x in (q, k, v))
+    window = _window_4(causal, window_size_left, window_size_right)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out, lse = varlen_forward(q, k, v, *lengths, window, softmax_scale, masked_lse=-torch.inf)
+    return out, lse, None, None, None
+
+
+def _flash_attn_bwd(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False,
+    num_stages_Q=2, num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False,
+    AtomLayoutMSdP=2, AtomLayoutNdKV=2, AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    deterministic=False, dq=None, dk=None, dv=None, score_mod=None, score_mod_bwd=None,
+    mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
+    learnable_sink=None,
+):  # fmt: skip
+    DETERMINISTIC.append(deterministic)
+    window = _window_4(causal, window_size_left, window_size_right)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    varlen_backward(dout, q, k, v, out, lse, gradients, *lengths, window, softmax_scale)
+    return tuple(gradients)
+
+
+def _window_4(causal: bool, left: int | None, right: int | None) -> Window:
+    """Version 4 has no -1: a negative limit moves the edge of the window."""
+    assert all(limit is None or limit >= 0 for limit in (left, right))
+    return _window(causal, left, right)

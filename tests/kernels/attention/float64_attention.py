@@ -9,20 +9,25 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_ring.kernels.attention.tiles import Window
 from tests.kernels.raw_memory import read_as_dense, refuse_misaligned, refuse_strided_rows
 
 HALF_PRECISION = torch.bfloat16, torch.float16
 
 
-def attend(q_LHD, k_MGD, v_MGD, causal: bool, scale: float, bias_LM=None):
-    """Return out_LHD and lse_HL, -inf for masked rows; causal is aligned at the bottom right."""
+def attend(q_LHD, k_MGD, v_MGD, causal: bool | Window, scale: float, bias_LM=None):
+    """Return out_LHD and lse_HL, -inf for masked rows.
+
+    causal: whether the scores are masked above the diagonal that ends at the bottom right, or the
+        window around it.
+    """
     scores = _scores(q_LHD, k_MGD, causal, scale, bias_LM)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
     return torch.einsum("hlm,mhd->lhd", weights, _per_query_head(v_MGD, q_LHD)), lse
 
 
-def attend_backward(dout, q, k, v, out, lse_HL, causal: bool, scale: float, bias_LM=None):
+def attend_backward(dout, q, k, v, out, lse_HL, causal: bool | Window, scale: float, bias_LM=None):
     """Return dq, dk, dv, computed from the given ``out`` and ``lse``."""
     weights = (_scores(q, k, causal, scale, bias_LM) - lse_HL[..., None].double()).exp()
     dout = dout.double()
@@ -37,10 +42,13 @@ def attend_backward(dout, q, k, v, out, lse_HL, causal: bool, scale: float, bias
 
 def _scores(q, k, causal, scale, bias) -> torch.Tensor:
     scores = torch.einsum("lhd,mhd->hlm", q.double(), _per_query_head(k, q)) * scale
-    if causal:
-        surplus = scores.shape[2] - scores.shape[1]
-        masked = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + surplus)
-        scores = scores.masked_fill(masked, -torch.inf)
+    left, right = causal if isinstance(causal, tuple) else (None, 0 if causal else None)
+    surplus = scores.shape[2] - scores.shape[1]
+    pairs = torch.ones(scores.shape[1:], dtype=torch.bool)
+    if right is not None:
+        scores = scores.masked_fill(pairs.triu(1 + surplus + right), -torch.inf)
+    if left is not None:
+        scores = scores.masked_fill(pairs.tril(surplus - left - 1), -torch.inf)
     return scores if bias is None else scores + bias
 
 
@@ -49,10 +57,10 @@ def _per_query_head(kv_MGD, q_LHD) -> torch.Tensor:
 
 
 def varlen_forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, causal: bool, scale: float,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, window: Window, scale: float,
     masked_lse: float,
 ):  # fmt: skip
-    """Return out_THD and lse_HT of either version of flash-attn, for sequences end to end.
+    """Return out_THD and lse_HT of any version of flash-attn, for sequences end to end.
 
     masked_lse: the lse of a query that sees nothing.
     """
@@ -60,13 +68,13 @@ def varlen_forward(
     out = torch.full_like(q, torch.nan)
     lse = torch.full((q.shape[1], len(q)), torch.nan)
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, max_q, max_k):
-        out[rows], lse[:, rows] = attend(q[rows], k[keys], v[keys], causal, scale)
+        out[rows], lse[:, rows] = attend(q[rows], k[keys], v[keys], window, scale)
     return out, lse.masked_fill(lse == -torch.inf, masked_lse)
 
 
 def varlen_backward(
     dout, q, k, v, out, lse, gradients, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int,
-    causal: bool, scale: float,
+    window: Window, scale: float,
 ) -> None:  # fmt: skip
     """Write dq, dk and dv of sequences end to end into ``gradients``."""
     _check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, dout, out, *gradients)
@@ -76,7 +84,7 @@ def varlen_backward(
         gradient.fill_(torch.nan)
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, max_q, max_k):
         results = attend_backward(
-            dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], causal, scale
+            dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], window, scale
         )
         for gradient, span, value in zip(gradients, (rows, keys, keys), results):
             gradient[span] = value

@@ -10,6 +10,7 @@ import torch
 from megatron_ring.config import ParallelConfig
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
+from megatron_ring.kernels.attention.flash import PINNED_4
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import MEASURED, MEASURED_STRIPES, MaskKind
 from megatron_ring.kernels.attention.registry import (
@@ -79,10 +80,14 @@ def test_the_reason_has_the_version_of_flash_attn():
     def by_name(machine: Machine) -> str:
         return choose("flash", "cuda", torch.bfloat16, 128, [], machine).reason
 
-    assert "flash-attn 3 is installed and built for compute capability 9.0" in by_name(HOPPER)
-    version_2 = "flash-attn 2.8.3: flash-attn 3 (the package flash_attn_3) is not installed"
+    assert by_name(HOPPER).endswith("flash-attn 3 is used")
+    version_2 = "flash-attn 2.8.3 is used; flash-attn 3 (the package flash_attn_3) is not installed"
     assert version_2 in by_name(AMPERE)
-    assert version_2 in auto(AMPERE).reason
+    with_4 = Machine("NVIDIA B200", (10, 0), 91002, flash_4=PINNED_4)
+    reason = choose("flash", "cuda", torch.bfloat16, 128, [], with_4).reason
+    assert (
+        f"flash-attn {PINNED_4} is used; flash-attn 3 (the package flash_attn_3) is not" in reason
+    )
 
 
 V100 = Machine("V100", (7, 0), 91002, "2.8.3")
@@ -91,8 +96,9 @@ UNAVAILABLE = [
         "flash",
         WITHOUT_LIBRARIES,
         64,
-        "flash-attn 2 is not installed, and flash-attn 3 (the package flash_attn_3) is not "
-        "installed. pip install -U flash-attn --no-build-isolation",
+        "flash-attn 3 (the package flash_attn_3) is not installed; flash-attn 4 (the package "
+        "flash-attn-4) is not installed; flash-attn 2 is not installed. "
+        "pip install -e '.[flash]' (flash-attn 4), or set --attention-kernel auto",
     ),
     ("flash", V100, 64, "compute capability 8.0, and this one has 7.0. Set --attention-kernel"),
     ("flash", Machine(), 64, "it requires a GPU of compute capability 8.0, and there is none"),

@@ -1,7 +1,9 @@
-"""flash-attn 2 and 3 as stand-ins with their parameters: parity, masked rows, the version."""
+"""flash-attn 2, 3 and 4 as stand-ins with their parameters: parity, masked rows, the version."""
 
 import itertools
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.tiles import TileKind
+from megatron_ring.kernels.selection import Unsupported
 from tests import oracle, simulated_ring
 from tests.kernels.attention import flash_stand_ins
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, hop_errors, window
@@ -23,6 +26,7 @@ from tests.tolerances import beyond_tolerance
 
 AMPERE = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 91002, flash_2="2.8.3.post2")
 HOPPER = Machine("NVIDIA H100 80GB HBM3", (9, 0), 91002, flash_3=True)
+BLACKWELL = Machine("NVIDIA B200", (10, 0), 91002, flash_4=flash.PINNED_4)
 MASKS = {
     "causal": window(60, 60),
     "a window": window(60, 7),
@@ -32,13 +36,16 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=[AMPERE, HOPPER], ids=["2", "3"])
+@pytest.fixture(params=[AMPERE, HOPPER, BLACKWELL], ids=["2", "3", "4"])
 def library(request, monkeypatch):
     """Provide a machine with one of the versions, and torch's operators for the masked tiles."""
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: request.param))
     modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": vars(flash_stand_ins)}
     if request.param.flash_3:
         modules = {"flash_attn_3": {}, "flash_attn_3._C": {}}
+    if request.param.flash_4:
+        interface = {"flash_attn.cute.interface": vars(flash_stand_ins)}
+        modules = {"flash_attn": {}, "flash_attn.cute": {}} | interface
     for name, members in modules.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
     with (
@@ -156,21 +163,72 @@ def test_gradients_are_deterministic_if_torchs_are(deterministic):
     assert all(flag is deterministic for flag in flash_stand_ins.DETERMINISTIC)
 
 
-VERSION_3 = FlashVersion(3, "flash-attn 3 is installed and built for compute capability 9.0")
+@pytest.mark.parametrize("width", [9, 700, 2000])
+@pytest.mark.parametrize("name", ["ring", "striped", "zigzag"])
+def test_windows_of_consecutive_tokens_need_no_masked_tile(name, width):
+    """Even where a hop's part of the window begins or ends inside the shard."""
+    layout = Layout(name, 16384, 4)
+    first_visible = window(16384, width)
+    shards = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
+    kinds = set()
+    for queries, keys in itertools.product(shards, repeat=2):
+        key_ranges = compute_key_ranges(queries, keys, first_visible[queries])
+        kinds |= {tile.kind for tile in key_ranges.tiles(flash._TILING)}
+        assert len(key_ranges.varlen_calls(flash._TILING)) <= 2
+    assert TileKind.WINDOW in kinds
+    assert TileKind.MASKED not in kinds
+
+
+NOT_3 = "flash-attn 3 (the package flash_attn_3) is not installed"
+NOT_4 = "flash-attn 4 (the package flash-attn-4) is not installed"
+H100, B200 = ("H100", (9, 0), 0), ("B200", (10, 0), 0)
+BOTH = Machine(*H100, "2.8.3", True, flash_4=flash.PINNED_4)
 
 
 @pytest.mark.parametrize(
-    ("machine", "head_dim", "deterministic", "expected"),
+    ("machine", "head_dim", "deterministic", "number", "parts"),
     [
-        (HOPPER, 128, True, VERSION_3),
-        (AMPERE, 128, True, "flash-attn 2.8.3.post2: flash-attn 3 (the package flash_attn_3) is"),
-        (Machine("B200", (10, 0), 0, "2.7.0", True), 64, False, "capability 9.0, not 10.0"),
-        (Machine("H100", (9, 0), 0, "2.7.0", True), 256, True, "head dims up to 192, not 256"),
-        (HOPPER, 256, True, "flash-attn 2 is not installed, and flash-attn 3 is deterministic"),
-        (Machine("A100", (8, 0), 0, "2.6.3"), 64, False, "flash-attn 2.6.3 is older than 2.7, and"),
-        (Machine("V100", (7, 0), 0, "2.8.3"), 64, False, "capability 8.0, and this one has 7.0"),
+        (HOPPER, 128, True, 3, ["flash-attn 3 is used"]),
+        (BOTH, 128, False, 3, []),
+        (BOTH, 256, True, 4, ["up to 192, not 256"]),
+        (Machine(*H100, "2.8.3", flash_4=flash.PINNED_4), 64, True, 4, ["4.0.0b36 is used", NOT_3]),
+        (Machine(*H100, "2.8.3", flash_4="4.0.0b99"), 64, True, 2, ["4.0.0b36, not 4.0.0b99"]),
+        (Machine(*H100, "2.7.0", True), 256, True, 2, ["up to 192, not 256", NOT_4]),
+        (AMPERE, 128, True, 2, ["flash-attn 2.8.3.post2 is used", NOT_3, NOT_4]),
+        (Machine(*B200, "2.7.0", True), 64, False, 2, ["capability 9.0, not 10.0"]),
+        (BLACKWELL, 256, True, 4, [NOT_3]),
+        (Machine(*B200, "2.7.0", flash_4=flash.PINNED_4), 192, False, 2, ["128, and 256, on"]),
+        (Machine("RTX 5090", (12, 0), 0, "2.8.3", flash_4=flash.PINNED_4), 64, False, 2, ["12.0"]),
     ],
-)
-def test_the_version_and_the_reason_against_the_other(machine, head_dim, deterministic, expected):
+)  # fmt: skip
+def test_the_version_and_why_not_those_before_it(machine, head_dim, deterministic, number, parts):
     version = flash_version(machine, head_dim, deterministic)
-    assert version == expected or expected in version.reason
+    assert isinstance(version, FlashVersion)
+    assert version.number == number
+    assert all(part in version.reason for part in parts)
+
+
+def test_the_extra_installs_the_version_that_is_called():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["flash"]
+    assert any(one.startswith(f"flash-attn-4[cu13]=={flash.PINNED_4};") for one in extra)
+
+
+@pytest.mark.parametrize(
+    ("machine", "head_dim", "parts", "remedy"),
+    [
+        (Machine(*H100), 64, [NOT_3, NOT_4, "flash-attn 2 is not"], "'.[flash]' (flash-attn 4)"),
+        (Machine("A100", (8, 0), 0, "2.6.3"), 64, ["2.6.3 is older than 2.7"], "-U flash-attn"),
+        (Machine("A100", (8, 0), 0, flash_4=flash.PINNED_4), 64, ["9.x, 10.x and 11.x, not 8.0"],
+         "-U flash-attn"),
+        (Machine(*H100, flash_4="4.0.0b99"), 64, ["4.0.0b36, not 4.0.0b99"], "'.[flash]'"),
+        (BLACKWELL, 192, ["128, and 256, on compute capability 10.0, not 192"], "-U flash-attn"),
+        (Machine("V100", (7, 0), 0, "2.8.3"), 64, ["8.0, and this one has 7.0"], "sdpa, or auto"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_where_no_version_can_run(machine, head_dim, parts, remedy):
+    refused = flash_version(machine, head_dim, False)
+    assert isinstance(refused, Unsupported)
+    assert all(part in refused.reason for part in parts)
+    assert remedy in refused.instead
+    assert "--attention-kernel" in refused.instead

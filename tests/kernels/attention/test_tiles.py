@@ -11,7 +11,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.kernels.attention import tiles as tiles_module
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
-from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling
+from megatron_ring.kernels.attention.tiles import Tile, TileKind, Tiling, Window
 
 
 def key_ranges_of(lo: list[int], hi: list[int]) -> KeyRanges:
@@ -63,9 +63,22 @@ def covered(key_ranges: KeyRanges, tiling: Tiling, keys: int) -> torch.Tensor:
         part += {
             TileKind.FULL: torch.ones_like(part),
             TileKind.CAUSAL: torch.ones_like(part).tril(),
+            TileKind.WINDOW: in_window(tile.sliding_window or Window(), *part.shape),
             TileKind.MASKED: key_ranges.visible(tile).long(),
         }[tile.kind]
     return count_LM
+
+
+def in_window(window: Window, queries: int, keys: int) -> torch.Tensor:
+    """Return which pairs a window leaves visible, 1 or 0, by its definition."""
+    left, right = window
+    distance_LM = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    inside_LM = torch.ones(queries, keys, dtype=torch.bool)
+    if left is not None:
+        inside_LM &= distance_LM >= -left
+    if right is not None:
+        inside_LM &= distance_LM <= right
+    return inside_LM.long()
 
 
 def visible_by_definition(key_ranges: KeyRanges, keys: int) -> torch.Tensor:
@@ -102,6 +115,7 @@ tilings = st.builds(
     split_triangles=st.booleans(),
     split_documents=st.booleans(),
     tall_rows=st.one_of(st.just(0), st.integers(1, 30)),
+    sliding_windows=st.booleans(),
 )
 
 

@@ -6,12 +6,13 @@ import torch
 from hypothesis import example, given
 
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
-from megatron_ring.kernels.attention.tiles import TileKind, Tiling
+from megatron_ring.kernels.attention.tiles import TileKind, Tiling, Window
 from megatron_ring.kernels.attention.varlen import VarlenCall
 from tests.kernels.attention.test_tiles import (
     any_key_ranges,
     causal,
     covered,
+    in_window,
     key_ranges_of,
     packed,
     tilings,
@@ -21,15 +22,13 @@ BY_DOCUMENT = Tiling(1024, split_triangles=False, split_documents=True)
 
 
 def computed_pairs(call: VarlenCall, shape: torch.Size) -> torch.Tensor:
-    """Return the pairs that a packed call computes, causal from the bottom right."""
+    """Return the pairs that a packed call computes, by the window of each sequence."""
     computed_LM = torch.zeros(shape, dtype=torch.int64)
     inside = computed_LM[call.queries, call.keys]
     queries, keys = call.cu_seqlens(samples=1)
     for (start, stop), (first, last) in zip(itertools.pairwise(queries), itertools.pairwise(keys)):
         sequence = inside[start:stop, first:last]
-        surplus = sequence.shape[1] - sequence.shape[0]
-        diagonal = surplus if call.kind is TileKind.CAUSAL else sequence.shape[1]
-        sequence += torch.ones_like(sequence).tril(diagonal)
+        sequence += in_window(call.window, *sequence.shape)
     assert (queries[-1], keys[-1]) == inside.shape, "every query and key is in a sequence"
     return computed_LM
 
@@ -54,7 +53,7 @@ def test_calls_and_masked_tiles_cover_what_the_tiles_cover(key_ranges: KeyRanges
 def test_documents_are_one_call_with_a_sequence_each_and_one_for_unused_queries_or_keys():
     key_ranges = packed([(3, 0, False), (2, 0, True), (4, 1, False)])
     (call,) = key_ranges.varlen_calls(BY_DOCUMENT)
-    assert (call.queries, call.keys, call.kind) == (slice(0, 9), slice(0, 9), TileKind.CAUSAL)
+    assert (call.queries, call.keys, call.window) == (slice(0, 9), slice(0, 9), Window(right=0))
     assert call.lengths == ((3, 3), (1, 0), (1, 1), (0, 1), (4, 4))
     assert call.longest == (4, 4)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_ring.kernels.attention import flash, torch_operators
+from megatron_ring.kernels.attention.tiles import Window
 from megatron_ring.kernels.memory_contract import VendorOperator
 from tests import oracle
 from tests.kernels.attention import flash_stand_ins
@@ -31,7 +32,7 @@ TILE_OPERATORS = {
     "torch's memory-efficient": torch_operators.CUDA_EFFICIENT,
     "cuDNN": torch_operators.CUDNN,
 }
-OPERATORS = [*TILE_OPERATORS, "flash-attn 2", "flash-attn 3"]
+OPERATORS = [*TILE_OPERATORS, "flash-attn 2", "flash-attn 3", "flash-attn 4"]
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -39,6 +40,7 @@ each_operator = pytest.mark.parametrize("name", OPERATORS)
 def stand_ins(monkeypatch):
     modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": vars(flash_stand_ins)}
     modules |= {"flash_attn_3": {}, "flash_attn_3._C": {}}
+    modules |= {"flash_attn.cute": {}, "flash_attn.cute.interface": vars(flash_stand_ins)}
     for name, members in modules.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
     with (
@@ -63,7 +65,7 @@ def calls_of(name: str) -> list[Call]:
             functions = flash._FUNCTIONS[int(name[-1])]
             q, k, v, dout = (x.flatten(0, 1) for x in (q, k, v, dout))
             cu_seqlens = torch.tensor([[0, 10, 20], [0, 10, 20]], dtype=torch.int32)
-            lengths = cu_seqlens, (10, 10), True, 0.25
+            lengths = cu_seqlens, (10, 10), Window(right=0), 0.25
             out, lse = functions.forward(q, k, v, *lengths)
             functions.backward(dout, q, k, v, out, lse, *lengths, False)
     forward, backward = calls
