@@ -19,6 +19,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -235,8 +236,8 @@ _BACKWARD_3 = VendorOperator(
 
 def _forward_4(q_THD, k_UGD, v_UGD, cu_seqlens, longest, window: Window, scale: float):
     out, lse, *_ = _FORWARD_4(
-        q=q_THD, k=k_UGD, v=v_UGD, **_lengths(cu_seqlens, longest), **_window_4(window),
-        softmax_scale=scale, return_lse=True,
+        q=q_THD, k=k_UGD, v=v_UGD, **_arguments_4(cu_seqlens, longest, window, scale),
+        return_lse=True,
     )  # fmt: skip
     return out, lse
 
@@ -247,15 +248,16 @@ def _backward_4(
 ):  # fmt: skip
     dq_THD, dk_UGD, dv_UGD, *_ = _BACKWARD_4(
         q=q_THD, k=k_UGD, v=v_UGD, out=out_THD, dout=dout_THD, lse=lse_HT,
-        **_lengths(cu_seqlens, longest), **_window_4(window), softmax_scale=scale,
-        deterministic=deterministic,
+        **_arguments_4(cu_seqlens, longest, window, scale), deterministic=deterministic,
     )  # fmt: skip
     return dq_THD, dk_UGD, dv_UGD
 
 
-def _window_4(window: Window) -> dict[str, bool | int | None]:
-    return {
-        "causal": window == _CAUSAL,
+def _arguments_4(
+    cu_seqlens: torch.Tensor, longest: tuple[int, int], window: Window, scale: float
+) -> dict[str, Any]:
+    return _lengths(cu_seqlens, longest) | {
+        "softmax_scale": scale, "causal": window == _CAUSAL,
         "window_size_left": window.left, "window_size_right": window.right,
     }  # fmt: skip
 
