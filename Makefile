@@ -15,12 +15,19 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STORE := data/python-library/tokens
+# `make train` starts a rank for each visible GPU, up to two; two on a CPU.
+GPUS = $(shell tools/count_gpus.sh)
+RANKS = $(if $(filter 1,$(GPUS)),1,2)
 # Without this variable and a GPU, DeepSpeed searches for an accelerator and warns.
-ON_CPU := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
+ON_CPU = $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
+# deepspeed ignores CUDA_VISIBLE_DEVICES where a number of GPUs is given; torchrun does not.
+LAUNCHER = $(if $(and $(CUDA_VISIBLE_DEVICES),$(filter-out 0,$(GPUS))),torchrun \
+	--nproc-per-node $(RANKS),deepspeed --log_level warning --num_gpus $(RANKS))
 
 IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-PIP_INSTALL := pip install --quiet --disable-pip-version-check
+# Without compiling all modules to bytecode, which Python does for those that it imports.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 # A file for pip with the constraints that fit the installed torch.
 USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
@@ -30,7 +37,7 @@ write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $
 .PHONY: constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
-	$(ON_CPU) $(BIN)/deepspeed --log_level warning --num_gpus 2 pretrain_gpt.py \
+	$(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py \
 		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
 
 test: $(BIN)/.installed-dev

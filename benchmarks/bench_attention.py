@@ -389,7 +389,12 @@ def _run_rank(rank: int, options: Options, port: int, results) -> None:
         torch.cuda.set_device(rank)
     else:
         keep_freed_memory()  # as in training
-    dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=options.nproc)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        rank=rank,
+        world_size=options.nproc,
+        device_id=torch.device("cuda", rank) if on_cuda and options.nproc > 1 else None,
+    )
     torch.set_num_threads(1)
     runs = _runs(rank, options)
     seconds = {name: [] for name in runs}

@@ -58,7 +58,7 @@ SMALL = Config(
         train_iters=1,
         lr_warmup_iters=0,
         dtype="fp32",
-        # DeepSpeed's default bucket is 2 GB for any model and would dominate all else.
+        # A bucket of one size, so that the lengths that fit do not depend on the vocabulary.
         deepspeed={"zero_optimization": {"reduce_bucket_size": 500_000}},
     ),
     memory=MemoryConfig(recompute="full"),

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from megatron_ring.parallel.message_buffers import RecvBufferPool
+from megatron_ring.parallel.progress import ProgressTracker
 
 Result = TypeVar("Result")
 
@@ -166,6 +167,45 @@ class StreamExchange:
         arrived = self.streams.messages.record_event()
         incoming.read.put(arrived)
         return arrived
+
+
+@dataclass(frozen=True)
+class RecordedExchange:
+    """An exchange that records the rank's progress, as parallel/collectives.py does.
+
+    It records as many events as with NCCL, where a transfer has one work for the message that
+    arrives and one for that which leaves.
+    """
+
+    exchange: StreamExchange
+    ranks: int
+    progress: ProgressTracker
+
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "RecordedTransfer":
+        ring_rank = self.exchange.ring_rank
+        receiver = (ring_rank + distance) % self.ranks
+        sender = (ring_rank - distance) % self.ranks
+        send_row = self.progress.record_send(tensor.nbytes, receiver)
+        with self.progress.posting_to(receiver):
+            transfer = self.exchange.start(tensor, distance)
+        return RecordedTransfer(transfer, send_row, sender, receiver, self.progress)
+
+
+@dataclass(frozen=True)
+class RecordedTransfer:
+    transfer: StreamTransfer
+    send_row: int
+    sender: int
+    receiver: int
+    progress: ProgressTracker
+
+    def wait(self) -> torch.Tensor:
+        with self.progress.waiting_for(self.sender):
+            received = self.transfer.wait()
+        with self.progress.waiting_for(self.receiver):
+            pass
+        self.progress.record_receive(self.send_row, self.sender)
+        return received
 
 
 def on_every_rank(

@@ -24,7 +24,7 @@ def pytest_addoption(parser):
         default=4,
         help="steps that test_matrix.py trains on rows of pairs",
     )
-    parser.addoption("--kills", type=int, default=6, help="kills in test_crash_loop.py")
+    parser.addoption("--kills", type=int, default=4, help="kills in test_crash_loop.py")
 
 
 def pytest_collection_modifyitems(items):

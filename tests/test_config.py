@@ -310,6 +310,11 @@ FILE_ERRORS = {
     "training: {lr: true}": ["FILE: training: lr is True", "float."],
     "training: {lr: [1]}": ["FILE: training: lr is [1]", "float."],
     "training: {dtype: bf15}": ["FILE: training: dtype is 'bf15'", "auto, fp32, bf16, fp16."],
+    "training: {lr_warmup_iters: some}": [
+        "FILE: training: lr_warmup_iters is 'some'",
+        "int",
+        "auto.",
+    ],
     "training: {zero_stage: true}": ["FILE: training: zero_stage is True", "0, 1, 2, 3."],
     "training: {zero_stage: 1.0}": ["FILE: training: zero_stage is 1.0", "0, 1, 2, 3."],
     "training: {zero_stage: [1]}": ["FILE: training: zero_stage is [1]", "0, 1, 2, 3."],
@@ -673,6 +678,7 @@ LEGAL = [
     DataConfig(split=(969, 30, 1)),
     DataConfig(split=(0.5, 0.4)),
     TrainingConfig(train_iters=10, lr_warmup_iters=10, lr_decay_style="constant"),
+    TrainingConfig(lr_decay_iters=10),
     CheckpointConfig(save="runs", save_interval=5),
     CheckpointConfig(save="runs", keep_last=2, keep_every=100),
 ]
@@ -681,6 +687,11 @@ LEGAL = [
 @pytest.mark.parametrize("section", LEGAL, ids=str)
 def test_legal_sections_have_no_problems(section):
     assert section.problems() == []
+
+
+@pytest.mark.parametrize("train_iters", [1, 2, 9, 10, 19, 20, 199, 200])
+def test_the_defaults_accept_a_run_of_any_length(train_iters):
+    assert Config(training=TrainingConfig(train_iters=train_iters)).problems() == []
 
 
 def test_all_problems_are_reported_together():

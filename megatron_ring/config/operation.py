@@ -134,12 +134,13 @@ class LoggingConfig:
     straggler_threshold: float = 1.25
     """Warn, once per log interval, about a rank whose compute time in ring hops is above this
     multiple of the ranks' mean, adjusted for its share of the work. Waits do not count. A rank that
-    is reported repeatedly is slow. Must be above 1. CPU only: on CUDA the device waits, not the
-    host. 0: disabled."""
+    is reported repeatedly is slow. Must be above 1. On CUDA the times are the device's. 0:
+    disabled."""
     profile_ring: bool = False
     """Profile the ring in every step. The metrics file gets each hop's compute time, wait, bytes
     and imbalance over ranks; the console gets the shares of attention, exposed communication, data
-    and optimizer. CPU only."""
+    and optimizer. On a CPU the host's clock measures them, on CUDA events in the device's stream,
+    read once a step."""
     profile_ring_trace: str = ""
     """File for a trace of a few steps of all ranks, for https://ui.perfetto.dev and
     chrome://tracing; about 3 KB per hop, layer, pass and rank. Needs --profile-ring. Empty:

@@ -9,6 +9,10 @@ from pydantic import JsonValue
 from megatron_ring.config.checks import negative
 from megatron_ring.errors import flag, not_positive
 
+# --lr-warmup-iters auto: this part of the schedule's steps, at most that many.
+_AUTO_WARMUP_SHARE = 10
+_MAX_AUTO_WARMUP = 20
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -25,8 +29,10 @@ class TrainingConfig:
     """Peak learning rate."""
     min_lr: float = 1e-4
     """Learning rate at the end of cosine or linear decay."""
-    lr_warmup_iters: int = 20
-    """Steps of linear warm-up from 0."""
+    lr_warmup_iters: int | Literal["auto"] = "auto"
+    """Steps of linear warm-up from 0. auto: a tenth of the schedule's steps (lr_decay_iters, or
+    else train_iters), at most 20. Checkpoints store the number, and a run that resumes from one
+    with auto keeps it, however many steps it has."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     lr_decay_iters: int = 0
@@ -74,6 +80,13 @@ class TrainingConfig:
         """The step at which cosine or linear decay reaches min_lr."""
         return self.lr_decay_iters or self.train_iters
 
+    @property
+    def warmup_iters(self) -> int:
+        """The steps of the warm-up, with auto resolved."""
+        if self.lr_warmup_iters != "auto":
+            return self.lr_warmup_iters
+        return min(_MAX_AUTO_WARMUP, self.decay_horizon // _AUTO_WARMUP_SHARE)
+
     def problems(self) -> list[str]:
         """Return all problems of this section."""
         problems = not_positive(
@@ -83,13 +96,14 @@ class TrainingConfig:
             self,
             "global_batch_size",
             "min_lr",
-            "lr_warmup_iters",
             "weight_decay",
             "clip_grad",
             "lr_decay_iters",
             "seed",
             "eval_interval",
         )
+        if self.lr_warmup_iters != "auto":
+            problems += negative(self, "lr_warmup_iters")
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
             if not 0 <= beta < 1:
@@ -105,7 +119,12 @@ class TrainingConfig:
                 f"lr_decay_iters {self.lr_decay_iters} has no effect with lr_decay_style constant. "
                 "Set --lr-decay-iters 0, or --lr-decay-style cosine or linear."
             )
-        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= self.decay_horizon:
+        explicit = self.lr_warmup_iters != "auto"  # auto leaves steps for the decay
+        if (
+            explicit
+            and self.lr_decay_style != "constant"
+            and self.lr_warmup_iters >= self.decay_horizon
+        ):
             end = "train_iters"
             remedy = f"--lr-warmup-iters to at most {self.decay_horizon - 1}"
             if self.lr_decay_iters:

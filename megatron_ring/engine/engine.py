@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.csv_monitor import csvMonitor
@@ -50,7 +51,9 @@ from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, keep_freed_memory
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.rendezvous import join
 from megatron_ring.parallel.tensor import whole_shape
+from megatron_ring.settings.deepspeed_config import with_bucket_size
 from megatron_ring.settings.run_settings import RunSettings
 
 # By their names in DeepSpeed's config.
@@ -70,13 +73,19 @@ _OTHER_PARTITIONS = {
 
 
 def start_processes(environment: Environment, device: str) -> None:
-    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU. Blocks until all ranks join."""
+    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU. Blocks until all ranks join.
+
+    Raises ConfigError on every rank if one has no GPU (parallel/rendezvous.py).
+    """
     environment.complete()
-    if device == "cuda":
-        torch.cuda.set_device(environment.local_rank)
-    else:
+    if device == "cpu":
         torch.set_num_threads(environment.threads)
         keep_freed_memory()
+    elif environment.world_size == 1:
+        # torch would like a device_id, though no other rank's device could differ.
+        warnings.filterwarnings(
+            "ignore", message=r"(barrier\(\): using the device|No device id is provided via)"
+        )
     # DeepSpeed 0.19.8 still calls collectives by names that torch has deprecated.
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning
@@ -84,6 +93,8 @@ def start_processes(environment: Environment, device: str) -> None:
     # On a CPU DeepSpeed would spend 20 s here compiling a shared-memory all-reduce, which training
     # never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        join(environment, device, default_pg_timeout)
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
@@ -148,6 +159,7 @@ class Engine:
         settings = {key: value for key, value in setup.deepspeed.items() if key not in _MONITORS}
         # DeepSpeed computes the norm only where it clips, and we always report it.
         settings["gradient_clipping"] = training.clip_grad or math.inf
+        settings = with_bucket_size(settings, _element_count(model))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -169,6 +181,9 @@ class Engine:
 
         ``batches`` is empty on pipeline stages after the first. The step is refused, and changes no
         weight, if its loss is above ``highest_loss`` or the loss or gradient is not finite.
+
+        The host reads the results from the device, so all work of the step on its stream is done
+        when this returns. Monitoring relies on that (parallel/device_clock.py).
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -357,6 +372,14 @@ def _start_monitors(config: dict[str, Any]) -> dict[str, Monitor]:
         if options.enabled and (monitor := best_effort(name, kind, options)):
             started[name] = monitor.write_events
     return started
+
+
+def _element_count(model: torch.nn.Module) -> int:
+    """Return the elements of the parameters of this process; those that ZeRO 3 splits count whole.
+
+    The same on all ranks of data x context, which have to fill their buckets alike.
+    """
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _targets(batches: list[Batch]) -> torch.Tensor:

@@ -44,7 +44,7 @@ class RingTransfer:
         works: (global rank of the peer, operation) pairs to wait for.
         sent: held until the transfer ends, because gloo or the receiver reads it in the background.
         sender: global rank from which ``received`` comes.
-        sent_at: the transfer's identity in the log of ``progress``.
+        send_row: the transfer's identity in the log of ``progress``.
         timeout: of each wait; None for the process group's own.
     """
 
@@ -52,7 +52,7 @@ class RingTransfer:
     sent: torch.Tensor
     received: torch.Tensor
     sender: int
-    sent_at: int
+    send_row: int
     progress: ProgressTracker
     buffers: RecvBufferPool
     timeout: timedelta | None
@@ -65,7 +65,7 @@ class RingTransfer:
         for peer, work in self.works:
             with self.progress.waiting_for(peer):
                 wait(work, self.timeout)
-        self.progress.record_receive(self.sent_at, self.sender)
+        self.progress.record_receive(self.send_row, self.sender)
         self.buffers.release(self.sent)
         return self.received
 
@@ -115,7 +115,7 @@ class RingExchange:
         sender = (self.ring_rank - distance) % size
         receiver = (self.ring_rank + distance) % size
         received = self.buffers.acquire(tensor)
-        sent_at = self.progress.record_send(tensor.nbytes, self.members[receiver])
+        send_row = self.progress.record_send(tensor.nbytes, self.members[receiver])
         reads_peers = self.peer_reader is not None and tensor.device.type == "cpu"
         post = self._post_ticket if reads_peers else self._post_messages
         works = post(tensor, receiver, received, sender)
@@ -124,7 +124,7 @@ class RingExchange:
             sent=tensor,
             received=received,
             sender=self.members[sender],
-            sent_at=sent_at,
+            send_row=send_row,
             progress=self.progress,
             buffers=self.buffers,
             timeout=self.timeout,
@@ -137,9 +137,9 @@ class RingExchange:
         link_of_sender = self.links[sender % 2]
         receiver = self.members[receiver]
         sender = self.members[sender]
-        with self.progress.waiting_for(receiver):  # as in _post
+        with self.progress.posting_to(receiver):  # as in _post
             ticket_works = send_ticket(tensor, receiver, own_link)
-        with self.progress.waiting_for(sender):
+        with self.progress.posting_to(sender):
             future = self.peer_reader.start_read(received, sender, link_of_sender, self.timeout)
         return [(sender, future), *((receiver, work) for work in ticket_works)]
 
@@ -166,7 +166,7 @@ class RingExchange:
         If a neighbour has died, gloo raises either here or in the wait, so both are recorded as
         waiting for that neighbour.
         """
-        with self.progress.waiting_for(ops[0].peer):
+        with self.progress.posting_to(ops[0].peer):
             works = dist.batch_isend_irecv(ops)
         # NCCL returns one work for the whole batch.
         return [(op.peer, work) for op, work in zip(ops, works)]

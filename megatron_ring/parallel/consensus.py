@@ -29,7 +29,10 @@ class Consensus:
 
     @staticmethod
     def build() -> "Consensus":
-        """Create the group, over gloo, because Python objects are exchanged. Collective; blocks."""
+        """Create the group, over gloo, because Python objects are exchanged. Collective; blocks.
+
+        It has all ranks, as a gloo group beside NCCL must (rendezvous.py).
+        """
         return Consensus(dist.new_group(backend="gloo"))
 
     @property

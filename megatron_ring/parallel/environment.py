@@ -148,6 +148,16 @@ def launched_by_torchelastic() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def ranks_may_share_gpus() -> bool:
+    """Return whether NCCL is told to let several ranks compute on one GPU."""
+    return (_value("NCCL_MULTI_RANK_GPU_ENABLE") or "0") != "0"
+
+
+def set_gpu_of_libraries(index: int) -> None:
+    """Make DeepSpeed, which reads LOCAL_RANK, use the GPU of that index."""
+    os.environ["LOCAL_RANK"] = str(index)
+
+
 # Values with which a library accumulates in the same order in every call; the first is the default.
 _DETERMINISTIC_VALUES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),

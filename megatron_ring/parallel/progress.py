@@ -8,6 +8,9 @@ together, so that another thread never sees half an update.
 The tensor may have room for more than the progress: for the accumulated work in rings, which finds
 stragglers, and for a log of all events (ring_log.py), which is a profile. An event without room for
 it is not recorded.
+
+Progress is that of the host, which on CUDA is ahead of the device. Work and log have the times at
+which the device ran what was recorded (device_clock.py).
 """
 
 import contextlib
@@ -17,9 +20,11 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from megatron_ring.parallel.device_clock import DeviceClock
 from megatron_ring.parallel.ring_log import Event, RingLog
 
 NO_RANK = -1
@@ -77,6 +82,7 @@ class RingWork(NamedTuple):
 
 _PROGRESS_FIELDS = len(ProgressSnapshot._fields)
 _WORK_FIELDS = len(RingWork._fields)
+_CLOCK_FIELDS = 1
 
 
 class ProgressTracker:
@@ -85,8 +91,9 @@ class ProgressTracker:
     Attributes:
         buffer: int64 on the CPU. The first 7 are the fields of ProgressSnapshot, except that
             ``seconds`` is stored as the time.monotonic_ns() from which they count. Two for
-            RingWork may follow, and after them a log.
+            RingWork may follow, then the number of a DeviceClock or 0, then a log.
         accumulates_work: whether the buffer has room for RingWork.
+        clock: the DeviceClock that times work and log on CUDA; None on a CPU.
         log: the RingLog in the buffer, or None.
     """
 
@@ -98,14 +105,22 @@ class ProgressTracker:
         after_progress = cells[_PROGRESS_FIELDS:]
         self._work = after_progress[:_WORK_FIELDS]
         self.accumulates_work = len(self._work) > 0
-        log = after_progress[_WORK_FIELDS:]
+        after_work = after_progress[_WORK_FIELDS:]
+        self.clock = DeviceClock.find(int(after_work[0])) if len(after_work) else None
+        log = after_work[_CLOCK_FIELDS:]
         self.log = RingLog(log) if len(log) else None
 
     @staticmethod
-    def with_work(log_rows: int = 0) -> "ProgressTracker":
-        """Create a tracker that accumulates work, and keeps a log if ``log_rows`` is above 0."""
+    def with_work(log_rows: int = 0, clock: DeviceClock | None = None) -> "ProgressTracker":
+        """Create a tracker that accumulates work, and keeps a log if ``log_rows`` is above 0.
+
+        clock: what times work and log on CUDA; then work follows from a log.
+        """
+        assert log_rows or not clock, "on CUDA work follows from a log"
         log_cells = RingLog.cells(log_rows) if log_rows else 0
-        return ProgressTracker(_new_buffer(_WORK_FIELDS + log_cells))
+        buffer = _new_buffer(_WORK_FIELDS + _CLOCK_FIELDS + log_cells)
+        buffer[_PROGRESS_FIELDS + _WORK_FIELDS] = clock.number if clock else 0
+        return ProgressTracker(buffer)
 
     def read(self) -> ProgressSnapshot:
         """Return the current progress; may be called from any thread."""
@@ -136,6 +151,25 @@ class ProgressTracker:
                     lambda *_, layer=int(number[1]): self._write("layer", layer)
                 )
 
+    def begin_step(self) -> None:
+        """Drop what was logged since the last step, as in a validation, and log the next one."""
+        if self.log is not None:
+            self.log.clear()
+        if self.clock:
+            self.clock.begin()
+
+    def end_step(self) -> np.ndarray:
+        """Return the step's log in host time, (rows, 4) int64; empty without a log.
+
+        On CUDA the stream of the step must have been synchronised.
+        """
+        if self.log is None:
+            return np.empty((0, RingLog.COLUMNS), dtype=np.int64)
+        rows = self.log.rows
+        if self.clock:
+            rows[:, 0] = self.clock.end()[rows[:, 0]]
+        return rows
+
     @contextlib.contextmanager
     def in_ring(self, layer: int, direction: Direction) -> Iterator[None]:
         """Record a pass of the ring; one that raises is not ended, so that it can still be read."""
@@ -144,7 +178,7 @@ class ProgressTracker:
         yield
         left = self._log(Event.LEFT)
         self._write("hop", 0, 0, left, NO_RANK)
-        self._add_work(left - entered)
+        self._add_host_time(left - entered)
 
     def begin_hop(self, hop: int, hops: int) -> None:
         """Record that ``hop``, counted from 0 as in the ring, begins."""
@@ -158,22 +192,42 @@ class ProgressTracker:
         yield
         ended = self._log(Event.WAITED)
         self._write("seconds", ended, NO_RANK)
-        self._add_work(began - ended)
+        self._add_host_time(began - ended)
+
+    @contextlib.contextmanager
+    def posting_to(self, global_rank: int) -> Iterator[None]:
+        """Record that messages are posted, during which gloo may wait for the other process.
+
+        On CUDA it is not logged: the device does nothing meanwhile.
+        """
+        if self.clock is None:
+            with self.waiting_for(global_rank):
+                yield
+            return
+        self._write("seconds", time.monotonic_ns(), global_rank)
+        yield
+        self._write("seconds", time.monotonic_ns(), NO_RANK)
 
     def record_send(self, size: int, receiver: int) -> int:
         """Record that a send of ``size`` bytes to a global rank starts.
 
-        Returns the time, which identifies the transfer in ``record_receive``.
+        Returns the number of its row in the log, which identifies the transfer.
         """
-        return self._log(Event.SENT, size, receiver)
+        row = self.log.written if self.log is not None else 0
+        self._log(Event.SENT, size, receiver)
+        return row
 
-    def record_receive(self, sent_at: int, sender: int) -> None:
-        """Record the arrival of a global rank's message in the transfer begun at ``sent_at``."""
-        self._log(Event.RECEIVED, sent_at, sender)
+    def record_receive(self, send_row: int, sender: int) -> None:
+        """Record that the wait for a global rank's message, of the transfer ``send_row``, ended."""
+        self._log(Event.RECEIVED, send_row, sender, at_last_mark=True)
 
     def add_products(self, products: int) -> None:
         """Add (query, key) pairs, each counted once per matrix product."""
         self._add_work(products=products)
+
+    def add_device_time(self, seconds: float) -> None:
+        """Add the time within passes, without waits, that the log of a step gives on CUDA."""
+        self._add_work(round(seconds * 1e9))
 
     @contextlib.contextmanager
     def in_optimizer_step(self) -> Iterator[None]:
@@ -182,12 +236,24 @@ class ProgressTracker:
         yield
         self._log(Event.OPTIMIZED)
 
-    def _log(self, event: Event, a: int = 0, b: int = 0) -> int:
-        """Append to the log, if there is one, and return the time."""
+    def _log(self, event: Event, a: int = 0, b: int = 0, at_last_mark: bool = False) -> int:
+        """Append to the log, if there is one, and return the host's time.
+
+        at_last_mark: on CUDA, nothing was queued since the previous row, so its mark serves.
+        """
         moment = time.monotonic_ns()
-        if self.log is not None:
-            self.log.add(moment, event, a, b)
+        if self.clock is None:
+            if self.log is not None:
+                self.log.add(moment, event, a, b)
+        elif self.clock.is_running and event in self.clock.logged:
+            reuses_mark = at_last_mark or self.log.is_full
+            mark = self.clock.last_mark if reuses_mark else self.clock.mark()
+            self.log.add(mark, event, a, b)
         return moment
+
+    def _add_host_time(self, nanoseconds: int) -> None:
+        if self.clock is None:
+            self._add_work(nanoseconds)
 
     def _add_work(self, nanoseconds: int = 0, products: int = 0) -> None:
         if self.accumulates_work:

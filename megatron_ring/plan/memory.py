@@ -9,8 +9,9 @@ ZeRO (Rajbhandari et al. 2020, section 5) shards over all processes that hold th
 here D x C: stage 1 the optimizer state, 2 also gradients, 3 also parameters. Adam has two moments
 of 4 bytes each. DeepSpeed also keeps a float32 copy of the weights that it updates, under ZeRO even
 of float32 weights. Counted too is what exists only while gradients are reduced: a bucket that they
-are copied into, and under ZeRO 3 the parameters gathered from the other processes. DeepSpeed
-releases these only when more than stage3_max_live_parameters exist, so a smaller model stays whole.
+are copied into (its size: settings/deepspeed_config.py), and under ZeRO 3 the parameters gathered
+from the other processes. DeepSpeed releases these only when more than stage3_max_live_parameters
+exist, so a smaller model stays whole.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_ring.config import Config
 from megatron_ring.parallel.grid import Grid, layers_of_stage
 from megatron_ring.plan.activations import layer_bytes
 from megatron_ring.plan.parameters import parameters_of_stage, share
+from megatron_ring.settings.deepspeed_config import MAX_BUCKET_ELEMENTS, reduce_bucket_elements
 
 ERROR = 0.1
 """Largest relative error against measured peaks, tested for one process and for two."""
@@ -32,13 +34,16 @@ _IDS_PER_TOKEN = 3 * torch.int64.itemsize  # id, position and target
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed's settings that affect memory, with DeepSpeed's defaults; ``ranks`` is D x C."""
+    """DeepSpeed's settings that affect memory, with DeepSpeed's defaults; ``ranks`` is D x C.
+
+    reduce_bucket_size: in elements; None: sized by the model.
+    """
 
     stage: int = 0
     ranks: int = 1
     offload_optimizer: bool = False
     offload_param: bool = False
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int | None = None
     max_live_parameters: int = 1_000_000_000
 
 
@@ -146,11 +151,18 @@ def model_states(count: int, dtype: torch.dtype, zero: ZeroSettings) -> ModelSta
         parameters=gathered + (0 if zero.offload_param else kept),
         gradients=0 if zero.offload_optimizer else gradients,
         # Under ZeRO 3 the bucket has the type of communication, float32; else that of gradients.
-        bucket=zero.reduce_bucket_size * (_FP32 if zero.stage == 3 else size),
+        bucket=bucket_elements(count, zero) * (_FP32 if zero.stage == 3 else size),
         optimizer=0 if zero.offload_optimizer else optimizer,
         update=0 if zero.offload_optimizer else update,
         host=host,
     )
+
+
+def bucket_elements(count: int, zero: ZeroSettings) -> int:
+    """Return the elements of the bucket of a process with ``count`` parameters."""
+    if zero.reduce_bucket_size == 0:
+        return 0  # DeepSpeed has none with this optimizer
+    return reduce_bucket_elements(count, zero.reduce_bucket_size)
 
 
 def _without_zero(count: int, dtype: torch.dtype, zero: ZeroSettings) -> ModelStates:
@@ -160,7 +172,7 @@ def _without_zero(count: int, dtype: torch.dtype, zero: ZeroSettings) -> ModelSt
     """
     size = dtype.itemsize
     is_half = dtype != torch.float32
-    flattened = min(count, zero.reduce_bucket_size) * size if zero.ranks > 1 else 0
+    flattened = min(count, MAX_BUCKET_ELEMENTS) * size if zero.ranks > 1 else 0
     per_parameter = _MASTER_AND_MOMENTS if is_half else _MASTER_AND_MOMENTS - _FP32
     fp32_gradients = _FP32 * count if is_half else 0
     return ModelStates(

@@ -14,9 +14,12 @@ from megatron_ring.plan.memory import (
     StageMemory,
     Workload,
     ZeroSettings,
+    bucket_elements,
     micro_batches_in_flight,
     stage_memory,
 )
+from megatron_ring.plan.parameters import parameters_of_stage
+from megatron_ring.settings.deepspeed_config import MAX_BUCKET_ELEMENTS
 from megatron_ring.settings.run_settings import RunSettings
 
 ASSUMED_VOCAB_SIZE = 32_000
@@ -56,6 +59,7 @@ def memory_lines(setup: RunSettings) -> list[str]:
         header,
         *rows,
         f"peak             {peaks} bytes by stage",
+        *_bucket_lines(setup, vocab_size),
         _activations_line(setup),
     ]
 
@@ -89,6 +93,24 @@ def memory_of_stages(setup: RunSettings, vocab_size: int) -> list[StageMemory]:
     return [stage_memory(load, stage) for stage in range(setup.grid.pipe)]
 
 
+def _bucket_lines(setup: RunSettings, vocab_size: int) -> list[str]:
+    """Return the elements of DeepSpeed's bucket on each stage, and where they come from."""
+    zero = _zero_settings(setup)
+    if zero.stage == 0 or zero.reduce_bucket_size == 0:
+        return []  # DeepSpeed has no bucket then
+    config = setup.config
+    sizes = []
+    for stage in range(setup.grid.pipe):
+        count = parameters_of_stage(
+            config.model, vocab_size, config.data.seq_length, setup.grid, stage
+        )
+        sizes.append(f"{bucket_elements(count, zero):,}")
+    reason = f"the parameters of a process, at most DeepSpeed's {MAX_BUCKET_ELEMENTS:,}"
+    if zero.reduce_bucket_size:
+        reason = "set by reduce_bucket_size in the config's deepspeed"
+    return [f"bucket           {', '.join(sizes)} elements by stage: {reason}"]
+
+
 def _zero_settings(setup: RunSettings) -> ZeroSettings:
     """Return the settings of DeepSpeed's config, with DeepSpeed's defaults."""
     stage = setup.config.training.zero_stage
@@ -99,14 +121,13 @@ def _zero_settings(setup: RunSettings) -> ZeroSettings:
         return ZeroSettings(stage=1, ranks=ranks, reduce_bucket_size=0)
     memory = setup.config.memory
     settings = setup.deepspeed["zero_optimization"]
-    bucket_size = settings.get("reduce_bucket_size", ZeroSettings.reduce_bucket_size)
     max_live = settings.get("stage3_max_live_parameters", ZeroSettings.max_live_parameters)
     return ZeroSettings(
         stage=stage,
         ranks=ranks,
         offload_optimizer=memory.offload_optimizer == "cpu",
         offload_param=memory.offload_param == "cpu",
-        reduce_bucket_size=int(bucket_size),
+        reduce_bucket_size=settings.get("reduce_bucket_size"),
         max_live_parameters=int(max_live),
     )
 

@@ -40,8 +40,35 @@ _DETERMINED_BY = {
 }
 
 
+# DeepSpeed's default for reduce_bucket_size, in elements.
+MAX_BUCKET_ELEMENTS = 500_000_000
+
+
+def reduce_bucket_elements(parameters: int, requested: int | None = None) -> int:
+    """Return the elements of the buffer in which DeepSpeed reduces gradients.
+
+    ``parameters``: of the process, whose gradients then fit into one bucket. DeepSpeed's default is
+    the upper limit. ``requested``: the user's reduce_bucket_size, which is taken as it is.
+
+    No other bucket size of DeepSpeed 0.19.8 allocates memory: stage3_prefetch_bucket_size,
+    stage3_max_live_parameters, stage3_max_reuse_distance and stage3_param_persistence_threshold
+    limit how much of the model is gathered at a time, and allgather_bucket_size has no effect
+    with a torch that has all_gather_into_tensor.
+    """
+    return int(requested or min(parameters, MAX_BUCKET_ELEMENTS))
+
+
+def with_bucket_size(settings: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """Return DeepSpeed's config with a bucket for the ``parameters`` of this process."""
+    zero = settings["zero_optimization"]
+    bucket = reduce_bucket_elements(parameters, zero.get("reduce_bucket_size"))
+    return settings | {"zero_optimization": zero | {"reduce_bucket_size": bucket}}
+
+
 def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[str, Any]:
-    """Return the dictionary for ``deepspeed.initialize``.
+    """Return the dictionary for ``deepspeed.initialize``, without the size of its bucket.
+
+    The engine adds that (``with_bucket_size``), because it depends on the tokenizer's vocabulary.
 
     DeepSpeed treats context ranks as data ranks, so its batch sizes count a sequence once for each
     of its shards. Raises ConfigError for extra keys that contradict derived ones.

@@ -216,11 +216,6 @@ def _device_problems(config: Config, grid: Grid, device: str) -> list[str]:
             "offload_activations has no effect on this device, a CPU: activations are in CPU "
             "memory already. Leave out --offload-activations."
         )
-    if config.logging.profile_ring and device == "cuda":
-        messages.append(
-            "profile_ring measures the waits of the host, but on this device, CUDA, the device "
-            "waits for transfers and not the host. Leave out --profile-ring."
-        )
     return messages
 
 

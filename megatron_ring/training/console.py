@@ -12,13 +12,11 @@ from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
 from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
 from megatron_ring.monitoring.metrics import ConsoleReporter
-from megatron_ring.monitoring.plot import draw_loss
-from megatron_ring.monitoring.ring_profile.monitor import straggler_notice
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.schedule import change_on_resume
+from megatron_ring.training.schedule import Warmup, change_on_resume, warmup_of
 from megatron_ring.training.start import Start
 
 
@@ -31,6 +29,7 @@ def opening(start: Start) -> str:
     padding = f" in {rows} rows" if rows > token_ids else ""
     lines = [
         *_settings(start.setup),
+        _warmup_line(start.warmup),
         f"model            {parameters:,} parameters, {token_ids} token ids{padding}",
         *(f"data             {line}" for line in start.dataset.training.describe()),
     ]
@@ -144,6 +143,9 @@ def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
         lines.append(f"metrics          {metrics}")
         # Not from a device or a pipe, which may have no end.
         if report.first and metrics.is_file():
+            # Imported here, because matplotlib would take a tenth of the start of every rank.
+            from megatron_ring.monitoring.plot import draw_loss
+
             plot = metrics.with_name("loss.png")
             if report.best_effort(f"loss plot {plot}", draw_loss, metrics, plot):
                 lines.append(f"loss plot        {plot}")
@@ -152,7 +154,8 @@ def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
 
 def plan(setup: RunSettings) -> str:
     """Return the output of --dry-run: config, derived settings, placement, memory and messages."""
-    return "\n".join([to_yaml(setup.config), *_settings(setup), *plan_lines(setup)])
+    settings = [*_settings(setup), _warmup_line(warmup_of(setup.config.training))]
+    return "\n".join([to_yaml(setup.config), *settings, *plan_lines(setup)])
 
 
 def _settings(setup: RunSettings) -> list[str]:
@@ -172,8 +175,11 @@ def _settings(setup: RunSettings) -> list[str]:
         *(f"operations       {line}" for line in setup.operations.describe()),
         *_split_line(setup.config.data),
         *_window_line(setup.config.model),
-        *straggler_notice(setup),
     ]
+
+
+def _warmup_line(warmup: Warmup) -> str:
+    return f"warm-up          {warmup.iters} steps: {warmup.reason}"
 
 
 def _split_line(data: DataConfig) -> list[str]:

@@ -4,6 +4,7 @@ The rate is a function of the step and the options alone.
 """
 
 import math
+from typing import NamedTuple
 
 from megatron_ring.config import TrainingConfig
 from megatron_ring.errors import flag
@@ -17,15 +18,37 @@ _DECAY = {
 _OPTIONS = ("lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_decay_iters", "train_iters")
 
 
+class Warmup(NamedTuple):
+    """The warm-up of a run, in optimizer steps; reason: why it is that long, for the console."""
+
+    iters: int
+    reason: str
+
+
+def warmup_of(config: TrainingConfig, stored: TrainingConfig | None = None) -> Warmup:
+    """Resolve --lr-warmup-iters.
+
+    ``stored``: the options of the checkpoint that the run resumes from, whose warm-up auto keeps;
+    None for a run from step 0.
+    """
+    if config.lr_warmup_iters != "auto":
+        return Warmup(config.lr_warmup_iters, "set by --lr-warmup-iters")
+    if stored:
+        return Warmup(stored.warmup_iters, "auto: as in the checkpoint")
+    reason = f"auto: a tenth of the schedule's {config.decay_horizon} steps, at most 20"
+    return Warmup(config.warmup_iters, reason)
+
+
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Return the rate of optimizer step ``step``, counted from 1.
 
     It is lr at the end of the warm-up and min_lr from the horizon (config.decay_horizon) on.
     """
-    if step <= config.lr_warmup_iters:
-        return config.lr * step / config.lr_warmup_iters
-    decay_iters = config.decay_horizon - config.lr_warmup_iters
-    progress = min(1.0, (step - config.lr_warmup_iters) / max(1, decay_iters))
+    warmup_iters = config.warmup_iters
+    if step <= warmup_iters:
+        return config.lr * step / warmup_iters
+    decay_iters = config.decay_horizon - warmup_iters
+    progress = min(1.0, (step - warmup_iters) / max(1, decay_iters))
     floor = config.lr if config.lr_decay_style == "constant" else config.min_lr
     return floor + (config.lr - floor) * _DECAY[config.lr_decay_style](progress)
 

@@ -9,13 +9,14 @@ import torch
 
 from megatron_ring.checkpoint.lease import Lease, Owner, take
 from megatron_ring.checkpoint.state import RunState
-from megatron_ring.checkpoint.store import Stored
-from megatron_ring.config import Config
+from megatron_ring.checkpoint.store import Stored, read_config
+from megatron_ring.config import Config, TrainingConfig
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.data.loader import Batch, LaterStageLoader, Loader, build_loader
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.store_fingerprint import Fingerprint, fingerprint
 from megatron_ring.data.stream import Stream
+from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring import outputs
 from megatron_ring.parallel.consensus import (
     Consensus,
@@ -27,7 +28,8 @@ from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.checkpoint_selection import select_checkpoint
+from megatron_ring.training.checkpoint_selection import select_checkpoint, with_checkpoint_error
+from megatron_ring.training.schedule import Warmup, warmup_of
 
 Part = Literal["validation", "test"]
 """A part of the data that is not trained on."""
@@ -40,7 +42,8 @@ class Start:
     coordinates: this process's position in the grid. stored: the checkpoint to resume from, None
     for a run from step 0. fingerprints: of the token stores that the run reads, as rank 0 sees
     them. lease: on the --save folder, held by global rank 0; None on other ranks, and without
-    --save. data_consensus: used only to raise data errors of one rank on all.
+    --save. data_consensus: used only to raise data errors of one rank on all. warmup: the steps of
+    warm-up, which setup.config has instead of auto, and the reason.
     """
 
     setup: RunSettings
@@ -50,6 +53,7 @@ class Start:
     fingerprints: list[Fingerprint]
     lease: Lease | None
     data_consensus: Consensus
+    warmup: Warmup
 
     @property
     def vocab_size(self) -> int:
@@ -150,15 +154,39 @@ class Start:
             lease = _take_lease(config, rank, consensus)
             vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
             stored = select_checkpoint(setup, vocab_size, consensus, fingerprints)
+            warmup = resolve_warmup(config.training, stored, consensus)
+        training = replace(config.training, lr_warmup_iters=warmup.iters)
         return Start(
-            setup=setup,
+            setup=replace(setup, config=replace(config, training=training)),
             dataset=dataset,
             coordinates=setup.grid.coordinates(rank),
             stored=stored,
             fingerprints=fingerprints,
             lease=lease,
             data_consensus=Consensus.build(),
+            warmup=warmup,
         )
+
+
+def resolve_warmup(config: TrainingConfig, stored: Stored | None, consensus: Consensus) -> Warmup:
+    """Resolve --lr-warmup-iters for a run that resumes from ``stored``, if any. Collective; blocks.
+
+    With auto, the warm-up of the checkpoint is kept, unless no step has been taken. Raises
+    ConfigError on every rank if it leaves no steps for the decay until --lr-decay-iters.
+    """
+    then = None
+    if stored and stored.state.step > 0 and config.lr_warmup_iters == "auto":
+        read = with_checkpoint_error(
+            f"{stored.path} cannot be read", lambda: read_config(stored.path).training
+        )
+        then = consensus.run_on_rank_zero(read)
+    warmup = warmup_of(config, then)
+    # A run that ends within the warm-up of its checkpoint has no decay, which is no contradiction.
+    if config.lr_decay_iters:
+        problems = replace(config, lr_warmup_iters=warmup.iters).problems()
+        if problems:
+            raise ConfigError(problems)
+    return warmup
 
 
 def _take_lease(config: Config, rank: int, consensus: Consensus) -> Lease | None:

@@ -4,6 +4,7 @@ Two ranks over gloo get the fault in a given step or save. Started again without
 with the losses of an undisturbed run, bit for bit, and has every step once in its metrics file.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -146,8 +147,10 @@ def run(
 
 def _wait_for(rank: subprocess.Popen) -> RankResult:
     """Wait for less time than a collective would."""
-    if rank.poll() is None and psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED:
-        rank.kill()  # as a scheduler does once the first rank has ended
+    # The rank may end between two calls.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED:
+            rank.kill()  # as a scheduler does once the first rank has ended
     out, err = rank.communicate(timeout=240)
     return RankResult(rank.returncode, out, err)
 

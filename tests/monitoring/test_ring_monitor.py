@@ -1,12 +1,13 @@
-"""Which options turn on ring profiling, which are refused, and what is reported without it."""
+"""Which options turn on ring profiling, which are refused, and what times it on each device."""
 
 from dataclasses import replace
 
 import pytest
 
 from megatron_ring.config import Config, LoggingConfig, ModelConfig, ParallelConfig
-from megatron_ring.monitoring.ring_profile.monitor import build_progress_tracker, straggler_notice
+from megatron_ring.monitoring.ring_profile.monitor import build_progress_tracker
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.ring_log import WORK_EVENTS, Event
 from megatron_ring.settings import rules
 from megatron_ring.settings.run_settings import RunSettings
 
@@ -32,34 +33,31 @@ def test_options_without_effect_are_refused(changes, parts):
     assert all(part in problem for part in parts)
 
 
-def test_profiling_is_refused_on_cuda():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_profiling_is_allowed_on_every_device(device):
     profiled = replace(CONFIG, logging=LoggingConfig(profile_ring=True))
-
-    def problems(device: str) -> list[str]:
-        messages = rules.problems(profiled, Grid(), device)
-        return [message for message in messages if "profile_ring" in message]
-
-    assert problems("cpu") == []
-    [problem] = problems("cuda")
-    assert "CUDA" in problem
-    assert "--profile-ring" in problem
+    assert not any(
+        "profile_ring" in message for message in rules.problems(profiled, Grid(), device)
+    )
 
 
-def test_stragglers_are_not_detected_on_cuda_and_the_console_reports_that():
+def test_the_host_times_a_cpu_and_events_time_a_cuda_device():
     on_cpu = RunSettings.resolve(CONFIG, world_size=2)
     on_cuda = replace(on_cpu, device="cuda")
-    disabled = replace(CONFIG, logging=LoggingConfig(straggler_threshold=0))
-    assert build_progress_tracker(on_cpu).accumulates_work
-    assert not build_progress_tracker(on_cuda).accumulates_work
-    assert straggler_notice(on_cpu) == []
-    assert straggler_notice(replace(on_cuda, config=disabled)) == []
-    [line] = straggler_notice(on_cuda)
-    assert line.startswith("stragglers       not detected")
+    profiled = replace(on_cuda, config=replace(CONFIG, logging=LoggingConfig(profile_ring=True)))
+    assert build_progress_tracker(on_cpu).clock is None
+    stragglers_only = build_progress_tracker(on_cuda)
+    assert stragglers_only.accumulates_work
+    assert set(stragglers_only.clock.logged) == WORK_EVENTS
+    assert set(build_progress_tracker(profiled).clock.logged) == set(Event)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("ring", "threshold"), [(1, 1.25), (2, 0)])
-def test_without_a_ring_or_a_threshold_nothing_is_recorded(ring, threshold):
+def test_without_a_ring_or_a_threshold_nothing_is_recorded(ring, threshold, device):
     config = replace(CONFIG, logging=LoggingConfig(straggler_threshold=threshold))
-    setup = RunSettings.resolve(config, world_size=ring)
-    assert build_progress_tracker(setup).log is None
-    assert not build_progress_tracker(setup).accumulates_work
+    setup = replace(RunSettings.resolve(config, world_size=ring), device=device)
+    tracker = build_progress_tracker(setup)
+    assert tracker.log is None
+    assert tracker.clock is None
+    assert not tracker.accumulates_work

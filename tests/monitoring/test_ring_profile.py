@@ -150,7 +150,7 @@ def test_time_between_two_log_rows_belongs_to_the_first():
         (103, Event.SENT, 512, 1),
         (104, Event.WAITING, 1, 0),
         (107, Event.WAITED, 0, 0),
-        (108, Event.RECEIVED, 103, 1),
+        (108, Event.RECEIVED, 2, 1),
         (110, Event.HOP, 2, 2),
         (120, Event.LEFT, 0, 0),
         (150, Event.ENTERED, 0, Direction.BACKWARD),

@@ -209,6 +209,22 @@ def test_with_nccl_only_the_links_have_high_priority_streams(
     assert data_context.options is None
 
 
+def test_every_rank_requests_the_same_groups_in_the_same_order(built, monkeypatch):
+    """With NCCL, torch splits groups off the default one, which is a call of all ranks."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    monkeypatch.setattr(collectives, "probe_shared_memory", lambda group: None)
+    grid = Grid(data=2, ring=2, tensor=2, pipe=2)
+    requests = []
+    for rank in range(grid.world_size):
+        ProcessGroups.build(grid, rank)
+        requests.append([request.ranks for request in built])
+        built.clear()
+    assert len(requests[0]) == 5
+    assert all(of_rank == requests[0] for of_rank in requests)
+    for groups in requests[0]:
+        assert sorted(rank for group in groups for rank in group) == list(range(16))
+
+
 def test_without_nccl_links_have_no_options(built, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
     monkeypatch.setattr(collectives, "probe_shared_memory", lambda group: None)

@@ -128,10 +128,10 @@ def test_all_events_are_logged(monkeypatch):
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
     with progress.in_ring(5, Direction.BACKWARD):
         progress.begin_hop(1, 4)
-        sent_at = progress.record_send(1000, receiver=3)
+        send_row = progress.record_send(1000, receiver=3)
         with progress.waiting_for(2):
             pass
-        progress.record_receive(sent_at, sender=2)
+        progress.record_receive(send_row, sender=2)
     with progress.in_optimizer_step():
         pass
     assert progress.log.rows.tolist() == [
@@ -140,7 +140,7 @@ def test_all_events_are_logged(monkeypatch):
         [120, Event.SENT, 1000, 3],
         [130, Event.WAITING, 2, 0],
         [140, Event.WAITED, 0, 0],
-        [150, Event.RECEIVED, 120, 2],
+        [150, Event.RECEIVED, 2, 2],
         [160, Event.LEFT, 0, 0],
         [170, Event.OPTIMIZING, 0, 0],
         [180, Event.OPTIMIZED, 0, 0],

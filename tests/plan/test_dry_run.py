@@ -7,6 +7,7 @@ from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.memory import ERROR
 from megatron_ring.plan.memory_report import ASSUMED_VOCAB_SIZE, human, memory_of_stages
+from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import console
 from megatron_ring.training.console import plan
@@ -79,7 +80,32 @@ def test_keys_of_deepspeeds_config_enter_the_plan():
     small = {"zero_optimization": {"reduce_bucket_size": 1000}}
     default = first_stage(2, training={"zero_stage": 1, "deepspeed": {}}).bucket
     chosen = first_stage(2, training={"zero_stage": 1, "deepspeed": small}).bucket
-    assert default - chosen == 4 * (500_000_000 - 1000)
+    assert chosen == 4 * 1000
+    parameters = parameter_count(tiny.config().model, 61, tiny.SEQ)
+    assert default == 4 * parameters
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        ({"zero_stage": 1}, "{count:,} elements by stage: the parameters of a process"),
+        (
+            {"zero_stage": 3, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}},
+            "1,000 elements by stage: set by reduce_bucket_size",
+        ),
+        ({"zero_stage": 0}, ""),
+    ],
+)
+def test_the_size_of_deepspeeds_bucket_is_listed_where_it_has_one(training, line):
+    expected = line.format(count=parameter_count(tiny.config().model, 4096, tiny.SEQ))
+    lines = [row for row in printed(2, training=training).splitlines() if row[:7] == "bucket "]
+    assert len(lines) == bool(line)
+    assert all(expected in row for row in lines)
+
+
+def test_a_large_model_has_deepspeeds_largest_bucket():
+    model = {"hidden_size": 4096, "num_layers": 32}
+    assert f"{500_000_000:,} elements by stage" in printed(2, model=model)
 
 
 def test_a_pipeline_in_bfloat16_shards_its_optimizer_even_without_zero():
@@ -163,3 +189,19 @@ def test_a_converted_value_is_listed_once(sections, line):
         console.plan(RunSettings.resolve(tiny.config(**sections), 1)).splitlines().count(line) == 1
     )
     assert f"\n{line[:17]}" not in console.plan(RunSettings.resolve(tiny.config(), 1))
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        ({"lr_warmup_iters": 4}, "4 steps: set by --lr-warmup-iters"),
+        (
+            {"lr_warmup_iters": "auto", "train_iters": 70},
+            "7 steps: auto: a tenth of the schedule's 70 steps, at most 20",
+        ),
+    ],
+)
+def test_the_warm_up_is_listed_and_the_printed_config_keeps_auto(training, line):
+    output = console.plan(RunSettings.resolve(tiny.config(training=training), 1))
+    assert f"warm-up          {line}" in output.splitlines()
+    assert f"  lr_warmup_iters: {training['lr_warmup_iters']}\n" in output

@@ -105,7 +105,12 @@ def packed_alone(short_documents) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "world_size", [3, *(pytest.param(size, marks=pytest.mark.whole) for size in (2, 4))]
+    "world_size",
+    [
+        3,
+        pytest.param(2, marks=pytest.mark.whole),
+        pytest.param(4, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_packed_documents_train_as_on_one_process(world_size, packed_alone, short_documents):
     cases = packed_cases()

@@ -1,11 +1,12 @@
 """The learning rate as a function of the step, and its changes after a resume."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from megatron_ring.config import TrainingConfig
-from megatron_ring.training.schedule import change_on_resume, learning_rate
+from megatron_ring.training.schedule import change_on_resume, learning_rate, warmup_of
 
 
 def rates(style: str, **changes) -> list[float]:
@@ -42,6 +43,37 @@ def test_constant_stays_at_the_peak():
 
 def test_without_warm_up_decay_begins_at_the_first_step():
     assert rates("linear", lr_warmup_iters=0)[0] == pytest.approx(0.91)
+
+
+@pytest.mark.parametrize(
+    ("options", "iters"),
+    [
+        ({"train_iters": 1}, 0),
+        ({"train_iters": 10}, 1),
+        ({"train_iters": 199}, 19),
+        ({"train_iters": 200}, 20),
+        ({"train_iters": 10**6}, 20),
+        ({"train_iters": 10, "lr_decay_iters": 150}, 15),
+        ({"train_iters": 1000, "lr_decay_iters": 10}, 1),
+        ({"train_iters": 50, "lr_decay_style": "constant"}, 5),
+    ],
+)
+def test_auto_warms_up_for_a_tenth_of_the_schedule_and_at_most_20_steps(options, iters):
+    automatic = TrainingConfig(**options)
+    explicit = replace(automatic, lr_warmup_iters=iters)
+    assert automatic.problems() == []
+    assert warmup_of(automatic).iters == iters
+    for step in range(1, min(automatic.train_iters, 40) + 1):
+        assert learning_rate(step, automatic) == learning_rate(step, explicit)
+
+
+def test_auto_keeps_the_warm_up_of_a_checkpoint_and_a_number_does_not():
+    stored = schedule(train_iters=300, lr_warmup_iters=7)
+    longer = schedule(train_iters=400, lr_warmup_iters="auto")
+    assert warmup_of(longer, stored).iters == 7
+    assert "checkpoint" in warmup_of(longer, stored).reason
+    assert warmup_of(schedule(lr_warmup_iters=3), stored).iters == 3
+    assert "--lr-warmup-iters" in warmup_of(schedule(lr_warmup_iters=3), stored).reason
 
 
 def test_lr_decay_iters_fixes_the_decay_whatever_train_iters_is():

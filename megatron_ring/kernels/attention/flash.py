@@ -11,6 +11,7 @@ use stand-ins with the parameters of both versions; neither has run on a GPU.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from megatron_ring.kernels.attention.tiled_kernel import TiledKernel
 from megatron_ring.kernels.attention.tiles import TileKind, Tiling
 from megatron_ring.kernels.attention.torch_operators import CUDA_EFFICIENT
 from megatron_ring.kernels.attention.varlen import VarlenCall
+from megatron_ring.kernels.memory_contract import HALF_PRECISION, Memory, VendorOperator
 from megatron_ring.kernels.selection import Unsupported
 
 _TILING = Tiling(rows=1024, split_triangles=False, split_documents=True)
@@ -65,7 +67,7 @@ def backward(
         rows, keys = call.queries, call.keys
         spans = (rows, rows, keys, keys, rows)
         packed = [_end_to_end(x[:, span]) for x, span in zip(tensors, spans)]
-        lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1).contiguous()
+        lse_HT = lse_BHL[:, :, rows].transpose(0, 1).flatten(1)
         gradients = library.backward(
             *packed, lse_HT, *_sequences(key_ranges, call, q_BLHD), scale, deterministic
         )
@@ -99,21 +101,38 @@ class VarlenFunctions:
     forward: (q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal, scale) -> (out_THD, lse_HT in
         float32; -inf or +inf where a query sees nothing).
     backward: (dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal, scale,
-        deterministic) -> (dq_THD, dk_UGD, dv_UGD), from the final ``out`` and the contiguous
-        ``lse``.
+        deterministic) -> (dq_THD, dk_UGD, dv_UGD), from the final ``out`` and ``lse``.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., list[torch.Tensor]]
 
 
-def _forward_2(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: float):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+# flash_api.cpp of either version refuses q, k, v, out, dout and the gradients unless the head dim
+# is contiguous (version 2's Python functions copy the first five where it is not), and loads 16
+# bytes along it. It refuses cu_seqlens unless they are contiguous. It reads lse as a dense
+# (heads, tokens) from its address, whatever its strides.
+_ROWS = Memory(dense=(2,), alignment=16, dtypes=HALF_PRECISION)
+_GRADIENT = Memory(dense=(2,), alignment=16, dtypes=HALF_PRECISION, written=True)
+_LENGTHS = Memory(dense=(0,), dtypes=(torch.int32,))
+_FORWARD_MEMORY = {name: _ROWS for name in "qkv"} | {
+    name: _LENGTHS for name in ("cu_seqlens_q", "cu_seqlens_k")
+}
+_BACKWARD_MEMORY = (
+    _FORWARD_MEMORY
+    | {name: _ROWS for name in ("dout", "out")}
+    | {name: _GRADIENT for name in ("dq", "dk", "dv")}
+    | {"softmax_lse": Memory(dense=(0, 1), dtypes=(torch.float32,))}
+)
 
-    out, lse, *_ = _flash_attn_varlen_forward(
-        q_THD, k_UGD, v_UGD, *cu_seqlens, *_at_least_two_queries(longest),
-        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
-        window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+
+def _forward_2(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: float):
+    max_seqlen_q, max_seqlen_k = _at_least_two_queries(longest)
+    out, lse, *_ = _FORWARD_2(
+        q=q_THD, k=k_UGD, v=v_UGD, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, dropout_p=0.0, softmax_scale=scale,
+        causal=causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False,
     )  # fmt: skip
     return out, lse
 
@@ -122,16 +141,36 @@ def _backward_2(
     dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal: bool, scale: float,
     deterministic: bool,
 ):  # fmt: skip
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-    gradients = [torch.empty_like(x) for x in (q_THD, k_UGD, v_UGD)]
-    _flash_attn_varlen_backward(
-        dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, *gradients, *cu_seqlens,
-        *_at_least_two_queries(longest),
-        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
-        window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=deterministic,
+    dq, dk, dv = gradients = [_empty_gradient(x) for x in (q_THD, k_UGD, v_UGD)]
+    max_seqlen_q, max_seqlen_k = _at_least_two_queries(longest)
+    _BACKWARD_2(
+        dout=dout_THD, q=q_THD, k=k_UGD, v=v_UGD, out=out_THD, softmax_lse=lse_HT,
+        dq=dq, dk=dk, dv=dv, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, dropout_p=0.0, softmax_scale=scale,
+        causal=causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        deterministic=deterministic,
     )  # fmt: skip
     return gradients
+
+
+def _empty_gradient(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _interface_2():
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+_FORWARD_2 = VendorOperator(
+    "flash-attn 2",
+    lambda **arguments: _interface_2()._flash_attn_varlen_forward(**arguments),
+    _FORWARD_MEMORY,
+)
+_BACKWARD_2 = VendorOperator(
+    "flash-attn 2, backward",
+    lambda **arguments: _interface_2()._flash_attn_varlen_backward(**arguments),
+    _BACKWARD_MEMORY,
+)
 
 
 def _at_least_two_queries(longest: tuple[int, int]) -> tuple[int, int]:
@@ -141,8 +180,8 @@ def _at_least_two_queries(longest: tuple[int, int]) -> tuple[int, int]:
 
 
 def _forward_3(q_THD, k_UGD, v_UGD, cu_seqlens, longest, causal: bool, scale: float):
-    out, lse, *_ = _operators_3().fwd(
-        q_THD, k_UGD, v_UGD, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+    out, lse, *_ = _FORWARD_3(
+        q=q_THD, k=k_UGD, v=v_UGD, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
         max_seqlen_q=longest[0], max_seqlen_k=longest[1], softmax_scale=scale, is_causal=causal,
         num_splits=1,
     )  # fmt: skip
@@ -153,10 +192,10 @@ def _backward_3(
     dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, cu_seqlens, longest, causal: bool, scale: float,
     deterministic: bool,
 ):  # fmt: skip
-    gradients = [torch.empty_like(x) for x in (q_THD, k_UGD, v_UGD)]
-    _operators_3().bwd(
-        dout_THD, q_THD, k_UGD, v_UGD, out_THD, lse_HT, *gradients,
-        cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+    dq, dk, dv = gradients = [_empty_gradient(x) for x in (q_THD, k_UGD, v_UGD)]
+    _BACKWARD_3(
+        dout=dout_THD, q=q_THD, k=k_UGD, v=v_UGD, out=out_THD, softmax_lse=lse_HT,
+        dq=dq, dk=dk, dv=dv, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
         max_seqlen_q=longest[0], max_seqlen_k=longest[1], softmax_scale=scale, is_causal=causal,
         deterministic=deterministic,
     )  # fmt: skip
@@ -168,6 +207,13 @@ def _operators_3():
 
     return torch.ops.flash_attn_3
 
+
+_FORWARD_3 = VendorOperator(
+    "flash-attn 3", lambda **arguments: _operators_3().fwd(**arguments), _FORWARD_MEMORY
+)
+_BACKWARD_3 = VendorOperator(
+    "flash-attn 3, backward", lambda **arguments: _operators_3().bwd(**arguments), _BACKWARD_MEMORY
+)
 
 # Version 2 (Dao 2023, FlashAttention-2) from 2.7 on, for Ampere and later GPUs: the functions below
 # its autograd ones, because the gradient of a hop needs the merged out and lse. Their parameters

@@ -14,6 +14,7 @@ a window of 4:
 tokens are or on ranks.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class KeyRanges:
     )
     _on_device: dict[tuple, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @functools.cached_property
     def visible_pairs(self) -> int:
         """The number of visible (query, key) pairs, which is the work of the hop."""
         return int((self.hi - self.lo).clamp(min=0).sum())

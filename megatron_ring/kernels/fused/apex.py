@@ -12,10 +12,24 @@ import torch
 from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 from apex.transformer.functional.fused_rope import fused_apply_rotary_pos_emb_cached
 
+from megatron_ring.kernels.memory_contract import UNRESTRICTED, Memory, VendorOperator
 from megatron_ring.kernels.rope import Rotation
 
 for _extension in ("fused_layer_norm_cuda", "fused_rotary_positional_embedding"):
     importlib.import_module(_extension)
+
+# The norms copy what is not contiguous (normalization/fused_layer_norm.py). RoPE's kernel reads all
+# strides of queries and keys, but cos and sin as dense (tokens, head dim) from their addresses
+# (csrc/megatron/fused_rotary_positional_embedding.h).
+_NORM_MEMORY = {"input": UNRESTRICTED, "weight": UNRESTRICTED, "bias": UNRESTRICTED}
+_RMS_NORM = VendorOperator("Apex's RMSNorm", fused_rms_norm_affine, _NORM_MEMORY)
+_LAYER_NORM = VendorOperator("Apex's LayerNorm", fused_layer_norm_affine, _NORM_MEMORY)
+_ANGLES = Memory(dense=(0, 1, 2, 3))
+_ROPE = VendorOperator(
+    "Apex's RoPE",
+    fused_apply_rotary_pos_emb_cached,
+    {"t": UNRESTRICTED, "cos_": _ANGLES, "sin_": _ANGLES},
+)
 
 
 def norm(
@@ -23,8 +37,10 @@ def norm(
 ) -> torch.Tensor:
     """RMSNorm without a bias, else LayerNorm; computed in float32."""
     if bias_E is None:
-        return fused_rms_norm_affine(x_BlE, weight_E, weight_E.shape, eps=epsilon)
-    return fused_layer_norm_affine(x_BlE, weight_E, bias_E, weight_E.shape, eps=epsilon)
+        return _RMS_NORM(input=x_BlE, weight=weight_E, normalized_shape=weight_E.shape, eps=epsilon)
+    return _LAYER_NORM(
+        input=x_BlE, weight=weight_E, bias=bias_E, normalized_shape=weight_E.shape, eps=epsilon
+    )
 
 
 def rope(
@@ -48,9 +64,11 @@ def _rotate(
 ) -> torch.Tensor:
     if per_sample:
         x_N1HD = x_BlHD.flatten(0, 1).unsqueeze(1)
-        return fused_apply_rotary_pos_emb_cached(x_N1HD, cos_N11D, sin_N11D).view(x_BlHD.shape)
-    # With transposed memory (the last argument) the result is contiguous after transposing back.
-    rotated_lBHD = fused_apply_rotary_pos_emb_cached(
-        x_BlHD.transpose(0, 1), cos_N11D, sin_N11D, True
+        return _ROPE(t=x_N1HD, cos_=cos_N11D, sin_=sin_N11D).view(x_BlHD.shape)
+    rotated_lBHD = _ROPE(
+        t=x_BlHD.transpose(0, 1),
+        cos_=cos_N11D,
+        sin_=sin_N11D,
+        transpose_output_memory=True,  # the result is contiguous after transposing back
     )
     return rotated_lBHD.transpose(0, 1)

@@ -7,23 +7,45 @@ CUDA.
 
 import torch
 from flash_attn.layers.rotary import apply_rotary_emb
-from flash_attn.ops.activations import swiglu
+from flash_attn.ops.activations import swiglu as _swiglu
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 
 from megatron_ring.kernels.cross_entropy import WHOLE, VocabularyPart
 from megatron_ring.kernels.fused.operations import ignore_invalid_targets
+from megatron_ring.kernels.memory_contract import UNRESTRICTED, Memory, VendorOperator
 from megatron_ring.kernels.rope import Rotation
 
-__all__ = ["cross_entropy", "norm", "rope", "swiglu"]
+# flash-attn copies what is not contiguous before its kernels see it: norms their rows, weight and
+# bias (ops/triton/layer_norm.py), RoPE its angles, whose kernel reads all strides of queries and
+# keys (ops/triton/rotary.py). SwiGLU is an element-wise kernel of torch's iterator
+# (ops/activations.py). Cross entropy copies rows of logits, but reads the labels from their address
+# (ops/triton/cross_entropy.py).
+_NORM_MEMORY = {"x": UNRESTRICTED, "weight": UNRESTRICTED, "bias": UNRESTRICTED}
+_RMS_NORM = VendorOperator("flash-attn's RMSNorm", rms_norm_fn, _NORM_MEMORY)
+_LAYER_NORM = VendorOperator("flash-attn's LayerNorm", layer_norm_fn, _NORM_MEMORY)
+_ROPE = VendorOperator(
+    "flash-attn's RoPE", apply_rotary_emb, dict.fromkeys(("x", "cos", "sin"), UNRESTRICTED)
+)
+# It is an autograd function's apply, which takes no names.
+_SWIGLU = VendorOperator(
+    "flash-attn's SwiGLU",
+    lambda **arguments: _swiglu(*arguments.values()),
+    dict.fromkeys(("x", "y"), UNRESTRICTED),
+)
+_CROSS_ENTROPY = VendorOperator(
+    "flash-attn's cross entropy",
+    cross_entropy_loss,
+    {"logits": UNRESTRICTED, "labels": Memory(dense=(0,))},
+)
 
 
 def norm(
     x_BlE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
     """RMSNorm without a bias, else LayerNorm; computed in float32 and rounded once."""
-    function = rms_norm_fn if bias_E is None else layer_norm_fn
-    return function(x_BlE, weight_E, bias_E, eps=epsilon)
+    operator = _RMS_NORM if bias_E is None else _LAYER_NORM
+    return operator(x=x_BlE, weight=weight_E, bias=bias_E, eps=epsilon)
 
 
 def rope(
@@ -39,10 +61,15 @@ def rope(
 
 def _rotate(x_BlHD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     if rotation.cos_lP.dim() == 2:
-        return apply_rotary_emb(x_BlHD, rotation.cos_lP, rotation.sin_lP)
+        return _ROPE(x=x_BlHD, cos=rotation.cos_lP, sin=rotation.sin_lP)
     cos_NP, sin_NP = rotation.cos_lP.flatten(0, 1), rotation.sin_lP.flatten(0, 1)
-    rotated_1NHD = apply_rotary_emb(x_BlHD.flatten(0, 1).unsqueeze(0), cos_NP, sin_NP)
+    rotated_1NHD = _ROPE(x=x_BlHD.flatten(0, 1).unsqueeze(0), cos=cos_NP, sin=sin_NP)
     return rotated_1NHD.view(x_BlHD.shape)
+
+
+def swiglu(gate_BlF: torch.Tensor, up_BlF: torch.Tensor) -> torch.Tensor:
+    """Compute silu(gate) * up in float32, rounded once."""
+    return _SWIGLU(x=gate_BlF, y=up_BlF)
 
 
 def cross_entropy(
@@ -57,8 +84,8 @@ def cross_entropy(
     target_c, penalty = ignore_invalid_targets(target_c1, logits_cv.shape[1], ignore_index)
     with torch.set_grad_enabled(with_gradient):
         logits_cv = logits_cv.detach().requires_grad_(with_gradient)
-        losses_c, _ = cross_entropy_loss(
-            logits_cv, target_c, ignore_index=ignore_index, inplace_backward=True
+        losses_c, _ = _CROSS_ENTROPY(
+            logits=logits_cv, labels=target_c, ignore_index=ignore_index, inplace_backward=True
         )
         loss = losses_c.sum()
     dlogits_cv = torch.autograd.grad(loss, logits_cv)[0].detach() if with_gradient else None

@@ -1,14 +1,18 @@
 """The training loop's entry to ring profiling: straggler detection and, on request, the profile.
 
 Stragglers are detected wherever there is a ring, once per log interval. With --profile-ring every
-step has its metrics, and with --profile-ring-trace a few steps have a trace. None of this runs on
-CUDA: there the device waits for transfers and not the host, so host timestamps mean nothing.
+step has its metrics, and with --profile-ring-trace a few steps have a trace.
+
+On a CPU the host's clock times all this. On CUDA the device waits for transfers and not the host,
+so events in its stream do (parallel/device_clock.py); they are read after the training step, which
+ends with a synchronisation of its own (docs/decisions/0014).
 """
 
 import time
 from typing import Any
 
 from megatron_ring.monitoring.ring_profile.hop_statistics import (
+    StepSums,
     pack_sums,
     step_metrics,
     sum_log,
@@ -23,8 +27,10 @@ from megatron_ring.monitoring.ring_profile.report import (
 from megatron_ring.monitoring.ring_profile.stragglers import StragglerDetector
 from megatron_ring.monitoring.ring_profile.trace import StepLog
 from megatron_ring.parallel.consensus import Consensus
+from megatron_ring.parallel.device_clock import DeviceClock
 from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.parallel.progress import ProgressTracker
+from megatron_ring.parallel.ring_log import WORK_EVENTS, Event
 from megatron_ring.settings.run_settings import RunSettings
 
 # Log rows of a hop: its start, and for each of two transfers a post, a completion and up to four
@@ -36,11 +42,13 @@ _ROWS_PER_OPTIMIZER_STEP = 2
 
 def build_progress_tracker(setup: RunSettings) -> ProgressTracker:
     """Return this process's progress tracker, with room for what the options record."""
-    if setup.config.logging.profile_ring:
-        return ProgressTracker.with_work(max_rows_per_step(setup))
-    if _detects_stragglers(setup):
-        return ProgressTracker.with_work()
-    return ProgressTracker()
+    profiles = setup.config.logging.profile_ring
+    if not (profiles or _detects_stragglers(setup)):
+        return ProgressTracker()
+    if setup.device == "cpu":
+        return ProgressTracker.with_work(max_rows_per_step(setup) if profiles else 0)
+    logged = frozenset(Event) if profiles else WORK_EVENTS
+    return ProgressTracker.with_work(max_rows_per_step(setup), DeviceClock(logged))
 
 
 def max_rows_per_step(setup: RunSettings) -> int:
@@ -56,22 +64,8 @@ def max_rows_per_step(setup: RunSettings) -> int:
     return passes * rows_per_pass + _ROWS_PER_OPTIMIZER_STEP
 
 
-def straggler_notice(setup: RunSettings) -> list[str]:
-    """Return the console line for straggler detection that was requested but is not possible."""
-    if _detects_stragglers(setup) or not _wants_stragglers(setup):
-        return []
-    return [
-        "stragglers       not detected: on CUDA the device waits for transfers, not the host, so "
-        "host timestamps mean nothing"
-    ]
-
-
-def _wants_stragglers(setup: RunSettings) -> bool:
-    return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0
-
-
 def _detects_stragglers(setup: RunSettings) -> bool:
-    return _wants_stragglers(setup) and setup.device == "cpu"
+    return setup.grid.ring > 1 and setup.config.logging.straggler_threshold > 0
 
 
 class RingMonitor:
@@ -82,6 +76,8 @@ class RingMonitor:
 
     def __init__(self, setup: RunSettings, progress: ProgressTracker):
         logging = setup.config.logging
+        self._progress = progress
+        self._ring_size = setup.grid.ring
         self._last_step = setup.config.training.train_iters
         self._log_interval = logging.log_interval
         self._profile: _Profile | None = None
@@ -99,16 +95,22 @@ class RingMonitor:
     def begin(self) -> None:
         """Mark the start of a step."""
         self._began = time.monotonic_ns()
-        if self._profile:
-            self._profile.begin()
+        self._progress.begin_step()
 
     def end(self, step: int, seconds: float, data_seconds: float) -> RingReport:
-        """Return the report on a step that took ``seconds``, ``data_seconds`` of them for data."""
+        """Return the report on a step that took ``seconds``, ``data_seconds`` of them for data.
+
+        On CUDA the stream must have been synchronised since the step's last work.
+        """
+        rows = self._progress.end_step()
+        sums = sum_log(rows, self._ring_size)
+        if self._progress.clock:
+            self._progress.add_device_time(sums.compute_2R.sum())
         ends_log_interval = step % self._log_interval == 0 or step == self._last_step
         timing = StepTime(step, self._began, seconds, data_seconds, ends_log_interval)
         report = RingReport()
         if self._profile:
-            report += self._profile.end(timing)
+            report += self._profile.end(StepLog(timing, rows), sums)
         if self._stragglers:
             report += self._stragglers.end(timing)
         return report
@@ -137,18 +139,11 @@ class _Profile:
             )
         self._unreported: list[dict[str, Any]] = []
 
-    def begin(self) -> None:
-        """Drop what was logged since the last step, as in a validation."""
-        self._log.clear()
-
-    def end(self, timing: StepTime) -> RingReport:
-        rows = self._log.rows
-        ring_size = len(self._rings[0])
-        own = pack_sums(
-            sum_log(rows, ring_size), self._log.missed, timing.seconds, timing.data_seconds
-        )
+    def end(self, log: StepLog, sums: StepSums) -> RingReport:
+        timing = log.time
+        own = pack_sums(sums, self._log.missed, timing.seconds, timing.data_seconds)
         packed = gather_to_rank_zero(own, self._consensus)
-        lines = self._recorder.add(StepLog(timing, rows)) if self._recorder else []
+        lines = self._recorder.add(log) if self._recorder else []
         if packed is None:
             return RingReport()
         metrics = step_metrics(packed, self._rings)

@@ -92,27 +92,27 @@ def log_spans(rows: np.ndarray, ring: list[int], global_rank: int) -> Iterator[S
     ring: the global ranks of this process's ring.
     """
     reader = _LogReader(ring, ring.index(global_rank))
-    for row in map(Row._make, rows.tolist()):
-        yield from reader.read(row)
+    for number, row in enumerate(map(Row._make, rows.tolist())):
+        yield from reader.read(number, row)
 
 
 class _LogReader:
     """Matches the rows that begin and end a span.
 
-    latest: the last row of each event. in_flight: attributes of each posted transfer, keyed by the
-    moment it was posted. step_to_receiver: +1 if the ring sends to the next rank, -1 if to the
-    previous one.
+    latest: the last row of each event. in_flight: when each transfer was posted, and its
+    attributes, keyed by the number of its row. step_to_receiver: +1 if the ring sends to the next
+    rank, -1 if to the previous one.
     """
 
     def __init__(self, ring: list[int], ring_rank: int):
         self.ring = ring
         self.ring_rank = ring_rank
         self.latest: dict[int, Row] = {}
-        self.in_flight: dict[int, dict[str, Any]] = {}
+        self.in_flight: dict[int, tuple[int, dict[str, Any]]] = {}
         self.step_to_receiver = 1
 
-    def read(self, row: Row) -> Iterator[Span]:
-        """Take the next row of the log and yield the spans that it ends."""
+    def read(self, number: int, row: Row) -> Iterator[Span]:
+        """Take row ``number``, the next of the log, and yield the spans that it ends."""
         if row.event in (Event.HOP, Event.LEFT) and (hop := self.latest.pop(Event.HOP, None)):
             attributes = self._position(hop) | {"source": self._source(hop.a)}
             yield Span("hop", hop.moment, row.moment, attributes)
@@ -120,10 +120,10 @@ class _LogReader:
             began, kind = _ENDS[row.event]
             yield Span(kind, self.latest[began].moment, row.moment, self._attributes(kind))
         elif row.event == Event.RECEIVED:
-            attributes = self.in_flight.pop(row.a) | {"received_from": row.b}
-            yield Span("exchange", row.a, row.moment, attributes)
+            posted, attributes = self.in_flight.pop(row.a)
+            yield Span("exchange", posted, row.moment, attributes | {"received_from": row.b})
         elif row.event == Event.SENT:
-            self._post(row)
+            self._post(number, row)
         self.latest[row.event] = row
 
     def _attributes(self, kind: str) -> dict[str, Any]:
@@ -141,14 +141,15 @@ class _LogReader:
             position |= {"hop": hop.a, "hops": hop.b}
         return position
 
-    def _post(self, row: Row) -> None:
+    def _post(self, number: int, row: Row) -> None:
         hop = self.latest[Event.HOP]
         # The first message of a pass shows which way the pass sends. In a ring of two both
         # neighbours are the same rank, and the direction does not matter.
         if hop.a == 1:
             next_rank = self.ring[(self.ring_rank + 1) % len(self.ring)]
             self.step_to_receiver = 1 if row.b == next_rank else -1
-        self.in_flight[row.moment] = self._position(hop) | {"bytes": row.a, "sent_to": row.b}
+        attributes = self._position(hop) | {"bytes": row.a, "sent_to": row.b}
+        self.in_flight[number] = row.moment, attributes
 
     def _source(self, hop: int) -> int:
         """Return the ring rank whose keys and values, or queries, are processed in a hop."""

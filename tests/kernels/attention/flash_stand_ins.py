@@ -22,7 +22,7 @@ def _flash_attn_varlen_forward(
         )
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     out, lse = varlen_forward(q, k, v, *lengths, causal, softmax_scale, masked_lse=torch.inf)
-    return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
+    return out, lse, torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
 
 def _flash_attn_varlen_backward(

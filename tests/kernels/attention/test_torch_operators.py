@@ -67,18 +67,36 @@ def test_queries_that_see_nothing_have_zero_gradient(kernel):
     assert (sums[0][:, [1, 3]] == 0).all()
 
 
+PACK = oracle.documents(2, 60, (13, 1, 46))
+RINGS = {
+    "causal": (Mask(), oracle.documents(2, 60, (60,))),
+    "a window": (Mask(window=11), oracle.documents(2, 60, (60,))),
+    "documents": (
+        Mask(document_starts=tuple(oracle.document_starts(PACK).tolist()), samples=2),
+        PACK,
+    ),
+}
+
+
 @pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("mask", [Mask(), Mask(window=11)], ids=["causal", "a window"])
+@each_kernel
+@pytest.mark.parametrize("mask_name", RINGS)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_rings_match_the_oracle(mask, groups):
-    """Two samples, either keys or queries sent around the ring, and a gradient of lse."""
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_rings_match_the_oracle(kernel, mask_name, groups, with_dlse):
+    """Several samples, and either keys or queries sent around the ring.
+
+    Half of the heads is computed first, so out is a view; with a gradient of lse it is not, because
+    an output is constructed from delta.
+    """
+    mask, document_BS = RINGS[mask_name]
     inputs = oracle.random_inputs(2, 60, 4, groups, torch.float16)
-    dlse = oracle.random_dlse(inputs[0])
+    dlse = oracle.random_dlse(inputs[0]) if with_dlse else None
     results = simulated_ring.run(
-        Layout("striped", 60, 3), sdpa.WITH_CUDNN, *inputs, mask=mask, dlse_BHS=dlse
+        Layout("striped", 60, 3), kernel, *inputs, mask=mask, dlse_BHS=dlse
     ).results
-    visible = oracle.visible(oracle.documents(2, 60, (60,)), mask.window)
-    assert beyond_tolerance(results, oracle.attention(*inputs, visible, dlse), torch.float16) == {}
+    expected = oracle.attention(*inputs, oracle.visible(document_BS, mask.window), dlse)
+    assert beyond_tolerance(results, expected, torch.float16) == {}
 
 
 @each_kernel

@@ -1,4 +1,9 @@
-"""Stand-ins for torch's attention operators for CUDA, registered under their schemas on a CPU."""
+"""Stand-ins for torch's attention operators for CUDA, registered under their schemas on a CPU.
+
+They compute in float64 and read memory as the operators do (sources in torch_operators.py): what an
+operator refuses raises RuntimeError, what it copies first may have any strides, and what it reads
+without looking at the strides is read that way.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +11,21 @@ from contextlib import contextmanager
 import torch
 
 from tests.kernels.attention.float64_attention import HALF_PRECISION, attend, attend_backward
+from tests.kernels.raw_memory import (
+    read_as_dense,
+    read_with_strides,
+    refuse_misaligned,
+    refuse_strided_rows,
+)
+
+# cuDNN's plans for backward: the strides of out, dout and lse by the shapes and strides of q, k, v.
+_PLANS: dict[tuple, list[tuple[int, ...]]] = {}
 
 
 @contextmanager
 def stand_ins_for_cuda_operators() -> Iterator[None]:
     """Register the stand-ins; the dispatcher checks every call against the operator's schema."""
+    _PLANS.clear()
     with torch.library._scoped_library("aten", "IMPL") as library:
         for name in ("flash", "efficient", "cudnn"):
             for suffix in ("", "_backward"):
@@ -20,9 +35,10 @@ def stand_ins_for_cuda_operators() -> Iterator[None]:
 
 
 def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    refuse_strided_rows(q=q, k=k, v=v)
     out, lse = _forward(q, k, v, is_causal, scale)
     unused = torch.empty(0)
-    return out, lse, unused, unused, q.shape[2], k.shape[2], torch.empty(2), torch.empty(0), unused
+    return out, lse, unused, unused, q.shape[2], k.shape[2], torch.zeros(2), torch.empty(0), unused
 
 
 def _flash_backward(
@@ -30,7 +46,8 @@ def _flash_backward(
     scale=None,
 ):  # fmt: skip
     assert (max_q, max_k, dropout_p) == (q.shape[2], k.shape[2], 0.0)
-    return _backward(dout, q, k, v, out, lse, is_causal, scale)
+    refuse_strided_rows(q=q, k=k, v=v)
+    return _backward(dout, q, k, v, out, read_as_dense(lse), is_causal, scale)
 
 
 def _cudnn(
@@ -40,8 +57,9 @@ def _cudnn(
     assert attn_bias is None
     assert compute_log_sumexp
     assert min(q.shape[2], k.shape[2]) > 1, "cuDNN does not support sequences of length 1"
+    refuse_misaligned(8, q=q, k=k, v=v)
     out, lse = _forward(q, k, v, is_causal, scale)
-    unused, scalar = torch.empty(0), torch.empty(())
+    unused, scalar = torch.empty(0), torch.zeros(())
     lengths = q.shape[2], k.shape[2]
     return out, lse.unsqueeze(-1), unused, unused, *lengths, scalar, scalar, unused
 
@@ -53,11 +71,11 @@ def _cudnn_backward(
     assert (max_q, max_k, dropout_p) == (q.shape[2], k.shape[2], 0.0)
     assert bias is cum_q is cum_k is None
     assert (seed.dtype, offset.dtype) == (torch.int64, torch.int64)
-    assert all(x.transpose(1, 2).is_contiguous() for x in (dout, out)), (
-        "the strides of the plan that is cached for such queries"
-    )
-    assert lse.is_contiguous()
     assert lse.shape[-1] == 1
+    refuse_misaligned(8, q=q, k=k, v=v, out=out, dout=dout)
+    shapes_and_strides = tuple((tuple(x.shape), x.stride()) for x in (q, k, v))
+    strides = _PLANS.setdefault(shapes_and_strides, [x.stride() for x in (dout, out, lse)])
+    dout, out, lse = map(read_with_strides, (dout, out, lse), strides)
     return _backward(dout, q, k, v, out, lse.squeeze(-1), is_causal, scale)
 
 
@@ -66,11 +84,12 @@ def _efficient(
 ):
     assert compute_log_sumexp
     assert q.shape[1] == k.shape[1], "the operator does not support grouped heads"
+    _refuse_what_efficient_refuses(q, k, v)
     bias = _bias_of_one_head(attn_bias, q, k)
     out, lse = _forward(q, k, v, is_causal, scale, bias, (*HALF_PRECISION, torch.float32))
     padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), torch.nan)
     padded[..., : lse.shape[2]] = lse.masked_fill(lse == -torch.inf, 0.0)
-    return out, padded, torch.empty(()), torch.empty(())
+    return out, padded, torch.zeros(()), torch.zeros(())
 
 
 def _efficient_backward(
@@ -79,11 +98,19 @@ def _efficient_backward(
 ):  # fmt: skip
     assert lse.shape[-1] % 32 == 0, "lse is padded to whole warps"
     assert list(grad_input_mask) == [True, True, True, False]
-    assert out.transpose(1, 2).is_contiguous(), "in half precision the operator ignores strides"
+    _refuse_what_efficient_refuses(q, k, v)
+    refuse_misaligned(8, lse=lse)
+    if q.dtype in HALF_PRECISION:
+        out = read_as_dense(out, (2, 1, 3))
     bias = _bias_of_one_head(attn_bias, q, k)
     dtypes = (*HALF_PRECISION, torch.float32)
-    lse = lse[..., : q.shape[2]]
+    lse = read_as_dense(lse, (2,))[..., : q.shape[2]]
     return *_backward(dout, q, k, v, out, lse, is_causal, scale, bias, dtypes), None
+
+
+def _refuse_what_efficient_refuses(q, k, v) -> None:
+    refuse_strided_rows(q=q, k=k, v=v)
+    refuse_misaligned(16 // q.itemsize, q=q, k=k, v=v)
 
 
 def _bias_of_one_head(bias, q, k) -> torch.Tensor | None:
@@ -91,7 +118,8 @@ def _bias_of_one_head(bias, q, k) -> torch.Tensor | None:
     if bias is None:
         return None
     assert (bias.dtype, tuple(bias.shape)) == (q.dtype, (*q.shape[:3], k.shape[2]))
-    assert (bias.stride(3), bias.stride(2) % 8) == (1, 0), "rows are aligned to 16 bytes"
+    refuse_strided_rows(bias=bias)
+    refuse_misaligned(8, bias=bias)
     return bias[0, 0]
 
 

@@ -1,7 +1,7 @@
 """Stand-ins in torch for functions of flash-attn and Apex, with their parameters and rounding.
 
 Written from flash-attn 2.8.3 and NVIDIA Apex at 014f30f and 8b19c3f, neither of which runs without
-a GPU.
+a GPU. What a kernel reads without looking at the strides is read that way.
 """
 
 import importlib
@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 from torch.nn import functional
+
+from tests.kernels.raw_memory import read_as_dense
 
 
 def import_with_stand_ins(
@@ -64,7 +66,7 @@ def apply_rotary_emb(
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).type_as(x)
 
 
-def swiglu(x, y):
+def swiglu(x, y, /):
     return (x.float() * y.float() / (1 + torch.exp(-x.float()))).type_as(x)
 
 
@@ -96,6 +98,7 @@ def cross_entropy_loss(
     lse_square_scale=0.0, ignore_index=-100, inplace_backward=False, process_group=None,
 ):  # fmt: skip
     assert labels.shape == (len(logits),)
+    labels = read_as_dense(labels)
     losses = _FlashCrossEntropy.apply(logits, labels, ignore_index, inplace_backward)
     return losses, torch.zeros_like(losses)
 
@@ -129,6 +132,7 @@ def fused_layer_norm_affine(
 
 def fused_apply_rotary_pos_emb_cached(t, cos_, sin_, transpose_output_memory=False):
     assert cos_.shape == sin_.shape == (t.shape[0], 1, 1, t.shape[3])
+    cos_, sin_ = read_as_dense(cos_), read_as_dense(sin_)
     first, second = t.chunk(2, -1)
     rotated = t * cos_.type_as(t) + torch.cat([-second, first], -1) * sin_.type_as(t)
     if transpose_output_memory:

@@ -1,0 +1,179 @@
+"""Ranks agree on a GPU for each of them, and all end with one error if one has none."""
+
+import os
+import re
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ring.errors import ConfigError
+from megatron_ring.parallel import rendezvous
+from megatron_ring.parallel.environment import Environment
+from tests.programs import free_port, start_rank
+
+GPU_PROGRAM = Path(__file__).with_name("gpu_program.py")
+MINUTE = timedelta(minutes=1)
+
+
+class View(NamedTuple):
+    """What a rank sees: its local rank, the ranks of its host, and the UUIDs of its GPUs."""
+
+    local_rank: int
+    local_size: int
+    gpus: list[str]
+
+
+def host(ranks: int, gpus: list[str]) -> list[View]:
+    """Return the ranks of a host, all of which see all of its GPUs."""
+    return [View(rank, ranks, gpus) for rank in range(ranks)]
+
+
+@pytest.fixture
+def assign(monkeypatch):
+    """A function that returns each rank's GPU index or error message, in rank order."""
+    seen = threading.local()
+    monkeypatch.setattr(rendezvous, "visible_gpus", lambda: seen.gpus)
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+
+    def assign(views: list[View]) -> list[int | str]:
+        port = int(free_port())
+
+        def of_rank(rank: int) -> int | str:
+            view = views[rank]
+            seen.gpus = view.gpus
+            store = dist.TCPStore(
+                "127.0.0.1", port, len(views), rank == 0, MINUTE, wait_for_workers=False
+            )
+            environment = Environment(rank, view.local_rank, len(views), view.local_size, 1)
+            try:
+                return rendezvous.assign_gpu(environment, "cuda" if view.gpus else "cpu", store)
+            except ConfigError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(len(views)) as threads:
+            return list(threads.map(of_rank, range(len(views))))
+
+    return assign
+
+
+TWO, FOUR = ["a", "b"], ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("views", "indices"),
+    [
+        (host(2, TWO), [0, 1]),
+        (host(2, FOUR), [0, 1]),
+        (host(2, TWO) + host(2, ["c", "d"]), [0, 1, 0, 1]),
+        # srun --gpus-per-task=1 shows each of its ranks another GPU.
+        ([View(rank, 3, [gpu]) for rank, gpu in enumerate("abc")], [0, 0, 0]),
+        (host(3, []), [0, 0, 0]),
+        (host(1, ["a"]), [0]),
+    ],
+    ids=["all", "some", "two hosts", "one for each task", "on CPUs", "alone"],
+)
+def test_each_rank_has_a_gpu_of_its_own(views, indices, assign):
+    assert assign(views) == indices
+
+
+@pytest.mark.parametrize(
+    ("views", "numbers"),
+    [
+        (host(2, ["a"]), ["2 ranks", "1 GPU,", "--num_gpus 1", "--nproc-per-node 1"]),
+        (host(3, TWO), ["3 ranks", "2 GPUs", "--num_gpus 2", "--ntasks-per-node 2"]),
+        (host(2, TWO) + host(2, ["c"]), ["2 ranks", "1 GPU,", "at most 1"]),
+        ([View(0, 2, ["a"]), View(1, 2, ["a"])], ["2 ranks", "1 GPU,"]),
+        ([View(0, 2, TWO), View(0, 2, TWO)], ["2 ranks", "2 visible GPUs", "LOCAL_RANK"]),
+    ],
+    ids=["two on one", "three on two", "second host", "bound to the same", "same local rank"],
+)
+def test_a_rank_without_a_gpu_is_one_error_on_every_rank(views, numbers, assign):
+    [message] = set(assign(views))
+    assert all(number in message for number in numbers)
+    assert "NCCL_MULTI_RANK_GPU_ENABLE=1" in message
+
+
+@pytest.mark.parametrize(
+    ("views", "indices"),
+    [
+        ([View(0, 3, ["a"])] * 3, [0, 0, 0]),
+        (host(3, ["a"]), [0, 0, 0]),
+        (host(4, TWO), [0, 1, 0, 1]),
+    ],
+    ids=["local rank 0 for all", "own local ranks", "two GPUs"],
+)
+def test_ranks_share_a_gpu_where_nccl_may(views, indices, assign, monkeypatch):
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert assign(views) == indices
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "0")
+    [message] = set(assign(views))
+    assert f"{len(views)} ranks" in message
+
+
+def test_ranks_on_cpus_beside_ranks_on_gpus_are_one_error_on_every_rank(assign):
+    [message] = set(assign([*host(2, TWO), *host(1, [])]))
+    assert "2 of 3 ranks" in message
+    assert "CUDA_VISIBLE_DEVICES" in message
+
+
+@pytest.mark.parametrize(("world_size", "bound"), [(1, None), (4, torch.device("cuda", 2))])
+def test_on_cuda_the_group_of_several_ranks_is_bound_to_the_gpu(world_size, bound, monkeypatch):
+    requested = {}
+    devices = []
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, world_size)]))
+    monkeypatch.setattr(rendezvous, "assign_gpu", lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: requested.update(options)
+    )
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "3"})
+    rendezvous.join(Environment(0, 3, world_size, world_size, 1), "cuda", MINUTE)
+    assert requested["device_id"] == bound
+    assert requested["timeout"] == MINUTE
+    assert devices == [2]
+    assert os.environ["LOCAL_RANK"] == "2"  # which DeepSpeed takes for the index of the device
+
+
+def run_two_ranks(folder: Path, gpus: tuple[int, int]) -> list[tuple[int, str]]:
+    """Return the exit code and the output of each of two ranks of the program."""
+    (folder / "small.yaml").write_text("")
+    port = free_port()
+    ranks = [
+        start_rank(
+            rank,
+            port,
+            folder,
+            ["--context-parallel", "ring"],
+            program=GPU_PROGRAM,
+            stderr=subprocess.STDOUT,
+            LOCAL_WORLD_SIZE="2",
+            STAND_IN_GPUS=str(gpus[rank]),
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs)]
+
+
+def test_two_ranks_on_a_machine_with_one_gpu_end_with_one_message(tmp_path):
+    (first_code, first), (second_code, second) = run_two_ranks(tmp_path, (1, 1))
+    assert (first_code, second_code) == (2, 2)
+    assert "Traceback" not in first + second
+    [message] = re.findall("ConfigError .*", first + second)
+    assert "2 ranks run on" in message
+    assert "1 GPU" in message
+    assert "--num_gpus 1" in message
+
+
+def test_a_rank_that_sees_no_gpu_ends_both(tmp_path):
+    results = run_two_ranks(tmp_path, (1, 0))
+    assert [code for code, _ in results] == [2, 2]
+    assert "1 of 2 ranks see a GPU" in "".join(output for _, output in results)
