@@ -179,7 +179,8 @@ def _settings(setup: RunSettings) -> list[str]:
 
 
 def _warmup_line(warmup: Warmup) -> str:
-    return f"warm-up          {warmup.iters} steps: {warmup.reason}"
+    unit = "step" if warmup.iters == 1 else "steps"
+    return f"warm-up          {warmup.iters} {unit}: {warmup.reason}"
 
 
 def _split_line(data: DataConfig) -> list[str]:
