@@ -40,7 +40,7 @@ support, it ends with exit code 5 and the message below the table.
 | cell | meaning |
 | --- | --- |
 | tested | a parity test with a float64 oracle on this type of device |
-| measured on H100 | compared with float64 on an NVIDIA H100 80GB HBM3 and timed there (58ca893) |
+| measured on H100 | as float64, or one process in training, on an NVIDIA H100 80GB HBM3 (58ca893) |
 | interpreted | a parity test in Triton's interpreter, also compiled, never run on such a device |
 | unproven | its calls match the library's signatures, never run on such a device |
 | refused | see the note with this number |

@@ -43,7 +43,9 @@ class ParallelConfig:
     ring_timeout: int = 600
     """Seconds that a rank waits for a neighbour in the ring. Then every rank reports its progress,
     and the job ends with exit code 76. Must exceed the longest legitimate stall (load, save,
-    compile). Time in which the process is suspended does not count. 0: no limit."""
+    compile). Time in which the process is suspended does not count. On CUDA this holds for a rank
+    that has ended or does not respond; if all respond, torch aborts a minute later with its own
+    exit code. 0: no limit."""
     world_size: int = 0
     """Number of processes that this config is meant for: --dry-run plans with it, and a run must
     have it. 0: any number."""

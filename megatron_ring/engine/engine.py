@@ -95,6 +95,8 @@ def start_processes(environment: Environment, device: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         join(environment, device, default_pg_timeout)
+    elif device == "cuda":  # another program has joined the ranks, as tests do
+        torch.cuda.set_device(environment.local_rank)
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 

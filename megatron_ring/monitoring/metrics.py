@@ -27,6 +27,10 @@ wait_seconds, bytes`` sent, and ``imbalance``, the compute time of the slowest r
 mean, in the least balanced ring. ``missed_rows`` counts rows that did not fit into the profile's
 log; there should be none.
 
+On CUDA the times of hops and of the optimizer are those of the device: a hop computes from its
+beginning in the stream of the step, gaps between kernels included, and waits while that stream
+waits for a message. ``data_seconds`` is the host's; the device is idle meanwhile.
+
 Non-finite values are null in the file, because JSON cannot express them, and are passed to monitors
 as they are. Monitors receive everything but ``ring_hops``. After a resume or a roll back the file
 continues at the checkpoint's step (metrics_file.py); monitors keep the steps that are repeated.

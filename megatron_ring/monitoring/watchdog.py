@@ -15,9 +15,12 @@ distinguished from work, and is left to torch's own timeout.
 Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) does not
 count as waiting. The thread detects it with its own clock, from a second that took longer.
 
-On CUDA, where this has not been run, the device waits for a transfer and not the host. A rank then
-reports which hop it has launched on the device, and NCCL's own timeout, which ProcessGroups derives
-from the same option, ends the wait.
+On CUDA the device waits for a transfer and not the host, which soon blocks outside the ring, where
+it reads the step's loss. So only the check of the next rank finds a stall: a rank that has ended or
+does not respond is named, and all exit with the code of RingStalled (seen on an H100 with a rank
+stopped by SIGSTOP). A rank reports what its host has queued, not what its device has reached. Where
+all processes respond, torch aborts those that wait once NCCL's timeout is over, a minute after the
+same option's (ProcessGroups), and its exit code is that of the abort.
 """
 
 import collections

@@ -51,7 +51,9 @@ def layout(
     widths, reason = stripe_widths(kernel, device, mask, machine)
     is_packed = config.data.reset_attention_mask
     stripe_size = auto_stripe_size(length, grid.ring, widths, is_packed, config.model.window_size)
-    if widths and stripe_size == 1 and grid.ring > 1:
+    if grid.ring == 1 and stripe_size == 1:
+        reason = ""
+    elif widths and stripe_size == 1:
         reason += f"; no such stripes balance {length} tokens on {grid.ring} ring ranks"
     return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size), reason)
 

@@ -113,7 +113,7 @@ def _data_differences(stored: Stored, config: Config, fingerprints: list[Fingerp
 def report(start: Start, engine: Engine) -> ConsoleReporter:
     """Return the reporter of rank 0 and print the device's peak.
 
-    The peak is measured where no data sheet of the device is known.
+    The peak of a CPU is measured. That of a GPU is unknown unless its data sheet is listed.
     """
     setup = start.setup
     config = setup.config
@@ -179,7 +179,8 @@ def _settings(setup: RunSettings) -> list[str]:
 
 
 def _warmup_line(warmup: Warmup) -> str:
-    return f"warm-up          {warmup.iters} steps: {warmup.reason}"
+    unit = "step" if warmup.iters == 1 else "steps"
+    return f"warm-up          {warmup.iters} {unit}: {warmup.reason}"
 
 
 def _split_line(data: DataConfig) -> list[str]:

@@ -214,7 +214,8 @@ def test_the_console_has_the_measurement_that_decided_the_stripes(on_gpu):
     assert "striped, stripe size 4096 (auto: fastest with cudnn and a causal mask" in one_document
     assert "as measured (commit 58ca893" in one_document
     h200 = Machine("NVIDIA H200", (9, 0), cudnn=91501, triton=True)
-    assert "as measured on NVIDIA H100 80GB HBM3" in line(h200, data=PACKED)
+    assert "as measured with documents on NVIDIA H100 80GB HBM3" in line(h200, data=PACKED)
+    assert line(H100, world_size=1, data=ONE_DOCUMENT) == "striped"
     ragged = line(H100, data={"seq_length": 65544})
     assert "no such stripes balance 65544 tokens on 8 ring ranks" in ragged
 

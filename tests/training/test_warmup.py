@@ -83,13 +83,13 @@ def rates(folder: Path, file: str) -> dict[int, float]:
 def test_ten_steps_train_with_every_default_and_more_steps_keep_the_warm_up(tmp_path):
     folder = working_folder(tmp_path, SMALL)
     output = run(folder, "--train-iters", "10", "--save", "saved", "--metrics-file", "short.jsonl")
-    assert "warm-up          1 steps: auto" in output
+    assert "warm-up          1 step: auto" in output
     assert rates(folder, "short.jsonl")[1] == TrainingConfig().lr
     assert load_yaml(folder / "saved/step-00000010/config.yaml").training.lr_warmup_iters == 1
 
     resume = ("--load", "saved", "--save", "longer", "--train-iters", "25")
     output = run(folder, *resume, "--metrics-file", "long.jsonl")
-    assert "warm-up          1 steps: auto: as in the checkpoint" in output
+    assert "warm-up          1 step: auto: as in the checkpoint" in output
     assert load_yaml(folder / "longer/step-00000025/config.yaml").training.lr_warmup_iters == 1
 
     # The rates are those of the same schedule without an interruption.

@@ -82,9 +82,9 @@ def auto_order(
         if (entry.dtype, entry.mask) != (dtype, mask):
             continue
         order = _with_unmeasured(entry, device_type, head_dim)
-        other_heads = f" with a head dim of {entry.head_dim}" if head_dim != entry.head_dim else ""
-        where = f"{_on_other_device(entry, device)}{other_heads}"
-        fastest = f"{order[0]} is the fastest in {case}, as measured{where} ({entry.source})"
+        heads = f"a head dim of {entry.head_dim}" if head_dim != entry.head_dim else ""
+        measured = _measured(entry, device, heads)
+        fastest = f"{order[0]} is the fastest in {case}, {measured} ({entry.source})"
         if version and "flash" not in entry.milliseconds:
             fastest += f"; flash-attn {version} was not measured and comes after what was"
         return Candidates(order, fastest)
@@ -166,8 +166,8 @@ def stripe_widths(
     for entry in own_first:
         if (entry.kernel, entry.mask) == (kernel, mask):
             widths = () if entry.fastest == 1 else (entry.fastest,)
-            measured = f"as measured{_on_other_device(entry, device)}"
-            reason = f"fastest with {kernel} and {mask.value}, {measured} ({entry.source})"
+            fastest = f"fastest with {kernel} and {mask.value}"
+            reason = f"{fastest}, {_measured(entry, device)} ({entry.source})"
             return StripeWidths(widths, reason)
     if kernel == "flash":
         return StripeWidths(_WIDTHS_OF_FLASH[mask], f"not measured with {kernel}: as with sdpa")
@@ -189,5 +189,10 @@ def _nearest_first(
     return own + [entry for entry in entries if entry.device == generation and entry not in own]
 
 
-def _on_other_device(entry: Measured | MeasuredStripes, device: str) -> str:
-    return "" if device.startswith(entry.device) else f" on {entry.device}"
+def _measured(entry: Measured | MeasuredStripes, device: str, heads: str = "") -> str:
+    """Describe with what an entry was measured, and where; windows never were."""
+    documents = "documents" if entry.mask is MaskKind.SPARSE else ""
+    conditions = " and ".join(condition for condition in (documents, heads) if condition)
+    with_what = f" with {conditions}" if conditions else ""
+    other_device = "" if device.startswith(entry.device) else f" on {entry.device}"
+    return f"as measured{with_what}{other_device}"

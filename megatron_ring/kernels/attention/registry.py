@@ -125,17 +125,18 @@ def _column(
 ) -> Column:
     """Fill a column with ``validation``, except ``refused``, soft-capping and dropout.
 
-    ``measured`` features were compared with float64 on an NVIDIA H100 80GB HBM3, and timed.
+    ``measured`` features were right on an NVIDIA H100 80GB HBM3.
     """
     by_all_kernels = {Feature.SOFT_CAP: _NO_SOFT_CAP, Feature.DROPOUT: _NO_DROPOUT}
     on_h100 = dict.fromkeys(measured, Validation.MEASURED)
     return dict.fromkeys(Feature, validation) | on_h100 | by_all_kernels | dict(refused or {})
 
 
-# At commit 58ca893, 2026-11-27: bf16 with 4 query heads and 1 key-value head of 128 over layouts
-# and masks, and training runs with heads of 64 in fp32, bf16 and fp16. Documents with sdpa and
-# cudnn were right there without a ring and wrong in one in half precision, so they are left out, as
-# are their windows, which take the same operator.
+# At commit 58ca893, 2026-11-27: compared with float64 in bf16, with 4 query heads and 1 key-value
+# head of 128, over layouts and masks; and training runs with heads of 64 in fp32, bf16 and fp16,
+# compared with one process. Documents with sdpa and cudnn were right there without a ring and wrong
+# in one in half precision, so they are left out, as are their windows, which take the same
+# operator.
 _MEASURED = (Feature.GROUPED_HEADS, Feature.BFLOAT16, Feature.HEAD_DIM_MULTIPLE_OF_8)
 _MEASURED_BY_KERNEL = {
     "cudnn": (*_MEASURED, Feature.FLOAT16),

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[3]
 # Bytes of shared memory that one program may use, by compute capability: 163 KiB on A100, 227 KiB
 # on H100 (CUDA C++ Programming Guide, technical specifications by compute capability).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# GPUs of compute capabilities 8.6, 8.9 and 12.x have the tiles of 8.0 and less memory; the registry
+# refuses head dims above 128 there.
+SMALL_SHARED_MEMORY = 99 * 1024
 
 
 # With a head dim of 256 there are too few registers for a warp to hold whole rows, except on Hopper
@@ -55,6 +58,11 @@ def fits_shared_memory(case: dict) -> bool:
     return case["shared"] <= SHARED_MEMORY[case["architecture"]]
 
 
+def fits_small_shared_memory_up_to_128(case: dict) -> bool:
+    has_tiles_of_small_gpus = case["architecture"] == 80 and case["head_dim"] <= 128
+    return not has_tiles_of_small_gpus or case["shared"] <= SMALL_SHARED_MEMORY
+
+
 def does_not_spill_in_loops(case: dict) -> bool:
     return case["spills"] == 0
 
@@ -91,6 +99,7 @@ def key(case: dict) -> tuple[int, str, int]:
 
 RULES = [
     fits_shared_memory,
+    fits_small_shared_memory_up_to_128,
     does_not_spill_in_loops,
     uses_the_matrix_instructions_of_its_gpu,
     computes_no_product_twice,
