@@ -359,9 +359,9 @@ def _why_not_4(machine: Machine, head_dim: int, deterministic: bool) -> str:
     if major not in _CAPABILITIES_4:
         actual = _dotted(machine)
         return f"flash-attn 4 runs on compute capabilities 9.x, 10.x and 11.x, not {actual}"
-    if major != 9 and 128 < head_dim != 256:
-        rule = f"up to 128, and 256, on compute capability {_dotted(machine)}"
-        return f"flash-attn 4 supports head dims {rule}, not {head_dim}"
+    if major != 9 and head_dim > 128:  # and 256 without windows, which its backward refuses there
+        rule = f"up to 128 on compute capability {_dotted(machine)}"
+        return f"flash-attn 4 is used with head dims {rule}, not {head_dim}"
     return ""
 
 

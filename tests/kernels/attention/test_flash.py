@@ -196,8 +196,8 @@ BOTH = Machine(*H100, "2.8.3", True, flash_4=flash.PINNED_4)
         (Machine(*H100, "2.7.0", True), 256, True, 2, ["up to 192, not 256", NOT_4]),
         (AMPERE, 128, True, 2, ["flash-attn 2.8.3.post2 is used", NOT_3, NOT_4]),
         (Machine(*B200, "2.7.0", True), 64, False, 2, ["capability 9.0, not 10.0"]),
-        (BLACKWELL, 256, True, 4, [NOT_3]),
-        (Machine(*B200, "2.7.0", flash_4=flash.PINNED_4), 192, False, 2, ["128, and 256, on"]),
+        (BLACKWELL, 128, True, 4, [NOT_3]),
+        (Machine(*B200, "2.7.0", flash_4=flash.PINNED_4), 256, False, 2, ["128 on compute"]),
         (Machine("RTX 5090", (12, 0), 0, "2.8.3", flash_4=flash.PINNED_4), 64, False, 2, ["12.0"]),
     ],
 )  # fmt: skip
@@ -222,7 +222,7 @@ def test_the_extra_installs_the_version_that_is_called():
         (Machine("A100", (8, 0), 0, flash_4=flash.PINNED_4), 64, ["9.x, 10.x and 11.x, not 8.0"],
          "-U flash-attn"),
         (Machine(*H100, flash_4="4.0.0b99"), 64, ["4.0.0b36, not 4.0.0b99"], "'.[flash]'"),
-        (BLACKWELL, 192, ["128, and 256, on compute capability 10.0, not 192"], "-U flash-attn"),
+        (BLACKWELL, 192, ["up to 128 on compute capability 10.0, not 192"], "-U flash-attn"),
         (Machine("V100", (7, 0), 0, "2.8.3"), 64, ["8.0, and this one has 7.0"], "sdpa, or auto"),
     ],
 )  # fmt: skip
