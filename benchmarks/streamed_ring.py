@@ -207,7 +207,7 @@ class RecordedTransfer:
     def wait(self) -> torch.Tensor:
         with self.progress.waiting_for(self.sender):
             received = self.transfer.wait()
-        with self.progress.waiting_for(self.receiver):
+        with self.progress.waiting_for(self.receiver, follows_wait=True):
             pass
         self.progress.record_receive(self.send_row, self.sender)
         return received

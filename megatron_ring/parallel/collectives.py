@@ -62,8 +62,8 @@ class RingTransfer:
 
         On CUDA the stream waits, not the host.
         """
-        for peer, work in self.works:
-            with self.progress.waiting_for(peer):
+        for number, (peer, work) in enumerate(self.works):
+            with self.progress.waiting_for(peer, follows_wait=number > 0):
                 wait(work, self.timeout)
         self.progress.record_receive(self.send_row, self.sender)
         self.buffers.release(self.sent)

@@ -96,9 +96,8 @@ class DeviceClock:
     def end(self) -> np.ndarray:
         """End the step; return the host time of each of its marks in nanoseconds, (marks,) int64.
 
-        The stream must have been synchronised since the last mark. CUDA gives the time from the
-        anchor in float32 milliseconds: exact to 0.1 microseconds after a second and to 1
-        microsecond after ten.
+        The stream must have been synchronised since the last mark. CUDA's times are exact to about
+        half a microsecond, and to one after ten seconds, because they are milliseconds in float32.
         """
         self.is_running = False
         since_anchor = [self._anchor.elapsed_time(event) for event in self._pool[: self._marks]]

@@ -185,9 +185,12 @@ class ProgressTracker:
         self._write("hop", hop + 1, hops, self._log(Event.HOP, hop + 1, hops), NO_RANK)
 
     @contextlib.contextmanager
-    def waiting_for(self, global_rank: int) -> Iterator[None]:
-        """Record a wait for another process. A wait that raises is not ended."""
-        began = self._log(Event.WAITING, global_rank)
+    def waiting_for(self, global_rank: int, follows_wait: bool = False) -> Iterator[None]:
+        """Record a wait for another process. A wait that raises is not ended.
+
+        follows_wait: nothing was done since the last wait, so on CUDA it takes no mark to begin.
+        """
+        began = self._log(Event.WAITING, global_rank, at_last_mark=follows_wait)
         self._write("seconds", began, global_rank)
         yield
         ended = self._log(Event.WAITED)

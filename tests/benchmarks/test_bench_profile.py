@@ -137,8 +137,8 @@ def test_on_devices_hops_add_up_to_the_passes_and_events_are_counted(on_devices)
 
     ranks = len(devices)
     assert recorded("off") == [0] * ranks
-    assert recorded("stragglers") == [1 + LAYERS * (12 * ranks - 8)] * ranks
-    assert recorded("profile") == [1 + LAYERS * (17 * ranks - 11)] * ranks
+    assert recorded("stragglers") == [1 + LAYERS * (9 * ranks - 5)] * ranks
+    assert recorded("profile") == [1 + LAYERS * (14 * ranks - 8)] * ranks
 
 
 def test_reading_before_the_device_is_done_fails(on_devices):

@@ -235,7 +235,7 @@ def test_the_simulated_device_refuses_a_wrong_order_and_events_without_a_time():
 @each_direction
 @pytest.mark.parametrize(
     ("logged", "per_layer"),
-    [(frozenset(Event), lambda size: 17 * size - 11), (WORK_EVENTS, lambda size: 12 * size - 8)],
+    [(frozenset(Event), lambda size: 14 * size - 8), (WORK_EVENTS, lambda size: 9 * size - 5)],
     ids=["profile", "stragglers alone"],
 )
 def test_events_are_few_and_used_again(size, kv_heads, logged, per_layer, make_ring):
@@ -273,7 +273,7 @@ def test_nothing_is_recorded_between_steps(make_ring):
 
     for first, second in ring.run(devices, trackers, body):
         assert first == second
-    assert all(device.recorded == 2 * (17 * 2 - 11 + 1) for device in devices)
+    assert all(device.recorded == 2 * (14 * 2 - 8 + 1) for device in devices)
 
 
 def test_a_full_log_takes_no_more_events(make_ring):
