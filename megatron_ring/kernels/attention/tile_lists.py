@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-MERGED_STEPS = 8
-"""A loop of at most so many steps is not split into masked and unmasked parts.
+STEPS_PER_FILL = 4
+"""A loop is not split if so many unmasked steps, or fewer, are gained for each masked part.
 
-Each part fills its pipeline anew, which waits for memory about as long as a step computes; a mask
-costs a few instructions per element. An estimate, not measured.
+Each part of a loop fills its pipeline anew: it waits for memory about as long as a step computes.
+A mask costs a step a few instructions per element. An estimate, not measured.
 """
 
 
@@ -26,8 +26,8 @@ class TileList(NamedTuple):
 
     start: the first row. first, stop: the columns of the loop; first is a multiple of the step.
     unmasked_from, unmasked_to: all rows see the steps between them completely, so these need no
-        mask; both equal ``stop`` if there are none, if the loop is short (``MERGED_STEPS``), or if
-        the tile has fewer than ``block`` rows.
+        mask; both equal ``stop`` if there are none or few (``STEPS_PER_FILL``), or if the tile has
+        fewer than ``block`` rows.
     """
 
     start: torch.Tensor
@@ -64,7 +64,9 @@ def tile_list(lo: torch.Tensor, hi: torch.Tensor, block: int, step: int) -> Tile
     # The columns that every row sees, none if a row sees nothing.
     unmasked_from = (lo[lasts] + step - 1) // step * step
     unmasked_to = hi[starts] // step * step
-    merged = (unmasked_from >= unmasked_to) | (stop - first <= MERGED_STEPS * step)
+    unmasked_steps = (unmasked_to - unmasked_from) // step
+    masked_parts = (unmasked_from > first).long() + (stop > unmasked_to)
+    merged = (unmasked_steps <= 0) | (unmasked_steps <= STEPS_PER_FILL * masked_parts)
     merged |= starts + block > rows
     unmasked_from, unmasked_to = (
         torch.where(merged, stop, x) for x in (unmasked_from, unmasked_to)

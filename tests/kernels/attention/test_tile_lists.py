@@ -39,11 +39,11 @@ def rows_of(tiles: TileList) -> list[TileList]:
     return [TileList(*row) for row in torch.stack(tiles, 1).tolist()]
 
 
-@pytest.mark.parametrize("merged_steps", [0, 3])
+@pytest.mark.parametrize("steps_per_fill", [0, 1])
 def test_loops_are_as_short_as_possible_and_unmasked_steps_are_completely_visible(
-    merged_steps, monkeypatch
+    steps_per_fill, monkeypatch
 ):
-    monkeypatch.setattr(tile_lists, "MERGED_STEPS", merged_steps)
+    monkeypatch.setattr(tile_lists, "STEPS_PER_FILL", steps_per_fill)
     unmasked = 0
     for lo, hi in ranges_of_hops():
         visible = visible_columns(lo, hi)
@@ -60,7 +60,8 @@ def test_loops_are_as_short_as_possible_and_unmasked_steps_are_completely_visibl
             if tile.unmasked_from < tile.unmasked_to:
                 assert tile.unmasked_from % STEP == tile.unmasked_to % STEP == 0
                 assert tile.start + BLOCK <= len(lo)
-                assert tile.stop - tile.first > merged_steps * STEP
+                parts = (tile.unmasked_from > tile.first) + (tile.stop > tile.unmasked_to)
+                assert tile.unmasked_to - tile.unmasked_from > steps_per_fill * STEP * parts
             unmasked += tile.unmasked_to - tile.unmasked_from
             seen[rows] = True
         assert not (visible & ~seen).any()
@@ -68,7 +69,7 @@ def test_loops_are_as_short_as_possible_and_unmasked_steps_are_completely_visibl
 
 
 def test_every_completely_visible_step_of_a_long_loop_is_unmasked(monkeypatch):
-    monkeypatch.setattr(tile_lists, "MERGED_STEPS", 0)
+    monkeypatch.setattr(tile_lists, "STEPS_PER_FILL", 0)
     for lo, hi in ranges_of_hops():
         visible = visible_columns(lo, hi)
         for tile in rows_of(tile_list(lo, hi, BLOCK, STEP)):
