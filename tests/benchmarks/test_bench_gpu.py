@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.bench_gpu import Bench, DeterministicKernel
 from benchmarks.common import DTYPES
-from megatron_ring.kernels.attention import measured
+from megatron_ring.kernels.attention import KERNELS, measured
 from tests.benchmarks import commands
 
 SIZES = ["--tokens", "256", "--ring-sizes", "1", "4", "--packs", "2048"]
@@ -38,6 +41,26 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
     assert all(row["backward_tflops"] > 0 for row in findings["layouts"])
     assert [row["documents"] for row in findings["packs"]] == ["ignored", "applied", "applied"]
     assert "striped by 128" in stdout
+
+
+def test_the_triton_kernel_is_timed_with_both_backward_passes(monkeypatch):
+    monkeypatch.setattr(Bench, "_why_unsupported", lambda bench, kernel, dtype: "")
+    options = Namespace(dtype="bf16", device="cuda", head_dim=128)
+    kernels = Bench(options, deadline=0).kernels
+    assert kernels.keys() == {*KERNELS, "triton ordered"} - {"reference"}
+    settings = []
+
+    class RecordingKernel:
+        def backward(self, *arguments):
+            settings.append((arguments, torch.are_deterministic_algorithms_enabled()))
+
+        forward = backward
+
+    ordered = DeterministicKernel(RecordingKernel())
+    ordered.forward(1)
+    ordered.backward(2)
+    assert settings == [((1,), True), ((2,), True)]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):
