@@ -212,9 +212,7 @@ def _loops(kernel: Kernel, tiles: TileList, heads_per_program: int) -> torch.Ten
     after = (tiles.stop > tiles.unmasked_to).long()
     if kernel == "fused":
         return unmasked + (before | after)
-    if kernel == "keys":
-        return torch.where(unmasked > 0, heads_per_program * (before + unmasked + after), 1)
-    return before + unmasked + after
+    return (before + unmasked + after) * heads_per_program
 
 
 def _busiest(steps: list[int], programs: int, heads: int, processors: int) -> float:

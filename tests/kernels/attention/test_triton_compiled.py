@@ -20,8 +20,8 @@ GENERATIONS = {80: "ampere", 90: "hopper"}
 # With a head dim of 256 there are too few registers for a warp to hold whole rows, except on Hopper
 # forward and for dQ.
 EXCHANGED = {(80, "forward", 256), (80, "queries", 256), (80, "keys", 256), (90, "keys", 256)}
-# Moves to and from the stack in the fused kernel's two loops of some 400 instructions each.
-SPILLS_OF_FUSED = 4
+# Moves to and from the stack in three loops of some 400 instructions each, with Triton 3.9 only.
+ALLOWED_SPILLS = {(80, "keys", 128): 3}
 # Rows of a product per warp, in mma.sync and, for four warps together, in wgmma.
 ROWS_PER_WARP = 16
 
@@ -66,7 +66,7 @@ def fits_shared_memory(case: dict) -> bool:
 
 
 def does_not_spill_in_loops(case: dict) -> bool:
-    return case["spills"] <= (SPILLS_OF_FUSED if case["kernel"] == "fused" else 0)
+    return case["spills"] <= ALLOWED_SPILLS.get(key(case), 0)
 
 
 def uses_the_matrix_instructions_of_its_gpu(case: dict) -> bool:

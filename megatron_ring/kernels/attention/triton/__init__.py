@@ -53,14 +53,13 @@ def backward(
 ) -> None:
     """As in ``HopKernel``, with one kernel, or two that add in a fixed order."""
     q_BLHD, k_BLGD, v_BLGD, key_ranges, scale = inputs
-    q, (k, v) = _readable(q_BLHD), _readable_pair(k_BLGD, v_BLGD)
-    dout = _readable(dout_BLHD)
+    (dout, q), (k, v) = _readable_pair(dout_BLHD, q_BLHD), _readable_pair(k_BLGD, v_BLGD)
     dq, dk, dv = accumulators
     batch, queries, heads, head_dim = q.shape
     keys, groups = k.shape[1:3]
     read = (dout, q, k, v, _log2(lse_BHL), delta_of(out, dout_BLHD).contiguous())
     shape = (queries, keys, heads, groups)
-    strides = (*map(_stride_in_heads, (dout, q, k)), _stride_in_heads(dq))
+    strides = tuple(map(_stride_in_heads, (q, k, dq)))
     stride_of_dkv = _stride_in_heads(dk, dv)
     in_place = strides[-1] and stride_of_dkv
     assert in_place, "gradients must be contiguous, or some heads of contiguous tensors"
@@ -106,10 +105,10 @@ def _readable(x_BLHD: torch.Tensor) -> torch.Tensor:
     return x_BLHD if _stride_in_heads(x_BLHD) else x_BLHD.contiguous()
 
 
-def _readable_pair(k_BLGD: torch.Tensor, v_BLGD: torch.Tensor) -> list[torch.Tensor]:
+def _readable_pair(x_BLHD: torch.Tensor, y_BLHD: torch.Tensor) -> list[torch.Tensor]:
     """Return both as ``_readable`` does, with the same distance of two tokens."""
-    same = _stride_in_heads(k_BLGD) == _stride_in_heads(v_BLGD)
-    return [_readable(x) if same else x.contiguous() for x in (k_BLGD, v_BLGD)]
+    same = _stride_in_heads(x_BLHD, y_BLHD) > 0
+    return [x if same else x.contiguous() for x in (x_BLHD, y_BLHD)]
 
 
 def _stride_in_heads(*tensors_BLHD: torch.Tensor) -> int:

@@ -26,7 +26,7 @@ from megatron_ring.kernels.attention.triton.tile_access import (
 @triton.jit
 def backward_hop_queries(
     dout, q, k, v, log2_lse, delta, lo, hi, tiles, dq,
-    queries, keys, heads, groups, heads_in_dout, heads_in_q, groups_in_kv, heads_in_dq, scale,
+    queries, keys, heads, groups, heads_in_q, groups_in_kv, heads_in_dq, scale,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def backward_hop_queries(
 
     log2_lse: (batch, heads, queries) float32, in base 2, and +inf where a query saw nothing.
     tiles: (tiles, 5) int32, a TileList of queries.
-    heads_in_dout and so on: the distance of two tokens in memory, in heads.
+    heads_in_q (and dout) and so on: the distance of two tokens in memory, in heads.
     """
     head, sample = tl.program_id(0), tl.program_id(2)
     start, first, unmasked_from, unmasked_to, stop = load_tile(
@@ -46,7 +46,7 @@ def backward_hop_queries(
         q, sample, queries, heads_in_q, head, start, BLOCK_Q, False, HEAD_DIM, PADDED, UPCAST
     )
     dout_QD = load(
-        dout, sample, queries, heads_in_dout, head, start, BLOCK_Q, False, HEAD_DIM, PADDED, UPCAST
+        dout, sample, queries, heads_in_q, head, start, BLOCK_Q, False, HEAD_DIM, PADDED, UPCAST
     )
     lse_Q, delta_Q = _load_lse_and_delta(log2_lse, delta, sample, heads, head, queries, rows)
     group = head // (heads // groups)
@@ -98,7 +98,7 @@ def _loop_over_keys(
 @triton.jit
 def backward_hop_keys(
     dout, q, k, v, log2_lse, delta, query_from, query_to, tiles, dq, dk, dv,
-    queries, keys, heads, groups, heads_in_dout, heads_in_q, groups_in_kv, heads_in_dq,
+    queries, keys, heads, groups, heads_in_q, groups_in_kv, heads_in_dq,
     groups_in_dkv, scale,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr, ADDS_DQ: tl.constexpr,
@@ -109,7 +109,7 @@ def backward_hop_keys(
     query_from, query_to: (keys,) int32. A key is seen by the queries [from, to): lo and hi,
         transposed.
     tiles: (tiles, 5) int32, a TileList of keys.
-    heads_in_dout and so on: the distance of two tokens in memory, in heads.
+    heads_in_q (and dout) and so on: the distance of two tokens in memory, in heads.
     ADDS_DQ: also add to dq, atomically; otherwise dq is not accessed.
     """
     group, sample = tl.program_id(0), tl.program_id(2)
@@ -131,36 +131,33 @@ def backward_hop_keys(
         # Two loops, unmasked and masked, each over all heads: each fills its pipeline once.
         dk_KD, dv_KD = _loop_over_queries(
             dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample, queries,
-            heads, heads_in_dout, heads_in_q, heads_in_dq, first_head, heads_per_group,
+            heads, heads_in_q, heads_in_dq, first_head, heads_per_group,
             unmasked_from, unmasked_to, unmasked_to, unmasked_to, scale,
             False, HEAD_DIM, PADDED, BLOCK_Q, UPCAST, True,
         )  # fmt: skip
         dk_KD, dv_KD = _loop_over_queries(
             dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample, queries,
-            heads, heads_in_dout, heads_in_q, heads_in_dq, first_head, heads_per_group,
+            heads, heads_in_q, heads_in_dq, first_head, heads_per_group,
             first, unmasked_from, unmasked_to, stop, scale,
             True, HEAD_DIM, PADDED, BLOCK_Q, UPCAST, True,
         )  # fmt: skip
     else:
-        # If no part of the loop is unmasked, one loop runs through all heads and fills its pipeline
-        # once; its order of additions is that of a loop for each head.
-        heads_per_loop = tl.where(unmasked_from < stop, 1, heads_per_group)
-        for head in range(first_head, first_head + heads_per_group, heads_per_loop):
+        for head in range(first_head, first_head + heads_per_group):
             dk_KD, dv_KD = _loop_over_queries(
                 dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample,
-                queries, heads, heads_in_dout, heads_in_q, heads_in_dq, head, heads_per_loop,
+                queries, heads, heads_in_q, heads_in_dq, head, 1,
                 first, unmasked_from, unmasked_from, unmasked_from, scale,
                 True, HEAD_DIM, PADDED, BLOCK_Q, UPCAST, False,
             )  # fmt: skip
             dk_KD, dv_KD = _loop_over_queries(
                 dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample,
-                queries, heads, heads_in_dout, heads_in_q, heads_in_dq, head, heads_per_loop,
+                queries, heads, heads_in_q, heads_in_dq, head, 1,
                 unmasked_from, unmasked_to, unmasked_to, unmasked_to, scale,
                 False, HEAD_DIM, PADDED, BLOCK_Q, UPCAST, False,
             )  # fmt: skip
             dk_KD, dv_KD = _loop_over_queries(
                 dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample,
-                queries, heads, heads_in_dout, heads_in_q, heads_in_dq, head, heads_per_loop,
+                queries, heads, heads_in_q, heads_in_dq, head, 1,
                 unmasked_to, stop, stop, stop, scale,
                 True, HEAD_DIM, PADDED, BLOCK_Q, UPCAST, False,
             )  # fmt: skip
@@ -172,30 +169,38 @@ def backward_hop_keys(
 @triton.jit
 def _loop_over_queries(
     dk_KD, dv_KD, k_KD, v_KD, dout, q, log2_lse, delta, dq, from_K, to_K, sample, queries,
-    heads, heads_in_dout, heads_in_q, heads_in_dq, first_head, loop_heads,
+    heads, heads_in_q, heads_in_dq, first_head, loop_heads,
     start, gap_from, gap_to, stop, scale,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
     UPCAST: tl.constexpr, ADDS_DQ: tl.constexpr,
 ):  # fmt: skip
     """Accumulate dK, not yet scaled, and dV over the queries of ``loop_heads`` heads.
 
-    The queries are those of [start, stop) without [gap_from, gap_to). ADDS_DQ: as above.
+    The queries are those of [start, stop) without [gap_from, gap_to). Without ADDS_DQ it is one
+    head, and there is no gap.
     """
     gap = gap_to - gap_from
     blocks = (stop - start - gap + BLOCK_Q - 1) // BLOCK_Q
     divisor = tl.maximum(blocks, 1)
-    for i in range(0, loop_heads * blocks):
-        nth_head = i // divisor
-        head = first_head + nth_head
-        block = start + (i - nth_head * divisor) * BLOCK_Q
-        block += tl.where(block >= gap_from, gap, 0)
+    # Without ADDS_DQ the loop is over queries itself: there are no registers for more.
+    loop_start = 0 if ADDS_DQ else start
+    loop_stop = loop_heads * blocks if ADDS_DQ else stop
+    for i in range(loop_start, loop_stop, 1 if ADDS_DQ else BLOCK_Q):
+        head = first_head
+        block = i
+        if ADDS_DQ:
+            nth_head = i // divisor
+            head += nth_head
+            block = start + (i - nth_head * divisor) * BLOCK_Q
+            if MASKED:
+                block += tl.where(block >= gap_from, gap, 0)
         rows = block + tl.arange(0, BLOCK_Q)
         q_QD = load(
             q, sample, queries, heads_in_q, head, block, BLOCK_Q, not MASKED, HEAD_DIM, PADDED,
             UPCAST,
         )  # fmt: skip
         dout_QD = load(
-            dout, sample, queries, heads_in_dout, head, block, BLOCK_Q, not MASKED, HEAD_DIM,
+            dout, sample, queries, heads_in_q, head, block, BLOCK_Q, not MASKED, HEAD_DIM,
             PADDED, UPCAST,
         )  # fmt: skip
         lse_Q, delta_Q = _load_lse_and_delta(log2_lse, delta, sample, heads, head, queries, rows)
