@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
         }
 
 
-# Compiled for sm_80 and sm_90, none of these spills a register in an innermost loop, except for three
+# Compiled for sm_80 and sm_90, none of these spills a register in an innermost loop, except three
 # moves of one kernel with Triton 3.9 (docs/decisions/0015 and 0023, with the other requirements).
 # Larger heads than those of its rows leave too few registers for a fused kernel. Which sizes are
 # the fastest has not been measured: benchmarks/tune_blocks.py does that on a GPU.
