@@ -16,8 +16,10 @@ from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, tile_lists, triton
 from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.registry import Feature, support
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.triton import blocks
+from megatron_ring.kernels.selection import Validation
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import SHORT, Serialized, documents, hop_errors, window
 from tests.tolerances import beyond_tolerance
@@ -229,6 +231,10 @@ def test_determinism_dtype_and_head_dim_select_the_backward_kernels(
         attention(*inputs, key_ranges)
     assert [launch.kernel for launch in launches] == ["forward_hop", *launched]
     assert launches[-1].settings["ADDS_DQ"] == (len(launched) == 1)
+
+
+def test_deterministic_runs_may_choose_it():
+    assert isinstance(support("triton", "cuda", Feature.DETERMINISM), Validation)
 
 
 def test_no_program_is_launched_for_tiles_in_which_nothing_is_visible(small_tiles, launches):
