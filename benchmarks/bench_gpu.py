@@ -8,6 +8,9 @@ the busiest, are timed without communication. For rings of more than eight ranks
 the first stand for all of them. Measurements that --minutes leaves no time for are skipped and
 listed.
 
+"triton ordered" is the Triton kernel of deterministic runs, whose backward pass computes seven
+products for five.
+
 Rates count the products of visible pairs only, so work that a kernel computes and then masks
 lowers its rate. "of single" is the rate relative to that of the fastest kernel on one causal square
 of a rank's tokens, forward and backward.
@@ -51,9 +54,14 @@ from megatron_ring.kernels.attention import (
     choose,
     reference,
 )
+from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
+from megatron_ring.kernels.attention.running_softmax import (
+    FinalOutput,
+    RunningSoftmax,
+    zero_accumulators,
+)
 from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 STRIPE_SIZES = (1, 128)
@@ -130,6 +138,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @dataclass(frozen=True)
+class DeterministicKernel:
+    """A kernel as it runs with --deterministic."""
+
+    kernel: HopKernel
+
+    def forward(self, *arguments: Any) -> None:
+        """As in ``HopKernel``."""
+        with deterministic_algorithms():
+            self.kernel.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> None:
+        """As in ``HopKernel``."""
+        with deterministic_algorithms():
+            self.kernel.backward(*arguments)
+
+
+@dataclass(frozen=True)
 class HopTimes:
     """Sums over some hops: their number, visible pairs, and seconds forward and backward."""
 
@@ -176,9 +201,15 @@ class Bench:
 
     @property
     def kernels(self) -> dict[str, HopKernel]:
-        """The kernels that support this dtype and device, without the reference."""
+        """The kernels that support this dtype and device, without the reference.
+
+        The Triton kernel is in it twice.
+        """
         supported = self._supported_kernels(self.dtype)
-        return {name: kernel for name, kernel in supported.items() if kernel is not reference}
+        kernels = {name: kernel for name, kernel in supported.items() if kernel is not reference}
+        if "triton" in kernels:
+            kernels["triton ordered"] = DeterministicKernel(kernels["triton"])
+        return kernels
 
     def _supported_kernels(self, dtype: torch.dtype) -> dict[str, HopKernel]:
         return {
@@ -403,7 +434,7 @@ class Bench:
             key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
             inputs = HopInputs(q, k, v, key_ranges, scale)
             forward = self._median_seconds(lambda: kernel.forward(inputs, state))
-            out = state.out_BLHD.to(q.dtype)
+            out = FinalOutput.of(state.out_BLHD.to(q.dtype), dout)
             lse = state.lse_BHL
             backward = self._median_seconds(
                 lambda: kernel.backward(inputs, dout, out, lse, accumulators)

@@ -3,10 +3,10 @@
     python -m benchmarks.tune_blocks
     python -m benchmarks.tune_blocks --head-dims 128
 
-For every kernel and head dim all candidates are timed on one causal square, forward or backward.
-Backward runs two kernels; the one that is not tuned keeps the tiles of the table. Candidates that
-do not fit the GPU are skipped and counted. No file is written: paste the lines into
-megatron_ring/kernels/attention/triton/blocks.py and run
+For every kernel and head dim all candidates are timed on one causal square, forward or backward:
+with the fused kernel, or with the two of deterministic runs, of which the one that is not tuned
+keeps the tiles of the table. Candidates that do not fit the GPU are skipped and counted. No file is
+written: paste the lines into megatron_ring/kernels/attention/triton/blocks.py and run
 tests/kernels/attention/test_triton_compiled.py. Takes minutes, most of them for compiling. Has
 never run on a GPU.
 """
@@ -28,6 +28,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, hop_key_ranges
 from megatron_ring.errors import KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention import triton as kernels
+from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.triton.blocks import (
     TABLE,
@@ -36,9 +37,10 @@ from megatron_ring.kernels.attention.triton.blocks import (
     Kernel,
     blocks_for,
     generation_of,
+    has_fused_backward,
 )
 
-KERNELS: tuple[Kernel, ...] = ("forward", "queries", "keys")
+KERNELS: tuple[Kernel, ...] = ("forward", "fused", "queries", "keys")
 ROWS = (32, 64, 128)
 COLUMNS = (32, 64, 128)
 WARPS = (4, 8)
@@ -65,9 +67,12 @@ def main() -> None:
     for kernel in KERNELS:
         best = {}
         for head_dim in options.head_dims:
+            if kernel == "fused" and not has_fused_backward(head_dim, generation):
+                continue  # too few registers
             current = blocks_for(kernel, head_dim, generation)
             best[head_dim] = fastest(kernel, head_dim, current, square.milliseconds)
-        print(line(kernel, best), flush=True)
+        if best:
+            print(line(kernel, best), flush=True)
     print("    },")
 
 
@@ -92,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def candidates(kernel: Kernel, current: Blocks) -> Iterator[Blocks]:
     """Yield ``current``, then all tile sizes in which every warp has rows of its own.
 
-    Rows are queries, or keys in the kernel that accumulates dK and dV.
+    Rows are queries, or keys in the kernels that accumulate dK and dV.
     """
     yield current
     for rows, columns, warps, stages in itertools.product(ROWS, COLUMNS, WARPS, STAGES):
         if ROWS_PER_WARP * warps > rows:
             continue
-        queries, keys = (columns, rows) if kernel == "keys" else (rows, columns)
+        queries, keys = (columns, rows) if kernel in ("fused", "keys") else (rows, columns)
         blocks = Blocks(queries, keys, warps, stages)
         if blocks != current:
             yield blocks
@@ -158,10 +163,12 @@ class Square:
     def milliseconds(self, kernel: Kernel, head_dim: int, blocks: Blocks) -> float:
         """Return the median time of five runs with these tile sizes, after one that compiles.
 
-        Times forward, or the whole backward pass for the other two kernels.
+        Times forward, or the whole backward pass that the kernel is part of.
         """
         with mock.patch.dict(TABLE[self.generation], {kernel: {head_dim: blocks}}):
             run = self._run(kernel, head_dim)
+            if kernel in ("queries", "keys"):
+                run = deterministic_algorithms()(run)
             run()
             return statistics.median(gpu_milliseconds(run) for _ in range(5))
 

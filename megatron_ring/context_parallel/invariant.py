@@ -24,11 +24,13 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import hop_key_ranges
 from megatron_ring.context_parallel.ring import Ring, fold_in_dlse
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
+from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
     Output,
     RunningSoftmax,
+    output_of,
     zero_accumulators,
 )
 
@@ -99,13 +101,14 @@ def backward(
         if returning:
             dkv_n2BlGD = returning.wait()
         for queries, keys, key_ranges in hop.pairs:
-            ring.kernel.backward(
-                HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
-                dout_nBlHD[queries],
-                out_blocks[queries],
-                lse_nBHl[queries],
-                GradientAccumulators(dq_nBlHD[queries], *dkv_n2BlGD[keys]),
-            )
+            with deterministic_algorithms():
+                ring.kernel.backward(
+                    HopInputs(q_nBlHD[queries], *kv_n2BlGD[keys], key_ranges, ring.scale),
+                    dout_nBlHD[queries],
+                    out_blocks[queries],
+                    lse_nBHl[queries],
+                    GradientAccumulators(dq_nBlHD[queries], *dkv_n2BlGD[keys]),
+                )
         if ring.exchange:
             returning = ring.exchange.start(dkv_n2BlGD, hop.distance)
         if in_flight:
@@ -148,7 +151,7 @@ def _blocks_of_output(out: Output, dout_nBlHD: torch.Tensor, ring: Ring) -> Sequ
     """Return the n blocks of an output, or a KnownDelta for each."""
     if isinstance(out, KnownDelta):
         return [KnownDelta(*block) for block in zip(_blocks(out.delta_BHL, 2, ring), dout_nBlHD)]
-    return _blocks(out, 1, ring)
+    return _blocks(output_of(out), 1, ring)
 
 
 def _joined(blocks: list[torch.Tensor] | torch.Tensor, tokens_dim: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
+    FinalOutput,
     KnownDelta,
     Output,
     RunningSoftmax,
@@ -245,7 +246,7 @@ def _add_gradients(
         return
     heads_per_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
     heads = slice(groups.start * heads_per_group, groups.stop * heads_per_group)
-    # A KnownDelta is not sliced if all heads are wanted, so that its output is computed once.
+    # Not sliced if all heads are wanted, so that the output of a KnownDelta is computed once.
     out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else slice_heads(rows.out, heads)
     ring.kernel.backward(
         HopInputs(rows.q_BLHD[:, :, heads], *kv_2BLGD[:, :, :, groups], key_ranges, ring.scale),
@@ -261,7 +262,7 @@ def fold_in_dlse(
 ) -> tuple[torch.Tensor, Output]:
     """Return a ``dout`` and ``out`` by which a kernel without ``dlse`` gets all three gradients."""
     if dlse_BHL is None:
-        return dout_BLHD, out_BLHD
+        return dout_BLHD, FinalOutput.of(out_BLHD, dout_BLHD)
     delta_BHL = delta(out_BLHD, dout_BLHD) - dlse_BHL
     dout_BLHD = _nudge_zero_dout(dout_BLHD, delta_BHL)
     return dout_BLHD, KnownDelta(delta_BHL, dout_BLHD)

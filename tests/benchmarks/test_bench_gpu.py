@@ -2,14 +2,16 @@
 
 import itertools
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.bench_gpu import Bench, DeterministicKernel
 from benchmarks.common import DTYPES
 from benchmarks.ring_correctness import correctness
-from megatron_ring.kernels.attention import measured, sdpa, torch_operators
+from megatron_ring.kernels.attention import KERNELS, measured, sdpa, torch_operators
 from megatron_ring.kernels.memory_contract import UNRESTRICTED
 from tests.benchmarks import commands
 from tests.kernels.attention.torch_stand_ins import stand_ins_for_cuda_operators
@@ -43,6 +45,26 @@ def test_every_kernel_is_compared_and_every_layout_timed(run):
     assert all(row["backward_tflops"] > 0 for row in findings["layouts"])
     assert [row["documents"] for row in findings["packs"]] == ["ignored", "applied", "applied"]
     assert "striped by 128" in stdout
+
+
+def test_the_triton_kernel_is_timed_with_both_backward_passes(monkeypatch):
+    monkeypatch.setattr(Bench, "_why_unsupported", lambda bench, kernel, dtype: "")
+    options = Namespace(dtype="bf16", device="cuda", head_dim=128)
+    kernels = Bench(options, deadline=0).kernels
+    assert kernels.keys() == {*KERNELS, "triton ordered"} - {"reference"}
+    settings = []
+
+    class RecordingKernel:
+        def backward(self, *arguments):
+            settings.append((arguments, torch.are_deterministic_algorithms_enabled()))
+
+        forward = backward
+
+    ordered = DeterministicKernel(RecordingKernel())
+    ordered.forward(1)
+    ordered.backward(2)
+    assert settings == [((1,), True), ((2,), True)]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):

@@ -9,10 +9,12 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import tune_blocks
 from benchmarks.tune_blocks import KERNELS, Fastest, Square, candidates, fastest, line
 from megatron_ring.errors import KernelUnavailable
-from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks
+from megatron_ring.kernels.attention import triton
+from megatron_ring.kernels.attention.triton.blocks import TABLE, Blocks, blocks_for
 from tests.benchmarks import commands
 
 CURRENT = Blocks(128, 64, 8, 2)
+SMALL = Blocks(16, 16, 4, 1)
 
 
 def does_not_fit(kernel, head_dim, blocks):
@@ -30,7 +32,7 @@ def test_candidates_are_the_current_tiles_and_those_that_give_every_warp_rows(
     assert first == current
     assert len(rest) == len({*rest} - {current}) == others
     for blocks in rest:
-        rows = blocks.block_k if kernel == "keys" else blocks.block_q
+        rows = blocks.block_k if kernel in ("fused", "keys") else blocks.block_q
         assert 16 * blocks.warps <= rows
 
 
@@ -59,6 +61,13 @@ def test_the_printed_line_is_a_line_of_the_table():
 def test_a_candidate_replaces_the_tables_tiles_only_while_it_is_timed(kernel, monkeypatch):
     before = {name: dict(sizes) for name, sizes in TABLE["ampere"].items()}
     tables = []
+    launched = []
+
+    def record_kernel(name, *rest):
+        launched.append(name)
+        return blocks_for(name, *rest)
+
+    monkeypatch.setattr(triton, "blocks_for", record_kernel)
 
     def record_table(run):
         run()
@@ -67,8 +76,9 @@ def test_a_candidate_replaces_the_tables_tiles_only_while_it_is_timed(kernel, mo
 
     monkeypatch.setattr(tune_blocks, "gpu_milliseconds", record_table)
     square = Square(tokens=32, heads=2, kv_heads=1, generation="ampere", device="cpu")
-    assert square.milliseconds(kernel, 64, Blocks(16, 16, 4, 1)) == 3.0
-    assert tables == [{64: Blocks(16, 16, 4, 1)}] * 5
+    assert square.milliseconds(kernel, 64, SMALL) == 3.0
+    assert tables == [{64: SMALL}] * 5
+    assert kernel in launched[-2:]
     assert TABLE["ampere"] == before
 
 

@@ -130,6 +130,22 @@ def test_every_ring_size_makes_the_same_kernel_calls(invariant_reduction):
     assert all(calls[size] == calls[1] for size in SIZES)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_must_add_gradients_in_a_fixed_order(size, invariant_reduction):
+    """Ranks are threads here, so this also tests overlapping changes of the process's setting."""
+    settings = set()
+
+    class RecordingKernel(CountingKernel):
+        def backward(self, *arguments: object) -> None:
+            settings.add(torch.are_deterministic_algorithms_enabled())
+            super().backward(*arguments)
+
+    *inputs, _ = Case("reference", torch.float32).inputs()
+    simulated_ring.run(Layout("striped", 56, size), RecordingKernel(), *inputs)
+    assert settings == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_with_the_arrival_reduction_kernel_calls_depend_on_the_ring_size():
     queries_of_one = {queries for _, queries, _ in kernel_calls(1)}
     queries_of_eight = {queries for _, queries, _ in kernel_calls(8)}

@@ -8,7 +8,8 @@ import torch
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.kernels.attention import KERNELS, HopInputs, reference
+from megatron_ring.kernels.attention import KERNELS, HopInputs, reference, running_softmax
+from megatron_ring.kernels.attention.running_softmax import delta
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
@@ -186,6 +187,20 @@ def test_errors_of_delta_do_not_accumulate_for_positive_inputs(travels, with_dls
     on_one_process = error_of_dq("reference", 1, travels, inputs)
     for ring_size in (1, 4):
         assert error_of_dq(kernel, ring_size, travels, inputs, dlse) <= 2.5 * on_one_process
+
+
+@pytest.mark.parametrize("groups", [1, 4], ids=["keys travel", "queries travel"])
+def test_a_rank_computes_delta_once_for_all_hops(groups, monkeypatch):
+    computed = []
+
+    def counted(*tensors):
+        computed.append(1)
+        return delta(*tensors)
+
+    monkeypatch.setattr(running_softmax, "delta", counted)
+    inputs = oracle.random_inputs(1, 24, 4, groups)
+    simulated_ring.run(Layout("striped", 24, 4), KERNELS["reference"], *inputs)
+    assert len(computed) == 4
 
 
 @each_kernel

@@ -50,6 +50,8 @@ class HopKernel(Protocol):
         """Add this hop's contribution to the gradients of q, k and v.
 
         ``out`` and ``lse`` are final, that is merged over all hops. ``out`` is out_BLHD, of the
-        shape of q, or a ``KnownDelta`` instead of it; ``delta_of`` and ``output_of`` of
-        running_softmax.py read either.
+        shape of q, or a ``FinalOutput`` or ``KnownDelta`` instead of it; ``delta_of`` and
+        ``output_of`` of running_softmax.py read each of them.
+
+        ``torch.are_deterministic_algorithms_enabled()`` requires a fixed order of additions.
         """

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_ring.kernels.attention.tile_lists import tile_list
 from megatron_ring.kernels.attention.tiles import Tile, Tiling, cover
 from megatron_ring.kernels.attention.varlen import VarlenCall, varlen_calls
 
@@ -71,14 +72,37 @@ class KeyRanges:
 
     def query_ranges(self, keys: int, device: torch.device) -> torch.Tensor:
         """Return the queries [from, to) that see each key, (2, keys) int32 on ``device``."""
+        return self._kept(
+            ("query_ranges", keys, device), lambda: torch.stack(self._transposed(keys))
+        )
 
-        def transpose() -> torch.Tensor:
-            key = torch.arange(keys)
-            first = torch.searchsorted(self.hi, key, right=True)
-            stop = torch.searchsorted(self.lo, key, right=True)
-            return torch.stack([first, stop])
+    def query_tiles(self, block_q: int, block_k: int, device: torch.device) -> torch.Tensor:
+        """Return the tiles of queries that see a key, (tiles, 5) int32 on ``device``.
 
-        return self._kept(("query_ranges", keys, device), transpose)
+        A row has the fields of ``TileList``, for loops over keys in steps of ``block_k``.
+        """
+        return self._kept(
+            ("query_tiles", block_q, block_k, device),
+            lambda: torch.stack(tile_list(self.lo, self.hi, block_q, block_k), 1),
+        )
+
+    def key_tiles(
+        self, keys: int, block_k: int, block_q: int, device: torch.device
+    ) -> torch.Tensor:
+        """Return the tiles of keys that are seen, (tiles, 5) int32 on ``device``.
+
+        A row has the fields of ``TileList``, for loops over queries in steps of ``block_q``.
+        """
+        return self._kept(
+            ("key_tiles", keys, block_k, block_q, device),
+            lambda: torch.stack(tile_list(*self._transposed(keys), block_k, block_q), 1),
+        )
+
+    def _transposed(self, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries [from, to) that see each key, both (keys,) int64."""
+        key = torch.arange(keys)
+        first = torch.searchsorted(self.hi, key, right=True)
+        return first, torch.searchsorted(self.lo, key, right=True)
 
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Compute a tensor once and copy it as int32, on the current stream, to ``name[-1]``."""

@@ -6,6 +6,7 @@ weight of a new block is sigmoid(lse_block - lse).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,23 +84,43 @@ class KnownDelta:
         return output_from_delta(self.delta_BHL, self.dout_BLHD)
 
 
-Output = torch.Tensor | KnownDelta
+@dataclass(frozen=True, eq=False)
+class FinalOutput:
+    """An output merged over all hops, whose delta is computed once for the kernels that need it."""
+
+    output_BLHD: torch.Tensor
+    compute_delta: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(out_BLHD: torch.Tensor, dout_BLHD: torch.Tensor) -> "FinalOutput":
+        """Combine an output with its gradient."""
+        return FinalOutput(out_BLHD, lambda: delta(out_BLHD, dout_BLHD).contiguous())
+
+    @functools.cached_property
+    def delta_BHL(self) -> torch.Tensor:
+        """As of ``delta``; computed once."""
+        return self.compute_delta()
+
+
+Output = torch.Tensor | FinalOutput | KnownDelta
 
 
 def delta_of(out: Output, dout_BLHD: torch.Tensor) -> torch.Tensor:
     """Return delta_BHL, computed from an output or known."""
-    return out.delta_BHL if isinstance(out, KnownDelta) else delta(out, dout_BLHD)
+    return delta(out, dout_BLHD) if isinstance(out, torch.Tensor) else out.delta_BHL
 
 
 def output_of(out: Output) -> torch.Tensor:
     """Return out_BLHD, or an output with the known delta."""
-    return out.output_BLHD if isinstance(out, KnownDelta) else out
+    return out if isinstance(out, torch.Tensor) else out.output_BLHD
 
 
 def slice_heads(out: Output, heads: slice) -> Output:
     """Return some heads of an output or of a known delta."""
     if isinstance(out, KnownDelta):
         return KnownDelta(out.delta_BHL[:, heads], out.dout_BLHD[:, :, heads])
+    if isinstance(out, FinalOutput):
+        return FinalOutput(out.output_BLHD[:, :, heads], lambda: out.delta_BHL[:, heads])
     return out[:, :, heads]
 
 

@@ -25,10 +25,15 @@ from megatron_ring.kernels.attention.triton.backward_kernels import (
     backward_hop_keys,
     backward_hop_queries,
 )
-from megatron_ring.kernels.attention.triton.blocks import blocks_for
+from megatron_ring.kernels.attention.triton.blocks import blocks_for, has_fused_backward
 from megatron_ring.kernels.attention.triton.forward_kernel import forward_hop
 
-KERNELS = {"forward": forward_hop, "queries": backward_hop_queries, "keys": backward_hop_keys}
+KERNELS = {
+    "forward": forward_hop,
+    "fused": backward_hop_keys,
+    "queries": backward_hop_queries,
+    "keys": backward_hop_keys,
+}
 GENERATIONS = {80: "ampere", 90: "hopper"}
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"))
 
@@ -38,6 +43,8 @@ def compiled(kernel: str, head_dim: int, architecture: int, dtype: str) -> Compi
     settings = blocks_for(kernel, head_dim, GENERATIONS[architecture]).settings(head_dim)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
     names = KERNELS[kernel].arg_names
+    if "ADDS_DQ" in names:
+        settings["ADDS_DQ"] = kernel == "fused"
     signature = {
         name: "constexpr" if name in settings else argument_type(name, dtype) for name in names
     }
@@ -72,6 +79,7 @@ def properties(kernel: CompiledKernel) -> dict[str, Any]:
         "mma": source.count("mma.sync"),
         "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", source)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", source)),
+        "atomics_of_4": len(re.findall(r"\b(?:atom|red)\..*\.v4\.f32", source)),
         "warps_of_products": [[int(down), int(across)] for down, across in warps],
     }
 
@@ -82,7 +90,7 @@ def argument_type(name: str, dtype: str) -> str:
         return f"*{dtype}"
     if name in ("out", "lse", "log2_lse", "delta", "dq", "dk", "dv"):
         return "*fp32"
-    if name in ("lo", "hi", "query_from", "query_to"):
+    if name in ("lo", "hi", "query_from", "query_to", "tiles"):
         return "*i32"
     return "fp32" if "scale" in name else "i32"
 
@@ -116,8 +124,11 @@ def disassembled(machine_code: bytes) -> list[tuple[int, str]]:
 if __name__ == "__main__":
     architecture, *head_dims = (int(number) for number in sys.argv[1:])
     for kernel, head_dim in itertools.product(KERNELS, head_dims):
+        if kernel == "fused" and not has_fused_backward(head_dim, GENERATIONS[architecture]):
+            continue
         sizes = blocks_for(kernel, head_dim, GENERATIONS[architecture])
         case = {"kernel": kernel, "head_dim": head_dim, "architecture": architecture}
-        case["rows"] = sizes.block_k if kernel == "keys" else sizes.block_q
+        case["rows"] = sizes.block_k if kernel in ("fused", "keys") else sizes.block_q
+        case["warps"] = sizes.warps
         compiled_kernel = compiled(kernel, head_dim, architecture, "bf16")
         print(json.dumps(case | properties(compiled_kernel)), flush=True)

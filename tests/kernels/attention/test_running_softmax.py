@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from megatron_ring.kernels.attention import running_softmax
 from megatron_ring.kernels.attention.running_softmax import (
+    FinalOutput,
     KnownDelta,
     RunningSoftmax,
     accumulation_dtype,
@@ -192,14 +194,36 @@ def test_a_delta_that_is_not_finite_propagates(rows, dtype):
 def test_an_output_and_its_known_delta_are_interchangeable(rows):
     out, dout = rows
     known = KnownDelta(delta(out, dout), dout)
-    assert output_of(out) is out
+    final = FinalOutput.of(out, dout)
+    assert output_of(out) is output_of(final) is out
     assert output_of(known) is output_of(known)
+    assert torch.equal(delta_of(final, dout), delta_of(out, dout))
     torch.testing.assert_close(delta_of(known, dout), delta_of(out, dout))
     torch.testing.assert_close(delta_of(output_of(known), dout), delta_of(out, dout))
     some = slice(1, 3)
     of_known, of_out = slice_heads(known, some), slice_heads(out, some)
     dout = dout[:, :, some]
     torch.testing.assert_close(delta_of(of_known, dout), delta_of(of_out, dout))
+    of_final = slice_heads(final, some)
+    assert torch.equal(output_of(of_final), of_out)
+    torch.testing.assert_close(delta_of(of_final, dout), delta_of(of_out, dout))
+
+
+def test_delta_of_a_final_output_is_computed_once_for_all_slices_and_only_if_used(
+    rows, monkeypatch
+):
+    out, dout = rows
+    computed = []
+    monkeypatch.setattr(
+        running_softmax, "delta", lambda *tensors: computed.append(1) or delta(*tensors)
+    )
+    final = FinalOutput.of(out, dout)
+    halves = [slice_heads(final, heads) for heads in (slice(0, 1), slice(1, 2))]
+    assert [output_of(half).shape[2] for half in halves] == [1, 1]
+    assert not computed
+    for used in (*halves, final, *halves):
+        delta_of(used, dout)
+    assert len(computed) == 1
 
 
 def test_delta_is_in_the_type_of_the_sums(rows):

@@ -5,21 +5,31 @@ for float32 and wrong for products of bfloat16, so the kernel upcasts them there
 the kernel's arithmetic and masks, not a GPU's.
 """
 
+import contextlib
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
-from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, triton
+from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, tile_lists, triton
+from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
-from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
+from megatron_ring.kernels.attention.registry import Feature, support
+from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from megatron_ring.kernels.attention.triton import blocks
+from megatron_ring.kernels.selection import Validation
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import SHORT, Serialized, documents, hop_errors, window
 from tests.tolerances import beyond_tolerance
 
 SMALL = blocks.Blocks(16, 16, warps=4, stages=1)
-KERNELS = "forward", "queries", "keys"
+KERNELS = "forward", "fused", "queries", "keys"
+
+
+# Head dims that fill a power of two, and that do not; the last has no 16-byte rows.
+HEAD_DIMS = 16, 96, 20
 
 
 @pytest.fixture
@@ -28,7 +38,17 @@ def small_tiles(monkeypatch):
         monkeypatch.setitem(blocks.TABLE["ampere"], kernel, {256: SMALL})
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.fixture(params=["fused", "two kernels"])
+def backward_kernels(request):
+    """Run a test with the fused backward kernel, and with the two deterministic ones."""
+    if request.param == "fused":
+        yield request.param
+        return
+    with deterministic_algorithms():
+        yield request.param
+
+
+@pytest.mark.usefixtures("small_tiles", "backward_kernels")
 @pytest.mark.parametrize("layout", [SHORT[0], SHORT[2]], ids=str)
 @pytest.mark.parametrize(
     "first_visible", [window(60, 60), documents(60, 40, 2, 5, 1)], ids=["causal", "documents"]
@@ -38,7 +58,7 @@ def test_hops_match_the_oracle(layout, first_visible):
 
 
 @pytest.mark.whole
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "backward_kernels")
 @pytest.mark.parametrize(
     "first_visible",
     [
@@ -55,6 +75,7 @@ def test_hops_of_every_layout_match_the_oracle(layout, first_visible):
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("backward_kernels")
 @pytest.mark.parametrize(
     "first_visible",
     [window(1400, 1400), window(1400, 100), documents(1400, 800, 5, 130)],
@@ -74,6 +95,7 @@ MASKS = {
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("backward_kernels")
 @pytest.mark.parametrize(
     ("ring_size", "mask_name"), [(4, "causal"), (3, "a window"), (2, "documents")]
 )
@@ -90,6 +112,7 @@ def test_rings_match_the_oracle(ring_size, mask_name):
     assert beyond_tolerance(results, expected, torch.bfloat16) == {}
 
 
+@pytest.mark.usefixtures("backward_kernels")
 def test_queries_that_see_nothing_keep_their_state():
     q, k, v, dout = oracle.random_inputs(1, 6, 2, 1, torch.float32)
     lo, hi = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 2], [2, 6], [6, 6]]).T.contiguous()
@@ -107,6 +130,7 @@ def test_queries_that_see_nothing_keep_their_state():
     assert (gradients[0][:, masked_rows] == 0).all()
 
 
+@pytest.mark.usefixtures("backward_kernels")
 def test_gradients_are_added_to_the_buffers():
     q, k, v, dout = oracle.random_inputs(1, 5, 2, 1, torch.float32)
     key_ranges = compute_key_ranges(torch.arange(5), torch.arange(5))
@@ -122,6 +146,7 @@ def test_gradients_are_added_to_the_buffers():
         torch.testing.assert_close(from_one, from_zero + 1)
 
 
+@pytest.mark.usefixtures("backward_kernels")
 def test_gradient_buffers_may_be_some_heads_of_larger_ones():
     q, k, v, dout = oracle.random_inputs(2, 20, 4, 2, torch.float32)
     key_ranges = compute_key_ranges(torch.arange(20), torch.arange(20))
@@ -139,10 +164,151 @@ def test_gradient_buffers_may_be_some_heads_of_larger_ones():
     assert all(torch.equal(x, y) for x, y in zip(at_once, in_halves))
 
 
-@pytest.mark.parametrize(("head_dim", "row"), [(64, 64), (65, 128), (96, 128), (256, 256)])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("small_tiles", "backward_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims_and_dtypes_match_the_oracle(head_dim, dtype):
+    """Odd lengths, two samples, and four query heads for each key-value head."""
+    inputs = oracle.random_inputs(2, 37, 4, 1, dtype, head_dim)
+    document_BS = oracle.documents(2, 37, (37,))
+    results = attention(*inputs, compute_key_ranges(torch.arange(37), torch.arange(37)))
+    expected = oracle.attention(*inputs, oracle.visible(document_BS))
+    assert beyond_tolerance(results, expected, dtype) == {}
+
+
+@pytest.mark.usefixtures("small_tiles", "backward_kernels")
+def test_inputs_may_be_views_of_larger_tensors():
+    """Some heads are read in place; tensors with other strides are copied."""
+    fused_BLHD = torch.randn(2, 37, 9, 16, generator=torch.Generator().manual_seed(0))
+    views = fused_BLHD[:, :, :4], fused_BLHD[:, :, 4:5], fused_BLHD[:, :, 5:6]
+    dout = torch.randn(2, 4, 37, 16, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    key_ranges = compute_key_ranges(torch.arange(37), torch.arange(37))
+    of_views = attention(*views, dout, key_ranges)
+    of_copies = attention(*(x.contiguous() for x in (*views, dout)), key_ranges)
+    assert all(torch.equal(x, y) for x, y in zip(of_views, of_copies))
+
+
+def test_some_heads_of_a_tensor_are_not_copied():
+    whole = torch.randn(1, 8, 6, 16)
+    half = whole[:, :, 2:4]
+    assert triton._readable(half) is half
+    assert triton._stride_in_heads(half) == 6
+    assert triton._readable(whole.transpose(1, 2)).is_contiguous()
+
+
+@pytest.mark.usefixtures("small_tiles", "backward_kernels")
+def test_bits_do_not_depend_on_whether_short_loops_are_split(monkeypatch):
+    """Of the fused kernel this holds for the state only: its order of additions differs."""
+    inputs = oracle.random_inputs(1, 200, 4, 2, torch.float32)
+    results = []
+    for steps in (0, 2, 100):
+        monkeypatch.setattr(tile_lists, "STEPS_PER_FILL", steps)
+        ranges = compute_key_ranges(torch.arange(200), torch.arange(200), documents(200, 93, 50))
+        results.append(attention(*inputs, ranges))
+    exact = ("out", "lse", "dq", "dk", "dv")
+    if not torch.are_deterministic_algorithms_enabled():
+        exact = ("out", "lse")
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+        assert all(torch.equal(getattr(result, x), getattr(results[0], x)) for x in exact)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "dtype", "head_dim", "launched"),
+    [
+        (False, torch.float32, 16, ["backward_hop_keys"]),
+        (True, torch.float32, 16, ["backward_hop_queries", "backward_hop_keys"]),
+        (False, torch.float64, 16, ["backward_hop_queries", "backward_hop_keys"]),
+        (False, torch.float32, 256, ["backward_hop_queries", "backward_hop_keys"]),
+    ],
+)
+def test_determinism_dtype_and_head_dim_select_the_backward_kernels(
+    deterministic, dtype, head_dim, launched, launches
+):
+    inputs = oracle.random_inputs(1, 20, 2, 1, dtype, head_dim)
+    key_ranges = compute_key_ranges(torch.arange(20), torch.arange(20))
+    with deterministic_algorithms() if deterministic else contextlib.nullcontext():
+        attention(*inputs, key_ranges)
+    assert [launch.kernel for launch in launches] == ["forward_hop", *launched]
+    assert launches[-1].settings["ADDS_DQ"] == (len(launched) == 1)
+
+
+def test_deterministic_runs_may_choose_it():
+    assert isinstance(support("triton", "cuda", Feature.DETERMINISM), Validation)
+
+
+def test_no_program_is_launched_for_tiles_in_which_nothing_is_visible(small_tiles, launches):
+    """Of 80 queries and keys, in tiles of 16, the last 32 queries see 17 keys."""
+    lo, hi = torch.zeros(2, 80, dtype=torch.int64)
+    hi[48:] = 17
+    attention(*oracle.random_inputs(2, 80, 4, 2, torch.float32), KeyRanges(lo, hi))
+    assert [launch.grid for launch in launches] == [(4, 2, 2), (2, 2, 2)]
+
+
+@pytest.mark.usefixtures("backward_kernels")
+def test_nothing_is_launched_for_a_hop_in_which_nothing_is_visible(launches):
+    nothing = torch.zeros(20, dtype=torch.int64)
+    attention(*oracle.random_inputs(1, 20, 2, 1, torch.float32), KeyRanges(nothing, nothing))
+    assert not launches
+
+
+def attention(q, k, v, dout, key_ranges) -> oracle.Attention:
+    """Compute one hop and its gradients, from an empty state."""
+    inputs = HopInputs(q, k, v, key_ranges, q.shape[-1] ** -0.5)
+    state = RunningSoftmax.empty(q)
+    triton.forward(inputs, state)
+    out = state.out_BLHD.to(q.dtype)
+    gradients = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
+    triton.backward(inputs, dout, out, state.lse_BHL, gradients)
+    return oracle.Attention(state.out_BLHD, *gradients, state.lse_BHL)
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, ...]
+    settings: dict[str, Any]
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[Launch]:
+    """The launches of kernels, which run as usual."""
+    recorded = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **settings):
+                recorded.append(Launch(self.kernel.fn.__name__, grid, settings))
+                self.kernel[grid](*arguments, **settings)
+
+            return launch
+
+    for name in ("forward_hop", "backward_hop_queries", "backward_hop_keys"):
+        monkeypatch.setattr(triton, name, Recorder(getattr(triton, name)))
+    return recorded
+
+
+ROWS_OF_THE_TABLE = [(64, 64), (65, 128), (96, 128), (256, 256)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "row"),
+    [
+        (kernel, *case)
+        for kernel in KERNELS
+        for case in ROWS_OF_THE_TABLE[: 3 if kernel == "fused" else 4]
+    ],
+)
 def test_a_head_dim_uses_the_next_row_of_the_table(kernel, head_dim, row):
     assert blocks.blocks_for(kernel, head_dim, "hopper") == blocks.TABLE["hopper"][kernel][row]
+
+
+@pytest.mark.parametrize(("generation", "largest"), [("ampere", 64), ("hopper", 128)])
+def test_heads_too_large_for_the_registers_have_no_fused_kernel(generation, largest):
+    assert blocks.has_fused_backward(largest, generation)
+    assert not blocks.has_fused_backward(largest + 1, generation)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import triton
 
-Kernel = Literal["forward", "queries", "keys"]
+Kernel = Literal["forward", "fused", "queries", "keys"]
+"""fused: dQ, dK and dV in one kernel. queries, keys: dQ alone, and dK and dV."""
 Generation = Literal["ampere", "hopper"]
 
 
@@ -35,9 +36,10 @@ class Blocks(NamedTuple):
         }
 
 
-# Compiled for sm_80 and sm_90, none of these spills a register in an innermost loop
-# (docs/decisions/0015, with the other requirements). Which sizes are the fastest has not been
-# measured, for lack of a GPU: benchmarks/tune_blocks.py does that.
+# Compiled for sm_80 and sm_90, none of these spills a register in an innermost loop, except three
+# moves of one kernel with Triton 3.9 (docs/decisions/0015 and 0023, with the other requirements).
+# Larger heads than those of its rows leave too few registers for a fused kernel. Which sizes are
+# the fastest has not been measured: benchmarks/tune_blocks.py does that on a GPU.
 TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
     "ampere": {
         "forward": {
@@ -45,6 +47,7 @@ TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
             128: Blocks(128, 64, 8, 3),
             256: Blocks(64, 32, 8, 2),
         },
+        "fused": {64: Blocks(32, 128, 8, 2)},
         "queries": {
             64: Blocks(128, 64, 8, 2),
             128: Blocks(128, 32, 8, 2),
@@ -58,6 +61,7 @@ TABLE: dict[Generation, dict[Kernel, dict[int, Blocks]]] = {
             128: Blocks(128, 64, 8, 3),
             256: Blocks(128, 32, 8, 2),
         },
+        "fused": {64: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2)},
         "queries": {
             64: Blocks(128, 64, 8, 2),
             128: Blocks(128, 64, 8, 2),
@@ -79,3 +83,8 @@ def blocks_for(kernel: Kernel, head_dim: int, generation: Generation) -> Blocks:
     """Return the sizes for a head dim up to 256: those of the next larger one in the table."""
     table = TABLE[generation][kernel]
     return next(sizes for largest, sizes in table.items() if head_dim <= largest)
+
+
+def has_fused_backward(head_dim: int, generation: Generation) -> bool:
+    """Return whether the table has sizes of the fused backward kernel for this head dim."""
+    return head_dim <= max(TABLE[generation]["fused"])

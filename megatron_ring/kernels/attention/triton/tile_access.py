@@ -1,7 +1,8 @@
-"""Functions shared by the Triton kernels: access to tiles of tokens x one head, and loop bounds.
+"""Functions shared by the Triton kernels: access to tiles of tokens x one head, and their lists.
 
-Tensors are (batch, tokens, heads, head dim), contiguous or some heads of a contiguous tensor. A
-head dim that is not a power of two is padded to one in registers only.
+Tensors are (batch, tokens, heads, head dim), contiguous or some heads of a contiguous tensor;
+``heads`` is the distance of two tokens in memory, in heads. A head dim that is not a power of two
+is padded to one in registers only.
 
 HEAD_DIM is the head dim, PADDED the next power of two, BLOCK the tokens of a tile.
 """
@@ -64,22 +65,30 @@ def add(
 
 
 @triton.jit
-def loop_bounds(lo, hi, start, rows, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Return the loop of BLOCK rows from ``start`` over their visible columns, in steps of STEP.
+def add_atomically(
+    base, sample, tokens, heads, head, start, tile,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Add ``tile`` to float32 memory to which other programs add too, in no fixed order.
 
-    Rows and columns are queries and keys with the key ranges, or keys and queries with the query
-    ranges: lo and hi are non-decreasing in both. Returns (first, unmasked_from, unmasked_to, stop).
-    All rows see the blocks between the middle two completely, so these need no mask; if there are
-    none, both equal ``stop``.
+    WHOLE: all of its tokens exist.
     """
-    last = tl.minimum(start + BLOCK, rows) - 1
-    any_from, all_from = tl.load(lo + start), tl.load(lo + last)
-    all_to, stop = tl.load(hi + start), tl.load(hi + last)
-    first = any_from // STEP * STEP
-    unmasked_from = tl.maximum((all_from + STEP - 1) // STEP * STEP, first)
-    unmasked_to = all_to // STEP * STEP
-    none = unmasked_from >= unmasked_to
-    return first, tl.where(none, stop, unmasked_from), tl.where(none, stop, unmasked_to), stop
+    at = pointers(base, sample, tokens, heads, head, start, BLOCK, HEAD_DIM, PADDED)
+    if WHOLE and HEAD_DIM == PADDED:
+        tl.atomic_add(at, tile, sem="relaxed")
+    else:
+        exists = inside(tokens, start, BLOCK, HEAD_DIM, PADDED)
+        tl.atomic_add(at, tile, mask=exists, sem="relaxed")
+
+
+@triton.jit
+def load_tile(tiles, index, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Load one row of a list of tiles: the fields of ``TileList`` in tile_lists.py."""
+    at = tiles + 5 * index
+    start = tl.multiple_of(tl.load(at), BLOCK)
+    first = tl.multiple_of(tl.load(at + 1), STEP)
+    unmasked_from, unmasked_to, stop = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+    return start, first, unmasked_from, unmasked_to, stop
 
 
 @triton.jit
