@@ -37,7 +37,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links" \
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links and not gpu" \
 		--steps-of-pairs 20 $(ARGS)
 
 # Starts a SLURM cluster on this machine; needs root.
