@@ -14,13 +14,13 @@ of a rank's tokens, forward and backward.
 
 The last lines are rows of kernels/attention/measured.py, from which --attention-kernel auto chooses
 on this device: the time of each kernel on one of eight striped ranks, by dtype, without and with
-documents.
+documents. benchmarks/report_gpu.py makes them, and a table, from the JSON file, which is complete
+after every row.
 """
 
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,10 +28,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import DTYPES, commit, gpu_milliseconds, random_inputs, write_json
+from benchmarks.common import (
+    DTYPES,
+    ResultsFile,
+    commit,
+    gpu_milliseconds,
+    random_inputs,
+    setting,
+)
 from benchmarks.document_packs import random_starts
 from benchmarks.emulated_ring import attention
 from benchmarks.overlap_criterion import operations
+from benchmarks.report_gpu import measured_lines
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
@@ -69,19 +77,15 @@ def main() -> None:
         sep="\n  ",
         flush=True,
     )
-    parts = (bench.correctness, bench.orders, bench.layouts, bench.packs)
-    findings = {part.__name__: bench.print_rows(part.__name__, part()) for part in parts}
-    print(
-        "\nfor kernels/attention/measured.py", *bench.measured_lines(findings["orders"]), sep="\n"
-    )
-    setting = {
-        "device": bench.device_name,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "options": vars(options),
-    }
-    write_json(options.json, setting | findings)
-    is_wrong = any(not row["correct"] for row in findings["correctness"])
+    where = setting("bench_gpu", options, options.device) | {"device": bench.device_name}
+    results = ResultsFile(options.json, where)
+    # The largest rings come last, so that they are what there is no time for.
+    parts = (bench.correctness, bench.orders, bench.packs, bench.layouts)
+    for part in parts:
+        bench.print_rows(part.__name__, part(), results)
+    print("\nfor kernels/attention/measured.py", f"    # {where['command']}", sep="\n")
+    print(*measured_lines(results.findings), sep="\n")
+    is_wrong = any(not row["correct"] for row in results.findings["correctness"])
     raise SystemExit(is_wrong)
 
 
@@ -163,6 +167,7 @@ class Bench:
 
     @property
     def device_name(self) -> str:
+        """The GPU's name, or the device type, as measured.py names devices."""
         if self.options.device == "cuda":
             return torch.cuda.get_device_name()
         return self.options.device
@@ -307,30 +312,20 @@ class Bench:
 
     # ---- output ----
 
-    def measured_lines(self, orders: list[dict[str, Any]]) -> Iterator[str]:
-        """Yield the rows of ``orders`` as lines of measured.py, preceded by the command."""
-        yield f"    # {' '.join(sys.argv)}"
-        source = f"commit {commit()}, torch {torch.__version__}"
-        cases = itertools.groupby(orders, lambda row: (row["dtype"], row["mask"]))
-        for (dtype, mask), rows in cases:
-            times = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
-            case = f'"{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}'
-            yield f'    Measured({case}, {{{times}}}, "{source}"),'
-
-    def print_rows(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Print each row once it is measured, then what was skipped; return the rows."""
+    def print_rows(self, part: str, rows: Iterator[dict[str, Any]], results: ResultsFile) -> None:
+        """Print each row once it is measured and add it to the results; print what was skipped."""
         print(f"\n{part}", flush=True)
-        printed = []
+        printed = results.findings.setdefault(part, [])
         for row in rows:
             if not printed:
                 print("".join(f"{name:>{_width(name)}}" for name in row))
-            printed.append(row)
+            results.add(part, row)
             cells = (f"{_format(value):>{_width(name)}}" for name, value in row.items())
             print("".join(cells), flush=True)
         for skipped in self.skipped:
             print(f"  skipped, out of time: {skipped}")
         self.skipped.clear()
-        return printed
+        results.write()  # also a part without rows
 
     def _is_out_of_time(self, row: dict[str, Any]) -> bool:
         """Return whether the deadline has passed, and record the row as skipped if so."""
@@ -362,7 +357,7 @@ class Bench:
         length = tokens * size
         striped = [
             Layout("striped", length, size, stripe)
-            for stripe in STRIPE_SIZES
+            for stripe in (*STRIPE_SIZES, tokens // 2)  # the last are the widest
             if tokens % (2 * stripe) == 0
         ]
         return [Layout("ring", length, size), *striped, Layout("zigzag", length, size)]

@@ -127,14 +127,15 @@ class ResultsFile:
     def __init__(self, path: str, setting: dict[str, Any]):
         self.findings = dict(setting)
         self._path = path
-        self._write()
+        self.write()
 
     def add(self, part: str, row: Any) -> None:
         """Append ``row`` to the rows of ``part``."""
         self.findings.setdefault(part, []).append(row)
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all findings; an interruption leaves the previous file or this one."""
         if self._path:
             path = Path(self._path)
             path.parent.mkdir(parents=True, exist_ok=True)

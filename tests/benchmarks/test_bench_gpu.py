@@ -53,7 +53,8 @@ def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):
     for row in table:
         assert row.milliseconds.keys() == {"sdpa", "reference"}
         assert "commit" in row.source
-    assert "benchmarks/bench_gpu.py --device cpu" in lines
+        assert row.head_dim == 16
+    assert "# python -m benchmarks.bench_gpu --device cpu" in lines
 
 
 def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):

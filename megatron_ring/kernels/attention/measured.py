@@ -34,7 +34,7 @@ class Measured:
 
     device: a device type, or the beginning of a GPU's name.
     milliseconds: by kernel, the time of a rank's hops, forward and backward.
-    source: where it was measured.
+    source: where it was measured. head_dim: that of the queries.
     """
 
     device: str
@@ -42,6 +42,7 @@ class Measured:
     mask: MaskKind
     milliseconds: dict[str, float]
     source: str
+    head_dim: int = 128
 
     @property
     def order(self) -> tuple[str, ...]:
