@@ -1,15 +1,16 @@
-"""Turn the JSON files of the GPU benchmarks into the README's table and the lines of the tables.
+"""Turn the JSON files of the GPU benchmarks into tables of results and lines of measured.py.
 
     python -m benchmarks.report_gpu gpu-results            # print all
-    python -m benchmarks.report_gpu gpu-results --write    # and edit README.md and measured.py
+    python -m benchmarks.report_gpu gpu-results --write    # and edit the documents and measured.py
 
 Reads what ``make bench-gpu``, ``make bench-step`` and ``make tune-gpu`` have written into one
 folder; files that are not there, and rows that were not measured, are left out. Prints the table of
 results in Markdown, the lines of megatron_ring/kernels/attention/measured.py, from which
 ``--attention-kernel auto`` and ``--stripe-size auto`` choose on this device, and those of
 megatron_ring/kernels/attention/triton/blocks.py. With --write the table replaces what is between
-the README's two markers, and the lines replace those of the same device and case in measured.py;
-others stay. Tile sizes are only printed, because tests must accept them first.
+the two markers of docs/benchmarks/gpu.md, its rows with a target what is between those of
+README.md, and the lines replace those of the same device and case in measured.py; others stay. Tile
+sizes are only printed, because tests must accept them first.
 
 Runs anywhere: it needs no GPU.
 """
@@ -27,6 +28,7 @@ from megatron_ring.errors import DataError, reporting_errors
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+GPU_DOCUMENT = ROOT / "docs" / "benchmarks" / "gpu.md"
 MEASURED = ROOT / "megatron_ring" / "kernels" / "attention" / "measured.py"
 BEGIN = "<!-- begin: written by benchmarks/report_gpu.py -->"
 END = "<!-- end: written by benchmarks/report_gpu.py -->"
@@ -48,7 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder with the JSON files")
-    parser.add_argument("--write", action="store_true", help="edit README.md and measured.py")
+    parser.add_argument("--write", action="store_true", help="edit documents and measured.py")
     options = parser.parse_args()
     found = read(options.folder)
     print(table(found))
@@ -61,7 +63,9 @@ def main() -> None:
             "\nfor kernels/attention/triton/blocks.py", *block_lines(found["tune_blocks"]), sep="\n"
         )
     if options.write:
-        README.write_text(replace_between_markers(README.read_text(), table(found)))
+        for document, only_targets in ((GPU_DOCUMENT, False), (README, True)):
+            text = replace_between_markers(document.read_text(), table(found, only_targets))
+            document.write_text(text)
         source = MEASURED.read_text()
         for name, of_table in lines.items():
             source = replace_lines(source, name, of_table)
@@ -93,13 +97,20 @@ def read(folder: Path) -> dict[str, Findings]:
 # ---- the table of results ----
 
 
-def table(found: dict[str, Findings]) -> str:
-    """Return the table of results in Markdown, with one figure in each row."""
+NO_TARGET = "-"
+
+
+def table(found: dict[str, Findings], only_targets: bool = False) -> str:
+    """Return the table of results in Markdown, with one figure in each row.
+
+    ``only_targets`` leaves out the figures that have no target.
+    """
     rows = [
         [*row, bench["device"].removeprefix("NVIDIA "), f"`{bench['command']}` ({bench['commit']})"]
         for name, figures in (("bench_gpu", bench_figures), ("bench_step", step_figures))
         if (bench := found.get(name))
         for row in figures(bench)
+        if not (only_targets and row[2] == NO_TARGET)
     ]
     titles = ["what", "figure", "target", "device", "command (commit)"]
     return "\n".join([table_row(titles), table_row("---" for _ in titles), *map(table_row, rows)])
@@ -111,7 +122,7 @@ def bench_figures(bench: Findings) -> Iterator[tuple[str, str, str]]:
     if correct:
         right = sum(row["correct"] for row in correct)
         what = "kernels, layouts and masks equal to float64 within the tolerance"
-        yield what, f"{right} of {len(correct)}", f"{len(correct)}"
+        yield what, f"{right}/{len(correct)}", f"{len(correct)}/{len(correct)}"
     layouts = bench.get("layouts", [])
     for tokens in dict.fromkeys(row["tokens"] for row in layouts):
         of_size = [row for row in layouts if row["tokens"] == tokens]
@@ -121,7 +132,7 @@ def bench_figures(bench: Findings) -> Iterator[tuple[str, str, str]]:
                 for row in single:
                     if row["kernel"] == kernel:
                         what = f"{kernel}, {direction}, one document of {tokens:,}, TFLOP/s"
-                        yield what, f"{row[f'{direction}_tflops']:.0f}", ""
+                        yield what, f"{row[f'{direction}_tflops']:.0f}", NO_TARGET
         ring = [row for row in of_size if row["ranks"] == RANKS]
         striped = _best(ring, "of_single", lambda row: row["layout"].startswith("striped"))
         zigzag = _best(ring, "of_single", lambda row: row["layout"] == "zigzag")
@@ -131,7 +142,7 @@ def bench_figures(bench: Findings) -> Iterator[tuple[str, str, str]]:
             yield what, f"{striped['of_single']:.2f}", "1.05"
         if zigzag:
             what = f"zigzag ({zigzag['kernel']}) over the best on one GPU, {where}"
-            yield what, f"{zigzag['of_single']:.2f}", ""
+            yield what, f"{zigzag['of_single']:.2f}", NO_TARGET
     packs = bench.get("packs", [])
     for tokens in dict.fromkeys(row["tokens"] for row in packs):
         own = [row for row in packs if row["tokens"] == tokens]
@@ -153,16 +164,16 @@ def step_figures(bench: Findings) -> Iterator[tuple[str, str, str]]:
         "transformers": ", transformers",
     }
     for name, row in rows.items():
-        yield f"{step}{names[name]}: tokens/s", f"{row['tokens_per_second']:,.0f}", ""
+        yield f"{step}{names[name]}: tokens/s", f"{row['tokens_per_second']:,.0f}", NO_TARGET
         if row["share_of_peak"] is not None and name != "transformers":
-            target = "51%" if name == "default" else ""
+            target = "51%" if name == "default" else NO_TARGET
             yield f"{step}{names[name]}: share of peak", f"{row['share_of_peak']:.1%}", target
     if "default" in rows:
         row = rows["default"]
         if row["peak_gib"] is not None:
-            yield f"{step}: peak memory, GiB", f"{row['peak_gib']:.1f}", ""
+            yield f"{step}: peak memory, GiB", f"{row['peak_gib']:.1f}", NO_TARGET
         for kind, milliseconds in row["split_ms"].items():
-            target = "100" if kind == "element-wise" else ""
+            target = "100" if kind == "element-wise" else NO_TARGET
             yield f"{step}: {kind}, ms of {row['step_ms']:.0f}", f"{milliseconds:.0f}", target
 
 
@@ -180,8 +191,8 @@ def replace_between_markers(text: str, table: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise DataError(f"README.md must have the lines {BEGIN} and {END}, in this order.")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+        raise DataError(f"the document must have the lines {BEGIN} and {END}, in this order.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
 # ---- lines of measured.py ----

@@ -121,27 +121,27 @@ def test_the_table_has_a_row_for_each_figure_with_device_and_command(folder):
     assert {name: cells[:2] for name, cells in figures.items()} == {
         name: [figure, target]
         for name, figure, target in (
-            ("kernels, layouts and masks equal to float64 within the tolerance", "2 of 3", "3"),
-            ("triton, forward, one document of 8,192, TFLOP/s", "228", ""),
-            ("cudnn, forward, one document of 8,192, TFLOP/s", "400", ""),
-            ("triton, backward, one document of 8,192, TFLOP/s", "171", ""),
-            ("cudnn, backward, one document of 8,192, TFLOP/s", "300", ""),
+            ("kernels, layouts and masks equal to float64 within the tolerance", "2/3", "3/3"),
+            ("triton, forward, one document of 8,192, TFLOP/s", "228", "-"),
+            ("cudnn, forward, one document of 8,192, TFLOP/s", "400", "-"),
+            ("triton, backward, one document of 8,192, TFLOP/s", "171", "-"),
+            ("cudnn, backward, one document of 8,192, TFLOP/s", "300", "-"),
             (f"striped by 4096 (cudnn) over the best on one GPU, {ranks}", "1.05", "1.05"),
-            (f"zigzag (triton) over the best on one GPU, {ranks}", "0.59", ""),
+            (f"zigzag (triton) over the best on one GPU, {ranks}", "0.59", "-"),
             (
                 "pack of 65,536 tokens, striped by 128 (triton), over a ring that ignores "
                 "documents, 8 emulated ranks",
                 "3.35",
                 "4",
             ),
-            ("Llama of 24 layers, 32,768 tokens: tokens/s", "24,939", ""),
+            ("Llama of 24 layers, 32,768 tokens: tokens/s", "24,939", "-"),
             ("Llama of 24 layers, 32,768 tokens: share of peak", "43.1%", "51%"),
-            ("Llama of 24 layers, 32,768 tokens, transformers: tokens/s", "18,844", ""),
-            ("Llama of 24 layers, 32,768 tokens: peak memory, GiB", "60.0", ""),
-            ("Llama of 24 layers, 32,768 tokens: attention, ms of 1314", "650", ""),
-            ("Llama of 24 layers, 32,768 tokens: matrix products, ms of 1314", "317", ""),
+            ("Llama of 24 layers, 32,768 tokens, transformers: tokens/s", "18,844", "-"),
+            ("Llama of 24 layers, 32,768 tokens: peak memory, GiB", "60.0", "-"),
+            ("Llama of 24 layers, 32,768 tokens: attention, ms of 1314", "650", "-"),
+            ("Llama of 24 layers, 32,768 tokens: matrix products, ms of 1314", "317", "-"),
             ("Llama of 24 layers, 32,768 tokens: element-wise, ms of 1314", "440", "100"),
-            ("Llama of 24 layers, 32,768 tokens: idle, ms of 1314", "10", ""),
+            ("Llama of 24 layers, 32,768 tokens: idle, ms of 1314", "10", "-"),
         )
     }
 
@@ -219,12 +219,14 @@ def test_tile_sizes_are_entries_of_their_table():
 
 @pytest.mark.parametrize("writes", [False, True])
 def test_the_command_prints_all_and_writes_on_demand(writes, folder, monkeypatch, capsys):
-    readme, measured = folder / "README.md", folder / "measured.py"
-    before = f"before\n\n{report_gpu.BEGIN}\n\nold\n\n{report_gpu.END}\n\nafter\n"
+    readme, document, measured = (folder / x for x in ("README.md", "gpu.md", "measured.py"))
+    before = f"before\n\n{report_gpu.BEGIN}\nold\n{report_gpu.END}\n\nafter\n"
     readme.write_text(before)
+    document.write_text(before)
     measured.write_text(SOURCE)
     monkeypatch.setattr(report_gpu, "ROOT", folder)
     monkeypatch.setattr(report_gpu, "README", readme)
+    monkeypatch.setattr(report_gpu, "GPU_DOCUMENT", document)
     monkeypatch.setattr(report_gpu, "MEASURED", measured)
     monkeypatch.setattr("sys.argv", ["report_gpu.py", str(folder), *["--write"] * writes])
     report_gpu.main()
@@ -235,7 +237,11 @@ def test_the_command_prints_all_and_writes_on_demand(writes, folder, monkeypatch
     assert '"keys": {128: Blocks(64, 128, 8, 2)}' in printed
     assert (measured.read_text() == SOURCE) is not writes
     if writes:
-        assert readme.read_text() == before.replace("old", table)
+        assert document.read_text() == before.replace("old", table)
+        short = readme.read_text()
+        assert len(short.splitlines()) < len(document.read_text().splitlines())
+        assert "share of peak | 43.1% | 51% |" in short
+        assert " | - | " not in short
 
 
 def test_files_that_are_missing_are_left_out(folder):
@@ -261,6 +267,6 @@ def test_a_folder_without_results_is_an_error_that_names_the_commands(tmp_path):
         report_gpu.read(tmp_path)
 
 
-def test_a_readme_without_markers_is_an_error():
-    with pytest.raises(DataError, match="README.md"):
+def test_a_document_without_markers_is_an_error():
+    with pytest.raises(DataError, match=r"begin.*end"):
         report_gpu.replace_between_markers("no markers", "table")
