@@ -100,9 +100,11 @@ def _rank(
         if device == "cuda":
             gpu = torch.device("cuda", local_rank(rank, world_size))
             torch.cuda.set_device(gpu)
-            # Shorter than on a CPU, where many tests share the cores.
+            # As in training, a group of several ranks is bound to the GPU. The timeout is shorter
+            # than on a CPU, where many tests share the cores.
+            bound = gpu if world_size > 1 else None
             timeout = timedelta(minutes=1)
-            dist.init_process_group("nccl", rendezvous, timeout, world_size, rank, device_id=gpu)
+            dist.init_process_group("nccl", rendezvous, timeout, world_size, rank, device_id=bound)
         else:
             dist.init_process_group("gloo", rendezvous, timedelta(minutes=5), world_size, rank)
         torch.save(body(rank, world_size, *args), folder / f"{rank}.pt")

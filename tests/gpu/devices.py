@@ -3,6 +3,8 @@
 Both run the same code, so that a line that a GPU machine runs has run on a CPU before.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -20,9 +22,19 @@ each_device_long_on_cpu = pytest.mark.parametrize(
 
 
 def skip_without(device: str, ranks: int = 1) -> None:
-    """Skip the test if this machine lacks the device, or GPUs for so many ranks."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Skip the test if this machine lacks the device, or GPUs for so many ranks.
+
+    Also prepares the environment of processes that use a GPU.
+    """
+    if device == "cpu":
+        return
+    # Without it torch.cuda.is_available() initializes CUDA, and processes that are forked from one
+    # that has called it cannot use the GPU.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
+    if ranks > torch.cuda.device_count():
+        os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     if not can_run(device, ranks):
         pytest.skip(why_ranks_cannot_share())
 

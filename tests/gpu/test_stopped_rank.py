@@ -17,12 +17,15 @@ from tests.programs import PROGRAM, free_port, working_folder
 
 SMALL = """\
 model: {num_layers: 2, hidden_size: 128, num_attention_heads: 2}
-parallel: {context_parallel: striped, ring_timeout: 8}
+parallel: {context_parallel: striped, ring_timeout: TIMEOUT}
 data: {split: [1.0, 0.0], data_path: [text/tokens], seq_length: 256}
 training: {train_iters: 1000000, eval_interval: 0}
 logging: {metrics_file: metrics.jsonl}
 """
+# Must exceed the difference between the times at which two ranks have compiled their kernels.
+TIMEOUT = {"cuda": 15, "cpu": 4}
 START_SECONDS = 120
+EXIT_SECONDS = 90
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -36,7 +39,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 def ranks(device, tmp_path) -> list[subprocess.Popen]:
     """Two ranks that would train for hours, without a launcher; each writes to log.RANK."""
     skip_without(device, ranks=2)
-    working_folder(tmp_path, SMALL)
+    working_folder(tmp_path, SMALL.replace("TIMEOUT", str(TIMEOUT[device])))
     port = free_port()
     started = []
     for rank in range(2):
@@ -71,6 +74,6 @@ def test_a_stopped_rank_is_named_and_the_other_exits_with_76(device, ranks, tmp_
 
     wait_until(is_training, START_SECONDS)
     ranks[1].send_signal(signal.SIGSTOP)
-    assert ranks[0].wait(60) == RingStalled.exit_code
+    assert ranks[0].wait(EXIT_SECONDS) == RingStalled.exit_code
     (line,) = re.findall(r"RingStalled: (rank 0 .*)", log.read_text())
     assert re.search(r"^rank 0 \(.*, pid \d+\) .* step \d+.*; rank 1 \(.*\) .*stopped", line)
