@@ -52,6 +52,7 @@ ROWS = (32, 64, 128)
 COLUMNS = (32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3)
+COMPILE_SHARE = 0.6  # of --minutes: what is not compiled by then is compiled where it is timed
 SMALL_SQUARE = 256  # tokens; a multiple of 16, as --tokens is, for which kernels are specialized
 ROWS_PER_WARP = 16  # of a product; with fewer rows, warps repeat each other's work
 # Returns the milliseconds of a kernel with a head dim and tile sizes.
@@ -65,7 +66,8 @@ def main() -> None:
             "tune_blocks times Triton kernels on a GPU, and torch finds none. Run it where "
             "torch.cuda.is_available() is true."
         )
-    deadline = time.monotonic() + 60 * options.minutes
+    seconds = 60 * options.minutes
+    start = time.monotonic()
     generation = generation_of(torch.device("cuda"))
     results = ResultsFile(options.json, setting("tune_blocks", options, "cuda"))
     results.findings["generation"] = generation
@@ -74,8 +76,8 @@ def main() -> None:
         f"{vars(options)}"
     )
     square = Square(options.tokens, options.heads, options.kv_heads, generation)
-    compile_candidates(square, options.head_dims, options.jobs, deadline)
-    tune(square, options.head_dims, deadline, results)
+    compile_candidates(square, options.head_dims, options.jobs, start + COMPILE_SHARE * seconds)
+    tune(square, options.head_dims, start + seconds, results)
 
 
 def tune(square: "Square", head_dims: Sequence[int], deadline: float, results: ResultsFile) -> None:
@@ -115,7 +117,8 @@ def compile_candidates(
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures: list[Future[None]] = [pool.submit(small.run_once, *case) for case in cases]
-        done, _ = wait(futures, timeout=max(0.0, deadline - start))
+        seconds = None if math.isinf(deadline) else max(0.0, deadline - start)
+        done, _ = wait(futures, timeout=seconds)
         pool.shutdown(wait=False, cancel_futures=True)
     print(
         f"{len(done)} of {len(cases)} candidates compiled by {jobs} processes in "

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import time
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_candidates_are_compiled_in_processes_until_the_deadline(monkeypatch):
     monkeypatch.setattr(tune_blocks, "ROWS", (128,))
     monkeypatch.setattr(tune_blocks, "COLUMNS", (128,))
     monkeypatch.setattr(tune_blocks, "SMALL_SQUARE", 32)
-    compiled = compile_candidates(square, [64], 1, time.monotonic() + 300, "fork")
+    compiled = compile_candidates(square, [64], 1, math.inf, "fork")
     assert compiled == sum(len(list(candidates(k, blocks_for(k, 64, "ampere")))) for k in KERNELS)
     assert compile_candidates(square, [64], 1, deadline=0.0, start_method="fork") < compiled
 
