@@ -26,6 +26,7 @@ import argparse
 import gc
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = _parser().parse_args()
+    # No messages about the profiler's start and end, from the processes started below.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     results = ResultsFile(options.json, setting("bench_step", options, device_type()))
     print(f"{results.findings['device']}, torch {torch.__version__}, {_shape(options)}")
     print(f"{'variant':>13}{'tokens/s':>11}{'of peak':>9}{'GiB':>8}{'step ms':>9}", end="")

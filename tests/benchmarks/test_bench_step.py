@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import multiprocessing
 
 import pytest
 
 from benchmarks import bench_step
 from benchmarks.step_profile import CATEGORIES
+from tests.distributed import PRELOADED
 
 SMALL = ["--layers", "2", "--hidden", "64", "--heads", "2", "--ffn", "96", "--vocab", "64"]
 SMALL += ["--tokens", "128", "--dtype", "fp32"]
@@ -19,7 +21,9 @@ def run_steps(monkeypatch, tmp_path, capsys):
     file = tmp_path / "steps.json"
 
     def run(*flags: str) -> tuple[dict, str, int]:
+        multiprocessing.set_forkserver_preload(PRELOADED)
         monkeypatch.setattr(bench_step, "START_METHOD", "forkserver")
+        monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
         monkeypatch.setattr("sys.argv", ["bench_step.py", *SMALL, *flags, "--json", str(file)])
         with pytest.raises(SystemExit) as ended:
             bench_step.main()
