@@ -33,8 +33,15 @@ USABLE := $(BIN)/.constraints
 FIT = $(if $(CONSTRAINTS),--constraint $(USABLE))
 write_usable = $(if $(CONSTRAINTS),$(BIN)/python tools/constraints.py usable > $(USABLE))
 
-.PHONY: train test test-all test-slurm test-docker test-links test-flash4 check bench bench-gpu clean
-.PHONY: constraints constraints-check
+# On a machine with a GPU these use PYTHON as it is, with its torch, and install nothing: such
+# machines have no network. Each has its time limit and keeps what it has found in GPU_RESULTS.
+GPU_RESULTS ?= gpu-results
+# The files of tests/gpu run side by side where pytest-xdist is installed.
+GPU_IN_PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && \
+	echo "--numprocesses 4 --dist loadfile --no-loadscope-reorder")
+
+.PHONY: train test test-all test-slurm test-docker test-links test-flash4 check bench clean
+.PHONY: test-gpu bench-gpu bench-step tune-gpu constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py \
@@ -44,7 +51,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-all: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links and not flash4" \
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slurm and not docker and not links and not flash4 and not gpu" \
 		--steps-of-pairs 20 $(ARGS)
 
 # Starts a SLURM cluster on this machine; needs root.
@@ -91,10 +98,28 @@ constraints-check: $(BIN)/.installed-dev
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.bench_attention --nproc 2 --seq-length 16384 $(ARGS)
 
-# Needs only torch and Triton, which are usually installed where there is a GPU.
+# Needs torch, Triton, DeepSpeed and pytest; at most 4 minutes on one H100.
+test-gpu:
+	mkdir -p $(GPU_RESULTS)
+	TRITON_INTERPRET=0 timeout --signal INT --kill-after 10 240 $(PYTHON) -m pytest -m gpu \
+		tests/gpu -rs --durations 10 --junitxml $(GPU_RESULTS)/test-gpu.xml \
+		$(GPU_IN_PARALLEL) $(ARGS)
+
+# Needs torch and Triton; at most 3 minutes.
 bench-gpu:
-	$(PYTHON) -m benchmarks.bench_gpu --minutes 6 --json bench-gpu.json $(ARGS)
-	timeout 90 $(PYTHON) -m benchmarks.trace_overlap --json trace-overlap.json
+	timeout 130 $(PYTHON) -m benchmarks.bench_gpu --ring-sizes 1 8 --packs 65536 --minutes 1.9 \
+		--json $(GPU_RESULTS)/bench-gpu.json $(ARGS)
+	timeout 45 $(PYTHON) -m benchmarks.trace_overlap --json $(GPU_RESULTS)/trace-overlap.json
+
+# Needs torch, Triton and DeepSpeed; at most 3 minutes.
+bench-step:
+	timeout 180 $(PYTHON) -m benchmarks.bench_step --minutes 2.5 \
+		--json $(GPU_RESULTS)/bench-step.json $(ARGS)
+
+# Needs torch and Triton; at most 2 minutes for one head dim on 16 cores.
+tune-gpu:
+	timeout 120 $(PYTHON) -m benchmarks.tune_blocks --head-dims 128 --minutes 1.8 \
+		--json $(GPU_RESULTS)/tune-blocks.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-flash4 data runs

@@ -18,12 +18,13 @@ of a rank's tokens, forward and backward.
 The last lines are rows of kernels/attention/measured.py, from which --attention-kernel auto and
 --stripe-size auto choose on this device: the time of each kernel on one of eight striped ranks, by
 dtype, without and with documents, and the relative speed of the stripe sizes of each kernel.
+benchmarks/report_gpu.py makes them, and a table, from the JSON file, which is complete after every
+row.
 """
 
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,14 +34,16 @@ import torch
 
 from benchmarks.common import (
     DTYPES,
+    ResultsFile,
     commit,
     gpu_milliseconds,
     layout_name,
     random_inputs,
-    write_json,
+    setting,
 )
 from benchmarks.document_packs import random_starts
 from benchmarks.overlap_criterion import operations
+from benchmarks.report_gpu import measured_lines, stripe_lines
 from benchmarks.ring_correctness import correctness
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
@@ -84,17 +87,16 @@ def main() -> None:
         sep="\n  ",
         flush=True,
     )
-    parts = (bench.correctness, bench.orders, bench.layouts, bench.packs)
-    findings = {part.__name__: bench.print_rows(part.__name__, part()) for part in parts}
-    print("\nfor kernels/attention/measured.py", *bench.measured_lines(findings), sep="\n")
-    setting = {
-        "device": bench.device_name,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "options": vars(options),
-    }
-    write_json(options.json, setting | findings)
-    is_wrong = any(not row["correct"] for row in findings["correctness"])
+    where = setting("bench_gpu", options, options.device) | {"device": bench.device_name}
+    results = ResultsFile(options.json, where)
+    # The largest rings come last, so that they are what there is no time for.
+    parts = (bench.correctness, bench.orders, bench.packs, bench.layouts)
+    for part in parts:
+        bench.print_rows(part.__name__, part(), results)
+    print("\nfor kernels/attention/measured.py", f"    # {where['command']}", sep="\n")
+    lines = measured_lines(results.findings) + stripe_lines(results.findings)
+    print(*lines, sep="\n")
+    is_wrong = any(not row["correct"] for row in results.findings["correctness"])
     raise SystemExit(is_wrong)
 
 
@@ -193,6 +195,7 @@ class Bench:
 
     @property
     def device_name(self) -> str:
+        """The GPU's name, or the device type, as measured.py names devices."""
         if self.options.device == "cuda":
             return torch.cuda.get_device_name()
         return self.options.device
@@ -328,51 +331,20 @@ class Bench:
 
     # ---- output ----
 
-    def measured_lines(self, findings: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-        """Yield the rows of measured.py: of MEASURED, then MEASURED_STRIPES; first the command."""
-        yield f"    # {' '.join(sys.argv)}"
-        source = f'"commit {commit()}, torch {torch.__version__}"'
-        cases = itertools.groupby(findings["orders"], lambda row: (row["dtype"], row["mask"]))
-        for (dtype, mask), rows in cases:
-            times = ", ".join(f'"{row["kernel"]}": {row["ms"]:.4g}' for row in rows)
-            case = f'"{self.device_name}", {DTYPES[dtype]}, MaskKind.{mask}'
-            yield f"    Measured({case}, {{{times}}}, {source}, {self.options.head_dim}),"
-        for kernel, kind in itertools.product(self.kernels, MaskKind):
-            if speeds := self._speeds_of_stripes(findings, kernel, kind):
-                case = f'"{self.device_name}", "{kernel}", MaskKind.{kind.name}'
-                yield f"    MeasuredStripes({case}, {{{', '.join(speeds)}}}, {source}),"
-
-    def _speeds_of_stripes(
-        self, findings: dict[str, list[dict[str, Any]]], kernel: str, kind: MaskKind
-    ) -> list[str]:
-        """Return "stripe size: relative speed" of eight ranks, at the first of the sizes."""
-        if kind is MaskKind.CAUSAL:
-            rows, speed, size = findings["layouts"], "of_single", self.options.tokens[0]
-            rows = [row for row in rows if row["ranks"] == PACK_RANKS]
-        else:
-            rows, speed, size = findings["packs"], "over_ring", self.options.packs[0]
-        sizes = {"striped": "1", "zigzag": "WIDEST"}
-        sizes |= {f"striped by {stripe}": str(stripe) for stripe in STRIPE_SIZES}
-        return [
-            f"{sizes[row['layout']]}: {row[speed]:.4g}"
-            for row in rows
-            if (row["kernel"], row["tokens"]) == (kernel, size) and row["layout"] in sizes
-        ]
-
-    def print_rows(self, part: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Print each row once it is measured, then what was skipped; return the rows."""
+    def print_rows(self, part: str, rows: Iterator[dict[str, Any]], results: ResultsFile) -> None:
+        """Print each row once it is measured and add it to the results; print what was skipped."""
         print(f"\n{part}", flush=True)
-        printed = []
+        printed = results.findings.setdefault(part, [])
         for row in rows:
             if not printed:
                 print("".join(f"{name:>{_width(name)}}" for name in row))
-            printed.append(row)
+            results.add(part, row)
             cells = (f"{_format(value):>{_width(name)}}" for name, value in row.items())
             print("".join(cells), flush=True)
         for skipped in self.skipped:
             print(f"  skipped, out of time: {skipped}")
         self.skipped.clear()
-        return printed
+        results.write()  # also a part without rows
 
     def _is_out_of_time(self, row: dict[str, Any]) -> bool:
         """Return whether the deadline has passed, and record the row as skipped if so."""
@@ -404,7 +376,7 @@ class Bench:
         length = tokens * size
         striped = [
             Layout("striped", length, size, stripe)
-            for stripe in STRIPE_SIZES
+            for stripe in (*STRIPE_SIZES, tokens // 2)  # the last are the widest
             if tokens % (2 * stripe) == 0
         ]
         return [Layout("ring", length, size), *striped, Layout("zigzag", length, size)]

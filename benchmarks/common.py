@@ -1,7 +1,9 @@
 """What benchmarks share: dtypes by flag, inputs, GPU timing, tables and the JSON file."""
 
+import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,3 +107,44 @@ def write_json(path: str, findings: dict[str, Any]) -> None:
     """Write ``findings`` to the file ``path``; do nothing if the path is empty."""
     if path:
         Path(path).write_text(json.dumps(findings, indent=2) + "\n")
+
+
+def setting(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return where and how the benchmark ``name`` runs, as its JSON file begins."""
+    return {
+        "benchmark": name,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "options": vars(options),
+    }
+
+
+class ResultsFile:
+    """The JSON file of a benchmark, written anew after every row.
+
+    A run that is interrupted so keeps what it has measured. Without a path nothing is written.
+
+    Attributes:
+        findings: The setting, and a list of rows for each part.
+    """
+
+    def __init__(self, path: str, setting: dict[str, Any]):
+        self.findings = dict(setting)
+        self._path = path
+        self.write()
+
+    def add(self, part: str, row: Any) -> None:
+        """Append ``row`` to the rows of ``part``."""
+        self.findings.setdefault(part, []).append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write all findings; an interruption leaves the previous file or this one."""
+        if self._path:
+            path = Path(self._path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            write_json(str(unfinished), self.findings)
+            unfinished.replace(path)

@@ -33,6 +33,7 @@ import tyro
 
 from benchmarks.common import MIB, write_json
 from benchmarks.live_memory import LiveBytes
+from benchmarks.training_steps import Trainer
 from megatron_ring.config import (
     Config,
     MemoryConfig,
@@ -41,12 +42,9 @@ from megatron_ring.config import (
     TrainingConfig,
     load_yaml,
 )
-from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.data.loader import Batch
 from megatron_ring.errors import ConfigError, reporting_errors
-from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.plan.memory_report import memory_of_stages
 from megatron_ring.settings.run_settings import RunSettings
@@ -339,7 +337,7 @@ def _measure(
     setup = RunSettings.resolve(_config(options, seq_length), nproc)
     resident = resident and setup.device == "cpu"
     local_resident = _resident_peak(setup, rank, options) if resident else 0
-    local_live = _live_peak(setup, rank, options)
+    local_live = live_peak(setup, rank, options.vocab_size)
     peaks = torch.tensor([local_resident, local_live], device=setup.device)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     max_resident, max_live = peaks.tolist()
@@ -349,54 +347,24 @@ def _measure(
 
 def _resident_peak(setup: RunSettings, rank: int, options: Options) -> int:
     before = _resident("VmRSS")
-    trainer = _Trainer(setup, rank, options.vocab_size)
-    trainer.step(trainer.shortest)
+    trainer = Trainer(setup, rank, options.vocab_size)
+    trainer.step(_shortest(setup))
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    trainer.step(setup.layout)
+    trainer.step()
     return _resident("VmHWM") - before
 
 
-def _live_peak(setup: RunSettings, rank: int, options: Options) -> int:
+def live_peak(setup: RunSettings, rank: int, vocab_size: int) -> int:
+    """Return the peak of live bytes on this rank in a training step; collective."""
     with LiveBytes() as live:
-        trainer = _Trainer(setup, rank, options.vocab_size)
-        trainer.step(trainer.shortest)
+        trainer = Trainer(setup, rank, vocab_size)
+        trainer.step(_shortest(setup))
         gc.collect()
         live.forget_peak()
-        trainer.step(setup.layout)
+        trainer.step()
     del trainer
     gc.collect()
     return live.peak
-
-
-class _Trainer:
-    """A training run on this rank whose steps may have any length."""
-
-    def __init__(self, setup: RunSettings, rank: int, vocab_size: int):
-        from megatron_ring.training.assembly import build_model, start_engine
-
-        groups = ProcessGroups.build(setup.grid, rank)
-        self.setup = setup
-        self.vocab_size = vocab_size
-        self.coordinates = setup.grid.coordinates(rank)
-        reduction = setup.config.parallel.context_parallel_reduction
-        self.attention = ContextParallelAttention(
-            setup.layout, setup.kernel.name, groups, reduction=reduction
-        )
-        model = build_model(setup, groups, self.attention, vocab_size)
-        self.engine = start_engine(model, setup, groups)
-        self.shortest = _shortest(setup)
-
-    def step(self, layout: Layout) -> None:
-        """Take one optimizer step on random tokens in ``layout``."""
-        self.attention.layout = layout
-        at = self.coordinates
-        positions = layout.positions(at.ring, at.ulysses, self.setup.grid.ulysses)
-        shape = (self.setup.config.training.micro_batch_size, len(positions) + 1)
-        batches = []
-        for _ in range(self.setup.micro_batches):
-            ids = torch.randint(self.vocab_size, shape)
-            batches.append(Batch(ids[:, :-1].clone(), ids[:, 1:].clone(), positions, None))
-        self.engine.train_step(batches, 1e-4)
 
 
 def _shortest(setup: RunSettings) -> Layout:

@@ -1,12 +1,12 @@
 """Settings of all tests: one thread, the same random examples each time, Triton without a GPU.
 
 Triton decides when a kernel is defined whether it is interpreted, so the variable is set before
-anything is imported.
+anything is imported. ``make test-gpu`` sets it to 0, so that kernels are compiled for the GPU.
 """
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from hypothesis import settings

@@ -92,12 +92,14 @@ def run(
     dout_BSHD,
     mask: Mask = CAUSAL,
     dlse_BHS=None,
+    in_memory: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     **settings,
 ) -> RingRun:
     """Compute attention of whole sequences, and its gradients, in a ring of threads.
 
     If the mask has several samples, those of the batch are concatenated, as in the model.
-    ``settings`` are more fields of the Ring.
+    ``in_memory`` returns a rank's q or dout in the memory layout in which the ring gets it; k and v
+    are always dense. ``settings`` are more fields of the Ring.
     """
     positions = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
     scale = q_BSHD.shape[-1] ** -0.5
@@ -105,8 +107,8 @@ def run(
     def shards(x: torch.Tensor) -> list[torch.Tensor]:
         return [_concatenate_samples(x[:, local], mask) for local in positions]
 
-    q = shards(q_BSHD)
-    dout = shards(dout_BSHD)
+    q = [in_memory(x) for x in shards(q_BSHD)]
+    dout = [in_memory(x) for x in shards(dout_BSHD)]
     kv = [torch.stack(pair) for pair in zip(shards(k_BSGD), shards(v_BSGD))]
     dlse = [None] * layout.ring_size if dlse_BHS is None else [x.mT for x in shards(dlse_BHS.mT)]
 

@@ -90,7 +90,7 @@ def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):
     of_single = {row["layout"]: row["of_single"] for row in findings["layouts"]}
     assert causal.speeds[measured.WIDEST] == pytest.approx(of_single["zigzag"], rel=1e-3)
     assert causal.speeds[1] == pytest.approx(of_single["striped"], rel=1e-3)
-    assert "benchmarks/bench_gpu.py --device cpu" in lines
+    assert "# python -m benchmarks.bench_gpu --device cpu" in lines
 
 
 def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):

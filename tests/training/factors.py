@@ -1,21 +1,15 @@
 """The factors of the parity matrix: options of grid, ZeRO, memory and model, and their configs.
 
-The first value of each factor is its default; together they are one process without sharding,
-recompute or chunks. ``RunSettings.resolve`` decides whether an assignment is legal; the number of
-processes is the only limit of our own.
+``RunSettings.resolve`` decides whether an assignment is legal; the number of processes is the only
+limit of our own.
 """
 
 import functools
-from collections.abc import Hashable
-from math import prod
 
 from megatron_ring.config import Config
-from megatron_ring.errors import ConfigError
-from megatron_ring.settings.run_settings import RunSettings
 from tests.training import tiny
 from tests.training.covering import Assignment, Factors, covering
-
-AXES = ("pipe", "data", "ring", "ulysses", "tensor")
+from tests.training.matrix import Matrix
 
 FACTORS: Factors = {
     "pipe": (1, 2, 4),
@@ -42,7 +36,6 @@ FACTORS: Factors = {
     "softmax": ("vanilla", "off-by-one", "learnable"),
 }
 
-# These define what is computed. All others define how, which must make no difference.
 MATHEMATICS = (
     "documents",
     "kind",
@@ -72,43 +65,13 @@ _KINDS = {
 }
 
 
-def defaults_with(**changes: Hashable) -> Assignment:
-    """Return the default of every factor that is not among ``changes``."""
-    return {name: values[0] for name, values in FACTORS.items()} | changes
-
-
-def one_process(row: Assignment) -> Assignment:
-    """Return the assignment of one process that computes the same as ``row``."""
-    return {
-        name: row[name] if name in MATHEMATICS else values[0] for name, values in FACTORS.items()
-    }
-
-
-def world_size(row: Assignment) -> int:
-    return prod(row[axis] for axis in AXES)
-
-
-def refusals(row: Assignment) -> list[str]:
-    """Return why ``row`` cannot run, by ``RunSettings.resolve``."""
-    try:
-        RunSettings.resolve(config(row), world_size(row))
-    except ConfigError as error:
-        return error.problems
-    return []
-
-
 def legal(row: Assignment) -> bool:
     """Whether ``row`` can run on up to eight processes."""
-    return world_size(row) <= 8 and _accepted(tuple(row.values()))
+    return MATRIX.is_legal(row, 8)
 
 
 def legal_on_four(row: Assignment) -> bool:
-    return world_size(row) <= 4 and legal(row)
-
-
-@functools.cache
-def _accepted(values: tuple) -> bool:
-    return not refusals(dict(zip(FACTORS, values, strict=True)))
+    return MATRIX.is_legal(row, 4)
 
 
 @functools.cache
@@ -121,12 +84,6 @@ def each_value() -> list[Assignment]:
 def each_pair() -> list[Assignment]:
     """Return rows in which every legal pair of values occurs."""
     return covering(FACTORS, legal, strength=2)
-
-
-def describe(row: Assignment) -> str:
-    """Return the values of ``row`` that are not defaults."""
-    changed = [f"{name} {row[name]}" for name, values in FACTORS.items() if row[name] != values[0]]
-    return ", ".join(changed) or "defaults"
 
 
 def config(row: Assignment) -> Config:
@@ -194,3 +151,6 @@ def _memory(row: Assignment) -> dict:
         "offload_optimizer": "none" if row["offload"] == "none" else "cpu",
         "offload_param": "cpu" if row["offload"].endswith("parameters") else "none",
     }
+
+
+MATRIX = Matrix(FACTORS, MATHEMATICS, config)

@@ -87,13 +87,13 @@ def test_infeasible_pairs_are_refused_or_need_too_many_processes():
     expected = {pair: parts for parts, pairs in REFUSED.items() for pair in pairs}
     refused = set()
     for pair in infeasible(factors.FACTORS, factors.legal):
-        row = factors.defaults_with(**pair)
-        if factors.world_size(row) <= 8:
+        row = factors.MATRIX.defaults_with(**pair)
+        if factors.MATRIX.world_size(row) <= 8:
             names = sum(pair.items(), ())
             refused.add(names)
             assert any(
                 all(part in message for part in expected[names])
-                for message in factors.refusals(row)
+                for message in factors.MATRIX.refusals(row)
             ), names
     assert refused == expected.keys()
 
@@ -119,13 +119,13 @@ def test_the_quick_matrix_has_every_value():
     assert {item for row in rows for item in row.items()} == {
         (name, value) for name, values in factors.FACTORS.items() for value in values
     }
-    assert max(map(factors.world_size, rows)) == 4
+    assert max(map(factors.MATRIX.world_size, rows)) == 4
 
 
 def test_the_one_process_counterpart_has_the_same_model_and_batch():
     row = factors.each_pair()[0]
-    alone = factors.config(factors.one_process(row))
+    alone = factors.config(factors.MATRIX.one_process(row))
     whole = factors.config(row)
-    assert factors.world_size(factors.one_process(row)) == 1
+    assert factors.MATRIX.world_size(factors.MATRIX.one_process(row)) == 1
     assert (alone.model, alone.data) == (whole.model, whole.data)
     assert alone.training.global_batch_size == whole.training.global_batch_size

@@ -1,8 +1,8 @@
 """The parity matrix: on every grid and with every option, training equals that of one process.
 
-The rows are generated (covering.py) from the options (factors.py): a few in which each value
-occurs, and, marked whole, those in which each pair of values does; one test has rows for
-combinations of three values. Rows with the same number of processes share the processes.
+The rows are generated (covering.py) from the options (factors.py) and trained by matrix.py: a few
+in which each value occurs, and, marked whole, those in which each pair of values does; one test has
+rows for combinations of three values.
 
 Rows of pairs train --steps-of-pairs steps: 4, or 20 in ``make test-all``, which also trains the
 rows that are marked exhaustive: without them 89% of the pairs occur. A wrong gradient shows in the
@@ -14,54 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_ranks
 from tests.training import factors, tiny
 from tests.training.covering import Assignment
-from tests.training.trained import Trained, differences
+from tests.training.matrix import OneProcess
+from tests.training.trained import TOLERANCE
 
 STEPS = 10
 SIZES_OF_EACH_VALUE = [2, 3, 4]
 SIZES_OF_EACH_PAIR = [1, 2, 4, 6, 8]
-
-Row = tuple
-"""The values of an assignment, hashable."""
-
-
-def train(
-    rank: int, world_size: int, corpora: dict[str, Path], rows: list[Assignment], steps: int
-) -> dict[Row, Trained]:
-    """Train every row in turn, each with its own engine."""
-    results = {}
-    for row in rows:
-        try:
-            run = tiny.Run(factors.config(row), corpora[row["documents"]], rank, world_size)
-            results[key(row)] = Trained.after(run, steps)
-        except Exception as error:
-            error.add_note(f"The row: {factors.describe(row)}")
-            raise
-    return results
-
-
-def key(row: Assignment) -> Row:
-    return tuple(row.values())
-
-
-class OneProcess:
-    """The results of one process for what rows compute, each trained once."""
-
-    def __init__(self, corpora: dict[str, Path], steps: int):
-        self.corpora = corpora
-        self.steps = steps
-        self.trained: dict[Row, Trained] = {}
-
-    def train(self, rows: list[Assignment]) -> None:
-        needed = {key(row): row for row in map(factors.one_process, rows)}
-        missing = [row for row in needed.values() if key(row) not in self.trained]
-        if missing:
-            self.trained |= run_ranks(1, train, self.corpora, missing, self.steps)[0]
-
-    def counterpart(self, row: Assignment) -> Trained:
-        return self.trained[key(factors.one_process(row))]
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +32,18 @@ def corpora(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def one_process(corpora) -> OneProcess:
-    return OneProcess(corpora, STEPS)
+    return OneProcess(factors.MATRIX, corpora, STEPS)
 
 
 @pytest.fixture(scope="module")
 def one_process_of_pairs(corpora, pytestconfig) -> OneProcess:
-    return OneProcess(corpora, pytestconfig.getoption("steps_of_pairs"))
+    return OneProcess(factors.MATRIX, corpora, pytestconfig.getoption("steps_of_pairs"))
 
 
 def assert_equal_to_one_process(
     rows: list[Assignment], world_size: int, one_process: OneProcess
 ) -> None:
-    one_process.train(rows)  # all at once, to start one process for all numbers of processes
-    own = [row for row in rows if factors.world_size(row) == world_size]
-    of_ranks = run_ranks(world_size, train, one_process.corpora, own, one_process.steps)
-    differences_by_row = {}
-    for row in own:
-        results = [of_rank[key(row)] for of_rank in of_ranks]
-        found = differences(results, one_process.counterpart(row))
-        if found:
-            differences_by_row[factors.describe(row)] = found
-    assert not differences_by_row
+    assert one_process.compare(rows, world_size, lambda row: TOLERANCE).differences == {}
 
 
 @pytest.mark.parametrize("world_size", SIZES_OF_EACH_VALUE)
@@ -111,14 +62,14 @@ EACH_PAIR = [
 
 @pytest.mark.parametrize(("world_size", "part"), EACH_PAIR)
 def test_each_pair_of_values_trains_as_one_process(world_size, part, one_process_of_pairs):
-    rows = [row for row in factors.each_pair() if factors.world_size(row) == world_size]
+    rows = [row for row in factors.each_pair() if factors.MATRIX.world_size(row) == world_size]
     assert_equal_to_one_process(rows[part], world_size, one_process_of_pairs)
 
 
 def test_qk_layernorm_over_tensor_ranks_trains_as_one_process(one_process):
     """Gradients of its weights add up over the ranks' heads. This takes three factors."""
     rows = [
-        factors.defaults_with(
+        factors.MATRIX.defaults_with(
             tensor=2, qk_layernorm=True, sequence_parallel=sequence_parallel, zero=zero
         )
         for sequence_parallel, zero in ((False, 0), (False, 3), (True, 3))
@@ -127,5 +78,5 @@ def test_qk_layernorm_over_tensor_ranks_trains_as_one_process(one_process):
 
 
 def test_the_sizes_above_cover_every_row():
-    assert sorted(set(map(factors.world_size, factors.each_value()))) == SIZES_OF_EACH_VALUE
-    assert sorted(set(map(factors.world_size, factors.each_pair()))) == SIZES_OF_EACH_PAIR
+    assert sorted(set(map(factors.MATRIX.world_size, factors.each_value()))) == SIZES_OF_EACH_VALUE
+    assert sorted(set(map(factors.MATRIX.world_size, factors.each_pair()))) == SIZES_OF_EACH_PAIR

@@ -26,6 +26,7 @@ from megatron_ring.engine.engine import start_processes
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import checkpointing
 from megatron_ring.training.assembly import build_model, start_engine
@@ -86,15 +87,20 @@ def stream(prefix: Path, seed: int = 1234, seq_length: int = SEQ) -> SampleStrea
     return SampleStream(store, range(len(store)), seq_length, seed, VOCAB)
 
 
+def start_rank(global_rank: int, world_size: int) -> None:
+    """Prepare this process for an engine, on the device that run_ranks has selected. Collective."""
+    device = device_type()
+    local_rank = torch.cuda.current_device() if device == "cuda" else global_rank
+    start_processes(Environment(global_rank, local_rank, world_size, world_size, threads=1), device)
+    # DeepSpeed keeps the tensor axis of an engine for the engines after it.
+    deepspeed.utils.groups.mpu = None
+
+
 class Run:
     """A tiny run on this rank. Collective: ``world_size`` ranks must build it together."""
 
     def __init__(self, config: Config, prefix: Path, global_rank: int, world_size: int):
-        start_processes(
-            Environment(global_rank, global_rank, world_size, world_size, threads=1), "cpu"
-        )
-        # DeepSpeed keeps the tensor axis of an engine for the engines after it.
-        deepspeed.utils.groups.mpu = None
+        start_rank(global_rank, world_size)
         self.config = config
         self.setup = RunSettings.resolve(config, world_size)
         self.groups = ProcessGroups.build(self.setup.grid, global_rank)

@@ -6,7 +6,7 @@ float32, read and written in place. Inputs and gradients may be some heads of la
 block sizes are a small table (blocks.py), not a search.
 
 Backward is one kernel that adds dQ atomically. Where results must be reproducible it is two kernels
-with a fixed order of additions (docs/decisions/0023).
+with a fixed order of additions (docs/decisions/0024).
 """
 
 import torch
