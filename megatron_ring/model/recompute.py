@@ -154,10 +154,10 @@ class KeptResults:
 
     def drop_aliases(self, modified: torch.Tensor) -> None:
         """Drop results that share memory with ``modified``, which are no longer the operator's."""
-        memory = modified.untyped_storage().data_ptr()
+        # Not compared by address, which is 0 for every tensor on the meta device.
+        storage = modified.untyped_storage()._cdata
         self.results = [
-            None if x is None or x.untyped_storage().data_ptr() == memory else x
-            for x in self.results
+            None if x is None or x.untyped_storage()._cdata == storage else x for x in self.results
         ]
 
     def pop(self, count: int) -> list[torch.Tensor] | None:
