@@ -79,8 +79,8 @@ class Options:
     """Vocabulary size."""
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     """Recomputation modes to count."""
-    fused_operations: Literal["auto", "torch", "liger", "flash-attn"] = "auto"
-    """Library of the fused operations, chosen as on CUDA."""
+    fused_operations: Literal["triton", "torch"] = "triton"
+    """Library of the fused operations. Liger's and flash-attn's do not run on the meta device."""
     attention_kernel: Literal["cudnn", "sdpa"] = "cudnn"
     """Attention kernel. Triton's and flash-attn's do not run on the meta device."""
     ring_size: int = 1

@@ -98,10 +98,16 @@ class MemoryTraffic(TorchDispatchMode):
     Attributes:
         counts: What has been counted so far.
         bodies: Operators that stand for several others, with a function that runs these.
+        device_type: Operators without a tensor on such a device are not counted.
     """
 
-    def __init__(self, bodies: Mapping[OpOverload, Callable[..., Any]] | None = None):
+    def __init__(
+        self,
+        bodies: Mapping[OpOverload, Callable[..., Any]] | None = None,
+        device_type: str = "meta",
+    ):
         super().__init__()
+        self.device_type = device_type
         self.counts = Counts()
         self.bodies = bodies or {}
 
@@ -112,7 +118,8 @@ class MemoryTraffic(TorchDispatchMode):
                 return self.bodies[operator](*args, **kwargs)
         results = operator(*args, **kwargs)
         traffic = _traffic(operator, args, kwargs, results)
-        if traffic.bytes:
+        devices = {x.device.type for x in _tensors((args, kwargs, results))}
+        if traffic.bytes and self.device_type in devices:
             key = (_category(operator), _name(operator))
             self.counts.traffic[key] += traffic
         return results
@@ -170,6 +177,8 @@ def _traffic(operator: OpOverload, args: tuple, kwargs: dict, results: Any) -> T
     ]
     if name in _ONLY_ALLOCATE or (not changed and _is_view(operator, inputs, outputs)):
         return Traffic()
+    if name == "copy_" and _is_same_memory(*inputs, *changed):
+        return Traffic()  # torch copies nothing: what x[i] += y assigns back to x[i]
     if name in _FILL_NEW:
         inputs = []
     if name in _GATHER:
@@ -187,6 +196,14 @@ def _is_view(operator: OpOverload, inputs: list[torch.Tensor], outputs: list[tor
         return True
     given = {x.untyped_storage()._cdata for x in inputs}
     return all(x.untyped_storage()._cdata in given for x in outputs)
+
+
+def _is_same_memory(source: torch.Tensor, to: torch.Tensor) -> bool:
+    a, b = (
+        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype)
+        for x in (source, to)
+    )
+    return a == b
 
 
 def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

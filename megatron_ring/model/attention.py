@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
         self.attention = attention
         self.window = window
         self.tensor = tensor
-        self.rope = operations.rope
+        self.rotate = operations.rotate
         self.recomputed = recomputed
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden = config.hidden_size
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         if rotation is not None:
             # Before the attention function, so that keys are rotated once, before the ring sends
             # them.
-            q_BlhD, k_BlgD = self.rope(q_BlhD, k_BlgD, rotation)
+            q_BlhD, k_BlgD, v_BlgD = self.rotate(q_BlhD, k_BlgD, v_BlgD, rotation)
         out_BlhD, lse_Bhl = self.attention(q_BlhD, k_BlgD, v_BlgD, self.window, document_starts)
         if self.sink_H is not None:
             out_BlhD = with_sink(out_BlhD, lse_Bhl, self.sink_H)
