@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ring_attention
-from megatron_ring.parallel.tensor_exchange import SavedShard, TensorParallel
+from megatron_ring.parallel.tensor_exchange import SharedInput, TensorParallel
 
 DEFAULT_MEMORY = MemoryConfig()
 """Everything that backward needs is kept."""
@@ -92,18 +92,19 @@ def in_chunks(
     return torch.cat(outputs, dim=1)
 
 
-def shard_for_backward(
-    x_BmE: torch.Tensor, tensor: TensorParallel, recomputed: bool
-) -> SavedShard | None:
-    """Return what backward keeps of the gathered input of column-parallel layers; None: all of it.
+def shared_input(
+    x_BmE: torch.Tensor, tensor: TensorParallel, recomputed: bool, sums_in_products: bool
+) -> SharedInput | None:
+    """Return how column-parallel layers share their input, gathered from ``x_BmE``; None: as is.
 
-    Under sequence parallelism this is the rank's own shard, gathered again in backward. A region
-    that backward recomputes (``recomputed``) gathers its input in doing so: nothing is kept from
-    forward to backward, and a second all-gather would be redundant.
+    Under sequence parallelism backward keeps the rank's own shard, gathered again in backward. A
+    region that backward recomputes (``recomputed``) gathers its input in doing so: nothing is kept
+    from forward to backward, and a second all-gather would be redundant.
     """
-    if not tensor.sequence_parallel or recomputed:
+    keeps_shard = tensor.sequence_parallel and not recomputed
+    if not (keeps_shard or sums_in_products):
         return None
-    return SavedShard(x_BmE, tensor)
+    return SharedInput(x_BmE if keeps_shard else None, tensor, sums_in_products)
 
 
 def _recomputed(

@@ -29,8 +29,10 @@ from tests.training import tiny
 
 LIGER = Operations(liger.norm, liger.rope, liger.swiglu, liger.cross_entropy)
 TRITON = choose_libraries._operations(
-    OperationChoice(operation, "triton", "")
-    for operation in (Operation.RMS_NORM, Operation.ROPE, Operation.SWIGLU)
+    [
+        OperationChoice(operation, "triton", "")
+        for operation in (Operation.RMS_NORM, Operation.ROPE, Operation.SWIGLU)
+    ]
 )
 TOKENS = 6
 MEMORY = {

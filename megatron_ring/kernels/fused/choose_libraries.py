@@ -150,7 +150,8 @@ def _message(
 
 
 def _operations(choices: list[OperationChoice]) -> Operations:
-    functions = {}
+    # The products are torch's; with our own kernels nothing between them takes a pass it can spare.
+    functions = {"sums_in_products": any(choice.library == "triton" for choice in choices)}
     for choice in choices:
         if choice.library != "torch":
             module = importlib.import_module(LIBRARIES[choice.library].module)

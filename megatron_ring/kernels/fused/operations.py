@@ -33,6 +33,8 @@ class Operations:
     residual_norm: the residual add and ``norm`` in one (norm.py); None: one after the other.
     rope_and_pack: ``rope`` of q_BlHD and k_BlGD that returns keys, and v_BlGD, as halves of one
         tensor, so that the ring sends them without a copy; None: ``rope``.
+    sums_in_products: whether matrix products add up the gradients that several projections have
+        for their common input, which are rounded less often then.
     """
 
     norm: NormFunction = normalize
@@ -43,6 +45,7 @@ class Operations:
     cross_entropy: CrossEntropy = softmax_cross_entropy
     residual_norm: ResidualNormFunction | None = None
     rope_and_pack: RopeAndPack | None = None
+    sums_in_products: bool = False
 
     def rotate(
         self, q_BlHD: torch.Tensor, k_BlGD: torch.Tensor, v_BlGD: torch.Tensor, rotation: Rotation
