@@ -53,6 +53,7 @@ from megatron_ring.kernels.fused.libraries import Operation
 from megatron_ring.kernels.fused.operations import Operations
 from megatron_ring.kernels.norm import normalize
 from megatron_ring.model.gpt import GPT
+from megatron_ring.monitoring.non_finite import NonFiniteDetector
 from megatron_ring.parallel.collectives import ProcessGroups
 
 MOVED = tuple(category for category in CATEGORIES if category not in (ATTENTION, PRODUCTS))
@@ -122,6 +123,8 @@ def main() -> None:
     for recompute in options.recompute:
         count = count_layer(options, model, operations, recompute)
         least = least_elements(model, recompute) * DTYPES[options.dtype].itemsize
+        if options.ring_size > 1:
+            least = None
         for row in _rows(count, least, options.tokens):
             print(table_row(row))
         findings.append(_findings(count, least, options.tokens))
@@ -208,6 +211,8 @@ def _count_model(
             operations=operations,
             memory=memory,
         ).to(DTYPES[options.dtype])
+        # As in a run, the outputs and gradients of blocks and attention are checked for nan.
+        NonFiniteDetector(gpt, torch.device("meta"))
         tokens = torch.empty((1, options.tokens), dtype=torch.int64)
         positions = torch.empty(options.tokens, dtype=torch.int64)
     forward, backward = (MemoryTraffic(_ring_bodies(options.ring_size)) for _ in range(2))
@@ -316,7 +321,7 @@ _COLUMNS = (
 )
 
 
-def _rows(count: LayerCount, least: int, tokens: int) -> Iterator[tuple[str, ...]]:
+def _rows(count: LayerCount, least: int | None, tokens: int) -> Iterator[tuple[str, ...]]:
     """Yield the table's rows for one recomputation mode."""
     for category in CATEGORIES:
         traffic = count.forward.total([category]) + count.backward.total([category])
@@ -327,8 +332,8 @@ def _rows(count: LayerCount, least: int, tokens: int) -> Iterator[tuple[str, ...
         count.recompute,
         "**all element-wise**",
         *_cells(moved, tokens),
-        f"{least / 1e3:.1f}",
-        f"**{moved.bytes / tokens / least:.2f}**",
+        f"{least / 1e3:.1f}" if least else "",
+        f"**{moved.bytes / tokens / least:.2f}**" if least else "",
     )
     rest = count.rest.total(MOVED)
     yield count.recompute, "element-wise outside of layers", *_cells(rest, tokens), "", ""
@@ -348,7 +353,7 @@ def _print_operators(count: LayerCount, options: Options) -> None:
                 print(f"    {direction:9}{category:22}{name:34}", *(f"{x:>8}" for x in cells))
 
 
-def _findings(count: LayerCount, least: int, tokens: int) -> dict[str, Any]:
+def _findings(count: LayerCount, least: int | None, tokens: int) -> dict[str, Any]:
     """Return one mode's results for the JSON file, in bytes for each token."""
 
     def per_token(counts: Counts, categories: tuple[str, ...]) -> dict[str, float]:
@@ -368,7 +373,7 @@ def _findings(count: LayerCount, least: int, tokens: int) -> dict[str, Any]:
         },
         "elementwise": count.moved.bytes / tokens,
         "least": least,
-        "of_least": count.moved.bytes / tokens / least,
+        "of_least": count.moved.bytes / tokens / least if least else None,
     }
 
 

@@ -187,12 +187,24 @@ class _Recording(TorchDispatchMode):
         return results
 
 
+_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+def is_recomputing() -> bool:
+    """Return whether backward is running a block again, whose outputs forward has seen already."""
+    return _RECOMPUTING.get()
+
+
 class _Replaying(TorchDispatchMode):
     """Backward: run every operator again, or return its kept results."""
 
     def __init__(self, kept: KeptResults):
         super().__init__()
         self.kept = kept
+
+    def __enter__(self):
+        self.token = _RECOMPUTING.set(True)
+        return super().__enter__()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if self.kept.covers(operator):
@@ -204,6 +216,7 @@ class _Replaying(TorchDispatchMode):
     def __exit__(self, *exception):
         # Backward leaves the region once it has all it needs, possibly before the last result.
         self.kept.results = []
+        _RECOMPUTING.reset(self.token)
         return super().__exit__(*exception)
 
 
