@@ -52,12 +52,12 @@ def test_auto_equals_torch_on_a_cpu_and_both_print_the_choice_once(folder):
 
 def test_a_dry_run_prints_the_choice():
     text = plan(RunSettings.resolve(tiny.config(model={"activation": "gelu"}), 2))
-    assert "\noperations       torch for RMSNorm, RoPE, cross entropy, AdamW: liger" in text
+    assert "\noperations       torch for RMSNorm, RoPE, cross entropy, AdamW: triton" in text
 
 
 def test_a_split_vocabulary_is_named_in_the_choice():
     text = plan(RunSettings.resolve(tiny.config(parallel={"tensor_model_parallel_size": 2}), 2))
-    assert "cross entropy of a split vocabulary, AdamW: liger" in text
+    assert "cross entropy of a split vocabulary, AdamW: triton" in text
 
 
 def test_an_unavailable_library_ends_the_run_with_exit_code_5(folder):

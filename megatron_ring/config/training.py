@@ -57,10 +57,11 @@ class TrainingConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute dtype. auto: bf16 if the device multiplies it natively, else fp32. fp16 needs
     CUDA."""
-    fused_operations: Literal["auto", "torch", "liger", "flash-attn", "apex"] = "auto"
+    fused_operations: Literal["auto", "torch", "triton", "liger", "flash-attn", "apex"] = "auto"
     """Library that computes norms, RoPE, SwiGLU and the cross entropy; torch computes what it does
-    not have. auto: on CUDA, for each operation, the first installed of liger, flash-attn and apex;
-    else torch. docs/fused.md has the table."""
+    not have. auto: on CUDA, for each operation, the first of triton (this project's own kernels),
+    liger, flash-attn and apex that is installed and has it; else torch. docs/fused.md has the
+    table."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage over data x context ranks. 1 partitions the optimizer state, 2 gradients
     too, 3 parameters too."""

@@ -11,6 +11,7 @@ head the keys are.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,6 +41,22 @@ class _WorkCountingKernel:
     def backward(self, inputs: HopInputs, *rest) -> None:
         self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(inputs))
         self.kernel.backward(inputs, *rest)
+
+    def forward_whole(self, inputs: HopInputs) -> Any:
+        if not hasattr(self.kernel, "forward_whole"):
+            return None
+        results = self.kernel.forward_whole(inputs)
+        if results is not None:
+            self.progress.add_products(FORWARD_PRODUCTS * _visible_pairs(inputs))
+        return results
+
+    def backward_whole(self, inputs: HopInputs, *rest) -> Any:
+        if not hasattr(self.kernel, "backward_whole"):
+            return None
+        results = self.kernel.backward_whole(inputs, *rest)
+        if results is not None:
+            self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(inputs))
+        return results
 
 
 def _visible_pairs(inputs: HopInputs) -> int:

@@ -128,6 +128,8 @@ def forward(
     type and the log-sum-exp (batch, heads, L) in float32 (float64 for float64). Starts one exchange
     less than there are hops.
     """
+    if ring.hops == 1 and (whole := _forward_whole(q_BLHD, kv_2BLGD, ring)):
+        return whole
     state = RunningSoftmax.empty(q_BLHD)
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
@@ -149,6 +151,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients (dq, dkv) of ``forward`` in float32, or float64 for float64.
 
+    A single hop that takes one call of the kernel's operator returns them as the operator does, in
+    the dtype of q.
+
     Whichever is fewer bytes goes around: K and V, or Q with the tensors of its rows. Their gradient
     accumulators follow one hop later, from the first rank that adds to them until they are back at
     their owner; those of the first hop stay there. Each rank adds its share once it has computed
@@ -158,8 +163,11 @@ def backward(
     ``dlse`` is None if no gradient reaches the log-sum-exp.
     """
     dout_BLHD, out = fold_in_dlse(dlse_BHL, dout_BLHD, out_BLHD)
+    own = QuerySide(dout_BLHD, q_BLHD, out, lse_BHL)
+    if ring.hops == 1 and (whole := _backward_whole(own, kv_2BLGD, ring)):
+        return whole
     send = _send_queries if ring.sends_queries(q_BLHD, kv_2BLGD) else _send_keys
-    return send(QuerySide(dout_BLHD, q_BLHD, out, lse_BHL), kv_2BLGD, ring)
+    return send(own, kv_2BLGD, ring)
 
 
 class QuerySide(NamedTuple):
@@ -169,6 +177,33 @@ class QuerySide(NamedTuple):
     q_BLHD: torch.Tensor
     out: Output
     lse_BHL: torch.Tensor
+
+
+def _forward_whole(
+    q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Compute the only hop with one call of the kernel's operator; None if it takes several."""
+    if not hasattr(ring.kernel, "forward_whole"):
+        return None
+    inputs = HopInputs(q_BLHD, *kv_2BLGD, ring.own_key_ranges, ring.scale)
+    if (results := ring.kernel.forward_whole(inputs)) is not None:
+        ring.on_hop(0, 1)
+    return results
+
+
+def _backward_whole(
+    own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Compute the gradients of the only hop alike, in the dtype of q."""
+    if not hasattr(ring.kernel, "backward_whole"):
+        return None
+    inputs = HopInputs(own.q_BLHD, *kv_2BLGD, ring.own_key_ranges, ring.scale)
+    results = ring.kernel.backward_whole(inputs, own.dout_BLHD, own.out, own.lse_BHL)
+    if results is None:
+        return None
+    ring.on_hop(0, 1)
+    dq_BLHD, dk_BLGD, dv_BLGD = results
+    return dq_BLHD.contiguous(), torch.stack((dk_BLGD, dv_BLGD))
 
 
 def _send_keys(
@@ -202,8 +237,10 @@ def _send_queries(
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
     rows = own
     returning = None
-    payload = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
-    message = pack_bytes(payload) if ring.hops > 1 else None
+    payload = message = None
+    if ring.hops > 1:
+        payload = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
+        message = pack_bytes(payload)
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(message, hop, distance=-1)
         dq_BLHD = zero_accumulators(own.q_BLHD) if hop else own_dq_BLHD

@@ -17,7 +17,7 @@ from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.kernels.norm import NormFunction, norm
 from megatron_ring.kernels.rope import Rotation
-from megatron_ring.model.recompute import shard_for_backward
+from megatron_ring.model.recompute import shared_input
 from megatron_ring.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -76,8 +76,9 @@ class SelfAttention(nn.Module):
         self.attention = attention
         self.window = window
         self.tensor = tensor
-        self.rope = operations.rope
+        self.rotate = operations.rotate
         self.recomputed = recomputed
+        self.sums_in_products = operations.sums_in_products
         self.sink_H = _SINKS[config.softmax_type](config.num_attention_heads, tensor)
         hidden = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
@@ -94,15 +95,15 @@ class SelfAttention(nn.Module):
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
         """Return (B, m, E). ``rotation`` is None for a model with learned positions."""
-        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
+        shared = shared_input(x_BmE, self.tensor, self.recomputed, self.sums_in_products)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
-        q_BlhD = self.q_norm(self._split_heads(self.q_proj(x_BlE, kept)))
-        k_BlgD = self.k_norm(self._split_heads(self.k_proj(x_BlE, kept)))
-        v_BlgD = self._split_heads(self.v_proj(x_BlE, kept))
+        q_BlhD = self.q_norm(self._split_heads(self.q_proj(x_BlE, shared)))
+        k_BlgD = self.k_norm(self._split_heads(self.k_proj(x_BlE, shared)))
+        v_BlgD = self._split_heads(self.v_proj(x_BlE, shared))
         if rotation is not None:
             # Before the attention function, so that keys are rotated once, before the ring sends
             # them.
-            q_BlhD, k_BlgD = self.rope(q_BlhD, k_BlgD, rotation)
+            q_BlhD, k_BlgD, v_BlgD = self.rotate(q_BlhD, k_BlgD, v_BlgD, rotation)
         out_BlhD, lse_Bhl = self.attention(q_BlhD, k_BlgD, v_BlgD, self.window, document_starts)
         if self.sink_H is not None:
             out_BlhD = with_sink(out_BlhD, lse_Bhl, self.sink_H)

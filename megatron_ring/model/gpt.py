@@ -22,7 +22,7 @@ from torch.nn import functional
 from megatron_ring.config import MemoryConfig, ModelConfig
 from megatron_ring.kernels.cross_entropy import head_loss_sum
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.kernels.norm import Norm, norm
+from megatron_ring.kernels.norm import Norm, ResidualNorm, norm, residual_norm
 from megatron_ring.kernels.rope import Rope, Rotation
 from megatron_ring.model.attention import AttentionFunction, SelfAttention
 from megatron_ring.model.initialization import initialize
@@ -58,20 +58,26 @@ class Block(nn.Module):
         super().__init__()
         self.mlp_chunks = memory.mlp_chunks
         recomputed = memory.recompute != "none"
-        self.attention_norm = _norm(config, operations)
+        self.attention_norm = _residual_norm(config, operations)
         self.attention = SelfAttention(config, attention, window, tensor, operations, recomputed)
-        self.mlp_norm = _norm(config, operations)
+        self.mlp_norm = _residual_norm(config, operations)
         self.mlp = mlp(config, tensor, operations, recomputed or memory.mlp_chunks > 1)
 
     def forward(
         self, x_BmE: torch.Tensor, rotation: Rotation | None, document_starts: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        x_BmE = x_BmE + self.attention(self.attention_norm(x_BmE), rotation, document_starts)
+        x_BmE, normalized_BmE = self.attention_norm(x_BmE)
+        attended_BmE = self.attention(normalized_BmE, rotation, document_starts)
+        if self.mlp_chunks == 1:
+            x_BmE, normalized_BmE = self.mlp_norm(x_BmE, attended_BmE)
+            return x_BmE + self.mlp(normalized_BmE)
+        x_BmE = x_BmE + attended_BmE
         return x_BmE + in_chunks(self._feed_forward, x_BmE, self.mlp_chunks)
 
     def _feed_forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.mlp_norm(x_BmE))
+        _, normalized_BmE = self.mlp_norm(x_BmE)
+        return self.mlp(normalized_BmE)
 
 
 class Layers(nn.Module):
@@ -242,8 +248,19 @@ def loss_sum(
     )
 
 
+def _residual_norm(config: ModelConfig, operations: Operations) -> ResidualNorm:
+    """Return a norm of the residual stream at the beginning of half a block."""
+    return residual_norm(
+        config.normalization,
+        config.hidden_size,
+        config.norm_epsilon,
+        operations.norm,
+        operations.residual_norm,
+    )
+
+
 def _norm(config: ModelConfig, operations: Operations) -> Norm:
-    """Return a norm of the residual stream."""
+    """Return the norm of the residual stream after the last block."""
     return norm(config.normalization, config.hidden_size, config.norm_epsilon, operations.norm)
 
 

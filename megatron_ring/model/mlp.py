@@ -6,7 +6,7 @@ from torch import nn
 from megatron_ring.config import ModelConfig
 from megatron_ring.kernels.activation import gelu
 from megatron_ring.kernels.fused.operations import TORCH, Operations
-from megatron_ring.model.recompute import shard_for_backward
+from megatron_ring.model.recompute import shared_input
 from megatron_ring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megatron_ring.parallel.tensor_exchange import ALONE, TensorParallel, to_tensor_region
 
@@ -25,6 +25,7 @@ class SwigluMLP(nn.Module):
         self.tensor = tensor
         self.swiglu = operations.swiglu
         self.recomputed = recomputed
+        self.sums_in_products = operations.sums_in_products
         hidden = config.hidden_size
         width = config.feed_forward_size
         bias = config.add_bias_linear
@@ -34,9 +35,11 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
+        shared = shared_input(x_BmE, self.tensor, self.recomputed, self.sums_in_products)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
-        return self.down_proj(self.swiglu(self.gate_proj(x_BlE, kept), self.up_proj(x_BlE, kept)))
+        return self.down_proj(
+            self.swiglu(self.gate_proj(x_BlE, shared), self.up_proj(x_BlE, shared))
+        )
 
 
 class GeluMLP(nn.Module):
@@ -52,6 +55,7 @@ class GeluMLP(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.recomputed = recomputed
+        self.sums_in_products = operations.sums_in_products
         hidden = config.hidden_size
         width = config.feed_forward_size
         bias = config.add_bias_linear
@@ -60,9 +64,9 @@ class GeluMLP(nn.Module):
 
     def forward(self, x_BmE: torch.Tensor) -> torch.Tensor:
         """(B, m, E) -> (B, m, E)."""
-        kept = shard_for_backward(x_BmE, self.tensor, self.recomputed)
+        shared = shared_input(x_BmE, self.tensor, self.recomputed, self.sums_in_products)
         x_BlE = to_tensor_region(x_BmE, self.tensor)
-        return self.down_proj(gelu(self.up_proj(x_BlE, kept)))
+        return self.down_proj(gelu(self.up_proj(x_BlE, shared)))
 
 
 _MLPS: dict[str, type[nn.Module]] = {"swiglu": SwigluMLP, "gelu": GeluMLP}

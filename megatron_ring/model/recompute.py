@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ring_attention
-from megatron_ring.parallel.tensor_exchange import SavedShard, TensorParallel
+from megatron_ring.parallel.tensor_exchange import SharedInput, TensorParallel
 
 DEFAULT_MEMORY = MemoryConfig()
 """Everything that backward needs is kept."""
@@ -92,18 +92,19 @@ def in_chunks(
     return torch.cat(outputs, dim=1)
 
 
-def shard_for_backward(
-    x_BmE: torch.Tensor, tensor: TensorParallel, recomputed: bool
-) -> SavedShard | None:
-    """Return what backward keeps of the gathered input of column-parallel layers; None: all of it.
+def shared_input(
+    x_BmE: torch.Tensor, tensor: TensorParallel, recomputed: bool, sums_in_products: bool
+) -> SharedInput | None:
+    """Return how column-parallel layers share their input, gathered from ``x_BmE``; None: as is.
 
-    Under sequence parallelism this is the rank's own shard, gathered again in backward. A region
-    that backward recomputes (``recomputed``) gathers its input in doing so: nothing is kept from
-    forward to backward, and a second all-gather would be redundant.
+    Under sequence parallelism backward keeps the rank's own shard, gathered again in backward. A
+    region that backward recomputes (``recomputed``) gathers its input in doing so: nothing is kept
+    from forward to backward, and a second all-gather would be redundant.
     """
-    if not tensor.sequence_parallel or recomputed:
+    keeps_shard = tensor.sequence_parallel and not recomputed
+    if not (keeps_shard or sums_in_products):
         return None
-    return SavedShard(x_BmE, tensor)
+    return SharedInput(x_BmE if keeps_shard else None, tensor, sums_in_products)
 
 
 def _recomputed(
@@ -154,10 +155,10 @@ class KeptResults:
 
     def drop_aliases(self, modified: torch.Tensor) -> None:
         """Drop results that share memory with ``modified``, which are no longer the operator's."""
-        memory = modified.untyped_storage().data_ptr()
+        # Not compared by address, which is 0 for every tensor on the meta device.
+        storage = modified.untyped_storage()._cdata
         self.results = [
-            None if x is None or x.untyped_storage().data_ptr() == memory else x
-            for x in self.results
+            None if x is None or x.untyped_storage()._cdata == storage else x for x in self.results
         ]
 
     def pop(self, count: int) -> list[torch.Tensor] | None:
@@ -186,12 +187,24 @@ class _Recording(TorchDispatchMode):
         return results
 
 
+_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+def is_recomputing() -> bool:
+    """Return whether backward is running a block again, whose outputs forward has seen already."""
+    return _RECOMPUTING.get()
+
+
 class _Replaying(TorchDispatchMode):
     """Backward: run every operator again, or return its kept results."""
 
     def __init__(self, kept: KeptResults):
         super().__init__()
         self.kept = kept
+
+    def __enter__(self):
+        self.token = _RECOMPUTING.set(True)
+        return super().__enter__()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if self.kept.covers(operator):
@@ -203,6 +216,7 @@ class _Replaying(TorchDispatchMode):
     def __exit__(self, *exception):
         # Backward leaves the region once it has all it needs, possibly before the last result.
         self.kept.results = []
+        _RECOMPUTING.reset(self.token)
         return super().__exit__(*exception)
 
 

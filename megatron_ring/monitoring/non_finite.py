@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_ring.model.recompute import is_recomputing
 from megatron_ring.parallel.progress import Direction
 
 
@@ -67,6 +68,8 @@ class NonFiniteDetector:
     def _record_output(
         self, index: int, _module: nn.Module, _inputs: tuple, output: torch.Tensor
     ) -> None:
+        if is_recomputing():
+            return  # the output, and the tensor whose gradient arrives, are those of forward
         self._record(Direction.FORWARD, index, output)
         if output.requires_grad:
             output.register_hook(lambda grad: self._record(Direction.BACKWARD, index, grad))

@@ -17,7 +17,7 @@ from torch.nn import functional
 from megatron_ring.kernels.cross_entropy import VocabularyPart
 from megatron_ring.parallel.tensor_exchange import (
     ALONE,
-    SavedShard,
+    SharedInput,
     TensorParallel,
     all_reduce_,
     all_reduced,
@@ -73,14 +73,14 @@ class ColumnParallelLinear(nn.Module):
         self.weight = split_parameter((outputs, inputs), 0, tensor)
         self.bias = split_parameter((outputs,), 0, tensor) if bias else None
 
-    def forward(self, x: torch.Tensor, kept: SavedShard | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared: SharedInput | None = None) -> torch.Tensor:
         """Apply the layer to a result of ``to_tensor_region``, which several layers may share.
 
-        ``kept`` is what is saved of ``x`` for backward; None for ``x`` itself.
+        ``shared`` is what the layers that share ``x`` have in common; None: nothing.
         """
-        if kept is None:
+        if shared is None:
             return functional.linear(x, self.weight, self.bias)
-        return kept.linear(x, self.weight, self.bias)
+        return shared.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

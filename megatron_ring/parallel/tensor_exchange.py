@@ -55,24 +55,59 @@ def to_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:
     return _Exchange.apply(x, tensor, _unchanged, all_reduced)
 
 
-class SavedShard:
-    """The input of column-parallel layers with sequence parallelism, of which a shard is saved.
+class SharedInput:
+    """The input of one or several column-parallel layers, where backward treats it specially.
 
-    Korthikanti et al. 2022, section 4.2.2: the all-gather's result is not stored for backward. Each
-    rank stores its own (B, l/T, E), and the first of the layers whose weight gradient is computed
-    gathers the whole (B, l, E) again, once for all layers that share it.
+    shard_BmE: under sequence parallelism (Korthikanti et al. 2022, section 4.2.2) the rank's own
+        shard of the input, which is stored instead of the all-gather's result; the first of the
+        layers whose weight gradient is computed gathers the whole (B, l, E) again, once for all
+        layers. None: the input itself is stored.
+    sums_in_products: add up the layers' gradients for the input in their matrix products, instead
+        of one after the other in separate passes over memory.
     """
 
-    def __init__(self, shard_BmE: torch.Tensor, tensor: TensorParallel):
-        self.shard_BmE = shard_BmE.detach()
-        self.gather = _GatherForBackward(tensor)
+    def __init__(
+        self, shard_BmE: torch.Tensor | None, tensor: TensorParallel, sums_in_products: bool = False
+    ):
+        self.shard_BmE = None if shard_BmE is None else shard_BmE.detach()
+        self.gather = None if shard_BmE is None else _GatherForBackward(tensor)
+        self.gradient_sum = _GradientSum() if sums_in_products else None
 
     def linear(
         self, x_BlE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return ``x_BlE weight^T + bias`` for ``x_BlE`` that ``to_tensor_region`` gathered."""
-        self.gather.layers += 1
-        return _LinearOfGathered.apply(x_BlE, self.shard_BmE, weight, bias, self.gather)
+        """Return ``x_BlE weight^T + bias`` for the ``x_BlE`` that all layers share."""
+        if self.gather is not None:
+            self.gather.layers += 1
+        if self.gradient_sum is not None:
+            self.gradient_sum.layers += 1
+        kept = x_BlE if self.shard_BmE is None else self.shard_BmE
+        return _LinearOfSharedInput.apply(x_BlE, kept, weight, bias, self.gather, self.gradient_sum)
+
+
+class _GradientSum:
+    """Sums the gradients that ``layers`` layers have for their input, in their matrix products.
+
+    Autograd gets nothing from the layers before the last, and the whole sum from that.
+    """
+
+    def __init__(self):
+        self.layers = 0
+        self._pending_layers = 0
+        self._sum_NE: torch.Tensor | None = None
+
+    def add(self, dy_No: torch.Tensor, weight_oE: torch.Tensor) -> torch.Tensor | None:
+        """Add ``dy weight``; return the sum if it was the last layer's, else None."""
+        if self._sum_NE is None:
+            self._sum_NE = dy_No.mm(weight_oE)
+            self._pending_layers = self.layers
+        else:
+            self._sum_NE.addmm_(dy_No, weight_oE)
+        self._pending_layers -= 1
+        if self._pending_layers:
+            return None
+        sum_NE, self._sum_NE = self._sum_NE, None
+        return sum_NE
 
 
 class _GatherForBackward:
@@ -100,30 +135,36 @@ class _GatherForBackward:
         return whole_BlE
 
 
-class _LinearOfGathered(torch.autograd.Function):
-    """A linear layer that saves the shard its input was gathered from instead of the input.
+class _LinearOfSharedInput(torch.autograd.Function):
+    """A linear layer that saves its input or the shard it was gathered from (``SharedInput``).
 
     The weight is saved as the parameter itself: under ZeRO 3 it is gathered in place for backward.
     """
 
     @staticmethod
-    def forward(ctx, x_BlE, shard_BmE, weight, bias, gather):
+    def forward(ctx, x_BlE, kept, weight, bias, gather, gradient_sum):
         ctx.gather = gather
-        ctx.save_for_backward(shard_BmE, weight)
+        ctx.gradient_sum = gradient_sum
+        ctx.save_for_backward(kept, weight)
         return functional.linear(x_BlE, weight, bias)
 
     @staticmethod
     def backward(ctx, dy_Blo):
-        shard_BmE, weight = ctx.saved_tensors
-        needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        dx_BlE = dy_Blo.matmul(weight) if needs_x else None
-        dweight = dbias = None
+        kept, weight = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dy_No = dy_Blo.flatten(0, -2)
+        dx_BlE = dweight = dbias = None
+        if needs_x and ctx.gradient_sum is None:
+            dx_BlE = dy_Blo.matmul(weight)
+        elif needs_x:
+            dx_NE = ctx.gradient_sum.add(dy_No, weight)
+            dx_BlE = None if dx_NE is None else dx_NE.view(*dy_Blo.shape[:-1], -1)
         if needs_weight:
-            x_BlE = ctx.gather.whole(shard_BmE)
-            dweight = dy_Blo.flatten(0, -2).t().matmul(x_BlE.flatten(0, -2))
+            x_BlE = kept if ctx.gather is None else ctx.gather.whole(kept)
+            dweight = dy_No.t().matmul(x_BlE.flatten(0, -2))
         if needs_bias:
-            dbias = dy_Blo.flatten(0, -2).sum(0)
-        return dx_BlE, None, dweight, dbias, None
+            dbias = dy_No.sum(0)
+        return dx_BlE, None, dweight, dbias, None, None
 
 
 def from_tensor_region(x: torch.Tensor, tensor: TensorParallel) -> torch.Tensor:

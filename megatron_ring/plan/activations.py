@@ -35,7 +35,7 @@ class _TensorBytes:
     norm: what a norm keeps of its input; shared: the part of it that is the input itself, else 0.
     gathered: the norm's output, gathered from all tensor ranks. attention_input, mlp_input: what
     the column-parallel layers keep of it, which is the rank's own shard under sequence_parallel
-    unless backward recomputes the region (tensor_exchange.SavedShard). head_norms: what norms of
+    unless backward recomputes the region (tensor_exchange.SharedInput). head_norms: what norms of
     query and key heads keep, if there are any. matmul: the output of a matmul of the width of the
     stream. ring_keys: K and V after Ulysses repeats heads. inner: one tensor of width F/T.
     """
@@ -94,7 +94,7 @@ def layer_bytes(config: Config, grid: Grid, dtype: torch.dtype, device: str) -> 
 
 
 def inputs_gathered_again(config: Config) -> int:
-    """Return how many inputs of a layer backward gathers again (recompute.shard_for_backward)."""
+    """Return how many inputs of a layer backward gathers again (recompute.shared_input)."""
     return _keeps_shard_of_attention_input(config) + _keeps_shard_of_mlp_input(config)
 
 

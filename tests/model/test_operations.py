@@ -11,8 +11,9 @@ from megatron_ring.config import MemoryConfig
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.engine.pipeline_engine import StageEmbedding, StageLayers, StageOutput
-from megatron_ring.kernels.fused import liger
-from megatron_ring.kernels.fused.choose_libraries import OperationChoices
+from megatron_ring.kernels.fused import choose_libraries, liger
+from megatron_ring.kernels.fused.choose_libraries import OperationChoice, OperationChoices
+from megatron_ring.kernels.fused.libraries import Operation
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.model import gpt
 from megatron_ring.model.gpt import GPT
@@ -27,6 +28,12 @@ from tests.tolerances import TOLERANCE, error
 from tests.training import tiny
 
 LIGER = Operations(liger.norm, liger.rope, liger.swiglu, liger.cross_entropy)
+TRITON = choose_libraries._operations(
+    [
+        OperationChoice(operation, "triton", "")
+        for operation in (Operation.RMS_NORM, Operation.ROPE, Operation.SWIGLU)
+    ]
+)
 TOKENS = 6
 MEMORY = {
     "selective": {"recompute": "selective"},
@@ -66,6 +73,21 @@ def results(
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
+@pytest.mark.parametrize("memory", [{}, *MEMORY.values()], ids=["all kept", *MEMORY])
+@pytest.mark.parametrize("model", ["llama", "qwen"])
+def test_a_model_with_our_kernels_has_the_numbers_of_torch(
+    model,
+    memory,
+    interpreted,  # noqa: F811
+    monkeypatch,
+):
+    """The residual stream, packed keys and values, and recomputation of all of it."""
+    monkeypatch.setattr(gpt, "Offload", partial(Offload, smallest=1))
+    found = results(model, TRITON, **memory)
+    expected = results(model, TORCH, torch.float64)
+    assert max(map(error, found, expected)) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("model", ["qwen", "gpt2"])
 def test_a_model_with_liger_operations_has_the_numbers_of_torch(model, interpreted):  # noqa: F811
     """Covers RMSNorm of tokens and heads, RoPE and SwiGLU (qwen), and LayerNorm (gpt2)."""
@@ -93,7 +115,11 @@ def counted() -> tuple[Operations, Counter]:
         return lambda *arguments: calls.update([name]) or function(*arguments)
 
     return Operations(
-        *(counting(field.name, getattr(TORCH, field.name)) for field in fields(Operations))
+        **{
+            field.name: counting(field.name, function)
+            for field in fields(Operations)
+            if (function := getattr(TORCH, field.name))
+        }
     ), calls
 
 

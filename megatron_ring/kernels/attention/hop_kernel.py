@@ -32,7 +32,8 @@ class GradientAccumulators(NamedTuple):
 class HopKernel(Protocol):
     """Attention of a rank's queries over the keys of one shard, without communication.
 
-    A module with these two functions is a kernel. To add one: write its file, add an entry to
+    A module with these two functions is a kernel. It may also have those of ``WholeKernel``. To add
+    one: write its file, add an entry to
     ``KERNEL_SPECS`` in registry.py, and test it with tests/kernels/attention/test_hops.py.
     """
 
@@ -55,3 +56,20 @@ class HopKernel(Protocol):
 
         ``torch.are_deterministic_algorithms_enabled()`` requires a fixed order of additions.
         """
+
+
+class WholeKernel(Protocol):
+    """Optional functions of a kernel for a ring of one hop, whose results need no accumulation.
+
+    Both return None where the hop takes more than one call of the kernel's operator. Else the
+    results are in the dtype of the inputs, as the operator writes them: there is no float32 state
+    to initialise, to add to and to cast.
+    """
+
+    def forward_whole(self, inputs: HopInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return out_BLHD and lse_BHL."""
+
+    def backward_whole(
+        self, inputs: HopInputs, dout_BLHD: torch.Tensor, out: Output, lse_BHL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return dq_BLHD, dk_BLGD and dv_BLGD."""

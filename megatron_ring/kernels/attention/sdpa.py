@@ -41,6 +41,18 @@ def backward(
     _kernel(inputs.q_BLHD).backward(inputs, dout_BLHD, out, lse_BHL, accumulators)
 
 
+def forward_whole(inputs: HopInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As in ``WholeKernel``."""
+    return _kernel(inputs.q_BLHD).forward_whole(inputs)
+
+
+def backward_whole(
+    inputs: HopInputs, dout_BLHD: torch.Tensor, out: Output, lse_BHL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """As in ``WholeKernel``."""
+    return _kernel(inputs.q_BLHD).backward_whole(inputs, dout_BLHD, out, lse_BHL)
+
+
 def _kernel(q: torch.Tensor) -> TiledKernel:
     if q.device.type == "cpu":
         return ON_CPU

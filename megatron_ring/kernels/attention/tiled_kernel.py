@@ -82,6 +82,41 @@ class TiledKernel:
             dk_BLGD[:, keys] += dk
             dv_BLGD[:, keys] += dv
 
+    def forward_whole(self, inputs: HopInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As in ``WholeKernel``."""
+        q_BLHD, k_BLGD, v_BLGD, _, scale = inputs
+        tile = self._whole_tile(inputs)
+        if tile is None:
+            return None
+        operator = self.operator_for(tile)
+        is_causal = tile.kind is TileKind.CAUSAL
+        out_BLHD, lse_BHL = operator.forward(q_BLHD, k_BLGD, v_BLGD, is_causal, None, scale)
+        return out_BLHD.contiguous(), lse_BHL.contiguous()
+
+    def backward_whole(
+        self, inputs: HopInputs, dout_BLHD: torch.Tensor, out: Output, lse_BHL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """As in ``WholeKernel``."""
+        q_BLHD, k_BLGD, v_BLGD, _, scale = inputs
+        tile = self._whole_tile(inputs)
+        if tile is None:
+            return None
+        operator = self.operator_for(tile)
+        is_causal = tile.kind is TileKind.CAUSAL
+        out_BLHD = output_of(out)
+        return operator.backward(
+            dout_BLHD, q_BLHD, k_BLGD, v_BLGD, out_BLHD, lse_BHL, is_causal, None, scale
+        )
+
+    def _whole_tile(self, inputs: HopInputs) -> Tile | None:
+        """Return the tile that is the whole hop and needs no mask, None if there is none."""
+        tiles = inputs.key_ranges.tiles(self.tiling)
+        queries, keys = (slice(0, x.shape[1]) for x in (inputs.q_BLHD, inputs.k_BLGD))
+        if len(tiles) != 1 or (tiles[0].queries, tiles[0].keys) != (queries, keys):
+            return None
+        needs_mask = tiles[0].kind is TileKind.MASKED
+        return None if needs_mask or self.operator_for(tiles[0]) is None else tiles[0]
+
 
 def _bias(
     key_ranges: KeyRanges, tile: Tile, q: torch.Tensor

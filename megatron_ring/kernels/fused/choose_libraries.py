@@ -23,15 +23,18 @@ from megatron_ring.kernels.selection import (
 )
 
 _FIELDS = {
-    Operation.RMS_NORM: "norm",
-    Operation.LAYER_NORM: "norm",
-    Operation.ROPE: "rope",
-    Operation.WIDE_ROPE: "rope",
-    Operation.SWIGLU: "swiglu",
-    Operation.CROSS_ENTROPY: "cross_entropy",
-    Operation.SPLIT_CROSS_ENTROPY: "cross_entropy",
+    Operation.RMS_NORM: ("norm", "residual_norm"),
+    Operation.LAYER_NORM: ("norm", "residual_norm"),
+    Operation.ROPE: ("rope", "rope_and_pack"),
+    Operation.WIDE_ROPE: ("rope", "rope_and_pack"),
+    Operation.SWIGLU: ("swiglu",),
+    Operation.CROSS_ENTROPY: ("cross_entropy",),
+    Operation.SPLIT_CROSS_ENTROPY: ("cross_entropy",),
 }
-"""The field of ``Operations`` for each operation. AdamW is not part of a model; it is torch's."""
+"""The fields of ``Operations`` for each operation, of which a library has at least one.
+
+AdamW is not part of a model; it is torch's.
+"""
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,12 @@ def _message(
 
 
 def _operations(choices: list[OperationChoice]) -> Operations:
-    functions = {}
+    # The products are torch's; with our own kernels nothing between them takes a pass it can spare.
+    functions = {"sums_in_products": any(choice.library == "triton" for choice in choices)}
     for choice in choices:
         if choice.library != "torch":
             module = importlib.import_module(LIBRARIES[choice.library].module)
-            name = _FIELDS[choice.operation]
-            functions[name] = getattr(module, name)
+            for name in _FIELDS[choice.operation]:
+                if hasattr(module, name):
+                    functions[name] = getattr(module, name)
     return replace(TORCH, **functions)

@@ -52,7 +52,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Library:
-    """A library other than torch; all of them run only on CUDA.
+    """A library other than torch, or our own kernels in Triton; all of them run only on CUDA.
 
     distribution: the installed distribution. oldest: its first version that works.
     install: how to install it. module: our wrapper, with functions named as in ``Operations``.
@@ -99,7 +99,21 @@ _APEX_ROPE = Offer(
 )
 _APEX_CROSS_ENTROPY = _refused("it reads the logit of an ignored target, outside the row")
 
+_OURS = Offer(Validation.INTERPRETED, _UP_TO_FLOAT32, "it computes in float32")
+
 LIBRARIES = {
+    "triton": Library(
+        distribution="triton",
+        oldest="3.6",
+        install="pip install 'triton>=3.6'",
+        module="megatron_ring.kernels.fused.triton",
+        offers={
+            Operation.RMS_NORM: _OURS,
+            Operation.ROPE: _OURS,
+            Operation.WIDE_ROPE: _OURS,
+            Operation.SWIGLU: _OURS,
+        },
+    ),
     "liger": Library(
         distribution="liger-kernel",
         oldest="0.8.5",
@@ -154,7 +168,10 @@ LIBRARIES = {
 COLUMNS = ("torch", *LIBRARIES)
 
 PREFERENCE = (*LIBRARIES, "torch")
-"""The order in which ``auto`` tries the libraries on CUDA. It has not been measured."""
+"""The order in which ``auto`` tries the libraries on CUDA.
+
+Ours are first, because they move the fewest bytes (docs/decisions/0025). It has not been measured.
+"""
 
 OFFERS: dict[Operation, dict[str, Offer]] = {
     operation: {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ring.kernels.cross_entropy import WHOLE
-from megatron_ring.kernels.fused import liger
+from megatron_ring.kernels.fused import liger, triton
 from megatron_ring.kernels.fused.libraries import LIBRARIES, OFFERS, Operation
 from megatron_ring.kernels.fused.operations import TORCH, Operations
 from megatron_ring.kernels.rope import Rope
@@ -26,9 +26,16 @@ def functions(library, request, monkeypatch) -> Operations:
     """The functions of a library, with the names of ``Operations``."""
     if library in STAND_INS:
         return import_with_stand_ins(monkeypatch, STAND_INS[library], LIBRARIES[library].module)
-    if library == "liger":
+    if library in ("liger", "triton"):
         request.getfixturevalue("interpreted")
-    return {"torch": TORCH, "liger": liger}[library]
+    return {"torch": TORCH, "liger": liger, "triton": triton}[library]
+
+
+def rotate(functions: Operations, q, k, rotation) -> list[torch.Tensor]:
+    """Rotate with a library's function, of which some return the values as well."""
+    if getattr(functions, "rope_and_pack", None):
+        return list(functions.rope_and_pack(q, k, k, rotation))[:2]
+    return list(functions.rope(q, k, rotation))
 
 
 def each_cell(*operations: Operation):
@@ -110,7 +117,7 @@ def test_rope_multiplies_complex_numbers(operation, library, dtype, positions, f
 
     inputs = [normal(2, 5, 4, 12), normal(2, 5, 2, 12, seed=1)]
     check(
-        lambda q, k: functions.rope(q, k, rotation),
+        lambda q, k: rotate(functions, q, k, rotation),
         lambda q, k: [rotated(q), rotated(k)],
         inputs,
         dtype,
@@ -169,7 +176,7 @@ def misrounded(functions: Operations, operation: Operation) -> float:
     if operation is Operation.ROPE:
         rotation = Rope(32, 10000.0).rotation(torch.arange(30))
         q, k = (normal(1, 30, 2, 32, seed=n).to(dtype) for n in range(2))
-        results = functions.rope(q, k, rotation)[0]
+        results = rotate(functions, q, k, rotation)[0]
         exact = TORCH.rope(q.double(), k.double(), rotation)[0]
     else:
         x = (3 * normal(30, 300)).to(dtype)
@@ -185,7 +192,7 @@ each_rounded_operation = pytest.mark.parametrize(
 
 
 @each_rounded_operation
-@pytest.mark.parametrize("library", ["torch", "liger", "flash-attn"])
+@pytest.mark.parametrize("library", ["torch", "triton", "liger", "flash-attn"])
 def test_results_are_rounded_once(operation, library, functions):
     """Tolerances do not show this: Liger's default RMSNorm, which rounds twice, is within them."""
     assert misrounded(functions, operation) < 2e-3
