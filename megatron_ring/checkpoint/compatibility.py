@@ -52,7 +52,11 @@ def check_same_model(
             f"seq_length {seq_length_then} there, {seq_length_now} here. Set --seq-length."
         )
     if problems:
-        raise CheckpointError([f"{stored.path} is a checkpoint of another model:", *problems])
+        title = (
+            f"{stored.path} is a checkpoint of another model. Its own options: --config "
+            f"{stored.path}/config.yaml. The differences:"
+        )
+        raise CheckpointError([title, *problems])
 
 
 def check_same_data(stored: Stored, here: Sequence[dict[str, Any]]) -> None:

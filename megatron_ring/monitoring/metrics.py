@@ -285,12 +285,15 @@ class ConsoleReporter:
                 + (f", {utilisation}" if utilisation else "")
             )
         if self.validations:
-            before = self.validations[0].bits_per_byte
             after = self.validations[-1].bits_per_byte
-            lines.append(
-                f"held-out text    {before:.4f} -> {after:.4f} bits per byte "
-                f"({after / before - 1:+.0%})"
-            )
+            line = f"held-out text    {after:.4f} bits per byte"
+            if len(self.validations) > 1:
+                before = self.validations[0].bits_per_byte
+                line = (
+                    f"held-out text    {before:.4f} -> {after:.4f} bits per byte "
+                    f"({after / before - 1:+.0%})"
+                )
+            lines.append(line)
         if self.first and self.last.skipped_steps + self.last.roll_backs:
             lines.append(
                 f"bad steps        {self.last.skipped_steps} skipped, "

@@ -20,6 +20,7 @@ def test_another_model_is_refused_with_every_differing_option(tmp_path):
         compatibility.check_same_model(store.newest(tmp_path), Config(), vocab_size=4096)
     title, *problems = refused.value.problems
     assert f"{tmp_path}/step-00000005" in title
+    assert f"--config {tmp_path}/step-00000005/config.yaml" in title
     expected = [
         ("num_layers 2 there, 4 here", "--num-layers"),
         ("hidden_size 128 there, 256 here", "--hidden-size"),

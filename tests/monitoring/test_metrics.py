@@ -116,6 +116,13 @@ def test_the_summary_shows_the_change_of_the_validation_loss(report):
     assert "960 tokens/s (median), 10% of peak, MFU 15%" in summary
 
 
+def test_the_summary_of_a_run_with_one_validation_shows_no_change(report):
+    report.step(StepRecord(**STEP))
+    report.held_out(HeldOutRecord(1, "validation", 2.5, 1.5))
+    lines = report.close().splitlines()
+    assert "held-out text    1.5000 bits per byte" in lines
+
+
 def test_non_finite_values_are_null_in_the_file_and_unchanged_for_monitors(
     report, monitored, tmp_path, capsys
 ):
