@@ -38,7 +38,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import DTYPES, commit, device_name, random_inputs, write_json
+from benchmarks.common import (
+    DTYPES,
+    commit,
+    device_name,
+    random_inputs,
+    ring_problems,
+    write_json,
+)
 from benchmarks.streamed_ring import (
     RecordedExchange,
     StreamExchange,
@@ -49,7 +56,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.hop_cost import with_work_count
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.ring import Exchange
-from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.monitoring.ring_profile.hop_statistics import sum_log
 from megatron_ring.parallel.device_clock import DeviceClock, TimedEvent, cuda_event
@@ -120,17 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    problems = not_positive(options, "layers", "tokens", "heads", "kv_heads", "head_dim", "rounds")
-    if not problems and options.heads % options.kv_heads:
-        problems.append(
-            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
-            "Set --heads or --kv-heads."
-        )
-    if options.ranks < 2:
-        problems.append(
-            f"ranks {options.ranks} must be at least 2: a ring of 1 rank sends nothing. "
-            "Set --ranks."
-        )
+    problems = ring_problems(options, "layers", "head_dim", "rounds")
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("torch finds no GPU. Set --device cpu.")
     if problems:

@@ -1,4 +1,4 @@
-"""What benchmarks share: dtypes by flag, inputs, GPU timing, tables and the JSON file."""
+"""What benchmarks share: dtypes by flag, inputs, checks, GPU timing, tables and the JSON file."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.errors import not_positive
 from megatron_ring.settings.precision import DTYPES as TRAINING_DTYPES
 
 MIB = 2**20
@@ -60,6 +61,25 @@ def gpu_milliseconds(run: Callable[[], None]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def ring_problems(options: argparse.Namespace, *positive: str) -> list[str]:
+    """Return what is wrong with the sizes of a benchmark's ring.
+
+    ``positive``: options that must be above 0, besides tokens, heads and kv_heads.
+    """
+    problems = not_positive(options, "tokens", "heads", "kv_heads", *positive)
+    if not problems and options.heads % options.kv_heads:
+        problems.append(
+            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
+            "Set --heads or --kv-heads."
+        )
+    if options.ranks < 2:
+        problems.append(
+            f"ranks {options.ranks} must be at least 2: a ring of 1 rank sends nothing. "
+            "Set --ranks."
+        )
+    return problems
 
 
 # ---- output ----

@@ -33,14 +33,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import emulated_ring
-from benchmarks.common import DTYPES, random_inputs, write_json
+from benchmarks.common import DTYPES, random_inputs, ring_problems, write_json
 from benchmarks.device_trace import Overlap, overlaps
 from benchmarks.document_packs import random_starts
 from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.errors import ConfigError, KernelUnavailable, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.kernels.attention.registry import Feature
@@ -98,17 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    problems = not_positive(options, "tokens", "heads", "kv_heads", "head_dim", "mean_document")
-    if not problems and options.heads % options.kv_heads:
-        problems.append(
-            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
-            "Set --heads or --kv-heads."
-        )
-    if options.ranks < 2:
-        problems.append(
-            f"ranks {options.ranks} must be at least 2: a ring of 1 rank sends nothing. "
-            "Set --ranks."
-        )
+    problems = ring_problems(options, "head_dim", "mean_document")
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("torch finds no GPU. Set --device cpu to run without streams and traces.")
     if problems:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_ring.kernels.attention import HopInputs, HopKernel
+from megatron_ring.kernels.attention import HopInputs, HopKernel, call_whole
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel.progress import ProgressTracker
 
@@ -43,19 +43,15 @@ class _WorkCountingKernel:
         self.kernel.backward(inputs, *rest)
 
     def forward_whole(self, inputs: HopInputs) -> Any:
-        if not hasattr(self.kernel, "forward_whole"):
-            return None
-        results = self.kernel.forward_whole(inputs)
-        if results is not None:
-            self.progress.add_products(FORWARD_PRODUCTS * _visible_pairs(inputs))
-        return results
+        return self._call_whole("forward_whole", FORWARD_PRODUCTS, inputs)
 
     def backward_whole(self, inputs: HopInputs, *rest) -> Any:
-        if not hasattr(self.kernel, "backward_whole"):
-            return None
-        results = self.kernel.backward_whole(inputs, *rest)
+        return self._call_whole("backward_whole", BACKWARD_PRODUCTS, inputs, *rest)
+
+    def _call_whole(self, name: str, products: int, inputs: HopInputs, *rest) -> Any:
+        results = call_whole(self.kernel, name, inputs, *rest)
         if results is not None:
-            self.progress.add_products(BACKWARD_PRODUCTS * _visible_pairs(inputs))
+            self.progress.add_products(products * _visible_pairs(inputs))
         return results
 
 

@@ -16,7 +16,12 @@ import torch
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
-from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
+from megatron_ring.kernels.attention import (
+    GradientAccumulators,
+    HopInputs,
+    HopKernel,
+    call_whole,
+)
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     FinalOutput,
@@ -183,10 +188,8 @@ def _forward_whole(
     q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Compute the only hop with one call of the kernel's operator; None if it takes several."""
-    if not hasattr(ring.kernel, "forward_whole"):
-        return None
     inputs = HopInputs(q_BLHD, *kv_2BLGD, ring.own_key_ranges, ring.scale)
-    if (results := ring.kernel.forward_whole(inputs)) is not None:
+    if (results := call_whole(ring.kernel, "forward_whole", inputs)) is not None:
         ring.on_hop(0, 1)
     return results
 
@@ -195,10 +198,9 @@ def _backward_whole(
     own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Compute the gradients of the only hop alike, in the dtype of q."""
-    if not hasattr(ring.kernel, "backward_whole"):
-        return None
     inputs = HopInputs(own.q_BLHD, *kv_2BLGD, ring.own_key_ranges, ring.scale)
-    results = ring.kernel.backward_whole(inputs, own.dout_BLHD, own.out, own.lse_BHL)
+    after_inputs = own.dout_BLHD, own.out, own.lse_BHL
+    results = call_whole(ring.kernel, "backward_whole", inputs, *after_inputs)
     if results is None:
         return None
     ring.on_hop(0, 1)

@@ -82,7 +82,7 @@ def start_processes(environment: Environment, device: str) -> None:
         torch.set_num_threads(environment.threads)
         keep_freed_memory()
     elif environment.world_size == 1:
-        # torch would like a device_id, though no other rank's device could differ.
+        # torch warns that it was given no device_id, but no other rank's device could differ.
         warnings.filterwarnings(
             "ignore", message=r"(barrier\(\): using the device|No device id is provided via)"
         )

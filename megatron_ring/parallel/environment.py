@@ -149,7 +149,7 @@ def launched_by_torchelastic() -> bool:
 
 
 def ranks_may_share_gpus() -> bool:
-    """Return whether NCCL is told to let several ranks compute on one GPU."""
+    """Return whether NCCL is set to let several ranks compute on one GPU."""
     return (_value("NCCL_MULTI_RANK_GPU_ENABLE") or "0") != "0"
 
 

@@ -2,7 +2,7 @@
 
 A rank takes the GPU whose index is its local rank. A rank that sees only one GPU takes that one:
 srun can show each of its ranks another GPU (--gpus-per-task). Two ranks may have the same GPU only
-where NCCL is told to allow it (NCCL_MULTI_RANK_GPU_ENABLE=1, from NCCL 2.30 on).
+where NCCL is set to allow it (NCCL_MULTI_RANK_GPU_ENABLE=1, from NCCL 2.30 on).
 
 NCCL needs the GPU of every rank when it starts, so there is no process group yet: the ranks
 exchange what they find through the store of torch's rendezvous.

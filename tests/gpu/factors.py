@@ -7,6 +7,7 @@ values are illegal, and the rows are without them.
 from megatron_ring.config import Config
 from tests.training import tiny
 from tests.training.covering import Assignment, Factors, covering
+from tests.training.factors import data, parallel
 from tests.training.matrix import Matrix
 from tests.training.trained import Tolerance
 
@@ -85,8 +86,8 @@ def tolerance(row: Assignment) -> Tolerance:
 def config(row: Assignment) -> Config:
     return tiny.config(
         model=_model(row),
-        parallel=_parallel(row),
-        data=_data(row),
+        parallel=parallel(row),
+        data=data(row, SEQ),
         training=_training(row),
         memory=_memory(row),
     )
@@ -102,25 +103,6 @@ def _model(row: Assignment) -> dict:
         "window_size": row["window"],
         "softmax_type": row["softmax"],
     }
-
-
-def _parallel(row: Assignment) -> dict:
-    name, _, stripe_size = row["layout"].partition(" by ")
-    return {
-        "context_parallel": name,
-        "context_parallel_size": row["ring"] * row["ulysses"],
-        "ulysses_degree": row["ulysses"],
-        "stripe_size": int(stripe_size or 1),
-        "attention_kernel": row["kernel"],
-        "tensor_model_parallel_size": row["tensor"],
-        "sequence_parallel": row["sequence_parallel"],
-        "pipeline_model_parallel_size": row["pipe"],
-    }
-
-
-def _data(row: Assignment) -> dict:
-    packing = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-    return {"seq_length": SEQ, **dict.fromkeys(packing, row["documents"] == "masked")}
 
 
 def _training(row: Assignment) -> dict:

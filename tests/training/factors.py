@@ -89,8 +89,8 @@ def each_pair() -> list[Assignment]:
 def config(row: Assignment) -> Config:
     return tiny.config(
         model=_model(row),
-        parallel=_parallel(row),
-        data=_data(row),
+        parallel=parallel(row),
+        data=data(row, SEQ),
         training=_training(row),
         memory=_memory(row),
     )
@@ -110,7 +110,8 @@ def _model(row: Assignment) -> dict:
     }
 
 
-def _parallel(row: Assignment) -> dict:
+def parallel(row: Assignment) -> dict:
+    """Return the options of the processes, for the GPU tests too."""
     name, _, stripe_size = row["layout"].partition(" by ")
     return {
         "context_parallel": name,
@@ -124,10 +125,11 @@ def _parallel(row: Assignment) -> dict:
     }
 
 
-def _data(row: Assignment) -> dict:
+def data(row: Assignment, seq_length: int) -> dict:
+    """Return the options of the samples, for the GPU tests too."""
     are_masked = row["documents"] == "masked"
     packing = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-    return {"seq_length": SEQ, **dict.fromkeys(packing, are_masked)}
+    return {"seq_length": seq_length, **dict.fromkeys(packing, are_masked)}
 
 
 def _training(row: Assignment) -> dict:

@@ -6,7 +6,12 @@ A kernel has the two functions of ``HopKernel`` (hop_kernel.py) and receives ten
 """
 
 from megatron_ring.kernels.attention.choice import KernelChoice, choose
-from megatron_ring.kernels.attention.hop_kernel import GradientAccumulators, HopInputs, HopKernel
+from megatron_ring.kernels.attention.hop_kernel import (
+    GradientAccumulators,
+    HopInputs,
+    HopKernel,
+    call_whole,
+)
 from megatron_ring.kernels.attention.preferences import stripe_widths
 from megatron_ring.kernels.attention.registry import (
     KERNELS,
@@ -20,6 +25,7 @@ __all__ = [
     "HopInputs",
     "HopKernel",
     "KernelChoice",
+    "call_whole",
     "choose",
     "stack_to_kernel_layout",
     "stripe_widths",

@@ -1,6 +1,6 @@
 """The interface of an attention kernel: one hop, forward and backward."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -33,8 +33,8 @@ class HopKernel(Protocol):
     """Attention of a rank's queries over the keys of one shard, without communication.
 
     A module with these two functions is a kernel. It may also have those of ``WholeKernel``. To add
-    one: write its file, add an entry to
-    ``KERNEL_SPECS`` in registry.py, and test it with tests/kernels/attention/test_hops.py.
+    one: write its file, add an entry to ``KERNEL_SPECS`` in registry.py, and test it with
+    tests/kernels/attention/test_hops.py.
     """
 
     def forward(self, inputs: HopInputs, state: RunningSoftmax) -> None:
@@ -73,3 +73,9 @@ class WholeKernel(Protocol):
         self, inputs: HopInputs, dout_BLHD: torch.Tensor, out: Output, lse_BHL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return dq_BLHD, dk_BLGD and dv_BLGD."""
+
+
+def call_whole(kernel: HopKernel, name: str, *arguments: Any) -> Any:
+    """Call the function ``name`` of ``WholeKernel``; None if ``kernel`` does not have it."""
+    function = getattr(kernel, name, None)
+    return function(*arguments) if function else None
