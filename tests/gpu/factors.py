@@ -24,7 +24,7 @@ FACTORS: Factors = {
     "micro_batches": (1, 2),
     "recompute": ("none", "selective", "full", "full with attention"),
     "kernel": ("sdpa", "cudnn", "triton", "flash", "reference"),
-    "operations": ("torch", "liger"),
+    "operations": ("torch", "triton", "liger"),
     "dtype": ("fp32", "bf16", "fp16"),
     "documents": ("ignored", "masked"),
     "kind": ("Llama", "GPT-2"),

@@ -40,6 +40,7 @@ def test_on_a_cpu_what_only_a_gpu_has_is_left_out():
         ("kernel", "cudnn"),
         ("kernel", "triton"),
         ("kernel", "flash"),
+        ("operations", "triton"),
         ("operations", "liger"),
         ("offload", "activations"),
         ("dtype", "fp16"),

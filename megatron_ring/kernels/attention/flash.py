@@ -3,7 +3,7 @@
 Its packed ("varlen") functions compute the tiles that need no mask, many tiles in one call
 (varlen.py): each document of a striped pack is a triangle, whatever its length, and a sliding
 window of consecutive tokens is the window of the function. The remaining tiles, where a window or a
-document crosses the edges of wide stripes, use torch's memory-efficient operator. flash-attn has the
+document crosses edges of wide stripes, use torch's memory-efficient operator. flash-attn has the
 same memory layout, (tokens, heads, head dim) with grouped heads, so nothing is transposed.
 
 All versions return outputs and gradients of one call in the dtype of the queries; they are merged
