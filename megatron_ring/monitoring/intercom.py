@@ -33,6 +33,9 @@ from megatron_ring.parallel.progress import NO_RANK, Direction, ProgressSnapshot
 RESPONSE_TIMEOUT = 3.0
 """Seconds for a whole exchange: connecting, sending the request and receiving the response."""
 
+# A killed process closes its sockets, one after another, before its state shows that it has ended.
+_SECONDS_TO_END = 1.0
+
 _CONCURRENT_REQUESTS = 32
 _MAX_MESSAGE_BYTES = 512  # a request has about 50 bytes, a response about 40
 _REQUEST_TIMEOUT = 5.0  # seconds for a peer to send its request
@@ -256,7 +259,9 @@ _STATUS = {
 def _diagnose(peer: Peer, error: Exception, own_pids: str) -> NoResponse:
     """Determine why a peer did not respond. own_pids: this process's pid namespace."""
     if peer.pids == own_pids:
-        return _diagnose_local(peer.pid)
+        # A stopped process still accepts connections, so that only the response times out.
+        grace = 0.0 if isinstance(error, TimeoutError) else _SECONDS_TO_END
+        return _diagnose_local(peer.pid, grace)
     if isinstance(error, ConnectionRefusedError):
         return NoResponse("is dead: its host refuses connections to its port", has_ended=True)
     if isinstance(error, TimeoutError):
@@ -266,8 +271,16 @@ def _diagnose(peer: Peer, error: Exception, own_pids: str) -> NoResponse:
     return NoResponse(f"cannot be reached: {error}")
 
 
-def _diagnose_local(pid: int) -> NoResponse:
-    """Determine why a process of this host did not respond."""
+def _diagnose_local(pid: int, grace: float) -> NoResponse:
+    """Determine why a process of this host did not respond; wait ``grace`` seconds for its end."""
+    deadline = time.monotonic() + grace
+    while not (found := _state_of(pid)).has_ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _state_of(pid: int) -> NoResponse:
+    """Describe the state of a process of this host."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:

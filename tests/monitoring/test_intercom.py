@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import socket
+import subprocess
 import threading
 import time
 from queue import SimpleQueue
@@ -169,6 +170,14 @@ def test_a_refused_connection_is_diagnosed(intercom, changes, has_ended, reason)
         response = intercom.ask(1)
     assert response.has_ended == has_ended
     assert reason in response.reason
+
+
+def test_a_killed_peer_whose_port_is_closed_before_it_has_ended_is_dead(intercom):
+    with closed_port() as closed, subprocess.Popen(["sleep", "0.3"]) as ending:
+        add_remote_peer(intercom, closed.getsockname()[1], pids=own_pids(), pid=ending.pid)
+        response = intercom.ask(1)
+    assert response.has_ended
+    assert "is dead" in response.reason
 
 
 def test_a_silent_peer_on_another_host_is_not_known_to_have_ended(intercom, monkeypatch):
