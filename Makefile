@@ -41,7 +41,7 @@ GPU_IN_PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && \
 	echo "--numprocesses 4 --dist loadfile --no-loadscope-reorder")
 
 .PHONY: train test test-all test-slurm test-docker test-links test-flash4 check bench clean
-.PHONY: test-gpu bench-gpu bench-step tune-gpu constraints constraints-check
+.PHONY: test-gpu bench-gpu bench-step bench-profile tune-gpu constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py \
@@ -107,14 +107,21 @@ test-gpu:
 
 # Needs torch and Triton; at most 3 minutes.
 bench-gpu:
+	status=0; \
 	timeout 130 $(PYTHON) -m benchmarks.bench_gpu --ring-sizes 1 8 --packs 65536 --minutes 1.9 \
-		--json $(GPU_RESULTS)/bench-gpu.json $(ARGS)
-	timeout 45 $(PYTHON) -m benchmarks.trace_overlap --json $(GPU_RESULTS)/trace-overlap.json
+		--json $(GPU_RESULTS)/bench-gpu.json $(ARGS) || status=$$?; \
+	timeout 45 $(PYTHON) -m benchmarks.trace_overlap \
+		--json $(GPU_RESULTS)/trace-overlap.json || status=$$?; \
+	exit $$status
 
 # Needs torch, Triton and DeepSpeed; at most 3 minutes.
 bench-step:
 	timeout 180 $(PYTHON) -m benchmarks.bench_step --minutes 2.5 \
 		--json $(GPU_RESULTS)/bench-step.json $(ARGS)
+
+# Needs torch and Triton; at most 2 minutes.
+bench-profile:
+	timeout 120 $(PYTHON) -m benchmarks.bench_profile --json $(GPU_RESULTS)/bench-profile.json $(ARGS)
 
 # Needs torch and Triton; at most 2 minutes for one head dim on 16 cores.
 tune-gpu:

@@ -5,6 +5,7 @@ backward pass is the ring's own: it computes half of the heads first, of which k
 """
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.errors import KernelUnavailable
 from megatron_ring.kernels.attention import KERNELS, choose
+from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.registry import Feature
 from megatron_ring.settings.precision import DTYPES
 from tests import oracle, simulated_ring
@@ -37,6 +39,7 @@ FACTORS: Factors = {
     "travels": ("keys", "queries"),
     "lse_gradient": (False, True),
     "halves": (True, False),
+    "deterministic": (False, True),
 }
 DTYPES_OF_KERNELS = DTYPES | {"fp64": torch.float64}
 DOCUMENT_LENGTHS = (1, 70, 129, 7, 300)
@@ -56,6 +59,7 @@ def rows(kernel: str, device: str) -> list[Assignment]:
         features += [Feature.WINDOW] if "window" in row["mask"] else []
         features += [Feature.GROUPED_HEADS] if row["key_value_heads"] < HEADS else []
         features += [Feature.SINKS] if row["lse_gradient"] else []
+        features += [Feature.DETERMINISM] if row["deterministic"] else []
         try:
             choose(kernel, device, DTYPES_OF_KERNELS[row["dtype"]], row["head_dim"], features)
         except KernelUnavailable:
@@ -116,7 +120,8 @@ def test_a_ring_equals_the_oracle(kernel, device):
     found = {}
     for row in rows(kernel, device):
         try:
-            differing = errors(kernel, row, device)
+            with deterministic_algorithms() if row["deterministic"] else nullcontext():
+                differing = errors(kernel, row, device)
         except Exception as error:
             error.add_note(f"The row: {row}")
             raise

@@ -1,8 +1,8 @@
 """One hop with torch's attention operators: the kernels ``sdpa`` and ``cudnn``.
 
 ``sdpa`` is this module's functions. It uses the flash operator on a CPU. On CUDA it uses the flash
-operator for FULL and CAUSAL tiles in fp16 and bf16, and the memory-efficient one for MASKED tiles
-and float32.
+operator for FULL and CAUSAL tiles in fp16 and bf16, and the memory-efficient one for MASKED tiles,
+for float32, and on GPUs below compute capability 8.0, which torch's flash operator refuses.
 
 ``cudnn`` uses cuDNN's fused attention, and the memory-efficient operator for what cuDNN does not
 take: masked tiles, and tiles of a single query or key. cuDNN makes a plan for every new shape. The
@@ -56,7 +56,10 @@ def backward_whole(
 def _kernel(q: torch.Tensor) -> TiledKernel:
     if q.device.type == "cpu":
         return ON_CPU
-    return ON_CUDA if q.dtype in (torch.bfloat16, torch.float16) else ON_CUDA_IN_FLOAT32
+    is_half_precision = q.dtype in (torch.bfloat16, torch.float16)
+    # check_sm_version in torch's sdp_utils.cpp
+    has_flash = Machine.here().capability >= (8, 0)
+    return ON_CUDA if is_half_precision and has_flash else ON_CUDA_EFFICIENT
 
 
 def _cuda_operator(tile: Tile) -> TileOperator:
@@ -74,7 +77,7 @@ def _cudnn_operator(tile: Tile) -> TileOperator:
 ON_CPU = TiledKernel(Tiling(rows=128, split_triangles=True, tall_rows=768), lambda tile: CPU_FLASH)
 _GPU_TILING = Tiling(rows=1024, split_triangles=False)
 ON_CUDA = TiledKernel(_GPU_TILING, _cuda_operator)
-ON_CUDA_IN_FLOAT32 = TiledKernel(_GPU_TILING, lambda tile: CUDA_EFFICIENT)
+ON_CUDA_EFFICIENT = TiledKernel(_GPU_TILING, lambda tile: CUDA_EFFICIENT)
 WITH_CUDNN = TiledKernel(_GPU_TILING, _cudnn_operator)
 
 

@@ -1,5 +1,7 @@
 """Torch's operators for CUDA, cuDNN's included: parity of stand-ins, and schemas without data."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, sdpa
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, zero_accumulators
 from tests import oracle, simulated_ring
 from tests.kernels.attention.test_hops import LONG, SHORT, documents, hop_errors, window
@@ -42,7 +45,22 @@ def test_hops_match_the_oracle(layout, first_visible, kernel):
 @pytest.mark.usefixtures("operators")
 @each_mask
 def test_hops_in_float32_match_the_oracle(first_visible):
-    assert hop_errors(SHORT[2], sdpa.ON_CUDA_IN_FLOAT32, first_visible, 4, 2, torch.float32) == {}
+    assert hop_errors(SHORT[2], sdpa.ON_CUDA_EFFICIENT, first_visible, 4, 2, torch.float32) == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((8, 0), torch.bfloat16, sdpa.ON_CUDA),
+        ((9, 0), torch.float16, sdpa.ON_CUDA),
+        ((9, 0), torch.float32, sdpa.ON_CUDA_EFFICIENT),
+        ((7, 5), torch.float16, sdpa.ON_CUDA_EFFICIENT),  # a T4
+    ],
+)
+def test_torchs_flash_operator_is_used_only_where_it_runs(capability, dtype, expected, monkeypatch):
+    monkeypatch.setattr(Machine, "here", lambda: Machine("a GPU", capability))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    assert sdpa._kernel(on_gpu) is expected
 
 
 @pytest.mark.usefixtures("operators")
