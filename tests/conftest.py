@@ -8,8 +8,15 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from importlib.util import find_spec
+
 import torch
 from hypothesis import settings
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    from tests import fast_interpreter
+
+    fast_interpreter.install()
 
 torch.set_num_threads(1)
 
