@@ -28,7 +28,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--steps-of-pairs",
         type=int,
-        default=4,
+        default=2,
         help="steps that test_matrix.py trains on rows of pairs",
     )
     parser.addoption("--kills", type=int, default=4, help="kills in test_crash_loop.py")
