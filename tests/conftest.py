@@ -8,8 +8,15 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from importlib.util import find_spec
+
 import torch
 from hypothesis import settings
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    from tests import fast_interpreter
+
+    fast_interpreter.install()
 
 torch.set_num_threads(1)
 
@@ -21,7 +28,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--steps-of-pairs",
         type=int,
-        default=4,
+        default=2,
         help="steps that test_matrix.py trains on rows of pairs",
     )
     parser.addoption("--kills", type=int, default=4, help="kills in test_crash_loop.py")

@@ -1,8 +1,8 @@
 """A program run in a process forked from one that has its imports: it starts in a moment.
 
-It gets the arguments, folder and environment that ``python program`` would give it, and its output
-and exit code are captured. Tests of a program's own imports start it with an interpreter or a
-launcher instead.
+It gets the arguments, folder and environment that ``python program`` or ``python -m module`` would
+give it, and its output and exit code are captured. Tests of a program's own imports start it with
+an interpreter or a launcher instead.
 """
 
 import atexit
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from tests.distributed import PRELOADED
 
@@ -22,9 +23,18 @@ class Forked:
     """A running program, with the interface of subprocess.Popen; it ends with the tests."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], stderr: int
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        stderr: int,
+        starts_processes: bool = False,
     ):
-        """Start ``command``, which begins with a Python program; ``stderr`` is STDOUT or PIPE."""
+        """Start ``command``, which begins with a Python file or the name of a module.
+
+        ``stderr`` is STDOUT or PIPE. Unless ``starts_processes``, it cannot start any with
+        multiprocessing.
+        """
         self._outputs = tempfile.TemporaryDirectory()
         self._out = Path(self._outputs.name, "out")
         self._err = self._out if stderr == subprocess.STDOUT else Path(self._outputs.name, "err")
@@ -34,7 +44,7 @@ class Forked:
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_run,
             args=(list(command), folder, dict(environment), (self._out, self._err)),
-            daemon=True,
+            daemon=not starts_processes,
         )
         self._process.start()
 
@@ -72,6 +82,14 @@ class Forked:
         return self._out.read_text(), None if self._err == self._out else self._err.read_text()
 
 
+def run(command: Sequence[str | Path], folder: Path, timeout: float = 200) -> CompletedProcess:
+    """Run ``command`` to its end; it may start processes."""
+    parts = [str(part) for part in command]
+    process = Forked(parts, folder, os.environ, subprocess.PIPE, starts_processes=True)
+    stdout, stderr = process.communicate(timeout)
+    return CompletedProcess(parts, process.returncode, stdout, stderr)
+
+
 def _run(
     command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]
 ) -> None:
@@ -81,9 +99,12 @@ def _run(
     for number, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if command[0].endswith(".py"):
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
+        else:
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     finally:
         # multiprocessing does not run exit functions, unlike an interpreter; wandb writes its file
         # in one.

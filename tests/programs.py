@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_ring.parallel import environment
+from tests import forked
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +22,13 @@ def working_folder(folder: Path, config: str) -> Path:
             "\n".join(f"line {i} of page {page}" for i in range(40))
         )
     prepare = [
-        sys.executable,
         ROOT / "tools" / "prepare_data.py",
         "--input",
         "pages",
         "--vocab-size",
         "300",
     ]
-    subprocess.run([*prepare, "--output-prefix", "text/tokens"], cwd=folder, check=True)
+    forked.run([*prepare, "--output-prefix", "text/tokens"], folder).check_returncode()
     return folder
 
 

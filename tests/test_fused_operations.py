@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.console import plan
+from tests import forked
 from tests.programs import PROGRAM, working_folder
 from tests.training import tiny
 
@@ -26,13 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run_program(library: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
     options = ["--config", "small.yaml", "--fused-operations", library, *flags]
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *options],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forked.run([PROGRAM, *options], folder)
 
 
 def losses(file: Path) -> list[float]:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 # A machine that is lent for a benchmark may have little more than torch.
@@ -19,15 +21,11 @@ def command(name: str, *flags: str | Path) -> list[str | Path]:
 def run(
     name: str, *flags: str | Path, check: bool = False, timeout: float = 120
 ) -> subprocess.CompletedProcess:
-    """Run the benchmark ``name`` to its end and capture what it prints."""
-    return subprocess.run(
-        command(name, *flags),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=timeout,
-    )
+    """Run the benchmark ``name`` to its end in a forked process and capture what it prints."""
+    done = forked.run([f"benchmarks.{name}", *flags], Path.cwd(), timeout)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
 
 
 def import_with_little_more_than_torch(name: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from benchmarks import draw_layouts
 from megatron_ring.errors import DataError
 from megatron_ring.monitoring.plot import draw_loss
 from megatron_ring.monitoring.ring_profile.timeline import draw_timeline
+from tests import forked
 from tests.benchmarks import commands
 from tools import plot_metrics
 
@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def plot_metrics_tool(*flags: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "plot_metrics.py", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run([ROOT / "tools" / "plot_metrics.py", *flags], ROOT)
 
 
 @pytest.mark.parametrize(

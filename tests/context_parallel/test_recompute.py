@@ -16,8 +16,8 @@ from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
 
-MODEL = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2)
-GRIDS = {2: Grid(ring=2), 3: Grid(ring=3), 4: Grid(ring=2, ulysses=2)}  # by world size
+MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+GRIDS = {3: Grid(ring=3), 4: Grid(ring=2, ulysses=2)}  # by world size
 LENGTH = 12  # of one process
 DOCUMENTS = {"one document": None, "packed": torch.tensor([0, 5, 17])}
 

@@ -15,9 +15,9 @@ _CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 each_device = pytest.mark.parametrize("device", [_CUDA, "cpu"], scope="module")
 
-# For tests that repeat on a CPU what another test covers in less time.
+# For tests that repeat on a CPU what another test covers.
 each_device_long_on_cpu = pytest.mark.parametrize(
-    "device", [_CUDA, pytest.param("cpu", marks=pytest.mark.whole)], scope="module"
+    "device", [_CUDA, pytest.param("cpu", marks=pytest.mark.exhaustive)], scope="module"
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training import tiny
 
-STEPS = 3
+STEPS = 2
 PARTITIONED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,

@@ -24,7 +24,7 @@ from tests.checkpoint import small
 from tests.distributed import RankFailed, run_ranks
 from tests.training import tiny
 
-N = 4
+N = 2
 
 
 DTYPES_AND_STAGES = {

@@ -22,10 +22,17 @@ WHOLE = oracle.documents(1, 60, (60,))
 
 
 def check_parity(
-    kernel: str, dtype=torch.float32, groups=4, head_dim=16, mask: Mask = CAUSAL, visible=None
+    kernel: str,
+    dtype=torch.float32,
+    heads=2,
+    groups=2,
+    head_dim=16,
+    mask: Mask = CAUSAL,
+    visible=None,
+    layout: Layout = LAYOUT,
 ) -> None:
-    inputs = oracle.random_inputs(1, 60, 4, groups, dtype, head_dim)
-    results = simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs, mask=mask).results
+    inputs = oracle.random_inputs(1, 60, heads, groups, dtype, head_dim)
+    results = simulated_ring.run(layout, KERNELS[kernel], *inputs, mask=mask).results
     assert beyond_tolerance(results, oracle.attention(*inputs, visible), dtype) == {}
 
 
@@ -39,8 +46,8 @@ def check_window(kernel: str) -> None:
 
 
 def check_grouped_heads(kernel: str) -> None:
-    check_parity(kernel, groups=2)
-    check_parity(kernel, groups=1)
+    check_parity(kernel, heads=4, groups=2)
+    check_parity(kernel, heads=3, groups=1)
 
 
 def check_sinks(kernel: str) -> None:
@@ -85,7 +92,7 @@ def _expected_and_gradients(q, k, v, dout, out, lse, sink_H):
 
 
 def check_determinism(kernel: str) -> None:
-    inputs = oracle.random_inputs(1, 60, 4, 2, torch.float32)
+    inputs = oracle.random_inputs(1, 60, 2, 1, torch.float32)
     first, again = (simulated_ring.run(LAYOUT, KERNELS[kernel], *inputs).results for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again))
 
@@ -93,7 +100,7 @@ def check_determinism(kernel: str) -> None:
 def check_head_dims(*head_dims: int):
     def check(kernel: str) -> None:
         for head_dim in head_dims:
-            check_parity(kernel, head_dim=head_dim)
+            check_parity(kernel, head_dim=head_dim, layout=Layout("striped", 60, 2))
 
     return check
 
