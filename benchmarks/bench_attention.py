@@ -42,7 +42,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.common import DTYPES, Column, device_name, plain_row, plain_titles, write_json
+from benchmarks.common import (
+    DTYPES,
+    Column,
+    device_name,
+    plain_row,
+    plain_titles,
+    size_problems,
+    write_json,
+)
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -165,7 +173,7 @@ def main() -> None:
 
 
 def _check(options: Options) -> None:
-    problems = []
+    problems = size_problems(options, "nproc", "seq_length", "head_dim", "batch")
     for name in ("emulate_ranks", "documents", "window", "rounds"):
         value = getattr(options, name)
         if value < 0:

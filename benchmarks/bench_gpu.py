@@ -40,6 +40,7 @@ from benchmarks.common import (
     layout_name,
     random_inputs,
     setting,
+    size_problems,
 )
 from benchmarks.document_packs import random_starts
 from benchmarks.overlap_criterion import operations
@@ -48,7 +49,7 @@ from benchmarks.ring_correctness import correctness
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
-from megatron_ring.errors import KernelUnavailable, reporting_errors
+from megatron_ring.errors import ConfigError, KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
     GradientAccumulators,
@@ -77,6 +78,7 @@ MAX_REFERENCE_SCORES = 2**28
 
 def main() -> None:
     options = _parser().parse_args()
+    _check(options)
     torch.set_num_threads(1)  # as a rank on CPUs has
     bench = Bench(options, time.monotonic() + 60 * options.minutes)
     kernels = ", ".join(bench.kernels) or "none"
@@ -98,6 +100,15 @@ def main() -> None:
     print(*lines, sep="\n")
     is_wrong = any(not row["correct"] for row in results.findings["correctness"])
     raise SystemExit(is_wrong)
+
+
+def _check(options: argparse.Namespace) -> None:
+    sizes = ("tokens", "ring_sizes", "packs", "head_dim", "rounds")
+    problems = size_problems(options, *sizes)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problems.append("torch finds no GPU. Set --device cpu.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=7.5, help="start no measurement after this time"
     )
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", default="", help="also write the results to this file")
     return parser
 

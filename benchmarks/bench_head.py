@@ -79,11 +79,8 @@ def main() -> None:
 
 
 def _check(options: Options) -> None:
-    problems = not_positive(options, "hidden_size", "vocab_size", "chunk_size", "rounds")
-    for tokens in options.tokens:
-        if tokens < 1:
-            problems.append(f"tokens {tokens} must be at least 1. Set --tokens.")
-    if problems:
+    sizes = ("tokens", "hidden_size", "vocab_size", "chunk_size", "rounds")
+    if problems := not_positive(options, *sizes):
         raise ConfigError(problems)
 
 

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import DTYPES, Column, plain_row, plain_titles, write_json
+from benchmarks.common import DTYPES, Column, plain_row, plain_titles, size_problems, write_json
 from benchmarks.overlap_criterion import CAUSAL, Hop, operations
 from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel import ring as ring_loop
@@ -48,7 +48,7 @@ from megatron_ring.context_parallel.hop_cost import (
 )
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
-from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
     HopKernel,
@@ -144,10 +144,7 @@ def main() -> None:
 
 
 def _check(options: Options) -> None:
-    problems = not_positive(options, "heads", "kv_heads", "head_dim", "rounds")
-    for tokens in options.tokens:
-        if tokens < 1:
-            problems.append(f"tokens {tokens} must be at least 1. Set --tokens.")
+    problems = size_problems(options, "tokens", "head_dim", "rounds")
     for ratio in options.ratios:
         if not ratio > 0:
             problems.append(f"ratio {ratio} must be above 0. Set --ratios.")

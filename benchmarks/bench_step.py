@@ -48,7 +48,7 @@ from megatron_ring.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_ring.errors import reporting_errors
+from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.settings.precision import device_type
@@ -63,6 +63,9 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = _parser().parse_args()
+    sizes = ("layers", "hidden", "heads", "ffn", "vocab", "tokens", "mean_document", "steps")
+    if problems := not_positive(options, *sizes):
+        raise ConfigError(problems)
     # No messages about the profiler's start and end, from the processes started below.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     results = ResultsFile(options.json, setting("bench_step", options, device_type()))

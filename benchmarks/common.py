@@ -63,17 +63,26 @@ def gpu_milliseconds(run: Callable[[], None]) -> float:
     return start.elapsed_time(end)
 
 
+def size_problems(options: Any, *positive: str) -> list[str]:
+    """Return what is wrong with the sizes of a benchmark's tensors.
+
+    ``positive``: options that must be above 0, besides heads and kv_heads.
+    """
+    problems = not_positive(options, "heads", "kv_heads", *positive)
+    if min(options.heads, options.kv_heads) > 0 and options.heads % options.kv_heads:
+        problems.append(
+            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
+            "Set --heads or --kv-heads."
+        )
+    return problems
+
+
 def ring_problems(options: argparse.Namespace, *positive: str) -> list[str]:
     """Return what is wrong with the sizes of a benchmark's ring.
 
     ``positive``: options that must be above 0, besides tokens, heads and kv_heads.
     """
-    problems = not_positive(options, "tokens", "heads", "kv_heads", *positive)
-    if not problems and options.heads % options.kv_heads:
-        problems.append(
-            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
-            "Set --heads or --kv-heads."
-        )
+    problems = size_problems(options, "tokens", *positive)
     if options.ranks < 2:
         problems.append(
             f"ranks {options.ranks} must be at least 2: a ring of 1 rank sends nothing. "

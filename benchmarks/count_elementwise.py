@@ -113,6 +113,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if problems := not_positive(options, "tokens", "vocab_size", "ring_size"):
         raise ConfigError(problems)
+    if not options.recompute:
+        raise ConfigError("recompute is empty, and must have at least one value. Set --recompute.")
     model = load_yaml(options.config).model if options.config else LLAMA_1_3B
     operations, libraries = chosen_operations(options, model)
     print(f"{options.tokens} tokens, {options.dtype}, {options.attention_kernel} attention")

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Column, plain_row, plain_titles, write_json
+from benchmarks.common import Column, plain_row, plain_titles, size_problems, write_json
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
-from megatron_ring.errors import reporting_errors
+from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.tile_lists import TileList
 from megatron_ring.kernels.attention.triton.blocks import (
@@ -73,6 +73,9 @@ class Shape:
 
 def main() -> None:
     options = _parser().parse_args()
+    sizes = ("tokens", "mean_document", "ranks", "stripe_sizes", "head_dim", "processors")
+    if problems := size_problems(options, *sizes):
+        raise ConfigError(problems)
     shape = Shape(options.heads, options.kv_heads, options.head_dim)
     mask = Mask(document_starts=random_starts(options.mean_document, options.tokens))
     rows = []

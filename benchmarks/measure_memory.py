@@ -22,6 +22,7 @@ strides, then by bisection. Live bytes depend neither on the speed of the machin
 """
 
 import gc
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,7 @@ from megatron_ring.config import (
 )
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.errors import ConfigError, not_positive, reporting_errors
 from megatron_ring.parallel.environment import Environment, free_port
 from megatron_ring.plan.memory_report import memory_of_stages
 from megatron_ring.settings.run_settings import RunSettings
@@ -117,13 +118,11 @@ def _check(options: Options) -> None:
     problems = []
     if not options.seq_lengths and not options.budget_mib:
         problems.append("Nothing to measure. Set --seq-lengths or --budget-mib.")
-    if options.budget_mib < 0:
-        problems.append(f"budget_mib {options.budget_mib:g} must be at least 0. Set --budget-mib.")
-    if options.step < 1:
-        problems.append(f"step {options.step} must be at least 1. Set --step.")
-    for nproc in options.nproc:
-        if nproc < 1:
-            problems.append(f"nproc {nproc} must be at least 1. Set --nproc.")
+    if not 0 <= options.budget_mib < math.inf:
+        problems.append(
+            f"budget_mib {options.budget_mib:g} must be finite and at least 0. Set --budget-mib."
+        )
+    problems += not_positive(options, "step", "nproc")
     if problems:
         raise ConfigError(problems)
     # Resolving the settings raises ConfigError for an illegal length before any process starts.

@@ -72,10 +72,14 @@ def main() -> None:
         MEASURED.write_text(source)
 
 
+# Keys of every file, of those that ``common.setting`` writes.
+SETTING = {"device", "commit", "command", "options"}
+
+
 def read(folder: Path) -> dict[str, Findings]:
     """Return the findings of the benchmarks whose files are in ``folder``, by benchmark.
 
-    Raises DataError if there are none, or one is not JSON.
+    Raises DataError if there are none, or one is not a benchmark's.
     """
     found = {}
     for name, file in FILES.items():
@@ -84,8 +88,15 @@ def read(folder: Path) -> dict[str, Findings]:
             continue
         try:
             found[name] = json.loads(path.read_text())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
         except ValueError as error:
             raise DataError(f"{path} is not JSON: {error}") from None
+        if not (isinstance(found[name], dict) and found[name].keys() >= SETTING):
+            raise DataError(
+                f"{path} is not written by {name}: it must be an object with the keys "
+                f"{', '.join(sorted(SETTING))}. Run the benchmark again."
+            )
     if not found:
         raise DataError(
             f"{folder} has none of {', '.join(FILES.values())}. Run make bench-gpu, make "

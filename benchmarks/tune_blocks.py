@@ -32,10 +32,10 @@ import triton
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.common import ResultsFile, gpu_milliseconds, setting
+from benchmarks.common import ResultsFile, gpu_milliseconds, setting, size_problems
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, hop_key_ranges
-from megatron_ring.errors import KernelUnavailable, reporting_errors
+from megatron_ring.errors import ConfigError, KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs
 from megatron_ring.kernels.attention import triton as kernels
 from megatron_ring.kernels.attention.determinism import deterministic_algorithms
@@ -64,6 +64,8 @@ Timer = Callable[[Kernel, int, Blocks], float]
 
 def main() -> None:
     options = _parser().parse_args()
+    if problems := size_problems(options, "tokens", "jobs"):
+        raise ConfigError(problems)
     if not torch.cuda.is_available():
         raise KernelUnavailable(
             "tune_blocks times Triton kernels on a GPU, and torch finds none. Run it where "

@@ -87,13 +87,22 @@ def flag(name: str) -> str:
 
 
 def not_positive(options: object, *names: str) -> list[str]:
-    """Return the problems of the named int or float options that are not above 0."""
+    """Return the problems of the named options that are not above 0.
+
+    They are ints, floats, or lists of them, which must not be empty.
+    """
     rules = {int: "at least 1", float: "above 0"}
     problems = []
     for name in names:
         value = getattr(options, name)
-        if not value > 0:  # NaN is refused too
-            problems.append(f"{name} {value} must be {rules[type(value)]}. Set {flag(name)}.")
+        items = value if isinstance(value, list | tuple) else [value]
+        if not items:
+            problems.append(
+                f"{name} is empty, and must have at least one number. Set {flag(name)}."
+            )
+        for item in items:
+            if not item > 0:  # NaN is refused too
+                problems.append(f"{name} {item} must be {rules[type(item)]}. Set {flag(name)}.")
     return problems
 
 

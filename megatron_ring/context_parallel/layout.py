@@ -147,6 +147,8 @@ class Layout:
                 f"context_parallel {name!r} is not a layout. Known: {', '.join(NAMES)}. "
                 "Set --context-parallel."
             ]
+        if ring_size < 1:
+            return [f"a ring of {ring_size} ranks cannot hold a sequence; the smallest has 1."]
         if stripe_size < 1:
             return [f"stripe_size {stripe_size} must be at least 1. Set --stripe-size."]
         if name == "none" and ring_size > 1:

@@ -89,8 +89,8 @@ def hop_key_ranges(layout: Layout, ring_rank: int, source: int, mask: Mask = CAU
     if key not in mask.cached_key_ranges:
         if len(mask.cached_key_ranges) >= _MAX_CACHED:
             mask.cached_key_ranges.pop(next(iter(mask.cached_key_ranges)))
-        queries = _concatenated(layout.positions(ring_rank), layout, mask)
-        keys = _concatenated(layout.positions(source), layout, mask)
+        queries = concatenated_positions(layout, ring_rank, mask)
+        keys = concatenated_positions(layout, source, mask)
         mask.cached_key_ranges[key] = compute_key_ranges(queries, keys, mask.first_visible(queries))
     return mask.cached_key_ranges[key]
 
@@ -122,6 +122,7 @@ _MAX_CACHED = 1024
 _MASKS_OF_BATCHES = WeakTensorKeyDictionary()
 
 
-def _concatenated(positions_L: torch.Tensor, layout: Layout, mask: Mask) -> torch.Tensor:
-    """Return the positions of the rank's tokens in all ``mask.samples`` samples."""
+def concatenated_positions(layout: Layout, ring_rank: int, mask: Mask) -> torch.Tensor:
+    """Return the positions of the rank's tokens in all ``mask.samples`` samples, end to end."""
+    positions_L = layout.positions(ring_rank)
     return (torch.arange(mask.samples)[:, None] * layout.seq_length + positions_L).flatten()

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.mask import (
+    CAUSAL,
+    Mask,
+    concatenated_positions,
+    hop_key_ranges,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,21 @@ def visible_pairs_per_hop(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
 
     work = [[pairs(rank, hop) for rank in ranks] for hop in ranks]
     return Timeline(torch.tensor(work, dtype=torch.float64))
+
+
+def visible_pairs_per_rank(layout: Layout, mask: Mask = CAUSAL) -> torch.Tensor:
+    """Return the visible (query, key) pairs of every rank over all hops: (R,) float64.
+
+    Equals ``visible_pairs_per_hop(layout, mask).work_RR.sum(dim=0)``, but visits each token once
+    where that visits each shard R times.
+    """
+    pairs = []
+    for rank in range(layout.ring_size):
+        queries = concatenated_positions(layout, rank, mask)
+        first = mask.first_visible(queries)
+        seen = queries + 1 if first is None else queries + 1 - first.clamp(min=0)
+        pairs.append(int(seen.sum()))
+    return torch.tensor(pairs, dtype=torch.float64)
 
 
 def bound_over_ring(layout_name: str, ring_size: int) -> float:

@@ -65,6 +65,7 @@ STEP = WHERE | {
 }
 TUNE = WHERE | {
     "command": "python -m benchmarks.tune_blocks",
+    "options": {"tokens": 8192},
     "generation": "hopper",
     "blocks": [
         {"kernel": "forward", "head_dim": 64, "blocks": [128, 64, 8, 3]},
@@ -265,6 +266,10 @@ def test_a_folder_without_results_is_an_error_that_names_the_commands(tmp_path):
     (tmp_path / "bench-gpu.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         report_gpu.read(tmp_path)
+    for other in ("[1, 2]", "{}", "null", '{"device": "cpu"}'):
+        (tmp_path / "bench-gpu.json").write_text(other)
+        with pytest.raises(DataError, match="not written by bench_gpu.*commit, device"):
+            report_gpu.read(tmp_path)
 
 
 def test_a_document_without_markers_is_an_error():

@@ -134,6 +134,19 @@ def test_bytes_of_every_exchange_are_listed():
     )
 
 
+@pytest.mark.parametrize(
+    ("world_size", "seq_length", "balance"),
+    [
+        (2048, 4096, "slowest rank over mean 1.4996"),
+        (2, 2**30, "balance not counted for more than 134,217,728 tokens"),
+    ],
+)
+def test_balance_is_counted_once_a_token_whatever_the_ring_size(world_size, seq_length, balance):
+    # Once for each pair of ranks would take minutes here.
+    output = printed(world_size, parallel={"stripe_size": 1}, data={"seq_length": seq_length})
+    assert balance in output
+
+
 def test_one_process_lists_no_exchange():
     output = printed(1)
     for word in ("bytes of", "bubble", "layout"):

@@ -6,7 +6,12 @@ import torch
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
-from megatron_ring.plan.ring_timeline import Timeline, bound_over_ring, visible_pairs_per_hop
+from megatron_ring.plan.ring_timeline import (
+    Timeline,
+    bound_over_ring,
+    visible_pairs_per_hop,
+    visible_pairs_per_rank,
+)
 
 SMALL = [
     Layout("none", 9, 1),
@@ -44,7 +49,9 @@ def test_the_work_of_a_hop_is_its_visible_pairs(layout, mask):
         ]
         for hop in range(layout.ring_size)
     ]
-    assert visible_pairs_per_hop(layout, mask).work_RR.tolist() == pairs
+    timeline = visible_pairs_per_hop(layout, mask)
+    assert timeline.work_RR.tolist() == pairs
+    assert visible_pairs_per_rank(layout, mask).tolist() == timeline.work_RR.sum(dim=0).tolist()
 
 
 @pytest.mark.parametrize("layout", SMALL, ids=str)
