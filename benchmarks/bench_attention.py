@@ -46,6 +46,7 @@ from benchmarks.common import (
     DTYPES,
     Column,
     device_name,
+    legend,
     plain_row,
     plain_titles,
     size_problems,
@@ -320,14 +321,32 @@ def _bound(name: str, cases: dict[str, Case]) -> float:
 
 # By field of Result.
 _COLUMNS = {
-    "stripe_size": Column("stripe", 8, 0),
-    "seconds": Column("seconds", 10, 4),
-    "speedup_over_ring": Column("over ring", 11, 3),
-    "bound": Column("bound", 8, 3),
-    "efficiency": Column("efficiency", 12, 3),
-    "imbalance_counted": Column("slowest/mean", 14, 4),
-    "imbalance_timed": Column("timed", 8, 3),
-    "cost_per_pair_over_dense": Column("pair/dense", 12, 3),
+    "stripe_size": Column("stripe", 8, 0, "stripe size in tokens"),
+    "seconds": Column(
+        "seconds", 10, 4, "forward and backward; of emulated ranks, the critical path"
+    ),
+    "speedup_over_ring": Column(
+        "over ring", 11, 3, "seconds of the row ring over those of this row"
+    ),
+    "bound": Column("bound", 8, 3, "the most that 'over ring' can be, from balance alone"),
+    "efficiency": Column(
+        "efficiency", 12, 3, "seconds of the row single over those of this row; 1 is ideal"
+    ),
+    "imbalance_counted": Column(
+        "slowest/mean", 14, 4, "visible pairs of the slowest rank over the mean"
+    ),
+    "imbalance_timed": Column(
+        "timed", 8, 3, "slowest/mean in seconds instead of pairs; emulated ranks only"
+    ),
+    "cost_per_pair_over_dense": Column(
+        "pair/dense", 12, 3, "seconds per visible pair over those of the row dense"
+    ),
+}
+# The rows that are no layout of the ring, besides single, and what the others compare with.
+_ROWS = {
+    DENSE: "the striped ring without the mask of documents or window",
+    LIGHTER: "the contiguous ring that sends queries backward where they are fewer bytes",
+    "ring": "the contiguous ring as published, whose keys and values travel in both directions",
 }
 
 
@@ -354,6 +373,9 @@ def _print_report(findings: dict) -> None:
             print(_line(row))
     for row in findings["results"]:
         print(_line(row))
+    print(legend(_COLUMNS))
+    for row, meaning in _ROWS.items():
+        print(f"  {row}: {meaning}")
 
 
 def _mask_line(findings: dict) -> str:

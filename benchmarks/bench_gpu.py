@@ -26,7 +26,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,24 +36,23 @@ from benchmarks.common import (
     DTYPES,
     ResultsFile,
     commit,
-    gpu_milliseconds,
     layout_name,
+    missing_gpu,
     random_inputs,
     setting,
     size_problems,
 )
 from benchmarks.document_packs import random_starts
+from benchmarks.hop_times import HopTimes, time_rank
 from benchmarks.overlap_criterion import operations
 from benchmarks.report_gpu import measured_lines, stripe_lines
 from benchmarks.ring_correctness import correctness
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.errors import ConfigError, KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
-    GradientAccumulators,
-    HopInputs,
     HopKernel,
     choose,
     reference,
@@ -61,11 +60,6 @@ from megatron_ring.kernels.attention import (
 from megatron_ring.kernels.attention.determinism import deterministic_algorithms
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
-from megatron_ring.kernels.attention.running_softmax import (
-    FinalOutput,
-    RunningSoftmax,
-    zero_accumulators,
-)
 from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
 
 STRIPE_SIZES = (1, 128)
@@ -100,15 +94,6 @@ def main() -> None:
     print(*lines, sep="\n")
     is_wrong = any(not row["correct"] for row in results.findings["correctness"])
     raise SystemExit(is_wrong)
-
-
-def _check(options: argparse.Namespace) -> None:
-    sizes = ("tokens", "ring_sizes", "packs", "head_dim", "rounds")
-    problems = size_problems(options, *sizes)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problems.append("torch finds no GPU. Set --device cpu.")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for sizes that are impossible, and where there is no GPU."""
+    problems = missing_gpu(options.device, "time the kernels of a CPU, with fewer --tokens")
+    problems += size_problems(options, "tokens", "ring_sizes", "packs", "head_dim", "rounds")
+    if problems:
+        raise ConfigError(problems)
+
+
 @dataclass(frozen=True)
 class DeterministicKernel:
     """A kernel as it runs with --deterministic."""
@@ -165,26 +158,6 @@ class DeterministicKernel:
         """As in ``HopKernel``."""
         with deterministic_algorithms():
             self.kernel.backward(*arguments)
-
-
-@dataclass(frozen=True)
-class HopTimes:
-    """Sums over some hops: their number, visible pairs, and seconds forward and backward."""
-
-    hops: float = 0
-    pairs: float = 0
-    forward: float = 0
-    backward: float = 0
-
-    @property
-    def seconds(self) -> float:
-        return self.forward + self.backward
-
-    def __add__(self, other: "HopTimes") -> "HopTimes":
-        return HopTimes(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
-
-    def __mul__(self, factor: float) -> "HopTimes":
-        return HopTimes(*(value * factor for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -406,48 +379,8 @@ class Bench:
         mask: Mask,
         dtype: torch.dtype | None = None,
     ) -> HopTimes:
-        """Time the hops of one rank. All hops use the same tensors and continue one softmax."""
-        size = layout.ring_size
-        q, k, v, dout = self._tensors(layout.shard_length, dtype or self.dtype)
-        scale = q.shape[-1] ** -0.5
-        state = RunningSoftmax.empty(q)
-        accumulators = GradientAccumulators(*map(zero_accumulators, (q, k, v)))
-
-        def time_hop(hop: int) -> HopTimes:
-            key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
-            inputs = HopInputs(q, k, v, key_ranges, scale)
-            forward = self._median_seconds(lambda: kernel.forward(inputs, state))
-            out = FinalOutput.of(state.out_BLHD.to(q.dtype), dout)
-            lse = state.lse_BHL
-            backward = self._median_seconds(
-                lambda: kernel.backward(inputs, dout, out, lse, accumulators)
-            )
-            return HopTimes(1, key_ranges.visible_pairs, forward, backward)
-
-        first = time_hop(0)
-        if size == 1:
-            return first
-        others = [time_hop(hop) for hop in _sample_of_hops(size)]
-        return first + sum(others, HopTimes()) * ((size - 1) / len(others))
-
-    def _median_seconds(self, run: Callable[[], None]) -> float:
-        run()
-        return statistics.median(self._seconds(run) for _ in range(self.options.rounds))
-
-    def _seconds(self, run: Callable[[], None]) -> float:
-        """Return the seconds of one run; on a CPU those of this process, whatever else runs."""
-        if self.options.device != "cuda":
-            start = time.process_time()
-            run()
-            return time.process_time() - start
-        return gpu_milliseconds(run) / 1e3
-
-
-def _sample_of_hops(ring_size: int) -> list[int]:
-    """Return the hops after the first that are timed: all of them, or four of a large ring."""
-    if ring_size <= 8:
-        return list(range(1, ring_size))
-    return [1 + (ring_size - 2) * i // 3 for i in range(4)]
+        tensors = self._tensors(layout.shard_length, dtype or self.dtype)
+        return time_rank(kernel, tensors, layout, rank, mask, self.options.rounds)
 
 
 def _format(value: Any) -> str:

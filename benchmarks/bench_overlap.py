@@ -37,7 +37,15 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import DTYPES, Column, plain_row, plain_titles, size_problems, write_json
+from benchmarks.common import (
+    DTYPES,
+    Column,
+    legend,
+    plain_row,
+    plain_titles,
+    size_problems,
+    write_json,
+)
 from benchmarks.overlap_criterion import CAUSAL, Hop, operations
 from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel import ring as ring_loop
@@ -400,12 +408,14 @@ def _needed_tokens(
 _COLUMNS = {
     "tokens": Column("tokens", 7, 0),
     "mbit": Column("Mbit/s", 8, 0),
-    "compute": Column("compute", 9, 3),
-    "communication": Column("communication", 15, 3),
-    "together": Column("together", 10, 3),
-    "over_max": Column("over max", 10, 3),
-    "exposed": Column("exposed", 9, 3),
-    "waited": Column("waited", 8, 3),
+    "compute": Column("compute", 9, 3, "seconds of the hops, nothing sent"),
+    "communication": Column("communication", 15, 3, "seconds of the messages, nothing computed"),
+    "together": Column("together", 10, 3, "seconds of the ring"),
+    "over_max": Column("over max", 10, 3, "together over the larger of the two"),
+    "exposed": Column("exposed", 9, 3, "(together - compute) / together"),
+    "waited": Column(
+        "waited", 8, 3, "share of the time in which a rank is idle, mean of the ranks"
+    ),
 }
 
 
@@ -420,6 +430,9 @@ def _report(options: Options, rows: list[Row], load: list[float]) -> None:
     print(f"{plain_titles(_COLUMNS)}{'needs':>14}  can hide")
     for row in rows:
         print(_line(row))
+    print(legend(_COLUMNS))
+    print("  needs: tokens per rank that hide the messages of a hop, forward + backward")
+    print("  can hide: whether there are at least as many tokens as the larger of the two")
     findings = {
         "ranks": ranks,
         "load": load,

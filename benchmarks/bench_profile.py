@@ -42,6 +42,7 @@ from benchmarks.common import (
     DTYPES,
     commit,
     device_name,
+    missing_gpu,
     random_inputs,
     ring_problems,
     write_json,
@@ -128,8 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     problems = ring_problems(options, "layers", "head_dim", "rounds")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problems.append("torch finds no GPU. Set --device cpu.")
+    problems += missing_gpu(options.device, "measure what is recorded on a CPU")
     if problems:
         raise ConfigError(problems)
 

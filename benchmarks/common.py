@@ -53,6 +53,16 @@ def random_inputs(
     return tensors
 
 
+def missing_gpu(device: str, effect_of_cpu: str) -> list[str]:
+    """Return the problem of --device cuda where torch finds no GPU, else nothing.
+
+    ``effect_of_cpu``: what the benchmark does with --device cpu, after "to".
+    """
+    if device != "cuda" or torch.cuda.is_available():
+        return []
+    return [f"device cuda: torch finds no GPU. Set --device cpu to {effect_of_cpu}."]
+
+
 def gpu_milliseconds(run: Callable[[], None]) -> float:
     """Return the milliseconds that the GPU takes for what ``run`` queues; blocks until the end."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,16 +115,23 @@ def table_head(titles: Sequence[str]) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table in plain text, aligned right."""
+    """A column of a table in plain text, aligned right; ``meaning`` is for the legend."""
 
     title: str
     width: int
     digits: int
+    meaning: str = ""
 
 
 def plain_titles(columns: Mapping[str, Column]) -> str:
     """Return the first line of a table in plain text."""
     return "".join(f"{column.title:>{column.width}}" for column in columns.values())
+
+
+def legend(columns: Mapping[str, Column]) -> str:
+    """Return a line for each column that has a meaning, to be printed below the table."""
+    lines = [f"  {column.title}: {column.meaning}" for column in columns.values() if column.meaning]
+    return "\n".join(lines)
 
 
 def plain_row(columns: Mapping[str, Column], row: Mapping[str, Any], missing: str = "") -> str:

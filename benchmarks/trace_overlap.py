@@ -33,7 +33,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import emulated_ring
-from benchmarks.common import DTYPES, random_inputs, ring_problems, write_json
+from benchmarks.common import DTYPES, missing_gpu, random_inputs, ring_problems, write_json
 from benchmarks.device_trace import Overlap, overlaps
 from benchmarks.document_packs import random_starts
 from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
@@ -99,8 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     problems = ring_problems(options, "head_dim", "mean_document")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problems.append("torch finds no GPU. Set --device cpu to run without streams and traces.")
+    problems += missing_gpu(options.device, "run without streams and traces")
     if problems:
         raise ConfigError(problems)
 

@@ -25,7 +25,7 @@ class MegatronRingError(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         shown = self.problems[:_MAX_SHOWN_PROBLEMS]
         if hidden := len(self.problems) - len(shown):
-            shown = [*shown, f"and {hidden} more problems."]
+            shown = [*shown, f"and {counted(hidden, 'more problem')}."]
         super().__init__("\n".join(shown))
 
 
@@ -69,6 +69,16 @@ class RingStalled(MegatronRingError):
     """
 
     exit_code = 76
+
+
+def counted(number: int, noun: str, format_spec: str = "") -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> counted(1, "step"), counted(1200, "step", ","), counted(2, "process")
+    ('1 step', '1,200 steps', '2 processes')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:{format_spec}} {noun}{ending}"
 
 
 def nearest_multiples(value: int, multiple: int) -> str:

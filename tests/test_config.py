@@ -179,6 +179,8 @@ def test_scientific_notation_without_a_point_is_a_number(yaml):
     assert load_yaml(yaml("training: {lr: 3e-4, min_lr: 1}")).training == TrainingConfig(
         lr=3e-4, min_lr=1.0
     )
+    assert load_yaml(yaml("training: {lr: 3e-4, min_lr: 3e-5}")).training.min_lr == 3e-5
+    assert load_yaml(yaml("training: {min_lr: auto}")).training.min_lr == "auto"
 
 
 def test_deepspeed_keys_come_from_the_file_only_and_are_unchanged(yaml):
@@ -310,6 +312,9 @@ FILE_ERRORS = {
     "training: {lr: true}": ["FILE: training: lr is True", "float."],
     "training: {lr: [1]}": ["FILE: training: lr is [1]", "float."],
     "training: {dtype: bf15}": ["FILE: training: dtype is 'bf15'", "auto, fp32, bf16, fp16."],
+    "training: {min_lr: low}": ["FILE: training: min_lr is 'low'", "float", "auto."],
+    "training: {min_lr: true}": ["FILE: training: min_lr is True", "auto."],
+    "training: {min_lr: -.inf}": ["FILE: min_lr -inf ", "finite"],
     "training: {lr_warmup_iters: some}": [
         "FILE: training: lr_warmup_iters is 'some'",
         "int",

@@ -11,7 +11,7 @@ from megatron_ring.checkpoint import names
 from megatron_ring.checkpoint.average import average
 from megatron_ring.checkpoint.locate import locate, verify
 from megatron_ring.checkpoint.summary import Summary
-from megatron_ring.errors import CheckpointError, ConfigError, reporting_errors
+from megatron_ring.errors import CheckpointError, ConfigError, counted, reporting_errors
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Options:
             )
         if self.weights and len(self.weights) != count:
             problems.append(
-                f"{len(self.weights)} weights are given for {count} checkpoints. Set --weights."
+                f"--weights has {counted(len(self.weights), 'number')} for "
+                f"{counted(count, 'checkpoint')}. Set --weights."
             )
         for weight in self.weights:
             if not 0 < weight < math.inf:
@@ -78,7 +79,8 @@ def _last(options: Options) -> list[Path]:
     newest_first, _ = names.candidates(options.checkpoints[0])
     if len(newest_first) < options.last:
         raise CheckpointError(
-            f"{options.checkpoints[0]} has {len(newest_first)} checkpoints up to its latest, "
+            f"{options.checkpoints[0]} has {counted(len(newest_first), 'checkpoint')} up to its "
+            "latest, "
             f"not {options.last}. Set --last."
         )
     return newest_first[: options.last][::-1]

@@ -27,7 +27,7 @@ from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import ModelConfig
-from megatron_ring.errors import reporting_errors
+from megatron_ring.errors import counted, reporting_errors
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_export(command: Export) -> None:
     dtypes = _describe_dtypes(exported.dtypes)
     print(
         f"{command.hf_dir}: {exported.checkpoint.path} as {exported.family} in {dtypes}, "
-        f"{len(exported.files)} files"
+        f"{counted(len(exported.files), 'file')}"
     )
     print(f"family {exported.family}: {exported.reason}")
     print(f"longest sequence, as trained or after RoPE scaling: {exported.longest:,} tokens")

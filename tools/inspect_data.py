@@ -11,7 +11,7 @@ from megatron_ring.data.inspection import draw_histogram, verify
 from megatron_ring.data.manifest import check_tokenizer, read_manifest, tokenizer_path
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.errors import ConfigError, counted, reporting_errors
 
 # Documents shown where --documents names none.
 _DOCUMENTS_SHOWN = 3
@@ -75,7 +75,8 @@ def _refuse_invalid(options: Options, documents: int) -> None:
 def _print_counts(store: TokenStore) -> None:
     manifest = read_manifest(store.prefix)
     tokens = store.lengths.sum()
-    print(f"{store.prefix}: {len(store):,} documents, {tokens:,} tokens of {store.dtype.name}")
+    documents = counted(len(store), "document", ",")
+    print(f"{store.prefix}: {documents}, {counted(tokens, 'token', ',')} of {store.dtype.name}")
     print(f"manifest: {json.dumps(asdict(manifest), indent=2) if manifest else 'none'}")
     print(draw_histogram(store.lengths))
 
@@ -83,10 +84,11 @@ def _print_counts(store: TokenStore) -> None:
 def _print_document(store: TokenStore, number: int, tokenizer: Tokenizer, characters: int) -> None:
     tokens = store.document(number)
     text = tokenizer.decode(tokens)
-    print(f"--- document {number}: {len(tokens):,} tokens, {len(text):,} characters")
+    size = f"{counted(len(tokens), 'token', ',')}, {counted(len(text), 'character', ',')}"
+    print(f"--- document {number}: {size}")
     print(text[:characters])
     if len(text) > characters:
-        print(f"... {len(text) - characters:,} more characters")
+        print(f"... {counted(len(text) - characters, 'more character', ',')}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from megatron_ring.errors import (
     ConfigError,
     DataError,
     MegatronRingError,
+    counted,
     not_positive,
     reporting_errors,
 )
@@ -113,6 +114,7 @@ def run(options: Options) -> Prepared:
     try:
         corpus = python_library() if options.python_library else _gather_input(options)
         tokenizer = _tokenizer(options, corpus)
+        _announce_replacement(options.output_prefix)
         return prepare(
             corpus,
             options.output_prefix,
@@ -128,6 +130,21 @@ def run(options: Options) -> Prepared:
             f"--output-prefix. Finished shards are kept in {work_folder(options.output_prefix)}; "
             "the same command continues from them."
         ) from error
+
+
+def _announce_replacement(prefix: Path) -> None:
+    """Print that a store of this prefix is going to be replaced, before any text is tokenized."""
+    try:
+        documents = len(TokenStore(prefix))
+    except DataError:
+        return
+    print(
+        f"{prefix} is already a store of {counted(documents, 'document', ',')}. It is replaced "
+        "when "
+        "all of the new one is tokenized; interrupt this program to keep it.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _gather_input(options: Options) -> Corpus:
@@ -147,7 +164,8 @@ def _tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 def _summary(prefix: Path, manifest: Manifest) -> str:
     left_out = [f"{count:,} {reason}" for reason, count in manifest.left_out.items()]
     lines = [
-        f"{prefix}.bin, .idx, .json: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{prefix}.bin, .idx, .json: {counted(manifest.documents, 'document', ',')}, "
+        f"{counted(manifest.tokens, 'token', ',')}, "
         f"{manifest.bytes_per_token:.2f} bytes per token, {manifest.skipped:,} skipped. "
         f"Left out: {', '.join(left_out) or 'nothing'}."
     ]

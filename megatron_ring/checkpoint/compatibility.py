@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, ModelConfig
-from megatron_ring.errors import CheckpointError, flag
+from megatron_ring.errors import CheckpointError, counted, flag
 
 # Options that change what a model computes but not the names and shapes of its tensors.
 _WITHOUT_TENSORS = {
@@ -115,7 +115,8 @@ def _describe_change(name: str, there: list[dict[str, Any]], here: list[dict[str
 def _size(name: str, stores: list[dict[str, Any]]) -> str:
     for store in stores:
         if store.get("prefix") == name:
-            return f"{store.get('tokens')} tokens in {store.get('documents')} documents"
+            tokens, documents = (store.get(unit) for unit in ("tokens", "documents"))
+            return f"{counted(tokens, 'token')} in {counted(documents, 'document')}"
     return "not read"
 
 

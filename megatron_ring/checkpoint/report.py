@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ring.checkpoint.compare import ComparedNames, Comparison
 from megatron_ring.checkpoint.summary import Summary, differing_options, options
 from megatron_ring.config import Config
+from megatron_ring.errors import counted
 
 _PARTS = "part-*.safetensors"
 
@@ -16,13 +17,15 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     """Yield lines on everything but the tensors: progress, model, provenance and files."""
     state = summary.state
     model = summary.config.model
-    yield f"{summary.path}: {len(summary.files)} files, {sum(summary.files.values()):,} bytes"
+    files = counted(len(summary.files), "file")
+    yield f"{summary.path}: {files}, {sum(summary.files.values()):,} bytes"
     yield (
-        f"step {state.step:,}: {state.consumed_samples:,} samples, "
-        f"{summary.consumed_tokens:,} tokens seen, {state.optimizer_steps:,} optimizer steps"
+        f"step {state.step:,}: {counted(state.consumed_samples, 'sample', ',')}, "
+        f"{counted(summary.consumed_tokens, 'token', ',')} seen, "
+        f"{counted(state.optimizer_steps, 'optimizer step', ',')}"
     )
     yield (
-        f"model: {summary.parameters:,} parameters, {model.num_layers} layers, "
+        f"model: {summary.parameters:,} parameters, {counted(model.num_layers, 'layer')}, "
         f"hidden size {model.hidden_size}, {model.num_attention_heads} query and "
         f"{model.key_value_heads} key-value heads of {model.head_dim}, "
         f"feed-forward {model.feed_forward_size}, vocabulary {state.vocab_size:,}"
@@ -102,7 +105,7 @@ def _files(sizes: dict[str, int]) -> dict[str, str]:
     parts = fnmatch.filter(sizes, _PARTS)
     lines = {name: f"{sizes[name]:,} bytes" for name in sorted(sizes.keys() - set(parts))}
     total = sum(sizes[part] for part in parts)
-    return lines | {_PARTS: f"{len(parts)} files, {total:,} bytes"}
+    return lines | {_PARTS: f"{counted(len(parts), 'file')}, {total:,} bytes"}
 
 
 def _section(title: str, entries: dict[str, str]) -> Iterator[str]:

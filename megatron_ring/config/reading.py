@@ -130,12 +130,20 @@ def _convert(value: Any, hint: Any) -> Any:
     is_number = isinstance(value, int | str) and not isinstance(value, bool)
     if hint is float and is_number:
         return float(value)  # YAML 1.1 reads 3e-4 as text
+    if float in get_args(hint) and is_number and value not in _choices(hint):
+        return float(value)
     if get_origin(hint) is tuple:
         value = tuple(value) if isinstance(value, list) else (value,)
     converted = untrusted.validate(value, hint)
     if get_origin(hint) is Literal and type(converted) is not type(value):
         raise TypeError  # pydantic accepts True and 1.0 for Literal[1]
     return converted
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Return the values of the Literal in a union such as ``float | Literal["auto"]``."""
+    literals = [inner for inner in get_args(hint) if get_origin(inner) is Literal]
+    return [choice for literal in literals for choice in get_args(literal)]
 
 
 def _describe(hint: Any) -> str:

@@ -12,6 +12,9 @@ from megatron_ring.errors import flag, not_positive
 # --lr-warmup-iters auto: this part of the schedule's steps, at most that many.
 _AUTO_WARMUP_SHARE = 10
 _MAX_AUTO_WARMUP = 20
+# --min-lr auto: this part of the peak, at most that.
+_AUTO_MIN_LR_SHARE = 10
+_MAX_AUTO_MIN_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class TrainingConfig:
     data ranks, that is no gradient accumulation."""
     lr: float = 1e-3
     """Peak learning rate."""
-    min_lr: float = 1e-4
-    """Learning rate at the end of cosine or linear decay."""
+    min_lr: float | Literal["auto"] = "auto"
+    """Learning rate at the end of cosine or linear decay. auto: a tenth of lr, at most 1e-4.
+    Checkpoints store the number, and a run that resumes from one with auto and the same lr keeps
+    it."""
     lr_warmup_iters: int | Literal["auto"] = "auto"
     """Steps of linear warm-up from 0. auto: a tenth of the schedule's steps (lr_decay_iters, or
     else train_iters), at most 20. Checkpoints store the number, and a run that resumes from one
@@ -82,6 +87,13 @@ class TrainingConfig:
         return self.lr_decay_iters or self.train_iters
 
     @property
+    def final_lr(self) -> float:
+        """The rate at the end of cosine or linear decay: min_lr, with auto resolved."""
+        if self.min_lr != "auto":
+            return self.min_lr
+        return min(_MAX_AUTO_MIN_LR, self.lr / _AUTO_MIN_LR_SHARE)
+
+    @property
     def warmup_iters(self) -> int:
         """The steps of the warm-up, with auto resolved."""
         if self.lr_warmup_iters != "auto":
@@ -96,15 +108,14 @@ class TrainingConfig:
         problems += negative(
             self,
             "global_batch_size",
-            "min_lr",
             "weight_decay",
             "clip_grad",
             "lr_decay_iters",
             "seed",
             "eval_interval",
         )
-        if self.lr_warmup_iters != "auto":
-            problems += negative(self, "lr_warmup_iters")
+        numbers_or_auto = ("min_lr", "lr_warmup_iters")
+        problems += negative(self, *(n for n in numbers_or_auto if getattr(self, n) != "auto"))
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
             if not 0 <= beta < 1:
@@ -113,7 +124,7 @@ class TrainingConfig:
 
     def _schedule_problems(self) -> list[str]:
         problems = []
-        if self.min_lr > self.lr:
+        if self.min_lr != "auto" and self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr or --lr.")
         if self.lr_decay_style == "constant" and self.lr_decay_iters > 0:
             problems.append(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.errors import ConfigError, counted, nearest_multiples
 from megatron_ring.kernels.attention.measured import WIDEST, StripeSize
 
 Positions = Callable[["Layout", int], torch.Tensor]
@@ -163,21 +163,19 @@ def _length_problems(
     name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int
 ) -> list[str]:
     rule = _LAYOUTS[name].rule
-    smallest_multiple = ring_size * ulysses_size
-    multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), smallest_multiple)
+    multiple = math.lcm(
+        _LAYOUTS[name].multiple_of(ring_size, stripe_size), ring_size * ulysses_size
+    )
     if seq_length > 0 and seq_length % multiple == 0:
         return []
-    ranks = f"{ring_size} ring ranks"
-    remedy = "Set --seq-length"
+    ranks = counted(ring_size, "ring rank")
     if ulysses_size > 1:
         ranks += f" of {ulysses_size} Ulysses ranks"
         rule += ", and ring size x Ulysses degree"
-    if multiple != smallest_multiple:
-        striped = "striped with --stripe-size 1" if name == "striped" else "striped"
-        remedy += f", or use --context-parallel {striped} (multiple of {smallest_multiple})"
     return [
         f"seq_length {seq_length} cannot be laid out {name} on {ranks}: it must be a multiple of "
-        f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. {remedy}."
+        f"{multiple} ({rule}). Nearest: {nearest_multiples(seq_length, multiple)}. "
+        "Set --seq-length."
     ]
 
 

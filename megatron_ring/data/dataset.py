@@ -22,10 +22,11 @@ from megatron_ring.data.map_cache import MapCache
 from megatron_ring.data.prepare import prepare_python_library
 from megatron_ring.data.samples import PARTS, SampleStream, document_ranges, split_documents
 from megatron_ring.data.stream import Stream
+from megatron_ring.data.token_index import prepare_command
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import ConfigError, DataError, flag
+from megatron_ring.errors import ConfigError, DataError, counted, flag
 
 DEFAULT_FOLDER = Path("data")
 """The folder, relative to the working directory, in which the default corpus is prepared."""
@@ -116,7 +117,8 @@ def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
         split = ", ".join(f"{share:g}" for share in config.split)
         raise ConfigError(
             f"split {split} adds up to {sum(config.split):g} and gives {' and '.join(empty)} none "
-            f"of {documents} documents; one document is a share of {1 / documents:.3g}. Set "
+            f"of {counted(documents, 'document')}; one document is a share of "
+            f"{1 / documents:.3g}. Set "
             "--split to shares that give each part a document, or to 0 for a part that is not "
             "wanted."
         )
@@ -137,21 +139,22 @@ def _refuse_different_tokenizers(prefixes: list[str]) -> None:
     known = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix))]
     for prefix, manifest in known[1:]:
         first_prefix, first = known[0]
+        other = tokenizer_path(first_prefix)
         if first.tokenizer_sha256[:12] != manifest.tokenizer_sha256[:12]:
             raise DataError(
                 f"token stores {first_prefix} and {prefix} cannot be blended: they were written "
                 f"with different tokenizers (sha256 {first.tokenizer_sha256[:12]} and "
                 f"{manifest.tokenizer_sha256[:12]}). Write one again with the tokenizer of the "
-                f"other, tools/prepare_data.py --output-prefix {prefix} --tokenizer-model "
-                f"{tokenizer_path(first_prefix)}, or remove one from --data-path."
+                f"other, {prepare_command(prefix, f'--tokenizer-model {other}')}, or remove one "
+                "from --data-path."
             )
         if first.begin_of_document != manifest.begin_of_document:
             raise DataError(
                 f"token stores {first_prefix} and {prefix} cannot be blended: documents begin with "
                 f"ids {list(first.begin_of_document)} in the first and "
                 f"{list(manifest.begin_of_document)} in the second. Write one again with "
-                f"tools/prepare_data.py --output-prefix {prefix} and --prepend-bos on or off, or "
-                "remove one from --data-path."
+                f"{prepare_command(prefix, '--prepend-bos on')} (or off), or remove one from "
+                "--data-path."
             )
 
 
@@ -172,8 +175,8 @@ def _refuse_missing_ends(store: TokenStore, boundaries: DocumentBoundaries) -> N
             f"token store {store.prefix}: {len(unended)} of {len(checked)} documents checked do "
             f"not end with the end-of-document token (id {boundaries.end_of_document}); the first "
             f"is document {unended[0]}. {', '.join(boundaries.flags)} find document boundaries by "
-            "this token. Write the store again with tools/prepare_data.py --output-prefix "
-            f"{store.prefix} (Megatron: --append-eod), set --tokenizer-model to the tokenizer it "
+            f"this token. Write the store again with {prepare_command(store.prefix)} (Megatron: "
+            "--append-eod), set --tokenizer-model to the tokenizer it "
             f"was written with, or remove {', '.join(map(flag, boundaries.flags))}."
         )
 

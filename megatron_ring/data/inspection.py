@@ -10,9 +10,10 @@ from itertools import islice
 import numpy as np
 
 from megatron_ring.data.manifest import Manifest
+from megatron_ring.data.token_index import prepare_command
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import DataError
+from megatron_ring.errors import DataError, counted
 
 # Faulty documents named in one error.
 _DOCUMENTS_NAMED = 3
@@ -62,7 +63,7 @@ def _wrong_counts(store: TokenStore, manifest: Manifest | None) -> Iterator[str]
         if actual != expected:
             yield (
                 f"{actual} {name}, and its manifest has {expected}. Write it again with "
-                "tools/prepare_data.py."
+                f"{prepare_command(store.prefix)}."
             )
 
 
@@ -83,7 +84,7 @@ def _faulty_documents(
             if fault:
                 yield (
                     f"document {number} {fault}. Set --tokenizer-model, or write it again with "
-                    "tools/prepare_data.py."
+                    f"{prepare_command(store.prefix)}."
                 )
 
     return islice(faults(), _DOCUMENTS_NAMED)
@@ -113,7 +114,8 @@ def _wrong_end(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     ends = np.flatnonzero(tokens == tokenizer.end_of_document)
     if ends.tolist() != [tokens.size - 1]:
         return (
-            f"has {ends.size} end-of-document ids ({tokenizer.end_of_document}) and must have "
+            f"has {counted(ends.size, 'end-of-document id')} ({tokenizer.end_of_document}) and "
+            "must have "
             "exactly one, at its end"
         )
     return ""

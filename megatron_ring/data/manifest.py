@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from megatron_ring.data.token_index import prepare_command
 from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer, beside
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import (
@@ -88,8 +89,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         keys = ", ".join(field.name for field in fields(Manifest))
         raise DataError(
             f"{path} is not one JSON object of {keys}: {error}. Delete it to read the store "
-            "without it, or write the store again with tools/prepare_data.py --output-prefix "
-            f"{prefix}."
+            f"without it, or write the store again with {prepare_command(prefix)}."
         ) from error
 
 
@@ -103,14 +103,12 @@ def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
             f"token store {prefix} was written with a tokenizer of {manifest.vocab_size} ids "
             f"(sha256 {manifest.tokenizer_sha256[:12]}), and the given tokenizer has "
             f"{tokenizer.vocab_size} (sha256 {tokenizer.fingerprint[:12]}). Set --tokenizer-model "
-            "to the first, or write the store again with tools/prepare_data.py --output-prefix "
-            f"{prefix}."
+            f"to the first, or write the store again with {prepare_command(prefix)}."
         )
     if manifest.end_of_document not in (None, tokenizer.end_of_document):
         raise DataError(
             f"token store {prefix} ends documents with id {manifest.end_of_document}, and the "
             f"given tokenizer with {tokenizer.end_of_document}. Set --tokenizer-model to "
             f"{tokenizer_path(prefix)}, whose tokenizer_config.json names the end-of-document "
-            "token, or write the store again with tools/prepare_data.py --output-prefix "
-            f"{prefix}."
+            f"token, or write the store again with {prepare_command(prefix)}."
         )

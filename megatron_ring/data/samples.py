@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_ring.data.stream import SampleView, Stream, shuffled
 from megatron_ring.data.tokens import TokenStore
-from megatron_ring.errors import DataError
+from megatron_ring.errors import DataError, counted
 
 PARTS = ("training", "validation", "test")
 """The parts of the data, in the order of the shares of --split."""
@@ -51,8 +51,9 @@ def _too_small(name: str, share: float, lengths: np.ndarray, part: range, seq_le
         return ""
     shorter = f"--seq-length to at most {tokens - 1}, " if tokens > 1 else ""
     return (
-        f"{name}: a share of {share:g} of {len(lengths)} documents is {len(part)} documents with "
-        f"{tokens} tokens, and one sample takes {seq_length + 1} (seq_length + 1). Set --split to "
+        f"{name}: a share of {share:g} of {counted(len(lengths), 'document')} is "
+        f"{counted(len(part), 'document')} with {counted(tokens, 'token')}, and one sample takes "
+        f"{seq_length + 1} (seq_length + 1). Set --split to "
         f"give it more or none, {shorter}or prepare more text."
     )
 
@@ -103,7 +104,10 @@ class SampleStream(Stream):
 
     def describe(self) -> list[str]:
         """Return one line: the store and the samples in an epoch."""
-        return [f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch"]
+        return [
+            f"{self.store.prefix}: {counted(self.samples_per_epoch, 'training sample', ',')} an "
+            "epoch"
+        ]
 
     def _shuffled_epoch(self, number: int) -> _Epoch:
         order = shuffled(len(self.documents), self.seed, number, "documents")

@@ -102,13 +102,20 @@ def read_counts(prefix: str | Path) -> tuple[np.dtype, int]:
 def damaged(prefix: str | Path, path: Path, fault: str) -> DataError:
     """Return the error for a store with a damaged file. ``fault`` completes "PATH has ..."."""
     return DataError(
-        f"token store {prefix}: {path} has {fault}. Set --data-path, or {rewrite_command(prefix)}."
+        f"token store {prefix}: {path} has {fault}. Set --data-path, or write it again with "
+        f"{prepare_command(prefix)}."
     )
 
 
-def rewrite_command(prefix: str | Path) -> str:
-    """Return the remedy for a store that cannot be read, the end of an error message."""
-    return f"write it with python tools/prepare_data.py --input FILES --output-prefix {prefix}"
+def prepare_command(prefix: str | Path, flags: str = "") -> str:
+    """Return the command that writes a store, for error messages.
+
+    ``prefix`` may be the path of one of its files, which is how P is often mistaken.
+    """
+    stem = Path(prefix)
+    stem = stem.with_suffix("") if stem.suffix in (".bin", ".idx") else stem
+    command = f"python tools/prepare_data.py --input FILES --output-prefix {stem}"
+    return f"{command} {flags}".rstrip()
 
 
 def _read_header(prefix: str | Path, index: np.ndarray) -> tuple[np.dtype, int, int]:

@@ -18,8 +18,8 @@ from megatron_ring.data.token_index import (
     damaged,
     idx_path,
     index_bytes,
+    prepare_command,
     read_index,
-    rewrite_command,
 )
 from megatron_ring.errors import DataError
 from megatron_ring.untrusted import create
@@ -170,17 +170,25 @@ class TokenStore:
         return tokens
 
 
-def _refuse_missing(prefix: str | Path) -> None:
+def missing_files(prefix: str | Path) -> list[str]:
+    """Return which of the two files of a store do not exist.
+
+    Raises DataError for one whose folder cannot be read.
+    """
     missing = []
     for path in (bin_path(prefix), idx_path(prefix)):
         with readable(path):
             if not path.is_file():
                 missing.append(str(path))
-    if missing:
+    return missing
+
+
+def _refuse_missing(prefix: str | Path) -> None:
+    if missing := missing_files(prefix):
         raise DataError(
             f"token store {prefix}: no {' and no '.join(missing)}. A store is two files, P.bin and "
             "P.idx, and --data-path takes P, without a suffix. Set --data-path, or "
-            f"{rewrite_command(prefix)}."
+            f"write it with {prepare_command(prefix)}."
         )
 
 

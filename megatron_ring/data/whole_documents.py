@@ -13,6 +13,7 @@ import numpy as np
 from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.stream import SampleView, Stream, shuffled
 from megatron_ring.data.tokens import TokenStore
+from megatron_ring.errors import counted
 
 
 class WholeDocumentStream(Stream):
@@ -60,8 +61,9 @@ class WholeDocumentStream(Stream):
 
     def describe(self) -> list[str]:
         """Return one line: the store, the samples in an epoch and the share of padding."""
+        samples = counted(self.samples_per_epoch, "training sample", ",")
         return [
-            f"{self.store.prefix}: {self.samples_per_epoch:,} training samples an epoch of whole "
+            f"{self.store.prefix}: {samples} an epoch of whole "
             f"documents ({self.fit}), {self.padding_share:.2%} padding"
         ]
 

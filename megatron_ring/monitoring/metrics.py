@@ -48,6 +48,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from tqdm import tqdm
 
 from megatron_ring.config import LoggingConfig
+from megatron_ring.errors import counted
 from megatron_ring.monitoring.metrics_file import MetricsFile
 from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.monitoring.ring_profile.report import RingReport
@@ -275,7 +276,8 @@ class ConsoleReporter:
             first, last = self.first, self.last
             steps = last.step - first.step + 1
             lines.append(
-                f"loss             {first.loss:.4f} -> {last.loss:.4f} in {steps} steps, "
+                f"loss             {first.loss:.4f} -> {last.loss:.4f} in "
+                f"{counted(steps, 'step')}, "
                 f"{last.tokens:,} tokens so far"
             )
             tokens, model_flops, full_flops = map(statistics.median, zip(*self.rates.values))

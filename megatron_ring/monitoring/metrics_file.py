@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.checkpoint import disk
+from megatron_ring.errors import counted
 
 # The beginning of every line, by which an incomplete first line is recognised.
 _BEGINNING = b'{"step": '
@@ -101,7 +102,7 @@ class MetricsFile:
             if complete < size:
                 notes.append(
                     f"{self.path} ended in an incomplete line, as after a kill or on a full disk; "
-                    f"its {size - complete} bytes are dropped"
+                    f"what is left of it ({counted(size - complete, 'byte')}) is dropped"
                 )
             if keep < complete:
                 outcome = self._copy_superseded(file, keep, complete)

@@ -4,7 +4,7 @@ Every problem states the legal sizes. ``Grid.of`` requires that there are no pro
 """
 
 from megatron_ring.config import ParallelConfig
-from megatron_ring.errors import flag
+from megatron_ring.errors import counted, flag
 
 
 def problems(config: ParallelConfig, world_size: int, dry_run: bool = False) -> list[str]:
@@ -15,7 +15,7 @@ def problems(config: ParallelConfig, world_size: int, dry_run: bool = False) -> 
     if config.world_size not in (0, world_size):
         return [
             f"world_size {config.world_size} is what this config is meant for, "
-            f"but {world_size} processes run. "
+            f"but the run has {counted(world_size, 'process')}. "
             f"Start {config.world_size}, or set --world-size 0."
         ]
     other_number = "--world-size" if dry_run else "start another number of processes"
@@ -56,7 +56,7 @@ def _division_problems(config: ParallelConfig, world_size: int, other_number: st
             leave = "leaves" if len(dividing) == 1 else "leave"
             which = f"that {' and '.join(dividing)} {leave} of {world_size}"
         problems.append(
-            f"{name} {size} does not divide the {left} processes {which}. "
+            f"{name} {size} does not divide the {counted(left, 'process')} {which}. "
             f"Legal: {divisors(left)}. Set {flag(name)}, or {other_number}."
         )
     return problems
@@ -67,7 +67,7 @@ def _ulysses_problems(config: ParallelConfig, context: int) -> list[str]:
     if context % degree == 0:
         return []
     return [
-        f"ulysses_degree {degree} does not divide the {context} context ranks. "
+        f"ulysses_degree {degree} does not divide the {counted(context, 'context rank')}. "
         f"Legal: {divisors(context)}. Set --ulysses-degree, or --context-parallel-size."
     ]
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_ring.errors import ConfigError
+from megatron_ring.errors import ConfigError, counted
 from megatron_ring.parallel.environment import (
     Environment,
     ranks_may_share_gpus,
@@ -97,20 +97,18 @@ def _no_gpu(environment: Environment, visible: int) -> str:
     share = "let ranks share a GPU with NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30 or newer)."
     if ranks <= visible:
         return (
-            f"two of the {ranks} ranks on {host} have the same one of {visible} visible GPUs, "
+            f"two of the {ranks} ranks on {host} have the same one of "
+            f"{counted(visible, 'visible GPU')}, "
             "whose index is LOCAL_RANK. Give each rank of a host its own LOCAL_RANK, or "
             f"{share}"
         )
     return (
-        f"{ranks} ranks run on {host}, but they see {_gpus(visible)}, and each rank needs one of "
+        f"{ranks} ranks run on {host}, but they see {counted(visible, 'GPU')}, and each rank "
+        "needs one of "
         f"its own. Start at most {visible} there (deepspeed --num_gpus {visible}, torchrun "
         f"--nproc-per-node {visible}, srun --ntasks-per-node {visible}), make more GPUs visible "
         f"(CUDA_VISIBLE_DEVICES), or {share}"
     )
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _agree(environment: Environment, store: dist.Store, uses_gpu: int, problem: str | None) -> int:

@@ -1,12 +1,14 @@
 """The output of --dry-run: coordinates, token layout, memory and bytes sent, per process.
 
-Everything is counted from the config and the layout. No process is started, and of the data only
-the tokenizer is opened, for its number of ids.
+Everything is counted from the config and the layout. No process is started. Of the data only the
+tokenizer is opened, for its number of ids; of the token stores only the existence is checked.
 """
 
 from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.data.tokens import missing_files
+from megatron_ring.errors import DataError, counted
 from megatron_ring.plan.activations import inputs_gathered_again
 from megatron_ring.plan.communication import ring_tensors, stage_bytes, tensor_bytes, ulysses_bytes
 from megatron_ring.plan.memory import bubble
@@ -21,8 +23,8 @@ _MAX_COUNTED_TOKENS = 2**27
 
 
 def plan_lines(setup: RunSettings) -> list[str]:
-    """Return the grid, the layout, memory and messages, with an empty line before each."""
-    sections = [_coordinates(setup)]
+    """Return missing data, grid, layout, memory and messages, with an empty line before each."""
+    sections = [_missing_data(setup), _coordinates(setup)]
     if setup.grid.context > 1:
         sections.append(_layout_drawing(setup.layout, setup.grid.ulysses))
     sections += [memory_lines(setup), _messages(setup)]
@@ -30,6 +32,23 @@ def plan_lines(setup: RunSettings) -> list[str]:
     for section in sections:
         if section:
             lines += ["", *section]
+    return lines
+
+
+def _missing_data(setup: RunSettings) -> list[str]:
+    """Return a line for each token store that a run would not find; that is no error of a plan."""
+    lines = []
+    for prefix in setup.config.data.blend:
+        try:
+            missing = missing_files(prefix)
+        except DataError as error:
+            lines.append(f"data             {error}")
+            continue
+        if missing:
+            lines.append(
+                f"data             no token store {prefix}: no {' and no '.join(missing)}. "
+                "The plan does not need it; a run without it ends with exit code 3"
+            )
     return lines
 
 
@@ -54,7 +73,7 @@ def _layout_drawing(layout: Layout, ulysses: int) -> list[str]:
     small = Layout(layout.name, units * stripe, layout.ring_size, stripe)
     unit_name = "token" if stripe == 1 else f"stripe of {stripe} tokens"
     lines = [
-        f"{layout.name} layout, drawn for {small.seq_length} tokens; "
+        f"{layout.name} layout, drawn for {counted(small.seq_length, 'token')}; "
         f"# is a {unit_name} that the rank owns"
     ]
     drawn_ranks = min(layout.ring_size, _MAX_DRAWN_RANKS)
@@ -63,7 +82,7 @@ def _layout_drawing(layout: Layout, ulysses: int) -> list[str]:
         marks = "".join("#" if unit in owned else "." for unit in range(units))
         lines.append(f"ring rank {ring_rank}  {marks}")
     if layout.ring_size > drawn_ranks:
-        lines.append(f"and {layout.ring_size - drawn_ranks} more ranks")
+        lines.append(f"and {counted(layout.ring_size - drawn_ranks, 'more rank')}")
     if ulysses > 1:
         lines.append(
             f"each ring rank is {ulysses} Ulysses members: of its {layout.shard_length} tokens, in "
@@ -101,20 +120,27 @@ def _ring_lines(setup: RunSettings) -> list[str]:
         f"bytes of a hop   {kv_2BLgD.nbytes:,} forward (K and V), {backward[sent]:,} backward "
         f"(the {sent} travel; the {other} would be {backward[other]:,})"
     ]
+    documents = ""
+    if setup.config.data.reset_attention_mask:
+        documents = (
+            ", as if a sample were one document: separate documents are less work, and how much "
+            "each rank has depends on their lengths (--profile-ring measures it)"
+        )
     for window in sorted({model.window_of(layer) for layer in range(model.num_layers)}):
         mask = Mask(window)
         name = f"window {window}" if window else "full attention"
         hops = layout.hops(mask.reach(layout.seq_length))
-        lines.append(f"work             {name}: {hops} hops, {_imbalance(layout, mask)}")
+        balance = _balance(layout, mask, documents)
+        lines.append(f"work             {name}: {counted(hops, 'hop')}, {balance}")
     return lines
 
 
-def _imbalance(layout: Layout, mask: Mask) -> str:
+def _balance(layout: Layout, mask: Mask, documents: str) -> str:
     if layout.seq_length > _MAX_COUNTED_TOKENS:
         return f"balance not counted for more than {_MAX_COUNTED_TOKENS:,} tokens"
     pairs_R = visible_pairs_per_rank(layout, mask)
     imbalance = float(pairs_R.max() / pairs_R.mean())
-    return f"slowest rank over mean {imbalance:.4f}, counted in visible pairs"
+    return f"slowest rank over mean {imbalance:.4f}, counted in visible pairs{documents}"
 
 
 def _ulysses_lines(setup: RunSettings) -> list[str]:
@@ -156,7 +182,7 @@ def _pipeline_lines(setup: RunSettings) -> list[str]:
         f"bytes of a stage {forward:,} forward to the next one for a micro-batch, "
         f"{backward:,} back",
         f"bubble           a stage is idle for {idle:.1%} of a step: {stages} stages, "
-        f"{setup.micro_batches} micro-batches, (P - 1) / (M + P - 1)",
+        f"{counted(setup.micro_batches, 'micro-batch')}, (P - 1) / (M + P - 1)",
     ]
 
 

@@ -6,7 +6,7 @@ from megatron_ring.config import Config
 from megatron_ring.data.manifest import tokenizer_path
 from megatron_ring.data.prepare import DEFAULT_VOCAB_SIZE
 from megatron_ring.data.tokenizer import Tokenizer
-from megatron_ring.errors import DataError
+from megatron_ring.errors import DataError, counted
 from megatron_ring.parallel.grid import layers_of_stage
 from megatron_ring.plan.activations import layer_bytes, ring_attention_paper_bytes
 from megatron_ring.plan.memory import (
@@ -141,7 +141,7 @@ def _activations_line(setup: RunSettings) -> str:
     )
     if setup.grid.pipe > 1:
         in_flight = micro_batches_in_flight(setup.grid.pipe, 0, setup.micro_batches)
-        line += f", {in_flight} micro-batches in flight on the first stage"
+        line += f", {counted(in_flight, 'micro-batch')} in flight on the first stage"
     return line + f"; Ring Attention's 6 x hidden, bf16: {paper:,}"
 
 

@@ -74,7 +74,9 @@ class SelfTestReport:
 
     def summary(self) -> str:
         """Return one line for the start of a run, and one more if links are slow."""
-        text = f"{len(self.processes)} ranks agree; {self._equation()} to {max(self.errors):.0e}"
+        ranks = len(self.processes)
+        agree = f"{ranks} ranks agree" if ranks > 1 else "1 rank"
+        text = f"{agree}; {self._equation()} to {max(self.errors):.0e}"
         if self.links:
             text += (
                 f"; {megabytes(median(self.links))} MB/s a hop of {message_bytes(self.setup):,} "

@@ -11,15 +11,18 @@ from typing import NamedTuple
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
-from megatron_ring.errors import nearest_multiples
+from megatron_ring.errors import counted, nearest_multiples
 from megatron_ring.kernels.attention import stripe_widths
 from megatron_ring.kernels.attention.machine import Machine
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.parallel.grid import Grid
 
+# What takes every length, because its samples are padded (``padded_length``).
+_ANY_LENGTH = "--context-parallel striped with --stripe-size 1"
+
 
 class ResolvedLayout(NamedTuple):
-    """The layout of a run, and why --stripe-size auto has that size; "" if it has no preference."""
+    """The layout of a run, and why --stripe-size auto has that size; "" where it has no choice."""
 
     layout: Layout
     stripe_reason: str
@@ -54,7 +57,11 @@ def layout(
     if grid.ring == 1 and stripe_size == 1:
         reason = ""
     elif widths and stripe_size == 1:
-        reason += f"; no such stripes balance {length} tokens on {grid.ring} ring ranks"
+        sample = "a packed sample" if is_packed else "a sample"
+        reason = (
+            f"no stripe size that is {reason} balances {sample} of {counted(length, 'token')} on "
+            f"{counted(grid.ring, 'ring rank')}"
+        )
     return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size), reason)
 
 
@@ -105,7 +112,7 @@ def _division_problems(config: Config, grid: Grid, stripe_size: int) -> list[str
         return Layout.problems(name, length, grid.ring, stripe_size, grid.ulysses)
 
     if tensor_ranks == 1:
-        return layout_problems(length)
+        return [f"{problem} Any length: {_ANY_LENGTH}." for problem in layout_problems(length)]
     parts = grid.context * tensor_ranks
     multiple = next(
         candidate for candidate in itertools.count(parts, parts) if not layout_problems(candidate)
@@ -116,6 +123,5 @@ def _division_problems(config: Config, grid: Grid, stripe_size: int) -> list[str
         f"seq_length {length} must be a multiple of {multiple}: the {name} layout divides it into "
         f"{parts} equal parts ({grid.ring} ring x {grid.ulysses} Ulysses x {tensor_ranks} tensor "
         f"ranks, by sequence_parallel). Nearest: {nearest_multiples(length, multiple)}. Set "
-        "--seq-length, use --context-parallel striped with --stripe-size 1, which supports any "
-        "length, or leave out --sequence-parallel."
+        f"--seq-length, or leave out --sequence-parallel. Any length: {_ANY_LENGTH}."
     ]

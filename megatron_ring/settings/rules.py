@@ -10,7 +10,7 @@ from collections.abc import Callable
 from megatron_ring.config import Config
 from megatron_ring.config.checks import divisors
 from megatron_ring.context_parallel.invariant import BLOCKS
-from megatron_ring.errors import ConfigError, nearest_multiples
+from megatron_ring.errors import ConfigError, counted, nearest_multiples
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import lengths
 from megatron_ring.settings.precision import precision
@@ -91,7 +91,7 @@ def _batch(config: Config, grid: Grid) -> str | None:
         return None
     return (
         f"global_batch_size {global_batch} must be a multiple of {multiple} (micro_batch_size "
-        f"{micro_batch} x {grid.data} data ranks). Nearest: "
+        f"{micro_batch} x {counted(grid.data, 'data rank')}). Nearest: "
         f"{nearest_multiples(global_batch, multiple)}. Set --global-batch-size."
     )
 
@@ -107,7 +107,8 @@ def _mlp_chunks(config: Config, grid: Grid) -> str | None:
     if chunks <= tokens:
         return None
     return (
-        f"mlp_chunks {chunks} is more than the {tokens} tokens of a sequence on each process. "
+        f"mlp_chunks {chunks} is more than the {counted(tokens, 'token')} of a sequence on each "
+        "process. "
         f"Set --mlp-chunks to at most {tokens}."
     )
 
@@ -166,7 +167,8 @@ def _invariant_ranks(config: Config, grid: Grid) -> str | None:
     return (
         f"context_parallel_reduction invariant accumulates over {BLOCKS} blocks of a sample, each "
         f"whole on a rank, but context_parallel is {parallel.context_parallel} with stripe_size "
-        f"{parallel.stripe_size} on {grid.ring} ring ranks. Legal: striped with stripe_size 1 on "
+        f"{parallel.stripe_size} on {counted(grid.ring, 'ring rank')}. Legal: striped with "
+        "stripe_size 1 on "
         f"{_list(divisors(BLOCKS))} ring ranks. Set --context-parallel striped with --stripe-size "
         "1, --context-parallel-size, or --context-parallel-reduction arrival."
     )

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.config import GuardsConfig
 from megatron_ring.engine.engine import Engine, StepResult
-from megatron_ring.errors import Diverged
+from megatron_ring.errors import Diverged, counted
 from megatron_ring.monitoring.metrics import Reporter
 from megatron_ring.monitoring.non_finite import origin
 from megatron_ring.training.checkpointing import Saver
@@ -103,7 +103,7 @@ class Guard:
         factor = self.options.loss_spike_factor
         return (
             f"its loss {result.loss:.4f} is above {self.highest_loss:.4f}, {factor:g} x the median "
-            f"of the last {len(self._recent_losses)} good steps"
+            f"of the last {counted(len(self._recent_losses), 'good step')}"
         )
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from megatron_ring.checkpoint import names
 from megatron_ring.checkpoint.compatibility import changed_data_options, changed_token_stores
 from megatron_ring.checkpoint.store import Stored, read_config
-from megatron_ring.config import Config, DataConfig, ModelConfig, to_yaml
+from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig, to_yaml
 from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
+from megatron_ring.errors import counted
 from megatron_ring.monitoring.metrics import ConsoleReporter
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.dry_run import plan_lines
 from megatron_ring.plan.parameters import parameter_count
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.schedule import Warmup, change_on_resume, warmup_of
+from megatron_ring.training.schedule import Schedule, change_on_resume
 from megatron_ring.training.start import Start
 
 
@@ -29,7 +30,7 @@ def opening(start: Start) -> str:
     padding = f" in {rows} rows" if rows > token_ids else ""
     lines = [
         *_settings(start.setup),
-        _warmup_line(start.warmup),
+        *_schedule_lines(start.schedule, config.training),
         f"model            {parameters:,} parameters, {token_ids} token ids{padding}",
         *(f"data             {line}" for line in start.dataset.training.describe()),
     ]
@@ -48,7 +49,7 @@ def _new_run_lines(config: Config) -> list[str]:
     if earlier:
         return [
             f"new run          {earlier[0]} is of an earlier run. The first save of this one moves "
-            f"the {len(earlier)} checkpoints there into a sub-folder; --load {folders.save} "
+            f"{counted(len(earlier), 'checkpoint')} there into a sub-folder; --load {folders.save} "
             "continues that run"
         ]
     if folders.load:
@@ -66,7 +67,7 @@ def _resume_lines(stored: Stored, config: Config, fingerprints: list[Fingerprint
     step = stored.state.step
     if step == 0:
         return [f"weights          {stored.path}, a new run"]
-    lines = [f"resuming         {stored.path}, {step} steps done"]
+    lines = [f"resuming         {stored.path}, {counted(step, 'step')} done"]
     if _names_own_checkpoint(stored, config):
         save = config.checkpoint.save
         lines.append(
@@ -154,7 +155,8 @@ def closing(report: ConsoleReporter, config: Config, saved: Path | None) -> str:
 
 def plan(setup: RunSettings) -> str:
     """Return the output of --dry-run: config, derived settings, placement, memory and messages."""
-    settings = [*_settings(setup), _warmup_line(warmup_of(setup.config.training))]
+    training = setup.config.training
+    settings = [*_settings(setup), *_schedule_lines(Schedule.of(training), training)]
     return "\n".join([to_yaml(setup.config), *settings, *plan_lines(setup)])
 
 
@@ -163,13 +165,15 @@ def _settings(setup: RunSettings) -> list[str]:
     grid = setup.grid
     micro_batch_size = setup.config.training.micro_batch_size
     return [
-        f"grid             {grid.world_size} processes = {grid.pipe} pipe x {grid.data} data x "
+        f"grid             {counted(grid.world_size, 'process')} = {grid.pipe} pipe x "
+        f"{grid.data} data x "
         f"{grid.context} context ({grid.ring} ring x {grid.ulysses} ulysses) x "
         f"{grid.tensor} tensor",
         f"layout           {_layout_description(setup)}, {_tokens_description(setup)}, "
         f"{setup.layout.shard_length} on each ring rank",
-        f"global batch     {setup.global_batch_size} sequences, {setup.micro_batches} "
-        f"micro-batches of {micro_batch_size} on each of {grid.data} data ranks",
+        f"global batch     {counted(setup.global_batch_size, 'sequence')}, "
+        f"{counted(setup.micro_batches, 'micro-batch')} of {micro_batch_size} on "
+        f"{'1 data rank' if grid.data == 1 else f'each of {grid.data} data ranks'}",
         f"dtype            {setup.precision.name}: {setup.precision.reason}",
         f"attention        {setup.kernel.name}: {setup.kernel.reason}",
         *(f"operations       {line}" for line in setup.operations.describe()),
@@ -178,9 +182,13 @@ def _settings(setup: RunSettings) -> list[str]:
     ]
 
 
-def _warmup_line(warmup: Warmup) -> str:
-    unit = "step" if warmup.iters == 1 else "steps"
-    return f"warm-up          {warmup.iters} {unit}: {warmup.reason}"
+def _schedule_lines(schedule: Schedule, training: TrainingConfig) -> list[str]:
+    """Return the warm-up, and the last rate if it was derived."""
+    warmup, min_lr = schedule
+    lines = [f"warm-up          {counted(warmup.iters, 'step')}: {warmup.reason}"]
+    if training.lr_decay_style != "constant" and min_lr.reason.startswith("auto"):
+        lines.append(f"min_lr           {min_lr.value:g}: {min_lr.reason}")
+    return lines
 
 
 def _split_line(data: DataConfig) -> list[str]:
@@ -199,25 +207,26 @@ def _window_line(model: ModelConfig) -> list[str]:
         return []
     full_layers = ""
     if model.window_attn_skip_freq:
-        full_layers = f", full attention in every {model.window_attn_skip_freq}th layer"
+        full_layers = f", full attention in layers numbered k x {model.window_attn_skip_freq}"
     return [
-        f"window           {window} keys: a token and the {window - 1} before it "
+        f"window           {counted(window, 'key')}: a token and the {window - 1} before it "
         f"({window - 1},0 in Megatron){full_layers}"
     ]
 
 
 def _layout_description(setup: RunSettings) -> str:
-    stripe_size = setup.layout.stripe_size
+    """Return the layout, with the stripe size and its reason where the ring has stripes."""
+    layout = setup.layout
+    if layout.name != "striped" or layout.ring_size == 1 == layout.stripe_size:
+        return layout.name
     reason = f" (auto: {setup.stripe_reason})" if setup.stripe_reason else ""
-    if stripe_size == 1:
-        # On a CPU the reference alone prefers single tokens, and short samples have no others.
-        return setup.layout.name + (reason if setup.device == "cuda" else "")
-    return f"{setup.layout.name}, stripe size {stripe_size}{reason}"
+    return f"striped, stripe size {layout.stripe_size}{reason}"
 
 
 def _tokens_description(setup: RunSettings) -> str:
     seq_length = setup.config.data.seq_length
     padding = setup.layout.seq_length - seq_length
     if not padding:
-        return f"{seq_length} tokens"
-    return f"{seq_length} tokens and {padding} padding tokens that do not count"
+        return counted(seq_length, "token")
+    counted_tokens = counted(seq_length, "token")
+    return f"{counted_tokens} and {counted(padding, 'padding token')} without a target"

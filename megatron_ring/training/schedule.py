@@ -4,10 +4,11 @@ The rate is a function of the step and the options alone.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_ring.config import TrainingConfig
-from megatron_ring.errors import flag
+from megatron_ring.errors import counted, flag
 
 _DECAY = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -35,21 +36,58 @@ def warmup_of(config: TrainingConfig, stored: TrainingConfig | None = None) -> W
         return Warmup(config.lr_warmup_iters, "set by --lr-warmup-iters")
     if stored:
         return Warmup(stored.warmup_iters, "auto: as in the checkpoint")
-    reason = f"auto: a tenth of the schedule's {config.decay_horizon} steps, at most 20"
+    steps = counted(config.decay_horizon, "step")
+    reason = f"auto: a tenth of the schedule's {steps}, at most 20"
     return Warmup(config.warmup_iters, reason)
+
+
+class MinLr(NamedTuple):
+    """The rate at the end of the decay; reason: why it is that, for the console."""
+
+    value: float
+    reason: str
+
+
+def min_lr_of(config: TrainingConfig, stored: TrainingConfig | None = None) -> MinLr:
+    """Resolve --min-lr.
+
+    ``stored``: the options of the checkpoint that the run resumes from, whose min_lr auto keeps
+    while lr is the same; None for a run from step 0.
+    """
+    if config.min_lr != "auto":
+        return MinLr(config.min_lr, "set by --min-lr")
+    if stored and stored.lr == config.lr:
+        return MinLr(stored.final_lr, "auto: as in the checkpoint")
+    return MinLr(config.final_lr, f"auto: a tenth of --lr {config.lr:g}, at most 0.0001")
+
+
+class Schedule(NamedTuple):
+    """The parts of a schedule that have an ``auto``, resolved."""
+
+    warmup: Warmup
+    min_lr: MinLr
+
+    @staticmethod
+    def of(config: TrainingConfig, stored: TrainingConfig | None = None) -> "Schedule":
+        """Resolve the options; ``stored`` are those of the checkpoint that is resumed, if any."""
+        return Schedule(warmup_of(config, stored), min_lr_of(config, stored))
+
+    def applied_to(self, config: TrainingConfig) -> TrainingConfig:
+        """Return ``config`` with numbers instead of auto."""
+        return replace(config, lr_warmup_iters=self.warmup.iters, min_lr=self.min_lr.value)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Return the rate of optimizer step ``step``, counted from 1.
 
-    It is lr at the end of the warm-up and min_lr from the horizon (config.decay_horizon) on.
+    It is lr at the end of the warm-up and final_lr from the horizon (config.decay_horizon) on.
     """
     warmup_iters = config.warmup_iters
     if step <= warmup_iters:
         return config.lr * step / warmup_iters
     decay_iters = config.decay_horizon - warmup_iters
     progress = min(1.0, (step - warmup_iters) / max(1, decay_iters))
-    floor = config.lr if config.lr_decay_style == "constant" else config.min_lr
+    floor = config.lr if config.lr_decay_style == "constant" else config.final_lr
     return floor + (config.lr - floor) * _DECAY[config.lr_decay_style](progress)
 
 

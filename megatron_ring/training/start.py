@@ -29,7 +29,7 @@ from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.checkpoint_selection import select_checkpoint, with_checkpoint_error
-from megatron_ring.training.schedule import Warmup, warmup_of
+from megatron_ring.training.schedule import Schedule
 
 Part = Literal["validation", "test"]
 """A part of the data that is not trained on."""
@@ -42,8 +42,8 @@ class Start:
     coordinates: this process's position in the grid. stored: the checkpoint to resume from, None
     for a run from step 0. fingerprints: of the token stores that the run reads, as rank 0 sees
     them. lease: on the --save folder, held by global rank 0; None on other ranks, and without
-    --save. data_consensus: used only to raise data errors of one rank on all. warmup: the steps of
-    warm-up, which setup.config has instead of auto, and the reason.
+    --save. data_consensus: used only to raise data errors of one rank on all. schedule: the warm-up
+    and min_lr, which setup.config has instead of auto, and the reasons.
     """
 
     setup: RunSettings
@@ -53,7 +53,7 @@ class Start:
     fingerprints: list[Fingerprint]
     lease: Lease | None
     data_consensus: Consensus
-    warmup: Warmup
+    schedule: Schedule
 
     @property
     def vocab_size(self) -> int:
@@ -154,8 +154,8 @@ class Start:
             lease = _take_lease(config, rank, consensus)
             vocab_size = config.model.vocabulary_size(dataset.tokenizer.vocab_size)
             stored = select_checkpoint(setup, vocab_size, consensus, fingerprints)
-            warmup = resolve_warmup(config.training, stored, consensus)
-        training = replace(config.training, lr_warmup_iters=warmup.iters)
+            schedule = resolve_schedule(config.training, stored, consensus)
+        training = schedule.applied_to(config.training)
         return Start(
             setup=replace(setup, config=replace(config, training=training)),
             dataset=dataset,
@@ -164,29 +164,33 @@ class Start:
             fingerprints=fingerprints,
             lease=lease,
             data_consensus=Consensus.build(),
-            warmup=warmup,
+            schedule=schedule,
         )
 
 
-def resolve_warmup(config: TrainingConfig, stored: Stored | None, consensus: Consensus) -> Warmup:
-    """Resolve --lr-warmup-iters for a run that resumes from ``stored``, if any. Collective; blocks.
+def resolve_schedule(
+    config: TrainingConfig, stored: Stored | None, consensus: Consensus
+) -> Schedule:
+    """Resolve the schedule of a run that resumes from ``stored``, if any. Collective; blocks.
 
-    With auto, the warm-up of the checkpoint is kept, unless no step has been taken. Raises
-    ConfigError on every rank if it leaves no steps for the decay until --lr-decay-iters.
+    With auto, warm-up and min_lr of the checkpoint are kept, unless no step has been taken. Raises
+    ConfigError on every rank if they do not fit the other options, as a warm-up that leaves no
+    steps for the decay until --lr-decay-iters.
     """
     then = None
-    if stored and stored.state.step > 0 and config.lr_warmup_iters == "auto":
+    has_auto = "auto" in (config.lr_warmup_iters, config.min_lr)
+    if stored and stored.state.step > 0 and has_auto:
         read = with_checkpoint_error(
             f"{stored.path} cannot be read", lambda: read_config(stored.path).training
         )
         then = consensus.run_on_rank_zero(read)
-    warmup = warmup_of(config, then)
+    schedule = Schedule.of(config, then)
     # A run that ends within the warm-up of its checkpoint has no decay, which is no contradiction.
     if config.lr_decay_iters:
-        problems = replace(config, lr_warmup_iters=warmup.iters).problems()
+        problems = schedule.applied_to(config).problems()
         if problems:
             raise ConfigError(problems)
-    return warmup
+    return schedule
 
 
 def _take_lease(config: Config, rank: int, consensus: Consensus) -> Lease | None:

@@ -91,6 +91,17 @@ def test_every_layout_and_the_single_process_are_timed(arguments, setting, emula
         assert (result["imbalance_timed"] is not None) == emulated
         assert result["cost_per_pair_over_dense"] is None
         assert result["layout"] in done.stdout
+    legend = done.stdout[done.stdout.index("\n  stripe: ") :]
+    for term in (
+        "over ring",
+        "bound",
+        "efficiency",
+        "slowest/mean",
+        "timed",
+        "pair/dense",
+        "dense",
+    ):
+        assert f"\n  {term}: " in legend
 
 
 @pytest.mark.parametrize(

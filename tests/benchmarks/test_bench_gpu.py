@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import bench_gpu
 from benchmarks.bench_gpu import Bench, DeterministicKernel
 from benchmarks.common import DTYPES
 from benchmarks.ring_correctness import correctness
+from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention import KERNELS, measured, sdpa, torch_operators
 from megatron_ring.kernels.memory_contract import UNRESTRICTED
 from tests.benchmarks import commands
@@ -93,6 +95,22 @@ def test_output_ends_with_rows_of_the_table_of_measured_kernels(run):
     assert causal.speeds[measured.WIDEST] == pytest.approx(of_single["zigzag"], rel=1e-3)
     assert causal.speeds[1] == pytest.approx(of_single["striped"], rel=1e-3)
     assert "# python -m benchmarks.bench_gpu --device cpu" in lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], r"torch finds no GPU\. Set --device cpu"),
+        (["--kv-heads", "3"], "heads 32 .*multiple of kv_heads 3.*--heads or --kv-heads"),
+        (["--ring-sizes", "8", "0"], "ring_sizes 0 .*at least 1.*--ring-sizes"),
+        (["--rounds", "0"], "rounds 0 .*at least 1.*--rounds"),
+    ],
+    ids=" ".join,
+)
+def test_invalid_options_and_a_missing_gpu_are_rejected(flags, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        bench_gpu._check(bench_gpu._parser().parse_args(flags))
 
 
 def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):

@@ -216,25 +216,23 @@ PROBLEMS = {
             "seq_length 100",
             "4 ring ranks",
             "multiple of 64 (ring size x stripe size)",
-            "--stripe-size 1 (multiple of 4)",
         ],
         [64, 128],
-        ["--seq-length", "--context-parallel", "--stripe-size"],
+        ["--seq-length"],
     ),
     ("zigzag", 8190, 4, 1): (
         [
             "seq_length 8190",
             "4 ring ranks",
             "multiple of 8 (2 x ring size)",
-            "striped (multiple of 4)",
         ],
         [8184, 8192],
-        ["--seq-length", "--context-parallel"],
+        ["--seq-length"],
     ),
     ("zigzag", 3, 4, 1): (
-        ["seq_length 3", "multiple of 8 (2 x ring size)", "striped (multiple of 4)"],
+        ["seq_length 3", "multiple of 8 (2 x ring size)"],
         [8],
-        ["--seq-length", "--context-parallel"],
+        ["--seq-length"],
     ),
     ("ring", 0, 4, 1): (["seq_length 0", "multiple of 4 (ring size)"], [4], ["--seq-length"]),
 }
@@ -255,20 +253,18 @@ PROBLEMS_OF_ULYSSES = {
             "seq_length 20",
             "2 ring ranks of 2 Ulysses ranks",
             "multiple of 12 (ring size x stripe size, and ring size x Ulysses degree)",
-            "--stripe-size 1 (multiple of 4)",
         ],
         [12, 24],
-        ["--seq-length", "--context-parallel", "--stripe-size"],
+        ["--seq-length"],
     ),
     ("zigzag", 16, 2, 1, 3): (
         [
             "seq_length 16",
             "2 ring ranks of 3 Ulysses ranks",
             "multiple of 12 (2 x ring size, and ring size x Ulysses degree)",
-            "striped (multiple of 6)",
         ],
         [12, 24],
-        ["--seq-length", "--context-parallel"],
+        ["--seq-length"],
     ),
 }
 

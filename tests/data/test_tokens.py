@@ -1,6 +1,7 @@
 """The token store: Megatron's bytes, round trips, and an error for every kind of damage."""
 
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -138,6 +139,14 @@ def test_a_prefix_with_a_suffix_is_refused_with_the_rule(prefix):
         DataError, match=r"no .*P\.bin\.bin and no .*P\.bin\.idx\. .*--data-path .*without a suffix"
     ):
         TokenStore(f"{prefix}.bin")
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_the_remedy_for_a_missing_store_is_a_command_that_writes_it(suffix, tmp_path):
+    with pytest.raises(DataError) as raised:
+        TokenStore(f"{tmp_path}/none{suffix}")
+    command = re.search(r"python tools/prepare_data\.py (.*)\.$", str(raised.value))[1]
+    assert command == f"--input FILES --output-prefix {tmp_path}/none"
 
 
 DAMAGED_INDICES = {

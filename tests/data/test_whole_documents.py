@@ -109,5 +109,5 @@ def test_an_id_outside_the_vocabulary_is_refused(store_of):
 def test_the_share_of_padding_is_described(store_of):
     stream = stream_of(store_of([[1, 2, 3, 4]]), "best-fit")
     (line,) = stream.describe()
-    assert "P: 1 training samples an epoch" in line
+    assert "P: 1 training sample an epoch" in line
     assert "(best-fit), 33.33% padding" in line

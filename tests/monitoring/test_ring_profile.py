@@ -280,10 +280,10 @@ def test_rank_0_reports_the_trace_when_it_is_complete_or_the_run_ends(size, prof
     short = folder / f"{size}-short.json"
     *before, [line], after = on_rank_0["complete"]
     assert (before, after) == ([[], []], [])
-    assert line.startswith(f"ring trace       {complete}, 1 steps")
+    assert line.startswith(f"ring trace       {complete}, 1 step; open it in")
     *before, [line] = on_rank_0["cut short"]
     assert before == [[], [], []]
-    assert line.startswith(f"ring trace       {short}, 1 steps")
+    assert line.startswith(f"ring trace       {short}, 1 step; open it in")
     assert on_rank_0["unwritable"][2][0].startswith(
         "ring trace       not written: /dev/null/trace.json: "
     )

@@ -13,7 +13,7 @@ from megatron_ring.parallel.grid import Grid
 striped = functools.partial(ParallelConfig, context_parallel="striped")
 # config, processes, and of each problem: its option and size, other numbers, legal sizes, flags
 REFUSED = [
-    (ParallelConfig(world_size=8), 4, [("world_size 8", "but 4 processes", [], ["--world-size"])]),
+    (ParallelConfig(world_size=8), 4, [("world_size 8", "has 4 processes", [], ["--world-size"])]),
     (
         ParallelConfig(context_parallel_size=2),
         4,

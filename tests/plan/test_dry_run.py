@@ -164,6 +164,31 @@ def test_the_vocabulary_is_that_of_the_default_text_or_the_tokenizer_or_assumed(
     assert f"for 280 token ids (from {tmp_path}/tokenizer.model)" in printed(1, data=data)
 
 
+def test_a_store_that_a_run_would_not_find_has_a_line_and_the_plan_is_made(tmp_path):
+    present, absent = tmp_path / "present", tmp_path / "absent"
+    for suffix in ("bin", "idx"):
+        present.with_suffix(f".{suffix}").touch()
+    output = printed(1, data={"data_path": ("0.5", str(present), "0.5", str(absent))})
+    [line] = [line for line in output.splitlines() if line.startswith("data ")]
+    assert f"no token store {absent}: no {absent}.bin and no {absent}.idx." in line
+    assert "exit code 3" in line
+    assert "peak " in output
+    absent.with_suffix(".idx").touch()
+    output = printed(1, data={"data_path": (str(absent),)})
+    assert f"no {absent}.bin. " in output
+    assert "\ndata " not in printed(1, data={"data_path": (str(present),)})
+    assert "\ndata " not in printed(1)
+
+
+def test_the_work_of_packed_documents_is_stated_to_be_that_of_one_document():
+    def work(**data) -> str:
+        [line] = [x for x in printed(4, data=data).splitlines() if x.startswith("work ")]
+        return line
+
+    assert work().endswith("counted in visible pairs")
+    assert "as if a sample were one document" in work(reset_attention_mask=True)
+
+
 @pytest.mark.parametrize(
     ("count", "formatted"), [(0, "-"), (5, "5 B"), (2048, "2.00 KiB"), (3 * 2**30, "3.00 GiB")]
 )

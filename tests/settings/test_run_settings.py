@@ -1,5 +1,7 @@
 """Settings are resolved before any process group exists; all problems are reported together."""
 
+import re
+
 import pytest
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
@@ -21,10 +23,26 @@ def test_a_length_that_the_layout_cannot_divide_is_refused_with_the_nearest_ones
     zigzag = {"context_parallel": "zigzag"}
     [problem] = problems(4, parallel=zigzag, data={"seq_length": 8190})
     assert problem.startswith("seq_length 8190 ")
-    for part in ("zigzag", "4 ring ranks", "multiple of 8", "8184, 8192", "multiple of 4"):
+    for part in ("zigzag", "4 ring ranks", "multiple of 8", "8184, 8192"):
         assert part in problem
-    for flag in ("--seq-length", "--context-parallel striped"):
-        assert flag in problem
+    assert "--seq-length" in problem
+    assert "Any length: --context-parallel striped with --stripe-size 1." in problem
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", ["zigzag", "ring", "striped"])
+def test_the_remedy_for_a_length_that_does_not_divide_is_accepted(name, sequence_parallel):
+    """The flags after "Any length" of the error make the same length legal."""
+    data = {"seq_length": 8189}
+    axes = {"tensor_model_parallel_size": 2} if sequence_parallel else {}
+    axes["sequence_parallel"] = sequence_parallel
+    refused = {"context_parallel": name, "stripe_size": 8 if name == "striped" else 1}
+    [problem] = problems(4, parallel=axes | refused, data=data)
+    layout, stripe_size = re.search(
+        r"Any length: --context-parallel (\w+) with --stripe-size (\d+)", problem
+    ).groups()
+    remedy = {"context_parallel": layout, "stripe_size": int(stripe_size)}
+    RunSettings.resolve(tiny.config(parallel=axes | remedy, data=data), 4)
 
 
 def test_context_ranks_that_do_not_divide_the_world_are_refused():
@@ -217,7 +235,33 @@ def test_the_console_has_the_measurement_that_decided_the_stripes(on_gpu):
     assert "as measured with documents on NVIDIA H100 80GB HBM3" in line(h200, data=PACKED)
     assert line(H100, world_size=1, data=ONE_DOCUMENT) == "striped"
     ragged = line(H100, data={"seq_length": 65544})
-    assert "no such stripes balance 65544 tokens on 8 ring ranks" in ragged
+    assert "striped, stripe size 1 (auto: no stripe size that is fastest with cudnn" in ragged
+    assert "balances a sample of 65544 tokens on 8 ring ranks" in ragged
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (
+            {"data": {"reset_attention_mask": True}},
+            "striped, stripe size 1 (auto: no stripe size that is fastest with sdpa balances a "
+            "packed sample of 48 tokens on 4 ring ranks)",
+        ),
+        (
+            {"parallel": {"attention_kernel": "reference"}},
+            "striped, stripe size 1 (auto: fastest with reference)",
+        ),
+        (
+            {"data": {"seq_length": 8192}},
+            "striped, stripe size 1024 (auto: fastest with sdpa)",
+        ),
+        ({"parallel": {"stripe_size": 2}}, "striped, stripe size 2"),
+        ({"parallel": {"context_parallel_reduction": "invariant"}}, "striped, stripe size 1"),
+        ({"parallel": {"context_parallel": "ring"}}, "ring"),
+    ],
+)
+def test_on_a_cpu_too_the_layout_has_the_stripe_size_and_the_reason(sections, line):
+    assert console._layout_description(RunSettings.resolve(tiny.config(**sections), 4)) == line
 
 
 @pytest.mark.parametrize(

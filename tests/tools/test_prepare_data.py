@@ -42,6 +42,21 @@ def test_a_folder_becomes_a_store_and_a_summary(text, tmp_path, capsys):
     assert counts in capsys.readouterr().out
 
 
+def test_the_replacement_of_a_store_is_announced(text, tmp_path, capsys):
+    prefix = tmp_path / "P"
+    assert prepare(text, prefix) == 0
+    assert "already a store" not in capsys.readouterr().err
+    (text / "b.txt").unlink()
+    assert (
+        prepare(text, prefix, "--tokenizer-model", str(tmp_path / "tokenizer.model"), vocab_size=0)
+        == 0
+    )
+    printed = capsys.readouterr()
+    assert f"{prefix} is already a store of 2 documents" in printed.err
+    assert "1 document, " in printed.out
+    assert len(TokenStore(prefix)) == 1
+
+
 def test_an_existing_tokenizer_is_used_and_copied(text, tmp_path):
     first = tmp_path / "first" / "P"
     second = tmp_path / "second" / "P"

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_ring.config import TrainingConfig
-from megatron_ring.training.schedule import change_on_resume, learning_rate, warmup_of
+from megatron_ring.training.schedule import Schedule, change_on_resume, learning_rate, warmup_of
 
 
 def rates(style: str, **changes) -> list[float]:
@@ -74,6 +74,23 @@ def test_auto_keeps_the_warm_up_of_a_checkpoint_and_a_number_does_not():
     assert "checkpoint" in warmup_of(longer, stored).reason
     assert warmup_of(schedule(lr_warmup_iters=3), stored).iters == 3
     assert "--lr-warmup-iters" in warmup_of(schedule(lr_warmup_iters=3), stored).reason
+
+
+@pytest.mark.parametrize(
+    ("lr", "min_lr"), [(1e-2, 1e-4), (1e-3, 1e-4), (5e-4, 5e-5), (1e-4, 1e-5), (1e-9, 1e-10)]
+)
+def test_by_default_the_rate_falls_to_a_tenth_of_lr_and_at_most_1e_4(lr, min_lr):
+    config = TrainingConfig(lr=lr)
+    assert config.problems() == []
+    assert config.final_lr == pytest.approx(min_lr)
+    assert learning_rate(200, config) == config.final_lr
+    assert Schedule.of(config).applied_to(config).min_lr == config.final_lr
+
+
+def test_by_default_the_rates_are_those_of_the_earlier_default():
+    explicit = replace(TrainingConfig(), min_lr=1e-4)
+    for step in range(1, 201):
+        assert learning_rate(step, TrainingConfig()) == learning_rate(step, explicit)
 
 
 def test_lr_decay_iters_fixes_the_decay_whatever_train_iters_is():

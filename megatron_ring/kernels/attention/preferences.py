@@ -170,7 +170,9 @@ def stripe_widths(
             reason = f"{fastest}, {_measured(entry, device)} ({entry.source})"
             return StripeWidths(widths, reason)
     if kernel == "flash":
-        return StripeWidths(_WIDTHS_OF_FLASH[mask], f"not measured with {kernel}: as with sdpa")
+        return StripeWidths(
+            _WIDTHS_OF_FLASH[mask], f"fastest with sdpa, and not measured with {kernel}"
+        )
     return StripeWidths((), f"not measured with {kernel}")
 
 

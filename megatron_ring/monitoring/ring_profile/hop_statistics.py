@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ring.errors import counted
 from megatron_ring.parallel.progress import Direction
 from megatron_ring.parallel.ring_log import Event
 
@@ -116,7 +117,7 @@ def summary_line(steps: list[dict[str, Any]]) -> str:
     """Format the console line for the mean of several steps' metrics."""
     shares = ", ".join(f"{_label(name)} {_mean(steps, name):.1%}" for name in SHARES)
     missed = sum(step.get("missed_rows", 0) for step in steps)
-    truncated = f"; incomplete: {missed} rows did not fit into the log" if missed else ""
+    truncated = f"; incomplete: {counted(missed, 'row')} did not fit into the log" if missed else ""
     return f"ring             {shares}{_least_balanced_hop(steps)}{truncated}"
 
 

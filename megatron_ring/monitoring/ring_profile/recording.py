@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_ring.errors import counted
 from megatron_ring.monitoring.outputs import describe_error
 from megatron_ring.monitoring.ring_profile.trace import ClockOffset, RankLog, StepLog, as_json
 from megatron_ring.parallel.consensus import Consensus
@@ -76,7 +77,7 @@ class TraceRecorder:
                 "Set --profile-ring-trace."
             ]
         return [
-            f"ring trace       {self._file}, {len(self._logs)} steps; open it in "
+            f"ring trace       {self._file}, {counted(len(self._logs), 'step')}; open it in "
             "https://ui.perfetto.dev"
         ]
 
