@@ -9,7 +9,7 @@ import sys
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.engine.engine import leave_processes, start_processes
+from megatron_ring.engine.engine import start_processes
 from megatron_ring.errors import reporting_errors
 from megatron_ring.monitoring.metrics import NullReporter
 from megatron_ring.monitoring.outputs import tolerate_console_errors
@@ -17,13 +17,15 @@ from megatron_ring.monitoring.ring_profile.monitor import RingMonitor, build_pro
 from megatron_ring.monitoring.watchdog import ring_watchdog
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus, abort_collectively
+from megatron_ring.parallel.entry_point import report_once
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.rendezvous import leave_processes
 from megatron_ring.preflight.self_test import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
-from megatron_ring.training.entry import parse_arguments, report_once
+from megatron_ring.training.entry import parse_arguments
 from megatron_ring.training.loop import train
 from megatron_ring.training.start import Start
 from megatron_ring.training.stopping import Stopping

@@ -49,9 +49,9 @@ from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
 from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.environment import Environment, keep_freed_memory
+from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.rendezvous import join
+from megatron_ring.parallel.rendezvous import join_processes
 from megatron_ring.parallel.tensor import whole_shape
 from megatron_ring.settings.deepspeed_config import with_bucket_size
 from megatron_ring.settings.run_settings import RunSettings
@@ -77,15 +77,6 @@ def start_processes(environment: Environment, device: str) -> None:
 
     Raises ConfigError on every rank if one has no GPU (parallel/rendezvous.py).
     """
-    environment.complete()
-    if device == "cpu":
-        torch.set_num_threads(environment.threads)
-        keep_freed_memory()
-    elif environment.world_size == 1:
-        # torch warns that it was given no device_id, but no other rank's device could differ.
-        warnings.filterwarnings(
-            "ignore", message=r"(barrier\(\): using the device|No device id is provided via)"
-        )
     # DeepSpeed 0.19.8 still calls collectives by names that torch has deprecated.
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning
@@ -93,21 +84,9 @@ def start_processes(environment: Environment, device: str) -> None:
     # On a CPU DeepSpeed would spend 20 s here compiling a shared-memory all-reduce, which training
     # never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        join(environment, device, default_pg_timeout)
-    elif device == "cuda":  # another program has joined the ranks, as tests do
-        torch.cuda.set_device(environment.local_rank)
+    join_processes(environment, device, default_pg_timeout)
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-def leave_processes() -> None:
-    """Wait for all ranks, then destroy the process groups.
-
-    A rank that exits without waiting can abort the last transfer of another.
-    """
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

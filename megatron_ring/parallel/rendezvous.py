@@ -9,6 +9,7 @@ exchange what they find through the store of torch's rendezvous.
 """
 
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -17,9 +18,43 @@ import torch.distributed as dist
 from megatron_ring.errors import ConfigError, counted
 from megatron_ring.parallel.environment import (
     Environment,
+    keep_freed_memory,
     ranks_may_share_gpus,
     set_gpu_of_libraries,
 )
+
+TIMEOUT = timedelta(minutes=30)
+"""Of the default process group where nothing else sets one; DeepSpeed's default."""
+
+
+def join_processes(environment: Environment, device: str, timeout: timedelta) -> None:
+    """Prepare this process for its device, and join the other ranks. Collective; blocks.
+
+    If the ranks have joined already, as in tests, only the device is selected. Raises ConfigError
+    on every rank if one has no GPU.
+    """
+    environment.complete()
+    if device == "cpu":
+        torch.set_num_threads(environment.threads)
+        keep_freed_memory()
+    elif environment.world_size == 1:
+        # torch warns that it was given no device_id, but no other rank's device could differ.
+        warnings.filterwarnings(
+            "ignore", message=r"(barrier\(\): using the device|No device id is provided via)"
+        )
+    if not dist.is_initialized():
+        join(environment, device, timeout)
+    elif device == "cuda":
+        torch.cuda.set_device(environment.local_rank)
+
+
+def leave_processes() -> None:
+    """Wait for all ranks, then destroy the process groups.
+
+    A rank that exits without waiting can abort the last transfer of another.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def join(environment: Environment, device: str, timeout: timedelta) -> None:

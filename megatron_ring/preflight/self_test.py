@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
-from megatron_ring.engine.engine import leave_processes
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.process_id import ProcessId, describe_processes
+from megatron_ring.parallel.rendezvous import leave_processes
 from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.preflight.exactness import Errors, check_attention, error_limits
 from megatron_ring.preflight.link_bandwidth import (

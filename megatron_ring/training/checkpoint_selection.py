@@ -1,24 +1,19 @@
-"""Selects the checkpoint that a run resumes from by --load, and verifies it on all ranks together.
+"""Selects the checkpoint that a run resumes from by --load; checkpoint/selection.py verifies it."""
 
-Which files make up a checkpoint is in ``checkpoint/store.py``. Verifying reads every file; the
-ranks share the files. What exists on disk is decided by what rank 0 sees.
-"""
-
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_ring.checkpoint import compatibility, foreign_formats, names, store
-from megatron_ring.checkpoint.state import RunState
+from megatron_ring.checkpoint.selection import (
+    named_checkpoint,
+    newest_checkpoint,
+    with_checkpoint_error,
+)
 from megatron_ring.config import CheckpointConfig
 from megatron_ring.data.store_fingerprint import Fingerprint
-from megatron_ring.errors import CheckpointError, MegatronRingError
+from megatron_ring.errors import CheckpointError
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.settings.run_settings import RunSettings
-
-_Result = TypeVar("_Result")
-_MAX_NAMES_SHOWN = 5
 
 
 def select_checkpoint(
@@ -47,7 +42,7 @@ def select_checkpoint(
     if folders.finetune and folders.save:
         own = newest_checkpoint(folders.save, consensus)
     is_new_run = folders.finetune and own is None
-    select = _named_checkpoint if names_one else newest_checkpoint
+    select = named_checkpoint if names_one else newest_checkpoint
     stored = own or select(folders.load, consensus)
     if stored is None:
         if is_new_run:
@@ -63,38 +58,6 @@ def select_checkpoint(
     if fingerprints and not is_new_run and not folders.allow_other_data:
         consensus.run_on_rank_zero(lambda: compatibility.check_same_data(stored, fingerprints))
     return stored.for_new_run() if is_new_run else stored
-
-
-def newest_checkpoint(folder: str, consensus: Consensus) -> store.Stored | None:
-    """Return the newest complete checkpoint of ``folder``, None if there is none. Collective."""
-    candidates, skipped = consensus.run_on_rank_zero(lambda: names.candidates(Path(folder)))
-    try:
-        return store.first_complete(
-            Path(folder), candidates, skipped, lambda path: _verify(path, consensus)
-        )
-    except _NotReadError as error:
-        raise CheckpointError(error.problems) from error
-
-
-def _named_checkpoint(checkpoint: str, consensus: Consensus) -> store.Stored:
-    """Return the checkpoint that --load itself names; raise CheckpointError if it is damaged."""
-    path = Path(checkpoint)
-    try:
-        return store.Stored(path, _verify(path, consensus), ())
-    except _NotReadError as error:
-        raise CheckpointError(error.problems) from error
-    except CheckpointError as error:
-        folder = path.absolute().parent
-        all_names = consensus.run_on_rank_zero(
-            lambda: [checkpoint.name for checkpoint in names.checkpoints(folder)]
-        )
-        others = [name for name in all_names if name != path.absolute().name]
-        advice = ""
-        if others:
-            advice = f"The same folder has {', '.join(others[:_MAX_NAMES_SHOWN])}. "
-        raise CheckpointError(
-            f"{path} is not complete: {error}. {advice}Set --load to another."
-        ) from error
 
 
 def _names_a_checkpoint(config: CheckpointConfig) -> bool:
@@ -147,49 +110,3 @@ def _check_not_into_same_run(load: Path, config: CheckpointConfig) -> None:
             f"{load} is a checkpoint of the run in save {config.save}, and finetune makes a new "
             "run of its weights. Set --save to another folder."
         )
-
-
-def _verify(path: Path, consensus: Consensus) -> RunState:
-    """Verify every file of a checkpoint; the ranks share them, the largest first. Blocks.
-
-    Raises CheckpointError where the checkpoint is damaged, and _NotReadError where that could not
-    be determined.
-    """
-    failed = f"{path} cannot be read"
-    state, files = consensus.run_on_rank_zero(
-        with_checkpoint_error(failed, lambda: store.described(path), _NotReadError)
-    )
-    ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
-    own = {name: files[name] for name in ordered[consensus.rank :: consensus.ranks]}
-    consensus.gather(with_checkpoint_error(failed, lambda: store.check(path, own), _NotReadError))
-    return state
-
-
-class _NotReadError(MegatronRingError):
-    """A checkpoint could not be read for a reason outside of it, such as memory."""
-
-    exit_code = CheckpointError.exit_code
-
-
-def with_checkpoint_error(
-    failed: str,
-    act: Callable[[], _Result],
-    kind: type[MegatronRingError] = CheckpointError,
-) -> Callable[[], _Result]:
-    """Return ``act`` with every error turned into one of ``kind``, which all ranks can agree on.
-
-    The message begins with ``failed`` and has the type and the message of the error, which is its
-    cause. Errors other than of memory or disk are bugs, so this rank prints their traceback.
-    """
-
-    def checked() -> _Result:
-        try:
-            return act()
-        except (MegatronRingError, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            if not isinstance(error, OSError | MemoryError):
-                traceback.print_exc()
-            raise kind(f"{failed}: {type(error).__name__}: {error}") from error
-
-    return checked

@@ -18,6 +18,7 @@ from megatron_ring.checkpoint import disk, names, retention, store, tensors
 from megatron_ring.checkpoint.finite import NonFiniteTensor
 from megatron_ring.checkpoint.lease import Lease
 from megatron_ring.checkpoint.provenance import commit, now
+from megatron_ring.checkpoint.selection import newest_checkpoint, with_checkpoint_error
 from megatron_ring.checkpoint.state import FileRecord, RunState
 from megatron_ring.checkpoint.tensors import Piece, Shapes, Tensors, Written
 from megatron_ring.config import Config
@@ -25,7 +26,6 @@ from megatron_ring.engine.engine import Engine
 from megatron_ring.errors import CheckpointError, Diverged, MegatronRingError
 from megatron_ring.parallel.consensus import Consensus, run_checked
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.checkpoint_selection import newest_checkpoint, with_checkpoint_error
 
 _MAX_PROBLEMS_SHOWN = 5
 

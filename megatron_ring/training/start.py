@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from megatron_ring.checkpoint.lease import Lease, Owner, take
+from megatron_ring.checkpoint.selection import with_checkpoint_error
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, TrainingConfig
@@ -28,7 +29,7 @@ from megatron_ring.parallel.environment import Environment, slurm_job
 from megatron_ring.parallel.grid import Coordinates
 from megatron_ring.preflight.consistency import check_data, check_layout, check_options_and_code
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.checkpoint_selection import select_checkpoint, with_checkpoint_error
+from megatron_ring.training.checkpoint_selection import select_checkpoint
 from megatron_ring.training.schedule import Schedule
 
 Part = Literal["validation", "test"]

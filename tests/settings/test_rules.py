@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import pretrain_gpt
 from megatron_ring.config import Config
 from megatron_ring.errors import ConfigError
+from megatron_ring.parallel.entry_point import report_once
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.settings import rules
 from megatron_ring.settings.run_settings import RunSettings
-from megatron_ring.training.entry import parse_arguments, report_once
+from megatron_ring.training.entry import parse_arguments
 from megatron_ring.training.stopping import Stopping
 from tests.forked import Forked
 from tests.limited import limited

@@ -7,7 +7,7 @@ import sys
 # Without locale coercion and UTF-8 mode, by which Python 3.7 and later avoid the POSIX locale.
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PROGRAM = """
-from megatron_ring.training.entry import read_files_as_utf8
+from megatron_ring.parallel.entry_point import read_files_as_utf8
 def readable():
     try:
         return len(open("text").read())

@@ -45,6 +45,46 @@ class Imported:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Source:
+    """A transformers folder as a model of ours; of its tensors only the headers have been read.
+
+    config: of a run from this model. shapes: of our parameters. mapped: which of our parameters
+    each tensor in the folder holds.
+    """
+
+    folder: Folder
+    family: str
+    config: Config
+    vocab_size: int
+    shapes: Shapes
+    mapped: dict[str, Tensor]
+
+    @staticmethod
+    def open(path: Path, stretch: Stretch) -> "Source":
+        """Read everything but the tensors.
+
+        Raises CheckpointError, and ConfigError for an invalid ``stretch`` or a config that --load
+        would refuse.
+        """
+        folder = Folder.open(path)
+        name, family = _family(folder)
+        config, vocab_size = _config(folder, family, stretch)
+        shapes = parameter_shapes(config.model, vocab_size, config.data.seq_length)
+        mapped = _map_tensors(folder, family, shapes)
+        return Source(folder, name, config, vocab_size, shapes, mapped)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield our parameters by name, whole, reading one of their tensors at a time.
+
+        Memory holds only what the caller keeps. Raises NonFiniteTensor.
+        """
+        for name, tensor in self.mapped.items():
+            values = self.folder.read(name)
+            check_finite(values, f"{name} in {self.folder.headers[name].file}")
+            yield from tensor.split(values)
+
+
 def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
     """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load.
 
@@ -53,23 +93,19 @@ def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
     """
     _check_not_own_checkpoint(source)
     _check_empty(out)
-    folder = Folder.open(source)
-    name, family = _family(folder)
-    config, vocab_size = _config(folder, family, stretch)
-    shapes = parameter_shapes(config.model, vocab_size, config.data.seq_length)
-    mapped = _map_tensors(folder, family, shapes)
+    opened = Source.open(source, stretch)
     state = RunState(
         step=0,
         consumed_samples=0,
-        vocab_size=vocab_size,
-        seq_length=config.data.seq_length,
+        vocab_size=opened.vocab_size,
+        seq_length=opened.config.data.seq_length,
         commit=commit(),
         written_at=now(),
     )
-    dropouts = _dropouts(folder.config)
-    notes = _notes(folder.config, family)
-    path, carried = _write(folder, out, state, config, shapes, mapped)
-    return Imported(path, name, carried, dropouts, notes)
+    dropouts = _dropouts(opened.folder.config)
+    notes = _notes(opened.folder.config, FAMILIES[opened.family])
+    path, carried = _write(opened, out, state)
+    return Imported(path, opened.family, carried, dropouts, notes)
 
 
 def _check_not_own_checkpoint(source: Path) -> None:
@@ -198,23 +234,18 @@ def _left_over_problems(folder: Folder, name: str, wanted: dict[str, Tensor]) ->
 # ---- writing ----
 
 
-def _write(
-    folder: Folder,
-    out: Path,
-    state: RunState,
-    config: Config,
-    shapes: Shapes,
-    mapped: dict[str, Tensor],
-) -> tuple[Path, list[str]]:
+def _write(source: Source, out: Path, state: RunState) -> tuple[Path, list[str]]:
     store.prepare(out, state.step)
     partial = out / names.partial_name(state.step)
     try:
-        write_whole(partial, shapes, _parameters(folder, mapped))
-        carried = _carry(folder.path, partial / hugging_face.CARRIED)
+        write_whole(partial, source.shapes, source.parameters())
+        carried = _carry(source.folder.path, partial / hugging_face.CARRIED)
         sealed = store.seal(out, state.step, store.written(out, state.step))
-        return store.commit(out, state, config, sealed), carried
+        return store.commit(out, state, source.config, sealed), carried
     except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"{folder.path} was not imported to {out}: {error}.") from error
+        raise CheckpointError(
+            f"{source.folder.path} was not imported to {out}: {error}."
+        ) from error
     finally:
         store.discard(out, state.step)
 
@@ -224,17 +255,6 @@ def _carry(source: Path, target: Path) -> list[str]:
     target.mkdir()
     hugging_face.copy(source, target, hugging_face.CONFIG)
     return hugging_face.copy_beside(source, target)
-
-
-def _parameters(folder: Folder, mapped: dict[str, Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield our parameters, reading one of their tensors at a time.
-
-    Memory holds only what the caller keeps.
-    """
-    for name, tensor in mapped.items():
-        values = folder.read(name)
-        check_finite(values, f"{name} in {folder.headers[name].file}")
-        yield from tensor.split(values)
 
 
 def _notes(config: dict, family: Family) -> list[str]:
