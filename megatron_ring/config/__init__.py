@@ -10,10 +10,11 @@ silently.
 """
 
 from megatron_ring.config.data import DataConfig
+from megatron_ring.config.inference import InferenceConfig
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.operation import CheckpointConfig, GuardsConfig, LoggingConfig
 from megatron_ring.config.parallel import ParallelConfig
-from megatron_ring.config.reading import load_yaml, parse, to_yaml
+from megatron_ring.config.reading import load_yaml, parse, parse_flags, to_yaml
 from megatron_ring.config.schema import Config
 from megatron_ring.config.training import MemoryConfig, TrainingConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "GuardsConfig",
+    "InferenceConfig",
     "LoggingConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -29,5 +31,6 @@ __all__ = [
     "TrainingConfig",
     "load_yaml",
     "parse",
+    "parse_flags",
     "to_yaml",
 ]

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -32,6 +32,8 @@ _MAX_KEY_CHARACTERS = 100
 # typing represents ``int | str`` by the first, and ``int | Literal[...]`` by the second.
 _UNIONS = (UnionType, Union)
 
+Options = TypeVar("Options")
+
 
 def parse(arguments: list[str], console: bool = True) -> Config:
     """Parse the command line over the YAML file that it names.
@@ -41,11 +43,23 @@ def parse(arguments: list[str], console: bool = True) -> Config:
     transformers are printed.
     """
     path = _config_path(arguments)
-    base = load_yaml(path) if path else Config()
-    flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[Config])
+    return parse_flags(load_yaml(path) if path else Config(), arguments, console)
+
+
+def parse_flags(defaults: Options, arguments: list[str], console: bool = True) -> Options:
+    """Parse the command line over ``defaults``, a dataclass of options or of sections of options.
+
+    Exits as ``parse`` does for a bad flag.
+    """
+    kind = type(defaults)
+    flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[kind])
     try:
         return tyro.cli(
-            flags, default=base, args=arguments, description=Config.__doc__, console_outputs=console
+            flags,
+            default=defaults,
+            args=arguments,
+            description=kind.__doc__,
+            console_outputs=console,
         )
     except SystemExit as leaving:
         if leaving.code and console:

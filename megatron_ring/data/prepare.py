@@ -102,6 +102,11 @@ def work_folder(prefix: str | Path) -> Path:
     return Path(f"{prefix}.work")
 
 
+def python_library_prefix(folder: str | Path) -> Path:
+    """Return the prefix of the store of Python's own library under ``folder``."""
+    return Path(folder) / "python-library" / "tokens"
+
+
 def prepare_python_library(folder: str | Path, workers: int = 1, progress: bool = False) -> Path:
     """Return the prefix of a store of Python's own library under ``folder``, written if missing.
 
@@ -109,7 +114,7 @@ def prepare_python_library(folder: str | Path, workers: int = 1, progress: bool 
     lock. After an interruption the next call starts over. The store has a folder of its own,
     because a folder has one tokenizer.
     """
-    prefix = Path(folder) / "python-library" / "tokens"
+    prefix = python_library_prefix(folder)
     with _locked(prefix.parent):
         if not _is_prepared(prefix):
             # An interrupted call, perhaps of another Python, may have left one; no store uses it.

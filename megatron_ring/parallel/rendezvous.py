@@ -23,6 +23,9 @@ from megatron_ring.parallel.environment import (
     set_gpu_of_libraries,
 )
 
+TIMEOUT = timedelta(minutes=30)
+"""Of the default process group where nothing else sets one; DeepSpeed's default."""
+
 
 def join_processes(environment: Environment, device: str, timeout: timedelta) -> None:
     """Prepare this process for its device, and join the other ranks. Collective; blocks.
