@@ -115,6 +115,12 @@ class Layout:
         if problems := self.problems(self.name, self.seq_length, self.ring_size, self.stripe_size):
             raise ConfigError(problems)
 
+    @staticmethod
+    def of_at_least(tokens: int, name: str, ring_size: int, stripe_size: int = 1) -> "Layout":
+        """Return the layout of the shortest legal length of at least ``tokens``, and at least 1."""
+        multiple = _multiple(name, ring_size, stripe_size)
+        return Layout(name, max(1, -(-tokens // multiple)) * multiple, ring_size, stripe_size)
+
     @property
     def shard_length(self) -> int:
         """L, the number of tokens that each ring rank owns."""
@@ -157,12 +163,17 @@ class Layout:
         return _length_problems(name, seq_length, ring_size, stripe_size, ulysses_size)
 
 
+def _multiple(name: str, ring_size: int, stripe_size: int, ulysses_size: int = 1) -> int:
+    """Return what the length of a sample must be a multiple of."""
+    return math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), ring_size * ulysses_size)
+
+
 def _length_problems(
     name: str, seq_length: int, ring_size: int, stripe_size: int, ulysses_size: int
 ) -> list[str]:
     rule = _LAYOUTS[name].rule
     smallest_multiple = ring_size * ulysses_size
-    multiple = math.lcm(_LAYOUTS[name].multiple_of(ring_size, stripe_size), smallest_multiple)
+    multiple = _multiple(name, ring_size, stripe_size, ulysses_size)
     if seq_length > 0 and seq_length % multiple == 0:
         return []
     ranks = f"{ring_size} ring ranks"

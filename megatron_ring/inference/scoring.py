@@ -96,10 +96,8 @@ def check_sequences(loaded: Loaded, sequences: Sequence[Sequence[int]]) -> None:
             f"and the model has {loaded.seq_length}. Use at most {loaded.seq_length + 1} tokens, "
             "or set --seq-length, which a model with RoPE can extend."
         )
-    ids = [token for sequence in sequences for token in sequence]
-    outside = [token for token in (min(ids), max(ids)) if not 0 <= token < loaded.vocab_size] if (
-        ids
-    ) else []
+    ids = {token for sequence in sequences for token in sequence}
+    outside = sorted(token for token in ids if not 0 <= token < loaded.vocab_size)
     if outside:
         raise ConfigError(
             f"token id {outside[0]} is outside the model's vocabulary, 0 to "
@@ -121,9 +119,7 @@ def _attention(model: GPT, attention: ContextParallelAttention) -> Iterator[None
             layer.attention = own
 
 
-def _packs(
-    sequences: Sequence[Sequence[int]], most_tokens: int
-) -> Iterator[list[Sequence[int]]]:
+def _packs(sequences: Sequence[Sequence[int]], most_tokens: int) -> Iterator[list[Sequence[int]]]:
     """Yield consecutive sequences that together need at most ``most_tokens`` positions."""
     pack: list[Sequence[int]] = []
     tokens = 0
@@ -161,9 +157,7 @@ def _score_pack(loaded: Loaded, sequences: Sequence[Sequence[int]]) -> list[Scor
     ]
 
 
-def _batch(
-    sequences: Sequence[Sequence[int]], seq_length: int, positions_l: torch.Tensor
-) -> Batch:
+def _batch(sequences: Sequence[Sequence[int]], seq_length: int, positions_l: torch.Tensor) -> Batch:
     """Return the tokens at ``positions_l`` of the sequences end to end, padded to ``seq_length``.
 
     Padding is after all text. In a pack of several sequences it is a document of its own, whose
