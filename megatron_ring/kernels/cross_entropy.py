@@ -1,5 +1,8 @@
 """The head and the cross entropy in one step and in chunks, so that the full logits never exist.
 
+``head_loss_sum`` is the loss of training, and ``head_token_scores`` the log-likelihood of each
+target.
+
 As in Liger-Kernel (Hsu et al. 2024, its fused linear cross entropy) and Cut Cross-Entropy (Wijmans
 et al. 2024). The loss is a sum over tokens, so the gradients of a chunk are known as soon as its
 logits are, up to the factor that arrives in backward. Forward computes them at once, with the same
@@ -24,7 +27,7 @@ In this file ``N`` is all tokens, B x l, and ``c`` those of a chunk.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -173,8 +176,59 @@ def softmax_cross_entropy(
     targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
     dtype = logits_cv.dtype
     logits_cv = logits_cv.to(_accumulation_dtype(logits_cv))
-    loss, total_c1 = _exponentiate(logits_cv, targets, part)
-    return loss, _gradient(logits_cv, total_c1, targets).to(dtype) if with_gradient else None
+    losses_c1, total_c1 = _exponentiate(logits_cv, targets, part)
+    gradient_cv = _gradient(logits_cv, total_c1, targets).to(dtype) if with_gradient else None
+    return losses_c1.sum(), gradient_cv
+
+
+class TokenScores(NamedTuple):
+    """Of each token's target, (N,): its log-likelihood in nats, and whether it is the likeliest.
+
+    Of several likeliest tokens the one with the lowest id counts, as in ``torch.argmax``. A target
+    that is ignored has 0 and False.
+    """
+
+    log_likelihood_N: Tensor
+    is_greedy_N: Tensor
+
+
+@torch.no_grad()
+def head_token_scores(
+    hidden_NE: Tensor,
+    weight_vE: Tensor,
+    targets_N: Tensor,
+    chunk_size: int = 0,
+    part: VocabularyPart | None = None,
+    ignore_index: int = -100,
+) -> TokenScores:
+    """Return the scores of the targets under hidden @ weight.T, without gradients.
+
+    Arguments and dtypes are those of ``head_loss_sum``, of which the negative sum of the
+    log-likelihoods is the result. Collective over the parts of the vocabulary.
+    """
+    part = part or WHOLE
+    log_likelihood_N = hidden_NE.new_zeros(len(hidden_NE), dtype=_accumulation_dtype(hidden_NE))
+    is_greedy_N = torch.zeros_like(targets_N, dtype=torch.bool)
+    for chunk in _chunks(len(hidden_NE), chunk_size):
+        logits_cv = hidden_NE[chunk] @ weight_vE.T
+        target_c1 = targets_N[chunk, None]
+        is_greedy_N[chunk] = (_likeliest(logits_cv, part) == target_c1).squeeze(1)
+        targets = _Targets.of(target_c1, logits_cv.shape[1], part, ignore_index)
+        losses_c1, _ = _exponentiate(logits_cv.to(log_likelihood_N.dtype), targets, part)
+        log_likelihood_N[chunk] = -losses_c1.squeeze(1)
+    return TokenScores(log_likelihood_N, is_greedy_N)
+
+
+def _likeliest(logits_cv: Tensor, part: VocabularyPart) -> Tensor:
+    """Return the id of the largest logit over all parts, (c, 1); the lowest of several."""
+    largest_c1 = part.max(_row_max(logits_cv).to(_accumulation_dtype(logits_cv)))
+    ids_v = part.start + torch.arange(logits_cv.shape[1], device=logits_cv.device)
+    candidates_cv = torch.where(logits_cv == largest_c1, ids_v, torch.iinfo(torch.int64).max)
+    # Reductions over parts have a maximum only; a part without columns has no candidate.
+    lowest_c1 = torch.full_like(largest_c1, torch.iinfo(torch.int64).max, dtype=torch.int64)
+    if logits_cv.shape[1]:
+        lowest_c1 = candidates_cv.amin(1, keepdim=True)
+    return -part.max(-lowest_c1)
 
 
 @dataclass(frozen=True)
@@ -201,7 +255,10 @@ class _Targets:
 def _exponentiate(
     logits_cv: Tensor, targets: _Targets, part: VocabularyPart
 ) -> tuple[Tensor, Tensor]:
-    """Replace ``logits_cv`` by exp(logit - row max); return the chunk's sum and the row totals."""
+    """Replace ``logits_cv`` by exp(logit - row max); return the rows' losses and totals, (c, 1).
+
+    The loss of an ignored target is 0.
+    """
     logits_cv -= part.max(_row_max(logits_cv))
     target_c1 = logits_cv.gather(1, targets.row_c1).sum(1, keepdim=True) * targets.here_c1
     total_c1 = logits_cv.exp_().sum(1, keepdim=True)
@@ -211,7 +268,7 @@ def _exponentiate(
     # Exactly one part has the target's row. If none has, the data is wrong, and dividing by 0 makes
     # the loss infinite or nan instead of plausible.
     losses_c1 = (total_c1.log() - target_c1) / parts_c1
-    return torch.where(targets.counts_c1, losses_c1, 0).sum(), total_c1
+    return torch.where(targets.counts_c1, losses_c1, 0), total_c1
 
 
 def _row_max(logits_cv: Tensor) -> Tensor:

@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.live_memory import LiveMemory
-from megatron_ring.kernels.cross_entropy import VocabularyPart, head_loss_sum
+from megatron_ring.kernels.cross_entropy import (
+    TokenScores,
+    VocabularyPart,
+    head_loss_sum,
+    head_token_scores,
+)
 from tests.distributed import run_ranks
 from tests.tolerances import TOLERANCE, beyond_tolerance, error
 
@@ -271,6 +276,45 @@ def test_the_parts_of_real_ranks_match_the_whole(split):
     assert not beyond_tolerance(
         joined(run_ranks(len(split), rank_outcome, split)), expected(head()), torch.float64
     )
+
+
+# ---- the score of each token ----
+
+
+def scores_of(inputs: Head, split: tuple[int, ...], chunk_size: int) -> list[TokenScores]:
+    """Return the scores that each part of the vocabulary computes."""
+    reduction = ThreadedReduction(len(split))
+    hidden, targets = inputs.hidden.flatten(0, 1), inputs.targets.flatten()
+
+    def of_part(number: int) -> TokenScores:
+        part = reduction.part(number, sum(split[:number])) if len(split) > 1 else None
+        rows = inputs.weight.split(split)[number]
+        return head_token_scores(hidden, rows, targets, chunk_size, part)
+
+    with ThreadPoolExecutor(len(split)) as threads:
+        return list(threads.map(of_part, range(len(split))))
+
+
+@each_dtype
+@pytest.mark.parametrize("chunk_size", [5, 0])
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_the_scores_of_tokens_match_torchs(split, chunk_size, dtype):
+    inputs = head(dtype)
+    # Half of the targets are the likeliest ones, and row 36 equals row 12 in another part.
+    inputs.weight[36] = inputs.weight[12]
+    logits = (inputs.hidden @ inputs.weight.T).double()
+    likeliest = logits.argmax(-1)
+    counts = inputs.targets != IGNORE_INDEX
+    inputs.targets[0] = torch.where(counts[0], likeliest[0], IGNORE_INDEX)
+    inputs.targets[1, likeliest[1] == 12] = 36
+    targets = inputs.targets.clamp(min=0)
+    of_targets = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1) * counts
+    for scores in scores_of(inputs, split, chunk_size):
+        assert error(scores.log_likelihood_N, of_targets.flatten()) < TOLERANCE[dtype]
+        expected_greedy = ((likeliest == inputs.targets) & counts).flatten()
+        assert torch.equal(scores.is_greedy_N, expected_greedy)
+        assert expected_greedy.any()
+        assert not expected_greedy.all()
 
 
 # ---- inside a model ----
