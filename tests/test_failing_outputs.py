@@ -100,7 +100,7 @@ def test_a_closed_console_pipe_does_not_end_the_run(folder):
     assert (folder / "loss.png").is_file(), "the run has finished"
 
 
-@pytest.mark.whole
+@pytest.mark.exhaustive
 def test_a_run_of_one_process_with_a_closed_console_exits_with_0(folder):
     reader, writer = os.pipe()
     os.close(reader)

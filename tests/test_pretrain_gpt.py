@@ -16,6 +16,7 @@ import pytest
 
 from megatron_ring.config import load_yaml
 from tests.forked import Forked
+from tests.forked import run as run_forked
 from tests.programs import PROGRAM, free_port, start_rank, working_folder
 
 BIN = Path(sys.executable).parent
@@ -215,8 +216,8 @@ def test_a_dry_run_prints_the_config_the_grid_and_the_layout(folder):
         "--context-parallel", "striped", "--world-size", "4",
         "--context-parallel-size", "2", "--dry-run",
     ]  # fmt: skip
-    process = alone("--config", "small.yaml", *flags, folder=folder)
-    assert process.returncode == 0, process.output
+    process = run_forked([PROGRAM, "--config", "small.yaml", *flags], folder)
+    assert process.returncode == 0, process.stderr
     assert "hidden_size: 32" in process.stdout
     assert "    3        0        1        1        0        0" in process.stdout
     assert "ring rank 0  #.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#." in process.stdout

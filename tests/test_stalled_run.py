@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forked
 from tests.programs import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +36,9 @@ def run(tmp_path) -> subprocess.Popen:
     """Two ranks under deepspeed that would train for hours; their output is in the file ``log``."""
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of a page" for i in range(1000)))
-    prepare = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", "text.txt"]
-    subprocess.run(
-        [*prepare, "--output-prefix", "tokens", "--vocab-size", "300"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+    prepare = [ROOT / "tools" / "prepare_data.py", "--input", "text.txt"]
+    prepared = forked.run([*prepare, "--output-prefix", "tokens", "--vocab-size", "300"], tmp_path)
+    prepared.check_returncode()
     program = [ROOT / "pretrain_gpt.py", "--config", "small.yaml"]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     launcher = [deepspeed, "--master_port", free_port(), "--num_gpus", "2"]

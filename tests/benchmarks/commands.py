@@ -21,7 +21,10 @@ def command(name: str, *flags: str | Path) -> list[str | Path]:
 def run(
     name: str, *flags: str | Path, check: bool = False, timeout: float = 120
 ) -> subprocess.CompletedProcess:
-    """Run the benchmark ``name`` to its end in a forked process and capture what it prints."""
+    """Run the benchmark ``name`` to its end in a forked process and capture what it prints.
+
+    Its ranks must not return objects of its own classes, which a forked process cannot unpickle.
+    """
     done = forked.run([f"benchmarks.{name}", *flags], Path.cwd(), timeout)
     if check:
         assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def test_no_family_of_inputs_makes_the_error_grow(family):
 @pytest.mark.parametrize(
     "family",
     [
-        "one-hot gradient",
+        pytest.param("one-hot gradient", marks=pytest.mark.exhaustive),
         "sinks, positive, constant gradient",
         pytest.param("positive, constant gradient", marks=pytest.mark.exhaustive),
     ],

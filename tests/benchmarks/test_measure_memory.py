@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -45,7 +46,10 @@ def test_bytes_per_token_is_the_slope_between_shortest_and_longest():
 
 
 def test_the_command_starts_ranks_and_prints_their_memory():
-    done = commands.run("measure_memory", "--nproc", "1", "--seq-lengths", "512")
+    command = commands.command("measure_memory", "--nproc", "1", "--seq-lengths", "512")
+    done = subprocess.run(
+        command, env=commands.ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     ranks, tokens, *mebibytes = done.stdout.splitlines()[1].split()
     assert (ranks, tokens) == ("1", "512")
