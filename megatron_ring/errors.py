@@ -20,6 +20,8 @@ class MegatronRingError(Exception):
     """
 
     exit_code = 1
+    # Whether every rank prints it, and not only rank 0: each has its own, or rank 0 has none.
+    prints_on_every_rank = False
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)

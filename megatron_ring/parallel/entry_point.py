@@ -62,7 +62,8 @@ def report_once(environment: Environment) -> Iterator[None]:
     try:
         yield
     except MegatronRingError as error:
-        _exit(error, environment, prints=environment.global_rank == 0)
+        prints = error.prints_on_every_rank or environment.global_rank == 0
+        _exit(error, environment, prints)
     except RuntimeError as error:
         user_error = nondeterminism_error(error)
         if user_error is None:

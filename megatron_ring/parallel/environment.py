@@ -15,6 +15,7 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ring.errors import ConfigError
 
@@ -41,6 +42,10 @@ _PREFIXES = (
     "TRITON_",
     "WANDB_",
 )
+
+
+# OpenMP starts as many threads as it is asked for, or hangs.
+_MAX_THREADS = 8192
 
 
 def remove_empty_variables() -> None:
@@ -104,7 +109,9 @@ class Environment:
             f"and below WORLD_SIZE {self.world_size}": (
                 0 <= self.global_rank < max(1, self.world_size)
             ),
-            f"OMP_NUM_THREADS is {self.threads}, and must be at least 1": self.threads >= 1,
+            f"OMP_NUM_THREADS is {self.threads}, and must be from 1 to {_MAX_THREADS}": (
+                1 <= self.threads <= _MAX_THREADS
+            ),
         }
         return [f"{rule}. Set it, or unset it." for rule, holds in rules.items() if not holds]
 
@@ -260,6 +267,18 @@ def socket_interfaces(names: Sequence[str]) -> list[str]:
     if rule[0] == "^":
         return gloo + [name for name in names if name not in matching]
     return gloo + matching
+
+
+class RendezvousAddress(NamedTuple):
+    """Where the ranks join: the host of rank 0, and a port as text."""
+
+    host: str
+    port: str
+
+
+def rendezvous_address() -> RendezvousAddress:
+    """Return the host and port of the rendezvous; the port is "" before ``complete``."""
+    return RendezvousAddress(master_address(), _value("MASTER_PORT") or "")
 
 
 def master_address() -> str:

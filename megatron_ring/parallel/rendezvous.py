@@ -8,8 +8,10 @@ NCCL needs the GPU of every rank when it starts, so there is no process group ye
 exchange what they find through the store of torch's rendezvous.
 """
 
+import contextlib
 import socket
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -20,6 +22,7 @@ from megatron_ring.parallel.environment import (
     Environment,
     keep_freed_memory,
     ranks_may_share_gpus,
+    rendezvous_address,
     set_gpu_of_libraries,
 )
 
@@ -61,7 +64,7 @@ def join(environment: Environment, device: str, timeout: timedelta) -> None:
     """Initialize the default process group: NCCL on CUDA, gloo on a CPU. Collective; blocks.
 
     ``timeout``: of the group, and of the wait for other ranks. Raises ConfigError on every rank if
-    one has no GPU.
+    one has no GPU, and on a rank that cannot join the others.
 
     On CUDA the group is bound to this rank's GPU, on which torch then runs barriers. A bound group
     connects at once, and torch splits off the communicators of later groups, a call of all ranks.
@@ -69,21 +72,56 @@ def join(environment: Environment, device: str, timeout: timedelta) -> None:
     members make none: a gloo group must therefore have all ranks. A single rank has nothing to
     connect, and binding it fails on some machines (DeepSpeed's issue 8248).
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    with _error_of_this_rank(environment):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
     index = assign_gpu(environment, device, store)
     bound = None
     if device == "cuda":
         set_gpu_of_libraries(index)
         torch.cuda.set_device(index)
         bound = torch.device("cuda", index) if world_size > 1 else None
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore("default_pg", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=bound,
+    with _error_of_this_rank(environment):
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=bound,
+        )
+
+
+@contextlib.contextmanager
+def _error_of_this_rank(environment: Environment) -> Iterator[None]:
+    """Raise ConfigError for torch's errors about addresses, ports and ranks that do not come."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # The stack of C++ follows the message; NCCL's has several lines.
+        reason = " ".join(str(error).partition("Exception raised from")[0].split())
+        problem = ConfigError(_not_joined(environment, reason.rstrip(".")))
+        problem.prints_on_every_rank = True  # each rank may fail for another reason, or alone
+        raise problem from error
+
+
+def _not_joined(environment: Environment, reason: str) -> str:
+    address = rendezvous_address()
+    rank = f"rank {environment.global_rank} of {environment.world_size}"
+    if "address already in use" in reason.lower():
+        return (
+            f"{rank} cannot listen on port {address.port}, which another program uses, perhaps "
+            "another run on this host. Set another port: MASTER_PORT, deepspeed --master_port, or "
+            "torchrun --master-port."
+        )
+    interfaces = ", ".join(name for _, name in socket.if_nameindex())
+    return (
+        f"{rank} cannot join the others at {address.host}, port {address.port}: {reason}. Check "
+        "that WORLD_SIZE ranks were started, that MASTER_ADDR is the host of rank 0, that no "
+        "firewall is between them, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, "
+        f"name interfaces of this host ({interfaces})."
     )
 
 

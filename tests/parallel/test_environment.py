@@ -262,6 +262,7 @@ def test_the_package_removes_them_before_it_imports_a_library():
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
         ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "99999999"}, "OMP_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel import rendezvous
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.training import entry
+from megatron_ring.training.entry import report_once
 from tests.programs import free_port, start_rank
 
 GPU_PROGRAM = Path(__file__).with_name("gpu_program.py")
@@ -140,6 +143,37 @@ def test_on_cuda_the_group_of_several_ranks_is_bound_to_the_gpu(world_size, boun
     assert requested["timeout"] == MINUTE
     assert devices == [2]
     assert os.environ["LOCAL_RANK"] == "2"  # which DeepSpeed takes for the index of the device
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_join_is_one_error_that_it_prints_itself(rank, monkeypatch, capsys):
+    address = {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
+    environment = Environment(rank, rank, 2, 2, 1)
+    with socket.create_server(("", 0)) as other_program:
+        port = other_program.getsockname()[1]
+        if rank:
+            other_program.close()  # nothing listens there
+        monkeypatch.setattr(os, "environ", address | {"MASTER_PORT": str(port)})
+        monkeypatch.setattr(entry, "_SECONDS_FOR_MESSAGE", 0)
+        with pytest.raises(SystemExit) as leaving, report_once(environment):
+            rendezvous.join(environment, "cpu", timedelta(seconds=0.5))
+    assert leaving.value.code == 2
+    [message] = re.findall(r"ConfigError .*", capsys.readouterr().err)
+    expected = "--master_port" if rank == 0 else f"rank 1 of 2 cannot join .*127.0.0.1, port {port}"
+    assert re.search(expected, message)
+    assert str(port) in message
+
+
+def test_an_unknown_interface_is_an_error_with_the_known_ones(monkeypatch):
+    reason = "[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: nope0"
+
+    def fail(*_, **__):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(ConfigError, match=r"nope0.*GLOO_SOCKET_IFNAME.*\(.*lo.*\)"):
+        rendezvous.join(Environment(0, 0, 1, 1, 1), "cpu", MINUTE)
 
 
 def run_two_ranks(folder: Path, gpus: tuple[int, int]) -> list[tuple[int, str]]:
