@@ -126,7 +126,8 @@ class TrainingConfig:
         problems = []
         if self.min_lr != "auto" and self.min_lr > self.lr:
             problems.append(
-                f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr auto (a tenth of lr), or "
+                f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr auto (a tenth of lr), "
+                "or "
                 "--lr."
             )
         if self.lr_decay_style == "constant" and self.lr_decay_iters > 0:
