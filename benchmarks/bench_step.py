@@ -37,7 +37,7 @@ from unittest import mock
 import torch
 from torch.profiler import record_function
 
-from benchmarks.common import DTYPES, ResultsFile, setting
+from benchmarks.common import DTYPES, ResultsFile, missing_gpu, setting
 from benchmarks.document_packs import random_starts
 from benchmarks.step_profile import CATEGORIES, OPTIMIZER_STEP, profile_step
 from megatron_ring.config import (
@@ -64,11 +64,14 @@ Row = dict[str, Any]
 def main() -> None:
     options = _parser().parse_args()
     sizes = ("layers", "hidden", "heads", "ffn", "vocab", "tokens", "mean_document", "steps")
-    if problems := not_positive(options, *sizes):
+    problems = missing_gpu(options.device, "time a smaller model on the CPU (--layers, --tokens)")
+    if problems := problems + not_positive(options, *sizes):
         raise ConfigError(problems)
+    if options.device == "cpu" and torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes started below
     # No messages about the profiler's start and end, from the processes started below.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    results = ResultsFile(options.json, setting("bench_step", options, device_type()))
+    results = ResultsFile(options.json, setting("bench_step", options, options.device))
     print(f"{results.findings['device']}, torch {torch.__version__}, {_shape(options)}")
     print(f"{'variant':>13}{'tokens/s':>11}{'of peak':>9}{'GiB':>8}{'step ms':>9}", end="")
     print("".join(f"{name:>17}" for name in CATEGORIES), flush=True)
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=2.5, help="start no variant after this time"
     )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", default="", help="also write the results to this file")
     return parser
 

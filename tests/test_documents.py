@@ -44,7 +44,14 @@ SCRIPTS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
 # Files that documents name although they are not here, and flags of other programs.
 OTHER_FILES = {"distributed_c10d.py"}
-OTHER_FLAGS = {"--long", "--no-build-isolation", "--num_gpus", "--pdb", "--rdzv-endpoint"}
+OTHER_FLAGS = {
+    "--log_level",
+    "--long",
+    "--no-build-isolation",
+    "--num_gpus",
+    "--pdb",
+    "--rdzv-endpoint",
+}
 DEFAULT_PROCESSES = 8
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 

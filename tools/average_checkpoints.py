@@ -49,7 +49,7 @@ class Options:
             )
         if self.weights and len(self.weights) != count:
             problems.append(
-                f"--weights has {counted(len(self.weights), 'number')} for "
+                f"{counted(len(self.weights), 'weight')} for "
                 f"{counted(count, 'checkpoint')}. Set --weights."
             )
         for weight in self.weights:

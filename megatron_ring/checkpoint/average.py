@@ -35,8 +35,8 @@ def average(folder: Path, checkpoints: list[Summary], weights: list[float]) -> P
     try:
         means = ((name, _mean(name, checkpoints, weights)) for name in sorted(shapes))
         tensors.write_whole(folder / names.partial_name(state.step), shapes, means)
-        sealed = store.seal(folder, state.step, store.written(folder, state.step))
-        return store.commit(folder, state, newest.config, sealed)
+        records = store.flush_and_checksum(folder, state.step, store.written(folder, state.step))
+        return store.commit(folder, state, newest.config, records)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"the mean cannot be written to {folder}: {error}") from error
     finally:

@@ -75,7 +75,7 @@ def written(folder: Path, step: int) -> list[str]:
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def seal(folder: Path, step: int, files: list[str]) -> dict[str, FileRecord]:
+def flush_and_checksum(folder: Path, step: int, files: list[str]) -> dict[str, FileRecord]:
     """Flush ``files`` of the checkpoint that is being written; returns their sizes and checksums.
 
     The files are read back for that.
@@ -91,21 +91,24 @@ def commit(
     folder: Path,
     state: RunState,
     config: Config,
-    sealed: dict[str, FileRecord],
-    retire: bool = True,
+    records: dict[str, FileRecord],
+    delete_outdated: bool = True,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Make the checkpoint that is being written the newest one; returns its folder.
 
-    ``sealed`` has the records of all its files. Then, unless ``retire`` is false, deletes the
-    checkpoints that --keep-last and --keep-every do not keep. ``note`` is called with a line for
-    each of them whose folder had foreign files, which are kept.
+    ``records`` has the records of all its files. Then, unless ``delete_outdated`` is false, deletes
+    the checkpoints that --keep-last and --keep-every do not keep. ``note`` is called with a line
+    for each of them whose folder had foreign files, which are kept.
     """
     partial = folder / names.partial_name(state.step)
     final = names.final_path(folder, state.step)
     with disk.write_errors(folder):
         disk.write(partial / CONFIG, to_yaml(config).encode())
-        disk.write(partial / STATE, encode(state, sealed | seal(folder, state.step, [CONFIG])))
+        disk.write(
+            partial / STATE,
+            encode(state, records | flush_and_checksum(folder, state.step, [CONFIG])),
+        )
         disk.flush_names(partial)
         if final.exists():
             retention.hide(final)
@@ -113,7 +116,7 @@ def commit(
         pointer = folder / f".{names.LATEST}"
         disk.write(pointer, f"{final.name}\n".encode())
         disk.rename(pointer, folder / names.LATEST)
-        if retire:
+        if delete_outdated:
             retention.remove_outdated(folder, state.step, config.checkpoint, note)
     return final
 

@@ -144,7 +144,8 @@ def _convert(value: Any, hint: Any) -> Any:
     is_number = isinstance(value, int | str) and not isinstance(value, bool)
     if hint is float and is_number:
         return float(value)  # YAML 1.1 reads 3e-4 as text
-    if float in get_args(hint) and is_number and value not in _choices(hint):
+    is_union = get_origin(hint) in _UNIONS
+    if is_union and float in get_args(hint) and is_number and value not in _choices(hint):
         return float(value)
     if get_origin(hint) is tuple:
         value = tuple(value) if isinstance(value, list) else (value,)

@@ -125,7 +125,11 @@ class TrainingConfig:
     def _schedule_problems(self) -> list[str]:
         problems = []
         if self.min_lr != "auto" and self.min_lr > self.lr:
-            problems.append(f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr or --lr.")
+            problems.append(
+                f"min_lr {self.min_lr} is above lr {self.lr}. Set --min-lr auto (a tenth of lr), "
+                "or "
+                "--lr."
+            )
         if self.lr_decay_style == "constant" and self.lr_decay_iters > 0:
             problems.append(
                 f"lr_decay_iters {self.lr_decay_iters} has no effect with lr_decay_style constant. "

@@ -65,10 +65,10 @@ class Blend(Stream):
         self._weights = weights
         self._schedule = InterleaveSchedule.of(weights)
 
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         """Return sample ``index``: see Stream."""
         stream, number = self._schedule.at(index)
-        return self.streams[stream].text(number)
+        return self.streams[stream].view(number)
 
     def describe(self) -> list[str]:
         """Return the lines of the streams, each with its share of the samples."""

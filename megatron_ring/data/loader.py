@@ -118,7 +118,7 @@ class Loader:
         return batches
 
     def _batch(self, first: int) -> Batch:
-        views = [self._stream.text(first + b) for b in range(self._micro_batch_size)]
+        views = [self._stream.view(first + b) for b in range(self._micro_batch_size)]
         tokens_Bl = self._boundaries.fill_padding(
             np.stack([view.tokens_at(self._sample_positions_l) for view in views])
         )

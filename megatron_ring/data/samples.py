@@ -103,7 +103,7 @@ class SampleStream(Stream):
         assert self.samples_per_epoch > 0, "split_documents refuses such a range"
         self._epoch = self._shuffled_epoch(0)
 
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         """Return sample ``index``: see Stream. It holds S+1 tokens of text, without padding."""
         epoch, n = divmod(index, self.samples_per_epoch)
         if epoch != self._epoch.number:

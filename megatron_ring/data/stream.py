@@ -80,7 +80,7 @@ class Stream(ABC):
     seq_length: int
 
     @abstractmethod
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         """Return sample ``index``, counted over all epochs.
 
         It holds up to S+1 tokens; those after the first are also targets.
@@ -95,7 +95,7 @@ class Stream(ABC):
 
         Tokens are [0, S), their targets [1, S+1); positions without text are IGNORE_INDEX.
         """
-        return self.text(index).tokens_at(np.arange(self.seq_length + 1))
+        return self.view(index).tokens_at(np.arange(self.seq_length + 1))
 
 
 def shuffled(count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:

@@ -49,7 +49,7 @@ class WholeDocumentStream(Stream):
         self.padding_share = 1 - int(lengths.sum()) / (self.samples_per_epoch * seq_length)
         self._shuffle_epoch(0)
 
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         """Return sample ``index``: see Stream.
 
         Its last token has a target only where the document continues in another sample.

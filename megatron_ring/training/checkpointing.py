@@ -115,14 +115,14 @@ class Saver:
             except MegatronRingError as save_error:
                 raise type(error)([*error.problems, *save_error.problems]) from error
 
-    def save(self, engine: Engine, state: RunState, retire: bool = True) -> None:
+    def save(self, engine: Engine, state: RunState, delete_outdated: bool = True) -> None:
         """Write a checkpoint under --save, once the one before it is complete.
 
-        Blocks until it is complete or, with --async-save, copied to CPU memory. With ``retire``
-        False no older checkpoint is deleted, and if there is one of the same step, nothing is
-        written. Raises CheckpointError on every rank if any rank could not write this checkpoint
-        or, with --async-save, the one before, whatever the error was; Diverged if tensors are not
-        finite. Older checkpoints stay as they are.
+        Blocks until it is complete or, with --async-save, copied to CPU memory. With
+        ``delete_outdated`` False no older checkpoint is deleted, and if there is one of the same
+        step, nothing is written. Raises CheckpointError on every rank if any rank could not write
+        this checkpoint or, with --async-save, the one before, whatever the error was; Diverged if
+        tensors are not finite. Older checkpoints stay as they are.
         """
         self.finish()
         if self._resumed_from is None and self._saved is None:
@@ -130,7 +130,7 @@ class Saver:
                 with_checkpoint_error("cannot move checkpoints", self._move_earlier_checkpoints)
             )
         path = names.final_path(self._folder, state.step)
-        if not retire and self.consensus.run_on_rank_zero(path.exists):
+        if not delete_outdated and self.consensus.run_on_rank_zero(path.exists):
             return
         state = replace(state, **engine.optimizer_counters(), processes=self._grid)
         shapes: Shapes = {}
@@ -141,7 +141,7 @@ class Saver:
             state=state,
             shapes=shapes,
             config=self._config,
-            retire=retire,
+            delete_outdated=delete_outdated,
             consensus=self._writer_consensus,
             lease=self._lease,
         )
@@ -228,7 +228,7 @@ class _Save:
     state: RunState
     shapes: Shapes
     config: Config
-    retire: bool
+    delete_outdated: bool
     consensus: Consensus
     lease: Lease | None = None
 
@@ -256,7 +256,7 @@ class _Save:
             # file late in a listing, but it can always open it by its name.
             files = self._on_rank_zero(lambda: store.written(folder, step))
             own_files = files[self.consensus.rank :: self.consensus.ranks]
-            records = self._on_all_ranks(lambda: store.seal(folder, step, own_files))
+            records = self._on_all_ranks(lambda: store.flush_and_checksum(folder, step, own_files))
             self._on_rank_zero(self._check_lease)
             return self._on_rank_zero(lambda: self._publish(records))
         except MegatronRingError as error:
@@ -286,7 +286,9 @@ class _Save:
         for of_rank in records_by_rank:
             records |= of_rank
         state = replace(self.state, commit=commit(), written_at=now())
-        return store.commit(self.folder, state, self.config, records, self.retire, tqdm.write)
+        return store.commit(
+            self.folder, state, self.config, records, self.delete_outdated, tqdm.write
+        )
 
     def _discard(self) -> str:
         """Delete what was written; return a sentence about the checkpoint that is still newest."""

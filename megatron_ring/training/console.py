@@ -226,7 +226,7 @@ def _layout_description(setup: RunSettings) -> str:
 def _tokens_description(setup: RunSettings) -> str:
     seq_length = setup.config.data.seq_length
     padding = setup.layout.seq_length - seq_length
-    if not padding:
-        return counted(seq_length, "token")
-    counted_tokens = counted(seq_length, "token")
-    return f"{counted_tokens} and {counted(padding, 'padding token')} without a target"
+    tokens = counted(seq_length, "token")
+    return (
+        f"{tokens} and {counted(padding, 'padding token')} without a target" if padding else tokens
+    )

@@ -96,7 +96,7 @@ def train(
                 report.flush()
                 # Without a good step since the last checkpoint the weights are the same as in it:
                 # then this one replaces no older one.
-                saver.save(engine, state, retire=guard.good_since_save)
+                saver.save(engine, state, delete_outdated=guard.good_since_save)
                 guard.saved()
             elif config.checkpoint.save and save_is_due:
                 report.log(

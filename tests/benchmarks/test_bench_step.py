@@ -8,11 +8,12 @@ import pytest
 
 from benchmarks import bench_step
 from benchmarks.step_profile import CATEGORIES
+from megatron_ring.errors import ConfigError
 from tests.distributed import PRELOADED
 
 SMALL = ["--layers", "2", "--hidden", "64", "--heads", "2", "--ffn", "96", "--vocab", "64"]
 SMALL += ["--tokens", "128", "--dtype", "fp32"]
-SMALL += ["--mean-document", "40", "--steps", "1"]
+SMALL += ["--mean-document", "40", "--steps", "1", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def run_steps(monkeypatch, tmp_path, capsys):
         multiprocessing.set_forkserver_preload(PRELOADED)
         monkeypatch.setattr(bench_step, "START_METHOD", "forkserver")
         monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr("sys.argv", ["bench_step.py", *SMALL, *flags, "--json", str(file)])
         with pytest.raises(SystemExit) as ended:
             bench_step.main()
@@ -48,6 +50,13 @@ def test_every_variant_is_timed_and_split(run_steps):
     # Documents have fewer visible pairs, so the same speed would be a smaller share.
     per_token = {name: row["tflops"] / row["tokens_per_second"] for name, row in rows.items()}
     assert per_token["documents"] < per_token["default"] == pytest.approx(per_token["torch"])
+
+
+def test_without_a_gpu_it_is_refused_with_the_flag(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench_step.py"])
+    with pytest.raises(ConfigError, match="torch finds no GPU.*--device cpu"):
+        bench_step.main()
 
 
 def test_a_variant_that_fails_is_reported_and_the_next_one_is_measured(run_steps):

@@ -38,7 +38,7 @@ def write(
 
     store.prepare(folder, 3)
     tensors.write_whole(folder / names.partial_name(3), shapes, weights())
-    sealed = store.seal(folder, 3, store.written(folder, 3))
+    records = store.flush_and_checksum(folder, 3, store.written(folder, 3))
     config = Config(model=model)
     config = replace(config, data=replace(config.data, seq_length=LENGTH))
-    return store.commit(folder, RunState(3, 12, VOCABULARY, LENGTH, **state), config, sealed)
+    return store.commit(folder, RunState(3, 12, VOCABULARY, LENGTH, **state), config, records)

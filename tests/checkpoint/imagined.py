@@ -96,5 +96,5 @@ def write(
         optimizer_steps=step,
         **provenance,
     )
-    sealed = store.seal(folder, step, store.written(folder, step))
-    return store.commit(folder, state, config or Config(), sealed)
+    records = store.flush_and_checksum(folder, step, store.written(folder, step))
+    return store.commit(folder, state, config or Config(), records)

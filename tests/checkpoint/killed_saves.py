@@ -142,8 +142,8 @@ def save_in_chunks(folder: Path, step: int) -> None:
         with path.open("wb", buffering=0) as file:
             for chunk in range(8):
                 file.write(bytes([step % 256, rank, chunk, 0]) * 8192)
-    sealed = store.seal(folder, step, store.written(folder, step))
-    store.commit(folder, state(step), KEEP_TWO, sealed)
+    records = store.flush_and_checksum(folder, step, store.written(folder, step))
+    store.commit(folder, state(step), KEEP_TWO, records)
 
 
 if __name__ == "__main__":

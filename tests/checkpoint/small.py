@@ -15,5 +15,5 @@ def write(folder: Path, step: int, config: Config | None = None, **options: Any)
     """Write a checkpoint of one file. ``options``: for store.commit."""
     store.prepare(folder, step)
     (folder / names.partial_name(step) / "rank-0.pt").write_bytes(b"weights of step %d" % step)
-    sealed = store.seal(folder, step, store.written(folder, step))
-    return store.commit(folder, state(step), config or Config(), sealed, **options)
+    records = store.flush_and_checksum(folder, step, store.written(folder, step))
+    return store.commit(folder, state(step), config or Config(), records, **options)

@@ -30,7 +30,10 @@ def pristine(tmp_path_factory) -> Path:
         for name in OWN[:2]:
             (partial / name).write_bytes(f"weights of step {step} in {name}".encode())
         store.commit(
-            folder, state(step), Config(), store.seal(folder, step, store.written(folder, step))
+            folder,
+            state(step),
+            Config(),
+            store.flush_and_checksum(folder, step, store.written(folder, step)),
         )
     return folder
 

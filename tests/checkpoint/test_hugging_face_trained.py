@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
-from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import Config, load_yaml
 from tests.checkpoint.hugging_face_models import (
@@ -50,7 +50,9 @@ def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     for family in FAMILIES:
         import_folder(
-            save(CASES[family], root / family / "theirs"), root / family / "ours", Stretch()
+            save(CASES[family], root / family / "theirs"),
+            root / family / "ours",
+            ContextExtension(),
         )
     run_ranks(
         4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root)

@@ -79,7 +79,7 @@ def test_an_interrupted_deletion_leaves_no_damaged_checkpoint(tmp_path, monkeypa
 def test_without_retire_nothing_is_deleted(tmp_path):
     for step in (10, 20):
         write(tmp_path, step)
-    write(tmp_path, 30, keeping(keep_last=1), retire=False)
+    write(tmp_path, 30, keeping(keep_last=1), delete_outdated=False)
     assert steps(tmp_path) == [10, 20, 30]
 
 
@@ -134,8 +134,8 @@ def test_a_record_that_lists_files_elsewhere_deletes_none_of_them(tmp_path):
     outside.write_text("mine")
     folder = tmp_path / "saved"
     store.prepare(folder, 10)
-    sealed = {"link/outside": FileRecord(4, "0" * 64)}
-    path = store.commit(folder, state(10), Config(), sealed)
+    records = {"link/outside": FileRecord(4, "0" * 64)}
+    path = store.commit(folder, state(10), Config(), records)
     (path / "link").symlink_to(tmp_path)
     write(folder, 20, keeping(keep_last=1))
     assert outside.read_text() == "mine"

@@ -39,12 +39,12 @@ def test_other_bytes_are_refused(content):
 def test_fields_of_another_version_are_refused():
     other = encode(state(5), FILES).replace(b"vocab_size", b"vocab_rows")
     body = other[: other.rindex(b',\n  "sha256"')]
-    resealed = body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
+    with_checksum = body + b',\n  "sha256": "%s"\n}\n' % sha256(body).hexdigest().encode()
     with pytest.raises(CheckpointError, match=DAMAGED):
-        decode(resealed)
+        decode(with_checksum)
 
 
-def sealed(**changes) -> bytes:
+def encoded(**changes) -> bytes:
     """Return state.json with changed values and a valid checksum."""
     document = json.loads(CONTENT) | changes
     del document["sha256"]
@@ -53,9 +53,9 @@ def sealed(**changes) -> bytes:
 
 
 def test_valid_values_with_a_valid_checksum_are_read():
-    assert decode(sealed()) == (state(5), FILES)
+    assert decode(encoded()) == (state(5), FILES)
     loss_scale = {"cur_scale": 65536.0, "cur_iter": 7, "last_overflow_iter": -1}
-    read, _ = decode(sealed(loss_scale=loss_scale, recent_losses=[2, 1.5]))
+    read, _ = decode(encoded(loss_scale=loss_scale, recent_losses=[2, 1.5]))
     assert (read.loss_scale, read.recent_losses) == (loss_scale, [2.0, 1.5])
     assert type(read.loss_scale["cur_iter"]) is int
 
@@ -87,7 +87,7 @@ RECORD = {"bytes": 1, "sha256": "a" * 64}
 )
 def test_an_invalid_value_with_a_valid_checksum_is_refused(key, value):
     with pytest.raises(CheckpointError, match=DAMAGED) as refused:
-        decode(sealed(**{key: value}))
+        decode(encoded(**{key: value}))
     assert len(str(refused.value)) < 1000
 
 

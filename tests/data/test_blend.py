@@ -24,7 +24,7 @@ class NumberedStream(Stream):
         self.name = name
         self.seq_length = seq_length
 
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         return SampleView([np.array([self.name, index])], self.store, vocab_size=100)
 
     def describe(self) -> list[str]:

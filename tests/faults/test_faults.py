@@ -217,7 +217,7 @@ def test_bad_data_that_only_one_rank_reads_ends_all_ranks(folder, undisturbed):
     """The last target of a sample is not a token of any other rank."""
     store = TokenStore(folder / "text" / "tokens")
     training, _ = split_documents(store.lengths, (0.8, 0.2), 64)
-    (*_, piece) = SampleStream(store, training, 64, seed=1234, vocab_size=300).text(7).pieces
+    (*_, piece) = SampleStream(store, training, 64, seed=1234, vocab_size=300).view(7).pieces
     file = folder / "text" / "tokens.bin"
     content = bytearray(file.read_bytes())
     end = content.index(piece.tobytes()) + piece.nbytes

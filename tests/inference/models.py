@@ -74,11 +74,11 @@ def write_checkpoint(
         tensors.write_part(partial, number, list(_halves(values, number))) for number in range(2)
     ]
     tensors.write_index(partial, shapes, [tensors.WEIGHT], parts)
-    sealed = store.seal(folder, step, store.written(folder, step))
+    records = store.flush_and_checksum(folder, step, store.written(folder, step))
     config = Config(model=model, data=data or DataConfig(seq_length=length))
     vocab_size = len(gpt.embedding.weight)
     run_state = store.RunState(step, 4 * step, vocab_size, length, **state)
-    return store.commit(folder, run_state, config, sealed)
+    return store.commit(folder, run_state, config, records)
 
 
 def _halves(values: dict[str, torch.Tensor], number: int) -> Iterator[tensors.Piece]:

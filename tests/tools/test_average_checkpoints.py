@@ -64,7 +64,7 @@ def failure(capsys, *arguments: str) -> tuple[int, str]:
         (["A", "--last", "1"], ("at least 2", "not 1", "--last")),
         (["A", "--last", "-2"], ("at least 2", "not -2", "--last")),
         (["A", "B", "--last", "2"], ("last 2", "one folder", "2 are given", "--last")),
-        (["A", "B", "--weights", "1"], ("1 weights", "2 checkpoints", "--weights")),
+        (["A", "B", "--weights", "1"], ("1 weight for", "2 checkpoints", "--weights")),
         (
             ["A", "--last", "3", "--weights", "1", "1"],
             ("2 weights", "3 checkpoints", "--weights"),

@@ -41,7 +41,7 @@ def test_a_save_folder_shows_the_checkpoint_that_latest_names(folder, capsys):
     assert output.startswith(f"{folder}/step-00000010: 9 files, ")
     for part in (
         "\nstep 10: 40 samples, 640 tokens seen, 10 optimizer steps\n",
-        "\nmodel: 43 parameters, 1 layers, hidden size 256, 4 query and 4 key-value heads of 64",
+        "\nmodel: 43 parameters, 1 layer, hidden size 256, 4 query and 4 key-value heads of 64",
         "parameter: weight, exp_avg, exp_avg_sq\n",
         "2026-11-22 17:56:19 (UTC), by commit 0ca56ca, processes pipe 1, data 2\n",
         ":\n  model.num_layers: 1\n  training.lr: 0.25\nfiles:\n  config.yaml: ",

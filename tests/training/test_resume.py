@@ -256,7 +256,7 @@ ERRORS = {
 }
 ACTS = {
     "write_part": (tensors, 1),
-    "seal": (store, 1),
+    "flush_and_checksum": (store, 1),
     "write_index": (tensors, 0),
     "commit": (store, 0),
 }
