@@ -12,7 +12,7 @@ from megatron_ring.inference.model import InferenceModel
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
-from tests.inference.models import (
+from tests.inference.core_models import (
     LENGTH,
     MODELS,
     VOCABULARY,

@@ -13,7 +13,7 @@ from megatron_ring.inference import cache as cache_module
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
 from tests.distributed import run_ranks
-from tests.inference.models import MODELS, inference_model, prompt
+from tests.inference.core_models import MODELS, inference_model, prompt
 
 RANKS = 2
 LAYERS = 2
