@@ -23,6 +23,7 @@ from megatron_ring.inference.console import (
     numbered,
     opening_lines,
     print_text,
+    replace_unprintable_characters,
 )
 from megatron_ring.inference.generation import Generated, Speed, generate
 from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
@@ -106,9 +107,12 @@ def dry_run(options: Options, environment: Environment) -> None:
 def read_and_check(options: Options, opened: OpenedModel) -> list[Prompt]:
     """Read the prompts; raise ConfigError or DataError if one cannot be continued."""
     prompts = read_prompts(options.generation, opened.text)
-    is_extensible = opened.model_config.position_embedding_type == "rope"
+    has_rope = opened.model_config.position_embedding_type == "rope"
     check_lengths(
-        prompts, options.generation.max_new_tokens, opened.seq_length, extensible=is_extensible
+        prompts,
+        options.generation.max_new_tokens,
+        opened.seq_length,
+        extensible=has_rope or opened.seq_length < opened.trained_length,
     )
     return prompts
 
@@ -155,6 +159,7 @@ def run(
     """Generate batch by batch. Collective over all processes; rank 0 prints and writes."""
     generation = options.generation
     is_rank_zero = loaded.consensus.rank == 0
+    replace_unprintable_characters()
     core = InferenceModel(
         loaded.model,
         loaded.groups,

@@ -54,7 +54,7 @@ class InferenceConfig:
     """Tokens of a prompt that are computed at a time, over all ranks, which bounds the activations.
     0: the whole prompt at once."""
     world_size: int = 0
-    """Number of processes that --dry-run plans with. 0: the processes that run."""
+    """Number of processes: --dry-run plans with it, and a run must have it. 0: any number."""
     dry_run: bool = False
     """Print the model, the grid and the memory of a rank, and exit without starting anything."""
 

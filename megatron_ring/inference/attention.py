@@ -343,45 +343,62 @@ class DecodeStep:
         self, layer: int, q_B1HD: torch.Tensor, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new entries on their owner; return out_B1HD, in q's dtype, and lse_BH1."""
-        own = self._attend_own_shard(layer, q_B1HD[:, 0], k_B1GD, v_B1GD)
-        out_BHD, lse_BH = _merge_over_ring(own, self.ring)
+        self._store(layer, k_B1GD, v_B1GD)
+        out_BHD, lse_BH = self.merge(self.attend_shard(layer, q_B1HD[:, 0]))
         return out_BHD.to(q_B1HD.dtype).unsqueeze(1), lse_BH.unsqueeze(-1)
 
-    def _attend_own_shard(
-        self, layer: int, q_BHD: torch.Tensor, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor
-    ) -> PartialSoftmax:
-        window = self.cache.shape.windows[layer]
+    def attend_shard(self, layer: int, q_BHD: torch.Tensor) -> PartialSoftmax:
+        """Attend to this rank's entries; does not communicate."""
         dtype = accumulation_dtype(q_BHD.dtype)
         partial = PartialSoftmax(
             q_BHD.new_zeros(q_BHD.shape, dtype=dtype),
             q_BHD.new_full(q_BHD.shape[:2], -torch.inf, dtype=dtype),
             q_BHD.new_zeros(q_BHD.shape[:2], dtype=dtype),
         )
-        for row, sample in enumerate(self.samples):
-            kv = self.cache.layers[layer][sample]
-            entries = self._visible_entries(window)[row]
-            if self._owns(sample):
-                kv.append(k_B1GD[row], v_B1GD[row], entries - 1)
+        visible = self._visible_entries(layer)
+        for row, (sample, entries) in enumerate(zip(self.samples, visible)):
             if entries:
-                of_sample = attend_to_all(q_BHD[row], *kv.last(entries))
-                for target, result in zip(partial, of_sample):
+                kv_2GMD = self.cache.layers[layer][sample].last(entries)
+                for target, result in zip(partial, attend_to_all(q_BHD[row], *kv_2GMD)):
                     target[row] = result
         return partial
 
-    def _visible_entries(self, window: int) -> list[int]:
-        """Return how many entries of this rank the new token of each sample sees."""
+    def merge(self, own: PartialSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out_BHD and lse_BH over the shards of all ranks.
+
+        At least one rank has a key of every sample, so the maximum is finite, and a rank that has
+        none adds zeros.
+        """
+        max_BH = own.max_BH
+        sums_BHX = torch.cat((own.out_BHD, own.sum_BH.unsqueeze(-1)), dim=-1)  # X = D + 1
+        if self.ring.links is not None:
+            max_BH = max_BH.clone()
+            dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
+            sums_BHX *= torch.exp(own.max_BH - max_BH).unsqueeze(-1)
+            dist.all_reduce(sums_BHX, dist.ReduceOp.SUM, self.ring.links[0])
+        out_BHD, sum_BH = sums_BHX[..., :-1], sums_BHX[..., -1]
+        return out_BHD / sum_BH.unsqueeze(-1), max_BH + sum_BH.log()
+
+    def _store(self, layer: int, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor) -> None:
+        visible = self._visible_entries(layer)
+        for row, (sample, entries) in enumerate(zip(self.samples, visible)):
+            if (self.cache.lengths[sample] - 1) % self.ring.size == self.ring.rank:
+                kv = self.cache.layers[layer][sample]
+                kv.append(k_B1GD[row], v_B1GD[row], still_seen=entries - 1)
+
+    def _visible_entries(self, layer: int) -> list[int]:
+        """Return how many entries of this rank the new token of each sample sees, itself included.
+
+        Layers with the same window share the result.
+        """
+        window = self.cache.shape.windows[layer]
         if window not in self._entries:
-            ownership = self.cache.ownership
+            lengths = [self.cache.lengths[sample] for sample in self.samples]
             self._entries[window] = [
-                ownership.count(sample, self.ring.rank, length - window if window else 0)
-                for sample, length in (
-                    (sample, self.cache.lengths[sample]) for sample in self.samples
-                )
+                self.cache.ownership.count(sample, self.ring.rank, length - window if window else 0)
+                for sample, length in zip(self.samples, lengths)
             ]
         return self._entries[window]
-
-    def _owns(self, sample: int) -> bool:
-        return (self.cache.lengths[sample] - 1) % self.ring.size == self.ring.rank
 
 
 def attend_to_all(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) -> PartialSoftmax:
@@ -392,26 +409,10 @@ def attend_to_all(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) 
     """
     dtype = accumulation_dtype(q_HD.dtype)
     groups, _, head_dim = k_GMD.shape
-    # In the order of heads, H / G of them read each key-value head.
-    q_GxD = (q_HD.to(dtype) * head_dim**-0.5).view(groups, -1, head_dim)
-    scores_GxM = torch.bmm(q_GxD, k_GMD.to(dtype).mT)
-    max_Gx = scores_GxM.amax(-1)
-    weights_GxM = scores_GxM.sub_(max_Gx.unsqueeze(-1)).exp_()
-    out_GxD = torch.bmm(weights_GxM, v_GMD.to(dtype))
-    return PartialSoftmax(out_GxD.view(q_HD.shape), max_Gx.flatten(), weights_GxM.sum(-1).flatten())
-
-
-def _merge_over_ring(own: PartialSoftmax, ring: RingPlace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out_BHD and lse_BH over the shards of all ranks.
-
-    At least one rank has a key of every sample, so the maximum is finite, and a rank that has none
-    adds zeros.
-    """
-    max_BH, sums_BHD1 = own.max_BH, torch.cat((own.out_BHD, own.sum_BH.unsqueeze(-1)), dim=-1)
-    if ring.links is not None:
-        max_BH = own.max_BH.clone()
-        dist.all_reduce(max_BH, dist.ReduceOp.MAX, ring.links[0])
-        sums_BHD1 *= torch.exp(own.max_BH - max_BH).unsqueeze(-1)
-        dist.all_reduce(sums_BHD1, dist.ReduceOp.SUM, ring.links[0])
-    out_BHD, sum_BH = sums_BHD1[..., :-1], sums_BHD1[..., -1]
-    return out_BHD / sum_BH.unsqueeze(-1), max_BH + sum_BH.log()
+    # X = H / G query heads, adjacent in q, read each key-value head.
+    q_GXD = (q_HD.to(dtype) * head_dim**-0.5).view(groups, -1, head_dim)
+    scores_GXM = torch.bmm(q_GXD, k_GMD.to(dtype).mT)
+    max_GX = scores_GXM.amax(-1)
+    weights_GXM = scores_GXM.sub_(max_GX.unsqueeze(-1)).exp_()
+    out_GXD = torch.bmm(weights_GXM, v_GMD.to(dtype))
+    return PartialSoftmax(out_GXD.view(q_HD.shape), max_GX.flatten(), weights_GXM.sum(-1).flatten())

@@ -1,5 +1,6 @@
 """What a generation prints and writes: the model and its grid, progress, text, and JSON lines."""
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,12 @@ class PrefillBar:
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
+
+
+def replace_unprintable_characters() -> None:
+    """Print "?" for a character that the encoding of stdout lacks, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def print_text(piece: str) -> None:

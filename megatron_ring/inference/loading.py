@@ -210,7 +210,8 @@ def open_model(
             return _open_checkpoint(config, world_size, path, stored_notes)
         return _open_hugging_face(config, world_size, path)
 
-    return run_checked(consensus, open_found) if consensus else open_found()
+    act = with_checkpoint_error(f"{path} cannot be read", open_found)
+    return run_checked(consensus, act) if consensus else act()
 
 
 def _find(load: str, consensus: Consensus | None) -> tuple[Path, tuple[str, ...]]:

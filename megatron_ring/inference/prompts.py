@@ -71,10 +71,7 @@ def check_lengths(
             remedies.append(f"--max-new-tokens to at most {positions - length}")
         remedies.append(f"a prompt of at most {max(positions - max_new_tokens, 0)} tokens")
         if extensible:
-            remedies.append(
-                f"--seq-length to at least {length + max_new_tokens}, beyond what the model was "
-                "trained on"
-            )
+            remedies.append(f"--seq-length to at least {length + max_new_tokens}")
         problems.append(
             f"prompt {prompt.number} has {length} tokens, and with max_new_tokens {max_new_tokens} "
             f"that is {length + max_new_tokens}, more than the model's {positions} positions. Set "
