@@ -20,7 +20,7 @@ from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
 from megatron_ring.inference.memory import RankMemory, available_bytes
 from megatron_ring.inference.positions import EvaluationPlan, evaluate, table
 from megatron_ring.inference.results import ResultFiles
-from megatron_ring.inference.scoring import scoring_memory
+from megatron_ring.inference.scoring import check_memory, scoring_memory
 from megatron_ring.monitoring.outputs import tolerate_console_errors
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
@@ -142,7 +142,7 @@ def evaluate_command(command: Positions, environment: Environment) -> None:
     if environment.global_rank == 0:
         lines = [*opening_lines(opened), *memory_lines(needed, available)]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-    run_checked(consensus, lambda: check_fits(needed, available))
+    run_checked(consensus, lambda: check_memory(needed, available, "--lengths to shorter ones"))
     command.run(plan, opened.load(environment, consensus))
 
 
@@ -151,16 +151,6 @@ def memory_lines(needed: RankMemory, available: int | None) -> list[str]:
     free = "unknown" if available is None else human(available)
     parts = ", ".join(f"{name} {human(value)}" for name, value in asdict(needed).items() if value)
     return [f"memory           per rank: {human(needed.total)} of {free} free: {parts}"]
-
-
-def check_fits(needed: RankMemory, available: int | None) -> None:
-    """Raise ConfigError if a rank needs more than ``available`` bytes."""
-    if available is not None and needed.total > available:
-        raise ConfigError(
-            f"a rank needs {human(needed.total)}, of which the weights have "
-            f"{human(needed.weights)}, and {human(available)} are free. Set --lengths to shorter "
-            "ones, or start more ranks: a sample is split over the ring."
-        )
 
 
 if __name__ == "__main__":
