@@ -50,7 +50,8 @@ def start_rank(
 ) -> Forked:
     """Start ``program`` as one of two ranks with their rendezvous at ``port``, without a launcher.
 
-    ``variables`` are added to its environment, and may override ``WORLD_SIZE``.
+    ``config`` is the file of --config, "" for a program without that flag. ``variables`` are added
+    to its environment, and may override ``WORLD_SIZE``.
     """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {
@@ -59,5 +60,5 @@ def start_rank(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [str(program), "--config", config, *flags]
+    command = [str(program), *(["--config", config] if config else []), *flags]
     return Forked(command, folder, os.environ | world | variables, stderr)

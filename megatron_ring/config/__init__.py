@@ -10,6 +10,7 @@ silently.
 """
 
 from megatron_ring.config.data import DataConfig
+from megatron_ring.config.evaluation import PositionsConfig
 from megatron_ring.config.inference import InferenceConfig
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.operation import CheckpointConfig, GuardsConfig, LoggingConfig
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "ParallelConfig",
+    "PositionsConfig",
     "TrainingConfig",
     "load_yaml",
     "parse",

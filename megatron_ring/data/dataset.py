@@ -7,7 +7,7 @@ checked here, before training starts: stores, manifests, tokenizer, split and do
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +39,8 @@ _DOCUMENTS_CHECKED = 1000
 class Dataset:
     """The tokenizer, the sample streams of a run, and how boundaries between documents are handled.
 
-    A stream is None where its share of the split is 0. ``prefixes`` are those of the token stores.
+    A stream is None where its share of the split is 0, or where it is not needed, which training
+    always does. ``prefixes`` are those of the token stores.
     """
 
     tokenizer: Tokenizer
@@ -50,8 +51,10 @@ class Dataset:
     prefixes: tuple[str, ...] = ()
 
     @staticmethod
-    def open(config: DataConfig, seed: int, progress: bool = False) -> "Dataset":
-        """Open the stores that ``config`` names, or the default corpus.
+    def open(
+        config: DataConfig, seed: int, progress: bool = False, needed: Collection[str] = PARTS
+    ) -> "Dataset":
+        """Open the stores that ``config`` names, or the default corpus, for the ``needed`` parts.
 
         The default corpus is the source text of Python's own library; it is prepared first if it
         does not exist yet. Raises DataError for a store or tokenizer that is missing, damaged, too
@@ -70,18 +73,20 @@ class Dataset:
         for store in stores:
             check_tokenizer(store.prefix, tokenizer)
             _refuse_missing_ends(store, boundaries)
-        parts_by_store = [_split(store, config, seed, tokenizer.vocab_size) for store in stores]
+        parts_by_store = [
+            _split(store, config, seed, tokenizer.vocab_size, needed) for store in stores
+        ]
         streams = [_blend(streams, weights.values()) for streams in zip(*parts_by_store)]
         return Dataset(tokenizer, boundaries, *streams, prefixes=tuple(weights))
 
 
 def _split(
-    store: TokenStore, config: DataConfig, seed: int, vocab_size: int
+    store: TokenStore, config: DataConfig, seed: int, vocab_size: int, needed: Collection[str]
 ) -> list[Stream | None]:
     """Return one stream per part of the split of one store, None for a share of 0."""
     try:
         _refuse_empty_parts(config, len(store.lengths))
-        parts = split_documents(store.lengths, config.shares, config.seq_length)
+        parts = split_documents(store.lengths, config.shares, config.seq_length, needed)
     except (ConfigError, DataError) as error:
         problems = [f"token store {store.prefix}: {problem}" for problem in error.problems]
         raise type(error)(problems) from error

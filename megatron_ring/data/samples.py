@@ -7,6 +7,7 @@ samples of a long document over the epoch. Both orders follow from (seed, epoch)
 process computes them for itself, and a resumed run continues exactly where it stopped.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,17 +21,26 @@ PARTS = ("training", "validation", "test")
 """The parts of the data, in the order of the shares of --split."""
 
 
-def split_documents(lengths: np.ndarray, split: tuple[float, ...], seq_length: int) -> list[range]:
+def split_documents(
+    lengths: np.ndarray,
+    split: tuple[float, ...],
+    seq_length: int,
+    needed: Collection[str] = PARTS,
+) -> list[range]:
     """Return the document numbers of each part: training, validation and, of three shares, test.
 
     Parts are contiguous in store order. ``lengths`` is (documents,), in tokens. A share of 0 gives
-    an empty range. Raises DataError for every other part that cannot fill one sample.
+    an empty range, and so does a part that is not ``needed``. Raises DataError for every other part
+    that cannot fill one sample.
     """
-    parts = document_ranges(len(lengths), split)
+    ranges = document_ranges(len(lengths), split)
+    parts = [part if name in needed else range(0) for name, part in zip(PARTS, ranges)]
     problems = [
         problem
         for name, share, part in zip(PARTS, split, parts)
-        if share > 0 and (problem := _too_small(name, share, lengths, part, seq_length))
+        if share > 0
+        and name in needed
+        and (problem := _too_small(name, share, lengths, part, seq_length))
     ]
     if problems:
         raise DataError(problems)

@@ -32,6 +32,7 @@ class WholeDocumentStream(Stream):
         fit: str,
     ):
         self.store = store
+        self.documents = documents
         self.seq_length = seq_length
         self.seed = seed
         self.vocab_size = vocab_size

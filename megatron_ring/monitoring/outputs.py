@@ -190,6 +190,17 @@ def picture_problem(path: Path, kinds: tuple[bytes, ...]) -> str | None:
         return f"cannot be used: {describe_error(error)}"
 
 
+def output_problem(path: Path, beginnings: tuple[bytes, ...], what: str) -> str | None:
+    """Return why a file of the kind ``what`` cannot be written to ``path``, or None.
+
+    It may replace a missing or empty file, or one of its own kind, which begins with one of
+    ``beginnings``. Writes nothing and raises nothing.
+    """
+    return _path_problem(
+        path, folder=False, content_problem=lambda file: _content_problem(file, beginnings, what)
+    )
+
+
 def _content_problem(path: Path, beginnings: tuple[bytes, ...], what: str) -> str | None:
     """Return why the existing file must not be replaced: it is neither empty nor of this kind.
 
@@ -241,6 +252,9 @@ def _tolerant(stream: TextIO | None) -> TextIO:
     tolerant = tolerant_stream(stream, survives_all=True)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", []):
-            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+            # logging._StderrHandler, which some libraries install, reads sys.stderr at each record.
+            follows = isinstance(handler, logging._StderrHandler)
+            is_stream = isinstance(handler, logging.StreamHandler) and not follows
+            if is_stream and handler.stream is stream:
                 handler.setStream(tolerant)
     return tolerant

@@ -19,6 +19,7 @@ PREAMBLE = """\
 import logging, os, sys
 logger = logging.getLogger("library")
 logger.addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("other").addHandler(logging._StderrHandler())
 from megatron_ring.monitoring.outputs import tolerate_console_errors
 tolerate_console_errors()
 """
