@@ -1,7 +1,8 @@
-"""Evaluate a trained model over a ring: does it use its context?
+"""Evaluate over a ring whether a trained model uses its context.
 
     python tools/evaluate.py positions --load runs/mine --lengths 1024 4096 16384
     deepspeed --num_gpus 4 tools/evaluate.py positions --load runs/mine --documents joined separated
+    deepspeed --num_gpus 4 tools/evaluate.py needles --load runs/mine --lengths 4096 16384 65536
 
 Each part prints a table and writes its results as JSON and as a picture.
 """
@@ -13,8 +14,9 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from megatron_ring.config import InferenceConfig, PositionsConfig
-from megatron_ring.errors import MegatronRingError, reporting_errors
+from megatron_ring.config import InferenceConfig, NeedlesConfig, PositionsConfig
+from megatron_ring.errors import reporting_errors
+from megatron_ring.inference import needles
 from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
 from megatron_ring.inference.positions import EvaluationPlan, evaluate, table
 from megatron_ring.inference.results import ResultFiles
@@ -64,8 +66,51 @@ class Positions:
         loaded.consensus.run_on_rank_zero(write)
 
 
-COMMANDS = {"positions": Positions}
-"""The parts, by their names on the command line; each has ``inference``, ``files``, ``plan`` and ``run``."""
+@dataclass(frozen=True)
+class Needles:
+    """Retrieval of needles from a haystack over context length and depth, as in RULER."""
+
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    needles: NeedlesConfig = field(default_factory=NeedlesConfig)
+
+    @property
+    def files(self) -> ResultFiles:
+        """The files that rank 0 writes."""
+        return ResultFiles(Path(self.needles.output), "needles")
+
+    def plan(self, opened: OpenedModel) -> needles.EvaluationPlan:
+        """Check everything that needs no weights; raises the user's errors."""
+        return needles.EvaluationPlan.of(self.needles, opened)
+
+    def run(self, plan: needles.EvaluationPlan, loaded: Loaded) -> None:
+        """Evaluate, and on rank 0 print and write the results. Collective; blocks."""
+        total = len(list(plan.cells()))
+        disable = loaded.consensus.rank != 0
+        with tqdm(total=total, unit=" cells", disable=disable, file=sys.stderr) as progress:
+            cells = needles.evaluate(plan, loaded, progress.update)
+
+        def write() -> None:
+            from megatron_ring.inference.needle_plot import draw_heatmap
+
+            for task in self.needles.tasks:
+                print(needles.table(cells, task), end="\n\n")
+            options = asdict(self.needles)
+            shown = ("needles", "wording", "haystack", "seed")
+            results = {
+                **describe(loaded),
+                **{name: options[name] for name in shown},
+                "cells": [asdict(cell) | {"accuracy": cell.accuracy} for cell in cells],
+            }
+            self.files.write(results, lambda picture: draw_heatmap(cells, picture))
+            print(f"wrote {self.files.output} and {self.files.picture}")
+
+        loaded.consensus.run_on_rank_zero(write)
+
+
+Command = Positions | Needles
+
+COMMANDS = {"positions": Positions, "needles": Needles}
+"""The parts, by their names on the command line."""
 
 
 def describe(loaded: Loaded) -> dict[str, object]:
@@ -80,7 +125,7 @@ def describe(loaded: Loaded) -> dict[str, object]:
     }
 
 
-def parse(arguments: list[str], is_rank_zero: bool = True) -> Positions:
+def parse(arguments: list[str], is_rank_zero: bool = True) -> Command:
     """Parse the command line; a bad flag ends the program with exit code 2."""
     commands = tyro.extras.subcommand_type_from_defaults(
         {name: kind() for name, kind in COMMANDS.items()},
@@ -90,7 +135,7 @@ def parse(arguments: list[str], is_rank_zero: bool = True) -> Positions:
     return tyro.cli(flags, args=arguments, description=__doc__, console_outputs=is_rank_zero)
 
 
-def main(command: Positions, environment: Environment) -> None:
+def main(command: Command, environment: Environment) -> None:
     """Join the processes, evaluate and leave."""
     join_processes(environment, device_type(), TIMEOUT)
     with abort_collectively():
@@ -98,7 +143,7 @@ def main(command: Positions, environment: Environment) -> None:
     leave_processes()
 
 
-def evaluate_command(command: Positions, environment: Environment) -> None:
+def evaluate_command(command: Command, environment: Environment) -> None:
     """Open the model, check the options, load the weights, and evaluate. Collective; blocks."""
     consensus = Consensus.build()
     opened = open_model(command.inference, environment.world_size, consensus)

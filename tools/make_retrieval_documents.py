@@ -45,9 +45,7 @@ class Options:
         problems = not_positive(self, "documents")
         fewest, most = self.lines
         if not 1 <= fewest <= most:
-            problems.append(
-                f"lines {fewest} {most} must be at least 1 and in order. Set --lines."
-            )
+            problems.append(f"lines {fewest} {most} must be at least 1 and in order. Set --lines.")
         for name in ("new_share", "haystack_share"):
             share = getattr(self, name)
             if not 0 <= share < 1 or (name == "new_share" and share == 0):

@@ -49,7 +49,9 @@ class NeedlesConfig:
             )
         for length in self.lengths:
             if length < 1:
-                problems.append(f"lengths has {length}, and each must be at least 1. Set --lengths.")
+                problems.append(
+                    f"lengths has {length}, and each must be at least 1. Set --lengths."
+                )
         for name in ("lengths", "tasks"):
             values = getattr(self, name)
             if repeated := sorted({str(value) for value in values if values.count(value) > 1}):

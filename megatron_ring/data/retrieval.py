@@ -8,25 +8,30 @@ follow no instructions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
 from megatron_ring.data.corpus import python_library
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Short, common and different words, so that most tokenizers have a token for each.
-_THINGS = tuple(
+_THINGS = _words(
     """apple bell boat book bread brush cart chair clock coat coin cup desk drum fan flag fork glove
-    hat key knife lamp map nail net pen pipe ring rope shoe spoon wheel""".split()
+    hat key knife lamp map nail net pen pipe ring rope shoe spoon wheel"""
 )
-_PLACES = tuple(
+_PLACES = _words(
     """attic bank barn bay beach bridge cave city coast dam dock farm field fort garden hill hotel
-    house island lake mill moon park pond port river road school shop street tower valley""".split()
+    house island lake mill moon park pond port river road school shop street tower valley"""
 )
-_COLOURS = tuple(
+_COLOURS = _words(
     """amber azure black blue bronze brown coral cream crimson gold gray green indigo ivory khaki
     lilac lime maroon navy ochre olive orange pearl pink purple red rose rust silver teal violet
-    white""".split()
+    white"""
 )
 
 
@@ -126,10 +131,10 @@ def values(wording: Wording, count: int, random: np.random.Generator) -> Problem
 
 
 def variables(wording: Wording, count: int, random: np.random.Generator) -> Problem:
-    """A value given to a key, from it to a second, and so on: which ``count`` keys have it?"""
+    """``count`` keys, each with the value of the one before it, all of which are asked for."""
     chosen = _choose_keys(wording, count, random)
     (value,) = _different_values(wording, 1, random)
-    links = [wording.link.format(key=key, other=other) for other, key in zip(chosen, chosen[1:])]
+    links = [wording.link.format(key=key, other=other) for other, key in pairwise(chosen)]
     lines = (wording.state(chosen[0], value), *links)
     question = wording.question_of_keys.format(value=value)
     answer = f" {wording.separator.join(chosen)}"

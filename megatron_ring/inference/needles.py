@@ -8,11 +8,11 @@ after those before it, and one forward pass over prompt and answer tells that (s
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from megatron_ring.config.needles import NeedlesConfig, NeedleTask
+from megatron_ring.config import NeedlesConfig
+from megatron_ring.config.needles import NeedleTask
 from megatron_ring.data.retrieval import (
     TASKS,
     WORDINGS,
@@ -61,6 +61,16 @@ class Cell:
         return self.correct / self.samples
 
 
+@dataclass(frozen=True)
+class _EncodedProblem:
+    """The tokens of a problem's lines, its question and its answer."""
+
+    needles: list[list[int]]
+    others: list[list[int]]
+    question: list[int]
+    answer: list[int]
+
+
 class PromptWriter:
     """Writes prompts of an exact task, length and depth with the tokens of ``tokenizer``.
 
@@ -78,37 +88,56 @@ class PromptWriter:
     def write(self, task: NeedleTask, length: int, depth: float, number: int) -> Prompt:
         """Return a prompt that has at most ``length`` tokens together with its answer.
 
-        It is shorter by less than a line of the haystack. Raises ConfigError if needles, question
-        and answer alone are longer.
+        It is shorter by less than a line of the haystack. Raises ConfigError as ``check`` does.
         """
-        key = [self.config.seed, list(TASKS).index(task), length, round(depth * 1000), number]
-        random = np.random.default_rng(key)
+        random = self.random(task, length, depth, number)
         problem = TASKS[task](self.wording, self.config.needles, random)
-        question, answer = self._question(problem)
-        needles = [self._encode(line) for line in problem.needles]
-        others = [self._encode(line) for line in problem.others]
-        parts = [self.begin, question, answer, *needles, *others]
-        room = length - sum(map(len, parts))
-        if room < 0:
-            raise ConfigError(
-                f"a prompt of task {task} has {length - room} tokens without any haystack, more "
-                f"than the length {length}: its question and answer have "
-                f"{len(question) + len(answer)}, its needles {sum(map(len, needles + others))}. "
-                f"Set --lengths to at least {length - room} tokens, or --needles to fewer."
-            )
+        parts = self._encode_problem(problem)
+        room = self._room(task, length, parts)
         haystack = self._haystack(problem, room, random)
-        lines = _hide(haystack, needles, others, depth, random)
-        return Prompt(self.begin + [token for line in lines for token in line] + question, answer)
+        lines = _hide(haystack, parts.needles, parts.others, depth, random)
+        before_question = [token for line in lines for token in line]
+        return Prompt(self.begin + before_question + parts.question, parts.answer)
 
-    def _question(self, problem: Problem) -> tuple[list[int], list[int]]:
-        """Return the tokens of question and answer as they are when encoded together."""
+    def check(self, task: NeedleTask, length: int, depth: float, number: int) -> None:
+        """Raise ConfigError if needles, question and answer alone are longer than ``length``."""
+        random = self.random(task, length, depth, number)
+        problem = TASKS[task](self.wording, self.config.needles, random)
+        self._room(task, length, self._encode_problem(problem))
+
+    def random(
+        self, task: NeedleTask, length: int, depth: float, number: int
+    ) -> np.random.Generator:
+        """Return the generator of a prompt, which draws the problem first."""
+        key = [self.config.seed, list(TASKS).index(task), length, round(depth * 1000), number]
+        return np.random.default_rng(key)
+
+    def _encode_problem(self, problem: Problem) -> "_EncodedProblem":
         question = self._encode(problem.question)
         both = self._encode(problem.question + problem.answer)
         # A tokenizer may merge across the boundary; the answer then begins a token earlier.
         shared = 0
         while shared < len(question) and question[shared] == both[shared]:
             shared += 1
-        return both[:shared], both[shared:]
+        return _EncodedProblem(
+            needles=[self._encode(line) for line in problem.needles],
+            others=[self._encode(line) for line in problem.others],
+            question=both[:shared],
+            answer=both[shared:],
+        )
+
+    def _room(self, task: NeedleTask, length: int, parts: "_EncodedProblem") -> int:
+        """Return how many tokens of haystack there may be."""
+        needles = sum(map(len, [*parts.needles, *parts.others]))
+        asked = len(parts.question) + len(parts.answer)
+        least = len(self.begin) + needles + asked
+        if least > length:
+            raise ConfigError(
+                f"a prompt of task {task} has {least} tokens without any haystack, more than the "
+                f"length {length}: its needles have {needles}, question and answer {asked}. Set "
+                f"--lengths to at least {least}, or --needles to fewer."
+            )
+        return length - least
 
     def _haystack(
         self, problem: Problem, room: int, random: np.random.Generator
@@ -185,10 +214,11 @@ class EvaluationPlan:
         if problems:
             raise ConfigError(problems)
         writer = PromptWriter(config, opened.text.required(), opened.text.begin)
-        for task in config.tasks:
+        plan = EvaluationPlan(config, tuple(sorted(lengths)), writer)
+        for task, length, depth in plan.cells():
             for number in range(config.samples):
-                writer.write(task, min(lengths), 0.0, number)
-        return EvaluationPlan(config, tuple(sorted(lengths)), writer)
+                writer.check(task, length, depth, number)
+        return plan
 
     @property
     def depths(self) -> list[float]:
@@ -219,13 +249,13 @@ def evaluate(
         prompts = [
             plan.writer.write(task, length, depth, number) for number in range(plan.config.samples)
         ]
-        cells.append(_cell(task, length, depth, _correct_tokens(loaded, prompts)))
+        cells.append(_cell(task, length, depth, correct_answer_tokens(loaded, prompts)))
         if on_cell:
             on_cell(1)
     return cells
 
 
-def _correct_tokens(loaded: Loaded, prompts: list[Prompt]) -> list[list[bool]]:
+def correct_answer_tokens(loaded: Loaded, prompts: list[Prompt]) -> list[list[bool]]:
     """Return for each prompt which tokens of its answer greedy decoding would choose."""
     scores = token_log_likelihoods(loaded, [prompt.tokens + prompt.answer for prompt in prompts])
     return [
@@ -252,7 +282,7 @@ def mean_accuracy(cells: Iterable[Cell]) -> float:
 
 
 def table(cells: list[Cell], task: NeedleTask) -> str:
-    """Return the accuracies of a task in percent: a row for each depth, a column for each length."""
+    """Return the accuracies of a task in percent: depths in rows, lengths in columns."""
     of_task = [cell for cell in cells if cell.task == task]
     lengths = sorted({cell.length for cell in of_task})
     accuracy = {(cell.length, cell.depth): cell.accuracy for cell in of_task}
@@ -262,42 +292,3 @@ def table(cells: list[Cell], task: NeedleTask) -> str:
         rows.append(f"{depth:>9.0%} " + values)
     means = [mean_accuracy(c for c in of_task if c.length == length) for length in lengths]
     return "\n".join([*rows, f"{'mean':>9} " + "".join(f"{mean:>9.1%}" for mean in means)])
-
-
-def draw_heatmap(cells: list[Cell], picture: Path) -> None:
-    """Draw one heatmap for each task, depth over length; raises OSError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    lengths = sorted({cell.length for cell in cells})
-    depths = sorted({cell.depth for cell in cells})
-    accuracy = {(cell.task, cell.length, cell.depth): cell.accuracy for cell in cells}
-    width = 1.6 + (0.6 * len(lengths) + 1.4) * len(tasks)
-    figure, panels = plt.subplots(
-        1,
-        len(tasks),
-        figsize=(max(4.0, width), 1.2 + 0.32 * len(depths)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, task in zip(panels[0], tasks):
-        grid = [[accuracy[task, length, depth] for length in lengths] for depth in depths]
-        image = panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for row, values in enumerate(grid):
-            for column, value in enumerate(values):
-                panel.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
-        mean = mean_accuracy(cell for cell in cells if cell.task == task)
-        panel.set_title(f"{task}: {mean:.1%}")
-        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
-        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        panel.set_xlabel("tokens")
-    panels[0][0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=panels[0].tolist(), label="answered exactly")
-    try:
-        figure.savefig(picture, dpi=120)
-    finally:
-        plt.close(figure)
