@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from megatron_ring.config import InferenceConfig, NeedlesConfig, PositionsConfig
 from megatron_ring.errors import reporting_errors
-from megatron_ring.inference import needles
 from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
+from megatron_ring.inference.needles import NeedlesPlan, accuracy_table, evaluate_needles
 from megatron_ring.inference.positions import EvaluationPlan, evaluate, table
 from megatron_ring.inference.results import ResultFiles
 from megatron_ring.monitoring.outputs import tolerate_console_errors
@@ -78,22 +78,22 @@ class Needles:
         """The files that rank 0 writes."""
         return ResultFiles(Path(self.needles.output), "needles")
 
-    def plan(self, opened: OpenedModel) -> needles.EvaluationPlan:
+    def plan(self, opened: OpenedModel) -> NeedlesPlan:
         """Check everything that needs no weights; raises the user's errors."""
-        return needles.EvaluationPlan.of(self.needles, opened)
+        return NeedlesPlan.of(self.needles, opened)
 
-    def run(self, plan: needles.EvaluationPlan, loaded: Loaded) -> None:
+    def run(self, plan: NeedlesPlan, loaded: Loaded) -> None:
         """Evaluate, and on rank 0 print and write the results. Collective; blocks."""
         total = len(list(plan.cells()))
         disable = loaded.consensus.rank != 0
         with tqdm(total=total, unit=" cells", disable=disable, file=sys.stderr) as progress:
-            cells = needles.evaluate(plan, loaded, progress.update)
+            cells = evaluate_needles(plan, loaded, progress.update)
 
         def write() -> None:
             from megatron_ring.inference.needle_plot import draw_heatmap
 
             for task in self.needles.tasks:
-                print(needles.table(cells, task), end="\n\n")
+                print(accuracy_table(cells, task), end="\n\n")
             options = asdict(self.needles)
             shown = ("needles", "wording", "haystack", "seed")
             results = {

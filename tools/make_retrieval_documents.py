@@ -35,6 +35,9 @@ class Options:
     an earlier line."""
     haystack_share: float = 0.2
     """Share of the lines that are text instead of needles."""
+    popularity_ratio: float = 1.0
+    """How much more often the most popular key is repeated than the least popular one. In a long
+    document with 1 the last line of a key is always near, because keys are few."""
     wording: Literal["sentence", "pair"] = "pair"
     """The form of the needles, as in tools/evaluate.py."""
     seed: int = 1
@@ -51,6 +54,11 @@ class Options:
             if not 0 <= share < 1 or (name == "new_share" and share == 0):
                 flag = name.replace("_", "-")
                 problems.append(f"{name} {share} must be above 0 and below 1. Set --{flag}.")
+        if not self.popularity_ratio >= 1:
+            problems.append(
+                f"popularity_ratio {self.popularity_ratio} must be at least 1. Set "
+                "--popularity-ratio."
+            )
         if self.seed < 0:
             problems.append(f"seed {self.seed} must be at least 0. Set --seed.")
         return problems
@@ -74,6 +82,7 @@ def main(options: Options) -> None:
                 options.new_share,
                 haystack,
                 options.haystack_share,
+                options.popularity_ratio,
                 random,
             )
             written += file.write(json.dumps({"text": text}) + "\n")

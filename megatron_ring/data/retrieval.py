@@ -197,15 +197,18 @@ def training_document(
     new_share: float,
     haystack: Iterator[str] | None,
     haystack_share: float,
+    popularity_ratio: float,
     random: np.random.Generator,
 ) -> str:
     """Return a document that asks for its own needles again and again.
 
     Each of its ``lines`` is, with probability ``haystack_share``, one of ``haystack``; of the
     others, a share ``new_share`` gives a value to a new key, and the rest repeat the line of an
-    earlier key, any with the same probability. So the value of every repeated line is to be
-    retrieved, from all distances up to the length of the document.
+    earlier key. The most popular key is repeated up to ``popularity_ratio`` times as often as the
+    least popular one, so that values are retrieved from all distances: popular ones from near,
+    others from far.
     """
+    weights = popularity_ratio ** random.random(len(wording.keys))
     unused = list(random.permutation(np.array(wording.keys, dtype=object)))
     stated: list[str] = []
     document = []
@@ -216,5 +219,6 @@ def training_document(
             stated.append(wording.state(unused.pop(), wording.value(random)))
             document.append(stated[-1])
         else:
-            document.append(stated[random.integers(len(stated))])
+            shares = np.cumsum(weights[: len(stated)])
+            document.append(stated[np.searchsorted(shares, random.random() * shares[-1])])
     return "".join(document)

@@ -187,7 +187,7 @@ def _hide(
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
+class NeedlesPlan:
     """What is evaluated, known before the weights are read."""
 
     config: NeedlesConfig
@@ -195,7 +195,7 @@ class EvaluationPlan:
     writer: PromptWriter
 
     @staticmethod
-    def of(config: NeedlesConfig, opened: OpenedModel) -> "EvaluationPlan":
+    def of(config: NeedlesConfig, opened: OpenedModel) -> "NeedlesPlan":
         """Resolve the options for a model. Raises ConfigError with all problems."""
         problems = config.problems()
         lengths = config.lengths or _default_lengths(opened.trained_length)
@@ -214,7 +214,7 @@ class EvaluationPlan:
         if problems:
             raise ConfigError(problems)
         writer = PromptWriter(config, opened.text.required(), opened.text.begin)
-        plan = EvaluationPlan(config, tuple(sorted(lengths)), writer)
+        plan = NeedlesPlan(config, tuple(sorted(lengths)), writer)
         for task, length, depth in plan.cells():
             for number in range(config.samples):
                 writer.check(task, length, depth, number)
@@ -237,8 +237,8 @@ def _default_lengths(trained: int) -> tuple[int, ...]:
     return tuple(trained >> power for power in reversed(range(_DEFAULT_LENGTHS)))
 
 
-def evaluate(
-    plan: EvaluationPlan, loaded: Loaded, on_cell: Callable[[int], object] | None = None
+def evaluate_needles(
+    plan: NeedlesPlan, loaded: Loaded, on_cell: Callable[[int], object] | None = None
 ) -> list[Cell]:
     """Return the results of all cells, on every rank. Collective; blocks.
 
@@ -281,7 +281,7 @@ def mean_accuracy(cells: Iterable[Cell]) -> float:
     return sum(cell.correct for cell in cells) / sum(cell.samples for cell in cells)
 
 
-def table(cells: list[Cell], task: NeedleTask) -> str:
+def accuracy_table(cells: list[Cell], task: NeedleTask) -> str:
     """Return the accuracies of a task in percent: depths in rows, lengths in columns."""
     of_task = [cell for cell in cells if cell.task == task]
     lengths = sorted({cell.length for cell in of_task})

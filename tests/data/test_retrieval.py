@@ -73,7 +73,7 @@ def test_lines_of_text_continue_with_the_next_text():
 
 
 def test_a_document_repeats_its_own_needles():
-    text = training_document(WORDINGS["pair"], 400, 0.3, iter(["# text\n"] * 400), 0.2, random())
+    text = training_document(WORDINGS["pair"], 400, 0.3, iter(["# text\n"] * 400), 0.2, 1, random())
     lines = text.splitlines()
     assert len(lines) == 400
     assert 50 < lines.count("# text") < 110
@@ -81,3 +81,12 @@ def test_a_document_repeats_its_own_needles():
     assert len({key for key, _ in pairs}) == len({tuple(pair) for pair in pairs}) == 32
     # 0.7 of the first lines and all after the last key are repetitions.
     assert len({tuple(pair) for pair in pairs[:40]}) == pytest.approx(0.3 * 40, abs=7)
+
+
+def test_with_a_ratio_some_keys_are_repeated_more_often():
+    def counts(ratio: float) -> list[int]:
+        lines = training_document(WORDINGS["pair"], 4000, 0.9, None, 0, ratio, random()).split("\n")
+        return sorted(lines.count(line) for line in set(lines[:-1]))
+
+    assert counts(1)[-1] < 2 * counts(1)[0]
+    assert counts(100)[-1] > 20 * counts(100)[0]
