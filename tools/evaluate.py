@@ -1,4 +1,4 @@
-"""Evaluate over a ring whether a trained model uses its context.
+"""Evaluates a trained model over a ring of ranks.
 
     python tools/evaluate.py positions --load runs/mine --lengths 1024 4096 16384
     deepspeed --num_gpus 4 tools/evaluate.py positions --load runs/mine --documents joined separated
@@ -15,16 +15,20 @@ import tyro
 from tqdm import tqdm
 
 from megatron_ring.config import InferenceConfig, NeedlesConfig, PositionsConfig
-from megatron_ring.errors import reporting_errors
+from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.inference.console import opening_lines
 from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
+from megatron_ring.inference.memory import RankMemory, available_bytes
 from megatron_ring.inference.needles import NeedlesPlan, accuracy_table, evaluate_needles
 from megatron_ring.inference.positions import EvaluationPlan, evaluate, table
 from megatron_ring.inference.results import ResultFiles
+from megatron_ring.inference.scoring import scoring_memory
 from megatron_ring.monitoring.outputs import tolerate_console_errors
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_processes
+from megatron_ring.plan.memory_report import human
 from megatron_ring.settings.precision import device_type
 
 
@@ -41,8 +45,13 @@ class Positions:
         return ResultFiles(Path(self.positions.output), "positions")
 
     def plan(self, opened: OpenedModel) -> EvaluationPlan:
-        """Check everything that needs no weights; raises the user's errors."""
+        """Check everything that needs no weights; raise the user's errors."""
+        refuse_chunks(self.inference, "positions")
         return EvaluationPlan.of(self.positions, opened)
+
+    def memory(self, plan: EvaluationPlan, opened: OpenedModel) -> RankMemory:
+        """Return the memory of a rank for the longest sample."""
+        return scoring_memory(opened, max(plan.lengths))
 
     def run(self, plan: EvaluationPlan, loaded: Loaded) -> None:
         """Evaluate, and on rank 0 print and write the results. Collective; blocks."""
@@ -79,8 +88,15 @@ class Needles:
         return ResultFiles(Path(self.needles.output), "needles")
 
     def plan(self, opened: OpenedModel) -> NeedlesPlan:
-        """Check everything that needs no weights; raises the user's errors."""
+        """Check everything that needs no weights; raise the user's errors."""
+        refuse_chunks(self.inference, "needles")
         return NeedlesPlan.of(self.needles, opened)
+
+    def memory(self, plan: NeedlesPlan, opened: OpenedModel) -> RankMemory:
+        """Return the memory of a rank for the prompts that are computed together."""
+        return scoring_memory(
+            opened, min(opened.seq_length, self.needles.samples * max(plan.lengths))
+        )
 
     def run(self, plan: NeedlesPlan, loaded: Loaded) -> None:
         """Evaluate, and on rank 0 print and write the results. Collective; blocks."""
@@ -110,7 +126,20 @@ class Needles:
 Command = Positions | Needles
 
 COMMANDS = {"positions": Positions, "needles": Needles}
-"""The parts, by their names on the command line."""
+"""The parts, by their names on the command line.
+
+Each has ``inference``, ``files``, ``plan``, ``memory`` and ``run``.
+"""
+
+
+def refuse_chunks(inference: InferenceConfig, part: str) -> None:
+    """Raise ConfigError for an option that no part of this program uses."""
+    if inference.prefill_chunk_size:
+        raise ConfigError(
+            f"prefill_chunk_size {inference.prefill_chunk_size} has no effect on {part}, which "
+            "computes each sample at once. Leave --prefill-chunk-size out; more ranks need less "
+            "memory each."
+        )
 
 
 def describe(loaded: Loaded) -> dict[str, object]:
@@ -136,7 +165,20 @@ def parse(arguments: list[str], is_rank_zero: bool = True) -> Command:
 
 
 def main(command: Command, environment: Environment) -> None:
-    """Join the processes, evaluate and leave."""
+    """Print the plan of a dry run, or join the processes, evaluate and leave."""
+    if command.inference.dry_run:
+        world_size = command.inference.world_size or environment.world_size
+        opened = open_model(command.inference, world_size)
+        plan = command.plan(opened)
+        if environment.global_rank == 0:
+            command.files.check()
+            available = available_bytes(opened.settings.device, world_size)
+            print(
+                *opening_lines(opened),
+                *memory_lines(command.memory(plan, opened), available),
+                sep="\n",
+            )
+        return
     join_processes(environment, device_type(), TIMEOUT)
     with abort_collectively():
         evaluate_command(command, environment)
@@ -144,12 +186,38 @@ def main(command: Command, environment: Environment) -> None:
 
 
 def evaluate_command(command: Command, environment: Environment) -> None:
-    """Open the model, check the options, load the weights, and evaluate. Collective; blocks."""
+    """Open the model, check options and memory, load the weights, and evaluate.
+
+    Collective over all processes, which have joined; blocks.
+    """
     consensus = Consensus.build()
     opened = open_model(command.inference, environment.world_size, consensus)
     plan = run_checked(consensus, lambda: command.plan(opened))
     consensus.run_on_rank_zero(command.files.check)
+    needed = command.memory(plan, opened)
+    available = available_bytes(opened.settings.device, environment.local_size)
+    if environment.global_rank == 0:
+        lines = [*opening_lines(opened), *memory_lines(needed, available)]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    run_checked(consensus, lambda: check_fits(needed, available))
     command.run(plan, opened.load(environment, consensus))
+
+
+def memory_lines(needed: RankMemory, available: int | None) -> list[str]:
+    """Describe the memory of a rank."""
+    free = "unknown" if available is None else human(available)
+    parts = ", ".join(f"{name} {human(value)}" for name, value in asdict(needed).items() if value)
+    return [f"memory           per rank: {human(needed.total)} of {free} free: {parts}"]
+
+
+def check_fits(needed: RankMemory, available: int | None) -> None:
+    """Raise ConfigError if a rank needs more than ``available`` bytes."""
+    if available is not None and needed.total > available:
+        raise ConfigError(
+            f"a rank needs {human(needed.total)}, of which the weights have "
+            f"{human(needed.weights)}, and {human(available)} are free. Set --lengths to shorter "
+            "ones, or start more ranks: a sample is split over the ring."
+        )
 
 
 if __name__ == "__main__":

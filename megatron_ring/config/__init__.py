@@ -11,7 +11,7 @@ silently.
 
 from megatron_ring.config.data import DataConfig
 from megatron_ring.config.evaluation import PositionsConfig
-from megatron_ring.config.inference import InferenceConfig
+from megatron_ring.config.inference import GenerationConfig, InferenceConfig
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.needles import NeedlesConfig
 from megatron_ring.config.operation import CheckpointConfig, GuardsConfig, LoggingConfig
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "GenerationConfig",
     "GuardsConfig",
     "InferenceConfig",
     "LoggingConfig",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ring.config.checks import negative, unusable_values
-from megatron_ring.errors import not_positive
+from megatron_ring.errors import flag, not_positive
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,65 @@ class InferenceConfig:
                 "processes then form a longer ring."
             )
         return problems
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What is generated: prompts, lengths, and how tokens are chosen."""
+
+    prompt: str = ""
+    """A text to continue."""
+    prompt_file: str = ""
+    """A file of UTF-8 text to continue, as it is, the newline at its end included."""
+    prompts_jsonl: str = ""
+    """A file with a JSON object a line, each with a text to continue as "prompt". Other keys are
+    copied to the output."""
+    output: str = ""
+    """A new file for one JSON object a prompt, in their order: prompt, text, token_ids, stop_reason
+    and counts. Empty: text is streamed to stdout, or with --prompts-jsonl the objects are."""
+    max_new_tokens: int = 128
+    """Most tokens to generate for a prompt. Generation also stops at the end of the document."""
+    temperature: float = 0.0
+    """Divides the logits before a token is sampled. 0: greedy, the most probable token."""
+    top_k: int = 0
+    """Sample from the k most probable tokens. 0: all."""
+    top_p: float = 1.0
+    """Sample from the fewest most probable tokens that have at least this probability together,
+    after --top-k. 1: all."""
+    seed: int = 1234
+    """Seed of the sampling. A token's noise depends on it, the number of the prompt, the position
+    and the token, so the same seed gives the same text on any number of ranks."""
+    batch_size: int = 1
+    """Prompts that are generated at a time."""
+
+    def problems(self) -> list[str]:
+        """Return all problems of this section."""
+        if unusable := unusable_values(self):
+            return unusable
+        problems = not_positive(self, "max_new_tokens", "batch_size")
+        problems += negative(self, "temperature", "top_k", "seed")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p {self.top_p} must be above 0 and at most 1. Set --top-p.")
+        if self.temperature == 0:
+            for name, given in (("top_k", self.top_k > 0), ("top_p", self.top_p < 1)):
+                if given:
+                    problems.append(
+                        f"{name} {getattr(self, name)} has no effect with temperature 0, which is "
+                        f"greedy. Set --temperature above 0, or leave out {flag(name)}."
+                    )
+        return problems + self._source_problems()
+
+    def _source_problems(self) -> list[str]:
+        sources = ("prompt", "prompt_file", "prompts_jsonl")
+        given = [name for name in sources if getattr(self, name)]
+        if len(given) > 1:
+            return [
+                f"{' and '.join(given)} are given, and one source of prompts is possible. Set one "
+                f"of {', '.join(map(flag, sources))}."
+            ]
+        if self.batch_size > 1 and given and given != ["prompts_jsonl"]:
+            return [
+                f"batch_size {self.batch_size} has no effect with {given[0]}, which is one prompt. "
+                "Set --batch-size 1, or --prompts-jsonl."
+            ]
+        return []

@@ -351,6 +351,7 @@ def _settings(
             stripe_size=1 if config.context_parallel == "none" else config.stripe_size,
             attention_kernel=config.attention_kernel,
             tensor_model_parallel_size=config.tensor_model_parallel_size,
+            world_size=config.world_size,
         ),
         data=DataConfig(
             seq_length=-(-trained_length // multiple) * multiple, reset_attention_mask=True

@@ -4,7 +4,7 @@ A checkpoint does not hold its tokenizer unless it was imported. The tokenizer i
 that of the Hugging Face folder, or that of the token store which the run has read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,14 @@ class ModelTokenizer:
                 "to its tokenizer.json or sentencepiece model."
             )
         return self.tokenizer
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of ``tokens``; a model may have rows that are no token's.
+
+        Bytes that are not UTF-8 become U+FFFD.
+        """
+        tokenizer = self.required()
+        return tokenizer.decode(token for token in tokens if token < tokenizer.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ a long sequence never exist at once.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,15 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.loader import Batch
 from megatron_ring.errors import ConfigError
-from megatron_ring.inference.loading import Loaded
+from megatron_ring.inference.loading import Loaded, OpenedModel
+from megatron_ring.inference.memory import RankMemory, Work, rank_memory
 from megatron_ring.kernels.cross_entropy import TokenScores, head_token_scores
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.tensor import vocabulary_part
 
 _HEAD_CHUNK_TOKENS = 1024  # as --loss-chunk-size by default
+# The logits of a chunk in their own dtype, in float32 and exponentiated, and the candidates' ids.
+_BYTES_PER_LOGIT = 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Scores:
 def layout_for(loaded: Loaded, tokens: int) -> Layout:
     """Return the layout of a sample of at least ``tokens`` tokens over the model's ring."""
     return Layout.of_at_least(tokens, loaded.layout_name, loaded.grid.ring, loaded.stripe_size)
+
+
+def scoring_memory(opened: OpenedModel, tokens: int) -> RankMemory:
+    """Count the memory of a rank for a sample of ``tokens`` tokens: there is no cache."""
+    settings = opened.settings
+    rows = -(-opened.vocab_size // settings.grid.tensor)
+    chunk = min(_HEAD_CHUNK_TOKENS, -(-tokens // settings.grid.ring))
+    logits = chunk * rows * _BYTES_PER_LOGIT
+    return replace(rank_memory(opened, Work((tokens,), 1)), cache=0, logits=logits)
 
 
 @torch.no_grad()

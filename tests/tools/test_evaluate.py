@@ -1,4 +1,4 @@
-"""tools/evaluate.py: its losses are those of the run and of a plain model; its files; its errors."""
+"""tools/evaluate.py: its losses are those of the run and of a plain model; files and errors."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.tensors import WEIGHT, Tensors
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.errors import ConfigError, MegatronRingError
 from megatron_ring.model.gpt import GPT
 from megatron_ring.monitoring.outputs import PNG
 from tests import programs
@@ -160,6 +161,7 @@ def test_two_ranks_evaluate_lengths_and_kinds_of_documents(folder):
         (["--samples", "-1"], ["samples -1", "at least 0"]),
         (["--output", "small.yaml"], ["must end in .json", "--output small.json"]),
         (["--output", "text/tokens.json"], ["would be overwritten", "--output"]),
+        (["--prefill-chunk-size", "8"], ["prefill_chunk_size 8", "--prefill-chunk-size"]),
         (["--load", "nothing"], ["nothing does not exist", "--load"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -168,7 +170,7 @@ def test_bad_options_are_refused_before_weights_are_read(flags, texts, folder, m
     monkeypatch.chdir(folder)
     monkeypatch.setattr(evaluate.OpenedModel, "load", None)
     command = evaluate.parse(["positions", "--load", "runs", *flags])
-    with pytest.raises(evaluate.MegatronRingError) as error:
+    with pytest.raises(MegatronRingError) as error:
         run_ranks_here(command)
     assert error.value.exit_code in (2, 4)
     for text in texts:
@@ -180,6 +182,26 @@ def run_ranks_here(command) -> None:
     opened = evaluate.open_model(command.inference, 1)
     command.plan(opened)
     command.files.check()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    flags = ["--load", "runs", "--dry-run", "--world-size", "2", "--output", "dry.json"]
+    evaluate.main(evaluate.parse(["positions", *flags]), models.environment(0, 1))
+    output = capsys.readouterr().out
+    assert "2 processes = 2 ring x 1 tensor" in output
+    assert "memory           per rank: " in output
+    assert not Path("dry.json").exists()
+
+
+def test_more_memory_than_there_is_is_refused():
+    needed = evaluate.RankMemory(weights=3 << 30, cache=0, activations=2 << 30, logits=1 << 30)
+    evaluate.check_fits(needed, None)
+    evaluate.check_fits(needed, 5 << 30)
+    with pytest.raises(ConfigError) as error:
+        evaluate.check_fits(needed, 4 << 30)
+    for text in ("5.00 GiB", "3.00 GiB", "4.00 GiB", "--lengths"):
+        assert text in str(error.value)
 
 
 def test_data_that_does_not_fit_is_refused(folder):
@@ -205,7 +227,7 @@ def refused_by_rank(rank: int, world_size: int, folder: Path) -> dict[str, str]:
     found = {}
     for name, flags in cases.items():
         command = evaluate.parse(["positions", "--load", "runs", *flags])
-        with pytest.raises(evaluate.MegatronRingError) as error:
+        with pytest.raises(MegatronRingError) as error:
             evaluate.evaluate_command(command, models.environment(rank, world_size))
         found[name] = str(error.value)
         assert error.value.exit_code == 3
