@@ -20,7 +20,14 @@ import pytest
 import tyro
 
 from megatron_ring import errors
-from megatron_ring.config import Config, load_yaml, parse, to_yaml
+from megatron_ring.config import (
+    Config,
+    GenerationConfig,
+    InferenceConfig,
+    load_yaml,
+    parse,
+    to_yaml,
+)
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training.console import plan
 
@@ -153,6 +160,8 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     elif program == "deepspeed":
         processes = int(rest[1]) if rest[0] == "--num_gpus" else None
         rest = rest[2:] if processes else rest
+        if rest[0].startswith("tools/"):
+            return parse_only(ROOT / rest[0], rest[1:], monkeypatch)
         assert rest[0] == "pretrain_gpt.py"
         check_training(rest[1:], processes, folder)
     elif program == "sbatch":
@@ -257,6 +266,7 @@ def test_every_link_leads_to_a_file_and_a_heading(path):
 @each_document
 def test_every_flag_that_is_named_is_one_of_this_program_or_its_scripts(path):
     sections = [section for section in vars(Config()).values() if hasattr(section, "problems")]
+    sections += [InferenceConfig(), GenerationConfig()]
     options = {name for section in (Config(), *sections) for name in vars(section)}
     known = {errors.flag(name) for name in options} | OTHER_FLAGS | {"--help"}
     known |= {flag.replace("--", "--no-", 1) for flag in known}

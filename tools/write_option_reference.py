@@ -21,8 +21,15 @@ _INTRODUCTION = """\
 Written by `tools/write_option_reference.py` from `megatron_ring/config/`. An option has one name:
 a key of its section in the YAML file of `--config`, and a flag. YAML overrides the defaults, flags
 override YAML. A flag that is on or off has a negative form, such as `--no-sequence-parallel`.
+Programs that use a trained model have flags only; they are at the end.
 """
 _PROGRAM = "The program"
+
+# Options of other programs than pretrain_gpt.py, which have flags only.
+_OF_TOOLS = (
+    ("Inference: the model", config.InferenceConfig),
+    ("Inference: `tools/generate.py`", config.GenerationConfig),
+)
 
 
 def main(output: Path = Path("docs/reference/options.md")) -> None:
@@ -42,7 +49,10 @@ def reference() -> str:
         for field in fields(config.Config)
         if is_dataclass(value := getattr(config.Config(), field.name))
     ]
-    tables = [_table(title, section) for title, section in [(_PROGRAM, config.Config), *sections]]
+    tables = [
+        _table(title, section)
+        for title, section in ((_PROGRAM, config.Config), *sections, *_OF_TOOLS)
+    ]
     return "\n".join([_INTRODUCTION, *tables])
 
 

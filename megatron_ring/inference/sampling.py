@@ -1,8 +1,8 @@
 """Chooses the next token from logits: greedy, or sampled by temperature, top-k and top-p.
 
 The noise of a token is a function of the seed, the number of the prompt, the position and the token
-id, and of nothing else. So the same text comes out on any number of ranks, in any batch and on any
-device, unless two candidates are within rounding of each other.
+id, and of nothing else. So the same text comes out on any number of ranks and in any batch, unless
+two candidates are within rounding of each other.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """Tiny models with random weights as checkpoints of ours, and a tokenizer: for inference."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from megatron_ring.checkpoint import boxes, names, store, tensors
 from megatron_ring.config import Config, DataConfig, InferenceConfig, ModelConfig
+from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.data.tokenizer_training import train_tokenizer
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.environment import Environment
@@ -30,12 +32,18 @@ GPT2 = replace(
 TOKENIZER_IDS = 320
 
 
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Return a tokenizer of ``TOKENIZER_IDS`` ids."""
+    return train_tokenizer([TEXT], TOKENIZER_IDS)
+
+
 def write_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of ``TOKENIZER_IDS`` ids to ``folder``, where a token store would be."""
+    """Write ``tokenizer`` to ``folder``, where a token store would be."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([TEXT], TOKENIZER_IDS)
-    tokenizer.save(folder / tokenizer.file_name)
-    return folder / tokenizer.file_name
+    path = folder / tokenizer().file_name
+    tokenizer().save(path)
+    return path
 
 
 def environment(rank: int, world_size: int) -> Environment:

@@ -3,9 +3,10 @@
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from megatron_ring.config import Config
+from megatron_ring.config import Config, GenerationConfig, InferenceConfig
 from tools import write_option_reference
 
+OF_TOOLS = InferenceConfig(), GenerationConfig()
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
 
 
@@ -20,7 +21,7 @@ def test_the_reference_has_a_row_with_help_for_every_option():
     sections = [getattr(Config(), field.name) for field in fields(Config)]
     options = [
         field.name
-        for section in (Config(), *filter(is_dataclass, sections))
+        for section in (Config(), *filter(is_dataclass, sections), *OF_TOOLS)
         for field in fields(section)
         if not is_dataclass(getattr(section, field.name))
     ]
