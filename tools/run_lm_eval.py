@@ -7,6 +7,8 @@ Arguments are those of ``lm-eval``. --model_args takes load and the other option
 the names in docs/reference/options.md. Needs pip install 'megatron_ring[eval]'.
 """
 
+import contextlib
+import io
 import sys
 
 from megatron_ring.errors import ConfigError, reporting_errors
@@ -16,21 +18,18 @@ from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_pro
 from megatron_ring.settings.precision import device_type
 
 try:
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import HarnessCLI, cli_evaluate
 
     from megatron_ring.inference.lm_eval_adapter import Ranks, use_ranks
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] != "lm_eval":
         raise
-    cli_evaluate = None
+    HarnessCLI = None
 
 
 def main(environment: Environment) -> None:
     """Run lm-eval on rank 0, and its commands on all ranks."""
-    if cli_evaluate is None:
-        raise ConfigError(
-            "lm-eval is not installed. Install it with pip install 'megatron_ring[eval]'."
-        )
+    check_arguments(environment)
     join_processes(environment, device_type(), TIMEOUT)
     ranks = Ranks(environment)
     try:
@@ -38,6 +37,22 @@ def main(environment: Environment) -> None:
     finally:
         if not ranks.has_failed:
             leave_processes()
+
+
+def check_arguments(environment: Environment) -> None:
+    """Exit with code 2 for arguments that lm-eval's parser refuses, before the ranks join.
+
+    Raises ConfigError if lm-eval is not installed.
+    """
+    if HarnessCLI is None:
+        raise ConfigError(
+            "lm-eval is not installed. Install it with pip install 'megatron_ring[eval]'."
+        )
+    output = contextlib.nullcontext()
+    if environment.global_rank:
+        output = contextlib.redirect_stderr(io.StringIO())
+    with output:
+        HarnessCLI().parse_args()  # of argparse
 
 
 def drive(ranks: "Ranks") -> None:
