@@ -42,12 +42,47 @@ GPU_RESULTS ?= gpu-results
 GPU_IN_PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && \
 	echo "--numprocesses 4 --dist loadfile --no-loadscope-reorder")
 
-.PHONY: train test test-all test-slurm test-docker test-links test-flash4 check bench clean
-.PHONY: test-gpu bench-gpu bench-step bench-profile tune-gpu constraints constraints-check
+.PHONY: train demo-needles test test-all test-slurm test-docker test-links test-flash4 check
+.PHONY: bench clean test-gpu bench-gpu bench-step bench-profile tune-gpu
+.PHONY: constraints constraints-check
 
 train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py \
 		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
+
+# Trains a small model to retrieve, stretches it to four times its length, and draws a heatmap of
+# each; docs/guide/needles.md describes the steps.
+NEEDLES := runs/needles
+NEEDLE_TEXTS := data/needles
+LEARN = $(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py --config configs/needles.yaml
+ASK = $(ON_CPU) $(BIN)/$(LAUNCHER) tools/evaluate.py needles --tasks single keys \
+	--wording pair --haystack needles --needles 8 --samples 10
+
+demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
+	rm -rf $(NEEDLES)
+	$(LEARN) --data-path $(NEEDLE_TEXTS)/short --save $(NEEDLES)/short $(ARGS)
+	$(LEARN) --data-path $(NEEDLE_TEXTS)/long --load $(NEEDLES)/short --finetune \
+		--save $(NEEDLES)/long --train-iters 150
+	$(ASK) --load $(NEEDLES)/long --lengths 128 256 512 1024 --output $(NEEDLES)/needles-1024.json
+	$(LEARN) --data-path $(NEEDLE_TEXTS)/far --load $(NEEDLES)/long --finetune \
+		--save $(NEEDLES)/far --train-iters 40 --seq-length 4096 --micro-batch-size 1 \
+		--rope-scaling yarn --rope-scaling-factor 4 --rope-original-length 1024 --lr 1.0e-3
+	$(ASK) --load $(NEEDLES)/far --lengths 512 1024 2048 4096 --output $(NEEDLES)/needles-4096.json
+
+# Documents that ask for their own needles: first short ones, then up to 1,024 and 4,096 tokens.
+$(NEEDLE_TEXTS)/far.json: tools/make_retrieval_documents.py | $(BIN)/.installed
+	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/short.jsonl \
+		--documents 16000 --lines 12 22 --haystack-share 0
+	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/long.jsonl --seed 2 \
+		--documents 3000 --lines 20 330 --new-share 0.15 --haystack-share 0.03 --popularity-ratio 100
+	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/far.jsonl --seed 3 \
+		--documents 500 --lines 300 1330 --new-share 0.05 --haystack-share 0.03 --popularity-ratio 300
+	rm -f $(NEEDLE_TEXTS)/tokenizer.model
+	$(BIN)/python tools/prepare_data.py --input $(NEEDLE_TEXTS)/short.jsonl --vocab-size 512 \
+		--output-prefix $(NEEDLE_TEXTS)/short
+	for part in long far; do $(BIN)/python tools/prepare_data.py \
+		--input $(NEEDLE_TEXTS)/$$part.jsonl --output-prefix $(NEEDLE_TEXTS)/$$part \
+		--tokenizer-model $(NEEDLE_TEXTS)/tokenizer.model || exit; done
 
 test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)

@@ -24,6 +24,8 @@ from megatron_ring.config import (
     Config,
     GenerationConfig,
     InferenceConfig,
+    NeedlesConfig,
+    PositionsConfig,
     load_yaml,
     parse,
     to_yaml,
@@ -273,7 +275,7 @@ def test_every_link_leads_to_a_file_and_a_heading(path):
 @each_document
 def test_every_flag_that_is_named_is_one_of_this_program_or_its_scripts(path):
     sections = [section for section in vars(Config()).values() if hasattr(section, "problems")]
-    sections += [InferenceConfig(), GenerationConfig()]
+    sections += [InferenceConfig(), GenerationConfig(), NeedlesConfig(), PositionsConfig()]
     options = {name for section in (Config(), *sections) for name in vars(section)}
     known = {errors.flag(name) for name in options} | OTHER_FLAGS | {"--help"}
     known |= {flag.replace("--", "--no-", 1) for flag in known}

@@ -29,6 +29,8 @@ _PROGRAM = "The program"
 _OF_TOOLS = (
     ("Inference: the model", config.InferenceConfig),
     ("Inference: `tools/generate.py`", config.GenerationConfig),
+    ("Evaluation: `tools/evaluate.py positions`", config.PositionsConfig),
+    ("Evaluation: `tools/evaluate.py needles`", config.NeedlesConfig),
 )
 
 

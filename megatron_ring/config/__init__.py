@@ -13,6 +13,7 @@ from megatron_ring.config.data import DataConfig
 from megatron_ring.config.evaluation import PositionsConfig
 from megatron_ring.config.inference import GenerationConfig, InferenceConfig
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.needles import NeedlesConfig
 from megatron_ring.config.operation import CheckpointConfig, GuardsConfig, LoggingConfig
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.reading import load_yaml, parse, parse_flags, to_yaml
@@ -29,6 +30,7 @@ __all__ = [
     "LoggingConfig",
     "MemoryConfig",
     "ModelConfig",
+    "NeedlesConfig",
     "ParallelConfig",
     "PositionsConfig",
     "TrainingConfig",

@@ -1,4 +1,4 @@
-"""Loss and bits per byte by position: does a model use its context?
+"""Loss and bits per byte by position, which show whether a model uses its context.
 
 A prediction is counted by its *context*: the number of tokens that it may see, its own input
 included, which is its position plus one. The samples are those of training, read by the same
@@ -8,6 +8,7 @@ loader, so without further options the loss over all positions is the validation
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -259,9 +260,7 @@ def _curve(
     length: int, documents: DocumentsKind, samples: int, sums: torch.Tensor, width: int
 ) -> Curve:
     edges = bucket_edges(length, width)
-    buckets = [
-        _bucket(first, end - 1, sums[first:end].sum(0)) for first, end in zip(edges, edges[1:])
-    ]
+    buckets = [_bucket(first, end - 1, sums[first:end].sum(0)) for first, end in pairwise(edges)]
     return Curve(length, documents, samples, _bucket(1, length, sums.sum(0)), buckets)
 
 

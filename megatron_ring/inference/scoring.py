@@ -23,6 +23,7 @@ from megatron_ring.inference.memory import RankMemory, Work, rank_memory
 from megatron_ring.kernels.cross_entropy import TokenScores, head_token_scores
 from megatron_ring.model.gpt import GPT
 from megatron_ring.parallel.tensor import vocabulary_part
+from megatron_ring.plan.memory_report import human
 
 _HEAD_CHUNK_TOKENS = 1024  # as --loss-chunk-size by default
 # The logits of a chunk in their own dtype, in float32 and exponentiated, and the candidates' ids.
@@ -53,6 +54,16 @@ def scoring_memory(opened: OpenedModel, tokens: int) -> RankMemory:
     chunk = min(_HEAD_CHUNK_TOKENS, -(-tokens // settings.grid.ring))
     logits = chunk * rows * _BYTES_PER_LOGIT
     return replace(rank_memory(opened, Work((tokens,), 1)), cache=0, logits=logits)
+
+
+def check_memory(needed: RankMemory, available: int | None, remedy: str) -> None:
+    """Raise ConfigError if a rank needs more than ``available`` bytes; ``remedy`` names a flag."""
+    if available is not None and needed.total > available:
+        raise ConfigError(
+            f"a rank needs {human(needed.total)}, of which the weights have "
+            f"{human(needed.weights)}, and {human(available)} are free. Set {remedy}, or start "
+            "more ranks: a sample is split over the ring."
+        )
 
 
 @torch.no_grad()

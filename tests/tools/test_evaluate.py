@@ -12,6 +12,7 @@ from megatron_ring.checkpoint import store
 from megatron_ring.checkpoint.tensors import WEIGHT, Tensors
 from megatron_ring.data.dataset import Dataset
 from megatron_ring.errors import ConfigError, MegatronRingError
+from megatron_ring.inference.scoring import check_memory
 from megatron_ring.model.gpt import GPT
 from megatron_ring.monitoring.outputs import PNG
 from tests import programs
@@ -196,10 +197,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, monkeypatch, capsy
 
 def test_more_memory_than_there_is_is_refused():
     needed = evaluate.RankMemory(weights=3 << 30, cache=0, activations=2 << 30, logits=1 << 30)
-    evaluate.check_fits(needed, None)
-    evaluate.check_fits(needed, 5 << 30)
+    check_memory(needed, None, "")
+    check_memory(needed, 5 << 30, "")
     with pytest.raises(ConfigError) as error:
-        evaluate.check_fits(needed, 4 << 30)
+        check_memory(needed, 4 << 30, "--lengths")
     for text in ("5.00 GiB", "3.00 GiB", "4.00 GiB", "--lengths"):
         assert text in str(error.value)
 

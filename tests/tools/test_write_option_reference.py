@@ -3,10 +3,16 @@
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from megatron_ring.config import Config, GenerationConfig, InferenceConfig
+from megatron_ring.config import (
+    Config,
+    GenerationConfig,
+    InferenceConfig,
+    NeedlesConfig,
+    PositionsConfig,
+)
 from tools import write_option_reference
 
-OF_TOOLS = InferenceConfig(), GenerationConfig()
+OF_TOOLS = InferenceConfig(), GenerationConfig(), NeedlesConfig(), PositionsConfig()
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
 
 
