@@ -243,6 +243,16 @@ def test_bad_input_has_one_message_its_exit_code_and_no_traceback(folder, flags,
     assert message in output
 
 
+def test_bad_input_on_two_ranks_is_printed_once_and_ends_both_with_its_exit_code(folder):
+    flags = ["--context-parallel", "zigzag", "--seq-length", "66"]
+    port = free_port()
+    ranks = [start_rank(rank, port, folder, flags) for rank in range(2)]
+    output = "".join(rank.communicate(timeout=200)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2], output
+    assert len(re.findall("seq_length 66 .*zigzag .*2 ring ranks", output)) == 1
+
+
+@pytest.mark.exhaustive
 def test_bad_input_under_a_launcher_is_printed_once_with_its_exit_code(folder):
     flags = ["--config", "small.yaml", "--context-parallel", "zigzag", "--seq-length", "66"]
     process = by_deepspeed(*flags, ranks=2, folder=folder)

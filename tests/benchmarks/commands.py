@@ -9,8 +9,6 @@ from tests import forked
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-# A machine that is lent for a benchmark may have little more than torch.
-OPTIONAL_MODULES = ["deepspeed", "tyro", "yaml", "psutil", "sentencepiece", "matplotlib"]
 
 
 def command(name: str, *flags: str | Path) -> list[str | Path]:
@@ -29,12 +27,3 @@ def run(
     if check:
         assert done.returncode == 0, done.stderr
     return done
-
-
-def import_with_little_more_than_torch(name: str) -> None:
-    """Assert that the benchmark ``name`` can be imported where the optional modules are missing."""
-    block = f"import sys; sys.modules |= dict.fromkeys({OPTIONAL_MODULES})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{block}; import benchmarks.{name}"], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -120,10 +120,6 @@ def test_skipped_measurements_and_unsupported_kernels_are_listed(tmp_path):
     assert "attention_kernel flash" in stdout
 
 
-def test_imports_neither_deepspeed_nor_other_optional_packages():
-    commands.import_with_little_more_than_torch("bench_gpu")
-
-
 def rows_of_packs() -> list[dict]:
     """Return the correctness rows of packs for torch's operators for CUDA, as stand-ins."""
     with stand_ins_for_cuda_operators():

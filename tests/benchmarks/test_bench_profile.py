@@ -61,10 +61,6 @@ def test_ranks_that_are_processes(tmp_path):
     assert findings["ranks"] == "processes"
 
 
-def test_imports_neither_deepspeed_nor_other_optional_packages():
-    commands.import_with_little_more_than_torch("bench_profile")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -42,10 +42,6 @@ def test_invalid_options_are_rejected(flags, message, tool, monkeypatch):
         tool._check(tool._parser().parse_args([*SMALL, *flags]))
 
 
-def test_imports_neither_deepspeed_nor_other_optional_packages():
-    commands.import_with_little_more_than_torch("trace_overlap")
-
-
 @pytest.fixture
 def tool():
     return importlib.import_module("benchmarks.trace_overlap")

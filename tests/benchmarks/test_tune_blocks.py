@@ -144,7 +144,3 @@ def test_without_a_gpu_it_exits_with_the_code_of_an_unavailable_kernel():
     assert run.returncode == KernelUnavailable.exit_code
     assert "torch finds none" in run.stderr
     assert "Traceback" not in run.stderr
-
-
-def test_imports_neither_deepspeed_nor_other_optional_packages():
-    commands.import_with_little_more_than_torch("tune_blocks")

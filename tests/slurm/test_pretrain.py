@@ -143,9 +143,9 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(cluster, text, tmp_path_factory) -> Job:
-    """Return a finished job that its time limit of one minute interrupted once."""
+    """Return a finished job that was interrupted once, 25 s before its time limit of one minute."""
     folder = tmp_path_factory.mktemp("jobs") / "interrupted"
-    job = Job(cluster, text, folder, MORE_THAN_ENOUGH, ["--time=1", "--signal=B:USR1@5"])
+    job = Job(cluster, text, folder, MORE_THAN_ENOUGH, ["--time=1", "--signal=B:USR1@25"])
     job.wait_for("RUNNING", seconds=30)
     job.wait_for("PENDING", seconds=120)
     job.set_last_step(job.losses[-1][0] + 10)
