@@ -5,15 +5,17 @@ it; ``loss_and_norm.py`` makes that average the mean over tokens. Only this file
 pipeline_engine.py import deepspeed.
 """
 
+import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -25,6 +27,7 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
+from megatron_ring import untrusted
 from megatron_ring.checkpoint.finite import NonFiniteTensor, describe_non_finite
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
@@ -44,6 +47,7 @@ from megatron_ring.engine.optimizer_state import (
     set_loss_scale,
     update_compute_weights,
 )
+from megatron_ring.errors import ConfigError
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
@@ -87,6 +91,20 @@ def start_processes(environment: Environment, device: str) -> None:
     join_processes(environment, device, default_pg_timeout)
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextlib.contextmanager
+def rejected_settings_as_config_error() -> Iterator[None]:
+    """Raise ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        raise ConfigError(
+            f"deepspeed: {'.'.join(map(str, problem['loc']))} {untrusted.shown(problem['input'])} "
+            f"is rejected by {error.title}: {problem['msg']}. Change it in the deepspeed of "
+            "section training, or leave it out."
+            for problem in error.errors()
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -141,12 +159,13 @@ class Engine:
         # DeepSpeed computes the norm only where it clips, and we always report it.
         settings["gradient_clipping"] = training.clip_grad or math.inf
         settings = with_bucket_size(settings, _element_count(model))
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.adam,
-            config=settings,
-            mpu=_model_parallel_unit(setup.grid, groups),
-        )
+        with rejected_settings_as_config_error():
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.adam,
+                config=settings,
+                mpu=_model_parallel_unit(setup.grid, groups),
+            )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step with zero gradients to
         # allocate its state. At rate 0 that changes no weight, but AdamW would count the step.
         self.adam.state.clear()

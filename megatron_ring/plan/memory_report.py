@@ -128,7 +128,7 @@ def _zero_settings(setup: RunSettings) -> ZeroSettings:
         offload_optimizer=memory.offload_optimizer == "cpu",
         offload_param=memory.offload_param == "cpu",
         reduce_bucket_size=settings.get("reduce_bucket_size"),
-        max_live_parameters=int(max_live),
+        max_live_parameters=max_live,
     )
 
 

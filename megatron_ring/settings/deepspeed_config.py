@@ -3,8 +3,10 @@
 An extra key that one of our options determines is refused.
 """
 
+import re
 from typing import Any
 
+from megatron_ring import untrusted
 from megatron_ring.config import Config, MemoryConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.grid import Grid
@@ -55,7 +57,7 @@ def reduce_bucket_elements(parameters: int, requested: int | None = None) -> int
     limit how much of the model is gathered at a time, and allgather_bucket_size has no effect
     with a torch that has all_gather_into_tensor.
     """
-    return int(requested or min(parameters, MAX_BUCKET_ELEMENTS))
+    return requested or min(parameters, MAX_BUCKET_ELEMENTS)
 
 
 def with_bucket_size(settings: dict[str, Any], parameters: int) -> dict[str, Any]:
@@ -103,7 +105,9 @@ def derive(config: Config, grid: Grid, micro_batches: int, dtype: str) -> dict[s
         "csv_monitor": {"enabled": bool(logging.csv_dir), "output_path": logging.csv_dir},
     }
     problems: list[str] = []
-    merged = _merge(derived, training.deepspeed, "", problems)
+    extra = _with_numbers(training.deepspeed)
+    merged = _merge(derived, extra, "", problems)
+    problems += _count_problems(extra.get("zero_optimization"))
     if problems:
         raise ConfigError(problems)
     return merged
@@ -113,6 +117,37 @@ def _offload(memory: MemoryConfig) -> dict[str, Any]:
     """Return ZeRO's offload keys. DeepSpeed pins the memory itself where that is of use."""
     devices = {"offload_optimizer": memory.offload_optimizer, "offload_param": memory.offload_param}
     return {key: {"device": device} for key, device in devices.items() if device != "none"}
+
+
+# Numbers that YAML 1.1 reads as text: it wants a point and a sign, as in 5.0e+8.
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
+
+# Keys of zero_optimization that the planner computes with -> the smallest legal value.
+_COUNTS = {"reduce_bucket_size": 1, "stage3_max_live_parameters": 0}
+_MAX_COUNT = 10**12
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return extra keys with text such as 5e8, as users write bucket sizes, as numbers."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+        value = float(value)
+    # DeepSpeed computes with 5e8 elements as a whole number too.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _count_problems(zero: Any) -> list[str]:
+    problems = []
+    for key, smallest in _COUNTS.items():
+        value = zero.get(key, smallest) if isinstance(zero, dict) else smallest
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_whole and smallest <= value <= _MAX_COUNT):
+            problems.append(
+                f"deepspeed: zero_optimization.{key} {untrusted.shown(value)} must be a whole "
+                f"number from {smallest} to {_MAX_COUNT}. Change it, or leave it out."
+            )
+    return problems
 
 
 def _merge(

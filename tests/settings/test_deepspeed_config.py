@@ -1,10 +1,13 @@
 """DeepSpeed's config is derived from our options; extra keys may add to it, not contradict it."""
 
+import math
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 
+from megatron_ring.engine.engine import rejected_settings_as_config_error
 from megatron_ring.errors import ConfigError
 from megatron_ring.settings.run_settings import RunSettings
 from tests.distributed import run_ranks
@@ -55,6 +58,31 @@ def assert_contradiction(problem: str, extra: str, derived_value: str, remedy: s
     assert problem.startswith(f"deepspeed: {extra} ")
     assert f"derived {derived_value}." in problem
     assert remedy in problem
+
+
+@pytest.mark.parametrize("size", [5e8, "5e8", "5.0E+8", 500_000_000])
+def test_a_number_with_an_exponent_is_a_number(size):
+    extras = {"zero_optimization": {"reduce_bucket_size": size}}
+    merged = derived(training={"deepspeed": extras})
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert isinstance(merged["zero_optimization"]["reduce_bucket_size"], int)
+
+
+@pytest.mark.parametrize("size", ["abc", -5, 0, True, [1], None, 0.5, math.inf, math.nan, 10**13])
+def test_a_bucket_size_that_is_no_positive_whole_number_is_refused(size):
+    extras = {"zero_optimization": {"reduce_bucket_size": size}}
+    with pytest.raises(ConfigError, match="reduce_bucket_size .* from 1 to 1000000000000"):
+        derived(training={"deepspeed": extras})
+
+
+def test_keys_that_deepspeed_rejects_are_one_error():
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 1, "no_such_key": 1}}
+    with pytest.raises(ConfigError) as raised, rejected_settings_as_config_error():
+        deepspeed.DeepSpeedConfig(config)
+    [problem] = raised.value.problems
+    assert problem.startswith("deepspeed: no_such_key 1 ")
+    with pytest.raises(ValueError, match="other"), rejected_settings_as_config_error():
+        raise ValueError("other")
 
 
 def test_offload_options_become_deepspeed_keys_that_may_be_tuned():
