@@ -131,8 +131,7 @@ def _ring_lines(setup: RunSettings) -> list[str]:
         imbalance = visible_pairs_per_hop(layout, mask).imbalance
         lines.append(
             f"work             {name}: {counted(hops, 'hop')}, slowest rank over mean "
-            f"{imbalance:.4f}, "
-            f"counted in visible pairs{documents}"
+            f"{imbalance:.4f}, counted in visible pairs{documents}"
         )
     return lines
 
