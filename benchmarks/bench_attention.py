@@ -58,7 +58,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
-from megatron_ring.errors import ConfigError, flag, reporting_errors
+from megatron_ring.errors import ConfigError, counted, flag, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
     GradientAccumulators,
@@ -256,9 +256,9 @@ def _tensors(options: Options, tokens: int, samples_end_to_end: int = 1) -> list
 
 def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
     if options.emulate_ranks:
-        setting = f"{options.emulate_ranks} emulated ranks, communication not counted"
+        setting = f"{counted(options.emulate_ranks, 'emulated rank')}, communication not counted"
     else:
-        setting = f"{options.nproc} ranks"
+        setting = counted(options.nproc, "rank")
     one_by_one = ", document by document" if options.documents else ""
     single = "the ring's kernel" if options.window else f"torch's causal attention{one_by_one}"
     dense = cases.get(DENSE)
@@ -352,7 +352,11 @@ _ROWS = {
 
 def _print_report(findings: dict) -> None:
     options = findings["options"]
-    rounds = f"median of {options['rounds']} rounds" if options["rounds"] else "counted, not timed"
+    rounds = (
+        f"median of {counted(options['rounds'], 'round')}"
+        if options["rounds"]
+        else "counted, not timed"
+    )
     print(
         f"{findings['device']}, {options['dtype']}, {findings['setting']}, "
         f"{options['seq_length']} tokens, forward + backward, {rounds}"
@@ -382,7 +386,9 @@ def _mask_line(findings: dict) -> str:
     documents = "no documents"
     if findings["documents"]:
         count = findings["document_count"]
-        documents = f"{count} documents, drawn with a mean of {findings['documents']} tokens"
+        documents = (
+            f"{counted(count, 'document')}, drawn with a mean of {findings['documents']} tokens"
+        )
     window = f"a window of {findings['window']}" if findings["window"] else "no window"
     return f"{documents}; {window}; {findings['visible_pairs']:,} visible pairs"
 

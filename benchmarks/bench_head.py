@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.common import DTYPES, MIB, device_name, table_head, table_row, write_json
 from benchmarks.live_memory import LiveMemory
-from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, counted, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
 
 
@@ -174,7 +174,7 @@ def _setting(options: Options) -> str:
     return (
         f"{device_name(_device())}, {options.dtype}, hidden size {options.hidden_size:,}, "
         f"vocabulary {options.vocab_size:,}, chunks of {options.chunk_size:,}, "
-        f"forward + backward, median of {options.rounds} rounds"
+        f"forward + backward, median of {counted(options.rounds, 'round')}"
     )
 
 

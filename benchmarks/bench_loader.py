@@ -35,7 +35,7 @@ from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.stream import Stream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
 from megatron_ring.data.whole_documents import WholeDocumentStream
-from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, counted, not_positive, reporting_errors
 
 KIB = 2**10
 VOCAB_SIZE = 32_000
@@ -204,7 +204,7 @@ def _setting(options: Options) -> str:
         f"ring rank 0 of {options.ring_size}, {options.context_parallel}, "
         f"samples of {options.seq_length:,} tokens, "
         f"documents of {options.document_length:,} tokens on average, "
-        f"median of {options.rounds} rounds of {options.samples} samples"
+        f"median of {counted(options.rounds, 'round')} of {counted(options.samples, 'sample')}"
     )
 
 

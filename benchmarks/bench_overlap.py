@@ -56,7 +56,7 @@ from megatron_ring.context_parallel.hop_cost import (
 )
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
 from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
-from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.errors import ConfigError, counted, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
     HopKernel,
@@ -424,8 +424,9 @@ def _report(options: Options, rows: list[Row], load: list[float]) -> None:
     ranks = dist.get_world_size()
     print(
         f"CPU, {options.dtype}, {ranks} ranks, {options.layout}, {options.heads} heads of "
-        f"{options.head_dim}, {options.kv_heads} key-value heads, median of {options.rounds} "
-        f"rounds, load {load[0]:.1f} before, {load[1]:.1f} after"
+        f"{options.head_dim}, {options.kv_heads} key-value heads, "
+        f"median of {counted(options.rounds, 'round')}, load {load[0]:.1f} before, {load[1]:.1f} "
+        "after"
     )
     print(f"{plain_titles(_COLUMNS)}{'needs':>14}  can hide")
     for row in rows:

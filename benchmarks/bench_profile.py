@@ -57,7 +57,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.hop_cost import with_work_count
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.ring import Exchange
-from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.errors import ConfigError, counted, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.monitoring.ring_profile.hop_statistics import sum_log
 from megatron_ring.parallel.device_clock import DeviceClock, TimedEvent, cuda_event
@@ -412,9 +412,9 @@ def _print(setting: dict[str, Any], findings: dict[str, Any]) -> None:
     options = setting["options"]
     print(
         f"{setting['device']}, torch {setting['torch']}, {options['ranks']} ranks as "
-        f"{setting['ranks']}, {options['layers']} layers, {options['tokens']} tokens a rank, "
-        f"{options['heads']} heads of {options['head_dim']}, {options['kv_heads']} key-value "
-        f"heads, {options['dtype']}, median of {options['rounds']} rounds"
+        f"{setting['ranks']}, {counted(options['layers'], 'layer')}, {options['tokens']} tokens "
+        f"a rank, {options['heads']} heads of {options['head_dim']}, {options['kv_heads']} "
+        f"key-value heads, {options['dtype']}, median of {counted(options['rounds'], 'round')}"
     )
     for mode, seconds in findings["step_seconds"].items():
         overhead = findings["overhead"].get(mode)

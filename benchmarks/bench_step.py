@@ -48,7 +48,7 @@ from megatron_ring.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.errors import ConfigError, counted, not_positive, reporting_errors
 from megatron_ring.plan.device_peaks import peak_flops
 from megatron_ring.plan.flops import training_flops
 from megatron_ring.settings.precision import device_type
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _shape(options: argparse.Namespace) -> str:
     return (
-        f"{options.layers} layers, {options.hidden} wide, {options.heads} heads, "
+        f"{counted(options.layers, 'layer')}, {options.hidden} wide, {options.heads} heads, "
         f"{options.tokens:,} tokens, {options.dtype}, --recompute {options.recompute}"
     )
 

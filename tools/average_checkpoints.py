@@ -80,8 +80,7 @@ def _last(options: Options) -> list[Path]:
     if len(newest_first) < options.last:
         raise CheckpointError(
             f"{options.checkpoints[0]} has {counted(len(newest_first), 'checkpoint')} up to its "
-            "latest, "
-            f"not {options.last}. Set --last."
+            f"latest, not {options.last}. Set --last."
         )
     return newest_first[: options.last][::-1]
 

@@ -112,9 +112,9 @@ def run(options: Options) -> Prepared:
     if problems := options.problems():
         raise ConfigError(problems)
     try:
+        _announce_replacement(options.output_prefix)
         corpus = python_library() if options.python_library else _gather_input(options)
         tokenizer = _tokenizer(options, corpus)
-        _announce_replacement(options.output_prefix)
         return prepare(
             corpus,
             options.output_prefix,
@@ -140,8 +140,7 @@ def _announce_replacement(prefix: Path) -> None:
         return
     print(
         f"{prefix} is already a store of {counted(documents, 'document', ',')}. It is replaced "
-        "when "
-        "all of the new one is tokenized; interrupt this program to keep it.",
+        "when all of the new one is tokenized; interrupt this program to keep it.",
         file=sys.stderr,
         flush=True,
     )

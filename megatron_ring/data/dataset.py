@@ -123,9 +123,8 @@ def _refuse_empty_parts(config: DataConfig, documents: int) -> None:
         raise ConfigError(
             f"split {split} adds up to {sum(config.split):g} and gives {' and '.join(empty)} none "
             f"of {counted(documents, 'document')}; one document is a share of "
-            f"{1 / documents:.3g}. Set "
-            "--split to shares that give each part a document, or to 0 for a part that is not "
-            "wanted."
+            f"{1 / documents:.3g}. Set --split to shares that give each part a document, or to 0 "
+            "for a part that is not wanted."
         )
 
 
@@ -181,8 +180,8 @@ def _refuse_missing_ends(store: TokenStore, boundaries: DocumentBoundaries) -> N
             f"not end with the end-of-document token (id {boundaries.end_of_document}); the first "
             f"is document {unended[0]}. {', '.join(boundaries.flags)} find document boundaries by "
             f"this token. Write the store again with {prepare_command(store.prefix)} (Megatron: "
-            "--append-eod), set --tokenizer-model to the tokenizer it "
-            f"was written with, or remove {', '.join(map(flag, boundaries.flags))}."
+            "--append-eod), set --tokenizer-model to the tokenizer it was written with, or "
+            f"remove {', '.join(map(flag, boundaries.flags))}."
         )
 
 

@@ -115,7 +115,6 @@ def _wrong_end(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     if ends.tolist() != [tokens.size - 1]:
         return (
             f"has {counted(ends.size, 'end-of-document id')} ({tokenizer.end_of_document}) and "
-            "must have "
-            "exactly one, at its end"
+            "must have exactly one, at its end"
         )
     return ""

@@ -63,8 +63,8 @@ def _too_small(name: str, share: float, lengths: np.ndarray, part: range, seq_le
     return (
         f"{name}: a share of {share:g} of {counted(len(lengths), 'document')} is "
         f"{counted(len(part), 'document')} with {counted(tokens, 'token')}, and one sample takes "
-        f"{seq_length + 1} (seq_length + 1). Set --split to "
-        f"give it more or none, {shorter}or prepare more text."
+        f"{seq_length + 1} (seq_length + 1). Set --split to give it more or none, {shorter}or "
+        "prepare more text."
     )
 
 
@@ -114,10 +114,8 @@ class SampleStream(Stream):
 
     def describe(self) -> list[str]:
         """Return one line: the store and the samples in an epoch."""
-        return [
-            f"{self.store.prefix}: {counted(self.samples_per_epoch, 'training sample', ',')} an "
-            "epoch"
-        ]
+        samples = counted(self.samples_per_epoch, "training sample", ",")
+        return [f"{self.store.prefix}: {samples} an epoch"]
 
     def _shuffled_epoch(self, number: int) -> _Epoch:
         order = shuffled(len(self.documents), self.seed, number, "documents")

@@ -277,8 +277,7 @@ class ConsoleReporter:
             steps = last.step - first.step + 1
             lines.append(
                 f"loss             {first.loss:.4f} -> {last.loss:.4f} in "
-                f"{counted(steps, 'step')}, "
-                f"{last.tokens:,} tokens so far"
+                f"{counted(steps, 'step')}, {last.tokens:,} tokens so far"
             )
             tokens, model_flops, full_flops = map(statistics.median, zip(*self.rates.values))
             utilisation = self._utilisation(model_flops, full_flops)

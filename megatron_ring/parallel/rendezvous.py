@@ -171,16 +171,14 @@ def _no_gpu(environment: Environment, visible: int) -> str:
     if ranks <= visible:
         return (
             f"two of the {ranks} ranks on {host} have the same one of "
-            f"{counted(visible, 'visible GPU')}, "
-            "whose index is LOCAL_RANK. Give each rank of a host its own LOCAL_RANK, or "
-            f"{share}"
+            f"{counted(visible, 'visible GPU')}, whose index is LOCAL_RANK. Give each rank of a "
+            f"host its own LOCAL_RANK, or {share}"
         )
     return (
         f"{ranks} ranks run on {host}, but they see {counted(visible, 'GPU')}, and each rank "
-        "needs one of "
-        f"its own. Start at most {visible} there (deepspeed --num_gpus {visible}, torchrun "
-        f"--nproc-per-node {visible}, srun --ntasks-per-node {visible}), make more GPUs visible "
-        f"(CUDA_VISIBLE_DEVICES), or {share}"
+        f"needs one of its own. Start at most {visible} there (deepspeed --num_gpus {visible}, "
+        f"torchrun --nproc-per-node {visible}, srun --ntasks-per-node {visible}), make more GPUs "
+        f"visible (CUDA_VISIBLE_DEVICES), or {share}"
     )
 
 

@@ -108,8 +108,7 @@ def _mlp_chunks(config: Config, grid: Grid) -> str | None:
         return None
     return (
         f"mlp_chunks {chunks} is more than the {counted(tokens, 'token')} of a sequence on each "
-        "process. "
-        f"Set --mlp-chunks to at most {tokens}."
+        f"process. Set --mlp-chunks to at most {tokens}."
     )
 
 
@@ -168,9 +167,8 @@ def _invariant_ranks(config: Config, grid: Grid) -> str | None:
         f"context_parallel_reduction invariant accumulates over {BLOCKS} blocks of a sample, each "
         f"whole on a rank, but context_parallel is {parallel.context_parallel} with stripe_size "
         f"{parallel.stripe_size} on {counted(grid.ring, 'ring rank')}. Legal: striped with "
-        "stripe_size 1 on "
-        f"{_list(divisors(BLOCKS))} ring ranks. Set --context-parallel striped with --stripe-size "
-        "1, --context-parallel-size, or --context-parallel-reduction arrival."
+        f"stripe_size 1 on {_list(divisors(BLOCKS))} ring ranks. Set --context-parallel striped "
+        "with --stripe-size 1, --context-parallel-size, or --context-parallel-reduction arrival."
     )
 
 

@@ -166,8 +166,7 @@ def _settings(setup: RunSettings) -> list[str]:
     micro_batch_size = setup.config.training.micro_batch_size
     return [
         f"grid             {counted(grid.world_size, 'process')} = {grid.pipe} pipe x "
-        f"{grid.data} data x "
-        f"{grid.context} context ({grid.ring} ring x {grid.ulysses} ulysses) x "
+        f"{grid.data} data x {grid.context} context ({grid.ring} ring x {grid.ulysses} ulysses) x "
         f"{grid.tensor} tensor",
         f"layout           {_layout_description(setup)}, {_tokens_description(setup)}, "
         f"{setup.layout.shard_length} on each ring rank",
