@@ -108,7 +108,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[int | None], cache: Cache) -> torch.Tensor:
-        """Append one token to each sample; None leaves a sample as it is.
+        """Append one token to each sample; None, of which not all may be, leaves one as it is.
 
         Returns logits_BV in float32 on every rank, zeros for samples without a token. Ranks may
         differ by rounding, so a token that is chosen from them should be chosen on one rank.
@@ -117,6 +117,7 @@ class InferenceModel:
         """
         assert len(tokens) == cache.samples
         new = {sample: token for sample, token in enumerate(tokens) if token is not None}
+        assert new, "at least one sample needs a token"
         self._check(cache, dict.fromkeys(new, 1))
         positions_B1 = torch.tensor([[cache.lengths[sample]] for sample in new])
         for sample in new:
