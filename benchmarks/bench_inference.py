@@ -69,9 +69,9 @@ class Memory:
 
     nproc: tuple[int, ...] = (1, 4)
     """Numbers of ranks to measure, one after another; the first is what others are compared to."""
-    budget_mib: float = 12.0
+    budget_mib: float = 6.0
     """Most live MiB of a rank, for its cache and activations."""
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
     """Tokens of a prefill chunk for each rank."""
     step: int = 32
     """Resolution of the search, in tokens for each rank."""

@@ -70,49 +70,50 @@ class VisibleKeys:
     """The cached entries that the queries of a chunk may see in layers of one window, by rank.
 
     The chunk's own entries are included. All ranks have the same numbers without communication.
+
+    still_seen: entries of each sample on this rank that the first token after the chunk sees.
     """
 
     def __init__(self, cache: Cache, chunk: Chunk, window: int):
         self.chunk = chunk
         self.window = window
-        ownership = cache.ownership
-        # Without a window the first query sees everything.
-        first_seen = [start - window + 1 if window else 0 for start in chunk.starts]
-        self.positions = [
+        self._ownership = cache.ownership
+        self._lengths = [
             [
-                ownership.positions(sample, rank, start)
-                if len(chunk.tokens[sample])
-                else torch.empty(0, dtype=torch.int64)
-                for sample, start in enumerate(first_seen)
+                cache.ownership.count(sample, rank, self._first_seen(start)) if len(tokens) else 0
+                for sample, (start, tokens) in enumerate(zip(chunk.starts, chunk.tokens))
             ]
             for rank in range(cache.shape.ring_size)
         ]
-        own = cache.shape.ring_rank
         self.still_seen = [
-            ownership.count(sample, own, length - window + 1 if window else 0)
+            cache.ownership.count(sample, cache.shape.ring_rank, self._first_seen(length))
             for sample, length in enumerate(cache.lengths)
         ]
         self._ranges: dict[tuple[int, int, int], KeyRanges] = {}
 
-    @functools.cached_property
+    @property
     def longest_shard(self) -> int:
         """Entries of the rank that has most."""
-        return max(sum(map(len, of_rank)) for of_rank in self.positions)
+        return max(map(sum, self._lengths))
 
     def lengths(self, rank: int) -> list[int]:
         """Return how many entries of each sample ``rank`` has."""
-        return [len(positions) for positions in self.positions[rank]]
+        return self._lengths[rank]
 
     def ranges(self, sample: int, queries_of: int, keys_of: int) -> KeyRanges:
         """Return what the sample's queries of one rank see of its entries on another."""
         key = sample, queries_of, keys_of
         if key not in self._ranges:
             query_positions = self.chunk.positions[queries_of][sample]
+            start = self._first_seen(self.chunk.starts[sample])
+            key_positions = self._ownership.positions(sample, keys_of, start)
             first_visible = query_positions - self.window + 1 if self.window else None
-            self._ranges[key] = compute_key_ranges(
-                query_positions, self.positions[keys_of][sample], first_visible
-            )
+            self._ranges[key] = compute_key_ranges(query_positions, key_positions, first_visible)
         return self._ranges[key]
+
+    def _first_seen(self, position: int) -> int:
+        """Return the first position that a query at ``position`` sees, or a negative number."""
+        return position - self.window + 1 if self.window else 0
 
 
 class PrefillStep:
@@ -273,13 +274,10 @@ class PrefillStep:
         states = []
         end = 0
         for tokens in self.chunk.lengths(rank):
-            start, middle, end = (
-                end,
-                end + tokens * heads * head_dim,
-                end + tokens * heads * (head_dim + 1),
-            )
-            out_1lHD = results[start:middle].view(1, tokens, heads, head_dim)
-            states.append(RunningSoftmax(out_1lHD, results[middle:end].view(1, heads, tokens)))
+            start, lse_start = end, end + tokens * heads * head_dim
+            end = lse_start + tokens * heads
+            out_1lHD = results[start:lse_start].view(1, tokens, heads, head_dim)
+            states.append(RunningSoftmax(out_1lHD, results[lse_start:end].view(1, heads, tokens)))
         return states
 
     def _joined(
@@ -316,8 +314,8 @@ def _merge(into: Sequence[RunningSoftmax], states: Sequence[RunningSoftmax]) -> 
 class PartialSoftmax(NamedTuple):
     """Attention over one shard of the keys, in float32 (float64 for float64), not normalised.
 
-    max: the largest score of each query, -inf where there is no key. sum: of exp(score - max).
-    out: the values weighted by exp(score - max).
+    max_BH: the largest score of each query, -inf where there is no key. sum_BH: of the weights
+    exp(score - max). out_BHD: the values times their weights.
     """
 
     out_BHD: torch.Tensor
@@ -370,13 +368,14 @@ class DecodeStep:
         none adds zeros.
         """
         max_BH = own.max_BH
-        sums_BHX = torch.cat((own.out_BHD, own.sum_BH.unsqueeze(-1)), dim=-1)  # X = D + 1
+        # (B, H, D + 1): the weighted values and, last, the sum of the weights.
+        sums = torch.cat((own.out_BHD, own.sum_BH.unsqueeze(-1)), dim=-1)
         if self.ring.links is not None:
             max_BH = max_BH.clone()
             dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
-            sums_BHX *= torch.exp(own.max_BH - max_BH).unsqueeze(-1)
-            dist.all_reduce(sums_BHX, dist.ReduceOp.SUM, self.ring.links[0])
-        out_BHD, sum_BH = sums_BHX[..., :-1], sums_BHX[..., -1]
+            sums *= torch.exp(own.max_BH - max_BH).unsqueeze(-1)
+            dist.all_reduce(sums, dist.ReduceOp.SUM, self.ring.links[0])
+        out_BHD, sum_BH = sums[..., :-1], sums[..., -1]
         return out_BHD / sum_BH.unsqueeze(-1), max_BH + sum_BH.log()
 
     def _store(self, layer: int, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[int | None], cache: Cache) -> torch.Tensor:
-        """Append one token to each sample; None leaves a sample as it is.
+        """Append one token to each sample; None, of which not all may be, leaves one as it is.
 
         Returns logits_BV in float32 on every rank, zeros for samples without a token. Ranks may
         differ by rounding, so a token that is chosen from them should be chosen on one rank.
@@ -117,20 +117,31 @@ class InferenceModel:
         """
         assert len(tokens) == cache.samples
         new = {sample: token for sample, token in enumerate(tokens) if token is not None}
+        assert new, "at least one sample needs a token"
         self._check(cache, dict.fromkeys(new, 1))
         positions_B1 = torch.tensor([[cache.lengths[sample]] for sample in new])
         for sample in new:
             owner = cache.lengths[sample] % self.ring.size
             cache.ownership.append(sample, torch.tensor([owner], dtype=torch.int16))
-        self._step = DecodeStep(list(new), cache, self.ring)
-        tokens_B1 = torch.tensor([[token] for token in new.values()], device=self.device)
-        hidden_B1E = self.model.hidden(tokens_B1, positions_B1.to(self.device))
+        tokens_B1 = torch.tensor([[token] for token in new.values()])
+        step = DecodeStep(list(new), cache, self.ring)
+        hidden_B1E = self._hidden(tokens_B1, positions_B1, step)
         logits_BV = self._logits(hidden_B1E[:, 0])
         if len(new) == len(tokens):
             return logits_BV
         all_BV = logits_BV.new_zeros(len(tokens), logits_BV.shape[1])
         all_BV[list(new)] = logits_BV
         return all_BV
+
+    def _hidden(
+        self, tokens_Bl: torch.Tensor, positions: torch.Tensor, step: PrefillStep | DecodeStep
+    ) -> torch.Tensor:
+        """Run the layers on the device, with attention by ``step``; return hidden_BlE."""
+        self._step = step
+        try:
+            return self.model.hidden(tokens_Bl.to(self.device), positions.to(self.device))
+        finally:
+            self._step = None  # it refers to the cache, which the caller may want to free
 
     def _attend(
         self,
@@ -167,7 +178,6 @@ class InferenceModel:
 
         Where the last token of a prompt, at ``ends`` - 1, is among them, write its row to ``last``.
         """
-        self._step = PrefillStep(chunk, cache, self.ring, self.kernel)
         own = chunk.positions[self.ring.rank]
         positions_l = torch.cat(own)
         tokens_l = torch.cat(
@@ -179,7 +189,8 @@ class InferenceModel:
         if not len(positions_l):
             # A rank without tokens takes part in the exchanges with one that is in no sample.
             positions_l = tokens_l = torch.zeros(1, dtype=torch.int64)
-        hidden_1lE = self.model.hidden(tokens_l[None].to(self.device), positions_l.to(self.device))
+        step = PrefillStep(chunk, cache, self.ring, self.kernel)
+        hidden_1lE = self._hidden(tokens_l[None], positions_l, step)
         end = 0
         for sample, positions in enumerate(own):
             end += len(positions)

@@ -1,6 +1,7 @@
 """Prefill and decoding on real ranks: logits equal those of a full forward on one process."""
 
 import functools
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -228,3 +229,12 @@ def test_the_cache_has_the_dtype_of_the_weights(dtype, tolerance):
     assert {x.dtype for x in logits} == {torch.float32}
     expected = full_logits("gpt2", [1, 2, 3, 4])[2:]
     torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=tolerance)
+
+
+def test_a_cache_that_is_no_longer_used_is_freed(model):
+    cache = model.new_cache(1, [8])
+    model.prefill([[1, 2, 3]], cache)
+    model.decode([4], cache)
+    reference = weakref.ref(cache)
+    del cache
+    assert reference() is None
