@@ -57,6 +57,7 @@ class PrefillBar:
                 unit=" tokens",
                 unit_scale=True,
                 delay=1,
+                disable=None,
                 leave=False,
             )
         self._bar.update(done - self._bar.n)
@@ -118,8 +119,11 @@ class JsonLines:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._path:
-            self._file.close()
+        if not self._path:
+            return
+        self._file.close()
+        if error and not Path(self._path).stat().st_size:
+            Path(self._path).unlink()  # so that the same command can be repeated
 
 
 def numbered(numbers: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import transformers
 
 from megatron_ring.config import DataConfig
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
+from megatron_ring.inference.console import JsonLines
 from tests.checkpoint import hugging_face_models
 from tests.forked import Forked
 from tests.inference import models
@@ -178,4 +179,21 @@ def test_an_error_is_printed_by_one_rank(folder):
     outputs = run(folder, ["--load", "runs", "--prompt-file", "empty.txt"], ranks=2)
     assert [code for code, _, _ in outputs] == [ConfigError.exit_code] * 2
     assert "empty" in outputs[0][2]
-    assert outputs[1][2] == ""
+    assert "empty" not in outputs[1][2]
+
+
+def end_with_error(path: Path, written: list[dict]) -> None:
+    with JsonLines(str(path)) as writer:
+        for row in written:
+            writer.write(row)
+        raise CheckpointError("the weights cannot be read")
+
+
+def test_an_output_in_which_nothing_was_written_is_removed(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(CheckpointError):
+        end_with_error(path, [])
+    assert not path.exists()
+    with pytest.raises(CheckpointError):
+        end_with_error(path, [{"text": "größe"}])
+    assert rows(path.read_text()) == [{"text": "größe"}]
