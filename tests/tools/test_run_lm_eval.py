@@ -134,6 +134,7 @@ def numbers(value: Any) -> list[float]:
     return [{"True": 1.0, "False": 0.0}.get(value) if value in ("True", "False") else float(value)]
 
 
+@pytest.mark.whole
 def test_the_ring_gives_the_results_of_the_hf_model(folder):
     run_ranks(2, on_ranks, folder)
     run_ranks(1, alone, folder)
@@ -150,6 +151,24 @@ def test_the_ring_gives_the_results_of_the_hf_model(folder):
         for name, value in metrics.items():
             if isinstance(value, float):
                 assert results[task][name] == pytest.approx(value, rel=1e-5), (task, name)
+
+
+def refused_on_rank_zero(rank: int, world_size: int) -> tuple[str, bool]:
+    def cli() -> None:
+        raise ConfigError("of rank 0 alone")
+
+    run_lm_eval.cli_evaluate = cli
+    ranks = run_lm_eval.Ranks(models.environment(rank, world_size))
+    try:
+        run_lm_eval.drive(ranks)
+    except ConfigError as error:
+        return str(error), ranks.has_failed
+    return "", ranks.has_failed
+
+
+def test_an_error_of_rank_zero_ends_the_other_ranks():
+    outcomes = run_ranks(2, refused_on_rank_zero)
+    assert outcomes == [("of rank 0 alone", False), ("", False)]
 
 
 @pytest.mark.parametrize(
