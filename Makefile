@@ -56,7 +56,7 @@ NEEDLES := runs/needles
 NEEDLE_TEXTS := data/needles
 LEARN = $(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py --config configs/needles.yaml
 ASK = $(ON_CPU) $(BIN)/$(LAUNCHER) tools/evaluate.py needles --tasks single keys \
-	--wording pair --haystack needles --needles 8 --samples 10
+	--wording pair --haystack needles --needles 8 --dtype fp32
 
 demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
 	rm -rf $(NEEDLES)
@@ -67,7 +67,8 @@ demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
 	$(LEARN) --data-path $(NEEDLE_TEXTS)/far --load $(NEEDLES)/long --finetune \
 		--save $(NEEDLES)/far --train-iters 40 --seq-length 4096 --micro-batch-size 1 \
 		--rope-scaling yarn --rope-scaling-factor 4 --rope-original-length 1024 --lr 1.0e-3
-	$(ASK) --load $(NEEDLES)/far --lengths 512 1024 2048 4096 --output $(NEEDLES)/needles-4096.json
+	$(ASK) --load $(NEEDLES)/far --lengths 512 1024 2048 4096 \
+		--output $(NEEDLES)/needles-4096.json
 
 # Documents that ask for their own needles: first short ones, then up to 1,024 and 4,096 tokens.
 $(NEEDLE_TEXTS)/far.json: tools/make_retrieval_documents.py | $(BIN)/.installed

@@ -1,5 +1,7 @@
 """Retrieval: prompts have their length, depth and answer, and answers count as greedy decoding."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from megatron_ring.monitoring.outputs import PNG
 from tests.distributed import run_ranks
 from tests.inference import models
 from tests.model.conftest import plain_attention
+from tools import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,49 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it(tmp_path):
     right, wrong, right_too, wrong_too = by_rank[0]
     assert right == right_too == [True] * 4
     assert wrong[:3] == wrong_too[:3] == [True, True, False]
+
+
+LONG = 256
+FLAGS = ["--dtype", "fp32", "--tasks", "single", "values", "--wording", "pair"]
+FLAGS += ["--depths", "3", "--samples", "2", "--needles", "2"]
+
+
+def evaluated_by_rank(rank: int, world_size: int, folder: Path) -> tuple[dict, list[str]]:
+    """Return the results of the program, and the messages of lengths that it refuses."""
+    os.chdir(folder)
+    environment = models.environment(rank, world_size)
+    flags = ["needles", "--load", "model", "--tokenizer-model", "tokenizer.model", *FLAGS]
+    refused = []
+    for lengths in (["8"], ["300"]):
+        command = evaluate.parse([*flags, "--lengths", *lengths, "--output", "none.json"])
+        with pytest.raises(ConfigError) as caught:
+            evaluate.evaluate_command(command, environment)
+        refused.append(str(caught.value))
+    evaluate.evaluate_command(evaluate.parse([*flags, "--lengths", "256", "128"]), environment)
+    return json.loads(Path("needles.json").read_text()), refused
+
+
+def test_the_program_writes_each_cell_and_refuses_lengths_that_do_not_fit(tmp_path):
+    models.write_tokenizer(tmp_path)
+    model = models.random_model(models.LLAMA, models.TOKENIZER_IDS, LONG)
+    models.write_checkpoint(tmp_path / "model", model, seq_length=LONG)
+    results, refused = run_ranks(2, evaluated_by_rank, tmp_path)[0]
+    cells = results["cells"]
+    assert [(cell["task"], cell["length"], cell["depth"]) for cell in cells] == [
+        (task, length, depth)
+        for task in ("single", "values")
+        for length in (128, LONG)
+        for depth in (0, 0.5, 1)
+    ]
+    assert all(cell["samples"] == 2 and cell["accuracy"] == 0 for cell in cells)
+    assert results["wording"] == "pair"
+    assert (tmp_path / "needles.png").read_bytes().startswith(PNG)
+    assert not (tmp_path / "none.json").exists()
+    too_short, too_long = refused
+    assert "length 8" in too_short
+    assert "--lengths" in too_short
+    assert "300" in too_long
+    assert "256 positions" in too_long
 
 
 CELLS = [
