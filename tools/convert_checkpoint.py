@@ -15,7 +15,6 @@ from typing import Annotated
 import torch
 import tyro
 
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.exporting import (
     Exported,
     ExportOptions,
@@ -24,6 +23,7 @@ from megatron_ring.checkpoint.hugging_face.exporting import (
 from megatron_ring.checkpoint.hugging_face.folder import CARRIED
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
 from megatron_ring.checkpoint.hugging_face.special_tokens import GENERATION, SpecialTokens
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.store import CONFIG
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import ModelConfig
@@ -38,9 +38,7 @@ class Import:
     """Folder with config.json and safetensors files, as written by save_pretrained."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the checkpoint, which must be new or empty."""
-    extension: Annotated[ContextExtension, tyro.conf.OmitArgPrefixes] = field(
-        default_factory=ContextExtension
-    )
+    stretch: Annotated[Stretch, tyro.conf.OmitArgPrefixes] = field(default_factory=Stretch)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def run_import(command: Import) -> None:
 
     Raises CheckpointError and ConfigError.
     """
-    imported = import_folder(command.hf_dir, command.out, command.extension)
+    imported = import_folder(command.hf_dir, command.out, command.stretch)
     stored = Summary.of(imported.path)
     dtypes = _describe_dtypes({stored.tensors.dtype(name) for name in stored.tensors.shapes})
     print(f"{imported.path}: {imported.family}, {stored.parameters:,} parameters in {dtypes}")

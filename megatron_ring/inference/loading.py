@@ -17,8 +17,8 @@ from megatron_ring.checkpoint import boxes, foreign_formats, names, store
 from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.finite import NonFiniteTensor, count_non_finite, describe_non_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.importing import Source
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.locate import locate
 from megatron_ring.checkpoint.selection import (
     named_checkpoint,
@@ -316,7 +316,7 @@ class _HuggingFaceWeights:
 
 
 def _open_hugging_face(config: InferenceConfig, world_size: int, path: Path) -> OpenedModel:
-    source = Source.open(path, ContextExtension())
+    source = Source.open(path, Stretch())
     model = source.config.model
     length = source.config.data.seq_length
     sources = TokenizerSources(hugging_face=path)

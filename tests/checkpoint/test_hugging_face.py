@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from megatron_ring.checkpoint import store
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model, resolved
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.model.gpt import GPT
 from megatron_ring.model.shapes import parameter_shapes
@@ -29,8 +29,8 @@ from tests.checkpoint.hugging_face_models import (
 from tests.model.conftest import CONFIGS, plain_attention
 
 
-def imported(folder: Path, out: Path, extension: ContextExtension | None = None) -> Summary:
-    return Summary.of(import_folder(folder, out, extension or ContextExtension()).path)
+def imported(folder: Path, out: Path, stretch: Stretch | None = None) -> Summary:
+    return Summary.of(import_folder(folder, out, stretch or Stretch()).path)
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:
@@ -151,7 +151,7 @@ def test_files_beside_the_weights_are_copied_and_checksummed(tmp_path):
 def test_special_tokens_are_those_of_the_tokenizer_or_none(tmp_path):
     """Not the family's defaults, which are the ids of another model."""
     theirs = save(Case("llama", {"bos_token_id": 7, "eos_token_id": [8, 9]}), tmp_path / "theirs")
-    import_folder(theirs, tmp_path / "ours", ContextExtension())
+    import_folder(theirs, tmp_path / "ours", Stretch())
     export_checkpoint(
         tmp_path / "ours", tmp_path / "back", ExportOptions(family="llama", tokenizer=theirs)
     )

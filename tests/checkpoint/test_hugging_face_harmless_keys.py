@@ -8,9 +8,9 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.kernels.rope import Rope
 from tests.checkpoint.hugging_face_models import Case, save
 
@@ -138,8 +138,8 @@ def test_ignored_keys_are_noted(tmp_path):
         Case("llama", {"rope_scaling": {**YARN, "attn_factor": 0.9}, "auto_map": {"A": "x.Y"}}),
         tmp_path / "theirs",
     )
-    notes = import_folder(theirs, tmp_path / "ours", ContextExtension()).notes
+    notes = import_folder(theirs, tmp_path / "ours", Stretch()).notes
     for word in ("attn_factor", "auto_map", "LlamaForCausalLM"):
         assert word in " ".join(notes)
     theirs = save(Case("llama", {}), tmp_path / "plain")
-    assert import_folder(theirs, tmp_path / "none", ContextExtension()).notes == []
+    assert import_folder(theirs, tmp_path / "none", Stretch()).notes == []

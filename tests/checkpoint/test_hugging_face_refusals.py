@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.hugging_face import importing
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension, extend_context
 from megatron_ring.checkpoint.hugging_face.families import (
     FAMILIES,
     read_model,
     unsupported_by_family,
 )
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import CheckpointError, ConfigError
 from tests.checkpoint.hugging_face_models import CASES, Case, build
@@ -200,7 +200,7 @@ def write_config(folder: Path, family: str, **changes) -> Path:
 def refusal(source: Path, out: Path) -> str:
     """Return the error of an import, after checking that it has left no checkpoint."""
     with pytest.raises(CheckpointError) as refused:
-        import_folder(source, out, ContextExtension())
+        import_folder(source, out, Stretch())
     assert not out.exists() or not list(out.iterdir())
     return str(refused.value)
 
@@ -311,7 +311,7 @@ def test_a_second_copy_of_a_tied_head_and_buffers_are_accepted(theirs, tmp_path)
     embedding = load_file(theirs / "model.safetensors")["model.embed_tokens.weight"]
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     rewrite(theirs, **{"lm_head.weight": embedding.clone(), **buffer})
-    assert import_folder(theirs, tmp_path / "ours", ContextExtension()).path.is_dir()
+    assert import_folder(theirs, tmp_path / "ours", Stretch()).path.is_dir()
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -390,7 +390,7 @@ def test_a_single_file_beside_an_index_with_other_weights_is_refused(difference,
 
 def test_a_single_file_beside_an_index_with_the_same_weights_is_accepted(theirs, tmp_path):
     indexed(theirs)
-    assert import_folder(theirs, tmp_path / "ours", ContextExtension()).path.is_dir()
+    assert import_folder(theirs, tmp_path / "ours", Stretch()).path.is_dir()
 
 
 @pytest.mark.parametrize("kept", [0, 4, 60, 5000, -1])
@@ -424,15 +424,15 @@ def test_an_index_with_a_missing_file_is_refused(sharded, tmp_path):
 
 
 def test_an_existing_checkpoint_is_not_replaced(theirs, tmp_path):
-    import_folder(theirs, tmp_path / "ours", ContextExtension())
+    import_folder(theirs, tmp_path / "ours", Stretch())
     with pytest.raises(CheckpointError, match=f"{tmp_path}/ours already exists and has"):
-        import_folder(theirs, tmp_path / "ours", ContextExtension())
+        import_folder(theirs, tmp_path / "ours", Stretch())
     assert (tmp_path / "ours/step-00000000/state.json").is_file()
 
 
 @pytest.mark.parametrize("folder", ["ours", "ours/step-00000000"])
 def test_a_checkpoint_of_this_project_is_not_imported(folder, theirs, tmp_path):
-    import_folder(theirs, tmp_path / "ours", ContextExtension())
+    import_folder(theirs, tmp_path / "ours", Stretch())
     assert f"--load {tmp_path / folder}" in refusal(tmp_path / folder, tmp_path / "out")
 
 
@@ -441,7 +441,7 @@ def test_rope_parameters_of_any_type_are_ignored_in_a_model_without_rope(rope, t
     build(CASES["gpt2"]).save_pretrained(tmp_path / "gpt2")
     config = json.loads((tmp_path / "gpt2/config.json").read_text())
     (tmp_path / "gpt2/config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    assert import_folder(tmp_path / "gpt2", tmp_path / "ours", ContextExtension()).notes == []
+    assert import_folder(tmp_path / "gpt2", tmp_path / "ours", Stretch()).notes == []
 
 
 def test_an_error_in_the_notes_leaves_no_files(theirs, tmp_path, monkeypatch):
@@ -453,28 +453,28 @@ def test_an_error_in_the_notes_leaves_no_files(theirs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("extension", "flag"),
+    ("stretch", "flag"),
     [
-        (ContextExtension(seq_length=2**40), "--seq-length"),
-        (ContextExtension("yarn", seq_length=2**40), "--seq-length"),
-        (ContextExtension("linear", seq_length=10**400), "--seq-length"),
-        (ContextExtension("linear", rope_scaling_factor=1e308), "--rope-scaling-factor"),
-        (ContextExtension("ntk", rope_scaling_factor=float("inf")), "--rope-scaling-factor"),
-        (ContextExtension("yarn", rope_scaling_factor=float("nan")), "--rope-scaling-factor"),
+        (Stretch(seq_length=2**40), "--seq-length"),
+        (Stretch("yarn", seq_length=2**40), "--seq-length"),
+        (Stretch("linear", seq_length=10**400), "--seq-length"),
+        (Stretch("linear", rope_scaling_factor=1e308), "--rope-scaling-factor"),
+        (Stretch("ntk", rope_scaling_factor=float("inf")), "--rope-scaling-factor"),
+        (Stretch("yarn", rope_scaling_factor=float("nan")), "--rope-scaling-factor"),
     ],
 )
-def test_a_length_beyond_the_longest_sequence_is_refused(extension, flag, theirs, tmp_path):
+def test_a_length_beyond_the_longest_sequence_is_refused(stretch, flag, theirs, tmp_path):
     with pytest.raises(ConfigError, match="2147483647") as refused:
-        import_folder(theirs, tmp_path / "ours", extension)
+        import_folder(theirs, tmp_path / "ours", stretch)
     assert flag in str(refused.value)
     assert not (tmp_path / "ours").exists()
 
 
 def test_a_config_that_a_run_refuses_is_not_written(theirs, tmp_path, monkeypatch):
     wrong = ModelConfig(rope_scaling_factor=2.0)
-    monkeypatch.setattr(importing, "extend_context", lambda model, *_: (wrong, 32))
+    monkeypatch.setattr(importing, "stretched", lambda model, *_: (wrong, 32))
     with pytest.raises(ConfigError, match=r"rope_scaling_factor 2\.0"):
-        import_folder(theirs, tmp_path / "ours", ContextExtension())
+        import_folder(theirs, tmp_path / "ours", Stretch())
     assert not (tmp_path / "ours").exists()
 
 
@@ -490,9 +490,9 @@ def test_a_full_disk_leaves_no_files(step, theirs, tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_import_are_deleted(theirs, tmp_path):
-    import_folder(theirs, tmp_path / "whole", ContextExtension())
+    import_folder(theirs, tmp_path / "whole", Stretch())
     shutil.copytree(tmp_path / "whole/step-00000000", tmp_path / "ours/.partial-00000000")
-    import_folder(theirs, tmp_path / "ours", ContextExtension())
+    import_folder(theirs, tmp_path / "ours", Stretch())
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
         "latest",
         "step-00000000",
@@ -561,7 +561,7 @@ def test_a_snapshot_in_the_hubs_cache_may_link_to_its_blobs(theirs, tmp_path):
     theirs.rename(blobs)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
-    assert import_folder(snapshot, tmp_path / "ours", ContextExtension()).path.is_dir()
+    assert import_folder(snapshot, tmp_path / "ours", Stretch()).path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -605,9 +605,7 @@ def test_values_that_would_take_unbounded_time_or_memory_are_refused(
 def test_an_original_length_of_any_type_is_valid_or_a_config_error(value):
     config = LIKE_LLAMA | {"original_max_position_embeddings": value}
     with contextlib.suppress(ConfigError):
-        extend_context(
-            ModelConfig(), config, 32, ContextExtension(rope_scaling="yarn", seq_length=64)
-        )
+        stretched(ModelConfig(), config, 32, Stretch(rope_scaling="yarn", seq_length=64))
 
 
 @pytest.mark.parametrize("content", [b"[" * 10, b"[]", b"{", b'{"a":' * 5000])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import Config, load_yaml
 from tests.checkpoint.hugging_face_models import (
@@ -52,7 +52,7 @@ def trained(tmp_path_factory) -> Path:
         import_folder(
             save(CASES[family], root / family / "theirs"),
             root / family / "ours",
-            ContextExtension(),
+            Stretch(),
         )
     run_ranks(
         4, train_a_step, [root / family / "ours" for family in FAMILIES], tiny.write_store(root)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from tests.checkpoint.hugging_face_models import CASES, VOCABULARY, save
 from tests.distributed import run_ranks
 from tests.inference.greedy import GRIDS, Generated, on_real_ranks

@@ -10,11 +10,11 @@ from megatron_ring.checkpoint import foreign_formats, lease, names, store
 from megatron_ring.checkpoint.finite import check_finite
 from megatron_ring.checkpoint.hugging_face import folder as hugging_face
 from megatron_ring.checkpoint.hugging_face import tensor_mapping, unsupported
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension, extend_context
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, Family, read_model
 from megatron_ring.checkpoint.hugging_face.folder import Folder, Header
 from megatron_ring.checkpoint.hugging_face.key_mappings import invalid_sizes
 from megatron_ring.checkpoint.hugging_face.rope_parameters import rope_config, unread_parameters
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch, stretched
 from megatron_ring.checkpoint.hugging_face.tensor_mapping import Tensor
 from megatron_ring.checkpoint.provenance import commit, now
 from megatron_ring.checkpoint.state import RunState
@@ -61,15 +61,15 @@ class Source:
     mapped: dict[str, Tensor]
 
     @staticmethod
-    def open(path: Path, extension: ContextExtension) -> "Source":
+    def open(path: Path, stretch: Stretch) -> "Source":
         """Read everything but the tensors.
 
-        Raises CheckpointError, and ConfigError for an invalid ``extension`` or a config that --load
+        Raises CheckpointError, and ConfigError for an invalid ``stretch`` or a config that --load
         would refuse.
         """
         folder = Folder.open(path)
         name, family = _family(folder)
-        config, vocab_size = _config(folder, family, extension)
+        config, vocab_size = _config(folder, family, stretch)
         shapes = parameter_shapes(config.model, vocab_size, config.data.seq_length)
         mapped = _map_tensors(folder, family, shapes)
         return Source(folder, name, config, vocab_size, shapes, mapped)
@@ -85,15 +85,15 @@ class Source:
             yield from tensor.split(values)
 
 
-def import_folder(source: Path, out: Path, extension: ContextExtension) -> Imported:
+def import_folder(source: Path, out: Path, stretch: Stretch) -> Imported:
     """Write the checkpoint of step 0 into ``out``, which becomes a folder for --load.
 
-    Raises CheckpointError, and ConfigError for an invalid ``extension`` or a config that --load
+    Raises CheckpointError, and ConfigError for an invalid ``stretch`` or a config that --load
     would refuse.
     """
     _check_not_own_checkpoint(source)
     _check_empty(out)
-    opened = Source.open(source, extension)
+    opened = Source.open(source, stretch)
     state = RunState(
         step=0,
         consumed_samples=0,
@@ -143,7 +143,7 @@ def _family(folder: Folder) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
-def _config(folder: Folder, family: Family, extension: ContextExtension) -> tuple[Config, int]:
+def _config(folder: Folder, family: Family, stretch: Stretch) -> tuple[Config, int]:
     """Return the config for a run from this model, and its vocab_size."""
     path = folder.path / hugging_face.CONFIG
     model, problems = read_model(family, folder.config)
@@ -156,7 +156,7 @@ def _config(folder: Folder, family: Family, extension: ContextExtension) -> tupl
         )
     vocab_size = folder.config["vocab_size"]
     longest = folder.config[family.length]
-    model, seq_length = extend_context(model, folder.config, longest, extension)
+    model, seq_length = stretched(model, folder.config, longest, stretch)
     # A tokenizer may have fewer ids than the model has rows.
     config = Config(model=replace(model, padded_vocab_size=vocab_size))
     config = replace(config, data=replace(config.data, seq_length=seq_length))

@@ -11,7 +11,7 @@ from megatron_ring.untrusted import shown
 
 
 @dataclass(frozen=True)
-class ContextExtension:
+class Stretch:
     """Options for the context length of an imported model."""
 
     rope_scaling: Literal["unchanged", "linear", "ntk", "yarn", "llama3"] = "unchanged"
@@ -22,28 +22,28 @@ class ContextExtension:
     """Tokens of a sample in the written config. 0: the longest sequence that the model supports."""
 
 
-def extend_context(
-    model: ModelConfig, config: Fields, longest: int, extension: ContextExtension
+def stretched(
+    model: ModelConfig, config: Fields, longest: int, stretch: Stretch
 ) -> tuple[ModelConfig, int]:
-    """Return the model with its RoPE scaled by ``extension``, and its seq_length.
+    """Return the model with its RoPE scaled by ``stretch``, and its seq_length.
 
     ``longest`` is the longest sequence according to ``config``, the model's config.json. Raises
     ConfigError.
     """
     # The config.json of some scaled models still names the original length as the longest.
     limit = max(longest, int(model.rope_original_length * model.rope_scaling_factor))
-    if problem := _problem(model, limit, extension):
+    if problem := _problem(model, limit, stretch):
         raise ConfigError(problem)
-    scaling = extension.rope_scaling
+    scaling = stretch.rope_scaling
     if scaling == "unchanged":
-        return model, extension.seq_length or longest
+        return model, stretch.seq_length or longest
     original = original_length(config)
     key = "original_max_position_embeddings"
     if problems := invalid_sizes({key: original}, key):
         raise ConfigError(
             f"rope_scaling {scaling} needs the original length of the model. {problems[0]}"
         )
-    factor = extension.rope_scaling_factor or extension.seq_length / original
+    factor = stretch.rope_scaling_factor or stretch.seq_length / original
     if factor <= 1:
         raise ConfigError(
             f"rope_scaling {scaling} by {factor:g}, from {original} tokens, must be by more than "
@@ -63,14 +63,14 @@ def extend_context(
         rope_scaling_factor=factor,
         rope_original_length=rope_original_length,
     )
-    return model, extension.seq_length or int(original * factor)
+    return model, stretch.seq_length or int(original * factor)
 
 
-def _problem(model: ModelConfig, longest: int, extension: ContextExtension) -> str:
+def _problem(model: ModelConfig, longest: int, stretch: Stretch) -> str:
     """Return why the options are invalid for ``model``, "" if they are valid."""
-    scales = extension.rope_scaling != "unchanged"
-    seq_length = extension.seq_length
-    factor = extension.rope_scaling_factor
+    scales = stretch.rope_scaling != "unchanged"
+    seq_length = stretch.seq_length
+    factor = stretch.rope_scaling_factor
     if seq_length < 0 or factor < 0:
         return (
             "seq_length and rope_scaling_factor must not be below 0. "
@@ -92,7 +92,7 @@ def _problem(model: ModelConfig, longest: int, extension: ContextExtension) -> s
         )
     if scales and not (seq_length or factor):
         return (
-            f"rope_scaling {extension.rope_scaling} needs a length. "
+            f"rope_scaling {stretch.rope_scaling} needs a length. "
             "Set --seq-length, or --rope-scaling-factor."
         )
     if factor and not scales:

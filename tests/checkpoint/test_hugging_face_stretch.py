@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.hugging_face.context_extension import ContextExtension
 from megatron_ring.checkpoint.hugging_face.exporting import ExportOptions, export_checkpoint
 from megatron_ring.checkpoint.hugging_face.families import FAMILIES, read_model
 from megatron_ring.checkpoint.hugging_face.importing import import_folder
+from megatron_ring.checkpoint.hugging_face.stretch import Stretch
 from megatron_ring.checkpoint.summary import Summary
 from megatron_ring.config import load_yaml
 from megatron_ring.errors import ConfigError
@@ -39,8 +39,8 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn", "llama3"])
 def test_a_scaled_model_has_the_same_logits_in_transformers(scaling, models, tmp_path):
-    extension = ContextExtension(rope_scaling=scaling, seq_length=LONG)
-    ours = Summary.of(import_folder(models / "qwen2", tmp_path / "ours", extension).path)
+    stretch = Stretch(rope_scaling=scaling, seq_length=LONG)
+    ours = Summary.of(import_folder(models / "qwen2", tmp_path / "ours", stretch).path)
     model = ours.config.model
     assert (ours.config.data.seq_length, ours.state.seq_length) == (LONG, LONG)
     assert (model.rope_scaling, model.rope_scaling_factor) == (scaling, 4.0)
@@ -55,7 +55,7 @@ def test_a_scaled_model_has_the_same_logits_in_transformers(scaling, models, tmp
 
 def test_the_config_has_the_keys_of_old_and_new_transformers(models, tmp_path):
     import_folder(
-        models / "qwen2", tmp_path / "ours", ContextExtension(rope_scaling="yarn", seq_length=LONG)
+        models / "qwen2", tmp_path / "ours", Stretch(rope_scaling="yarn", seq_length=LONG)
     )
     export_checkpoint(tmp_path / "ours", tmp_path / "back", ExportOptions())
     written = json.loads((tmp_path / "back/config.json").read_text())
@@ -68,8 +68,8 @@ def test_the_config_has_the_keys_of_old_and_new_transformers(models, tmp_path):
 
 def test_the_factor_may_be_given_and_other_scaling_be_replaced(models, tmp_path):
     """The factor applies to the model's original length of 16, not to its extended one of 48."""
-    extension = ContextExtension(rope_scaling="yarn", rope_scaling_factor=10.0)
-    path = import_folder(models / "llama 3", tmp_path / "ours", extension).path
+    stretch = Stretch(rope_scaling="yarn", rope_scaling_factor=10.0)
+    path = import_folder(models / "llama 3", tmp_path / "ours", stretch).path
     written = load_yaml(path / "config.yaml")
     assert written.data.seq_length == 160
     model = written.model
@@ -79,9 +79,7 @@ def test_the_factor_may_be_given_and_other_scaling_be_replaced(models, tmp_path)
         16,
     )
     other = Summary.of(
-        import_folder(
-            models / "llama 3", tmp_path / "other", ContextExtension("ntk", seq_length=LONG)
-        ).path
+        import_folder(models / "llama 3", tmp_path / "other", Stretch("ntk", seq_length=LONG)).path
     ).config
     assert (other.model.rope_scaling_factor, other.data.seq_length) == (LONG / 16, LONG)
 
@@ -98,7 +96,7 @@ def test_a_config_may_have_the_original_length_as_the_longest(models, tmp_path):
     shutil.copytree(models / "qwen2", tmp_path / "theirs")
     (tmp_path / "theirs/config.json").write_text(json.dumps(theirs))
     path = import_folder(
-        tmp_path / "theirs", tmp_path / "ours", ContextExtension(seq_length=2 * LENGTH)
+        tmp_path / "theirs", tmp_path / "ours", Stretch(seq_length=2 * LENGTH)
     ).path
     assert load_yaml(path / "config.yaml").data.seq_length == 2 * LENGTH
     assert export_checkpoint(path, tmp_path / "back", ExportOptions()).longest == 4 * LENGTH
@@ -163,54 +161,52 @@ def test_rope_scaling_is_read_in_all_variants(keys, expected):
 
 def test_samples_may_be_shorter_than_the_longest_sequence(models, tmp_path):
     config = Summary.of(
-        import_folder(models / "qwen2", tmp_path / "ours", ContextExtension(seq_length=16)).path
+        import_folder(models / "qwen2", tmp_path / "ours", Stretch(seq_length=16)).path
     ).config
     assert (config.data.seq_length, config.model.rope_scaling) == (16, "none")
 
 
 @pytest.mark.parametrize(
-    ("name", "extension", "parts"),
+    ("name", "stretch", "parts"),
     [
-        ("gpt2", ContextExtension("yarn", seq_length=LONG), ("48 rows", "--rope-scaling")),
-        ("gpt2", ContextExtension(seq_length=16), ("48 rows", "seq_length is 48", "--seq-length")),
+        ("gpt2", Stretch("yarn", seq_length=LONG), ("48 rows", "--rope-scaling")),
+        ("gpt2", Stretch(seq_length=16), ("48 rows", "seq_length is 48", "--seq-length")),
         (
             "qwen2",
-            ContextExtension(seq_length=LONG),
+            Stretch(seq_length=LONG),
             ("seq_length 192", "48 tokens", "--rope-scaling"),
         ),
         (
             "qwen2",
-            ContextExtension("yarn"),
+            Stretch("yarn"),
             ("yarn needs a length", "--seq-length", "--rope-scaling-factor"),
         ),
         (
             "qwen2",
-            ContextExtension("yarn", seq_length=LENGTH),
+            Stretch("yarn", seq_length=LENGTH),
             ("yarn by 1,", "48 tokens", "more than 1", "--seq-length"),
         ),
         (
             "qwen2",
-            ContextExtension("yarn", rope_scaling_factor=0.5),
+            Stretch("yarn", rope_scaling_factor=0.5),
             ("yarn by 0.5,", "48 tokens", "more than 1", "--rope-scaling-factor"),
         ),
         (
             "qwen2",
-            ContextExtension(rope_scaling_factor=4.0),
+            Stretch(rope_scaling_factor=4.0),
             ("rope_scaling_factor has no effect", "--rope-scaling,"),
         ),
-        ("qwen2", ContextExtension(seq_length=-1), ("below 0", "--seq-length")),
+        ("qwen2", Stretch(seq_length=-1), ("below 0", "--seq-length")),
         (
             "llama by linear",
-            ContextExtension("yarn", seq_length=LONG),
+            Stretch("yarn", seq_length=LONG),
             ("linear", "--rope-scaling"),
         ),
     ],
 )
-def test_invalid_options_are_refused_with_numbers_and_flags(
-    name, extension, parts, models, tmp_path
-):
+def test_invalid_options_are_refused_with_numbers_and_flags(name, stretch, parts, models, tmp_path):
     with pytest.raises(ConfigError) as refused:
-        import_folder(models / name, tmp_path / "ours", extension)
+        import_folder(models / name, tmp_path / "ours", stretch)
     for part in parts:
         assert part in str(refused.value)
     assert not (tmp_path / "ours").exists()
