@@ -28,7 +28,8 @@ def working_folder(folder: Path, config: str) -> Path:
         "--vocab-size",
         "300",
     ]
-    forked.run([*prepare, "--output-prefix", "text/tokens"], folder).check_returncode()
+    prepared = forked.run([*prepare, "--output-prefix", "text/tokens"], folder)
+    assert prepared.returncode == 0, prepared.stderr
     return folder
 
 

@@ -38,7 +38,7 @@ def run(tmp_path) -> subprocess.Popen:
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of a page" for i in range(1000)))
     prepare = [ROOT / "tools" / "prepare_data.py", "--input", "text.txt"]
     prepared = forked.run([*prepare, "--output-prefix", "tokens", "--vocab-size", "300"], tmp_path)
-    prepared.check_returncode()
+    assert prepared.returncode == 0, prepared.stderr
     program = [ROOT / "pretrain_gpt.py", "--config", "small.yaml"]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     launcher = [deepspeed, "--master_port", free_port(), "--num_gpus", "2"]
