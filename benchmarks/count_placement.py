@@ -25,12 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import Column, plain_row, plain_titles, setting, write_json
 from benchmarks.document_histogram import PUBLISHED, read_histogram
-from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.context_parallel.placement import place_documents
 from megatron_ring.context_parallel.sample_blocks import (
     BLOCK,
@@ -38,7 +35,6 @@ from megatron_ring.context_parallel.sample_blocks import (
     SampleBlocks,
 )
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.kernels.attention.tile_lists import tile_list
 from megatron_ring.plan.placement_cost import measured_costs
 from megatron_ring.plan.placement_simulation import Simulation, Traffic, simulate
 
@@ -153,23 +149,26 @@ def _row(simulation: Simulation, tokens: Simulation, spread: Simulation) -> dict
 
 def single_tokens(starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCosts) -> Simulation:
     """Count the layout that assigns single tokens to the ranks in turn."""
-    layout = Layout("striped", tokens, ranks)
-    mask = Mask(document_starts=starts)
-    positions = [layout.positions(rank) for rank in range(ranks)]
+    position = np.arange(tokens)
+    document = np.searchsorted(starts, position, side="right") - 1
+    first_key = np.array(starts)[document]
+    source = np.arange(ranks)
     work = np.zeros((2, ranks, ranks), dtype=np.int64)
     for rank in range(ranks):
-        first = mask.first_visible(positions[rank])
-        for hop in range(ranks):
-            ranges = compute_key_ranges(positions[rank], positions[(rank - hop) % ranks], first)
-            tiles = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
-            work[:, hop, rank] = int((-(-tiles.columns // BLOCK)).sum()), len(tiles.start)
+        # Rank s owns s, s + R, ...; of these, row by row, the keys [lo, hi) are visible.
+        lo = -((source - first_key[rank::ranks, None]) // ranks)
+        hi = (position[rank::ranks, None] - source) // ranks + 1
+        sees = (hi > lo).reshape(-1, BLOCK, ranks)
+        first = np.where(sees, lo.reshape(sees.shape), tokens).min(1) // BLOCK
+        stop = -(-np.where(sees, hi.reshape(sees.shape), 0).max(1) // BLOCK)
+        has_work = sees.any(1)
+        of_source = np.where(has_work, stop - first, 0).sum(0), has_work.sum(0)
+        work[:, :, rank] = np.stack(of_source)[:, (rank - source) % ranks]
     # The tokens after a row are on the ranks after its own, so either way it is sent to as many.
-    position = torch.arange(tokens)
-    after = torch.searchsorted(torch.tensor(starts), position, right=True)
-    ends = torch.tensor([*starts[1:], tokens])[after - 1]
+    ends = np.append(starts[1:], tokens)[document]
     sent = np.zeros((ranks, ranks))
     for hop in range(1, ranks):
-        sent[hop] = ((ends - position) > hop).view(-1, ranks).sum(0).numpy()
+        sent[hop] = (ends - position > hop).reshape(-1, ranks).sum(0)
     return Simulation(costs, *work, Traffic(sent, tokens), Traffic(sent, tokens))
 
 

@@ -49,6 +49,10 @@ _UNITS_PER_RANK = 8
 """Neighbouring short documents are placed together, up to this part of a rank's blocks: their
 borders are inside blocks, and a block on two documents' border belongs to one rank."""
 
+_CORRECTIONS = 2
+"""How often the ranks are levelled again, by the hops in which each block of queries has work: this
+is known once owners are, and changes a little by levelling."""
+
 _LEVEL = 0.001
 """Ranks are level if none has more than this share above the mean."""
 
@@ -117,6 +121,9 @@ def assign(blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts) -> np.nda
     state.deal(documents, dealt)
     state.level_dealt()
     state.deal_shorter_blocks()
+    for _ in range(_CORRECTIONS if costs.query_tile else 0):
+        state.correct_weight(blocks, costs)
+        state.level_dealt()
     return state.owners
 
 
@@ -163,8 +170,8 @@ class _Assignment:
     """The owners of the blocks while they are being assigned.
 
     owners: -1 for blocks not assigned yet. load: the work that each rank has so far.
-    weight: the work of each block, of which the loading of its queries is an estimate: once if it
-        stays whole, else once for every rank that may own a key it reads.
+    weight: the work of each block. Until ``correct_weight``, how often its queries are loaded is an
+        estimate: once if it stays whole, else once for every rank that may own a key it reads.
     """
 
     def __init__(
@@ -181,6 +188,11 @@ class _Assignment:
         hops[: self.whole_blocks][self.dealt_document < 0] = 1
         self.weight = costs.tile * blocks.tiles + costs.query_tile * hops
         self._before = np.append(0, self.weight.cumsum())
+
+    def correct_weight(self, blocks: SampleBlocks, costs: HopCosts) -> None:
+        """Count the hops in which each block has work, now that all owners are known."""
+        self.weight = costs.tile * blocks.tiles + costs.query_tile * blocks.hops(self.owners)
+        self.load = np.bincount(self.owners, self.weight, self.ring_size)
 
     def _work(self, first: int, stop: int) -> float:
         return self._before[stop] - self._before[first]
@@ -288,8 +300,9 @@ class _Assignment:
         take = np.flatnonzero((whole == idle) & (self.dealt_document >= 0))
         if not len(give) or not len(take):
             return None
-        # Blocks are ordered by document and then by weight: an offset makes that one order.
+        # An offset makes one order of documents and, within each, of weights.
         offset = self.dealt_document * (2 * self.weight.max() + 1)
+        take = take[np.argsort(offset[take] + self.weight[take], kind="stable")]
         target = offset[give] + np.maximum(self.weight[give] - wanted, 0)
         after = np.searchsorted(offset[take] + self.weight[take], target)
         best = None

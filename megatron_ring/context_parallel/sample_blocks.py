@@ -141,13 +141,16 @@ class SampleBlocks:
 
         Both (hops, ranks) int64: in hop t, rank j has the keys of rank j - t.
         """
-        before = self._owned_before(owners)
-        visited = before[1:] - before[self.first_key_block]
+        visited = self._visited(owners)
         by_queries = np.zeros((2, self.ring_size, self.ring_size), dtype=np.int64)
         for rank in range(self.ring_size):
             mine = visited[owners == rank]
             by_queries[:, rank] = mine.sum(0), (mine > 0).sum(0)
         return _by_hop(by_queries[0]), _by_hop(by_queries[1])
+
+    def hops(self, owners: np.ndarray) -> np.ndarray:
+        """Return in how many hops the queries of each block have work, (blocks,) int64."""
+        return (self._visited(owners) > 0).sum(1)
 
     def rows_sent_directly(self, owners: np.ndarray) -> np.ndarray:
         """Return the rows of keys that leave each rank if a hop sends from owner to reader.
@@ -179,6 +182,11 @@ class SampleBlocks:
             at = (holder[travels] + hop - 1) % self.ring_size
             sent[hop] = np.bincount(at, self.run_rows[travels], self.ring_size)
         return sent
+
+    def _visited(self, owners: np.ndarray) -> np.ndarray:
+        """Return the tiles that each block visits of each rank's keys: (blocks, ranks)."""
+        before = self._owned_before(owners)
+        return before[1:] - before[self.first_key_block]
 
     def _owned_before(self, owners: np.ndarray) -> np.ndarray:
         """Return how many of the blocks before each belong to each rank: (blocks + 1, ranks)."""

@@ -2,10 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import count_placement
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
+from megatron_ring.context_parallel.sample_blocks import BLOCK, HopCosts
 from megatron_ring.errors import ConfigError
+from megatron_ring.kernels.attention.tile_lists import tile_list
 from tests.benchmarks import commands
 
 
@@ -28,6 +33,22 @@ def test_a_small_count_has_all_layouts_and_their_measures(tmp_path, monkeypatch,
     assert rows["placed"]["direct"] < rows["spread"]["direct"] < rows["tokens"]["direct"] <= 1
     assert rows["placed"]["time"] <= 0.98
     assert rows["placed"]["time"] <= rows["worst"]["time"]
+
+
+def test_single_tokens_are_counted_as_the_kernels_lists_of_tiles_say():
+    starts, layout = (0, 3, 700, 701, 1500, 2040), Layout("striped", 2048, 4)
+    counted = count_placement.single_tokens(starts, 2048, 4, HopCosts())
+    mask = Mask(document_starts=starts)
+    for rank in range(4):
+        for hop in range(4):
+            ranges = hop_key_ranges(layout, rank, (rank - hop) % 4, mask)
+            listed = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
+            assert counted.tiles_TR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
+            assert counted.query_tiles_TR[hop, rank] == len(listed.start)
+    # A document of n tokens sends n - hop of them to the rank that many places after.
+    lengths = np.diff([*starts, 2048])
+    of_hops = [np.maximum(lengths - hop, 0).sum() for hop in range(1, 4)]
+    assert counted.direct.rows_TR.sum(1).tolist() == [0, *of_hops]
 
 
 @pytest.mark.parametrize(
