@@ -7,7 +7,8 @@ tiles of 128 x 128 (context_parallel/sample_blocks.py, plan/placement_simulation
 the units of plan/placement_cost.py; with --query-tile-cost in tiles.
 
 Rows: "tokens" are single tokens in turn, "spread" stripes of 128, "placed" the placement. "worst"
-is the largest value of the placement over the packs, all else are means over them.
+is the largest value of the placement over the packs, all else are means over them. "in nodes" is
+the placement that knows of nodes of --ranks-per-node, if the ring has several.
 
 Columns: "work" is the time of the slowest rank's work over the mean, "in tiles" the same of visited
 tiles alone. "ring" and "direct" are the critical path over the mean, if rows are forwarded along
@@ -66,7 +67,8 @@ def main() -> None:
         packs = [histogram.starts(tokens, seed) for seed in range(options.packs)]
         for ranks in options.ranks:
             print(f"\n{tokens:,} tokens on {ranks} ranks\n{'':11}{plain_titles(COLUMNS)}")
-            counted = [dict(count(starts, tokens, ranks, costs)) for starts in packs]
+            node = options.ranks_per_node
+            counted = [dict(count(starts, tokens, ranks, costs, node)) for starts in packs]
             for name, row in _over_packs(counted):
                 print(f"{name:11}{plain_row(COLUMNS, row)}", flush=True)
                 rows.append({"tokens": tokens, "ranks": ranks, "layout": name} | row)
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[262144, 1048576])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64], help="ring sizes")
     parser.add_argument("--packs", type=int, default=4, help="packs to draw, from seeds 0, 1, ...")
+    parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--histogram", type=Path, default=PUBLISHED, help="CSV of lengths")
     parser.add_argument(
         "--query-tile-cost", type=float, help="price of loading a query tile, in visited tiles"
@@ -94,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    problems = [problem for name in ("packs",) for problem in not_positive(options, name)]
+    problems = [
+        problem for name in ("packs", "ranks_per_node") for problem in not_positive(options, name)
+    ]
     for ranks in options.ranks:
         # Zigzag's chunks are whole blocks, so that all layouts are counted in the same tiles.
         multiple = 2 * BLOCK * ranks
@@ -109,25 +114,30 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def count(
-    starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCosts
+    starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCosts, ranks_per_node: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Count every layout of one pack; yield its name and its row. ``placed`` only if chosen."""
+    """Count every layout of one pack; yield its name and its row. A placement only if chosen."""
     blocks = SampleBlocks.of(np.array(starts), tokens, ranks)
-    begin = time.perf_counter()
-    placement = place_documents(starts, tokens, ranks, costs=costs)
-    milliseconds = 1000 * (time.perf_counter() - begin)
     simulations = {
         "tokens": single_tokens(starts, tokens, ranks, costs),
         "spread": simulate(blocks, blocks.spread(), costs),
         "zigzag": simulate(blocks, blocks.zigzag(), costs),
         "contiguous": simulate(blocks, blocks.contiguous(), costs),
     }
-    if placement:
-        simulations["placed"] = simulate(blocks, placement.owners, costs)
+    node_sizes = {"placed": ranks}
+    if ranks_per_node < ranks and ranks % ranks_per_node == 0:
+        node_sizes["in nodes"] = ranks_per_node
+    milliseconds = {}
+    for name, node_size in node_sizes.items():
+        begin = time.perf_counter()
+        placement = place_documents(starts, tokens, ranks, 0, costs, node_size)
+        if placement:
+            milliseconds[name] = 1000 * (time.perf_counter() - begin)
+            simulations[name] = simulate(blocks, placement.owners, costs)
     for name, simulation in simulations.items():
         row = _row(simulation, simulations["tokens"], simulations["spread"])
         row["tiles"] = float(simulation.tiles_TR.sum() / blocks.tiles.sum())
-        yield name, row | ({"milliseconds": milliseconds} if name == "placed" else {})
+        yield name, row | ({"milliseconds": milliseconds[name]} if name in milliseconds else {})
 
 
 def _row(simulation: Simulation, tokens: Simulation, spread: Simulation) -> dict[str, float]:
@@ -176,7 +186,7 @@ def _over_packs(
     counted: list[dict[str, dict[str, Any]]],
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the mean row of every layout, and the largest values of the placement."""
-    for name in ("tokens", "spread", "zigzag", "contiguous", "placed"):
+    for name in ("tokens", "spread", "zigzag", "contiguous", "in nodes", "placed"):
         rows = [of_pack[name] for of_pack in counted if name in of_pack]
         if rows:
             yield name, {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}

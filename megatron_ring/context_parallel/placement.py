@@ -1,11 +1,11 @@
 """Placement: which ring rank owns which blocks of a sample, chosen from the sample's documents.
 
 Short documents stay whole on one rank: nobody else reads their keys, and their queries have work in
-one hop only. The blocks of long ones are dealt to all ranks. The work is as even as if everything
-were dealt, but fewer rows travel and queries are loaded in fewer hops. The result is a pure
-function of the documents and of the sizes: all ranks compute the same without communication, in
-O(blocks log blocks). The tiles that a block visits do not depend on it (sample_blocks.py). The
-algorithm, and what was tried besides, is in docs/decisions/0027.
+one hop only. The blocks of long ones are dealt to all ranks, or to those of one node. The work is
+as even as if everything were dealt, but fewer rows travel and queries are loaded in fewer hops. The
+result is a pure function of the documents and of the sizes: all ranks compute the same without
+communication, in O(blocks x ranks). The tiles that a block visits do not depend on it
+(sample_blocks.py). The algorithm, and what was tried besides, is in docs/decisions/0027.
 """
 
 from collections.abc import Iterator, Sequence
@@ -79,6 +79,7 @@ def place_documents(
     ring_size: int,
     window: int = 0,
     costs: HopCosts | None = None,
+    ranks_per_node: int | None = None,
 ) -> Placement | None:
     """Return the placement with the shortest critical path; None where ``spread`` is as good.
 
@@ -87,12 +88,19 @@ def place_documents(
         seq_length: Tokens of the sample, a multiple of ``ring_size``.
         window: As in ``Mask``; 0 for none.
         costs: What a hop costs; by default only its tiles do.
+        ranks_per_node: Of a ring over several nodes, a divisor of its size: each node's ranks are
+            neighbours. Documents that are not too long for a node may then stay in it.
     """
     costs = costs or HopCosts()
     if ring_size == 1:
         return None
     blocks = SampleBlocks.of(np.asarray(document_starts), seq_length, ring_size, window)
-    placements = [assign(blocks, limits, costs) for limits in CANDIDATES]
+    node_sizes = {ranks_per_node or ring_size, ring_size}
+    placements = [
+        assign(blocks, limits, costs, node_size)
+        for node_size in sorted(node_sizes)
+        for limits in CANDIDATES
+    ]
     times = [estimated_time(blocks, owners, costs) for owners in placements]
     best = int(np.argmin(times))
     at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.spread(), costs)
@@ -108,17 +116,23 @@ def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) ->
     return critical_path(compute_TR, transfer_TR, direct=True)
 
 
-def assign(blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts) -> np.ndarray:
+def assign(
+    blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts, node_size: int | None = None
+) -> np.ndarray:
     """Return the owners of all blocks, (blocks,): an equal number of each length for every rank.
 
     Documents within ``limits`` stay whole, except those at the end of a rank's room, and share the
-    blocks at their borders.
+    blocks at their borders. Those within ``limits`` of a node of ``node_size`` ranks stay in one.
     """
+    node_size = node_size or blocks.ring_size
+    assert blocks.ring_size % node_size == 0
     documents = _documents(blocks)
-    dealt = _exceed(documents, blocks, limits, costs)
-    state = _Assignment(blocks, documents, dealt, costs)
-    state.place_units(_units(documents, dealt, state.per_rank))
-    state.deal(documents, dealt)
+    ranks = _ranks_of(documents, blocks, limits, costs, node_size)
+    state = _Assignment(blocks, documents, ranks, costs)
+    in_node = documents[(ranks > 1) & (ranks < blocks.ring_size)]
+    units = _units(documents, ranks > 1, state.per_rank)
+    state.place_units(units, [tuple(run) for run in in_node.tolist()], node_size)
+    state.deal(documents[(ranks > 1) & (ranks == blocks.ring_size)])
     state.level_dealt()
     state.deal_shorter_blocks()
     for _ in range(_CORRECTIONS if costs.query_tile else 0):
@@ -139,17 +153,22 @@ def _documents(blocks: SampleBlocks) -> np.ndarray:
     return np.stack([np.append(0, borders), np.append(borders, len(document))], 1)
 
 
-def _exceed(
-    documents: np.ndarray, blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts
+def _ranks_of(
+    documents: np.ndarray,
+    blocks: SampleBlocks,
+    limits: WholeLimits,
+    costs: HopCosts,
+    node_size: int,
 ) -> np.ndarray:
-    """Return which documents are longer, or more work, than stays whole: (documents,) bool."""
+    """Return to how many ranks each document goes, (documents,): 1, those of a node, or all."""
     per_rank = blocks.whole_blocks // blocks.ring_size
     weight = costs.tile * blocks.tiles + costs.query_tile
     before = np.append(0, weight.cumsum())
     work = before[documents[:, 1]] - before[documents[:, 0]]
     size = documents[:, 1] - documents[:, 0]
     mean_work = weight.sum() / blocks.ring_size
-    return (size > limits.tokens * per_rank) | (work > limits.work * mean_work)
+    needed = np.maximum(size / (limits.tokens * per_rank), work / (limits.work * mean_work))
+    return np.where(needed <= 1, 1, np.where(needed <= node_size, node_size, blocks.ring_size))
 
 
 def _units(documents: np.ndarray, dealt: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
@@ -175,17 +194,19 @@ class _Assignment:
     """
 
     def __init__(
-        self, blocks: SampleBlocks, documents: np.ndarray, dealt: np.ndarray, costs: HopCosts
+        self, blocks: SampleBlocks, documents: np.ndarray, ranks: np.ndarray, costs: HopCosts
     ):
         self.ring_size = blocks.ring_size
         self.whole_blocks = blocks.whole_blocks
         self.per_rank = blocks.whole_blocks // blocks.ring_size
         self.owners = np.full(len(blocks), -1)
         self.load = np.zeros(blocks.ring_size)
-        numbers = np.where(dealt, np.arange(len(dealt)), -1)
-        self.dealt_document = np.repeat(numbers, documents[:, 1] - documents[:, 0])
+        size = documents[:, 1] - documents[:, 0]
+        self.dealt_document = np.repeat(np.where(ranks > 1, np.arange(len(ranks)), -1), size)
         hops = np.minimum(blocks.tiles, blocks.ring_size)
-        hops[: self.whole_blocks][self.dealt_document < 0] = 1
+        hops[: self.whole_blocks] = np.minimum(
+            blocks.tiles[: self.whole_blocks], ranks.repeat(size)
+        )
         self.weight = costs.tile * blocks.tiles + costs.query_tile * hops
         self._before = np.append(0, self.weight.cumsum())
 
@@ -197,34 +218,46 @@ class _Assignment:
     def _work(self, first: int, stop: int) -> float:
         return self._before[stop] - self._before[first]
 
-    def place_units(self, units: list[tuple[int, int]]) -> None:
+    def place_units(
+        self, units: list[tuple[int, int]], in_node: list[tuple[int, int]], node_size: int
+    ) -> None:
         """Place runs of blocks whole, the largest work first, and exchange pairs at the end.
 
-        A rank's work at the end is projected from the blocks it still has room for. Every rank has
-        the same room for units, within a block, which leaves the same for dealt documents. Where no
+        Documents ``in_node`` are dealt to the ranks of the node with the least work. The work that
+        a rank has in the end is projected from the blocks it still has room for. Every rank has the
+        same room for units, within a block, which leaves the same for dealt documents. Where no
         rank has enough room, the roomiest takes a part.
         """
-        blocks_left = sum(stop - first for first, stop in units)
-        work_left = sum(self._work(*unit) for unit in units)
+        dealt = set(in_node)
+        blocks_left = sum(stop - first for first, stop in units + in_node)
+        work_left = sum(self._work(*unit) for unit in units + in_node)
         room = np.full(self.ring_size, blocks_left // self.ring_size)
         room[: blocks_left % self.ring_size] += 1
-        waiting = sorted(units, key=lambda unit: self._work(*unit))
+        waiting = sorted(
+            units + in_node,
+            key=lambda unit: self._work(*unit) / (node_size if unit in dealt else 1),
+        )
         placed = []
         while waiting:
             first, stop = waiting.pop()
             projected = self.load + room * (work_left / blocks_left)
+            blocks_left -= stop - first
+            work_left -= self._work(first, stop)
+            if (first, stop) in dealt:
+                self._deal_in_node(first, stop, projected, room, node_size)
+                continue
             fits = np.flatnonzero(room >= stop - first)
             if len(fits):
                 rank = fits[projected[fits].argmin()]
             else:
                 rank = np.lexsort((projected, -room))[0]
                 waiting.append((first + room[rank], stop))
+                blocks_left += stop - first - room[rank]
+                work_left += self._work(first + room[rank], stop)
                 stop = first + room[rank]
             self.owners[first:stop] = rank
             self.load[rank] += self._work(first, stop)
             room[rank] -= stop - first
-            blocks_left -= stop - first
-            work_left -= self._work(first, stop)
             placed.append((first, stop))
         self._exchange_units(placed)
 
@@ -252,25 +285,44 @@ class _Assignment:
             self.load[busiest] -= moved[i, j]
             self.load[idlest] += moved[i, j]
 
-    def deal(self, documents: np.ndarray, dealt: np.ndarray) -> None:
-        """Deal the blocks of long documents to the least loaded ranks, one to each in a round.
+    def _deal_in_node(
+        self, first: int, stop: int, projected: np.ndarray, room: np.ndarray, node_size: int
+    ) -> None:
+        """Deal a document to the node with the least work projected, of those with enough room.
 
-        The document with the most work is the first, its last block the first of it. In a round of
-        fewer blocks than ranks, those with the most room are served first.
+        Where no node has, the roomiest takes a part and the next the rest.
         """
+        nodes = np.arange(self.ring_size).reshape(-1, node_size)
+        fits = room[nodes].sum(1) >= stop - first
+        order = np.lexsort((projected[nodes].sum(1), np.where(fits, 0, -room[nodes].sum(1)), ~fits))
+        for node in order:
+            part = min(stop - first, int(room[nodes[node]].sum()))
+            self._deal_run(stop - part, stop, nodes[node], room)
+            stop -= part
+
+    def deal(self, documents: np.ndarray) -> None:
+        """Deal long documents to all ranks, the one with the most work first."""
         taken = np.bincount(self.owners[self.owners >= 0], minlength=self.ring_size)
         room = self.per_rank - taken
-        for first, stop in sorted(documents[dealt].tolist(), key=lambda run: -self._work(*run)):
-            while stop > first:
-                ranks = np.flatnonzero(room > 0)
-                is_partial = stop - first < len(ranks)
-                by = (self.load[ranks], -room[ranks]) if is_partial else (self.load[ranks],)
-                ranks = ranks[np.lexsort(by)][: stop - first]
-                dealt_blocks = np.arange(stop - 1, stop - 1 - len(ranks), -1)
-                self.owners[dealt_blocks] = ranks
-                self.load[ranks] += self.weight[dealt_blocks]
-                room[ranks] -= 1
-                stop -= len(ranks)
+        for first, stop in sorted(documents.tolist(), key=lambda run: -self._work(*run)):
+            self._deal_run(first, stop, np.arange(self.ring_size), room)
+
+    def _deal_run(self, first: int, stop: int, among: np.ndarray, room: np.ndarray) -> None:
+        """Deal blocks to the least loaded of some ranks, the last block first, one each in a round.
+
+        In a round of fewer blocks than ranks, those with the most room are served first. ``room``
+        is updated.
+        """
+        while stop > first:
+            ranks = among[room[among] > 0]
+            is_partial = stop - first < len(ranks)
+            by = (self.load[ranks], -room[ranks]) if is_partial else (self.load[ranks],)
+            ranks = ranks[np.lexsort(by)][: stop - first]
+            dealt_blocks = np.arange(stop - 1, stop - 1 - len(ranks), -1)
+            self.owners[dealt_blocks] = ranks
+            self.load[ranks] += self.weight[dealt_blocks]
+            room[ranks] -= 1
+            stop -= len(ranks)
 
     def level_dealt(self) -> None:
         """Exchange blocks of one dealt document, from the busiest to the idlest ranks, to level."""

@@ -12,6 +12,7 @@ from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.context_parallel.placement import (
     CANDIDATES,
     Placement,
+    WholeLimits,
     assign,
     estimated_time,
     place_documents,
@@ -42,8 +43,9 @@ def samples(draw) -> tuple[tuple[int, ...], int, int, int]:
 def placements(sample) -> list[Placement]:
     starts, length, ring_size, window = sample
     blocks = SampleBlocks.of(np.array(starts), length, ring_size, window)
-    costs = [HopCosts(), HopCosts(query_tile=5)]
-    all_owners = [assign(blocks, limits, cost) for limits in CANDIDATES for cost in costs]
+    node_size = next(size for size in (4, 3, 2, ring_size) if ring_size % size == 0)
+    ways = [(HopCosts(), ring_size), (HopCosts(query_tile=5), node_size)]
+    all_owners = [assign(blocks, limits, *way) for limits in CANDIDATES for way in ways]
     return [Placement(blocks, owners) for owners in [*all_owners, blocks.spread()]]
 
 
@@ -125,6 +127,28 @@ def test_a_short_document_stays_on_one_rank_and_a_long_one_is_on_all():
     owners = placement.owners
     assert (np.bincount(owners[:64], minlength=ring_size) == 16).all()
     assert all(len(set(owners[first : first + 4])) == 1 for first in range(64, 128, 4))
+
+
+def test_a_document_that_a_node_can_hold_stays_in_it():
+    # Two documents of two shards each, and many short ones, on four nodes of two ranks.
+    shard = 32
+    starts = [0, 2 * shard, *range(4 * shard, 8 * shard, 4)]
+    blocks = SampleBlocks.of(np.array(starts) * BLOCK, 8 * shard * BLOCK, 8)
+    limits = WholeLimits(tokens=1, work=4)
+    owners = assign(blocks, limits, HopCosts(), node_size=2)
+    nodes = owners // 2
+    assert len(set(nodes[: 2 * shard])) == len(set(nodes[2 * shard : 4 * shard])) == 1
+    assert nodes[0] != nodes[2 * shard]
+    assert len(set(owners[: 2 * shard])) == 2
+
+
+def test_a_placement_in_nodes_is_taken_where_it_is_faster():
+    starts, costs = read_histogram().starts(262144, 0), measured_costs()
+    blocks = SampleBlocks.of(np.array(starts), 262144, 32)
+    flat = place_documents(starts, 262144, 32, costs=costs)
+    in_nodes = place_documents(starts, 262144, 32, costs=costs, ranks_per_node=8)
+    times = [estimated_time(blocks, p.owners, costs) for p in (flat, in_nodes)]
+    assert times[1] < times[0]
 
 
 # ---- the critical path ----
