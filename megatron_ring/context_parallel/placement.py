@@ -1,0 +1,378 @@
+"""Placement: which ring rank owns which blocks of a sample, chosen from the sample's documents.
+
+Short documents stay whole on one rank: nobody else reads their keys, and their queries have work in
+one hop only. The blocks of long ones are dealt to all ranks, or to those of one node. The work is
+as even as if everything were dealt, but fewer rows travel and queries are loaded in fewer hops. The
+result is a pure function of the documents and of the sizes: all ranks compute the same without
+communication, in O(blocks x ranks). The tiles that a block visits do not depend on it
+(sample_blocks.py). The algorithm, and what was tried besides, is in docs/decisions/0027.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_ring.context_parallel.sample_blocks import (
+    HopCosts,
+    SampleBlocks,
+    compute_time,
+    critical_path,
+)
+
+
+@dataclass(frozen=True)
+class WholeLimits:
+    """The largest document that stays whole, as shares of what a rank has on average.
+
+    tokens: of the blocks that a rank owns. work: of the time that a rank computes.
+    """
+
+    tokens: float
+    work: float
+
+
+CANDIDATES = (
+    WholeLimits(0.25, 0.25),
+    WholeLimits(0.5, 0.25),
+    WholeLimits(0.5, 0.1),
+    WholeLimits(0.5, 0.05),
+)
+"""Limits that ``place_documents`` chooses from. Higher ones load queries in fewer hops and send
+fewer rows; lower ones are more even in every hop."""
+
+MIN_GAIN = 0.02
+"""Share of the estimated time that a placement must save over ``spread`` to be worth it."""
+
+_UNITS_PER_RANK = 8
+"""Neighbouring short documents are placed together, up to this part of a rank's blocks: their
+borders are inside blocks, and a block on two documents' border belongs to one rank."""
+
+_CORRECTIONS = 2
+"""How often the ranks are levelled again, by the hops in which each block of queries has work: this
+is known once owners are, and changes a little by levelling."""
+
+_LEVEL = 0.001
+"""Ranks are level if none has more than this share above the mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """An assignment of the blocks of a sample to ring ranks. owners: (blocks,) int64."""
+
+    blocks: SampleBlocks
+    owners: np.ndarray
+
+    def positions(self, ring_rank: int) -> torch.Tensor:
+        """Return the positions in the sample of a rank's tokens: (L,) int64, increasing."""
+        mine = np.flatnonzero(self.owners == ring_rank)
+        first, stop = self.blocks.bounds[mine], self.blocks.bounds[mine + 1]
+        lengths = stop - first
+        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return torch.from_numpy(np.repeat(first, lengths) + within)
+
+
+def place_documents(
+    document_starts: Sequence[int] | np.ndarray,
+    seq_length: int,
+    ring_size: int,
+    window: int = 0,
+    costs: HopCosts | None = None,
+    ranks_per_node: int | None = None,
+) -> Placement | None:
+    """Return the placement with the shortest critical path; None where ``spread`` is as good.
+
+    Args:
+        document_starts: Where documents begin, increasing from 0.
+        seq_length: Tokens of the sample, a multiple of ``ring_size``.
+        window: As in ``Mask``; 0 for none.
+        costs: What a hop costs; by default only its tiles do.
+        ranks_per_node: Of a ring over several nodes, a divisor of its size: each node's ranks are
+            neighbours. Documents that are not too long for a node may then stay in it.
+    """
+    costs = costs or HopCosts()
+    if ring_size == 1:
+        return None
+    blocks = SampleBlocks.of(np.asarray(document_starts), seq_length, ring_size, window)
+    node_sizes = {ranks_per_node or ring_size, ring_size}
+    placements = [
+        assign(blocks, limits, costs, node_size)
+        for node_size in sorted(node_sizes)
+        for limits in CANDIDATES
+    ]
+    times = [estimated_time(blocks, owners, costs) for owners in placements]
+    best = int(np.argmin(times))
+    at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.spread(), costs)
+    return Placement(blocks, placements[best]) if times[best] <= at_most else None
+
+
+def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> float:
+    """Return the critical path of a ring in which hops send directly what is read."""
+    transfer_TR = None
+    if costs.row:
+        transfer_TR = costs.row * blocks.rows_sent_directly(owners)
+    compute_TR = compute_time(*blocks.hop_work(owners), costs)
+    return critical_path(compute_TR, transfer_TR, direct=True)
+
+
+def assign(
+    blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts, node_size: int | None = None
+) -> np.ndarray:
+    """Return the owners of all blocks, (blocks,): an equal number of each length for every rank.
+
+    Documents within ``limits`` stay whole, except those at the end of a rank's room, and share the
+    blocks at their borders. Those within ``limits`` of a node of ``node_size`` ranks stay in one.
+    """
+    node_size = node_size or blocks.ring_size
+    assert blocks.ring_size % node_size == 0
+    documents = _documents(blocks)
+    ranks = _ranks_of(documents, blocks, limits, costs, node_size)
+    state = _Assignment(blocks, documents, ranks, costs)
+    in_node = documents[(ranks > 1) & (ranks < blocks.ring_size)]
+    units = _units(documents, ranks > 1, state.per_rank)
+    state.place_units(units, [tuple(run) for run in in_node.tolist()], node_size)
+    state.deal(documents[(ranks > 1) & (ranks == blocks.ring_size)])
+    state.level_dealt()
+    state.deal_shorter_blocks()
+    for _ in range(_CORRECTIONS if costs.query_tile else 0):
+        state.correct_weight(blocks, costs)
+        state.level_dealt()
+    return state.owners
+
+
+def _documents(blocks: SampleBlocks) -> np.ndarray:
+    """Return the whole blocks of each document, [first, stop), as rows: (documents, 2).
+
+    A block belongs to the document of its first token, whose other blocks are read by its queries.
+    """
+    document = blocks.document[: blocks.whole_blocks]
+    if not len(document):
+        return np.zeros((0, 2), dtype=np.int64)
+    borders = np.flatnonzero(np.diff(document)) + 1
+    return np.stack([np.append(0, borders), np.append(borders, len(document))], 1)
+
+
+def _ranks_of(
+    documents: np.ndarray,
+    blocks: SampleBlocks,
+    limits: WholeLimits,
+    costs: HopCosts,
+    node_size: int,
+) -> np.ndarray:
+    """Return to how many ranks each document goes, (documents,): 1, those of a node, or all."""
+    per_rank = blocks.whole_blocks // blocks.ring_size
+    weight = costs.tile * blocks.tiles + costs.query_tile
+    before = np.append(0, weight.cumsum())
+    work = before[documents[:, 1]] - before[documents[:, 0]]
+    size = documents[:, 1] - documents[:, 0]
+    mean_work = weight.sum() / blocks.ring_size
+    needed = np.maximum(size / (limits.tokens * per_rank), work / (limits.work * mean_work))
+    return np.where(needed <= 1, 1, np.where(needed <= node_size, node_size, blocks.ring_size))
+
+
+def _units(documents: np.ndarray, dealt: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
+    """Return runs of blocks of neighbouring documents that stay whole, as [first, stop)."""
+    most = max(1, per_rank // _UNITS_PER_RANK)
+    units: list[tuple[int, int]] = []
+    for (first, stop), is_dealt in zip(documents.tolist(), dealt.tolist()):
+        if is_dealt:
+            continue
+        if units and units[-1][1] == first and stop - units[-1][0] <= most:
+            units[-1] = units[-1][0], stop
+        else:
+            units.append((first, stop))
+    return units
+
+
+class _Assignment:
+    """The owners of the blocks while they are being assigned.
+
+    owners: -1 for blocks not assigned yet. load: the work that each rank has so far.
+    weight: the work of each block. Until ``correct_weight``, how often its queries are loaded is an
+        estimate: once if it stays whole, else once for every rank that may own a key it reads.
+    """
+
+    def __init__(
+        self, blocks: SampleBlocks, documents: np.ndarray, ranks: np.ndarray, costs: HopCosts
+    ):
+        self.ring_size = blocks.ring_size
+        self.whole_blocks = blocks.whole_blocks
+        self.per_rank = blocks.whole_blocks // blocks.ring_size
+        self.owners = np.full(len(blocks), -1)
+        self.load = np.zeros(blocks.ring_size)
+        size = documents[:, 1] - documents[:, 0]
+        self.dealt_document = np.repeat(np.where(ranks > 1, np.arange(len(ranks)), -1), size)
+        hops = np.minimum(blocks.tiles, blocks.ring_size)
+        hops[: self.whole_blocks] = np.minimum(
+            blocks.tiles[: self.whole_blocks], ranks.repeat(size)
+        )
+        self.weight = costs.tile * blocks.tiles + costs.query_tile * hops
+        self._before = np.append(0, self.weight.cumsum())
+
+    def correct_weight(self, blocks: SampleBlocks, costs: HopCosts) -> None:
+        """Count the hops in which each block has work, now that all owners are known."""
+        self.weight = costs.tile * blocks.tiles + costs.query_tile * blocks.hops(self.owners)
+        self.load = np.bincount(self.owners, self.weight, self.ring_size)
+
+    def _work(self, first: int, stop: int) -> float:
+        return self._before[stop] - self._before[first]
+
+    def place_units(
+        self, units: list[tuple[int, int]], in_node: list[tuple[int, int]], node_size: int
+    ) -> None:
+        """Place runs of blocks whole, the largest work first, and exchange pairs at the end.
+
+        Documents ``in_node`` are dealt to the ranks of the node with the least work. The work that
+        a rank has in the end is projected from the blocks it still has room for. Every rank has the
+        same room for units, within a block, which leaves the same for dealt documents. Where no
+        rank has enough room, the roomiest takes a part.
+        """
+        dealt = set(in_node)
+        blocks_left = sum(stop - first for first, stop in units + in_node)
+        work_left = sum(self._work(*unit) for unit in units + in_node)
+        room = np.full(self.ring_size, blocks_left // self.ring_size)
+        room[: blocks_left % self.ring_size] += 1
+        waiting = sorted(
+            units + in_node,
+            key=lambda unit: self._work(*unit) / (node_size if unit in dealt else 1),
+        )
+        placed = []
+        while waiting:
+            first, stop = waiting.pop()
+            projected = self.load + room * (work_left / blocks_left)
+            blocks_left -= stop - first
+            work_left -= self._work(first, stop)
+            if (first, stop) in dealt:
+                self._deal_in_node(first, stop, projected, room, node_size)
+                continue
+            fits = np.flatnonzero(room >= stop - first)
+            if len(fits):
+                rank = fits[projected[fits].argmin()]
+            else:
+                rank = np.lexsort((projected, -room))[0]
+                waiting.append((first + room[rank], stop))
+                blocks_left += stop - first - room[rank]
+                work_left += self._work(first + room[rank], stop)
+                stop = first + room[rank]
+            self.owners[first:stop] = rank
+            self.load[rank] += self._work(first, stop)
+            room[rank] -= stop - first
+            placed.append((first, stop))
+        self._exchange_units(placed)
+
+    def _exchange_units(self, placed: list[tuple[int, int]]) -> None:
+        """Exchange units of equal size between the busiest and the idlest rank while it helps."""
+        units = np.array(placed, dtype=np.int64).reshape(-1, 2)
+        size = units[:, 1] - units[:, 0]
+        work = self._before[units[:, 1]] - self._before[units[:, 0]]
+        owner = self.owners[units[:, 0]]
+        for _ in range(4 * self.ring_size):
+            busiest, idlest = int(self.load.argmax()), int(self.load.argmin())
+            wanted = (self.load[busiest] - self.load[idlest]) / 2
+            if wanted <= _LEVEL * self.load.mean():
+                return
+            give, take = np.flatnonzero(owner == busiest), np.flatnonzero(owner == idlest)
+            moved = work[give][:, None] - work[take]
+            helps = (size[give][:, None] == size[take]) & (moved > 0) & (moved < 2 * wanted)
+            if not helps.any():
+                return
+            error = np.where(helps, np.abs(moved - wanted), np.inf)
+            i, j = np.unravel_index(error.argmin(), error.shape)
+            for unit, rank in ((give[i], idlest), (take[j], busiest)):
+                owner[unit] = rank
+                self.owners[slice(*units[unit])] = rank
+            self.load[busiest] -= moved[i, j]
+            self.load[idlest] += moved[i, j]
+
+    def _deal_in_node(
+        self, first: int, stop: int, projected: np.ndarray, room: np.ndarray, node_size: int
+    ) -> None:
+        """Deal a document to the node with the least work projected, of those with enough room.
+
+        Where no node has, the roomiest takes a part and the next the rest.
+        """
+        nodes = np.arange(self.ring_size).reshape(-1, node_size)
+        fits = room[nodes].sum(1) >= stop - first
+        order = np.lexsort((projected[nodes].sum(1), np.where(fits, 0, -room[nodes].sum(1)), ~fits))
+        for node in order:
+            part = min(stop - first, int(room[nodes[node]].sum()))
+            self._deal_run(stop - part, stop, nodes[node], room)
+            stop -= part
+
+    def deal(self, documents: np.ndarray) -> None:
+        """Deal long documents to all ranks, the one with the most work first."""
+        taken = np.bincount(self.owners[self.owners >= 0], minlength=self.ring_size)
+        room = self.per_rank - taken
+        for first, stop in sorted(documents.tolist(), key=lambda run: -self._work(*run)):
+            self._deal_run(first, stop, np.arange(self.ring_size), room)
+
+    def _deal_run(self, first: int, stop: int, among: np.ndarray, room: np.ndarray) -> None:
+        """Deal blocks to the least loaded of some ranks, the last block first, one each in a round.
+
+        In a round of fewer blocks than ranks, those with the most room are served first. ``room``
+        is updated.
+        """
+        while stop > first:
+            ranks = among[room[among] > 0]
+            is_partial = stop - first < len(ranks)
+            by = (self.load[ranks], -room[ranks]) if is_partial else (self.load[ranks],)
+            ranks = ranks[np.lexsort(by)][: stop - first]
+            dealt_blocks = np.arange(stop - 1, stop - 1 - len(ranks), -1)
+            self.owners[dealt_blocks] = ranks
+            self.load[ranks] += self.weight[dealt_blocks]
+            room[ranks] -= 1
+            stop -= len(ranks)
+
+    def level_dealt(self) -> None:
+        """Exchange blocks of one dealt document, from the busiest to the idlest ranks, to level."""
+        for _ in range(8 * self.ring_size):
+            busiest = int(self.load.argmax())
+            if self.load[busiest] <= (1 + _LEVEL) * self.load.mean():
+                return
+            pairs = (self._best_pair(busiest, rank) for rank in self._idlest(4))
+            pair = next((pair for pair in pairs if pair), None)
+            if pair is None:
+                return
+            given, taken = pair
+            moved = self.weight[given] - self.weight[taken]
+            idle = self.owners[taken]
+            self.owners[given], self.owners[taken] = idle, busiest
+            self.load[busiest] -= moved
+            self.load[idle] += moved
+
+    def _idlest(self, most: int) -> Iterator[int]:
+        yield from np.argsort(self.load, kind="stable")[:most].tolist()
+
+    def _best_pair(self, busy: int, idle: int) -> tuple[int, int] | None:
+        """Return two blocks of one dealt document whose exchange levels two ranks best."""
+        wanted = (self.load[busy] - self.load[idle]) / 2
+        whole = self.owners[: self.whole_blocks]
+        give = np.flatnonzero((whole == busy) & (self.dealt_document >= 0))
+        take = np.flatnonzero((whole == idle) & (self.dealt_document >= 0))
+        if not len(give) or not len(take):
+            return None
+        # An offset makes one order of documents and, within each, of weights.
+        offset = self.dealt_document * (2 * self.weight.max() + 1)
+        take = take[np.argsort(offset[take] + self.weight[take], kind="stable")]
+        target = offset[give] + np.maximum(self.weight[give] - wanted, 0)
+        after = np.searchsorted(offset[take] + self.weight[take], target)
+        best = None
+        for index in (after - 1, after):
+            partner = take[index.clip(0, len(take) - 1)]
+            moved = self.weight[give] - self.weight[partner]
+            helps = (self.dealt_document[partner] == self.dealt_document[give]) & (
+                (moved > 0) & (moved < 2 * wanted)
+            )
+            error = np.where(helps, np.abs(moved - wanted), np.inf)
+            i = int(error.argmin())
+            if helps[i] and (best is None or error[i] < best[0]):
+                best = error[i], int(give[i]), int(partner[i])
+        return best[1:] if best else None
+
+    def deal_shorter_blocks(self) -> None:
+        """Give every rank one of the shorter blocks at the end, the most work to the idlest."""
+        shorter = np.arange(self.whole_blocks, len(self.owners))
+        if len(shorter):
+            by_work = shorter[np.argsort(-self.weight[shorter], kind="stable")]
+            self.owners[by_work] = np.argsort(self.load, kind="stable")
