@@ -248,7 +248,11 @@ def _kind_of(load: Path) -> str:
         return "folder of checkpoints"
     if (load / hugging_face.CONFIG).is_file():
         return "Hugging Face"
-    foreign_formats.check_not_foreign(load)
+    try:
+        foreign_formats.check_not_foreign(load)
+    except CheckpointError as error:
+        first, *others = error.problems
+        raise CheckpointError([f"load {first}", *others, "Set --load."]) from error
     inner = foreign_formats.within(load)
     hint = f", but {inner[0]} does. Set --load {inner[0]}." if inner else ". Set --load."
     raise CheckpointError(
