@@ -12,6 +12,7 @@ import io
 import sys
 
 from megatron_ring.errors import ConfigError, reporting_errors
+from megatron_ring.inference.rank_commands import Ranks
 from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_processes
@@ -20,7 +21,7 @@ from megatron_ring.settings.precision import device_type
 try:
     from lm_eval.__main__ import HarnessCLI, cli_evaluate
 
-    from megatron_ring.inference.lm_eval_adapter import Ranks, use_ranks
+    from megatron_ring.inference.lm_eval_adapter import use_ranks
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] != "lm_eval":
         raise
@@ -55,7 +56,7 @@ def check_arguments(environment: Environment) -> None:
         HarnessCLI().parse_args()  # of argparse
 
 
-def drive(ranks: "Ranks") -> None:
+def drive(ranks: Ranks) -> None:
     """Run lm-eval on rank 0 by its command line; on the others follow its commands."""
     if not ranks.is_rank_zero:
         ranks.follow()

@@ -1,22 +1,20 @@
 """A model of EleutherAI's lm-evaluation-harness (lm-eval) that computes over a ring of ranks.
 
-Rank 0 alone runs lm-eval: tasks, data sets, metrics and files. The other ranks wait in ``follow``
-for commands, which carry token ids. So everything that lm-eval does is done once, as in its runs on
-one device: no rank can build other requests than another one, from a cache of its own or a data set
-that has changed meanwhile, and wait for them forever. The alternative, lm-eval on every rank with
-the same seeds, would have to be right about all of that.
+Rank 0 alone runs lm-eval: tasks, data sets, metrics and files. The other ranks follow its commands
+(rank_commands.py), which carry token ids. So everything that lm-eval does is done once, as in its
+runs on one device: no rank can build other requests than another one, from a cache of its own or a
+data set that has changed meanwhile, and wait for them forever. The alternative, lm-eval on every
+rank with the same seeds, would have to be right about all of that.
 
 Requests are tokenized as by lm-eval's ``hf`` model on the exported checkpoint, and scored without
 truncation up to the positions of the model.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -26,181 +24,18 @@ from tqdm import tqdm
 
 from megatron_ring.config import InferenceConfig
 from megatron_ring.errors import ConfigError
-from megatron_ring.inference.generation import generate
-from megatron_ring.inference.loading import Loaded, open_model
-from megatron_ring.inference.memory import Work, available_bytes, rank_memory
-from megatron_ring.inference.model import InferenceModel
+from megatron_ring.inference.loading import Loaded
+from megatron_ring.inference.rank_commands import Generate, Load, Ranks, Score
 from megatron_ring.inference.sampling import Sampler
-from megatron_ring.inference.scoring import (
-    Scores,
-    check_memory,
-    check_sequences,
-    token_log_likelihoods,
-)
-from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.inference.scoring import Scores, check_sequences
 from megatron_ring.untrusted import UntrustedInputError, validate
 
 MODEL_NAME = "megatron_ring"
 """The name for lm-eval's --model."""
 
-# Followers wait for rank 0 while it reads data sets and computes metrics, for as long as it takes.
-_LONGEST_WAIT = timedelta(days=30)
 _MAX_NEW_TOKENS = 256  # lm-eval's defaults
 _DEFAULT_DEVICE = "cuda:0"
 _SAMPLING_KEYS = {"do_sample", "temperature", "top_k", "top_p", "seed"}
-
-
-@dataclass(frozen=True)
-class Load:
-    """Load the model of these options."""
-
-    config: InferenceConfig
-
-
-@dataclass(frozen=True)
-class Score:
-    """Return the scores of these sequences."""
-
-    sequences: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Continue a batch of prompts until a stop text, an end of document or ``max_new_tokens``."""
-
-    prompts: list[list[int]]
-    numbers: list[int]
-    max_new_tokens: int
-    sampler: Sampler
-    until: list[str]
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Leave ``follow``."""
-
-
-Command = Load | Score | Generate | Stop
-
-
-class Ranks:
-    """Runs commands on all ranks together. Every rank creates one; this is collective.
-
-    Rank 0 calls ``run`` and ``stop``, the others ``follow``.
-    """
-
-    def __init__(self, environment: Environment):
-        self.environment = environment
-        self.consensus = Consensus.build()
-        self._commands = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-        self._loaded: Loaded | None = None
-        self._core: InferenceModel | None = None
-        self._chunk_size = 0
-        self._is_running = False
-
-    @property
-    def is_rank_zero(self) -> bool:
-        """Whether this rank gives the commands."""
-        return self.environment.global_rank == 0
-
-    @property
-    def loaded(self) -> Loaded:
-        """The model, after ``Load``."""
-        assert self._loaded is not None, "a model must be loaded first"
-        return self._loaded
-
-    def run(self, command: Command, on_done: Callable[[int], object] | None = None) -> Any:
-        """Run a command on all ranks and return its result; called on rank 0 only; blocks.
-
-        ``on_done`` is called with the number of sequences done. Raises the command's
-        MegatronRingError, which all ranks raise.
-        """
-        assert self.is_rank_zero
-        dist.broadcast_object_list([command], src=0, group=self._commands)
-        return self._run(command, on_done)
-
-    def stop(self) -> None:
-        """End ``follow`` on all other ranks, unless a command has failed; called on rank 0."""
-        if not self.has_failed:
-            dist.broadcast_object_list([Stop()], src=0, group=self._commands)
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether an exception has left a command, after which the ranks cannot communicate."""
-        return self._is_running
-
-    def follow(self) -> None:
-        """Run the commands of rank 0 until ``Stop``; for all other ranks."""
-        while True:
-            received: list[Command | None] = [None]
-            dist.broadcast_object_list(received, src=0, group=self._commands)
-            if isinstance(received[0], Stop):
-                return
-            self._run(received[0])
-
-    def _run(self, command: Command, on_done: Callable[[int], object] | None = None) -> Any:
-        # No command may follow an exception within one. One that all ranks raise ends them
-        # together; after any other the launcher ends those that still wait.
-        self._is_running = True
-        with abort_collectively():
-            result = self._execute(command, on_done)
-        self._is_running = False
-        return result
-
-    def _execute(self, command: Command, on_done: Callable[[int], object] | None) -> Any:
-        if isinstance(command, Load):
-            return self._load(command.config)
-        if isinstance(command, Generate):
-            return self._generate(command)
-        done = 0
-
-        def on_pack(scored: int, total: int) -> None:
-            nonlocal done
-            if on_done:
-                on_done(scored - done)
-            done = scored
-
-        return token_log_likelihoods(self.loaded, command.sequences, on_pack)
-
-    def _load(self, config: InferenceConfig) -> Loaded:
-        opened = open_model(config, self.environment.world_size, self.consensus)
-        run_checked(self.consensus, opened.text.required)
-        needed = rank_memory(opened, Work((opened.seq_length,), 1, config.prefill_chunk_size))
-        available = available_bytes(opened.settings.device, self.environment.local_size)
-        remedy = "seq_length in --model_args to fewer positions"
-        run_checked(self.consensus, lambda: check_memory(needed, available, remedy))
-        self._chunk_size = config.prefill_chunk_size
-        self._loaded = opened.load(self.environment, self.consensus)
-        return self._loaded
-
-    def _generate(self, command: Generate) -> list[str]:
-        loaded = self.loaded
-        if self._core is None:
-            self._core = InferenceModel(
-                loaded.model,
-                loaded.groups,
-                layout_name=loaded.layout_name,
-                stripe_size=loaded.stripe_size,
-                kernel=loaded.kernel,
-                device=loaded.device,
-            )
-
-        def should_stop(row: int, tokens: list[int]) -> bool:
-            text = loaded.text.decode(tokens)
-            return any(term and term in text for term in command.until)
-
-        generated = generate(
-            self._core,
-            command.prompts,
-            command.max_new_tokens,
-            command.sampler,
-            loaded.text.ends,
-            numbers=command.numbers,
-            prefill_chunk_size=self._chunk_size,
-            should_stop=should_stop,
-        )
-        return [loaded.text.decode(each.tokens) for each in generated]
 
 
 _ranks: Ranks | None = None
