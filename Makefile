@@ -62,7 +62,7 @@ demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
 	rm -rf $(NEEDLES)
 	$(LEARN) --data-path $(NEEDLE_TEXTS)/short --save $(NEEDLES)/short $(ARGS)
 	$(LEARN) --data-path $(NEEDLE_TEXTS)/long --load $(NEEDLES)/short --finetune \
-		--save $(NEEDLES)/long --train-iters 150
+		--save $(NEEDLES)/long --train-iters 300
 	$(ASK) --load $(NEEDLES)/long --lengths 128 256 512 1024 --output $(NEEDLES)/needles-1024.json
 	$(LEARN) --data-path $(NEEDLE_TEXTS)/far --load $(NEEDLES)/long --finetune \
 		--save $(NEEDLES)/far --train-iters 40 --seq-length 4096 --micro-batch-size 1 \
