@@ -32,7 +32,7 @@ from benchmarks.live_memory import LiveBytes
 from benchmarks.measure_memory import longest_that
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.inference.attention import DecodeStep, RingPlace
+from megatron_ring.inference.attention import DecodeStep, RingRank
 from megatron_ring.inference.cache import Cache, CacheShape, chunk_owners
 from megatron_ring.inference.model import InferenceModel
 from megatron_ring.model import initialization
@@ -121,8 +121,8 @@ def measure_decode(options: Decode) -> None:
 
 def _time_rounds(rank: int, groups: ProcessGroups, options: Decode) -> list[list[float]]:
     """Return the seconds of each round: elapsed on 1 and on 2 ranks, and CPU time alike."""
-    alone = _decoding(options, RingPlace(0, 1, None)) if rank == 0 else None
-    together = _decoding(options, RingPlace.of(groups.ring_links))
+    alone = _decoding(options, RingRank(0, 1, None)) if rank == 0 else None
+    together = _decoding(options, RingRank.of(groups.ring_links))
     rounds = []
     for round_number in range(-3, options.rounds):  # the first ones are warm-up
         dist.barrier()
@@ -143,7 +143,7 @@ def _timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - elapsed, time.process_time() - cpu
 
 
-def _decoding(options: Decode, ring: RingPlace) -> Callable[[], object]:
+def _decoding(options: Decode, ring: RingRank) -> Callable[[], object]:
     """Return a function that attends from one new token to a cache of random numbers."""
     shape = CacheShape(
         {0: 0}, options.kv_heads, options.head_dim, ring.size, ring.rank, layout_name="striped"
@@ -208,7 +208,7 @@ def measure_memory(options: Memory) -> None:
 def _search(rank: int, groups: ProcessGroups, options: Memory) -> list[Measured]:
     """Measure prompts until the longest that fits is found; all ranks try the same ones."""
     config = ModelConfig(num_layers=options.layers, hidden_size=128, num_attention_heads=2)
-    ranks = RingPlace.of(groups.ring_links).size
+    ranks = RingRank.of(groups.ring_links).size
     gpt = initialization.build(GPT, config, VOCABULARY, 4096, None, seed=1).requires_grad_(False)
     model = InferenceModel(gpt, groups, kernel="sdpa")
     rows = []

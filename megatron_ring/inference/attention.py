@@ -24,7 +24,7 @@ from megatron_ring.kernels.attention.running_softmax import RunningSoftmax, accu
 from megatron_ring.parallel.collectives import RingExchange, RingLinks
 
 
-class RingPlace(NamedTuple):
+class RingRank(NamedTuple):
     """This process's rank in its ring, and the ring's two communicators; None for one rank."""
 
     rank: int
@@ -32,11 +32,11 @@ class RingPlace(NamedTuple):
     links: RingLinks | None
 
     @staticmethod
-    def of(links: RingLinks | None) -> "RingPlace":
-        """Return the place of this process in the ring that ``links`` connect."""
+    def of(links: RingLinks | None) -> "RingRank":
+        """Return the rank of this process in the ring that ``links`` connect."""
         if links is None:
-            return RingPlace(0, 1, None)
-        return RingPlace(dist.get_rank(links[0]), dist.get_world_size(links[0]), links)
+            return RingRank(0, 1, None)
+        return RingRank(dist.get_rank(links[0]), dist.get_world_size(links[0]), links)
 
 
 # ---- prefill ----
@@ -123,7 +123,7 @@ class PrefillStep:
     without a token in the chunk passes one of no sample, whose result is 0.
     """
 
-    def __init__(self, chunk: Chunk, cache: Cache, ring: RingPlace, kernel: str):
+    def __init__(self, chunk: Chunk, cache: Cache, ring: RingRank, kernel: str):
         self.chunk = chunk
         self.cache = cache
         self.ring = ring
@@ -331,7 +331,7 @@ class DecodeStep:
     on every rank.
     """
 
-    def __init__(self, samples: Sequence[int], cache: Cache, ring: RingPlace):
+    def __init__(self, samples: Sequence[int], cache: Cache, ring: RingRank):
         self.samples = list(samples)
         self.cache = cache
         self.ring = ring

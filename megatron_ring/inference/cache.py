@@ -134,7 +134,7 @@ class KeyValues:
         if still_seen + count > self._buffer_2GMD.shape[2]:
             self._reallocate(still_seen + count + _FREE_ENTRIES)
         else:
-            kept_2GMD = kept_2GMD.clone()  # the two places may overlap
+            kept_2GMD = kept_2GMD.clone()  # source and target may overlap
         self.entries = still_seen
         self.last(still_seen).copy_(kept_2GMD)
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.inference.attention import Chunk, DecodeStep, PrefillStep, RingPlace
+from megatron_ring.inference.attention import Chunk, DecodeStep, PrefillStep, RingRank
 from megatron_ring.inference.cache import Cache, CacheShape, chunk_owners
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.model.gpt import GPT
@@ -42,7 +42,7 @@ class InferenceModel:
     ):
         assert not model.tensor.sequence_parallel, "ranks of the residual stream need all tokens"
         self.model = model
-        self.ring = RingPlace.of(groups.ring_links)
+        self.ring = RingRank.of(groups.ring_links)
         self.kernel = kernel
         self.device = torch.device(device)
         attention = [block.attention for block in model.blocks.values()]
