@@ -62,7 +62,7 @@ class LongDocumentStream(Stream):
         documents_of = [(each.store, each.documents) for each in streams]
         return LongDocumentStream(documents_of, stream.seq_length, seed, streams[0].vocab_size)
 
-    def text(self, index: int) -> SampleView:
+    def view(self, index: int) -> SampleView:
         """Return sample ``index``: see Stream."""
         store_number, document = self._found[index % self.count]
         store = self._stores[store_number]

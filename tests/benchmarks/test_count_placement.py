@@ -11,7 +11,6 @@ from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.context_parallel.sample_blocks import BLOCK, HopCosts
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention.tile_lists import tile_list
-from tests.benchmarks import commands
 
 
 def run(monkeypatch, *flags: str) -> None:
@@ -61,7 +60,3 @@ def test_single_tokens_are_counted_as_the_kernels_lists_of_tiles_say():
 def test_sizes_that_cannot_be_counted_are_refused_with_the_rule(monkeypatch, flags, message):
     with pytest.raises(ConfigError, match=message):
         run(monkeypatch, *flags)
-
-
-def test_it_runs_with_little_more_than_torch():
-    commands.import_with_little_more_than_torch("count_placement")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.errors import counted
 from megatron_ring.monitoring.metrics_file import MetricsFile, problem, records
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_an_incomplete_end_is_dropped(incomplete, path, file, notes):
     file.write({"step": 3})
     assert steps(path) == [1, 2, 3]
     assert len(notes) == 1
-    assert f"{len(incomplete)} bytes" in notes[0]
+    assert counted(len(incomplete), "byte") in notes[0]
     assert not superseded(path).exists()
 
 

@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.parallel import rendezvous
+from megatron_ring.parallel import entry_point, rendezvous
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.training import entry
-from megatron_ring.training.entry import report_once
 from tests.programs import free_port, start_rank
 
 GPU_PROGRAM = Path(__file__).with_name("gpu_program.py")
@@ -154,8 +152,8 @@ def test_a_rank_that_cannot_join_is_one_error_that_it_prints_itself(rank, monkey
         if rank:
             other_program.close()  # nothing listens there
         monkeypatch.setattr(os, "environ", address | {"MASTER_PORT": str(port)})
-        monkeypatch.setattr(entry, "_SECONDS_FOR_MESSAGE", 0)
-        with pytest.raises(SystemExit) as leaving, report_once(environment):
+        monkeypatch.setattr(entry_point, "_SECONDS_FOR_MESSAGE", 0)
+        with pytest.raises(SystemExit) as leaving, entry_point.report_once(environment):
             rendezvous.join(environment, "cpu", timedelta(seconds=0.5))
     assert leaving.value.code == 2
     [message] = re.findall(r"ConfigError .*", capsys.readouterr().err)

@@ -11,6 +11,7 @@ import torch
 
 from megatron_ring.errors import ConfigError, KernelUnavailable
 from megatron_ring.kernels.attention.registry import SUPPORT, Feature, Unsupported
+from megatron_ring.parallel import entry_point
 from megatron_ring.parallel.environment import fix_reduction_order
 from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import entry
@@ -67,11 +68,11 @@ def test_nondeterministic_settings_in_the_environment_are_refused_together(envir
 def test_a_nondeterministic_operator_is_named(deterministic_mode):
     with pytest.raises(RuntimeError) as raised:
         torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
-    assert "operator put_ on" in str(entry.nondeterminism_error(raised.value))
+    assert "operator put_ on" in str(entry_point.nondeterminism_error(raised.value))
 
 
 def test_another_runtime_error_is_not_turned_into_a_user_error():
-    assert entry.nondeterminism_error(RuntimeError("out of memory")) is None
+    assert entry_point.nondeterminism_error(RuntimeError("out of memory")) is None
 
 
 @pytest.mark.parametrize("requested", ["auto", "sdpa"])
