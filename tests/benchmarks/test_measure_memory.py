@@ -45,6 +45,7 @@ def test_bytes_per_token_is_the_slope_between_shortest_and_longest():
     assert bytes_per_token(rows) == 30
 
 
+@pytest.mark.exhaustive
 def test_the_command_starts_ranks_and_prints_their_memory():
     command = commands.command("measure_memory", "--nproc", "1", "--seq-lengths", "512")
     done = subprocess.run(

@@ -200,7 +200,15 @@ def assert_restart_equals_undisturbed(
     return results
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# tests/test_stalled_run.py stops a rank too.
+EXHAUSTIVE = {"a rank is stopped"}
+EACH_CASE = [
+    pytest.param(case, marks=[pytest.mark.exhaustive] if name in EXHAUSTIVE else [], id=name)
+    for name, case in CASES.items()
+]
+
+
+@pytest.mark.parametrize("case", EACH_CASE)
 def test_a_fault_has_its_message_and_code_and_a_restart_continues(case, folder, undisturbed):
     first, second = run(folder, case.flags, fault=case.fault)
     assert (first.code, second.code) == case.codes, first.err + second.err
