@@ -32,12 +32,12 @@ from benchmarks.live_memory import LiveBytes
 from benchmarks.measure_memory import longest_that
 from megatron_ring.config import ModelConfig
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.inference.attention import DecodeStep, RingRank
 from megatron_ring.inference.cache import Cache, CacheShape, chunk_owners
+from megatron_ring.inference.decode_attention import DecodeStep
 from megatron_ring.inference.model import InferenceModel
 from megatron_ring.model import initialization
 from megatron_ring.model.gpt import GPT
-from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.collectives import ProcessGroups, RingRank
 from megatron_ring.parallel.environment import free_port
 from megatron_ring.parallel.grid import Grid
 

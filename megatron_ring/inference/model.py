@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.inference.attention import Chunk, DecodeStep, PrefillStep, RingRank
 from megatron_ring.inference.cache import Cache, CacheShape, chunk_owners
+from megatron_ring.inference.decode_attention import DecodeStep
+from megatron_ring.inference.prefill_attention import Chunk, PrefillStep
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.model.gpt import GPT
-from megatron_ring.parallel.collectives import ProcessGroups
+from megatron_ring.parallel.collectives import ProcessGroups, RingRank
 from megatron_ring.parallel.tensor import split_of
 
 

@@ -12,6 +12,7 @@ nothing after it (docs/decisions/0017-ring-messages-use-separate-high-priority-s
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,21 @@ class RingTransfer:
         self.progress.record_receive(self.send_row, self.sender)
         self.buffers.release(self.sent)
         return self.received
+
+
+class RingRank(NamedTuple):
+    """This process's rank in its ring, and the ring's two communicators; None for one rank."""
+
+    rank: int
+    size: int
+    links: RingLinks | None
+
+    @staticmethod
+    def of(links: RingLinks | None) -> "RingRank":
+        """Return the rank of this process in the ring that ``links`` connect."""
+        if links is None:
+            return RingRank(0, 1, None)
+        return RingRank(dist.get_rank(links[0]), dist.get_world_size(links[0]), links)
 
 
 @dataclass(frozen=True)
