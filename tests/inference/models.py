@@ -18,6 +18,7 @@ from tests.data.text import TEXT
 
 VOCABULARY = 61
 LENGTH = 48
+NO_STORE = ("no-store/tokens",)
 LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2)
 GPT2 = replace(
     LLAMA,
@@ -83,7 +84,8 @@ def write_checkpoint(
     ]
     tensors.write_index(partial, shapes, [tensors.WEIGHT], parts)
     records = store.flush_and_checksum(folder, step, store.written(folder, step))
-    config = Config(model=model, data=data or DataConfig(seq_length=length))
+    # Without a store at the default path, which `make train` writes.
+    config = Config(model=model, data=data or DataConfig(seq_length=length, data_path=NO_STORE))
     vocab_size = len(gpt.embedding.weight)
     run_state = store.RunState(step, 4 * step, vocab_size, length, **state)
     return store.commit(folder, run_state, config, records)
