@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import MIB, commit, write_json
+from benchmarks.common import MIB, commit, size_problems, write_json
 from benchmarks.live_memory import LiveBytes
 from benchmarks.measure_memory import longest_that
 from megatron_ring.config import ModelConfig
@@ -98,13 +98,7 @@ def main() -> None:
 
 def measure_decode(options: Decode) -> None:
     """Print the seconds of both sides of every round, and the median ratio."""
-    problems = not_positive(options, "tokens", "heads", "kv_heads", "head_dim", "rounds")
-    if not problems and options.heads % options.kv_heads:
-        problems.append(
-            f"heads {options.heads} must be a multiple of kv_heads {options.kv_heads}. "
-            "Set --heads or --kv-heads."
-        )
-    if problems:
+    if problems := size_problems(options, "tokens", "head_dim", "rounds"):
         raise ConfigError(problems)
     rounds = run_on_ranks(2, _time_rounds, options)
     print(f"attention of a token over {options.tokens:,} cached tokens, median of {len(rounds)}:")

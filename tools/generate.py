@@ -160,14 +160,7 @@ def run(
     generation = options.generation
     is_rank_zero = loaded.consensus.rank == 0
     replace_unprintable_characters()
-    core = InferenceModel(
-        loaded.model,
-        loaded.groups,
-        layout_name=loaded.layout_name,
-        stripe_size=loaded.stripe_size,
-        kernel=loaded.kernel,
-        device=loaded.device,
-    )
+    core = InferenceModel.of(loaded)
     sampler = Sampler(generation.temperature, generation.top_k, generation.top_p, generation.seed)
     speed = Speed()
     for start in range(0, len(prompts), generation.batch_size):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_ring.errors import ConfigError
 from megatron_ring.inference.cache import Cache, CacheShape, chunk_owners
 from megatron_ring.inference.decode_attention import DecodeStep
+from megatron_ring.inference.loading import Loaded
 from megatron_ring.inference.prefill_attention import Chunk, PrefillStep
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.model.gpt import GPT
@@ -59,6 +60,18 @@ class InferenceModel:
         self._step: PrefillStep | DecodeStep | None = None
         for layer, of_layer in zip(self.cache_shape.windows, attention):
             of_layer.attention = functools.partial(self._attend, layer)
+
+    @staticmethod
+    def of(loaded: Loaded) -> "InferenceModel":
+        """Return the model that ``loaded`` describes, with its layout, kernel and device."""
+        return InferenceModel(
+            loaded.model,
+            loaded.groups,
+            layout_name=loaded.layout_name,
+            stripe_size=loaded.stripe_size,
+            kernel=loaded.kernel,
+            device=loaded.device,
+        )
 
     def new_cache(self, samples: int, capacity: Sequence[int]) -> Cache:
         """Allocate an empty cache.

@@ -150,14 +150,7 @@ class Ranks:
     def _generate(self, command: Generate) -> list[str]:
         loaded = self.loaded
         if self._core is None:
-            self._core = InferenceModel(
-                loaded.model,
-                loaded.groups,
-                layout_name=loaded.layout_name,
-                stripe_size=loaded.stripe_size,
-                kernel=loaded.kernel,
-                device=loaded.device,
-            )
+            self._core = InferenceModel.of(loaded)
 
         def should_stop(row: int, tokens: list[int]) -> bool:
             text = loaded.text.decode(tokens)

@@ -33,14 +33,7 @@ def generated(rank: int, world_size: int, folder: Path, runs: list[tuple]) -> li
     for tensor, sampler, batch_size, chunk_size in runs:
         options = models.options(folder, tensor_model_parallel_size=tensor)
         loaded = load(options, models.environment(rank, world_size))
-        core = InferenceModel(
-            loaded.model,
-            loaded.groups,
-            layout_name=loaded.layout_name,
-            stripe_size=loaded.stripe_size,
-            kernel=loaded.kernel,
-            device=loaded.device,
-        )
+        core = InferenceModel.of(loaded)
         tokens = []
         for start in range(0, len(PROMPTS), batch_size):
             batch = PROMPTS[start : start + batch_size]
