@@ -30,13 +30,13 @@ import numpy as np
 from benchmarks.common import Column, plain_row, plain_titles, setting, write_json
 from benchmarks.document_histogram import PUBLISHED, read_histogram
 from megatron_ring.context_parallel.placement import place_documents
+from megatron_ring.context_parallel.placement_cost import measured_costs
 from megatron_ring.context_parallel.sample_blocks import (
     BLOCK,
     HopCosts,
     SampleBlocks,
 )
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.plan.placement_cost import measured_costs
 from megatron_ring.plan.placement_simulation import Simulation, Traffic, simulate
 
 COLUMNS = {

@@ -17,6 +17,7 @@ from megatron_ring.context_parallel.placement import (
     estimated_time,
     place_documents,
 )
+from megatron_ring.context_parallel.placement_cost import measured_costs
 from megatron_ring.context_parallel.sample_blocks import (
     BLOCK,
     HopCosts,
@@ -24,7 +25,6 @@ from megatron_ring.context_parallel.sample_blocks import (
     critical_path,
 )
 from megatron_ring.kernels.attention.tile_lists import tile_list
-from megatron_ring.plan.placement_cost import measured_costs
 from megatron_ring.plan.placement_simulation import simulate
 
 

@@ -53,7 +53,7 @@ def test_each_value_trains_as_one_process(world_size, one_process):
 
 
 # The rows of eight processes take longest. The first of them cover most of the pairs.
-FIRST_ROWS = 8
+FIRST_ROWS = 5
 EACH_PAIR = [
     *(pytest.param(size, slice(None), marks=pytest.mark.whole) for size in SIZES_OF_EACH_PAIR[:-1]),
     pytest.param(8, slice(FIRST_ROWS), marks=pytest.mark.whole),

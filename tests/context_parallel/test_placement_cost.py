@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from benchmarks.document_packs import random_starts
+from megatron_ring.context_parallel import placement_cost
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.placement_cost import measured_costs
 from megatron_ring.context_parallel.sample_blocks import BLOCK
 from megatron_ring.kernels.attention.measured import MEASURED, MaskKind
 from megatron_ring.kernels.attention.tile_lists import tile_list
-from megatron_ring.plan import placement_cost
-from megatron_ring.plan.placement_cost import measured_costs
 
 LAYOUT = Layout("striped", 65536, 8)
 
