@@ -5,7 +5,7 @@ in which each value occurs, and, marked whole, those in which each pair of value
 rows for combinations of three values.
 
 Rows of pairs train --steps-of-pairs steps: 2, or 20 in ``make test-all``, which also trains the
-rows that are marked exhaustive: without them 87% of the pairs occur. A wrong gradient shows in the
+rows that are marked exhaustive: without them 85% of the pairs occur. A wrong gradient shows in the
 first norm, a wrong update in the second loss, and wrong moments of Adam in the parameters after the
 second step. Compared are losses, gradient norms, a validation loss and all parameters in fp32, to
 1e-5 (trained.py).
@@ -53,7 +53,7 @@ def test_each_value_trains_as_one_process(world_size, one_process):
 
 
 # The rows of eight processes take longest. The first of them cover most of the pairs.
-FIRST_ROWS = 5
+FIRST_ROWS = 6
 EACH_PAIR = [
     *(pytest.param(size, slice(None), marks=pytest.mark.whole) for size in SIZES_OF_EACH_PAIR[:-1]),
     pytest.param(8, slice(FIRST_ROWS), marks=pytest.mark.whole),
