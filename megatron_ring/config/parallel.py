@@ -25,6 +25,11 @@ class ParallelConfig:
     """Stripe size of the striped layout, in tokens; 1 as in the Striped Attention paper. auto: the
     fastest with the attention kernel, the device and the mask, as measured; resolved anew on
     resume."""
+    document_placement: Literal["spread", "auto"] = "spread"
+    """Where the documents of a packed sample go in a striped ring. spread: each is dealt to all
+    ranks; auto: short ones stay whole on one rank and long ones are dealt in blocks of 128 tokens,
+    decided for each sample from its documents, and spread where that gains nothing. Needs
+    --reset-attention-mask."""
     context_parallel_reduction: Literal["arrival", "invariant"] = "arrival"
     """Accumulation order of a ring. arrival: in hop order (fast); invariant: in an order that does
     not depend on the ring size, so that attention is bitwise equal on rings of 1, 2, 4 and 8 ranks

@@ -13,6 +13,7 @@ tensor although their schemas do not declare it (docs/decisions/0022).
 """
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from megatron_ring.context_parallel import invariant, ulysses
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.hop_cost import with_work_count
-from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout
 from megatron_ring.context_parallel.mask import mask_of_documents, mask_of_window
 from megatron_ring.kernels.attention import KERNELS, stack_to_kernel_layout, to_kernel_layout
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
@@ -104,6 +105,7 @@ class ContextParallelAttention:
             window=window,
             samples=1 if document_starts is None else batch,
             layer=self.progress.layer,
+            placement=self.layout.placement,
         )
         if document_starts is not None:
             # Samples have different documents but a hop has one mask, so samples are concatenated.
@@ -136,6 +138,7 @@ class RingSpec(NamedTuple):
         window: number of keys a token sees, itself included; 0 for no window.
         samples: number of samples concatenated along L; 1 without packed documents.
         layer: index of the layer in the whole model, for progress reports.
+        placement: of the layout; None if it places no documents.
     """
 
     layout: str
@@ -146,20 +149,21 @@ class RingSpec(NamedTuple):
     window: int = 0
     samples: int = 1
     layer: int = 0
+    placement: DocumentPlacement | None = None
 
     def to_op_arguments(self) -> tuple[str, list[int]]:
         """Return the operators' ``names`` and ``sizes``."""
         names = " ".join((self.layout, self.kernel, self.reduction, *self.links))
-        return names, [self.stripe_size, self.window, self.samples, self.layer]
+        sizes = [self.stripe_size, self.window, self.samples, self.layer]
+        return names, sizes + (list(astuple(self.placement)) if self.placement else [])
 
     @staticmethod
     def from_op_arguments(names: str, sizes: Sequence[int]) -> "RingSpec":
         """Invert ``to_op_arguments``."""
         layout, kernel, reduction, *links = names.split(" ")
-        stripe_size, window, samples, layer = sizes
-        return RingSpec(
-            layout, kernel, reduction, tuple(links), stripe_size, window, samples, layer
-        )
+        four, of_placement = sizes[:4], sizes[4:]
+        placement = DocumentPlacement(*of_placement) if of_placement else None
+        return RingSpec(layout, kernel, reduction, tuple(links), *four, placement)
 
 
 @torch.library.custom_op("megatron_ring::ring_attention", mutates_args=())
@@ -251,13 +255,14 @@ def _ring(
 ) -> ring_loop.Ring:
     exchange = _exchange(spec.links, progress) if spec.links else None
     ring_size = len(exchange.members) if exchange else 1
+    seq_length = q_BLHD.shape[1] // spec.samples * ring_size
+    layout = Layout(spec.layout, seq_length, ring_size, spec.stripe_size, spec.placement)
     if document_starts is None:
         mask = mask_of_window(spec.window)
     else:
-        mask = mask_of_documents(document_starts, spec.window, spec.samples)
-    seq_length = q_BLHD.shape[1] // spec.samples * ring_size
+        mask = mask_of_documents(document_starts, spec.window, spec.samples, layout)
     return ring_loop.Ring(
-        layout=Layout(spec.layout, seq_length, ring_size, spec.stripe_size),
+        layout=layout,
         ring_rank=exchange.ring_rank if exchange else 0,
         kernel=with_work_count(KERNELS[spec.kernel], progress),
         scale=q_BLHD.shape[-1] ** -0.5,

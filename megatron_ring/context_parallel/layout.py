@@ -99,17 +99,36 @@ NAMES = tuple(_LAYOUTS)
 
 
 @dataclass(frozen=True)
+class DocumentPlacement:
+    """That the documents of each sample are placed by size, and what decides it besides these.
+
+    Attributes:
+        window: number of keys that a token sees in every layer; 0 if not all layers have the same.
+        block: ranks own whole blocks of so many tokens.
+        ranks_per_node: of a ring over several nodes; 0 for one node.
+    """
+
+    window: int = 0
+    block: int = 128
+    ranks_per_node: int = 0
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the ``seq_length`` tokens of a sample are distributed over a ring of ``ring_size`` ranks.
 
     Raises ConfigError if the layout does not allow that length; ``problems`` returns the reasons
     without raising.
+
+    With ``placement``, a sample of several documents may have positions of its own
+    (placement.py); ``positions`` are those of all other samples.
     """
 
     name: str
     seq_length: int
     ring_size: int
     stripe_size: int = 1
+    placement: DocumentPlacement | None = None
 
     def __post_init__(self):
         if problems := self.problems(self.name, self.seq_length, self.ring_size, self.stripe_size):

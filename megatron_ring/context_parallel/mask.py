@@ -9,11 +9,13 @@ one j < i (Brandon et al. 2023, section 3.2).
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from megatron_ring.context_parallel.batch_cache import BatchCache
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.placement import Placement, place_samples, placed_positions
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 
 
@@ -26,13 +28,19 @@ class Mask:
         document_starts: where documents begin, increasing from 0; () for one document per sample.
         samples: number of concatenated samples. A batch of packed samples is one longer packed
             sample in which each sample begins a document.
+        placements: of each sample, None for one that the layout deals; () if it deals all.
         cached_key_ranges: cache of ``hop_key_ranges``, which lives as long as the mask.
+        cached_read_rows: the same for read_rows.py.
     """
 
     window: int = 0
     document_starts: tuple[int, ...] = ()
     samples: int = 1
+    placements: tuple[Placement | None, ...] = ()
     cached_key_ranges: dict[tuple[Layout, int, int], KeyRanges] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    cached_read_rows: dict[tuple[str, Layout, int, int], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -40,6 +48,7 @@ class Mask:
         assert self.samples == 1 or self.document_starts, (
             "concatenated samples need document_starts to separate them"
         )
+        assert not self.placements or len(self.placements) == self.samples
 
     def first_visible(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Return first(p) for each of ``positions``, non-decreasing; None if it is 0 for all."""
@@ -101,28 +110,30 @@ def mask_of_window(window: int) -> Mask:
     return Mask(window)
 
 
-def mask_of_documents(document_starts: torch.Tensor, window: int, samples: int) -> Mask:
+def mask_of_documents(
+    document_starts: torch.Tensor, window: int, samples: int, layout: Layout
+) -> Mask:
     """Return the mask of a batch of packed samples; the same object for every call of one batch.
 
     The mask and its cached ranges live as long as the tensor ``document_starts``, which is as long
-    as its batch is in flight. Ranges of earlier batches are of no use, and at a million tokens they
-    take 16 MB per batch. A buffer that was refilled for another batch is detected by its content.
+    as its batch is in flight.
     """
-    content, masks = _MASKS_OF_BATCHES.get(document_starts, (None, {}))
-    if content is None or not torch.equal(content, document_starts):
-        masks = {}
-        _MASKS_OF_BATCHES[document_starts] = document_starts.clone(), masks
-    if (window, samples) not in masks:
-        masks[window, samples] = Mask(window, tuple(document_starts.tolist()), samples)
-    return masks[window, samples]
+
+    def create() -> Mask:
+        placements = place_samples(document_starts, samples, layout)
+        return Mask(window, tuple(document_starts.tolist()), samples, placements)
+
+    return _MASKS_OF_BATCHES.get(document_starts, (window, samples, layout), create)
 
 
 # A mask without documents lives as long as the process, and benchmarks use it with many layouts.
 _MAX_CACHED = 1024
-_MASKS_OF_BATCHES = WeakTensorKeyDictionary()
+_MASKS_OF_BATCHES = BatchCache()
 
 
 def concatenated_positions(layout: Layout, ring_rank: int, mask: Mask) -> torch.Tensor:
     """Return the positions of the rank's tokens in all ``mask.samples`` samples, end to end."""
-    positions_L = layout.positions(ring_rank)
-    return (torch.arange(mask.samples)[:, None] * layout.seq_length + positions_L).flatten()
+    offsets_B1 = torch.arange(mask.samples)[:, None] * layout.seq_length
+    if mask.placements:
+        return (offsets_B1 + placed_positions(layout, ring_rank, mask.placements)).flatten()
+    return (offsets_B1 + layout.positions(ring_rank)).flatten()

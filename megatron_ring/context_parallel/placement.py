@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_ring.context_parallel.batch_cache import BatchCache
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.placement_cost import measured_costs
 from megatron_ring.context_parallel.sample_blocks import (
+    BLOCK,
     HopCosts,
     SampleBlocks,
     compute_time,
@@ -79,7 +83,8 @@ def place_documents(
     ring_size: int,
     window: int = 0,
     costs: HopCosts | None = None,
-    ranks_per_node: int | None = None,
+    ranks_per_node: int = 0,
+    block: int = BLOCK,
 ) -> Placement | None:
     """Return the placement with the shortest critical path; None where ``spread`` is as good.
 
@@ -89,12 +94,13 @@ def place_documents(
         window: As in ``Mask``; 0 for none.
         costs: What a hop costs; by default only its tiles do.
         ranks_per_node: Of a ring over several nodes, a divisor of its size: each node's ranks are
-            neighbours. Documents that are not too long for a node may then stay in it.
+            neighbours. Documents that are not too long for a node may then stay in it. 0: one node.
+        block: Tokens of a block.
     """
     costs = costs or HopCosts()
     if ring_size == 1:
         return None
-    blocks = SampleBlocks.of(np.asarray(document_starts), seq_length, ring_size, window)
+    blocks = SampleBlocks.of(np.asarray(document_starts), seq_length, ring_size, window, block)
     node_sizes = {ranks_per_node or ring_size, ring_size}
     placements = [
         assign(blocks, limits, costs, node_size)
@@ -105,6 +111,52 @@ def place_documents(
     best = int(np.argmin(times))
     at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.spread(), costs)
     return Placement(blocks, placements[best]) if times[best] <= at_most else None
+
+
+def place_samples(
+    document_starts: torch.Tensor, samples: int, layout: Layout
+) -> tuple[Placement | None, ...]:
+    """Return the placement of each sample of a batch; None for one that the layout deals.
+
+    () if the layout places none.
+
+    ``document_starts`` are those of the samples laid end to end, as in ``Mask``. What was computed
+    is kept as long as that tensor: the loader's thread computes it, and the ring finds it.
+    """
+    rules = layout.placement
+    if rules is None:
+        return ()
+
+    def place(starts: np.ndarray) -> Placement | None:
+        return place_documents(
+            starts,
+            layout.seq_length,
+            layout.ring_size,
+            rules.window,
+            measured_costs(),
+            rules.ranks_per_node,
+            rules.block,
+        )
+
+    def place_all() -> tuple[Placement | None, ...]:
+        starts = document_starts.numpy()
+        offsets = layout.seq_length * np.arange(samples)
+        parts = np.split(starts, np.searchsorted(starts, offsets[1:]))
+        return tuple(place(part - offset) for part, offset in zip(parts, offsets, strict=True))
+
+    return _PLACED.get(document_starts, (layout, samples), place_all)
+
+
+_PLACED = BatchCache()
+
+
+def placed_positions(
+    layout: Layout, ring_rank: int, placements: Sequence[Placement | None]
+) -> torch.Tensor:
+    """Return the positions of a rank's tokens in each sample: (samples, L) int64, increasing."""
+    dealt_L = layout.positions(ring_rank)
+    rows = [dealt_L if placed is None else placed.positions(ring_rank) for placed in placements]
+    return torch.stack(rows)
 
 
 def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> float:

@@ -37,10 +37,11 @@ class HopCosts:
 class SampleBlocks:
     """The blocks of a sample of ``ring_size`` shards, and what a causal mask lets each read.
 
-    Every rank owns the same number of whole blocks. Where 128 x ring size does not divide the
+    Every rank owns the same number of whole blocks. Where block x ring size does not divide the
     length, the last ``ring_size`` blocks are shorter, and every rank owns one of them.
 
     Attributes:
+        block: tokens of a whole block.
         bounds: first token of each block, and the length of the sample; (blocks + 1,).
         first_key_block: the first block that the queries of each block read, up to themselves.
         document: index of the document of each block's first token; (blocks,).
@@ -50,6 +51,7 @@ class SampleBlocks:
     """
 
     ring_size: int
+    block: int
     bounds: np.ndarray
     first_key_block: np.ndarray
     document: np.ndarray
@@ -59,7 +61,11 @@ class SampleBlocks:
 
     @staticmethod
     def of(
-        document_starts: np.ndarray, seq_length: int, ring_size: int, window: int = 0
+        document_starts: np.ndarray,
+        seq_length: int,
+        ring_size: int,
+        window: int = 0,
+        block: int = BLOCK,
     ) -> "SampleBlocks":
         """Return the blocks of a sample whose documents begin at ``document_starts``.
 
@@ -70,7 +76,7 @@ class SampleBlocks:
         assert starts[0] == 0
         assert (np.diff(starts) > 0).all()
         assert starts[-1] < seq_length
-        bounds = _bounds(seq_length, ring_size)
+        bounds = _bounds(seq_length, ring_size, block)
         first_token = bounds[:-1]
         document = np.searchsorted(starts, first_token, side="right") - 1
         first_key = starts[document]
@@ -88,6 +94,7 @@ class SampleBlocks:
             last_query = np.minimum(last_query, run_end - 1 + window - 1)
         return SampleBlocks(
             ring_size,
+            block,
             bounds,
             _block_of(bounds, first_key),
             document,
@@ -112,7 +119,7 @@ class SampleBlocks:
     @property
     def whole_blocks(self) -> int:
         """The number of blocks that are not shortened: they come first."""
-        return self.seq_length // self.ring_size // BLOCK * self.ring_size
+        return self.seq_length // self.ring_size // self.block * self.ring_size
 
     @functools.cached_property
     def tiles(self) -> np.ndarray:
@@ -120,7 +127,7 @@ class SampleBlocks:
         return np.arange(len(self)) - self.first_key_block + 1
 
     def spread(self) -> np.ndarray:
-        """Return the owners under ``striped`` by 128: rounds in alternating direction."""
+        """Return the owners under ``striped`` by one block: rounds in alternating direction."""
         rounds, turn = np.divmod(np.arange(len(self)), self.ring_size)
         return np.where(rounds % 2 == 1, self.ring_size - 1 - turn, turn)
 
@@ -235,9 +242,9 @@ def compute_time(tiles: np.ndarray, query_tiles: np.ndarray, costs: HopCosts) ->
     return work + costs.launch * (query_tiles > 0)
 
 
-def _bounds(seq_length: int, ring_size: int) -> np.ndarray:
-    whole, rest = divmod(seq_length // ring_size, BLOCK)
-    lengths = np.repeat([BLOCK, rest], [whole * ring_size, ring_size if rest else 0])
+def _bounds(seq_length: int, ring_size: int, block: int) -> np.ndarray:
+    whole, rest = divmod(seq_length // ring_size, block)
+    lengths = np.repeat([block, rest], [whole * ring_size, ring_size if rest else 0])
     return np.concatenate([[0], lengths.cumsum()])
 
 

@@ -22,7 +22,8 @@ class DocumentBoundaries:
     """What the boundaries between documents change in a batch.
 
     ``ends_BS``, (B, S) bool, marks the end-of-document tokens of whole samples. Tokens and targets
-    (B, l) and sample positions (l,) may be those of any subset of a sample's tokens.
+    (B, l) may be those of any subset of a sample's tokens, and so may sample positions, (l,) for
+    the same ones of all samples or (B, l).
     """
 
     end_of_document: int
@@ -62,17 +63,17 @@ class DocumentBoundaries:
         """
         return _starts(ends_BS) if self.reset_attention_mask else None
 
-    def positions(self, ends_BS: np.ndarray, sample_positions_l: np.ndarray) -> np.ndarray:
-        """Return the model's positions, int64, of the tokens at ``sample_positions_l``.
+    def positions(self, ends_BS: np.ndarray, sample_positions: np.ndarray) -> np.ndarray:
+        """Return the model's positions, int64, of the tokens at ``sample_positions``.
 
-        (B, l), counted from the start of each document; ``sample_positions_l`` itself without
+        (B, l), counted from the start of each document; ``sample_positions`` itself without
         reset_position_ids.
         """
         if not self.reset_position_ids:
-            return sample_positions_l
+            return sample_positions
         samples, seq_length = ends_BS.shape
         offsets_B1 = np.arange(samples)[:, None] * seq_length
-        flat_positions_Bl = offsets_B1 + sample_positions_l
+        flat_positions_Bl = offsets_B1 + sample_positions
         starts = _starts(ends_BS)
         document_Bl = np.searchsorted(starts, flat_positions_Bl, side="right") - 1
         return flat_positions_Bl - starts[document_Bl]

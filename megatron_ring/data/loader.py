@@ -5,7 +5,9 @@ From samples to a rank's share of a micro-batch:
 - The samples of a global batch are divided over the data ranks and, on each, into micro-batches of
   ``micro_batch_size`` (see ``Loader`` for the formula).
 - Of each sample a context rank reads the tokens at ``layout.positions`` for its ring and Ulysses
-  rank, so nothing has to be redistributed between ranks afterwards. The target of a token is the
+  rank, or where the sample's documents are placed by size, at positions of its own
+  (context_parallel/placement.py). So nothing has to be redistributed between ranks afterwards. The
+  target of a token is the
   next token of the sample, which is read here too although it may belong to another rank.
 - Where document boundaries matter, they are found in the whole sample, because the
   end-of-document token before a document may belong to another rank (document_boundaries.py).
@@ -17,12 +19,18 @@ From samples to a rank's share of a micro-batch:
 This is selection only: no collectives, and the same samples in the same global batches on any grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.placement import (
+    Placement,
+    place_samples,
+    placed_positions,
+)
 from megatron_ring.data.document_boundaries import IGNORE_INDEX, NO_BOUNDARIES, DocumentBoundaries
 from megatron_ring.data.stream import SampleView, Stream
 from megatron_ring.parallel.grid import Coordinates, Grid
@@ -34,7 +42,7 @@ class Batch:
 
     - ``tokens_Bl``, ``targets_Bl``: int64. Targets of -100 are left out of the loss.
     - ``positions``: int64, for the model. (l,) positions in the sample, increasing and the same for
-      every sample; (B, l) where they restart with each document.
+      every sample; (B, l) where they restart with each document, or where samples are placed.
     - ``document_starts``: int64 (documents,), increasing, on the CPU: where each document begins
       when the ``B`` whole samples are laid end to end. Sample ``b`` begins at ``b * S``, and a
       document begins with it. The same on every context rank. None: a token attends to all earlier
@@ -88,11 +96,11 @@ class Loader:
         self._boundaries = boundaries
         self._layout_padding = layout.seq_length - stream.seq_length
         self._last = stream.seq_length - 1
+        self._layout = layout
+        self._ring_rank = ring_rank
+        self._ulysses_rank = ulysses_rank
+        self._ulysses_size = ulysses_size
         self._layout_positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
-        # Padding of a ragged layout repeats the last token and has no target; it comes after all
-        # text, so under the causal mask no text attends to it.
-        self._sample_positions_l = self._layout_positions_l.clip(max=self._last)
-        self._is_padding_l = self._layout_positions_l > self._last
         self._data_rank = data_rank
         self._data_size = data_size
         self._micro_batch_size = micro_batch_size
@@ -119,36 +127,53 @@ class Loader:
 
     def _batch(self, first: int) -> Batch:
         views = [self._stream.view(first + b) for b in range(self._micro_batch_size)]
-        tokens_Bl = self._boundaries.fill_padding(
-            np.stack([view.tokens_at(self._sample_positions_l) for view in views])
+        # Before tokens are read: here memory of whole samples is needed.
+        positions, layout_positions, starts = self._positions_and_starts(views)
+        layout_positions_Bl = np.broadcast_to(
+            layout_positions, (len(views), layout_positions.shape[-1])
         )
-        next_Bl = np.stack([view.tokens_at(self._sample_positions_l + 1) for view in views])
-        next_Bl[:, self._is_padding_l] = IGNORE_INDEX
-        # Before the targets are copied: here memory of a whole sample is needed.
-        positions, starts = self._positions_and_starts(views)
+        # Padding of a ragged layout repeats the last token and has no target; it comes after all
+        # text, so under the causal mask no text attends to it.
+        at_Bl = layout_positions_Bl.clip(max=self._last)
+        tokens_Bl = np.stack([view.tokens_at(at_l) for view, at_l in zip(views, at_Bl)])
+        tokens_Bl = self._boundaries.fill_padding(tokens_Bl)
+        next_Bl = np.stack([view.tokens_at(at_l + 1) for view, at_l in zip(views, at_Bl)])
+        next_Bl[layout_positions_Bl > self._last] = IGNORE_INDEX
         targets_Bl = self._boundaries.targets(tokens_Bl, next_Bl)
         return Batch(
             torch.from_numpy(tokens_Bl),
             torch.from_numpy(targets_Bl),
             torch.from_numpy(positions),
-            None if starts is None else torch.from_numpy(starts),
+            starts,
         )
 
     def _positions_and_starts(
         self, views: list[SampleView]
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the positions of this rank's tokens and the document starts of whole samples.
+    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None]:
+        """Return the model's positions and those of the layout, and document starts.
 
-        Either depends on the document ends of the whole sample, so these are searched only where
-        one of the two is needed.
+        Both positions are those of this rank's tokens: (l,), the same for all samples, or (B, l).
+        Starts are those of whole samples. The model's positions and the starts depend on the
+        document ends of the whole sample, which are searched only where one of them is needed.
         """
+        layout_positions = self._layout_positions_l
         if not self._boundaries.needs_whole_samples:
-            return self._sample_positions_l, None
+            return layout_positions.clip(max=self._last), layout_positions, None
         end_of_document = self._boundaries.end_of_document
         ends_BS = np.stack([view.document_ends(end_of_document, self._last + 1) for view in views])
         ends_BS = np.pad(ends_BS, ((0, 0), (0, self._layout_padding)), mode="edge")
-        positions = self._boundaries.positions(ends_BS, self._layout_positions_l)
-        return positions.clip(max=self._last), self._boundaries.document_starts(ends_BS)
+        starts = None
+        if (found := self._boundaries.document_starts(ends_BS)) is not None:
+            starts = torch.from_numpy(found)
+            if placements := place_samples(starts, len(views), self._layout):
+                layout_positions = self._placed_positions(placements)
+        positions = self._boundaries.positions(ends_BS, layout_positions)
+        return positions.clip(max=self._last), layout_positions, starts
+
+    def _placed_positions(self, placements: Sequence[Placement | None]) -> np.ndarray:
+        """Return the positions in each sample of this rank's tokens, (B, l)."""
+        placed_BL = placed_positions(self._layout, self._ring_rank, placements)
+        return placed_BL.chunk(self._ulysses_size, dim=1)[self._ulysses_rank].numpy()
 
 
 @dataclass

@@ -11,6 +11,7 @@ bug cannot be in both.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.invariant import BLOCKS
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.placement import place_samples, placed_positions
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention.accuracy import TOLERANCE, error
 from megatron_ring.parallel.collectives import ProcessGroups
@@ -30,6 +32,7 @@ from megatron_ring.settings.run_settings import RunSettings
 # TOLERANCE holds for up to four query heads for each key-value head.
 _QUERY_HEADS_OF_TOLERANCE = 4
 _SAMPLE_TOKENS = 256
+_BLOCKS_OF_RANK = 8  # of a ring rank, if documents are placed
 
 
 class AttentionResult(NamedTuple):
@@ -118,13 +121,17 @@ def errors(setup: RunSettings, groups: ProcessGroups, coordinates: Coordinates) 
         groups,
         reduction=setup.config.parallel.context_parallel_reduction,
     )
-    positions = layout.positions(coordinates.ring, coordinates.ulysses, grid.ulysses)
-    documents = _document_starts(setup, layout.seq_length)
+    documents = _document_starts(setup, layout)
     sample = _random_sample(setup, layout.seq_length)
     starts = None
+    positions = layout.positions(coordinates.ring, coordinates.ulysses, grid.ulysses)
     if len(documents) > 1:
         offsets = layout.seq_length * torch.arange(len(sample.q_BSHD))
         starts = (offsets.unsqueeze(1) + torch.tensor(documents)).flatten()
+        if placements := place_samples(starts, len(sample.q_BSHD), layout):
+            # All samples have the same documents, and so the same placement.
+            placed_L = placed_positions(layout, coordinates.ring, placements)[0]
+            positions = placed_L.chunk(grid.ulysses)[coordinates.ulysses]
     of_windows = []
     for window in _windows(setup, layout.seq_length):
         q, k, v, dout = (tensor[:, positions] for tensor in sample[:4])
@@ -147,10 +154,13 @@ def _windows(setup: RunSettings, seq_length: int) -> list[int]:
     return sorted(windows)
 
 
-def _document_starts(setup: RunSettings, seq_length: int) -> list[int]:
+def _document_starts(setup: RunSettings, layout: Layout) -> list[int]:
     if not setup.config.data.reset_attention_mask:
         return [0]
-    return [0, seq_length // 3, seq_length // 2]
+    half = layout.seq_length // 2
+    if layout.placement:  # A long document, and some that are short enough to stay whole.
+        return [0, *range(half, layout.seq_length, max(1, layout.shard_length // 4))]
+    return [0, layout.seq_length // 3, half]
 
 
 def _short_layout(layout: Layout, ulysses: int) -> Layout:
@@ -161,7 +171,11 @@ def _short_layout(layout: Layout, ulysses: int) -> Layout:
     stripe = max(1, min(layout.stripe_size, _SAMPLE_TOKENS // (2 * layout.ring_size * ulysses)))
     unit = math.lcm(2 * layout.ring_size * ulysses * stripe, BLOCKS)
     seq_length = -(-_SAMPLE_TOKENS // unit) * unit
-    return Layout(layout.name, seq_length, layout.ring_size, stripe)
+    placement = layout.placement
+    if placement:  # Blocks as short as lets each rank have several.
+        block = max(1, seq_length // (layout.ring_size * _BLOCKS_OF_RANK))
+        placement = replace(placement, window=min(placement.window, seq_length // 4), block=block)
+    return Layout(layout.name, seq_length, layout.ring_size, stripe, placement)
 
 
 def _random_sample(setup: RunSettings, tokens: int) -> Sample:

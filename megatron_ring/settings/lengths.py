@@ -10,7 +10,7 @@ import itertools
 from typing import NamedTuple
 
 from megatron_ring.config import Config
-from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout, auto_stripe_size
 from megatron_ring.errors import counted, nearest_multiples
 from megatron_ring.kernels.attention import stripe_widths
 from megatron_ring.kernels.attention.machine import Machine
@@ -43,8 +43,10 @@ def layout(
     """
     parallel = config.parallel
     length = padded_length(config, grid)
+    placement = _placement(config, grid)
     if parallel.stripe_size != "auto":
-        fixed = Layout(parallel.context_parallel, length, grid.ring, parallel.stripe_size)
+        stripe_size = parallel.stripe_size
+        fixed = Layout(parallel.context_parallel, length, grid.ring, stripe_size, placement)
         return ResolvedLayout(fixed, "")
     may_be_wide = (
         parallel.context_parallel == "striped" and parallel.context_parallel_reduction == "arrival"
@@ -62,7 +64,15 @@ def layout(
             f"no stripe size that is {reason} balances {sample} of {counted(length, 'token')} on "
             f"{counted(grid.ring, 'ring rank')}"
         )
-    return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size), reason)
+    return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size, placement), reason)
+
+
+def _placement(config: Config, grid: Grid) -> DocumentPlacement | None:
+    if config.parallel.document_placement == "spread" or grid.ring == 1:
+        return None
+    model = config.model
+    # Tokens are placed once for all layers. Those without a window have most of the work.
+    return DocumentPlacement(window=0 if model.window_attn_skip_freq else model.window_size)
 
 
 def padded_length(config: Config, grid: Grid) -> int:

@@ -183,6 +183,31 @@ def _invariant_length(config: Config, grid: Grid) -> str | None:
     )
 
 
+def _document_placement(config: Config, grid: Grid) -> str | None:
+    parallel = config.parallel
+    if parallel.document_placement == "spread" or grid.ring == 1:
+        return None
+    if parallel.context_parallel != "striped":
+        return (
+            "document_placement auto deals what it does not place as context_parallel striped does,"
+            f" but context_parallel is {parallel.context_parallel}. Set --context-parallel striped,"
+            " or --document-placement spread."
+        )
+    if not config.data.reset_attention_mask:
+        return (
+            "document_placement auto places documents that do not attend to each other, but "
+            "reset_attention_mask is off, so a sample is one document. Set --reset-attention-mask, "
+            "or --document-placement spread."
+        )
+    if parallel.context_parallel_reduction == "invariant":
+        return (
+            "document_placement auto gives each sample an order of its own, but "
+            "context_parallel_reduction invariant adds up in the order of striped single tokens. "
+            "Set --context-parallel-reduction arrival, or --document-placement spread."
+        )
+    return None
+
+
 RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _heads,
     _query_groups,
@@ -197,6 +222,7 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _roll_back,
     _invariant_ranks,
     _invariant_length,
+    _document_placement,
 )
 
 

@@ -219,7 +219,10 @@ def _layout_description(setup: RunSettings) -> str:
     if layout.name != "striped" or layout.ring_size == 1 == layout.stripe_size:
         return layout.name
     reason = f" (auto: {setup.stripe_reason})" if setup.stripe_reason else ""
-    return f"striped, stripe size {layout.stripe_size}{reason}"
+    placed = ""
+    if layout.placement:
+        placed = f"documents placed in blocks of {layout.placement.block} tokens, others "
+    return f"{placed}striped, stripe size {layout.stripe_size}{reason}"
 
 
 def _tokens_description(setup: RunSettings) -> str:

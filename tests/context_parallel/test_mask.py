@@ -29,6 +29,7 @@ LAYOUTS = [
     *(Layout("zigzag", 4 * length, 4) for length in (2, 6)),
 ]
 
+LAYOUT = Layout("striped", 16, 4)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 
@@ -188,34 +189,32 @@ def test_stripes_of_one_tile_need_masked_tiles_only_for_own_keys():
 
 
 def test_key_ranges_are_computed_once_for_every_layer_of_a_batch():
-    layout = Layout("striped", 16, 4)
     starts = torch.tensor([0, 5, 9])
     first, second = (
-        hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 4, 1)) for _ in range(2)
+        hop_key_ranges(LAYOUT, 2, 1, mask_of_documents(starts, 4, 1, LAYOUT)) for _ in range(2)
     )
     assert first is second
-    other_window = hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 0, 1))
+    other_window = hop_key_ranges(LAYOUT, 2, 1, mask_of_documents(starts, 0, 1, LAYOUT))
     assert other_window is not first
-    assert hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 4, 1)) is first
-    assert hop_key_ranges(layout, 2, 1, mask_of_window(4)) is hop_key_ranges(
-        layout, 2, 1, mask_of_window(4)
+    assert hop_key_ranges(LAYOUT, 2, 1, mask_of_documents(starts, 4, 1, LAYOUT)) is first
+    assert hop_key_ranges(LAYOUT, 2, 1, mask_of_window(4)) is hop_key_ranges(
+        LAYOUT, 2, 1, mask_of_window(4)
     )
 
 
 def test_a_buffer_refilled_with_other_documents_gets_another_mask():
     starts = torch.tensor([0, 5, 9])
-    before = mask_of_documents(starts, 0, 1)
+    before = mask_of_documents(starts, 0, 1, LAYOUT)
     starts.numpy()[:] = [0, 2, 11]  # like a receive, without a new version in torch
-    assert mask_of_documents(starts, 0, 1).document_starts == (0, 2, 11)
+    assert mask_of_documents(starts, 0, 1, LAYOUT).document_starts == (0, 2, 11)
     assert before.document_starts == (0, 5, 9)
 
 
 def test_key_ranges_are_freed_with_their_batch():
-    layout = Layout("striped", 16, 4)
     freed = []
     for batch in range(3):
         starts = torch.tensor([0, 5 + batch])
-        key_ranges = hop_key_ranges(layout, 2, 1, mask_of_documents(starts, 0, 1))
+        key_ranges = hop_key_ranges(LAYOUT, 2, 1, mask_of_documents(starts, 0, 1, LAYOUT))
         weakref.finalize(key_ranges, freed.append, batch)
         del key_ranges
     assert freed == [0, 1]
@@ -237,4 +236,4 @@ def test_all_layers_of_a_batch_share_one_mask_forward_and_backward(monkeypatch):
     for _ in range(3):
         out, _ = attention(out, out, out, 0, starts)
     out.sum().backward()
-    assert created == [(0, (0, 5), 1)]
+    assert created == [(0, (0, 5), 1, ())]
