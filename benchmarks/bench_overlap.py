@@ -55,7 +55,7 @@ from megatron_ring.context_parallel.hop_cost import (
     backward_bytes,
 )
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
-from megatron_ring.context_parallel.ring import Exchange, Ring, Transfer
+from megatron_ring.context_parallel.ring_hop import Exchange, Ring, Transfer
 from megatron_ring.errors import ConfigError, counted, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -184,9 +184,11 @@ class NullExchange:
 
     sent: int = 0
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> NullTransfer:
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> NullTransfer:
         self.sent += tensor.nbytes
-        return NullTransfer(tensor)
+        return NullTransfer(tensor if into is None else into)
 
 
 class NullKernel:
@@ -208,8 +210,10 @@ class TimedExchange:
     exchange: Exchange
     waited: float = 0.0
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "TimedTransfer":
-        return TimedTransfer(self.exchange.start(tensor, distance), self)
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> "TimedTransfer":
+        return TimedTransfer(self.exchange.start(tensor, distance, into), self)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from benchmarks.streamed_ring import (
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.hop_cost import with_work_count
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.ring import Exchange
+from megatron_ring.context_parallel.ring_hop import Exchange
 from megatron_ring.errors import ConfigError, counted, reporting_errors
 from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
 from megatron_ring.monitoring.ring_profile.hop_statistics import sum_log

@@ -147,9 +147,11 @@ class StreamExchange:
     started: int = 0
     buffers: RecvBufferPool = field(default_factory=RecvBufferPool)
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> StreamTransfer:
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> StreamTransfer:
         """Post ``tensor`` and queue the copy of the message to this rank."""
-        received = self.buffers.acquire(tensor)
+        received = self.buffers.acquire(tensor) if into is None else into
         posted = self.streams.hops.record_event()
         number = self.started
         self.started += 1
@@ -186,13 +188,15 @@ class RecordedExchange:
     ranks: int
     progress: ProgressTracker
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "RecordedTransfer":
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> "RecordedTransfer":
         ring_rank = self.exchange.ring_rank
         receiver = (ring_rank + distance) % self.ranks
         sender = (ring_rank - distance) % self.ranks
         send_row = self.progress.record_send(tensor.nbytes, receiver)
         with self.progress.posting_to(receiver):
-            transfer = self.exchange.start(tensor, distance)
+            transfer = self.exchange.start(tensor, distance, into)
         return RecordedTransfer(transfer, send_row, sender, receiver, self.progress)
 
 

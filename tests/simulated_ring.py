@@ -14,7 +14,7 @@ import torch
 
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask
+from megatron_ring.context_parallel.mask import CAUSAL, Mask, concatenated_positions
 from megatron_ring.kernels.attention import HopKernel
 from tests.oracle import Attention
 
@@ -30,6 +30,7 @@ class QueueTransfer:
     sent: torch.Tensor
     version: int
     arriving: Queue
+    into: torch.Tensor | None = None
 
     def wait(self) -> torch.Tensor:
         """Return the received tensor, or raise LinkBroken if the sender failed."""
@@ -37,7 +38,10 @@ class QueueTransfer:
         if received is None:
             raise LinkBroken
         assert self.sent._version == self.version, "a tensor was written to while it was being sent"
-        return received
+        if self.into is None:
+            return received
+        assert received.shape == self.into.shape
+        return self.into.copy_(received)
 
 
 class QueueExchange:
@@ -53,14 +57,16 @@ class QueueExchange:
         self.slots = slots
         self.sent: list[int] = []
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> QueueTransfer:
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> QueueTransfer:
         """Send ``tensor`` on by ``distance`` ranks; does not block."""
         assert tensor.is_contiguous(), "only contiguous tensors can be sent"
         number = len(self.sent)
         receiver = (self.ring_rank + distance) % len(self.slots)
         self.slots[receiver][number].put(tensor.clone())
         self.sent.append(tensor.numel() * tensor.itemsize)
-        return QueueTransfer(tensor, tensor._version, self.slots[self.ring_rank][number])
+        return QueueTransfer(tensor, tensor._version, self.slots[self.ring_rank][number], into)
 
     def close(self) -> None:
         """Release all ranks that wait for transfers that this rank will not start."""
@@ -101,11 +107,18 @@ def run(
     ``in_memory`` returns a rank's q or dout in the memory layout in which the ring gets it; k and v
     are always dense. ``settings`` are more fields of the Ring.
     """
-    positions = [layout.positions(ring_rank) for ring_rank in range(layout.ring_size)]
+    positions_BL = [
+        concatenated_positions(layout, ring_rank, mask).unflatten(0, (mask.samples, -1))
+        - layout.seq_length * torch.arange(mask.samples)[:, None]
+        for ring_rank in range(layout.ring_size)
+    ]
+    if mask.samples == 1:
+        positions_BL = [p.expand(len(q_BSHD), -1) for p in positions_BL]
     scale = q_BSHD.shape[-1] ** -0.5
 
     def shards(x: torch.Tensor) -> list[torch.Tensor]:
-        return [_concatenate_samples(x[:, local], mask) for local in positions]
+        rows = torch.arange(len(x))[:, None]
+        return [_concatenate_samples(x[rows, local_BL], mask) for local_BL in positions_BL]
 
     q = [in_memory(x) for x in shards(q_BSHD)]
     dout = [in_memory(x) for x in shards(dout_BSHD)]
@@ -125,10 +138,11 @@ def run(
     outs, lses = zip(*forwards)
     dqs, dkvs = zip(*backwards)
     dks, dvs = zip(*dkvs)
-    order = torch.cat(positions).argsort()
+    order_BS = torch.cat(positions_BL, dim=1).argsort(1)
 
     def whole(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([_separate_samples(x, mask) for x in parts], dim=1)[:, order]
+        joined_BS = torch.cat([_separate_samples(x, mask) for x in parts], dim=1)
+        return joined_BS[torch.arange(len(joined_BS))[:, None], order_BS]
 
     results = Attention(
         whole(outs), whole(dqs), whole(dks), whole(dvs), whole(lse.mT for lse in lses).mT

@@ -6,23 +6,16 @@ tensors. In backward the keys go around once more, or the queries do if they are
 layout, device or library is named here, and a hop waits only for what the next hop needs.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
 import torch
 
-from megatron_ring.context_parallel.hop_cost import queries_are_lighter
-from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
-from megatron_ring.kernels.attention import (
-    GradientAccumulators,
-    HopInputs,
-    HopKernel,
-    call_whole,
+from megatron_ring.context_parallel import direct
+from megatron_ring.context_parallel.ring_hop import (
+    QuerySide,
+    Ring,
+    add_gradients,
+    split_groups,
 )
-from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.kernels.attention import HopInputs, call_whole
 from megatron_ring.kernels.attention.running_softmax import (
     FinalOutput,
     KnownDelta,
@@ -30,98 +23,9 @@ from megatron_ring.kernels.attention.running_softmax import (
     RunningSoftmax,
     delta,
     delta_of,
-    slice_heads,
     zero_accumulators,
 )
 from megatron_ring.parallel.message_buffers import pack_bytes, unpack_bytes
-
-
-class Transfer(Protocol):
-    """One exchange in flight: a tensor being sent, and one of the same form being received."""
-
-    def wait(self) -> torch.Tensor:
-        """Return the received tensor; from now on the sent tensor may be written to."""
-
-
-class Exchange(Protocol):
-    """Sends tensors around the ring. All ranks must start the same exchanges in the same order."""
-
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> Transfer:
-        """Send ``tensor`` on by ``distance`` ranks and receive its like, without blocking.
-
-        A negative ``distance`` sends back.
-        """
-
-
-@dataclass(frozen=True)
-class Ring:
-    """One rank's position in a ring, and what it computes with.
-
-    Attributes:
-        exchange: None in a ring of one rank.
-        on_hop: called with (hop, hops) as each hop begins, for monitoring.
-        sends_queries: given q and kv, whether backward sends the queries rather than the keys.
-        splits_own_work: whether backward keeps half of the work on the rank's own keys until the
-            last message is in flight, at the price of more kernel calls (docs/decisions/0013).
-    """
-
-    layout: Layout
-    ring_rank: int
-    kernel: HopKernel
-    scale: float
-    exchange: Exchange | None
-    mask: Mask = CAUSAL
-    on_hop: Callable[[int, int], object] = lambda hop, hops: None
-    sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
-    splits_own_work: bool = True
-
-    @functools.cached_property
-    def hops(self) -> int:
-        """Number of hops, equal on all ranks: fewer than ranks if no query looks back as far."""
-        return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
-
-    def hop_indices(self) -> Iterator[int]:
-        """Yield the hops in order, from 0."""
-        for hop in range(self.hops):
-            self.on_hop(hop, self.hops)
-            yield hop
-
-    def keys_of(self, hop: int) -> int:
-        """Return the ring rank that owns the keys of ``hop``.
-
-        Hop 0 has this rank's own, so that every query sees a key in its first hop.
-        """
-        return (self.ring_rank - hop) % self.layout.ring_size
-
-    def queries_of(self, hop: int) -> int:
-        """Return the ring rank that owns the queries of ``hop``, if the queries travel."""
-        return (self.ring_rank + hop) % self.layout.ring_size
-
-    def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
-        """Return what the queries of one ring rank see of the keys of another."""
-        return hop_key_ranges(self.layout, queries_of, keys_of, self.mask)
-
-    @property
-    def own_key_ranges(self) -> KeyRanges:
-        """What this rank's queries see of its own keys."""
-        return self.key_ranges(self.ring_rank, self.ring_rank)
-
-    def send_kv_or_q(self, tensor: torch.Tensor, hop: int, distance: int) -> Transfer | None:
-        """Send the tensor that the next hop needs; that of the last hop need not return."""
-        return self.exchange.start(tensor, distance) if hop < self.hops - 1 else None
-
-    def send_grad_accumulators(
-        self, accumulators: torch.Tensor, hop: int, distance: int
-    ) -> Transfer | None:
-        """Send the gradients of the travelling tensor after it, after the last hop to its owner.
-
-        They return to the owner from wherever the ring was cut. Those of the first hop are not
-        sent: the travelling tensor has not left its owner yet.
-        """
-        if hop == 0:
-            return None
-        is_last = hop == self.hops - 1
-        return self.exchange.start(accumulators, -distance * hop if is_last else distance)
 
 
 def forward(
@@ -135,6 +39,8 @@ def forward(
     """
     if ring.hops == 1 and (whole := _forward_whole(q_BLHD, kv_2BLGD, ring)):
         return whole
+    if ring.sends_directly:
+        return direct.forward(q_BLHD, kv_2BLGD, ring)
     state = RunningSoftmax.empty(q_BLHD)
     for hop in ring.hop_indices():
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
@@ -171,17 +77,12 @@ def backward(
     own = QuerySide(dout_BLHD, q_BLHD, out, lse_BHL)
     if ring.hops == 1 and (whole := _backward_whole(own, kv_2BLGD, ring)):
         return whole
-    send = _send_queries if ring.sends_queries(q_BLHD, kv_2BLGD) else _send_keys
+    sends_queries = ring.sends_queries(q_BLHD, kv_2BLGD)
+    if ring.sends_directly:
+        send = direct.backward_sending_queries if sends_queries else direct.backward_sending_keys
+    else:
+        send = _send_queries if sends_queries else _send_keys
     return send(own, kv_2BLGD, ring)
-
-
-class QuerySide(NamedTuple):
-    """A rank's queries and the tensors of their rows that their gradients need."""
-
-    dout_BLHD: torch.Tensor
-    q_BLHD: torch.Tensor
-    out: Output
-    lse_BHL: torch.Tensor
 
 
 def _forward_whole(
@@ -211,7 +112,7 @@ def _backward_whole(
 def _send_keys(
     own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    all_groups, first_groups, last_groups = _split_groups(own_2BLGD, ring)
+    all_groups, first_groups, last_groups = split_groups(own_2BLGD, ring)
     dq_BLHD = zero_accumulators(own.q_BLHD)
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     kv_2BLGD = own_2BLGD
@@ -221,20 +122,20 @@ def _send_keys(
         dkv_2BLGD = zero_accumulators(kv_2BLGD) if hop else own_dkv_2BLGD
         key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
         groups = all_groups if hop else first_groups
-        _add_gradients(ring, key_ranges, groups, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
+        add_gradients(ring, key_ranges, groups, own, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if returning:
             dkv_2BLGD = returning.wait().add_(dkv_2BLGD)
         returning = ring.send_grad_accumulators(dkv_2BLGD, hop, distance=1)
         if in_flight:
             kv_2BLGD = in_flight.wait()
-    _add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
+    add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
     return dq_BLHD, own_dkv_2BLGD.add_(returning.wait()) if returning else own_dkv_2BLGD
 
 
 def _send_queries(
     own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    all_groups, first_groups, last_groups = _split_groups(kv_2BLGD, ring)
+    all_groups, first_groups, last_groups = split_groups(kv_2BLGD, ring)
     dkv_2BLGD = zero_accumulators(kv_2BLGD)
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
     rows = own
@@ -248,7 +149,7 @@ def _send_queries(
         dq_BLHD = zero_accumulators(own.q_BLHD) if hop else own_dq_BLHD
         key_ranges = ring.key_ranges(ring.queries_of(hop), ring.ring_rank)
         groups = all_groups if hop else first_groups
-        _add_gradients(ring, key_ranges, groups, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
+        add_gradients(ring, key_ranges, groups, rows, kv_2BLGD, dq_BLHD, dkv_2BLGD)
         if returning:
             dq_BLHD = returning.wait().add_(dq_BLHD)
         returning = ring.send_grad_accumulators(dq_BLHD, hop, distance=-1)
@@ -256,44 +157,8 @@ def _send_queries(
             message = in_flight.wait()
             q_BLHD, dout_BLHD, lse_BHL, delta_BHL = unpack_bytes(message, payload)
             rows = QuerySide(dout_BLHD, q_BLHD, KnownDelta(delta_BHL, dout_BLHD), lse_BHL)
-    _add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
+    add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
     return own_dq_BLHD.add_(returning.wait()) if returning else own_dq_BLHD, dkv_2BLGD
-
-
-def _split_groups(kv_2BLGD: torch.Tensor, ring: Ring) -> tuple[slice, slice, slice]:
-    """Return all key-value heads, and those whose work on own keys is done first, and last.
-
-    Half each, so that there is work both while the first message travels and while the last
-    accumulators return; without ``splits_own_work`` all of them first.
-    """
-    groups = kv_2BLGD.shape[3]
-    border = -(-groups // 2) if ring.splits_own_work and ring.hops > 1 else groups
-    return slice(0, groups), slice(0, border), slice(border, groups)
-
-
-def _add_gradients(
-    ring: Ring,
-    key_ranges: KeyRanges,
-    groups: slice,
-    rows: QuerySide,
-    kv_2BLGD: torch.Tensor,
-    dq_BLHD: torch.Tensor,
-    dkv_2BLGD: torch.Tensor,
-) -> None:
-    """Add to ``dq`` and ``dkv`` the share of these key-value heads and the queries reading them."""
-    if groups.start == groups.stop:
-        return
-    heads_per_group = dq_BLHD.shape[2] // dkv_2BLGD.shape[3]
-    heads = slice(groups.start * heads_per_group, groups.stop * heads_per_group)
-    # Not sliced if all heads are wanted, so that the output of a KnownDelta is computed once.
-    out = rows.out if heads == slice(0, dq_BLHD.shape[2]) else slice_heads(rows.out, heads)
-    ring.kernel.backward(
-        HopInputs(rows.q_BLHD[:, :, heads], *kv_2BLGD[:, :, :, groups], key_ranges, ring.scale),
-        rows.dout_BLHD[:, :, heads],
-        out,
-        rows.lse_BHL[:, heads],
-        GradientAccumulators(dq_BLHD[:, :, heads], *dkv_2BLGD[:, :, :, groups]),
-    )
 
 
 def fold_in_dlse(

@@ -125,12 +125,18 @@ class RingExchange:
         """Whether a message takes so much longer than a copy in memory that overlap pays."""
         return self.peer_reader is None
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
-        """Send a dense ``tensor`` on by ``distance`` ranks and receive its like; does not block."""
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> RingTransfer:
+        """Send a dense ``tensor`` on by ``distance`` ranks and receive its like; does not block.
+
+        ``into``: a dense tensor of the form that is received, where it is not that of ``tensor``.
+        What has no elements is not sent: sender and receiver both know it.
+        """
         size = len(self.members)
         sender = (self.ring_rank - distance) % size
         receiver = (self.ring_rank + distance) % size
-        received = self.buffers.acquire(tensor)
+        received = self.buffers.acquire(tensor) if into is None else into
         send_row = self.progress.record_send(tensor.nbytes, self.members[receiver])
         reads_peers = self.peer_reader is not None and tensor.device.type == "cpu"
         post = self._post_ticket if reads_peers else self._post_messages
@@ -153,11 +159,16 @@ class RingExchange:
         link_of_sender = self.links[sender % 2]
         receiver = self.members[receiver]
         sender = self.members[sender]
-        with self.progress.posting_to(receiver):  # as in _post
-            ticket_works = send_ticket(tensor, receiver, own_link)
-        with self.progress.posting_to(sender):
-            future = self.peer_reader.start_read(received, sender, link_of_sender, self.timeout)
-        return [(sender, future), *((receiver, work) for work in ticket_works)]
+        ticket_works = ()
+        if tensor.numel():
+            with self.progress.posting_to(receiver):  # as in _post
+                ticket_works = send_ticket(tensor, receiver, own_link)
+        works = [(receiver, work) for work in ticket_works]
+        if received.numel():
+            with self.progress.posting_to(sender):
+                future = self.peer_reader.start_read(received, sender, link_of_sender, self.timeout)
+            works.insert(0, (sender, future))
+        return works
 
     def _post_messages(
         self, tensor: torch.Tensor, receiver: int, received: torch.Tensor, sender: int
@@ -168,9 +179,9 @@ class RingExchange:
         works = []
         for number, link in enumerate(self.links):
             ops = []
-            if own_number == number:
+            if own_number == number and tensor.numel():
                 ops.append(dist.P2POp(dist.isend, *send, link))
-            if sender % 2 == number:
+            if sender % 2 == number and received.numel():
                 ops.append(dist.P2POp(dist.irecv, *receive, link))
             if ops:
                 works += self._post(ops)

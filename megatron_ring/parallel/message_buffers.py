@@ -42,6 +42,37 @@ def _shaped(elements: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return elements.as_strided(like.shape, strides)
 
 
+class RowBuffers:
+    """Memory for tensors like one, but with fewer rows in a dimension; ``count`` are used in turn.
+
+    A buffer may be used again as soon as the device's stream waits for the message that it was in.
+
+    Args:
+        like: gives type, device, order of dimensions in memory and all other sizes.
+        dim: the dimension of rows.
+        most: rows that a tensor may have.
+    """
+
+    def __init__(self, like: torch.Tensor, dim: int, most: int, count: int):
+        self._sizes = [*like.shape[:dim], 0, *like.shape[dim + 1 :]]
+        self._dim = dim
+        self._memory_order = sorted(range(like.ndim), key=lambda d: like.stride(d), reverse=True)
+        elements = like.numel() // like.shape[dim] * most
+        self._buffers = [like.new_empty(elements) for _ in range(count)]
+
+    def next(self, rows: int) -> torch.Tensor:
+        """Return an uninitialised dense tensor with so many rows, in the next buffer."""
+        sizes = [*self._sizes]
+        sizes[self._dim] = rows
+        strides = [0] * len(sizes)
+        elements = 1
+        for dim in reversed(self._memory_order):
+            strides[dim] = elements
+            elements *= max(1, sizes[dim])
+        self._buffers.append(buffer := self._buffers.pop(0))
+        return buffer.as_strided(sizes, strides)
+
+
 class RecvBufferPool:
     """Receive buffers for one pass of a ring, reused as soon as their message has been sent on.
 

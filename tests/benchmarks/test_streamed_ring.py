@@ -12,7 +12,7 @@ from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
 from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.ring import Transfer
+from megatron_ring.context_parallel.ring_hop import Transfer
 from megatron_ring.kernels.attention import HopInputs, HopKernel, reference
 from tests.benchmarks.happens_before import Device, Race, Stream
 
@@ -28,8 +28,10 @@ class ReusingExchange:
     exchange: StreamExchange
     device: Device
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "ReusingTransfer":
-        return ReusingTransfer(self.exchange.start(tensor, distance), tensor, self.device)
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> "ReusingTransfer":
+        return ReusingTransfer(self.exchange.start(tensor, distance, into), tensor, self.device)
 
 
 @dataclass

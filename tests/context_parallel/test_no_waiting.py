@@ -50,12 +50,14 @@ class ForbidBlockingCopies(TorchDispatchMode):
 
 
 class Loopback(NamedTuple):
-    """An exchange, and its transfer, that returns to every rank its own tensor."""
+    """An exchange, and its transfer, that returns its own tensor, or one of the form asked for."""
 
     tensor: torch.Tensor | None = None
 
-    def start(self, tensor: torch.Tensor, distance: int = 1) -> "Loopback":
-        return Loopback(tensor)
+    def start(
+        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    ) -> "Loopback":
+        return Loopback(tensor if into is None else into)
 
     def wait(self) -> torch.Tensor:
         return self.tensor
@@ -70,6 +72,7 @@ def run_hops(
     dlse = q.new_empty(1, HEADS, SHARD, dtype=torch.float32)
     ring = ring_loop.Ring(layout, 1, kernel, 0.125, Loopback(), mask)
     mask.cached_key_ranges.clear()  # cached ranges would not be copied again
+    mask.cached_read_rows.clear()
     with ForbidBlockingCopies():
         out, lse = loop.forward(q, kv, ring)
         loop.backward(q, dlse, q, kv, out, lse, ring)

@@ -107,7 +107,7 @@ class KeyRanges:
     def _kept(self, name: tuple, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Compute a tensor once and copy it as int32, on the current stream, to ``name[-1]``."""
         if name not in self._on_device:
-            self._on_device[name] = _copy_async(compute().to(torch.int32), name[-1])
+            self._on_device[name] = copy_async(compute().to(torch.int32), name[-1])
         return self._on_device[name]
 
     def visible(self, tile: Tile, device: torch.device = _CPU) -> torch.Tensor:
@@ -117,7 +117,7 @@ class KeyRanges:
         return (lo <= keys) & (keys < hi)
 
 
-def _copy_async(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copy_async(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to ``device`` on the current stream, without the host waiting.
 
     A copy from pageable memory, or a blocking one, would wait until everything queued before it is

@@ -1,0 +1,285 @@
+"""The ring loop where documents are kept apart: rows go straight from their owner to their readers.
+
+In hop t a rank attends to keys of the rank t places before it, as in ring.py, but it gets only the
+rows that its queries see, and gets them from their owner. In backward their gradients go straight
+back, or queries go to the keys and theirs come back. Gradients are added in the order of the hops.
+Where no row is read, nothing is sent.
+
+A row leaves its owner once for each rank that reads it. Around the ring it would be sent by every
+rank up to its last reader, which is never less often; for one long document both are the same
+(docs/decisions/0027).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_ring.context_parallel.read_rows import ReadRows, read_keys, reading_queries
+from megatron_ring.context_parallel.ring_hop import (
+    QuerySide,
+    Ring,
+    Transfer,
+    add_gradients,
+    split_groups,
+)
+from megatron_ring.kernels.attention import HopInputs
+from megatron_ring.kernels.attention.running_softmax import (
+    KnownDelta,
+    RunningSoftmax,
+    delta_of,
+    zero_accumulators,
+)
+from megatron_ring.parallel.message_buffers import RowBuffers, unpack_bytes
+
+# The dimension of tokens.
+_KV_DIM = 2
+_Q_DIM = 1
+_LSE_DIM = 2
+
+
+def forward(
+    q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``ring.forward``. Starts one exchange less than there are hops."""
+    state = RunningSoftmax.empty(q_BLHD)
+    keys = _TravellingKeys(kv_2BLGD, ring)
+    for hop in ring.hop_indices():
+        in_flight = keys.start(hop + 1)
+        if key_ranges := keys.key_ranges(hop):
+            inputs = HopInputs(q_BLHD, *keys.held_2BnGD, key_ranges, ring.scale)
+            ring.kernel.forward(inputs, state)
+        keys.receive(in_flight)
+    return state.out_BLHD.to(q_BLHD.dtype), state.lse_BHL
+
+
+def backward_sending_keys(
+    own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (dq, dkv): keys come in, and their gradients go back."""
+    all_groups, first_groups, last_groups = split_groups(own_2BLGD, ring)
+    dq_BLHD = zero_accumulators(own.q_BLHD)
+    own_dkv_2BLGD = zero_accumulators(own_2BLGD)
+    keys = _TravellingKeys(own_2BLGD, ring)
+    gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, -1, keys.sent, keys.received, ring)
+    for hop in ring.hop_indices():
+        in_flight = keys.start(hop + 1)
+        groups = all_groups if hop else first_groups
+        dkv_2BnGD = gradients.zeros(hop) if hop else own_dkv_2BLGD
+        if key_ranges := keys.key_ranges(hop):
+            add_gradients(ring, key_ranges, groups, own, keys.held_2BnGD, dq_BLHD, dkv_2BnGD)
+        if hop:
+            gradients.start(dkv_2BnGD, hop)
+        keys.receive(in_flight)
+    add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
+    gradients.add_received()
+    return dq_BLHD, own_dkv_2BLGD
+
+
+def backward_sending_queries(
+    own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (dq, dkv): queries come in, and their gradients go back."""
+    all_groups, first_groups, last_groups = split_groups(kv_2BLGD, ring)
+    dkv_2BLGD = zero_accumulators(kv_2BLGD)
+    own_dq_BLHD = zero_accumulators(own.q_BLHD)
+    queries = _TravellingQueries(own, ring)
+    gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, 1, queries.sent, queries.received, ring)
+    for hop in ring.hop_indices():
+        in_flight = queries.start(hop + 1)
+        groups = all_groups if hop else first_groups
+        dq_BnHD = gradients.zeros(hop) if hop else own_dq_BLHD
+        if key_ranges := queries.key_ranges(hop):
+            add_gradients(ring, key_ranges, groups, queries.held, kv_2BLGD, dq_BnHD, dkv_2BLGD)
+        if hop:
+            gradients.start(dq_BnHD, hop)
+        queries.receive(in_flight)
+    add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
+    gradients.add_received()
+    return own_dq_BLHD, dkv_2BLGD
+
+
+class _TravellingKeys:
+    """Sends this rank's keys to their readers, and holds those that its queries see in a hop.
+
+    One message is in flight at a time, while the rows of the message before it are in use.
+
+    Attributes:
+        held_2BnGD: the rows of this hop.
+        sent, received: by hop, the rows that others read of this rank, and it of others; of hop 0
+            none are sent.
+    """
+
+    def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
+        self.ring = ring
+        self.own_2BLGD = own_2BLGD
+        self.held_2BnGD = own_2BLGD
+        rank = ring.ring_rank
+        hops = range(ring.hops)
+        self.sent = [_keys_read(ring, rank + hop, rank) for hop in hops]
+        self.received = [_keys_read(ring, rank, rank - hop) for hop in hops]
+        most_sent, most_received = _most_rows(self.sent), _most_rows(self.received)
+        self._outgoing = RowBuffers(own_2BLGD, _KV_DIM, most_sent, count=1)
+        self._incoming = RowBuffers(own_2BLGD, _KV_DIM, most_received, count=2)
+
+    def start(self, hop: int) -> Transfer | None:
+        """Start the exchange of the keys of ``hop``; None after the last."""
+        if hop == self.ring.hops:
+            return None
+        rows = self.sent[hop]
+        message = self.own_2BLGD
+        if not rows.is_whole:
+            message = self._outgoing.next(len(rows))
+            _select(self.own_2BLGD, _KV_DIM, rows, message)
+        into = self._incoming.next(len(self.received[hop]))
+        return self.ring.exchange.start(message, hop, into)
+
+    def receive(self, in_flight: Transfer | None) -> None:
+        """Wait for the keys of the next hop."""
+        if in_flight:
+            self.held_2BnGD = in_flight.wait()
+
+    def key_ranges(self, hop: int):
+        """Return what the queries see of the rows held in ``hop``; None if nothing."""
+        if hop == 0:
+            return self.ring.own_key_ranges
+        return self.received[hop].key_ranges if len(self.received[hop]) else None
+
+
+class _Payload(NamedTuple):
+    """A tensor of the rows of queries, and its dimension of tokens."""
+
+    tensor: torch.Tensor
+    dim: int
+
+    def form(self, rows: int) -> torch.Tensor:
+        """Return a tensor without memory, of the same order of dimensions, with so many rows."""
+        return torch.empty_like(self.tensor.narrow(self.dim, 0, rows), device="meta")
+
+
+class _TravellingQueries:
+    """Sends this rank's queries, with the tensors of their rows, to the keys that they see.
+
+    Attributes are those of ``_TravellingKeys``, for queries.
+    """
+
+    def __init__(self, own: QuerySide, ring: Ring):
+        self.ring = ring
+        self.held = own
+        rank = ring.ring_rank
+        hops = range(ring.hops)
+        self.sent = [_queries_reading(ring, rank, rank - hop) for hop in hops]
+        self.received = [_queries_reading(ring, rank + hop, rank) for hop in hops]
+        self._payload = [
+            _Payload(own.q_BLHD, _Q_DIM),
+            _Payload(own.dout_BLHD, _Q_DIM),
+            _Payload(own.lse_BHL, _LSE_DIM),
+            _Payload(delta_of(own.out, own.dout_BLHD), _LSE_DIM),
+        ]
+        byte = torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device)
+        most_sent, most_received = _most_rows(self.sent), _most_rows(self.received)
+        self._outgoing = RowBuffers(byte, 0, self._bytes(most_sent), count=1)
+        self._incoming = RowBuffers(byte, 0, self._bytes(most_received), count=2)
+
+    def start(self, hop: int) -> Transfer | None:
+        """Start the exchange of the queries of ``hop``; None after the last."""
+        self._rows_in_flight = len(self.received[hop]) if hop < self.ring.hops else 0
+        if hop == self.ring.hops:
+            return None
+        rows = self.sent[hop]
+        message = self._outgoing.next(self._bytes(len(rows)))
+        for part, payload in zip(unpack_bytes(message, self._forms(len(rows))), self._payload):
+            _select(payload.tensor, payload.dim, rows, part)
+        into = self._incoming.next(self._bytes(self._rows_in_flight))
+        return self.ring.exchange.start(message, -hop, into)
+
+    def receive(self, in_flight: Transfer | None) -> None:
+        """Wait for the queries of the next hop."""
+        if in_flight:
+            parts = unpack_bytes(in_flight.wait(), self._forms(self._rows_in_flight))
+            q_BnHD, dout_BnHD, lse_BHn, delta_BHn = parts
+            self.held = QuerySide(dout_BnHD, q_BnHD, KnownDelta(delta_BHn, dout_BnHD), lse_BHn)
+
+    def key_ranges(self, hop: int):
+        """Return what the queries held in ``hop`` see of this rank's keys; None if nothing."""
+        if hop == 0:
+            return self.ring.own_key_ranges
+        return self.received[hop].key_ranges if len(self.received[hop]) else None
+
+    def _forms(self, rows: int) -> list[torch.Tensor]:
+        return [payload.form(rows) for payload in self._payload]
+
+    def _bytes(self, rows: int) -> int:
+        return sum(form.nbytes for form in self._forms(rows))
+
+
+class _ReturningGradients:
+    """Sends gradients of received rows to their owner, and adds those of own rows that come back.
+
+    ``towards_owner`` is the sign of the distance to the owner of the rows that a hop holds.
+    """
+
+    def __init__(
+        self,
+        own: torch.Tensor,
+        dim: int,
+        towards_owner: int,
+        sent: list[ReadRows],
+        received: list[ReadRows],
+        ring: Ring,
+    ):
+        self.own = own
+        self.dim = dim
+        self.towards_owner = towards_owner
+        self.sent = sent
+        self.received = received
+        self.ring = ring
+        self.pending: tuple[Transfer, ReadRows] | None = None
+        # One is sent while the next hop adds to the other.
+        self._outgoing = RowBuffers(own, dim, _most_rows(received), count=2)
+        self._incoming = RowBuffers(own, dim, _most_rows(sent), count=1)
+
+    def zeros(self, hop: int) -> torch.Tensor:
+        """Return accumulators for the rows that are held in ``hop``."""
+        return self._outgoing.next(len(self.received[hop])).zero_()
+
+    def start(self, gradients: torch.Tensor, hop: int) -> None:
+        """Send the ``gradients`` of the rows held in ``hop``; add what came back for the last."""
+        self.add_received()
+        rows = self.sent[hop]
+        into = self._incoming.next(len(rows))
+        transfer = self.ring.exchange.start(gradients, self.towards_owner * hop, into)
+        self.pending = transfer, rows
+
+    def add_received(self) -> None:
+        """Wait for the gradients of own rows that are on their way, and add them."""
+        if self.pending is None:
+            return
+        transfer, rows = self.pending
+        received = transfer.wait()
+        if rows.is_whole:
+            self.own.add_(received)
+        elif len(rows):
+            self.own.index_add_(self.dim, rows.on(self.own.device), received)
+        self.pending = None
+
+
+def _keys_read(ring: Ring, reader: int, owner: int) -> ReadRows:
+    ranks = ring.layout.ring_size
+    return read_keys(ring.layout, reader % ranks, owner % ranks, ring.mask)
+
+
+def _queries_reading(ring: Ring, reader: int, owner: int) -> ReadRows:
+    ranks = ring.layout.ring_size
+    return reading_queries(ring.layout, reader % ranks, owner % ranks, ring.mask)
+
+
+def _most_rows(of_hops: list[ReadRows]) -> int:
+    return max(len(rows) for rows in of_hops[1:])
+
+
+def _select(x: torch.Tensor, dim: int, rows: ReadRows, into: torch.Tensor) -> None:
+    """Copy ``rows`` of ``x`` to ``into``."""
+    if rows.is_whole:
+        into.copy_(x)
+    else:
+        torch.index_select(x, dim, rows.on(x.device), out=into)
