@@ -3,15 +3,16 @@
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout
 from megatron_ring.context_parallel.mask import Mask
-from megatron_ring.context_parallel.placement import Placement
+from megatron_ring.context_parallel.placement import Placement, place_samples
 from megatron_ring.context_parallel.sample_blocks import SampleBlocks
-from megatron_ring.kernels.attention import KERNELS
+from megatron_ring.kernels.attention import KERNELS, reference
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import beyond_tolerance
@@ -92,3 +93,57 @@ def test_any_documents_and_placements_give_the_attention_of_the_oracle(case):
     )
     expected = oracle.attention(*inputs, visible(case))
     assert beyond_tolerance(run.results, expected, case.dtype) == {}
+
+
+def placed_pack(ring_size: int, length: int) -> tuple[Layout, Mask, Placement]:
+    """A long document, then short ones, placed by the rule."""
+    layout = Layout("striped", length, ring_size, placement=DocumentPlacement(block=BLOCK))
+    starts = [0, *range(length // 2 + 3, length, 2 * BLOCK + 3)]
+    [placement] = place_samples(torch.tensor(starts), 1, layout)
+    return layout, Mask(document_starts=tuple(starts), placements=(placement,)), placement
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["keys travel", "queries travel"])
+def test_a_rank_sends_the_rows_that_are_read_and_no_others(groups):
+    """Forward, hop by hop, the bytes are those that ``SampleBlocks`` counts for the placement."""
+    ring_size, head_size = 4, 16
+    layout, mask, placement = placed_pack(ring_size, 16 * BLOCK * ring_size)
+    inputs = oracle.random_inputs(1, layout.seq_length, 2, groups, torch.float32, head_size)
+    exchanges = simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
+    rows_TR = placement.blocks.rows_sent_directly(placement.owners)
+    bytes_of_row = 2 * groups * head_size * 4
+    sent_RT = np.array(exchanges.forward)
+    assert np.array_equal(sent_RT, bytes_of_row * rows_TR[1:].T)
+    assert 0 < rows_TR.sum() < 0.7 * layout.seq_length * (ring_size - 1)
+    if groups == 1:  # Keys of a hop are as many bytes as their gradients, which go back.
+        for rank, sent in enumerate(exchanges.backward):
+            keys, gradients = sent[:1] + sent[1:-1:2], sent[2:-1:2] + sent[-1:]
+            assert keys == exchanges.forward[rank]
+            readers = [(rank - hop) % ring_size for hop in range(1, ring_size)]
+            came = [exchanges.forward[r][hop] for hop, r in enumerate(readers)]
+            assert gradients == came
+
+
+def test_nothing_is_sent_where_every_document_is_whole_on_a_rank():
+    layout = Layout("striped", 64, 4)
+    starts = tuple(range(0, 64, BLOCK))
+    blocks = SampleBlocks.of(np.array(starts), 64, 4, block=BLOCK)
+    mask = Mask(document_starts=starts, placements=(Placement(blocks, np.arange(8) % 4),))
+    inputs = oracle.random_inputs(1, 64, 2, 2, torch.float32)
+    run = simulated_ring.run(layout, reference, *inputs, mask=mask)
+    assert sum(map(sum, run.exchanges.forward)) == sum(map(sum, run.exchanges.backward)) == 0
+    document_BS = torch.arange(64).div(BLOCK, rounding_mode="floor")[None]
+    expected = oracle.attention(*inputs, oracle.visible(document_BS))
+    assert beyond_tolerance(run.results, expected, torch.float32) == {}
+
+
+def test_every_read_row_is_sent_where_one_document_is_all_there_is():
+    """A ring over one document sends as much as one that forwards."""
+    layout = Layout("zigzag", 64, 4)
+    inputs = oracle.random_inputs(1, 64, 4, 1, torch.float32)
+    one, forwarded = (
+        simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
+        for mask in (Mask(document_starts=(0,)), Mask())
+    )
+    assert sum(map(sum, one.forward)) <= sum(map(sum, forwarded.forward))
+    assert sum(map(sum, one.backward)) <= sum(map(sum, forwarded.backward))

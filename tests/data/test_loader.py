@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout
+from megatron_ring.context_parallel.placement import place_samples
 from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.loader import Batch, Loader
 from megatron_ring.data.samples import SampleStream
@@ -350,3 +351,30 @@ def test_a_layout_longer_than_the_samples_is_padded_at_their_end(store_of):
     assert tokens == [[1, 5], [2, 6], [END, 7], [4, 7]]
     assert targets == [[2, 6], [END, 7], [-100, 8], [5, -100]]
     assert positions == [[0, 1], [1, 2], [2, 3], [0, 4]]
+
+
+def test_placed_samples_have_positions_of_their_own_and_every_token_once(store_of):
+    """Two samples with different documents: all ranks together read what one process reads."""
+    lengths = [33, 9, 8, 8, 10, 9, 17, 5, 29] * 4
+    documents = [[*range(1, n), END] for n in lengths]
+    stream = SampleStream(store_of(documents), range(36), seq_length=64, seed=5, vocab_size=65536)
+    boundaries = DocumentBoundaries(END, reset_attention_mask=True, reset_position_ids=True)
+    layout = Layout("striped", 64, 2, placement=DocumentPlacement(block=8))
+    whole = only_batch(stream, Layout("none", 64, 1), samples=2, boundaries=boundaries)
+    of_ranks = [
+        only_batch(
+            stream, layout, rank, 2, boundaries=boundaries, ulysses_rank=half, ulysses_size=2
+        )
+        for rank, half in product(range(2), range(2))
+    ]
+    placements = place_samples(whole.document_starts, 2, layout)
+    assert all(placements)
+    assert not np.array_equal(placements[0].owners, placements[1].owners)
+    for sample in range(2):
+        read = torch.cat([token_target_position(batch)[sample] for batch in of_ranks])
+        positions = [placements[sample].positions(rank) for rank in range(2)]
+        assert torch.equal(
+            read[torch.cat(positions).argsort()], token_target_position(whole)[sample]
+        )
+    for batch in of_ranks:
+        assert torch.equal(batch.document_starts, whole.document_starts)

@@ -46,6 +46,9 @@ def pipe(size: int) -> dict:
     return {"pipeline_model_parallel_size": size}
 
 
+PLACED = {"document_placement": "auto"}
+SEPARATED = {"reset_attention_mask": True}
+
 # Name -> processes, changes to the tiny config (4 heads in 2 groups, hidden size 32, 2 layers, 48
 # tokens), parts of the only problem, and the flags of its remedy.
 REFUSED = {
@@ -217,6 +220,24 @@ REFUSED = {
             "Nearest: 40, 48.",
         ],
         ["--seq-length", "--context-parallel striped", "--stripe-size 1", "--sequence-parallel"],
+    ),
+    "placed documents of another layout": (
+        2,
+        {"parallel": PLACED | {"context_parallel": "zigzag"}, "data": SEPARATED},
+        ["document_placement auto", "striped", "context_parallel is zigzag"],
+        ["--context-parallel", "--document-placement"],
+    ),
+    "placed documents that are one": (
+        2,
+        {"parallel": PLACED},
+        ["document_placement auto", "reset_attention_mask is off"],
+        ["--reset-attention-mask", "--document-placement"],
+    ),
+    "placed documents in the order of a fixed reduction": (
+        2,
+        {"parallel": PLACED | {"context_parallel_reduction": "invariant"}, "data": SEPARATED},
+        ["document_placement auto", "context_parallel_reduction invariant"],
+        ["--context-parallel-reduction", "--document-placement"],
     ),
 }
 
