@@ -57,8 +57,10 @@ class RowBuffers:
         self._sizes = [*like.shape[:dim], 0, *like.shape[dim + 1 :]]
         self._dim = dim
         self._memory_order = sorted(range(like.ndim), key=lambda d: like.stride(d), reverse=True)
-        elements = like.numel() // like.shape[dim] * most
-        self._buffers = [like.new_empty(elements) for _ in range(count)]
+        self._like = like.new_empty(0)
+        self._elements = like.numel() // like.shape[dim] * most
+        self._count = count
+        self._buffers: list[torch.Tensor] = []
 
     def next(self, rows: int) -> torch.Tensor:
         """Return an uninitialised dense tensor with so many rows, in the next buffer."""
@@ -69,7 +71,9 @@ class RowBuffers:
         for dim in reversed(self._memory_order):
             strides[dim] = elements
             elements *= max(1, sizes[dim])
-        self._buffers.append(buffer := self._buffers.pop(0))
+        is_new = len(self._buffers) < self._count
+        buffer = self._like.new_empty(self._elements) if is_new else self._buffers.pop(0)
+        self._buffers.append(buffer)
         return buffer.as_strided(sizes, strides)
 
 

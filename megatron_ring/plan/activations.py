@@ -192,7 +192,8 @@ def _backward_through_attention(
 ) -> float:
     if config.parallel.context_parallel_reduction == "invariant":
         return _backward_in_blocks(grid, x, dtype)
-    return _backward_through_ring(grid, x, dtype)
+    sends_rows = config.data.reset_attention_mask
+    return _backward_through_ring(grid, x, dtype, sends_rows)
 
 
 def _backward_in_blocks(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
@@ -208,7 +209,9 @@ def _backward_in_blocks(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> floa
     return x.queries + blocks + max(in_transfer, queries_sum + keys_sum)
 
 
-def _backward_through_ring(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> float:
+def _backward_through_ring(
+    grid: Grid, x: _TensorBytes, dtype: torch.dtype, sends_rows: bool
+) -> float:
     """Return the bytes of context_parallel/ring in backward.
 
     These are the output's gradient, the float32 sums for Q, K and V, and what is in transfer.
@@ -216,7 +219,8 @@ def _backward_through_ring(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> f
     In transfer are one message that is sent and one that is received, and as many for the sums that
     follow: of the keys, or of the queries with their outputs' gradients, lse and delta, whichever
     are fewer bytes. With more than two ranks a rank's own sums wait for those besides the sums of
-    the current hop.
+    current hop. ``sends_rows``: documents are kept apart, so the rows that others read are copied
+    to a message, at most all of them.
     """
     fp32_factor = _FP32 / dtype.itemsize
     queries_sum = fp32_factor * x.queries
@@ -229,5 +233,5 @@ def _backward_through_ring(grid: Grid, x: _TensorBytes, dtype: torch.dtype) -> f
     if grid.ring > 1:
         in_transfer = 2 * (message + sums)
     if grid.ring > 2:
-        in_transfer += sums
+        in_transfer += sums + sends_rows * message
     return x.queries + queries_sum + keys_sum + max(cast, in_transfer)

@@ -122,6 +122,10 @@ def _ring_lines(setup: RunSettings) -> list[str]:
     ]
     documents = ""
     if setup.config.data.reset_attention_mask:
+        lines.append(
+            "                 at most: documents are kept apart, so a row goes only to the ranks "
+            "that read it (--profile-ring measures it)"
+        )
         documents = (
             ", as if a sample were one document: separate documents are less work, and how much "
             "each rank has depends on their lengths (--profile-ring measures it)"
