@@ -19,7 +19,9 @@ unbalanced and striping gains less over it.
 same on every rank. The single process then runs torch's causal attention on one document after
 another or, with --window, which torch's public function does not support, the ring's kernel. With
 real ranks the striped ring without that mask is timed as well (row "dense"), to compare the cost
-per visible pair.
+per visible pair. With documents the striped ring that places them by size is timed too (row
+"placed"), and where documents end with the shards of a contiguous ring, ranks that attend to their
+own documents without a ring (row "apart").
 
 --emulate-ranks N runs the hops of all ranks one after another in one process. The critical path is
 the time that a ring of N such devices with free communication would take. The kernel is timed,
@@ -34,7 +36,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,12 +54,13 @@ from benchmarks.common import (
     size_problems,
     write_json,
 )
-from benchmarks.document_packs import random_starts
+from benchmarks.document_histogram import pack_starts
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
-from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout, auto_stripe_size
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.placement import place_samples
 from megatron_ring.errors import ConfigError, counted, flag, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -78,9 +81,12 @@ from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.ring_timeline import Timeline, bound_over_ring, visible_pairs_per_hop
 
 LAYOUTS = ("ring", "striped", "zigzag")
-# Rows of further runs: the striped ring without the mask, and the ring that sends queries.
+# Rows of further runs: the striped ring without the mask, the ring that sends queries, the one that
+# places documents, and ranks without a ring.
 DENSE = "dense"
 LIGHTER = "lighter"
+PLACED = "placed"
+APART = "apart"
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,10 @@ class Options:
     """Run the hops of this many ranks one after another in one process instead."""
     seq_length: int = 16384
     """Tokens of the whole sequence."""
-    documents: int = 0
-    """Mean length in tokens of the documents packed into the sequence; 0: a single document."""
+    documents: str = "0"
+    """Lengths in tokens of the documents packed into the sequence: a mean, for lognormal lengths;
+    equal:LENGTH; histogram:FILE, drawn from a table, or histogram for the published one
+    (document_lengths.csv). 0: a single document."""
     window: int = 0
     """Keys that a token attends to, itself included; 0: all earlier ones."""
     heads: int = 8
@@ -175,12 +183,13 @@ def main() -> None:
 
 def _check(options: Options) -> None:
     problems = size_problems(options, "nproc", "seq_length", "head_dim", "batch")
-    for name in ("emulate_ranks", "documents", "window", "rounds"):
+    for name in ("emulate_ranks", "window", "rounds"):
         value = getattr(options, name)
         if value < 0:
             problems.append(f"{name} {value} must be at least 0. Set {flag(name)}.")
     if problems:
         raise ConfigError(problems)
+    _mask(options)
 
 
 # ---- the cases that the options select ----
@@ -191,15 +200,20 @@ def _cases(options: Options) -> dict[str, Case]:
     mask = _mask(options)
     cases = {name: Case(_layout(name, options, mask), mask) for name in LAYOUTS}
     # Left out for emulated ranks: their sequences are long and take hours without documents.
+    if mask.document_starts:
+        layout = _layout("striped", options, mask)
+        layout = replace(layout, placement=DocumentPlacement(options.window))
+        placements = place_samples(torch.tensor(mask.document_starts), options.batch, layout)
+        cases[PLACED] = Case(layout, replace(mask, placements=placements))
     if mask != CAUSAL and not options.emulate_ranks:
         cases[DENSE] = Case(_layout("striped", options, CAUSAL), CAUSAL)
     return cases
 
 
 def _mask(options: Options) -> Mask:
-    if not options.documents:
+    if options.documents == "0":
         return Mask(options.window)
-    starts = random_starts(options.documents, options.seq_length, options.batch)
+    starts = pack_starts(options.documents, options.seq_length, options.batch)
     return Mask(options.window, starts, options.batch)
 
 
@@ -229,7 +243,7 @@ def _device_type(options: Options) -> str:
 
 def _kernel(options: Options) -> str:
     features = {
-        Feature.DOCUMENTS: options.documents > 0,
+        Feature.DOCUMENTS: options.documents != "0",
         Feature.WINDOW: options.window > 0,
         Feature.GROUPED_HEADS: options.heads != options.kv_heads,
     }
@@ -259,7 +273,7 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
         setting = f"{counted(options.emulate_ranks, 'emulated rank')}, communication not counted"
     else:
         setting = counted(options.nproc, "rank")
-    one_by_one = ", document by document" if options.documents else ""
+    one_by_one = ", document by document" if options.documents != "0" else ""
     single = "the ring's kernel" if options.window else f"torch's causal attention{one_by_one}"
     dense = cases.get(DENSE)
     return {
@@ -276,7 +290,10 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
         "dense_stripe_size": dense.layout.stripe_size if dense else None,
         "dense_seconds": times.seconds.get(DENSE),
         "lighter_seconds": times.seconds.get(LIGHTER),
-        "results": [vars(_result(name, cases, times, options.batch)) for name in LAYOUTS],
+        "apart_seconds": times.seconds.get(APART),
+        "results": [
+            vars(_result(name, cases, times, options.batch)) for name in cases if name != DENSE
+        ],
     }
 
 
@@ -346,6 +363,8 @@ _COLUMNS = {
 _ROWS = {
     DENSE: "the striped ring without the mask of documents or window",
     LIGHTER: "the contiguous ring that sends queries backward where they are fewer bytes",
+    APART: "ranks that attend to documents of their own, without a ring",
+    PLACED: "the striped ring whose documents are placed by size",
     "ring": "the contiguous ring as published, whose keys and values travel in both directions",
 }
 
@@ -361,7 +380,7 @@ def _print_report(findings: dict) -> None:
         f"{findings['device']}, {options['dtype']}, {findings['setting']}, "
         f"{options['seq_length']} tokens, forward + backward, {rounds}"
     )
-    if options["documents"] or options["window"]:
+    if options["documents"] != "0" or options["window"]:
         print(_mask_line(findings))
     print(f"single: {findings['single']}")
     print(f"{'layout':<10}{plain_titles(_COLUMNS)}")
@@ -372,7 +391,8 @@ def _print_report(findings: dict) -> None:
         "stripe_size": findings["dense_stripe_size"],
     }
     lighter = {"layout": LIGHTER, "seconds": findings["lighter_seconds"], "stripe_size": 1}
-    for row in (single, dense, lighter):
+    apart = {"layout": APART, "seconds": findings["apart_seconds"]}
+    for row in (single, dense, lighter, apart):
         if row["seconds"]:
             print(_line(row))
     for row in findings["results"]:
@@ -384,11 +404,9 @@ def _print_report(findings: dict) -> None:
 
 def _mask_line(findings: dict) -> str:
     documents = "no documents"
-    if findings["documents"]:
+    if findings["documents"] != "0":
         count = findings["document_count"]
-        documents = (
-            f"{counted(count, 'document')}, drawn with a mean of {findings['documents']} tokens"
-        )
+        documents = f"{counted(count, 'document')} (--documents {findings['documents']})"
     window = f"a window of {findings['window']}" if findings["window"] else "no window"
     return f"{documents}; {window}; {findings['visible_pairs']:,} visible pairs"
 
@@ -410,7 +428,7 @@ def _measure(options: Options, cases: dict[str, Case]) -> Times:
 
 def _spawn(options: Options) -> dict[str, float]:
     port = free_port()
-    if options.documents or options.window:
+    if options.documents != "0" or options.window:
         # Idle OpenMP threads spin between many short operators and delay others on a busy machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
@@ -452,6 +470,8 @@ def _runs(rank: int, options: Options) -> dict[str, Callable[[], None]]:
     if options.nproc > 1 and _sends_queries(options):
         runs[LIGHTER] = runs["ring"]
         runs["ring"] = _published_run(cases["ring"], groups, options)
+    if _documents_end_with_shards(cases["ring"]):
+        runs[APART] = _apart_run(rank, cases["ring"], options)
     runs["single"] = _single_run(options, options.nproc) if rank == 0 else lambda: None
     return runs
 
@@ -469,6 +489,24 @@ def _ring_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[
     return run
 
 
+def _documents_end_with_shards(case: Case) -> bool:
+    """Return whether no document is on two ranks of a contiguous ring."""
+    starts = case.mask.document_starts
+    tokens = case.mask.samples * case.layout.seq_length
+    return set(range(0, tokens, case.layout.shard_length)) <= set(starts)
+
+
+def _apart_run(rank: int, case: Case, options: Options) -> Callable[[], None]:
+    """Return a run in which each rank attends to the documents of its contiguous shard alone."""
+    length = case.layout.shard_length
+    first = rank * length
+    starts = [
+        start - first for start in case.mask.document_starts if first <= start < first + length
+    ]
+    alone = Case(Layout("none", length, 1), Mask(options.window, tuple(starts)))
+    return _ring_run(alone, ProcessGroups(), options)
+
+
 def _sends_queries(options: Options) -> bool:
     """Return whether our ring sends queries in the backward pass with these heads."""
     q, k, v, _ = _tensors(options, tokens=1)
@@ -478,7 +516,8 @@ def _sends_queries(options: Options) -> bool:
 def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Callable[[], None]:
     """Return a run of Ring Attention as published (Liu et al. 2023, section 3).
 
-    Keys and values travel in the backward pass as they do in the forward pass.
+    Keys and values travel in the backward pass as they do in the forward pass, all of them to all
+    ranks.
     """
     q, k, v, dout = _tensors(options, case.layout.shard_length, case.mask.samples)
     exchange = RingExchange.over(groups.ring_links)
@@ -492,6 +531,7 @@ def _published_run(case: Case, groups: ProcessGroups, options: Options) -> Calla
         case.mask,
         sends_queries=lambda q, kv: False,
         splits_own_work=exchange.is_slow,
+        sends_all_rows=True,
     )
 
     def run() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.document_packs import starts_of
-from megatron_ring.errors import DataError
+from benchmarks.document_packs import random_starts, starts_of
+from megatron_ring.errors import ConfigError, DataError
 
 PUBLISHED = Path(__file__).with_name("document_lengths.csv")
 _COLUMNS = ["from", "to", "documents"]
@@ -62,6 +62,30 @@ def read_histogram(path: Path = PUBLISHED) -> Histogram:
     if not sum(documents for _, _, documents in bins):
         raise DataError(f"the histogram {path} counts no documents.")
     return Histogram(*torch.tensor(bins).unbind(1))
+
+
+def pack_starts(documents: str, seq_length: int, samples: int = 1) -> tuple[int, ...]:
+    """Return where documents begin in ``samples`` packs laid end to end.
+
+    ``documents`` is a mean length, for lognormal lengths; equal:N, for lengths of N; or
+    histogram:FILE, for lengths drawn from the file, histogram for the published one. Raises
+    ConfigError for anything else, and DataError for a file that is not a histogram.
+    """
+    kind, _, value = documents.partition(":")
+    if kind == "histogram":
+        histogram = read_histogram(Path(value) if value else PUBLISHED)
+        of_samples = [histogram.starts(seq_length, seed) for seed in range(samples)]
+        return tuple(s * seq_length + start for s, pack in enumerate(of_samples) for start in pack)
+    number = value if kind == "equal" else documents
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise ConfigError(
+            f"documents {documents} must be a mean length of at least 1, equal:LENGTH, histogram "
+            "or histogram:FILE, or 0 for none. Set --documents."
+        )
+    if kind != "equal":
+        return random_starts(int(number), seq_length, samples)
+    starts = range(0, seq_length, int(number))
+    return tuple(s * seq_length + start for s in range(samples) for start in starts)
 
 
 def _bin(path: Path, line: int, row: list[str]) -> list[int]:

@@ -220,6 +220,7 @@ def _ranks_of(
     size = documents[:, 1] - documents[:, 0]
     mean_work = weight.sum() / blocks.ring_size
     needed = np.maximum(size / (limits.tokens * per_rank), work / (limits.work * mean_work))
+    needed = needed.round(9)  # sums of floats: equal documents need equally many
     return np.where(needed <= 1, 1, np.where(needed <= node_size, node_size, blocks.ring_size))
 
 

@@ -48,6 +48,8 @@ class Ring:
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
         splits_own_work: whether backward keeps half of the work on the rank's own keys until the
             last message is in flight, at the price of more kernel calls (docs/decisions/0013).
+        sends_all_rows: whether documents make no difference to what is sent, as in a published
+            ring.
     """
 
     layout: Layout
@@ -59,11 +61,12 @@ class Ring:
     on_hop: Callable[[int, int], object] = lambda hop, hops: None
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
     splits_own_work: bool = True
+    sends_all_rows: bool = False
 
     @property
     def sends_directly(self) -> bool:
         """Whether rows go straight to the ranks that read them, and only these (direct.py)."""
-        return self.hops > 1 and bool(self.mask.document_starts)
+        return self.hops > 1 and bool(self.mask.document_starts) and not self.sends_all_rows
 
     @functools.cached_property
     def hops(self) -> int:

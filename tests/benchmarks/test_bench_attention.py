@@ -66,6 +66,7 @@ def test_every_layout_and_the_single_process_are_timed(arguments, setting, emula
         "dense_stripe_size",
         "dense_seconds",
         "lighter_seconds",
+        "apart_seconds",
         "results",
     }
     assert (document["setting"], document["emulated"]) == (setting, emulated)
@@ -115,7 +116,7 @@ def test_every_layout_and_the_single_process_are_timed(arguments, setting, emula
 )
 def test_emulated_ranks_apply_documents_and_windows(flags, single, run_in_process):
     document, printed = run_in_process("--emulate-ranks", "3", *flags, "--batch", "2")
-    assert document["documents"] == (7 if "--documents" in flags else 0)
+    assert document["documents"] == ("7" if "--documents" in flags else "0")
     assert document["window"] == (5 if "--window" in flags else 0)
     assert 2 * 48 < document["visible_pairs"] < 2 * 48 * 49 / 2
     assert f"{document['visible_pairs']:,} visible pairs" in printed
@@ -145,7 +146,7 @@ def test_cost_per_pair_is_relative_to_the_dense_ring(window, run_in_process):
 def test_baseline_is_the_published_ring_where_ours_sends_queries(flags, run_in_process):
     """With as many key-value heads as query heads, speedups are over the published ring."""
     document, printed = run_in_process("--nproc", "2", "--kv-heads", "2", *flags)
-    ring, striped, _ = document["results"]
+    ring, striped, *_ = document["results"]
     assert document["lighter_seconds"] > 0
     assert ring["seconds"] != document["lighter_seconds"]
     assert striped["speedup_over_ring"] == ring["seconds"] / striped["seconds"]
@@ -167,19 +168,17 @@ def test_stripe_size_is_the_one_of_training_or_the_requested_one(
     document, _ = run_in_process(
         "--emulate-ranks", ranks, "--seq-length", "1024", "--rounds", "0", *flags
     )
-    assert [result["stripe_size"] for result in document["results"]] == [1, stripe, 1]
+    sizes = {result["layout"]: result["stripe_size"] for result in document["results"]}
+    placed = {"placed": stripe} if "--documents" in flags else {}
+    assert sizes == {"ring": 1, "striped": stripe, "zigzag": 1} | placed
 
 
 def test_zero_rounds_count_the_work_and_time_nothing(run_in_process):
     document, printed = run_in_process(
         "--emulate-ranks", "8", "--seq-length", "8192", "--documents", "500", "--rounds", "0"
     )
-    ring, striped, zigzag = document["results"]
-    assert (
-        striped["imbalance_counted"]
-        <= 1.01
-        < min(ring["imbalance_counted"], zigzag["imbalance_counted"])
-    )
+    of = {result["layout"]: result["imbalance_counted"] for result in document["results"]}
+    assert of["striped"] <= 1.01 < min(of["ring"], of["zigzag"])
     assert {result["seconds"] for result in document["results"]} == {None}
     assert "counted, not timed" in printed
 
@@ -195,6 +194,24 @@ def test_zero_rounds_count_the_work_and_time_nothing(run_in_process):
 def test_invalid_options_are_rejected_before_ranks_start(flags, message, run_in_process):
     with pytest.raises(ConfigError, match=message):
         run_in_process(*flags)
+
+
+def test_documents_that_end_with_shards_are_also_attended_apart(run_in_process):
+    """Two documents fill a block, so blocks read nothing of each other."""
+    document, printed = run_in_process(
+        "--nproc", "2", "--seq-length", "1024", "--documents", "equal:64"
+    )
+    assert document["apart_seconds"] > 0
+    assert "\napart" in printed
+    placed = next(result for result in document["results"] if result["layout"] == "placed")
+    assert placed["imbalance_counted"] == 1
+    assert document["document_count"] == 16
+
+
+@pytest.mark.parametrize("documents", ["7.5", "-1", "equal:0", "histogramm", "equal"])
+def test_documents_that_are_no_lengths_are_rejected(documents, run_in_process):
+    with pytest.raises(ConfigError, match="documents .*equal:LENGTH.*--documents"):
+        run_in_process(f"--documents={documents}")
 
 
 def test_length_that_does_not_fit_the_layout_exits_with_2():
