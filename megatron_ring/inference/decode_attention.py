@@ -30,9 +30,9 @@ class PartialSoftmax(NamedTuple):
 class DecodeStep:
     """Attention of one new token of each of ``samples``; the ownership has its position already.
 
-    Every call of ``attend`` runs two all-reduces over the ring and blocks: batch x local heads
-    numbers for the maximum, and (head dim + 1) times as many for the sums. The result is the same
-    on every rank.
+    Every call of ``attend`` communicates over the ring and blocks. Two ranks exchange batch x local
+    heads x (head dim + 2) numbers; more run two all-reduces, of batch x local heads numbers for the
+    maximum, and of (head dim + 1) times as many for the sums. The result is the same on every rank.
     """
 
     def __init__(self, samples: Sequence[int], cache: Cache, ring: RingRank):
@@ -71,16 +71,35 @@ class DecodeStep:
         At least one rank has a key of every sample, so the maximum is finite, and a rank that has
         none adds zeros.
         """
-        max_BH = own.max_BH
-        # (B, H, D + 1): the weighted values and, last, the sum of the weights.
-        sums = torch.cat((own.out_BHD, own.sum_BH.unsqueeze(-1)), dim=-1)
-        if self.ring.links is not None:
-            max_BH = max_BH.clone()
-            dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
-            sums *= torch.exp(own.max_BH - max_BH).unsqueeze(-1)
-            dist.all_reduce(sums, dist.ReduceOp.SUM, self.ring.links[0])
+        if self.ring.size == 2:
+            max_BH, sums = _scaled_to_maximum(self._of_both_ranks(own))
+        else:
+            max_BH, sums = self._reduced(own)
+        # Of the sums (B, H, D + 1) the last is that of the weights.
         out_BHD, sum_BH = sums[..., :-1], sums[..., -1]
         return out_BHD / sum_BH.unsqueeze(-1), max_BH + sum_BH.log()
+
+    def _of_both_ranks(self, own: PartialSoftmax) -> list[PartialSoftmax]:
+        """Return the partial results in rank order, so that both ranks add them up alike.
+
+        One exchange has half the messages of an all-reduce, and there would be two.
+        """
+        packed = torch.cat((own.out_BHD, own.max_BH[..., None], own.sum_BH[..., None]), dim=-1)
+        received = self.ring.exchange().start(packed).wait()
+        head_dim = own.out_BHD.shape[-1]
+        out_BHD, max_BH1, sum_BH1 = received.split([head_dim, 1, 1], dim=-1)
+        other = PartialSoftmax(out_BHD, max_BH1[..., 0], sum_BH1[..., 0])
+        return [own, other] if self.ring.rank == 0 else [other, own]
+
+    def _reduced(self, own: PartialSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maximum over all ranks, and the sums scaled to it."""
+        max_BH = own.max_BH.clone()
+        if self.ring.links is not None:
+            dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
+        sums = _scaled(own, max_BH)
+        if self.ring.links is not None:
+            dist.all_reduce(sums, dist.ReduceOp.SUM, self.ring.links[0])
+        return max_BH, sums
 
     def _store(self, layer: int, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor) -> None:
         visible = self._visible_entries(layer)
@@ -119,3 +138,15 @@ def attend_to_all(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) 
     weights_GXM = scores_GXM.sub_(max_GX.unsqueeze(-1)).exp_()
     out_GXD = torch.bmm(weights_GXM, v_GMD.to(dtype))
     return PartialSoftmax(out_GXD.view(q_HD.shape), max_GX.flatten(), weights_GXM.sum(-1).flatten())
+
+
+def _scaled(partial: PartialSoftmax, max_BH: torch.Tensor) -> torch.Tensor:
+    """Return (B, H, D + 1), the weighted values and the sum of weights, relative to a maximum."""
+    sums = torch.cat((partial.out_BHD, partial.sum_BH.unsqueeze(-1)), dim=-1)
+    return sums * torch.exp(partial.max_BH - max_BH).unsqueeze(-1)
+
+
+def _scaled_to_maximum(parts: Sequence[PartialSoftmax]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the maximum over ``parts``, and their sums scaled to it and added in order."""
+    max_BH = torch.stack([part.max_BH for part in parts]).amax(0)
+    return max_BH, sum(_scaled(part, max_BH) for part in parts)
