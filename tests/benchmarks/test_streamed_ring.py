@@ -12,6 +12,7 @@ from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
 from megatron_ring.context_parallel import invariant
 from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.context_parallel.ring_hop import Transfer
 from megatron_ring.kernels.attention import HopInputs, HopKernel, reference
 from tests.benchmarks.happens_before import Device, Race, Stream
@@ -53,6 +54,7 @@ def run(
     loop: ModuleType = ring_loop,
     kernel: HopKernel = reference,
     skips_wait: Callable[[Stream, Stream], bool] = lambda waiting, origin: False,
+    mask: Mask = CAUSAL,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Run forward and backward on every rank, on streams of ``device`` or without streams.
 
@@ -68,7 +70,8 @@ def run(
 
     def body(rank: int, exchange: StreamExchange) -> tuple:
         exchange = ReusingExchange(exchange, device) if device else exchange
-        ring = ring_loop.Ring(Layout("striped", ranks * TOKENS, ranks), rank, kernel, 0.5, exchange)
+        layout = Layout("striped", ranks * TOKENS, ranks)
+        ring = ring_loop.Ring(layout, rank, kernel, 0.5, exchange, mask)
         out, lse = loop.forward(q[rank], kv[rank], ring)
         return out, lse, *loop.backward(q[rank], None, q[rank], kv[rank], out, lse, ring)
 
@@ -80,18 +83,27 @@ def run(
 
 each_direction = pytest.mark.parametrize("kv_heads", [2, 1], ids=["queries travel", "keys travel"])
 each_size = pytest.mark.parametrize("ranks", [2, 3, 4])
+# Every rank reads some rows of every other, and not all.
+DOCUMENTS = Mask(document_starts=(0, 2, 2 * TOKENS - 3))
 each_loop = pytest.mark.parametrize(
-    ("loop", "ranks"),
-    [(ring_loop, 2), (ring_loop, 3), (invariant, 2), (invariant, 4)],
-    ids=lambda value: getattr(value, "__name__", value),
+    ("loop", "ranks", "mask"),
+    [
+        (ring_loop, 2, CAUSAL),
+        (ring_loop, 3, CAUSAL),
+        (ring_loop, 2, DOCUMENTS),
+        (ring_loop, 4, DOCUMENTS),
+        (invariant, 2, CAUSAL),
+        (invariant, 4, CAUSAL),
+    ],
+    ids=["forwarded-2", "forwarded-3", "direct-2", "direct-4", "invariant-2", "invariant-4"],
 )
 
 
 @each_direction
 @each_loop
-def test_nothing_races_and_results_equal_those_without_streams(loop, ranks, kv_heads):
-    with_streams = run(ranks, kv_heads, Device(), loop)
-    without = run(ranks, kv_heads, loop=loop)
+def test_nothing_races_and_results_equal_those_without_streams(loop, ranks, mask, kv_heads):
+    with_streams = run(ranks, kv_heads, Device(), loop, mask=mask)
+    without = run(ranks, kv_heads, loop=loop, mask=mask)
     for actual, expected in zip(with_streams, without):
         assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
@@ -108,12 +120,12 @@ WAITS = {
 @each_direction
 @each_loop
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, kv_heads):
+def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, mask, kv_heads):
     def skips_wait(waiting: Stream, origin: Stream) -> bool:
         return (waiting.kind, origin.kind, waiting.ring_rank == origin.ring_rank) == wait
 
     with pytest.raises(Race):
-        run(ranks, kv_heads, Device(), loop, skips_wait=skips_wait)
+        run(ranks, kv_heads, Device(), loop, skips_wait=skips_wait, mask=mask)
 
 
 def test_a_kernel_that_writes_to_keys_in_transit_is_a_race():
