@@ -27,7 +27,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,8 +48,9 @@ from benchmarks.overlap_criterion import operations
 from benchmarks.report_gpu import measured_lines, stripe_lines
 from benchmarks.ring_correctness import correctness
 from megatron_ring.context_parallel.hop_cost import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
-from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.layout import DocumentPlacement, Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
+from megatron_ring.context_parallel.placement import place_samples
 from megatron_ring.errors import ConfigError, KernelUnavailable, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
@@ -264,16 +265,24 @@ class Bench:
     def packs(self) -> Iterator[dict[str, Any]]:
         """Time packs on eight ranks, relative to a contiguous ring that ignores the documents."""
         for tokens in self.options.packs:
-            mask = Mask(document_starts=random_starts(MEAN_DOCUMENT_LENGTH, tokens))
-            cases = [(Layout("ring", tokens, PACK_RANKS), CAUSAL)]
-            cases += [(Layout("striped", tokens, PACK_RANKS, x), mask) for x in STRIPE_SIZES]
+            starts = random_starts(MEAN_DOCUMENT_LENGTH, tokens)
+            mask = Mask(document_starts=starts)
+            cases = [(Layout("ring", tokens, PACK_RANKS), CAUSAL, "ignored")]
+            cases += [
+                (Layout("striped", tokens, PACK_RANKS, x), mask, "applied") for x in STRIPE_SIZES
+            ]
+            placed = Layout("striped", tokens, PACK_RANKS, placement=DocumentPlacement())
+            placements = place_samples(torch.tensor(starts), 1, placed)
+            if any(placements):
+                cases.append((placed, replace(mask, placements=placements), "placed"))
             baselines = []
-            for (layout, applied), (name, kernel) in itertools.product(cases, self.kernels.items()):
+            for case, (name, kernel) in itertools.product(cases, self.kernels.items()):
+                layout, applied, documents = case
                 row = {
                     "tokens": tokens,
                     "layout": layout_name(layout),
                     "kernel": name,
-                    "documents": "applied" if applied is mask else "ignored",
+                    "documents": documents,
                 }
                 if self._is_out_of_time(row):
                     continue

@@ -63,6 +63,8 @@ def time_rank(
 
     def time_hop(hop: int) -> HopTimes:
         key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
+        if mask.document_starts and key_ranges.visible_pairs == 0:
+            return HopTimes(1, 0, 0.0, 0.0)  # not computed (context_parallel/direct.py)
         inputs = HopInputs(q, k, v, key_ranges, scale)
         forward = median_seconds(lambda: kernel.forward(inputs, state))
         out = FinalOutput.of(state.out_BLHD.to(q.dtype), dout)
