@@ -66,9 +66,20 @@ class DataConfig:
     """Exclude the predictions of end-of-document tokens from the loss, so that no loss crosses from
     one document to the next."""
 
+    sample_assignment: Literal["in-order", "by-work"] = "in-order"
+    """Which data rank trains which sample of a step. in-order: as they come; by-work: so that the
+    ranks have about the same attention work, which depends on the lengths of documents. The samples
+    of a step stay the same. Needs --reset-attention-mask."""
+
     def problems(self) -> list[str]:
         """Return all problems of this section."""
         problems = not_positive(self, "seq_length")
+        if self.sample_assignment == "by-work" and not self.reset_attention_mask:
+            problems.append(
+                "sample_assignment by-work evens out the attention work of separate documents, but "
+                "reset_attention_mask is off, so all samples have the same. Set "
+                "--reset-attention-mask, or --sample-assignment in-order."
+            )
         are_numbers = all(share >= 0 for share in self.split) and sum(self.split) < math.inf
         if not (are_numbers and self.split[0] > 0):
             problems.append(

@@ -149,6 +149,14 @@ class ModelConfig:
         uses_full_attention = frequency and (layer + 1) % frequency == 0
         return 0 if uses_full_attention else self.window_size
 
+    @property
+    def window_of_all_layers(self) -> int:
+        """The window that every layer has; 0 if they have none or not all the same.
+
+        What is decided once for all layers takes 0 then: those without a window have most work.
+        """
+        return 0 if self.window_attn_skip_freq else self.window_size
+
     def problems(self) -> list[str]:
         """Return all problems of this section."""
         if unusable := unusable_values(self):

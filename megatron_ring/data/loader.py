@@ -3,7 +3,8 @@
 From samples to a rank's share of a micro-batch:
 
 - The samples of a global batch are divided over the data ranks and, on each, into micro-batches of
-  ``micro_batch_size`` (see ``Loader`` for the formula).
+  ``micro_batch_size`` (see ``Loader`` for the formula), or assigned to the same slots by their work
+  (sample_assignment.py).
 - Of each sample a context rank reads the tokens at ``layout.positions`` for its ring and Ulysses
   rank, or where the sample's documents are placed by size, at positions of its own
   (context_parallel/placement.py). So nothing has to be redistributed between ranks afterwards. The
@@ -31,7 +32,9 @@ from megatron_ring.context_parallel.placement import (
     place_samples,
     placed_positions,
 )
+from megatron_ring.data import sample_assignment
 from megatron_ring.data.document_boundaries import IGNORE_INDEX, NO_BOUNDARIES, DocumentBoundaries
+from megatron_ring.data.sample_assignment import DataImbalance
 from megatron_ring.data.stream import SampleView, Stream
 from megatron_ring.parallel.grid import Coordinates, Grid
 
@@ -47,12 +50,14 @@ class Batch:
       when the ``B`` whole samples are laid end to end. Sample ``b`` begins at ``b * S``, and a
       document begins with it. The same on every context rank. None: a token attends to all earlier
       tokens of its sample.
+    - ``data_imbalance``: of the step over the data ranks; None where all have the same work.
     """
 
     tokens_Bl: torch.Tensor
     targets_Bl: torch.Tensor
     positions: torch.Tensor
     document_starts: torch.Tensor | None
+    data_imbalance: DataImbalance | None = None
 
     def document_lengths(self, seq_length: int) -> torch.Tensor:
         """Return the tokens of each document, (documents,) int64.
@@ -69,7 +74,9 @@ class Loader:
     """The batches of one process. ``consumed_samples`` is its whole state and is valid on any grid.
 
     Row ``b`` of micro-batch ``micro`` on ``data_rank`` is sample
-    ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b``.
+    ``consumed + micro * (micro_batch_size * data_size) + data_rank * micro_batch_size + b``. With
+    ``assigns_by_work`` it is that sample of the step which ``sample_assignment.by_work`` puts
+    there, for layers with a ``window``.
     ``global_batch_size`` is in samples over all data ranks, a multiple of
     ``micro_batch_size * data_size``. A ``layout`` longer than the stream's samples is padded at the
     end with tokens that do not change the loss.
@@ -88,6 +95,8 @@ class Loader:
         boundaries: DocumentBoundaries = NO_BOUNDARIES,
         ulysses_rank: int = 0,
         ulysses_size: int = 1,
+        assigns_by_work: bool = False,
+        window: int = 0,
     ):
         assert layout.seq_length >= stream.seq_length
         assert 0 <= data_rank < data_size
@@ -106,6 +115,8 @@ class Loader:
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._consumed_samples = consumed_samples
+        self._assigns_by_work = assigns_by_work
+        self._window = window
 
     @property
     def consumed_samples(self) -> int:
@@ -117,16 +128,33 @@ class Loader:
 
         Raises DataError for a token id outside the vocabulary.
         """
-        stride = self._micro_batch_size * self._data_size
-        first = self._consumed_samples + self._data_rank * self._micro_batch_size
-        batches = [
-            self._batch(first + offset) for offset in range(0, self._global_batch_size, stride)
-        ]
+        slots_G, imbalance = self._assign()
+        slots_MDB = slots_G.reshape(-1, self._data_size, self._micro_batch_size)
+        batches = [self._batch(samples_B, imbalance) for samples_B in slots_MDB[:, self._data_rank]]
         self._consumed_samples += self._global_batch_size
         return batches
 
-    def _batch(self, first: int) -> Batch:
-        views = [self._stream.view(first + b) for b in range(self._micro_batch_size)]
+    def _assign(self) -> tuple[np.ndarray, DataImbalance | None]:
+        """Return the number of the sample in each slot of the step, (G,), and the imbalance."""
+        samples = self._global_batch_size
+        slots_G = sample_assignment.in_order(samples)
+        imbalance = None
+        if self._data_size > 1 and self._boundaries.reset_attention_mask:
+            sizes = self._data_size, self._micro_batch_size
+            work_G = np.array([self._work(self._consumed_samples + n) for n in range(samples)])
+            as_they_come = sample_assignment.imbalance(work_G, slots_G, *sizes)
+            if self._assigns_by_work:
+                slots_G = sample_assignment.by_work(work_G, *sizes)
+            assigned = sample_assignment.imbalance(work_G, slots_G, *sizes)
+            imbalance = DataImbalance(assigned, as_they_come)
+        return self._consumed_samples + slots_G, imbalance
+
+    def _work(self, sample: int) -> int:
+        lengths = self._stream.view(sample).document_lengths(self._stream.seq_length)
+        return sample_assignment.visible_pairs(lengths, self._window)
+
+    def _batch(self, samples_B: np.ndarray, imbalance: DataImbalance | None) -> Batch:
+        views = [self._stream.view(int(sample)) for sample in samples_B]
         # Before tokens are read: here memory of whole samples is needed.
         positions, layout_positions, starts = self._positions_and_starts(views)
         layout_positions_Bl = np.broadcast_to(
@@ -145,6 +173,7 @@ class Loader:
             torch.from_numpy(targets_Bl),
             torch.from_numpy(positions),
             starts,
+            imbalance,
         )
 
     def _positions_and_starts(
@@ -198,8 +227,10 @@ def build_loader(
     micro_batch_size: int,
     global_batch_size: int,
     consumed_samples: int,
+    assigns_by_work: bool = False,
+    window: int = 0,
 ) -> Loader | LaterStageLoader:
-    """Build the loader of the process at coordinates ``at`` of ``grid``; sizes as in Loader."""
+    """Build the loader of the process at coordinates ``at`` of ``grid``; the rest as in Loader."""
     if at.pipe > 0:
         return LaterStageLoader(global_batch_size, consumed_samples)
     return Loader(
@@ -214,4 +245,6 @@ def build_loader(
         boundaries,
         ulysses_rank=at.ulysses,
         ulysses_size=grid.ulysses,
+        assigns_by_work=assigns_by_work,
+        window=window,
     )

@@ -50,6 +50,13 @@ class SampleView:
             start += len(piece_ends)
         return ends
 
+    def document_lengths(self, seq_length: int) -> np.ndarray:
+        """Return the tokens of each document among the first ``seq_length``, as in the store.
+
+        (documents,) int64. No token is read: a document is what the store's index says.
+        """
+        return np.diff(self._piece_starts().clip(max=seq_length))
+
     def _piece_starts(self) -> np.ndarray:
         """Return where each piece starts and where the last one ends: (pieces + 1,)."""
         return np.cumsum([0, *(len(piece) for piece in self.pieces)])

@@ -10,6 +10,10 @@ spent waiting for data. ``model_flops`` are the operations of all ranks (plan/fl
 a sample. ``skipped_steps`` and ``roll_backs`` count the bad steps so far that were skipped or
 followed by a roll back.
 
+Where samples are divided over data ranks and documents are kept apart, a step adds
+``data_imbalance``, the attention work of the data rank with the most over the mean of the data
+ranks, and ``data_imbalance_in_order``, what it would be with --sample-assignment in-order.
+
 A validation writes ``step, validation_loss, validation_bits_per_byte``. The test, after the last
 step, writes ``step, test_loss, test_bits_per_byte``.
 
@@ -48,6 +52,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from tqdm import tqdm
 
 from megatron_ring.config import LoggingConfig
+from megatron_ring.data.sample_assignment import DataImbalance
 from megatron_ring.errors import counted
 from megatron_ring.monitoring.metrics_file import MetricsFile
 from megatron_ring.monitoring.outputs import BestEffort
@@ -84,11 +89,19 @@ class StepRecord:
     roll_backs: int
     full_attention_flops: float = 0.0
     ring: RingReport = field(default_factory=RingReport)
+    data_imbalance: DataImbalance | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
         """The step's line in the metrics file."""
-        own = {name: value for name, value in vars(self).items() if name != "ring"}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("ring", "data_imbalance")
+        }
+        if self.data_imbalance:
+            own["data_imbalance"] = self.data_imbalance.assigned
+            own["data_imbalance_in_order"] = self.data_imbalance.in_order
         return own | self.ring.metrics
 
     def events(self) -> Events:

@@ -70,9 +70,7 @@ def layout(
 def _placement(config: Config, grid: Grid) -> DocumentPlacement | None:
     if config.parallel.document_placement == "spread" or grid.ring == 1:
         return None
-    model = config.model
-    # Tokens are placed once for all layers. Those without a window have most of the work.
-    return DocumentPlacement(window=0 if model.window_attn_skip_freq else model.window_size)
+    return DocumentPlacement(window=config.model.window_of_all_layers)
 
 
 def padded_length(config: Config, grid: Grid) -> int:

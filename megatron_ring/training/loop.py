@@ -135,6 +135,7 @@ def run_step(
         roll_backs=guard.roll_backs,
         full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
+        data_imbalance=micro_batches[0].data_imbalance if micro_batches else None,
     )
     return StepOutcome(record, result, range(first_sample, batches.consumed_samples))
 

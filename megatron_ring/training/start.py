@@ -124,6 +124,8 @@ class Start:
             setup.config.training.micro_batch_size,
             setup.global_batch_size,
             consumed_samples,
+            assigns_by_work=setup.config.data.sample_assignment == "by-work",
+            window=setup.config.model.window_of_all_layers,
         )
 
     @staticmethod

@@ -274,7 +274,8 @@ def test_one_process_reads_boundaries_computed_from_whole_samples(store_of, leng
     ends = samples[:, :-1] == END
     assert batch.positions.tolist() == boundaries.positions(ends, np.arange(PACKED_S)).tolist()
     assert batch.document_starts.tolist() == boundaries.document_starts(ends).tolist()
-    assert {getattr(batch, field.name).dtype for field in fields(Batch)} == {torch.int64}
+    tensors = [getattr(batch, field.name) for field in fields(Batch)[:4]]
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -41,6 +41,12 @@ GRIDS = {
         "tensor 2": (PLACED | {"tensor_model_parallel_size": 2}, {}, {}, {}),
         "pipeline 2": (PLACED | {"pipeline_model_parallel_size": 2}, {}, {}, {}),
         "Ulysses 2": (PLACED | {"ulysses_degree": 2}, {}, {}, {}),
+        "two data ranks, samples assigned by work": (
+            PLACED | {"context_parallel_size": 2},
+            {"micro_batch_size": 1},
+            {},
+            {"sample_assignment": "by-work"},
+        ),
     },
 }
 

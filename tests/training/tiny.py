@@ -169,4 +169,5 @@ class Run:
             self.config.training.micro_batch_size,
             self.setup.global_batch_size,
             consumed_samples,
+            assigns_by_work=self.config.data.sample_assignment == "by-work",
         )
