@@ -83,6 +83,11 @@ def _layout_drawing(layout: Layout, ulysses: int) -> list[str]:
         lines.append(f"ring rank {ring_rank}  {marks}")
     if layout.ring_size > drawn_ranks:
         lines.append(f"and {counted(layout.ring_size - drawn_ranks, 'more rank')}")
+    if layout.placement:
+        lines.append(
+            "samples whose documents are placed by size have an order of their own, in blocks of "
+            f"{layout.placement.block} tokens (--document-placement auto)"
+        )
     if ulysses > 1:
         lines.append(
             f"each ring rank is {ulysses} Ulysses members: of its {layout.shard_length} tokens, in "

@@ -243,3 +243,10 @@ def test_the_warm_up_is_listed_and_the_printed_config_keeps_auto(training, line)
     output = console.plan(RunSettings.resolve(tiny.config(training=training), 1))
     assert f"warm-up          {line}" in output.splitlines()
     assert f"  lr_warmup_iters: {training['lr_warmup_iters']}\n" in output
+
+
+def test_placed_documents_are_stated_in_the_layout():
+    placed = {"document_placement": "auto"}
+    data = {"reset_attention_mask": True}
+    assert "blocks of 128 tokens" in printed(2, parallel=placed, data=data)
+    assert "blocks of 128" not in printed(2, data=data)
