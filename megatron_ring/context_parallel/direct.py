@@ -23,6 +23,7 @@ from megatron_ring.context_parallel.ring_hop import (
     split_groups,
 )
 from megatron_ring.kernels.attention import HopInputs
+from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import (
     KnownDelta,
     RunningSoftmax,
@@ -60,7 +61,7 @@ def backward_sending_keys(
     dq_BLHD = zero_accumulators(own.q_BLHD)
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     keys = _TravellingKeys(own_2BLGD, ring)
-    gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, -1, keys.sent, keys.received, ring)
+    gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, -1, keys)
     for hop in ring.hop_indices():
         in_flight = keys.start(hop + 1)
         groups = all_groups if hop else first_groups
@@ -83,7 +84,7 @@ def backward_sending_queries(
     dkv_2BLGD = zero_accumulators(kv_2BLGD)
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
     queries = _TravellingQueries(own, ring)
-    gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, 1, queries.sent, queries.received, ring)
+    gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, 1, queries)
     for hop in ring.hop_indices():
         in_flight = queries.start(hop + 1)
         groups = all_groups if hop else first_groups
@@ -92,34 +93,55 @@ def backward_sending_queries(
             add_gradients(ring, key_ranges, groups, queries.held, kv_2BLGD, dq_BnHD, dkv_2BLGD)
         if hop:
             gradients.start(dq_BnHD, hop)
-        queries.receive(in_flight)
+        queries.receive(in_flight, hop + 1)
     add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
     gradients.add_received()
     return own_dq_BLHD, dkv_2BLGD
 
 
-class _TravellingKeys:
-    """Sends this rank's keys to their readers, and holds those that its queries see in a hop.
+class _Travelling:
+    """Rows that travel: those of this rank that others need, and those of others that it needs.
 
     One message is in flight at a time, while the rows of the message before it are in use.
 
     Attributes:
-        held_2BnGD: the rows of this hop.
-        sent, received: by hop, the rows that others read of this rank, and it of others; of hop 0
-            none are sent.
+        sent, received: the rows of each hop; those of hop 0 are not sent.
     """
 
-    def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
+    def __init__(self, ring: Ring, sent: list[ReadRows], received: list[ReadRows]):
         self.ring = ring
+        self.sent = sent
+        self.received = received
+
+    def key_ranges(self, hop: int) -> KeyRanges | None:
+        """Return which keys are visible among the rows held in ``hop``; None if there are none."""
+        if hop == 0:
+            return self.ring.own_key_ranges
+        return self.received[hop].key_ranges if len(self.received[hop]) else None
+
+    def _buffers(self, like: torch.Tensor, dim: int, most_sent: int, most_received: int) -> None:
+        self._outgoing = RowBuffers(like, dim, most_sent, count=1)
+        self._incoming = RowBuffers(like, dim, most_received, count=2)
+
+
+class _TravellingKeys(_Travelling):
+    """Sends this rank's keys to their readers, and holds those that its queries see in a hop."""
+
+    def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
+        rank, size = ring.ring_rank, ring.layout.ring_size
+
+        def rows(reader: int, owner: int) -> ReadRows:
+            return read_keys(ring.layout, reader % size, owner % size, ring.mask)
+
+        hops = range(ring.hops)
+        super().__init__(
+            ring,
+            sent=[rows(rank + hop, rank) for hop in hops],
+            received=[rows(rank, rank - hop) for hop in hops],
+        )
         self.own_2BLGD = own_2BLGD
         self.held_2BnGD = own_2BLGD
-        rank = ring.ring_rank
-        hops = range(ring.hops)
-        self.sent = [_keys_read(ring, rank + hop, rank) for hop in hops]
-        self.received = [_keys_read(ring, rank, rank - hop) for hop in hops]
-        most_sent, most_received = _most_rows(self.sent), _most_rows(self.received)
-        self._outgoing = RowBuffers(own_2BLGD, _KV_DIM, most_sent, count=1)
-        self._incoming = RowBuffers(own_2BLGD, _KV_DIM, most_received, count=2)
+        self._buffers(own_2BLGD, _KV_DIM, _most_rows(self.sent), _most_rows(self.received))
 
     def start(self, hop: int) -> Transfer | None:
         """Start the exchange of the keys of ``hop``; None after the last."""
@@ -138,12 +160,6 @@ class _TravellingKeys:
         if in_flight:
             self.held_2BnGD = in_flight.wait()
 
-    def key_ranges(self, hop: int):
-        """Return what the queries see of the rows held in ``hop``; None if nothing."""
-        if hop == 0:
-            return self.ring.own_key_ranges
-        return self.received[hop].key_ranges if len(self.received[hop]) else None
-
 
 class _Payload(NamedTuple):
     """A tensor of the rows of queries, and its dimension of tokens."""
@@ -152,23 +168,26 @@ class _Payload(NamedTuple):
     dim: int
 
     def form(self, rows: int) -> torch.Tensor:
-        """Return a tensor without memory, of the same order of dimensions, with so many rows."""
+        """Return a tensor without memory, with so many rows and the same order of dimensions."""
         return torch.empty_like(self.tensor.narrow(self.dim, 0, rows), device="meta")
 
 
-class _TravellingQueries:
-    """Sends this rank's queries, with the tensors of their rows, to the keys that they see.
-
-    Attributes are those of ``_TravellingKeys``, for queries.
-    """
+class _TravellingQueries(_Travelling):
+    """Sends this rank's queries, with the tensors of their rows, to the keys that they see."""
 
     def __init__(self, own: QuerySide, ring: Ring):
-        self.ring = ring
-        self.held = own
-        rank = ring.ring_rank
+        rank, size = ring.ring_rank, ring.layout.ring_size
+
+        def rows(reader: int, owner: int) -> ReadRows:
+            return reading_queries(ring.layout, reader % size, owner % size, ring.mask)
+
         hops = range(ring.hops)
-        self.sent = [_queries_reading(ring, rank, rank - hop) for hop in hops]
-        self.received = [_queries_reading(ring, rank + hop, rank) for hop in hops]
+        super().__init__(
+            ring,
+            sent=[rows(rank, rank - hop) for hop in hops],
+            received=[rows(rank + hop, rank) for hop in hops],
+        )
+        self.held = own
         self._payload = [
             _Payload(own.q_BLHD, _Q_DIM),
             _Payload(own.dout_BLHD, _Q_DIM),
@@ -176,34 +195,26 @@ class _TravellingQueries:
             _Payload(delta_of(own.out, own.dout_BLHD), _LSE_DIM),
         ]
         byte = torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device)
-        most_sent, most_received = _most_rows(self.sent), _most_rows(self.received)
-        self._outgoing = RowBuffers(byte, 0, self._bytes(most_sent), count=1)
-        self._incoming = RowBuffers(byte, 0, self._bytes(most_received), count=2)
+        most_sent, most_received = map(_most_rows, (self.sent, self.received))
+        self._buffers(byte, 0, self._bytes(most_sent), self._bytes(most_received))
 
     def start(self, hop: int) -> Transfer | None:
         """Start the exchange of the queries of ``hop``; None after the last."""
-        self._rows_in_flight = len(self.received[hop]) if hop < self.ring.hops else 0
         if hop == self.ring.hops:
             return None
         rows = self.sent[hop]
         message = self._outgoing.next(self._bytes(len(rows)))
         for part, payload in zip(unpack_bytes(message, self._forms(len(rows))), self._payload):
             _select(payload.tensor, payload.dim, rows, part)
-        into = self._incoming.next(self._bytes(self._rows_in_flight))
+        into = self._incoming.next(self._bytes(len(self.received[hop])))
         return self.ring.exchange.start(message, -hop, into)
 
-    def receive(self, in_flight: Transfer | None) -> None:
-        """Wait for the queries of the next hop."""
+    def receive(self, in_flight: Transfer | None, hop: int) -> None:
+        """Wait for the queries of ``hop``, the next one."""
         if in_flight:
-            parts = unpack_bytes(in_flight.wait(), self._forms(self._rows_in_flight))
+            parts = unpack_bytes(in_flight.wait(), self._forms(len(self.received[hop])))
             q_BnHD, dout_BnHD, lse_BHn, delta_BHn = parts
             self.held = QuerySide(dout_BnHD, q_BnHD, KnownDelta(delta_BHn, dout_BnHD), lse_BHn)
-
-    def key_ranges(self, hop: int):
-        """Return what the queries held in ``hop`` see of this rank's keys; None if nothing."""
-        if hop == 0:
-            return self.ring.own_key_ranges
-        return self.received[hop].key_ranges if len(self.received[hop]) else None
 
     def _forms(self, rows: int) -> list[torch.Tensor]:
         return [payload.form(rows) for payload in self._payload]
@@ -215,28 +226,25 @@ class _TravellingQueries:
 class _ReturningGradients:
     """Sends gradients of received rows to their owner, and adds those of own rows that come back.
 
-    ``towards_owner`` is the sign of the distance to the owner of the rows that a hop holds.
+    They are added in the order of the hops.
+
+    Args:
+        own: the accumulators of this rank's rows, which are added to.
+        dim: their dimension of tokens.
+        towards_owner: the sign of the distance to the owner of the rows that are held in a hop.
     """
 
-    def __init__(
-        self,
-        own: torch.Tensor,
-        dim: int,
-        towards_owner: int,
-        sent: list[ReadRows],
-        received: list[ReadRows],
-        ring: Ring,
-    ):
+    def __init__(self, own: torch.Tensor, dim: int, towards_owner: int, rows: _Travelling):
         self.own = own
         self.dim = dim
         self.towards_owner = towards_owner
-        self.sent = sent
-        self.received = received
-        self.ring = ring
+        self.sent = rows.sent
+        self.received = rows.received
+        self.exchange = rows.ring.exchange
         self.pending: tuple[Transfer, ReadRows] | None = None
         # One is sent while the next hop adds to the other.
-        self._outgoing = RowBuffers(own, dim, _most_rows(received), count=2)
-        self._incoming = RowBuffers(own, dim, _most_rows(sent), count=1)
+        self._outgoing = RowBuffers(own, dim, _most_rows(rows.received), count=2)
+        self._incoming = RowBuffers(own, dim, _most_rows(rows.sent), count=1)
 
     def zeros(self, hop: int) -> torch.Tensor:
         """Return accumulators for the rows that are held in ``hop``."""
@@ -247,7 +255,7 @@ class _ReturningGradients:
         self.add_received()
         rows = self.sent[hop]
         into = self._incoming.next(len(rows))
-        transfer = self.ring.exchange.start(gradients, self.towards_owner * hop, into)
+        transfer = self.exchange.start(gradients, self.towards_owner * hop, into)
         self.pending = transfer, rows
 
     def add_received(self) -> None:
@@ -261,16 +269,6 @@ class _ReturningGradients:
         elif len(rows):
             self.own.index_add_(self.dim, rows.on(self.own.device), received)
         self.pending = None
-
-
-def _keys_read(ring: Ring, reader: int, owner: int) -> ReadRows:
-    ranks = ring.layout.ring_size
-    return read_keys(ring.layout, reader % ranks, owner % ranks, ring.mask)
-
-
-def _queries_reading(ring: Ring, reader: int, owner: int) -> ReadRows:
-    ranks = ring.layout.ring_size
-    return reading_queries(ring.layout, reader % ranks, owner % ranks, ring.mask)
 
 
 def _most_rows(of_hops: list[ReadRows]) -> int:
