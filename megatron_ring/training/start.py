@@ -145,7 +145,8 @@ class Start:
         with abort_collectively():
             check_options_and_code(config, consensus)
             setup = run_checked(
-                consensus, lambda: RunSettings.resolve(config, environment.world_size)
+                consensus,
+                lambda: RunSettings.resolve(config, environment.world_size, environment.local_size),
             )
             check_layout(setup.layout, consensus)
             consensus.run_on_rank_zero(check_outputs)
