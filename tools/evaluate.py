@@ -25,7 +25,12 @@ from megatron_ring.inference.results import ResultFiles
 from megatron_ring.inference.scoring import check_memory, scoring_memory
 from megatron_ring.monitoring.outputs import tolerate_console_errors
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
-from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
+from megatron_ring.parallel.entry_point import (
+    arguments_of_user,
+    read_files_as_utf8,
+    report_ended_ranks,
+    report_once,
+)
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_processes
 from megatron_ring.plan.memory_report import human
@@ -214,6 +219,6 @@ if __name__ == "__main__":
     tolerate_console_errors()
     with reporting_errors():
         environment = Environment.read()
-    with report_once(environment):
+    with report_once(environment), report_ended_ranks(environment):
         read_files_as_utf8()
         main(parse(arguments_of_user(), environment.global_rank == 0), environment)

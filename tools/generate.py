@@ -28,16 +28,19 @@ from megatron_ring.inference.console import (
 from megatron_ring.inference.generation import Generated, Speed, generate
 from megatron_ring.inference.loading import Loaded, OpenedModel, open_model
 from megatron_ring.inference.model import InferenceModel
-from megatron_ring.inference.prompts import Prompt, check_lengths, read_prompts
+from megatron_ring.inference.prompts import RESULT_KEYS, Prompt, check_lengths, read_prompts
 from megatron_ring.inference.sampling import Sampler
 from megatron_ring.inference.text_stream import TextStream
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
-from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
+from megatron_ring.parallel.entry_point import (
+    arguments_of_user,
+    read_files_as_utf8,
+    report_ended_ranks,
+    report_once,
+)
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_processes
 from megatron_ring.settings.precision import device_type
-
-_INTERRUPTED = 130  # as shells report a program that SIGINT has ended
 
 
 @dataclass(frozen=True)
@@ -225,14 +228,12 @@ class Text:
 
 def record(prompt: Prompt, text: Text, generated: Generated) -> dict[str, Any]:
     """Return the JSON object of a prompt."""
+    tokens = generated.tokens
+    results = (text.value, tokens, len(prompt.tokens), len(tokens), generated.stop_reason)
     return {
         **prompt.extra,
         "prompt": prompt.text,
-        "text": text.value,
-        "token_ids": generated.tokens,
-        "prompt_tokens": len(prompt.tokens),
-        "new_tokens": len(generated.tokens),
-        "stop_reason": generated.stop_reason,
+        **dict(zip(RESULT_KEYS, results, strict=True)),
     }
 
 
@@ -242,7 +243,5 @@ if __name__ == "__main__":
         environment = Environment.read()
     with report_once(environment):
         options = parse_flags(Options(), arguments_of_user(), console=environment.global_rank == 0)
-        try:
+        with report_ended_ranks(environment):
             main(options, environment)
-        except KeyboardInterrupt:
-            sys.exit(_INTERRUPTED)

@@ -13,7 +13,12 @@ import sys
 
 from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.inference.rank_commands import Ranks
-from megatron_ring.parallel.entry_point import arguments_of_user, read_files_as_utf8, report_once
+from megatron_ring.parallel.entry_point import (
+    arguments_of_user,
+    read_files_as_utf8,
+    report_ended_ranks,
+    report_once,
+)
 from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import TIMEOUT, join_processes, leave_processes
 from megatron_ring.settings.precision import device_type
@@ -73,5 +78,5 @@ if __name__ == "__main__":
     with reporting_errors():
         environment = Environment.read()
     sys.argv[1:] = arguments_of_user()
-    with report_once(environment):
+    with report_once(environment), report_ended_ranks(environment):
         main(environment)

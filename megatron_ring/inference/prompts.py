@@ -12,6 +12,9 @@ from megatron_ring.untrusted import UntrustedInputError, errors_as, parse_json_o
 
 _MAX_BYTES = 1 << 30
 _KEY = "prompt"
+RESULT_KEYS = ("text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason")
+"""The keys that a result adds to those of its prompt's line of JSON."""
+
 _MAX_SHOWN = 20
 
 
@@ -37,13 +40,12 @@ def read_prompts(options: GenerationConfig, tokenizer: ModelTokenizer) -> list[P
     """
     encode = tokenizer.required().encode
     prompts = []
-    for number, (text, extra) in enumerate(_texts(options)):
+    for number, (source, text, extra) in enumerate(_texts(options)):
         tokens = encode(text)
         if not tokens:
-            name = "the prompt" if not options.prompts_jsonl else f"prompt {number}"
             raise ConfigError(
-                f"{name} is empty, and at least one token is needed to continue from. Set --prompt "
-                "to a text, or leave that line out."
+                f"the prompt of {source} is empty, and at least one token is needed to continue "
+                "from. Set --prompt to a text, or leave that line out."
             )
         prompts.append(Prompt(number, text, [*tokenizer.begin, *tokens], extra))
     if not prompts:
@@ -67,9 +69,13 @@ def check_lengths(
         if length + max_new_tokens <= positions:
             continue
         remedies = []
+        longest = positions - max_new_tokens
         if length < positions:
             remedies.append(f"--max-new-tokens to at most {positions - length}")
-        remedies.append(f"a prompt of at most {max(positions - max_new_tokens, 0)} tokens")
+        if longest > 0:
+            remedies.append(f"a prompt of at most {longest} tokens")
+        elif length >= positions:
+            remedies.append(f"a shorter prompt, and --max-new-tokens to less than {positions}")
         if extensible:
             remedies.append(f"--seq-length to at least {length + max_new_tokens}")
         problems.append(
@@ -84,25 +90,32 @@ def check_lengths(
         raise ConfigError(problems)
 
 
-def _texts(options: GenerationConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _texts(options: GenerationConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield where each prompt is from, its text, and the other keys of its line of JSON."""
     if options.prompt:
-        yield options.prompt, {}
+        yield "--prompt", options.prompt, {}
     elif options.prompt_file:
-        yield _decoded(Path(options.prompt_file), "--prompt-file"), {}
+        yield options.prompt_file, _decoded(Path(options.prompt_file), "--prompt-file"), {}
     elif options.prompts_jsonl:
         yield from _lines(Path(options.prompts_jsonl))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for number, line in enumerate(_decoded(path, "--prompts-jsonl").split("\n"), start=1):
         if not line.strip():
             continue
-        with errors_as(DataError, f"{path}, line {number},", "Set --prompts-jsonl."):
+        source = f"{path}, line {number},"
+        with errors_as(DataError, source, "Set --prompts-jsonl."):
             document = parse_json_object(line.encode())
             text = document.pop(_KEY, None)
             if not isinstance(text, str):
                 raise UntrustedInputError(f'it has no text as "{_KEY}"')
-        yield text, document
+            if replaced := [key for key in RESULT_KEYS if key in document]:
+                raise UntrustedInputError(
+                    f"its {' and '.join(map(repr, replaced))} would be replaced by the result of "
+                    "that name; rename it"
+                )
+        yield source, text, document
 
 
 def _decoded(path: Path, flag: str) -> str:

@@ -48,7 +48,9 @@ class Sampler:
         """
         if self.temperature == 0:
             return logits_BV.argmax(-1).tolist()
-        scores_BV = logits_BV.double() / self.temperature
+        scores_BV = logits_BV.double()
+        # The largest becomes 0: however low the temperature, no quotient overflows to infinity.
+        scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / self.temperature
         scores_BV = _keep_top_p(_keep_top_k(scores_BV, self.top_k), self.top_p)
         noise_BV = torch.stack(
             [

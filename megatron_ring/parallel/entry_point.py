@@ -13,12 +13,17 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from megatron_ring.errors import ConfigError, MegatronRingError
+from megatron_ring.errors import ConfigError, MegatronRingError, RingStalled
 from megatron_ring.parallel.environment import Environment
 
 # The start of the RuntimeError that torch raises for an operator without a deterministic version
 # (Context::alertNotDeterministic); it has no class of its own.
 _NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+
+# How gloo reports, as a RuntimeError, that the process at the other end of a connection is gone.
+_LOST_CONNECTION = re.compile(r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe)", re.S)
+
+_INTERRUPTED = 130  # as shells report a program that SIGINT has ended
 
 # A launcher kills all ranks once one has exited, so the other ranks give rank 0 time to print.
 _SECONDS_FOR_MESSAGE = 3
@@ -74,6 +79,30 @@ def report_once(environment: Environment) -> Iterator[None]:
         if exit_error.code and environment.global_rank:
             time.sleep(_SECONDS_FOR_MESSAGE)
         raise
+
+
+@contextlib.contextmanager
+def report_ended_ranks(environment: Environment) -> Iterator[None]:
+    """End in one line, not in a traceback, when Ctrl-C or another rank ends this program.
+
+    For programs without the watchdog and the signal handlers of training; within ``report_once``.
+    Exits with code 130 after Ctrl-C. Raises RingStalled where another rank of gloo has ended.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if environment.global_rank == 0:
+            print("\nInterrupted.", file=sys.stderr, flush=True)
+        sys.exit(_INTERRUPTED)
+    except RuntimeError as error:
+        if not _LOST_CONNECTION.search(str(error)):
+            raise
+        lost = RingStalled(
+            "another rank has ended, and this one cannot continue without it. The message of that "
+            "rank, or of the launcher, has the reason. Start the program again."
+        )
+        lost.prints_on_every_rank = True  # all but the one that ended, which may be rank 0
+        raise lost from error
 
 
 def _exit(error: MegatronRingError, environment: Environment, prints: bool) -> NoReturn:

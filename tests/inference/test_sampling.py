@@ -87,6 +87,9 @@ def test_the_choice_of_a_row_does_not_depend_on_the_others():
     assert together == apart
 
 
-def test_a_temperature_of_0_is_greedy():
-    logits_BV = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
-    assert Sampler().choose(logits_BV, [0, 1], [0, 0]) == [1, 0]
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-320])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_of_0_is_greedy_and_the_lowest_ones_are_nearly(temperature, top_p):
+    logits_BV = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0], [-9.0, -5.0, -2.0]])
+    sampler = Sampler(temperature=temperature, top_p=top_p)
+    assert sampler.choose(logits_BV, [0, 1, 2], [0, 0, 0]) == [1, 0, 2]

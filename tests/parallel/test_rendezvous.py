@@ -162,6 +162,41 @@ def test_a_rank_that_cannot_join_is_one_error_that_it_prints_itself(rank, monkey
     assert str(port) in message
 
 
+LOST = "[/pytorch/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1461."
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "message"),
+    [
+        (KeyboardInterrupt(), 0, 130, "Interrupted"),
+        (KeyboardInterrupt(), 1, 130, ""),
+        (RuntimeError(LOST), 0, 76, "RingStalled on rank 0"),
+        (RuntimeError(LOST), 1, 76, "RingStalled on rank 1"),
+    ],
+)
+def test_an_interrupt_and_the_end_of_another_rank_are_one_line(
+    error, rank, code, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(entry_point, "_SECONDS_FOR_MESSAGE", 0)
+    environment = Environment(rank, rank, 2, 2, 1)
+    with (
+        pytest.raises(SystemExit) as leaving,
+        entry_point.report_once(environment),
+        entry_point.report_ended_ranks(environment),
+    ):
+        raise error
+    assert leaving.value.code == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.split("\n")) == (3 if message else 1)
+
+
+def test_other_errors_keep_their_traceback():
+    environment = Environment(0, 0, 2, 2, 1)
+    with pytest.raises(RuntimeError), entry_point.report_ended_ranks(environment):
+        raise RuntimeError("a bug, without gloo")
+
+
 def test_an_unknown_interface_is_an_error_with_the_known_ones(monkeypatch):
     reason = "[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: nope0"
 

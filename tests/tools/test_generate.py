@@ -34,6 +34,9 @@ def folder(tmp_path_factory) -> Path:
     lines = [json.dumps(row) for row in rows]
     (folder / "in.jsonl").write_text("\n".join([*lines[:2], "", lines[2]]))
     (folder / "book.txt").write_text(PROMPTS[2])
+    (folder / "empty.txt").write_text("")
+    (folder / "replaced.jsonl").write_text('{"prompt": "a", "text": "the expected one"}')
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     llama = hugging_face_models.CASES["llama"]
     wide = llama._replace(options=llama.options | {"vocab_size": models.TOKENIZER_IDS})
     hugging_face_models.save(wide, folder / "hf")
@@ -148,7 +151,12 @@ def test_a_dry_run_shows_the_memory_of_a_rank_and_starts_nothing(folder):
             ConfigError,
             ["161, more than the model's 160", "--max-new-tokens to at most 159", "--seq-length"],
         ),
-        ("--load hf --prompt a --seq-length 4", ConfigError, ["a prompt of at most 0 tokens"]),
+        (
+            "--load hf --prompt a --seq-length 4",
+            ConfigError,
+            ["at most 3, or --seq-length to at least 129"],
+        ),
+        ("--load runs --prompts-jsonl replaced.jsonl", DataError, ["line 1", "'text'", "rename"]),
         ("--load store --prompt a", CheckpointError, ["neither a checkpoint"]),
         ("--load runs --prompt a --output book.txt", ConfigError, ["book.txt exists", "--output"]),
         ("--load runs --prompt a --batch-size 2", ConfigError, ["--batch-size 1"]),
@@ -165,8 +173,6 @@ def test_a_dry_run_shows_the_memory_of_a_rank_and_starts_nothing(folder):
     ],
 )
 def test_bad_input_is_one_error_before_anything_is_loaded(folder, flags, kind, parts):
-    (folder / "empty.txt").write_text("")
-    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     ((code, out, error),) = run(folder, flags.split())
     assert code == kind.exit_code, error
     assert out == ""
