@@ -14,6 +14,9 @@ from megatron_ring.inference.cache import Cache
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
 from megatron_ring.parallel.collectives import RingRank
 
+CONVERTED_KEYS = 16384
+"""Keys in half precision that are converted to float32 at a time when a token is decoded."""
+
 
 class PartialSoftmax(NamedTuple):
     """Attention over one shard of the keys, in float32 (float64 for float64), not normalised.
@@ -126,8 +129,20 @@ class DecodeStep:
 def attend_to_all(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) -> PartialSoftmax:
     """Attend with one query, (H, D), to all M >= 1 keys; the results have no batch dimension.
 
-    Scores and sums are float32. The queries of a group of heads are the rows of one product, so
-    that every key is read once.
+    Scores and sums are float32. Keys and values in half precision are converted in parts of
+    ``CONVERTED_KEYS``, so that no float32 copy of a whole cache exists.
+    """
+    if k_GMD.dtype == accumulation_dtype(q_HD.dtype):
+        return _attend(q_HD, k_GMD, v_GMD)
+    parts = zip(k_GMD.split(CONVERTED_KEYS, 1), v_GMD.split(CONVERTED_KEYS, 1))
+    max_H, sums = _scaled_to_maximum([_attend(q_HD, *part) for part in parts])
+    return PartialSoftmax(sums[..., :-1], max_H, sums[..., -1])
+
+
+def _attend(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) -> PartialSoftmax:
+    """Compute ``attend_to_all`` at once.
+
+    The queries of a group of heads are the rows of one product, so that every key is read once.
     """
     dtype = accumulation_dtype(q_HD.dtype)
     groups, _, head_dim = k_GMD.shape
