@@ -38,7 +38,7 @@ def fingerprint(prefix: str | Path) -> Fingerprint:
             "documents": documents,
             "tokens": bin_path(prefix).stat().st_size // dtype.itemsize,
             "sampled_sha256": _sampled_sha256(bin_path(prefix), idx_path(prefix)),
-            "manifest_sha256": _manifest_sha256(prefix),
+            "manifest_sha256": manifest_sha256(prefix),
         }
     except (OSError, UntrustedInputError) as error:
         raise DataError(
@@ -68,8 +68,8 @@ def _block_offsets(size: int) -> list[int]:
     return [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
 
 
-def _manifest_sha256(prefix: str | Path) -> str:
-    """Hash what a manifest records about the text.
+def manifest_sha256(prefix: str | Path) -> str:
+    """Return the hash of what a store's manifest records about the text; "" without one.
 
     Only these fields are hashed, so that later versions may add keys about other things.
     """

@@ -40,6 +40,7 @@ from megatron_ring.inference.model_tokenizer import (
     ModelTokenizer,
     TokenizerSources,
     find_tokenizer,
+    store_notes,
 )
 from megatron_ring.model.gpt import GPT
 from megatron_ring.model.initialization import materialize
@@ -105,7 +106,7 @@ class OpenedModel:
 
     Attributes:
         source: the checkpoint or Hugging Face folder.
-        notes: sentences on why this checkpoint was chosen.
+        notes: sentences on why this checkpoint was chosen, and on a store that has changed.
         settings: grid, dtype, attention kernel and fused operations.
         trained_length: the positions that the model was trained on or stretched to.
         seq_length: the positions that a sequence may have now.
@@ -289,7 +290,7 @@ def _open_checkpoint(
     is_exact = run.model.padded_vocab_size == 0
     return OpenedModel(
         source=path,
-        notes=notes,
+        notes=notes + store_notes(config, sources, state.data),
         settings=_settings(config, run.model, state.seq_length, world_size),
         vocab_size=state.vocab_size,
         trained_length=state.seq_length,

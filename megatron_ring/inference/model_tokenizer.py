@@ -4,7 +4,7 @@ A checkpoint does not hold its tokenizer unless it was imported. The tokenizer i
 that of the Hugging Face folder, or that of the token store which the run has read.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_ring.config import Config, InferenceConfig
 from megatron_ring.data.dataset import DEFAULT_FOLDER
 from megatron_ring.data.manifest import read_manifest, tokenizer_path
 from megatron_ring.data.prepare import python_library_prefix
+from megatron_ring.data.store_fingerprint import Fingerprint, manifest_sha256
 from megatron_ring.data.tokenizer import FILE_NAMES, Tokenizer
 from megatron_ring.errors import ConfigError, DataError
 
@@ -107,6 +108,32 @@ def find_tokenizer(
         searched=files,
         begin=_begin(config, sources, tokenizer),
         ends=known_ends or (tokenizer.end_of_document,),
+    )
+
+
+def store_notes(
+    config: InferenceConfig, sources: TokenizerSources, stores: Sequence[Fingerprint]
+) -> tuple[str, ...]:
+    """Return a note where the tokenizer would be that of another store than the run has read.
+
+    ``stores`` are the fingerprints in the checkpoint. Stores are found by their paths, and another
+    one may have been written to the same path since, even with another tokenizer of equal size.
+    """
+    prefix = sources.store()
+    is_of_store = not (config.tokenizer_model or sources.hugging_face)
+    is_of_store = is_of_store and not (sources.run and sources.run.data.tokenizer_model)
+    if not (prefix and is_of_store and tokenizer_path(prefix).is_file()):
+        return ()
+    try:
+        found = manifest_sha256(prefix)
+    except DataError:
+        found = ""
+    trained = [store["manifest_sha256"] for store in stores if store["prefix"] == prefix]
+    if not (found and any(trained)) or found in trained:
+        return ()
+    return (
+        f"token store {prefix} is not the one that the run has read; its tokenizer "
+        f"{tokenizer_path(prefix)} may be another one. Set --tokenizer-model if it is",
     )
 
 

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from megatron_ring.config import DataConfig
+from megatron_ring.data.manifest import Manifest, write_manifest
+from megatron_ring.data.store_fingerprint import manifest_sha256
 from megatron_ring.errors import CheckpointError, ConfigError
 from megatron_ring.inference.loading import load, open_model
+from megatron_ring.inference.model_tokenizer import TokenizerSources, store_notes
 from tests.checkpoint import hugging_face_models, small
 from tests.distributed import run_ranks
 from tests.inference import models
 from tests.model.conftest import plain_attention
+from tests.training import tiny
 
 TOKENS = torch.arange(10).unsqueeze(0)
 
@@ -212,3 +216,20 @@ def test_the_tokenizer_is_that_of_the_store_and_its_end_that_of_training(tmp_pat
     opened = open_model(models.options(tmp_path / "runs"), 1)
     with pytest.raises(ConfigError, match=str(tokenizer)):
         opened.text.required()
+
+
+def test_a_store_that_was_replaced_since_the_run_is_noted_where_it_has_the_tokenizer(tmp_path):
+    models.write_tokenizer(tmp_path)
+    prefix = str(tmp_path / "tokens")
+    write_manifest(prefix, Manifest("t", models.TOKENIZER_IDS, 3, 8, 40))
+    trained = [{"prefix": prefix, "manifest_sha256": manifest_sha256(prefix)}]
+    run = replace(tiny.config(), data=DataConfig(data_path=(prefix,)))
+    sources = TokenizerSources(run=run)
+    config = models.options(tmp_path)
+    assert store_notes(config, sources, trained) == ()
+    write_manifest(prefix, Manifest("u", models.TOKENIZER_IDS, 3, 8, 40))
+    [note] = store_notes(config, sources, trained)
+    assert prefix in note
+    assert "--tokenizer-model" in note
+    assert store_notes(replace(config, tokenizer_model="t"), sources, trained) == ()
+    assert store_notes(config, sources, []) == ()
