@@ -1,9 +1,14 @@
 """The ring loop where documents are kept apart: rows go straight from their owner to their readers.
 
-In hop t a rank attends to keys of the rank t places before it, as in ring.py, but it gets only the
-rows that its queries see, and gets them from their owner. In backward their gradients go straight
-back, or queries go to the keys and theirs come back. Gradients are added in the order of the hops.
-Where no row is read, nothing is sent.
+In hop t rank j computes with rank j - t, as in ring.py, but only the rows that are needed are sent,
+and without the ranks between them:
+
+    keys travel       keys j -> j + t,    their gradients j -> j - t
+    queries travel    queries j -> j - t, their gradients j -> j + t (backward only)
+
+Hop 0 is local. Sender and receiver derive the rows of each hop from the mask; a message without
+rows is not posted, and a rank may send in a hop in which it receives nothing, or the reverse.
+Gradients are added in the order of the hops.
 
 A row leaves its owner once for each rank that reads it. Around the ring it would be sent by every
 rank up to its last reader, which is never less often; for one long document both are the same
@@ -14,13 +19,17 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_ring.context_parallel.read_rows import ReadRows, read_keys, reading_queries
 from megatron_ring.context_parallel.ring_hop import (
     QuerySide,
     Ring,
     Transfer,
     add_gradients,
     split_groups,
+)
+from megatron_ring.context_parallel.visible_rows import (
+    VisibleRows,
+    queries_with_visible_keys,
+    visible_keys,
 )
 from megatron_ring.kernels.attention import HopInputs
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
@@ -41,12 +50,15 @@ _LSE_DIM = 2
 def forward(
     q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute ``ring.forward``. Starts one exchange less than there are hops."""
+    """Compute what ``ring.forward`` of ring.py does: out_BLHD in q's type, and lse_BHL in float32.
+
+    Collective over the ring; blocks. Starts one exchange less than there are hops.
+    """
     state = RunningSoftmax.empty(q_BLHD)
     keys = _TravellingKeys(kv_2BLGD, ring)
     for hop in ring.hop_indices():
         in_flight = keys.start(hop + 1)
-        if key_ranges := keys.key_ranges(hop):
+        if (key_ranges := keys.key_ranges(hop)) is not None:
             inputs = HopInputs(q_BLHD, *keys.held_2BnGD, key_ranges, ring.scale)
             ring.kernel.forward(inputs, state)
         keys.receive(in_flight)
@@ -56,7 +68,10 @@ def forward(
 def backward_sending_keys(
     own: QuerySide, own_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute (dq, dkv): keys come in, and their gradients go back."""
+    """Return dq_BLHD and dkv_2BLGD in float32: keys are received, and their gradients sent back.
+
+    Collective over the ring; blocks.
+    """
     all_groups, first_groups, last_groups = split_groups(own_2BLGD, ring)
     dq_BLHD = zero_accumulators(own.q_BLHD)
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
@@ -66,11 +81,12 @@ def backward_sending_keys(
         in_flight = keys.start(hop + 1)
         groups = all_groups if hop else first_groups
         dkv_2BnGD = gradients.zeros(hop) if hop else own_dkv_2BLGD
-        if key_ranges := keys.key_ranges(hop):
+        if (key_ranges := keys.key_ranges(hop)) is not None:
             add_gradients(ring, key_ranges, groups, own, keys.held_2BnGD, dq_BLHD, dkv_2BnGD)
         if hop:
             gradients.start(dkv_2BnGD, hop)
         keys.receive(in_flight)
+    # The rest of the own work, while the last gradients return.
     add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
     gradients.add_received()
     return dq_BLHD, own_dkv_2BLGD
@@ -79,7 +95,10 @@ def backward_sending_keys(
 def backward_sending_queries(
     own: QuerySide, kv_2BLGD: torch.Tensor, ring: Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute (dq, dkv): queries come in, and their gradients go back."""
+    """Return dq_BLHD and dkv_2BLGD in float32: queries are received, their gradients sent back.
+
+    Collective over the ring; blocks.
+    """
     all_groups, first_groups, last_groups = split_groups(kv_2BLGD, ring)
     dkv_2BLGD = zero_accumulators(kv_2BLGD)
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
@@ -89,11 +108,12 @@ def backward_sending_queries(
         in_flight = queries.start(hop + 1)
         groups = all_groups if hop else first_groups
         dq_BnHD = gradients.zeros(hop) if hop else own_dq_BLHD
-        if key_ranges := queries.key_ranges(hop):
+        if (key_ranges := queries.key_ranges(hop)) is not None:
             add_gradients(ring, key_ranges, groups, queries.held, kv_2BLGD, dq_BnHD, dkv_2BLGD)
         if hop:
             gradients.start(dq_BnHD, hop)
         queries.receive(in_flight, hop + 1)
+    # The rest of the own work, while the last gradients return.
     add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
     gradients.add_received()
     return own_dq_BLHD, dkv_2BLGD
@@ -105,19 +125,20 @@ class _Travelling:
     One message is in flight at a time, while the rows of the message before it are in use.
 
     Attributes:
-        sent, received: the rows of each hop; those of hop 0 are not sent.
+        own_rows, peer_rows: by hop, which rows of this rank another needs, and which rows of
+            another this rank needs; entry 0 is not used.
     """
 
-    def __init__(self, ring: Ring, sent: list[ReadRows], received: list[ReadRows]):
+    def __init__(self, ring: Ring, own_rows: list[VisibleRows], peer_rows: list[VisibleRows]):
         self.ring = ring
-        self.sent = sent
-        self.received = received
+        self.own_rows = own_rows
+        self.peer_rows = peer_rows
 
     def key_ranges(self, hop: int) -> KeyRanges | None:
         """Return which keys are visible among the rows held in ``hop``; None if there are none."""
         if hop == 0:
             return self.ring.own_key_ranges
-        return self.received[hop].key_ranges if len(self.received[hop]) else None
+        return self.peer_rows[hop].key_ranges if len(self.peer_rows[hop]) else None
 
     def _buffers(self, like: torch.Tensor, dim: int, most_sent: int, most_received: int) -> None:
         self._outgoing = RowBuffers(like, dim, most_sent, count=1)
@@ -130,29 +151,29 @@ class _TravellingKeys(_Travelling):
     def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
         rank, size = ring.ring_rank, ring.layout.ring_size
 
-        def rows(reader: int, owner: int) -> ReadRows:
-            return read_keys(ring.layout, reader % size, owner % size, ring.mask)
+        def rows(reader: int, owner: int) -> VisibleRows:
+            return visible_keys(ring.layout, reader % size, owner % size, ring.mask)
 
         hops = range(ring.hops)
         super().__init__(
             ring,
-            sent=[rows(rank + hop, rank) for hop in hops],
-            received=[rows(rank, rank - hop) for hop in hops],
+            own_rows=[rows(rank + hop, rank) for hop in hops],
+            peer_rows=[rows(rank, rank - hop) for hop in hops],
         )
         self.own_2BLGD = own_2BLGD
         self.held_2BnGD = own_2BLGD
-        self._buffers(own_2BLGD, _KV_DIM, _most_rows(self.sent), _most_rows(self.received))
+        self._buffers(own_2BLGD, _KV_DIM, _most_rows(self.own_rows), _most_rows(self.peer_rows))
 
     def start(self, hop: int) -> Transfer | None:
         """Start the exchange of the keys of ``hop``; None after the last."""
         if hop == self.ring.hops:
             return None
-        rows = self.sent[hop]
+        rows = self.own_rows[hop]
         message = self.own_2BLGD
         if not rows.is_whole:
             message = self._outgoing.next(len(rows))
             _select(self.own_2BLGD, _KV_DIM, rows, message)
-        into = self._incoming.next(len(self.received[hop]))
+        into = self._incoming.next(len(self.peer_rows[hop]))
         return self.ring.exchange.start(message, hop, into)
 
     def receive(self, in_flight: Transfer | None) -> None:
@@ -178,14 +199,14 @@ class _TravellingQueries(_Travelling):
     def __init__(self, own: QuerySide, ring: Ring):
         rank, size = ring.ring_rank, ring.layout.ring_size
 
-        def rows(reader: int, owner: int) -> ReadRows:
-            return reading_queries(ring.layout, reader % size, owner % size, ring.mask)
+        def rows(reader: int, owner: int) -> VisibleRows:
+            return queries_with_visible_keys(ring.layout, reader % size, owner % size, ring.mask)
 
         hops = range(ring.hops)
         super().__init__(
             ring,
-            sent=[rows(rank, rank - hop) for hop in hops],
-            received=[rows(rank + hop, rank) for hop in hops],
+            own_rows=[rows(rank, rank - hop) for hop in hops],
+            peer_rows=[rows(rank + hop, rank) for hop in hops],
         )
         self.held = own
         self._payload = [
@@ -195,24 +216,24 @@ class _TravellingQueries(_Travelling):
             _Payload(delta_of(own.out, own.dout_BLHD), _LSE_DIM),
         ]
         byte = torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device)
-        most_sent, most_received = map(_most_rows, (self.sent, self.received))
+        most_sent, most_received = map(_most_rows, (self.own_rows, self.peer_rows))
         self._buffers(byte, 0, self._bytes(most_sent), self._bytes(most_received))
 
     def start(self, hop: int) -> Transfer | None:
         """Start the exchange of the queries of ``hop``; None after the last."""
         if hop == self.ring.hops:
             return None
-        rows = self.sent[hop]
+        rows = self.own_rows[hop]
         message = self._outgoing.next(self._bytes(len(rows)))
         for part, payload in zip(unpack_bytes(message, self._forms(len(rows))), self._payload):
             _select(payload.tensor, payload.dim, rows, part)
-        into = self._incoming.next(self._bytes(len(self.received[hop])))
+        into = self._incoming.next(self._bytes(len(self.peer_rows[hop])))
         return self.ring.exchange.start(message, -hop, into)
 
     def receive(self, in_flight: Transfer | None, hop: int) -> None:
         """Wait for the queries of ``hop``, the next one."""
         if in_flight:
-            parts = unpack_bytes(in_flight.wait(), self._forms(len(self.received[hop])))
+            parts = unpack_bytes(in_flight.wait(), self._forms(len(self.peer_rows[hop])))
             q_BnHD, dout_BnHD, lse_BHn, delta_BHn = parts
             self.held = QuerySide(dout_BnHD, q_BnHD, KnownDelta(delta_BHn, dout_BnHD), lse_BHn)
 
@@ -238,22 +259,22 @@ class _ReturningGradients:
         self.own = own
         self.dim = dim
         self.towards_owner = towards_owner
-        self.sent = rows.sent
-        self.received = rows.received
+        self.own_rows = rows.own_rows
+        self.peer_rows = rows.peer_rows
         self.exchange = rows.ring.exchange
-        self.pending: tuple[Transfer, ReadRows] | None = None
+        self.pending: tuple[Transfer, VisibleRows] | None = None
         # One is sent while the next hop adds to the other.
-        self._outgoing = RowBuffers(own, dim, _most_rows(rows.received), count=2)
-        self._incoming = RowBuffers(own, dim, _most_rows(rows.sent), count=1)
+        self._outgoing = RowBuffers(own, dim, _most_rows(rows.peer_rows), count=2)
+        self._incoming = RowBuffers(own, dim, _most_rows(rows.own_rows), count=1)
 
     def zeros(self, hop: int) -> torch.Tensor:
         """Return accumulators for the rows that are held in ``hop``."""
-        return self._outgoing.next(len(self.received[hop])).zero_()
+        return self._outgoing.next(len(self.peer_rows[hop])).zero_()
 
     def start(self, gradients: torch.Tensor, hop: int) -> None:
         """Send the ``gradients`` of the rows held in ``hop``; add what came back for the last."""
         self.add_received()
-        rows = self.sent[hop]
+        rows = self.own_rows[hop]
         into = self._incoming.next(len(rows))
         transfer = self.exchange.start(gradients, self.towards_owner * hop, into)
         self.pending = transfer, rows
@@ -267,15 +288,16 @@ class _ReturningGradients:
         if rows.is_whole:
             self.own.add_(received)
         elif len(rows):
+            # No row occurs twice, so this is deterministic on CUDA too.
             self.own.index_add_(self.dim, rows.on(self.own.device), received)
         self.pending = None
 
 
-def _most_rows(of_hops: list[ReadRows]) -> int:
+def _most_rows(of_hops: list[VisibleRows]) -> int:
     return max(len(rows) for rows in of_hops[1:])
 
 
-def _select(x: torch.Tensor, dim: int, rows: ReadRows, into: torch.Tensor) -> None:
+def _select(x: torch.Tensor, dim: int, rows: VisibleRows, into: torch.Tensor) -> None:
     """Copy ``rows`` of ``x`` to ``into``."""
     if rows.is_whole:
         into.copy_(x)

@@ -30,7 +30,7 @@ class Mask:
             sample in which each sample begins a document.
         placements: of each sample, None for one that the layout deals; () if it deals all.
         cached_key_ranges: cache of ``hop_key_ranges``, which lives as long as the mask.
-        cached_read_rows: the same for read_rows.py.
+        cached_visible_rows: the same for visible_rows.py.
     """
 
     window: int = 0
@@ -40,7 +40,7 @@ class Mask:
     cached_key_ranges: dict[tuple[Layout, int, int], KeyRanges] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    cached_read_rows: dict[tuple[str, Layout, int, int], Any] = field(
+    cached_visible_rows: dict[tuple[str, Layout, int, int], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 

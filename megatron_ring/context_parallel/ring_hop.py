@@ -108,8 +108,9 @@ class Ring:
     ) -> Transfer | None:
         """Send the gradients of the travelling tensor after it, after the last hop to its owner.
 
-        They return to the owner from wherever the ring was cut. Those of the first hop are not
-        sent: the travelling tensor has not left its owner yet.
+        After the last hop h they are h x ``distance`` ranks from their owner, and one message sends
+        them straight back. Those of the first hop are not sent: the travelling tensor has not left
+        its owner yet.
         """
         if hop == 0:
             return None

@@ -221,8 +221,11 @@ def _layout_description(setup: RunSettings) -> str:
     reason = f" (auto: {setup.stripe_reason})" if setup.stripe_reason else ""
     placed = ""
     if layout.placement:
-        placed = f"documents placed in blocks of {layout.placement.block} tokens, others "
-    return f"{placed}striped, stripe size {layout.stripe_size}{reason}"
+        placed = (
+            f"; samples whose documents can be placed by size: in blocks of "
+            f"{layout.placement.block} tokens"
+        )
+    return f"striped, stripe size {layout.stripe_size}{reason}{placed}"
 
 
 def _tokens_description(setup: RunSettings) -> str:

@@ -72,7 +72,7 @@ def run_hops(
     dlse = q.new_empty(1, HEADS, SHARD, dtype=torch.float32)
     ring = ring_loop.Ring(layout, 1, kernel, 0.125, Loopback(), mask)
     mask.cached_key_ranges.clear()  # cached ranges would not be copied again
-    mask.cached_read_rows.clear()
+    mask.cached_visible_rows.clear()
     with ForbidBlockingCopies():
         out, lse = loop.forward(q, kv, ring)
         loop.backward(q, dlse, q, kv, out, lse, ring)

@@ -1,7 +1,7 @@
 """Rows of a shard that another rank needs: keys that its queries see, or queries for its keys.
 
-Where documents are kept apart, or placed, most ranks read few of another's rows. Both ends of a
-message derive the rows from the mask, so nothing is negotiated.
+A row is a token's part of a shard. Where documents are kept apart, or placed by size, a rank needs
+few of another's rows. Both ends of a message derive them from the mask, so nothing is negotiated.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from megatron_ring.kernels.attention.key_ranges import KeyRanges, copy_async
 
 
 @dataclass(frozen=True, eq=False)
-class ReadRows:
+class VisibleRows:
     """Rows of a shard, and the key ranges of a hop that has only these.
 
     rows_n: indices in the shard, (n,) int64, increasing, on the CPU.
@@ -38,45 +38,47 @@ class ReadRows:
         return self._on_device[device]
 
 
-def read_keys(layout: Layout, reader: int, owner: int, mask: Mask) -> ReadRows:
+def visible_keys(layout: Layout, reader: int, owner: int, mask: Mask) -> VisibleRows:
     """Return the keys of ring rank ``owner`` that queries of ``reader`` see.
 
     Their key ranges count keys among these rows, for all queries of ``reader``.
     """
-    return _kept("keys", layout, reader, owner, mask)
+    return _cached("keys", layout, reader, owner, mask)
 
 
-def reading_queries(layout: Layout, reader: int, owner: int, mask: Mask) -> ReadRows:
+def queries_with_visible_keys(layout: Layout, reader: int, owner: int, mask: Mask) -> VisibleRows:
     """Return the queries of ring rank ``reader`` that see keys of ``owner``.
 
     Their key ranges are those of these queries, among all keys of ``owner``.
     """
-    return _kept("queries", layout, reader, owner, mask)
+    return _cached("queries", layout, reader, owner, mask)
 
 
-def _kept(what: str, layout: Layout, reader: int, owner: int, mask: Mask) -> ReadRows:
+def _cached(what: str, layout: Layout, reader: int, owner: int, mask: Mask) -> VisibleRows:
     key = what, layout, reader, owner
-    if key not in mask.cached_read_rows:
+    if key not in mask.cached_visible_rows:
         ranges = hop_key_ranges(layout, reader, owner, mask)
-        compute = _keys_read if what == "keys" else _queries_that_read
-        mask.cached_read_rows[key] = compute(ranges)
-    return mask.cached_read_rows[key]
+        compute = _of_keys if what == "keys" else _of_queries
+        mask.cached_visible_rows[key] = compute(ranges)
+    return mask.cached_visible_rows[key]
 
 
-def _keys_read(ranges: KeyRanges) -> ReadRows:
-    sees = ranges.hi > ranges.lo
+def _of_keys(ranges: KeyRanges) -> VisibleRows:
     keys = len(ranges.lo)  # all shards are equally long
-    steps = torch.zeros(keys + 1, dtype=torch.int64)
-    steps.index_add_(0, ranges.lo[sees], torch.ones_like(ranges.lo[sees]))
-    steps.index_add_(0, ranges.hi[sees], -torch.ones_like(ranges.hi[sees]))
-    is_read = steps.cumsum(0)[:keys] > 0
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), is_read.cumsum(0)])
-    rows_n = is_read.nonzero().flatten()
-    # All keys of a range are read, so a range stays one; an empty one stays empty.
-    return ReadRows(rows_n, len(rows_n) == keys, KeyRanges(before[ranges.lo], before[ranges.hi]))
+    sees = ranges.hi > ranges.lo
+    # How many queries see a key is the sum of +1 at every lo and -1 at every hi up to it.
+    change = torch.zeros(keys + 1, dtype=torch.int64)
+    change.index_add_(0, ranges.lo[sees], torch.ones_like(ranges.lo[sees]))
+    change.index_add_(0, ranges.hi[sees], -torch.ones_like(ranges.hi[sees]))
+    is_visible = change.cumsum(0)[:keys] > 0
+    rows_n = is_visible.nonzero().flatten()
+    # All keys of a range are visible, so a range stays one; an empty one stays empty.
+    new_index = torch.cat([torch.zeros(1, dtype=torch.int64), is_visible.cumsum(0)])
+    key_ranges = KeyRanges(new_index[ranges.lo], new_index[ranges.hi])
+    return VisibleRows(rows_n, len(rows_n) == keys, key_ranges)
 
 
-def _queries_that_read(ranges: KeyRanges) -> ReadRows:
+def _of_queries(ranges: KeyRanges) -> VisibleRows:
     rows_n = (ranges.hi > ranges.lo).nonzero().flatten()
     is_whole = len(rows_n) == len(ranges.lo)
-    return ReadRows(rows_n, is_whole, KeyRanges(ranges.lo[rows_n], ranges.hi[rows_n]))
+    return VisibleRows(rows_n, is_whole, KeyRanges(ranges.lo[rows_n], ranges.hi[rows_n]))
