@@ -1,4 +1,6 @@
-"""Layouts: which process owns which token. ``Layout.positions`` is the only place that defines it.
+"""Layouts: which process owns which token. ``Layout.positions`` defines it.
+
+Only a sample whose documents are placed by size has positions of its own (placement.py).
 
 The loader shards by it, RoPE gets it as a tensor, masks and the planner are derived from it, and
 the tests rebuild the full mask from it. This module neither communicates nor computes attention.
@@ -100,7 +102,7 @@ NAMES = tuple(_LAYOUTS)
 
 @dataclass(frozen=True)
 class DocumentPlacement:
-    """That the documents of each sample are placed by size, and what decides it besides these.
+    """The parameters of placing the documents of each sample by size (placement.py).
 
     Attributes:
         window: number of keys that a token sees in every layer; 0 if not all layers have the same.
