@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.errors import ConfigError, DataError, counted
 from megatron_ring.inference.loading import OpenedModel
 from megatron_ring.model.shapes import element_count, parameter_shapes
 
@@ -34,8 +34,9 @@ def opening_lines(opened: OpenedModel) -> list[str]:
         f"model            {opened.source}: {element_count(shapes):,} parameters, "
         f"{model.num_layers} layers, {opened.vocab_size:,} token ids, "
         f"{opened.seq_length:,} positions{beyond}",
-        f"grid             {settings.grid.world_size} processes = {settings.grid.ring} ring x "
-        f"{settings.grid.tensor} tensor, {settings.layout.name} layout{stripe}",
+        f"grid             {counted(settings.grid.world_size, 'process')} = "
+        f"{settings.grid.ring} ring x {settings.grid.tensor} tensor, "
+        f"{settings.layout.name} layout{stripe}",
         f"dtype            {settings.precision.name} ({settings.precision.reason})",
         f"kernel           {settings.kernel.name} ({settings.kernel.reason})",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.errors import ConfigError
+from megatron_ring.errors import ConfigError, counted
 from megatron_ring.inference.cache import CacheShape
 from megatron_ring.inference.generation import cache_capacity
 from megatron_ring.inference.loading import OpenedModel
@@ -234,8 +234,9 @@ def memory_lines(opened: OpenedModel, work: Work, available: int | None) -> list
         f"memory           per rank: {human(memory.total)}, and {free} free",
         f"  weights        {human(memory.weights)}",
         f"  cache          {human(memory.cache)} for {samples} {of} of up to {capacity:,} tokens, "
-        f"split over {opened.settings.grid.ring} ring ranks{bounded}",
-        f"  activations    {human(memory.activations)} in a prefill chunk of {work.chunk:,} tokens",
+        f"split over {counted(opened.settings.grid.ring, 'ring rank')}{bounded}",
+        f"  activations    {human(memory.activations)} in a prefill chunk of "
+        f"{counted(work.chunk, 'token', ',')}",
         f"  logits         {human(memory.logits)}",
     ]
 

@@ -12,7 +12,9 @@ followed by a roll back.
 
 Where samples are divided over data ranks and documents are kept apart, a step adds
 ``data_imbalance``, the attention work of the data rank with the most over the mean of the data
-ranks, and ``data_imbalance_in_order``, what it would be with --sample-assignment in-order.
+ranks, and ``data_imbalance_in_order``, what it would be with --sample-assignment in-order. With
+--document-placement auto it adds ``placed_share``, the share of the first data rank's samples whose
+documents are placed by size; the others keep the order of the layout.
 
 A validation writes ``step, validation_loss, validation_bits_per_byte``. The test, after the last
 step, writes ``step, test_loss, test_bits_per_byte``.
@@ -90,6 +92,7 @@ class StepRecord:
     full_attention_flops: float = 0.0
     ring: RingReport = field(default_factory=RingReport)
     data_imbalance: DataImbalance | None = None
+    placed_share: float | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -97,11 +100,13 @@ class StepRecord:
         own = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("ring", "data_imbalance")
+            if name not in ("ring", "data_imbalance", "placed_share")
         }
         if self.data_imbalance:
             own["data_imbalance"] = self.data_imbalance.assigned
             own["data_imbalance_in_order"] = self.data_imbalance.in_order
+        if self.placed_share is not None:
+            own["placed_share"] = self.placed_share
         return own | self.ring.metrics
 
     def events(self) -> Events:

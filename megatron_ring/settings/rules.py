@@ -183,29 +183,40 @@ def _invariant_length(config: Config, grid: Grid) -> str | None:
     )
 
 
-def _document_placement(config: Config, grid: Grid) -> str | None:
+def _placement_layout(config: Config, grid: Grid) -> str | None:
     parallel = config.parallel
-    if parallel.document_placement == "spread" or grid.ring == 1:
+    if not _places_documents(config, grid) or parallel.context_parallel == "striped":
         return None
-    if parallel.context_parallel != "striped":
-        return (
-            "document_placement auto deals what it does not place as context_parallel striped does,"
-            f" but context_parallel is {parallel.context_parallel}. Set --context-parallel striped,"
-            " or --document-placement spread."
-        )
-    if not config.data.reset_attention_mask:
-        return (
-            "document_placement auto places documents that do not attend to each other, but "
-            "reset_attention_mask is off, so a sample is one document. Set --reset-attention-mask, "
-            "or --document-placement spread."
-        )
-    if parallel.context_parallel_reduction == "invariant":
-        return (
-            "document_placement auto gives each sample an order of its own, but "
-            "context_parallel_reduction invariant adds up in the order of striped single tokens. "
-            "Set --context-parallel-reduction arrival, or --document-placement spread."
-        )
-    return None
+    return (
+        "document_placement auto assigns what it does not place as context_parallel striped does, "
+        f"but context_parallel is {parallel.context_parallel}. Set --context-parallel striped, or "
+        "--document-placement spread."
+    )
+
+
+def _placement_documents(config: Config, grid: Grid) -> str | None:
+    if not _places_documents(config, grid) or config.data.reset_attention_mask:
+        return None
+    return (
+        "document_placement auto places documents that do not attend to each other, but "
+        "reset_attention_mask is off, so a sample is one document. Set --reset-attention-mask, "
+        "or --document-placement spread."
+    )
+
+
+def _placement_reduction(config: Config, grid: Grid) -> str | None:
+    reduction = config.parallel.context_parallel_reduction
+    if not _places_documents(config, grid) or reduction == "arrival":
+        return None
+    return (
+        "document_placement auto gives each sample an order of its own, but "
+        "context_parallel_reduction invariant adds up in the order of striped single tokens. "
+        "Set --context-parallel-reduction arrival, or --document-placement spread."
+    )
+
+
+def _places_documents(config: Config, grid: Grid) -> bool:
+    return config.parallel.document_placement == "auto" and grid.ring > 1
 
 
 RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
@@ -222,7 +233,9 @@ RULES: tuple[Callable[[Config, Grid], str | None], ...] = (
     _roll_back,
     _invariant_ranks,
     _invariant_length,
-    _document_placement,
+    _placement_layout,
+    _placement_documents,
+    _placement_reduction,
 )
 
 

@@ -9,6 +9,7 @@ from megatron_ring.checkpoint import names
 from megatron_ring.checkpoint.compatibility import changed_data_options, changed_token_stores
 from megatron_ring.checkpoint.store import Stored, read_config
 from megatron_ring.config import Config, DataConfig, ModelConfig, TrainingConfig, to_yaml
+from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.store_fingerprint import Fingerprint
 from megatron_ring.engine.engine import Engine
 from megatron_ring.errors import counted
@@ -170,6 +171,7 @@ def _settings(setup: RunSettings) -> list[str]:
         f"{grid.tensor} tensor",
         f"layout           {_layout_description(setup)}, {_tokens_description(setup)}, "
         f"{setup.layout.shard_length} on each ring rank",
+        *_placement_line(setup.layout),
         f"global batch     {counted(setup.global_batch_size, 'sequence')}, "
         f"{counted(setup.micro_batches, 'micro-batch')} of {micro_batch_size} on "
         f"{'1 data rank' if grid.data == 1 else f'each of {grid.data} data ranks'}",
@@ -219,13 +221,16 @@ def _layout_description(setup: RunSettings) -> str:
     if layout.name != "striped" or layout.ring_size == 1 == layout.stripe_size:
         return layout.name
     reason = f" (auto: {setup.stripe_reason})" if setup.stripe_reason else ""
-    placed = ""
-    if layout.placement:
-        placed = (
-            f"; samples whose documents can be placed by size: in blocks of "
-            f"{layout.placement.block} tokens"
-        )
-    return f"striped, stripe size {layout.stripe_size}{reason}{placed}"
+    return f"striped, stripe size {layout.stripe_size}{reason}"
+
+
+def _placement_line(layout: Layout) -> list[str]:
+    if layout.placement is None:
+        return []
+    return [
+        f"placement        in blocks of {layout.placement.block} tokens, of the samples whose "
+        "documents are worth placing by size"
+    ]
 
 
 def _tokens_description(setup: RunSettings) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ring.context_parallel.placement import place_samples
 from megatron_ring.data.dataset import bits_per_byte
 from megatron_ring.data.loader import Batch
 from megatron_ring.data.prefetch import Prefetcher
@@ -136,6 +137,7 @@ def run_step(
         full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
         data_imbalance=micro_batches[0].data_imbalance if micro_batches else None,
+        placed_share=_placed_share(start, micro_batches),
     )
     return StepOutcome(record, result, range(first_sample, batches.consumed_samples))
 
@@ -162,6 +164,22 @@ def _model_flops(engine: Engine, start: Start, batches: list[Batch]) -> float:
         return own * setup.grid.data  # every data rank has the same
     total = engine.groups.sum(torch.tensor(own, dtype=torch.float64, device=engine.device))
     return total.item() / setup.grid.context
+
+
+def _placed_share(start: Start, batches: list[Batch]) -> float | None:
+    """Return the share of this data rank's samples of the step whose documents are placed by size.
+
+    None where --document-placement is not auto, and on pipeline stages after the first.
+    """
+    layout = start.setup.layout
+    if layout.placement is None or not batches:
+        return None
+    placements = [
+        placement
+        for batch in batches
+        for placement in place_samples(batch.document_starts, len(batch.tokens_Bl), layout)
+    ]
+    return sum(placement is not None for placement in placements) / len(placements)
 
 
 def _full_attention_flops(start: Start) -> float:
