@@ -11,11 +11,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_ring.errors import ConfigError
 from megatron_ring.inference.sampling import Sampler
 
 END_OF_DOCUMENT = "end of document"
 LENGTH = "length"
 STOPPED = "stopped"
+
+_NO_TOKEN = -1  # where the logits are nan or infinite
 
 
 class Core(Protocol):
@@ -106,7 +109,8 @@ def generate(
         on_chunk: called with the prompts' tokens that are done, and all of them.
         speed: what this call takes is added to it.
 
-    Raises ConfigError as the core does, for prompts that are empty or do not fit.
+    Raises ConfigError as the core does, for prompts that are empty or do not fit, and for logits
+    that are nan or infinite.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     speed = Speed() if speed is None else speed
@@ -121,10 +125,7 @@ def generate(
     in_prefill = True
     while True:
         positions = [len(prompts[row]) + len(new[row]) for row in rows]
-        chosen = _agreed(
-            sampler.choose(logits_BV[rows], [numbers[row] for row in rows], positions),
-            logits_BV.device,
-        )
+        chosen = _choose(sampler, logits_BV[rows], [numbers[row] for row in rows], positions)
         started = speed.count(in_prefill, prompts if in_prefill else [chosen], started)
         in_prefill = False
         for row, token in zip(rows, chosen, strict=True):
@@ -143,6 +144,27 @@ def generate(
         logits_BV = core.decode(
             [tokens[-1] if reason is None else None for tokens, reason in zip(new, reasons)], cache
         )
+
+
+def _choose(
+    sampler: Sampler, logits_BV: torch.Tensor, numbers: list[int], positions: list[int]
+) -> list[int]:
+    """Return the tokens that rank 0 chooses. Broadcasts over all processes and blocks.
+
+    Raises ConfigError on every rank if logits are nan or infinite on rank 0.
+    """
+    tokens = sampler.choose(logits_BV, numbers, positions)
+    is_finite_B = logits_BV.amax(-1).isfinite().tolist()
+    tokens = [token if is_finite else _NO_TOKEN for token, is_finite in zip(tokens, is_finite_B)]
+    tokens = _agreed(tokens, logits_BV.device)
+    if _NO_TOKEN in tokens:
+        row = tokens.index(_NO_TOKEN)
+        raise ConfigError(
+            f"the logits of prompt {numbers[row]} at position {positions[row]} are nan or "
+            "infinite, although the weights are not: the dtype's range does not hold its "
+            "activations. Set --dtype bf16 or fp32."
+        )
+    return tokens
 
 
 def _agreed(tokens: list[int], device: torch.device) -> list[int]:

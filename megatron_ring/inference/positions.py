@@ -24,7 +24,7 @@ from megatron_ring.data.long_documents import LongDocumentStream
 from megatron_ring.data.stream import Stream
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.inference.loading import Loaded, OpenedModel
-from megatron_ring.inference.scoring import layout_for, score_batch
+from megatron_ring.inference.scoring import check_finite, layout_for, score_batch
 from megatron_ring.parallel.consensus import run_checked, run_checked_each_step
 
 # The columns of a table of sums: nats, tokens, bytes of text.
@@ -228,7 +228,9 @@ def _sum_by_context(
         sums.index_add_(0, context_sizes(batch, layout, ring_rank)[counted], rows)
         if on_sample:
             on_sample(1)
-    return loaded.groups.sum(sums.to(loaded.device)).cpu()
+    sums = loaded.groups.sum(sums.to(loaded.device)).cpu()
+    check_finite(sums[:, _LOSS])
+    return sums
 
 
 def context_sizes(batch: Batch, layout: Layout, ring_rank: int) -> torch.Tensor:

@@ -99,7 +99,8 @@ def token_log_likelihoods(
     Collective over all ranks, which must pass the same sequences; blocks. A pack has at most as
     many tokens as the model has positions. ``on_pack`` is called after each with the number of
     sequences done and that of all. Raises ConfigError, before anything is computed, for a sequence
-    longer than the model's positions and for a token id outside the vocabulary.
+    longer than the model's positions and for a token id outside the vocabulary; after a pack, for
+    log-likelihoods that are nan or infinite.
     """
     check_sequences(loaded, sequences)
     scores: list[Scores] = []
@@ -108,6 +109,15 @@ def token_log_likelihoods(
         if on_pack:
             on_pack(len(scores), len(sequences))
     return scores
+
+
+def check_finite(log_likelihoods: torch.Tensor) -> None:
+    """Raise ConfigError if one is nan or infinite; does not communicate."""
+    if not log_likelihoods.isfinite().all():
+        raise ConfigError(
+            "log-likelihoods are nan or infinite, although the weights are not: the dtype's range "
+            "does not hold the model's activations. Set --dtype bf16 or fp32."
+        )
 
 
 def check_sequences(loaded: Loaded, sequences: Sequence[Sequence[int]]) -> None:
@@ -172,6 +182,7 @@ def _score_pack(loaded: Loaded, sequences: Sequence[Sequence[int]]) -> list[Scor
         [local.log_likelihood_N.float(), local.is_greedy_N.float()]
     )
     log_likelihood_S, is_greedy_S = loaded.groups.sum(both_2S).cpu()[:, :tokens]
+    check_finite(log_likelihood_S)
     return [
         Scores(log_likelihood, is_greedy)
         for log_likelihood, is_greedy in zip(

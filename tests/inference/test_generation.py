@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from megatron_ring.errors import ConfigError
 from megatron_ring.inference.generation import Speed, generate
 from megatron_ring.inference.sampling import Sampler
 
@@ -97,3 +98,16 @@ def test_samples_do_not_depend_on_the_batch(batch):
         ]
     assert together == apart
     assert len({tuple(tokens) for tokens in apart}) == 3
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(sampler, value):
+    class Overflowing(Counting):
+        def decode(self, tokens, cache) -> torch.Tensor:
+            logits_BV = super().decode(tokens, cache)
+            logits_BV[1, 3] = value
+            return logits_BV
+
+    with pytest.raises(ConfigError, match="prompt 7 at position 3 .*--dtype"):
+        generate(Overflowing(), [[4], [5, 6]], 3, sampler, numbers=[6, 7])

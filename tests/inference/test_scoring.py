@@ -84,6 +84,9 @@ def scored_by_rank(rank: int, world_size: int, folder: Path) -> dict:
         with pytest.raises(ConfigError) as error:
             token_log_likelihoods(loaded, [sequence])
         found[len(sequence), sequence[0]] = str(error.value)
+    loaded.model.final_norm.weight.fill_(torch.inf)  # as where activations overflow
+    with pytest.raises(ConfigError, match="nan or infinite.*--dtype"):
+        token_log_likelihoods(loaded, sequences())
     return found
 
 
