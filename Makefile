@@ -50,8 +50,8 @@ train: $(BIN)/.installed $(STORE).json
 	$(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py \
 		--config configs/tiny-cpu.yaml --context-parallel striped $(ARGS)
 
-# Trains a small model to retrieve, stretches it to four times its length, and draws a heatmap of
-# each; docs/guide/needles.md describes the steps.
+# Trains a small model to retrieve, extends it to four times its length, and draws a heatmap of
+# each in docs/; docs/guide/needles.md describes the recipe.
 NEEDLES := runs/needles
 NEEDLE_TEXTS := data/needles
 LEARN = $(ON_CPU) $(BIN)/$(LAUNCHER) pretrain_gpt.py --config configs/needles.yaml
@@ -60,30 +60,27 @@ ASK = $(ON_CPU) $(BIN)/$(LAUNCHER) tools/evaluate.py needles --tasks single keys
 
 demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
 	rm -rf $(NEEDLES)
-	$(LEARN) --data-path $(NEEDLE_TEXTS)/short --save $(NEEDLES)/short $(ARGS)
-	$(LEARN) --data-path $(NEEDLE_TEXTS)/long --load $(NEEDLES)/short --finetune \
-		--save $(NEEDLES)/long --train-iters 300
-	$(ASK) --load $(NEEDLES)/long --lengths 128 256 512 1024 --output $(NEEDLES)/needles-1024.json
-	$(LEARN) --data-path $(NEEDLE_TEXTS)/far --load $(NEEDLES)/long --finetune \
-		--save $(NEEDLES)/far --train-iters 40 --seq-length 4096 --micro-batch-size 1 \
-		--rope-scaling yarn --rope-scaling-factor 4 --rope-original-length 1024 --lr 1.0e-3
-	$(ASK) --load $(NEEDLES)/far --lengths 512 1024 2048 4096 \
-		--output $(NEEDLES)/needles-4096.json
+	$(LEARN) --data-path $(NEEDLE_TEXTS)/near --save $(NEEDLES)/near $(ARGS)
+	$(ASK) --load $(NEEDLES)/near --lengths 128 256 512 1024 --output $(NEEDLES)/needles-1024.json
+	$(LEARN) --data-path $(NEEDLE_TEXTS)/far --load $(NEEDLES)/near --finetune \
+		--save $(NEEDLES)/far --seq-length 4096 --micro-batch-size 1 \
+		--rope-scaling yarn --rope-scaling-factor 4 --train-iters 60 --lr 1.0e-3
+	$(ASK) --load $(NEEDLES)/far --lengths 512 1024 2048 4096 --output $(NEEDLES)/needles-4096.json
+	cp $(NEEDLES)/needles-1024.png $(NEEDLES)/needles-4096.png docs/
 
-# Documents that ask for their own needles: first short ones, then up to 1,024 and 4,096 tokens.
-$(NEEDLE_TEXTS)/far.json: tools/make_retrieval_documents.py | $(BIN)/.installed
-	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/short.jsonl \
-		--documents 16000 --lines 12 22 --haystack-share 0
-	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/long.jsonl --seed 2 \
-		--documents 3000 --lines 20 330 --new-share 0.15 --haystack-share 0.03 --popularity-ratio 100
-	$(BIN)/python tools/make_retrieval_documents.py --output $(NEEDLE_TEXTS)/far.jsonl --seed 3 \
-		--documents 500 --lines 300 1330 --new-share 0.05 --haystack-share 0.03 --popularity-ratio 300
+# Documents of up to 1,024 tokens, and of more, up to 4,096.
+RETRIEVAL_DOCUMENTS = $(BIN)/python tools/make_retrieval_documents.py --new-share 0.15 \
+	--haystack-share 0 --popularity-ratio 100
+$(NEEDLE_TEXTS)/far.json: tools/make_retrieval_documents.py megatron_ring/data/retrieval.py \
+		| $(BIN)/.installed
+	$(RETRIEVAL_DOCUMENTS) --output $(NEEDLE_TEXTS)/near.jsonl --documents 8000 --lines 12 341
+	$(RETRIEVAL_DOCUMENTS) --output $(NEEDLE_TEXTS)/far.jsonl --documents 300 --lines 341 1365 \
+		--seed 2
 	rm -f $(NEEDLE_TEXTS)/tokenizer.model
-	$(BIN)/python tools/prepare_data.py --input $(NEEDLE_TEXTS)/short.jsonl --vocab-size 512 \
-		--output-prefix $(NEEDLE_TEXTS)/short
-	for part in long far; do $(BIN)/python tools/prepare_data.py \
-		--input $(NEEDLE_TEXTS)/$$part.jsonl --output-prefix $(NEEDLE_TEXTS)/$$part \
-		--tokenizer-model $(NEEDLE_TEXTS)/tokenizer.model || exit; done
+	$(BIN)/python tools/prepare_data.py --input $(NEEDLE_TEXTS)/near.jsonl --vocab-size 512 \
+		--output-prefix $(NEEDLE_TEXTS)/near
+	$(BIN)/python tools/prepare_data.py --input $(NEEDLE_TEXTS)/far.jsonl \
+		--tokenizer-model $(NEEDLE_TEXTS)/tokenizer.model --output-prefix $(NEEDLE_TEXTS)/far
 
 test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
