@@ -70,8 +70,13 @@ def is_original(stream: TextIO | None) -> bool:
     return type(getattr(buffer, "raw", buffer)) is io.FileIO
 
 
-def tolerant_stream(stream: TextIO, survives_all: bool) -> TextIO:
-    """Return a replacement for ``stream`` whose writes do not fail (see ``_TolerantWriter``)."""
+def tolerant_stream(stream: TextIO | None, survives_all: bool) -> TextIO:
+    """Return a replacement for ``stream`` whose writes do not fail (see ``_TolerantWriter``).
+
+    ``stream`` is None if it was closed before this process started, as by ``>&-``.
+    """
+    if stream is None:
+        return open(os.devnull, "w")
     with contextlib.suppress(OSError if survives_all else BrokenPipeError):
         stream.flush()
     raw = _TolerantWriter(stream.fileno(), stream.name, survives_all)

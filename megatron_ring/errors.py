@@ -67,7 +67,8 @@ class Diverged(MegatronRingError):
 class RingStalled(MegatronRingError):
     """A neighbour in the ring died, or kept this process waiting longer than --ring-timeout.
 
-    The job has to be restarted with --load; steps since the last checkpoint are lost.
+    The job has to be restarted with --load; steps since the last checkpoint are lost. At inference:
+    another rank ended.
     """
 
     exit_code = 76
@@ -123,11 +124,11 @@ def reporting_errors() -> Iterator[None]:
     """Print a MegatronRingError on stderr and exit with its code; for entry points.
 
     A closed reader of stdout or stderr, as after ``| head``, is no error: the program continues,
-    and further output is dropped.
+    and further output is dropped. So is all output of a stream that is closed from the start.
     """
-    if is_original(sys.stdout):
+    if sys.stdout is None or is_original(sys.stdout):
         sys.stdout = tolerant_stream(sys.stdout, survives_all=False)
-    if is_original(sys.stderr):
+    if sys.stderr is None or is_original(sys.stderr):
         sys.stderr = tolerant_stream(sys.stderr, survives_all=False)
     try:
         yield

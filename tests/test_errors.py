@@ -111,6 +111,14 @@ def test_a_closed_reader_of_stdout_does_not_end_a_tool(arguments, code, unbuffer
     os.close(writer)
 
 
+def test_a_stream_that_is_closed_from_the_start_drops_its_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with reporting_errors():
+        assert not sys.stdout.isatty()
+        sys.stdout.buffer.write(b"a result")
+    sys.stdout.close()
+
+
 def test_an_open_reader_receives_every_line(tmp_path):
     completed = subprocess.run(
         [sys.executable, "-c", PROGRAM],

@@ -97,7 +97,7 @@ class GenerationConfig:
     """A file of UTF-8 text to continue, as it is, the newline at its end included."""
     prompts_jsonl: str = ""
     """A file with a JSON object a line, each with a text to continue as "prompt". Other keys are
-    copied to the output."""
+    copied to the output, and must not be those of a result."""
     output: str = ""
     """A new file for one JSON object a prompt, in their order: prompt, text, token_ids, stop_reason
     and counts. Empty: text is streamed to stdout, or with --prompts-jsonl the objects are."""

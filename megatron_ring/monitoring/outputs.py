@@ -245,9 +245,7 @@ def tolerate_console_errors() -> None:
 
 
 def _tolerant(stream: TextIO | None) -> TextIO:
-    if stream is None:  # closed before this process started
-        return open(os.devnull, "w")
-    if not isinstance(stream, io.TextIOWrapper):
+    if stream is not None and not isinstance(stream, io.TextIOWrapper):
         return stream
     tolerant = tolerant_stream(stream, survives_all=True)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
