@@ -70,7 +70,7 @@ demo-needles: $(BIN)/.installed $(NEEDLE_TEXTS)/far.json
 
 # Documents of up to 1,024 tokens, and of more, up to 4,096.
 RETRIEVAL_DOCUMENTS = $(BIN)/python tools/make_retrieval_documents.py --new-share 0.15 \
-	--haystack-share 0
+	--haystack-share 0 --popularity-ratio 100
 $(NEEDLE_TEXTS)/far.json: tools/make_retrieval_documents.py megatron_ring/data/retrieval.py \
 		| $(BIN)/.installed
 	$(RETRIEVAL_DOCUMENTS) --output $(NEEDLE_TEXTS)/near.jsonl --documents 8000 --lines 12 341
