@@ -4,6 +4,7 @@ Every rank computes the new token and attends to its own shard of the cache; the
 merged by log-sum-exp.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ring.inference.cache import Cache
 from megatron_ring.kernels.attention.running_softmax import accumulation_dtype
-from megatron_ring.parallel.collectives import RingRank
+from megatron_ring.parallel.collectives import RingExchange, RingRank
 
 CONVERTED_KEYS = 16384
 """Keys in half precision that are converted to float32 at a time when a token is decoded."""
@@ -28,6 +29,10 @@ class PartialSoftmax(NamedTuple):
     out_BHD: torch.Tensor
     max_BH: torch.Tensor
     sum_BH: torch.Tensor
+
+    def pack(self) -> torch.Tensor:
+        """Return (..., D + 2): the weighted values, the sum of the weights and the maximum."""
+        return torch.cat((self.out_BHD, self.sum_BH[..., None], self.max_BH[..., None]), dim=-1)
 
 
 class DecodeStep:
@@ -75,34 +80,34 @@ class DecodeStep:
         none adds zeros.
         """
         if self.ring.size == 2:
-            max_BH, sums = _scaled_to_maximum(self._of_both_ranks(own))
+            merged = self._merge_of_both_ranks(own)
         else:
-            max_BH, sums = self._reduced(own)
-        # Of the sums (B, H, D + 1) the last is that of the weights.
-        out_BHD, sum_BH = sums[..., :-1], sums[..., -1]
-        return out_BHD / sum_BH.unsqueeze(-1), max_BH + sum_BH.log()
+            merged = self._merge_by_all_reduces(own)
+        return merged.out_BHD / merged.sum_BH.unsqueeze(-1), merged.max_BH + merged.sum_BH.log()
 
-    def _of_both_ranks(self, own: PartialSoftmax) -> list[PartialSoftmax]:
-        """Return the partial results in rank order, so that both ranks add them up alike.
+    def _merge_of_both_ranks(self, own: PartialSoftmax) -> PartialSoftmax:
+        """Exchange partial results, and add both up in rank order, so that both ranks do alike.
 
-        One exchange has half the messages of an all-reduce, and there would be two.
+        One exchange has half the messages of an all-reduce, of which there would be two.
         """
-        packed = torch.cat((own.out_BHD, own.max_BH[..., None], own.sum_BH[..., None]), dim=-1)
-        received = self.ring.exchange().start(packed).wait()
-        head_dim = own.out_BHD.shape[-1]
-        out_BHD, max_BH1, sum_BH1 = received.split([head_dim, 1, 1], dim=-1)
-        other = PartialSoftmax(out_BHD, max_BH1[..., 0], sum_BH1[..., 0])
-        return [own, other] if self.ring.rank == 0 else [other, own]
+        packed = own.pack()
+        received = self._exchange.start(packed).wait()
+        in_order = [packed, received] if self.ring.rank == 0 else [received, packed]
+        return merge_packed(torch.stack(in_order))
 
-    def _reduced(self, own: PartialSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the maximum over all ranks, and the sums scaled to it."""
+    def _merge_by_all_reduces(self, own: PartialSoftmax) -> PartialSoftmax:
+        if self.ring.links is None:
+            return own
         max_BH = own.max_BH.clone()
-        if self.ring.links is not None:
-            dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
-        sums = _scaled(own, max_BH)
-        if self.ring.links is not None:
-            dist.all_reduce(sums, dist.ReduceOp.SUM, self.ring.links[0])
-        return max_BH, sums
+        dist.all_reduce(max_BH, dist.ReduceOp.MAX, self.ring.links[0])
+        # (B, H, D + 1): the weighted values and, last, the sum of the weights.
+        sums = own.pack()[..., :-1] * torch.exp(own.max_BH - max_BH).unsqueeze(-1)
+        dist.all_reduce(sums, dist.ReduceOp.SUM, self.ring.links[0])
+        return PartialSoftmax(sums[..., :-1], max_BH, sums[..., -1])
+
+    @functools.cached_property
+    def _exchange(self) -> RingExchange:
+        return self.ring.exchange()
 
     def _store(self, layer: int, k_B1GD: torch.Tensor, v_B1GD: torch.Tensor) -> None:
         visible = self._visible_entries(layer)
@@ -135,8 +140,7 @@ def attend_to_all(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) 
     if k_GMD.dtype == accumulation_dtype(q_HD.dtype):
         return _attend(q_HD, k_GMD, v_GMD)
     parts = zip(k_GMD.split(CONVERTED_KEYS, 1), v_GMD.split(CONVERTED_KEYS, 1))
-    max_H, sums = _scaled_to_maximum([_attend(q_HD, *part) for part in parts])
-    return PartialSoftmax(sums[..., :-1], max_H, sums[..., -1])
+    return merge_packed(torch.stack([_attend(q_HD, *part).pack() for part in parts]))
 
 
 def _attend(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) -> PartialSoftmax:
@@ -155,13 +159,12 @@ def _attend(q_HD: torch.Tensor, k_GMD: torch.Tensor, v_GMD: torch.Tensor) -> Par
     return PartialSoftmax(out_GXD.view(q_HD.shape), max_GX.flatten(), weights_GXM.sum(-1).flatten())
 
 
-def _scaled(partial: PartialSoftmax, max_BH: torch.Tensor) -> torch.Tensor:
-    """Return (B, H, D + 1), the weighted values and the sum of weights, relative to a maximum."""
-    sums = torch.cat((partial.out_BHD, partial.sum_BH.unsqueeze(-1)), dim=-1)
-    return sums * torch.exp(partial.max_BH - max_BH).unsqueeze(-1)
+def merge_packed(packed_PBHX: torch.Tensor) -> PartialSoftmax:
+    """Merge P partial results, each as ``PartialSoftmax.pack`` returns it, added up in order.
 
-
-def _scaled_to_maximum(parts: Sequence[PartialSoftmax]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum over ``parts``, and their sums scaled to it and added in order."""
-    max_BH = torch.stack([part.max_BH for part in parts]).amax(0)
-    return max_BH, sum(_scaled(part, max_BH) for part in parts)
+    The maximum over them must be finite; one that has no keys adds zeros.
+    """
+    max_PBH = packed_PBHX[..., -1]
+    max_BH = max_PBH.amax(0)
+    sums = (packed_PBHX[..., :-1] * torch.exp(max_PBH - max_BH).unsqueeze(-1)).sum(0)
+    return PartialSoftmax(sums[..., :-1], max_BH, sums[..., -1])
