@@ -28,9 +28,7 @@ KINDS = {
     # With biases, which DeepSpeed's linear layer adds in place.
     "GPT-2": {"normalization": "LayerNorm", "activation": "gelu", "add_bias_linear": True},
 }
-CASES = [
-    (*case, chunks) for case in [("Llama", 2), ("Llama", 3), ("GPT-2", 3)] for chunks in (1, 3)
-]
+CASES = [("Llama", 2, 1), *((kind, 3, chunks) for kind in KINDS for chunks in (1, 3))]
 
 
 def train_all(rank: int, world_size: int, prefix: Path) -> dict[tuple, list[tuple[float, float]]]:
