@@ -11,7 +11,7 @@ from megatron_ring.config import ModelConfig
 from tests.checkpoint.constant_weights import write
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8}
+SIZES = {"num_layers": 5, "hidden_size": 1024, "num_attention_heads": 8}
 MODELS = {
     "qwen2": ModelConfig(**SIZES, add_qkv_bias=True),
     # The family whose tensors are transposed and joined from several.
@@ -53,7 +53,7 @@ def rise(*arguments: str | Path) -> int:
 def test_conversions_need_little_more_memory_than_the_model(family, tmp_path):
     ours = write(tmp_path / "ours", MODELS[family])
     model_bytes = sum(part.stat().st_size for part in ours.glob("part-*"))
-    assert model_bytes > 3e8
+    assert model_bytes > 2e8
     export_checkpoint(ours, tmp_path / "theirs", ExportOptions())
     limit = 1.2 * model_bytes
     assert rise("import", tmp_path / "theirs", tmp_path / "imported") < limit
