@@ -15,10 +15,13 @@ rank up to its last reader, which is never less often; for one long document bot
 (docs/decisions/0027).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from megatron_ring.context_parallel.layout import Layout
+from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.ring_hop import (
     QuerySide,
     Ring,
@@ -45,6 +48,8 @@ from megatron_ring.parallel.message_buffers import RowBuffers, unpack_bytes
 _KV_DIM = 2
 _Q_DIM = 1
 _LSE_DIM = 2
+
+_RowsByHop = dict[int, VisibleRows]
 
 
 def forward(
@@ -76,7 +81,7 @@ def backward_sending_keys(
     dq_BLHD = zero_accumulators(own.q_BLHD)
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     keys = _TravellingKeys(own_2BLGD, ring)
-    gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, -1, keys)
+    gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, keys)
     for hop in ring.hop_indices():
         in_flight = keys.start(hop + 1)
         groups = all_groups if hop else first_groups
@@ -103,7 +108,7 @@ def backward_sending_queries(
     dkv_2BLGD = zero_accumulators(kv_2BLGD)
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
     queries = _TravellingQueries(own, ring)
-    gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, 1, queries)
+    gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, queries)
     for hop in ring.hop_indices():
         in_flight = queries.start(hop + 1)
         groups = all_groups if hop else first_groups
@@ -125,14 +130,25 @@ class _Travelling:
     One message is in flight at a time, while the rows of the message before it are in use.
 
     Attributes:
-        own_rows, peer_rows: by hop, which rows of this rank another needs, and which rows of
-            another this rank needs; entry 0 is not used.
+        own_rows, peer_rows: by hop, from 1, which rows of this rank another needs, and which rows
+            of another this rank needs.
+        direction: 1 if hop t sends t ranks on, -1 if it sends back.
     """
 
-    def __init__(self, ring: Ring, own_rows: list[VisibleRows], peer_rows: list[VisibleRows]):
+    direction: int
+
+    def __init__(self, ring: Ring, own_rows: _RowsByHop, peer_rows: _RowsByHop):
         self.ring = ring
         self.own_rows = own_rows
         self.peer_rows = peer_rows
+
+    def start(self, hop: int) -> Transfer | None:
+        """Start the exchange of the rows of ``hop``; None after the last."""
+        if hop == self.ring.hops:
+            return None
+        message = self._message(self.own_rows[hop])
+        into = self._incoming.next(self._size(len(self.peer_rows[hop])))
+        return self.ring.exchange.start(message, self.direction * hop, into)
 
     def key_ranges(self, hop: int) -> KeyRanges | None:
         """Return which keys are visible among the rows held in ``hop``; None if there are none."""
@@ -140,46 +156,42 @@ class _Travelling:
             return self.ring.own_key_ranges
         return self.peer_rows[hop].key_ranges if len(self.peer_rows[hop]) else None
 
-    def _buffers(self, like: torch.Tensor, dim: int, most_sent: int, most_received: int) -> None:
-        self._outgoing = RowBuffers(like, dim, most_sent, count=1)
-        self._incoming = RowBuffers(like, dim, most_received, count=2)
+    def _allocate(self, like: torch.Tensor, dim: int) -> None:
+        """Prepare buffers for messages like ``like``, which have their ``_size`` in ``dim``."""
+        self._outgoing = RowBuffers(like, dim, self._size(_most_rows(self.own_rows)), count=1)
+        self._incoming = RowBuffers(like, dim, self._size(_most_rows(self.peer_rows)), count=2)
+
+    def _size(self, rows: int) -> int:
+        """Return the size of the message of so many rows."""
+        return rows
+
+    def _message(self, rows: VisibleRows) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class _TravellingKeys(_Travelling):
     """Sends this rank's keys to their readers, and holds those that its queries see in a hop."""
 
+    direction = 1
+
     def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
-        rank, size = ring.ring_rank, ring.layout.ring_size
-
-        def rows(reader: int, owner: int) -> VisibleRows:
-            return visible_keys(ring.layout, reader % size, owner % size, ring.mask)
-
-        hops = range(ring.hops)
-        super().__init__(
-            ring,
-            own_rows=[rows(rank + hop, rank) for hop in hops],
-            peer_rows=[rows(rank, rank - hop) for hop in hops],
-        )
+        of_own_keys, of_own_queries = _rows_by_hop(visible_keys, ring)
+        super().__init__(ring, own_rows=of_own_keys, peer_rows=of_own_queries)
         self.own_2BLGD = own_2BLGD
         self.held_2BnGD = own_2BLGD
-        self._buffers(own_2BLGD, _KV_DIM, _most_rows(self.own_rows), _most_rows(self.peer_rows))
-
-    def start(self, hop: int) -> Transfer | None:
-        """Start the exchange of the keys of ``hop``; None after the last."""
-        if hop == self.ring.hops:
-            return None
-        rows = self.own_rows[hop]
-        message = self.own_2BLGD
-        if not rows.is_whole:
-            message = self._outgoing.next(len(rows))
-            _select(self.own_2BLGD, _KV_DIM, rows, message)
-        into = self._incoming.next(len(self.peer_rows[hop]))
-        return self.ring.exchange.start(message, hop, into)
+        self._allocate(own_2BLGD, _KV_DIM)
 
     def receive(self, in_flight: Transfer | None) -> None:
         """Wait for the keys of the next hop."""
         if in_flight:
             self.held_2BnGD = in_flight.wait()
+
+    def _message(self, rows: VisibleRows) -> torch.Tensor:
+        if rows.is_whole:
+            return self.own_2BLGD
+        message = self._outgoing.next(len(rows))
+        _select(self.own_2BLGD, _KV_DIM, rows, message)
+        return message
 
 
 class _Payload(NamedTuple):
@@ -196,18 +208,11 @@ class _Payload(NamedTuple):
 class _TravellingQueries(_Travelling):
     """Sends this rank's queries, with the tensors of their rows, to the keys that they see."""
 
+    direction = -1
+
     def __init__(self, own: QuerySide, ring: Ring):
-        rank, size = ring.ring_rank, ring.layout.ring_size
-
-        def rows(reader: int, owner: int) -> VisibleRows:
-            return queries_with_visible_keys(ring.layout, reader % size, owner % size, ring.mask)
-
-        hops = range(ring.hops)
-        super().__init__(
-            ring,
-            own_rows=[rows(rank, rank - hop) for hop in hops],
-            peer_rows=[rows(rank + hop, rank) for hop in hops],
-        )
+        of_own_keys, of_own_queries = _rows_by_hop(queries_with_visible_keys, ring)
+        super().__init__(ring, own_rows=of_own_queries, peer_rows=of_own_keys)
         self.held = own
         self._payload = [
             _Payload(own.q_BLHD, _Q_DIM),
@@ -215,20 +220,7 @@ class _TravellingQueries(_Travelling):
             _Payload(own.lse_BHL, _LSE_DIM),
             _Payload(delta_of(own.out, own.dout_BLHD), _LSE_DIM),
         ]
-        byte = torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device)
-        most_sent, most_received = map(_most_rows, (self.own_rows, self.peer_rows))
-        self._buffers(byte, 0, self._bytes(most_sent), self._bytes(most_received))
-
-    def start(self, hop: int) -> Transfer | None:
-        """Start the exchange of the queries of ``hop``; None after the last."""
-        if hop == self.ring.hops:
-            return None
-        rows = self.own_rows[hop]
-        message = self._outgoing.next(self._bytes(len(rows)))
-        for part, payload in zip(unpack_bytes(message, self._forms(len(rows))), self._payload):
-            _select(payload.tensor, payload.dim, rows, part)
-        into = self._incoming.next(self._bytes(len(self.peer_rows[hop])))
-        return self.ring.exchange.start(message, -hop, into)
+        self._allocate(torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device), 0)
 
     def receive(self, in_flight: Transfer | None, hop: int) -> None:
         """Wait for the queries of ``hop``, the next one."""
@@ -237,10 +229,16 @@ class _TravellingQueries(_Travelling):
             q_BnHD, dout_BnHD, lse_BHn, delta_BHn = parts
             self.held = QuerySide(dout_BnHD, q_BnHD, KnownDelta(delta_BHn, dout_BnHD), lse_BHn)
 
+    def _message(self, rows: VisibleRows) -> torch.Tensor:
+        message = self._outgoing.next(self._size(len(rows)))
+        for part, payload in zip(unpack_bytes(message, self._forms(len(rows))), self._payload):
+            _select(payload.tensor, payload.dim, rows, part)
+        return message
+
     def _forms(self, rows: int) -> list[torch.Tensor]:
         return [payload.form(rows) for payload in self._payload]
 
-    def _bytes(self, rows: int) -> int:
+    def _size(self, rows: int) -> int:
         return sum(form.nbytes for form in self._forms(rows))
 
 
@@ -252,13 +250,13 @@ class _ReturningGradients:
     Args:
         own: the accumulators of this rank's rows, which are added to.
         dim: their dimension of tokens.
-        towards_owner: the sign of the distance to the owner of the rows that are held in a hop.
+        rows: what travels; gradients take the opposite direction.
     """
 
-    def __init__(self, own: torch.Tensor, dim: int, towards_owner: int, rows: _Travelling):
+    def __init__(self, own: torch.Tensor, dim: int, rows: _Travelling):
         self.own = own
         self.dim = dim
-        self.towards_owner = towards_owner
+        self.towards_owner = -rows.direction
         self.own_rows = rows.own_rows
         self.peer_rows = rows.peer_rows
         self.exchange = rows.ring.exchange
@@ -293,8 +291,22 @@ class _ReturningGradients:
         self.pending = None
 
 
-def _most_rows(of_hops: list[VisibleRows]) -> int:
-    return max(len(rows) for rows in of_hops[1:])
+def _rows_by_hop(
+    find: Callable[[Layout, int, int, Mask], VisibleRows], ring: Ring
+) -> tuple[_RowsByHop, _RowsByHop]:
+    """Return the rows between this rank's keys and their readers, and its queries and their keys.
+
+    In hop t the reader is t ranks on, and the owner of the keys t ranks back.
+    """
+    rank, size = ring.ring_rank, ring.layout.ring_size
+    hops = range(1, ring.hops)
+    of_own_keys = {t: find(ring.layout, (rank + t) % size, rank, ring.mask) for t in hops}
+    of_own_queries = {t: find(ring.layout, rank, (rank - t) % size, ring.mask) for t in hops}
+    return of_own_keys, of_own_queries
+
+
+def _most_rows(by_hop: _RowsByHop) -> int:
+    return max(map(len, by_hop.values()))
 
 
 def _select(x: torch.Tensor, dim: int, rows: VisibleRows, into: torch.Tensor) -> None:
