@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_ring.context_parallel.sample_blocks import BLOCK
 from megatron_ring.errors import ConfigError, counted, nearest_multiples
 from megatron_ring.kernels.attention.measured import WIDEST, StripeSize
 
@@ -111,7 +112,7 @@ class DocumentPlacement:
     """
 
     window: int = 0
-    block: int = 128
+    block: int = BLOCK
     ranks_per_node: int = 0
 
 

@@ -135,5 +135,5 @@ def concatenated_positions(layout: Layout, ring_rank: int, mask: Mask) -> torch.
     """Return the positions of the rank's tokens in all ``mask.samples`` samples, end to end."""
     offsets_B1 = torch.arange(mask.samples)[:, None] * layout.seq_length
     if mask.placements:
-        return (offsets_B1 + placed_positions(layout, ring_rank, mask.placements)).flatten()
+        return (offsets_B1 + placed_positions(layout, mask.placements, ring_rank)).flatten()
     return (offsets_B1 + layout.positions(ring_rank)).flatten()

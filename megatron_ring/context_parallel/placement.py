@@ -127,22 +127,23 @@ def place_samples(
     if rules is None:
         return ()
 
-    def place(starts: np.ndarray) -> Placement | None:
-        return place_documents(
-            starts,
-            layout.seq_length,
-            layout.ring_size,
-            rules.window,
-            measured_costs(),
-            rules.ranks_per_node,
-            rules.block,
-        )
-
     def place_all() -> tuple[Placement | None, ...]:
         starts = document_starts.numpy()
         offsets = layout.seq_length * np.arange(samples)
         parts = np.split(starts, np.searchsorted(starts, offsets[1:]))
-        return tuple(place(part - offset) for part, offset in zip(parts, offsets, strict=True))
+        costs = measured_costs()
+        return tuple(
+            place_documents(
+                part - offset,
+                layout.seq_length,
+                layout.ring_size,
+                rules.window,
+                costs,
+                rules.ranks_per_node,
+                rules.block,
+            )
+            for part, offset in zip(parts, offsets, strict=True)
+        )
 
     return _PLACED.get(document_starts, (layout, samples), place_all)
 
@@ -151,12 +152,19 @@ _PLACED = BatchCache()
 
 
 def placed_positions(
-    layout: Layout, ring_rank: int, placements: Sequence[Placement | None]
+    layout: Layout,
+    placements: Sequence[Placement | None],
+    ring_rank: int,
+    ulysses_rank: int = 0,
+    ulysses_size: int = 1,
 ) -> torch.Tensor:
-    """Return the positions of a rank's tokens in each sample: (samples, L) int64, increasing."""
+    """Return the positions of a process's tokens in each sample: (samples, l) int64, increasing.
+
+    Ranks are those of ``Layout.positions``; the default is the whole shard, (samples, L).
+    """
     dealt_L = layout.positions(ring_rank)
     rows = [dealt_L if placed is None else placed.positions(ring_rank) for placed in placements]
-    return torch.stack(rows)
+    return torch.stack(rows).chunk(ulysses_size, dim=1)[ulysses_rank]
 
 
 def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> float:

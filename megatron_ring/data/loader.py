@@ -20,18 +20,15 @@ From samples to a rank's share of a micro-batch:
 This is selection only: no collectives, and the same samples in the same global batches on any grid.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.placement import (
-    Placement,
-    place_samples,
-    placed_positions,
-)
+from megatron_ring.context_parallel.placement import place_samples, placed_positions
 from megatron_ring.data import sample_assignment
 from megatron_ring.data.document_boundaries import IGNORE_INDEX, NO_BOUNDARIES, DocumentBoundaries
 from megatron_ring.data.sample_assignment import DataImbalance
@@ -106,10 +103,8 @@ class Loader:
         self._layout_padding = layout.seq_length - stream.seq_length
         self._last = stream.seq_length - 1
         self._layout = layout
-        self._ring_rank = ring_rank
-        self._ulysses_rank = ulysses_rank
-        self._ulysses_size = ulysses_size
-        self._layout_positions_l = layout.positions(ring_rank, ulysses_rank, ulysses_size).numpy()
+        self._process = ring_rank, ulysses_rank, ulysses_size
+        self._layout_positions_l = layout.positions(*self._process).numpy()
         self._data_rank = data_rank
         self._data_size = data_size
         self._micro_batch_size = micro_batch_size
@@ -128,33 +123,41 @@ class Loader:
 
         Raises DataError for a token id outside the vocabulary.
         """
-        slots_G, imbalance = self._assign()
+        first = self._consumed_samples
+
+        @functools.cache  # an earlier view may be of another epoch, whose order is computed again
+        def view(sample: int) -> SampleView:
+            return self._stream.view(first + sample)
+
+        slots_G, imbalance = self._assign(view)
         slots_MDB = slots_G.reshape(-1, self._data_size, self._micro_batch_size)
-        batches = [self._batch(samples_B, imbalance) for samples_B in slots_MDB[:, self._data_rank]]
+        batches = [
+            self._batch([view(sample) for sample in samples_B], imbalance)
+            for samples_B in slots_MDB[:, self._data_rank].tolist()
+        ]
         self._consumed_samples += self._global_batch_size
         return batches
 
-    def _assign(self) -> tuple[np.ndarray, DataImbalance | None]:
-        """Return the number of the sample in each slot of the step, (G,), and the imbalance."""
+    def _assign(self, view: Callable[[int], SampleView]) -> tuple[np.ndarray, DataImbalance | None]:
+        """Return which sample of the step is in each slot, (G,), and the imbalance."""
         samples = self._global_batch_size
         slots_G = sample_assignment.in_order(samples)
         imbalance = None
         if self._data_size > 1 and self._boundaries.reset_attention_mask:
             sizes = self._data_size, self._micro_batch_size
-            work_G = np.array([self._work(self._consumed_samples + n) for n in range(samples)])
+            work_G = np.array([self._work(view(sample)) for sample in range(samples)])
             as_they_come = sample_assignment.imbalance(work_G, slots_G, *sizes)
             if self._assigns_by_work:
                 slots_G = sample_assignment.by_work(work_G, *sizes)
             assigned = sample_assignment.imbalance(work_G, slots_G, *sizes)
             imbalance = DataImbalance(assigned, as_they_come)
-        return self._consumed_samples + slots_G, imbalance
+        return slots_G, imbalance
 
-    def _work(self, sample: int) -> int:
-        lengths = self._stream.view(sample).document_lengths(self._stream.seq_length)
+    def _work(self, view: SampleView) -> int:
+        lengths = view.document_lengths(self._stream.seq_length)
         return sample_assignment.visible_pairs(lengths, self._window)
 
-    def _batch(self, samples_B: np.ndarray, imbalance: DataImbalance | None) -> Batch:
-        views = [self._stream.view(int(sample)) for sample in samples_B]
+    def _batch(self, views: list[SampleView], imbalance: DataImbalance | None) -> Batch:
         # Before tokens are read: here memory of whole samples is needed.
         positions, layout_positions, starts = self._positions_and_starts(views)
         layout_positions_Bl = np.broadcast_to(
@@ -195,14 +198,10 @@ class Loader:
         if (found := self._boundaries.document_starts(ends_BS)) is not None:
             starts = torch.from_numpy(found)
             if placements := place_samples(starts, len(views), self._layout):
-                layout_positions = self._placed_positions(placements)
+                placed_Bl = placed_positions(self._layout, placements, *self._process)
+                layout_positions = placed_Bl.numpy()
         positions = self._boundaries.positions(ends_BS, layout_positions)
         return positions.clip(max=self._last), layout_positions, starts
-
-    def _placed_positions(self, placements: Sequence[Placement | None]) -> np.ndarray:
-        """Return the positions in each sample of this rank's tokens, (B, l)."""
-        placed_BL = placed_positions(self._layout, self._ring_rank, placements)
-        return placed_BL.chunk(self._ulysses_size, dim=1)[self._ulysses_rank].numpy()
 
 
 @dataclass

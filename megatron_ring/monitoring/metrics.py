@@ -54,7 +54,6 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from tqdm import tqdm
 
 from megatron_ring.config import LoggingConfig
-from megatron_ring.data.sample_assignment import DataImbalance
 from megatron_ring.errors import counted
 from megatron_ring.monitoring.metrics_file import MetricsFile
 from megatron_ring.monitoring.outputs import BestEffort
@@ -76,7 +75,7 @@ _KEPT_VALIDATIONS = 256
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step; its fields are in the order of the metrics file."""
+    """One optimizer step; its fields are in the order of the metrics file, which has no None."""
 
     step: int
     loss: float
@@ -91,7 +90,8 @@ class StepRecord:
     roll_backs: int
     full_attention_flops: float = 0.0
     ring: RingReport = field(default_factory=RingReport)
-    data_imbalance: DataImbalance | None = None
+    data_imbalance: float | None = None
+    data_imbalance_in_order: float | None = None
     placed_share: float | None = None
 
     @property
@@ -100,13 +100,8 @@ class StepRecord:
         own = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("ring", "data_imbalance", "placed_share")
+            if name != "ring" and value is not None
         }
-        if self.data_imbalance:
-            own["data_imbalance"] = self.data_imbalance.assigned
-            own["data_imbalance_in_order"] = self.data_imbalance.in_order
-        if self.placed_share is not None:
-            own["placed_share"] = self.placed_share
         return own | self.ring.metrics
 
     def events(self) -> Events:

@@ -130,8 +130,8 @@ def errors(setup: RunSettings, groups: ProcessGroups, coordinates: Coordinates) 
         starts = (offsets.unsqueeze(1) + torch.tensor(documents)).flatten()
         if placements := place_samples(starts, len(sample.q_BSHD), layout):
             # All samples have the same documents, and so the same placement.
-            placed_L = placed_positions(layout, coordinates.ring, placements)[0]
-            positions = placed_L.chunk(grid.ulysses)[coordinates.ulysses]
+            process = coordinates.ring, coordinates.ulysses, grid.ulysses
+            positions = placed_positions(layout, placements, *process)[0]
     of_windows = []
     for window in _windows(setup, layout.seq_length):
         q, k, v, dout = (tensor[:, positions] for tensor in sample[:4])

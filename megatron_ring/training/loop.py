@@ -122,6 +122,7 @@ def run_step(
     result = engine.train_step(micro_batches, rate, guard.highest_loss)
     seconds = time.perf_counter() - began
     guard.count(result)
+    imbalance = micro_batches[0].data_imbalance if micro_batches else None
     record = StepRecord(
         step=step,
         loss=result.loss,
@@ -136,7 +137,8 @@ def run_step(
         roll_backs=guard.roll_backs,
         full_attention_flops=_full_attention_flops(start),
         ring=watch.end(step, seconds, loaded - began),
-        data_imbalance=micro_batches[0].data_imbalance if micro_batches else None,
+        data_imbalance=imbalance.assigned if imbalance else None,
+        data_imbalance_in_order=imbalance.in_order if imbalance else None,
         placed_share=_placed_share(start, micro_batches),
     )
     return StepOutcome(record, result, range(first_sample, batches.consumed_samples))
