@@ -123,6 +123,11 @@ class Options:
     json: str = ""
     """Also write the results to this file."""
 
+    @property
+    def has_documents(self) -> bool:
+        """Whether the sequence is a pack of documents."""
+        return self.documents != "0"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -211,7 +216,7 @@ def _cases(options: Options) -> dict[str, Case]:
 
 
 def _mask(options: Options) -> Mask:
-    if options.documents == "0":
+    if not options.has_documents:
         return Mask(options.window)
     starts = pack_starts(options.documents, options.seq_length, options.batch)
     return Mask(options.window, starts, options.batch)
@@ -243,7 +248,7 @@ def _device_type(options: Options) -> str:
 
 def _kernel(options: Options) -> str:
     features = {
-        Feature.DOCUMENTS: options.documents != "0",
+        Feature.DOCUMENTS: options.has_documents,
         Feature.WINDOW: options.window > 0,
         Feature.GROUPED_HEADS: options.heads != options.kv_heads,
     }
@@ -273,7 +278,7 @@ def _findings(options: Options, cases: dict[str, Case], times: Times) -> dict:
         setting = f"{counted(options.emulate_ranks, 'emulated rank')}, communication not counted"
     else:
         setting = counted(options.nproc, "rank")
-    one_by_one = ", document by document" if options.documents != "0" else ""
+    one_by_one = ", document by document" if options.has_documents else ""
     single = "the ring's kernel" if options.window else f"torch's causal attention{one_by_one}"
     dense = cases.get(DENSE)
     return {
@@ -428,7 +433,7 @@ def _measure(options: Options, cases: dict[str, Case]) -> Times:
 
 def _spawn(options: Options) -> dict[str, float]:
     port = free_port()
-    if options.documents != "0" or options.window:
+    if options.has_documents or options.window:
         # Idle OpenMP threads spin between many short operators and delay others on a busy machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()

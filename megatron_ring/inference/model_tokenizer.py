@@ -96,8 +96,7 @@ def find_tokenizer(
     does not fit the vocabulary, and DataError if its file cannot be read.
     """
     files = tuple(sources.files())
-    path = Path(config.tokenizer_model) if config.tokenizer_model else None
-    path = path or next((file for file in files if file.is_file()), None)
+    path = _chosen_file(config, sources)
     known_ends = _known_ends(sources)
     if path is None:
         return ModelTokenizer(None, files, (), known_ends)
@@ -111,6 +110,13 @@ def find_tokenizer(
     )
 
 
+def _chosen_file(config: InferenceConfig, sources: TokenizerSources) -> Path | None:
+    """Return the tokenizer's file: --tokenizer-model, else the first source that exists, if any."""
+    if config.tokenizer_model:
+        return Path(config.tokenizer_model)
+    return next((file for file in sources.files() if file.is_file()), None)
+
+
 def store_notes(
     config: InferenceConfig, sources: TokenizerSources, stores: Sequence[Fingerprint]
 ) -> tuple[str, ...]:
@@ -120,9 +126,8 @@ def store_notes(
     one may have been written to the same path since, even with another tokenizer of equal size.
     """
     prefix = sources.store()
-    is_of_store = not (config.tokenizer_model or sources.hugging_face)
-    is_of_store = is_of_store and not (sources.run and sources.run.data.tokenizer_model)
-    if not (prefix and is_of_store and tokenizer_path(prefix).is_file()):
+    chosen = _chosen_file(config, sources)
+    if not prefix or chosen is None or chosen != tokenizer_path(prefix):
         return ()
     try:
         found = manifest_sha256(prefix)
@@ -133,7 +138,7 @@ def store_notes(
         return ()
     return (
         f"token store {prefix} is not the one that the run has read; its tokenizer "
-        f"{tokenizer_path(prefix)} may be another one. Set --tokenizer-model if it is",
+        f"{chosen} may be another one. Set --tokenizer-model if it is",
     )
 
 
