@@ -9,6 +9,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.document_packs import random_starts, starts_of
@@ -40,6 +41,10 @@ class Histogram:
             lengths += more
             filled += sum(more)
         return starts_of(lengths, seq_length)
+
+    def lengths(self, number: int, seed: int) -> np.ndarray:
+        """Return the lengths of so many random documents, (number,) int64; drawn as ``starts``."""
+        return np.array(self._lengths(number, torch.Generator().manual_seed(seed)))
 
     def _lengths(self, number: int, generator: torch.Generator) -> list[int]:
         bins = torch.multinomial(self.documents.double(), number, True, generator=generator)

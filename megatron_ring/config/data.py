@@ -54,10 +54,10 @@ class DataConfig:
     its part out."""
     seq_length: int = 1024
     """Sequence length S of a sample, in tokens, before it is split over the context ranks."""
-    packing: Literal["concatenate", "greedy", "best-fit"] = "concatenate"
+    packing: Literal["concatenate", "greedy", "best-fit", "balanced"] = "concatenate"
     """How documents fill samples. concatenate: split at the sample's end; greedy: whole documents
-    by next fit; best-fit: whole documents by best-fit decreasing. Documents longer than a sample
-    are split in any case."""
+    by next fit; best-fit: whole documents by best-fit decreasing; balanced: whole documents so that
+    samples have even attention work. Documents longer than a sample are split in any case."""
     reset_attention_mask: bool = False
     """Restrict attention to a token's own document, which ends with its end-of-document token."""
     reset_position_ids: bool = False

@@ -1,4 +1,4 @@
-"""Samples of whole documents (``--packing greedy`` and ``best-fit``).
+"""Samples of whole documents (``--packing greedy``, ``best-fit`` and ``balanced``).
 
 Unlike in the running concatenation of samples.py, a document that fits into a sample is not cut; a
 longer one is cut every ``seq_length`` tokens. The positions left over at the end of a sample are
@@ -40,7 +40,7 @@ class WholeDocumentStream(Stream):
         self.fit = fit
         order = documents.start + shuffled(len(documents), seed, 0, "documents")
         lengths = store.lengths[order]
-        document_of_piece, self._begins = _cut(lengths, seq_length)
+        document_of_piece, self._begins = cut(lengths, seq_length)
         self._documents = order[document_of_piece]
         piece_lengths = np.minimum(lengths[document_of_piece] - self._begins, seq_length)
         self._packs = FITS[fit](piece_lengths, seq_length)
@@ -78,10 +78,10 @@ class WholeDocumentStream(Stream):
         return self.store.document(self._documents[piece])[begin : begin + self.seq_length + 1]
 
 
-def _cut(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents every ``seq_length`` tokens.
+def cut(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut documents every ``seq_length`` tokens; ``lengths`` is (documents,).
 
-    Returns, for each piece, its document as an index into ``lengths`` and where in that document it
+    Return, for each piece, its document as an index into ``lengths`` and where in that document it
     begins: (pieces,) int64 both.
     """
     counts = -(-lengths // seq_length)

@@ -78,7 +78,7 @@ def test_a_blend_has_a_validation_stream_only_with_a_validation_share(config, st
     assert with_validation.validation.seq_length == 8
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "greedy", "best-fit"])
+@pytest.mark.parametrize("packing", ["concatenate", "greedy", "best-fit", "balanced"])
 def test_the_third_share_of_every_store_is_for_the_test(store_of, config, packing):
     """The tokens of a document encode its store and number, and it is as long as a sample."""
     stores = [store_of([[100 * store + n] * 8 for n in range(1, 11)]) for store in (1, 2)]
@@ -126,7 +126,7 @@ def test_a_test_share_that_fills_no_sample_is_refused(config):
         Dataset.open(replace(config, split=(0.5, 0.3, 0.2)), seed=1)
 
 
-@pytest.mark.parametrize("packing", ["greedy", "best-fit"])
+@pytest.mark.parametrize("packing", ["greedy", "best-fit", "balanced"])
 def test_whole_document_packing_is_selected_by_the_option(config, packing):
     (line,) = Dataset.open(replace(config, packing=packing), seed=1).training.describe()
     assert "5 training samples an epoch" in line

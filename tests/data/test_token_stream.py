@@ -36,6 +36,7 @@ STREAMS = {
     "a blend": {"blend": True},
     "greedy": {"packing": "greedy"},
     "best-fit": {"packing": "best-fit"},
+    "balanced": {"packing": "balanced"},
     "a blend, best-fit, boundaries": {"blend": True, "packing": "best-fit", "boundaries": True},
     "a blend, boundaries": {"blend": True, "boundaries": True},
 }
