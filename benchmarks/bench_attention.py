@@ -460,7 +460,7 @@ def _run_rank(rank: int, options: Options, port: int, results) -> None:
     for turn in range(options.rounds + 1):
         # The order changes each round: a run inherits caches, heap and heat from the previous one.
         for name in random.Random(turn).sample(list(runs), len(runs)):
-            seconds[name].append(_seconds_on_all_ranks(runs[name]))
+            seconds[name].append(seconds_on_all_ranks(runs[name]))
     if rank == 0:
         results.put({name: statistics.median(times[1:]) for name, times in seconds.items()})
     dist.barrier()
@@ -584,7 +584,7 @@ def _torch_run(mask: Mask, options: Options) -> Callable[[], None]:
     return run
 
 
-def _seconds_on_all_ranks(run: Callable[[], None]) -> float:
+def seconds_on_all_ranks(run: Callable[[], None]) -> float:
     """Return the seconds of ``run`` from a common start until the last rank ends; blocks."""
     dist.barrier()
     seconds = _seconds(run)

@@ -8,13 +8,15 @@ and without the ranks between them:
 
 Hop 0 is local. Sender and receiver derive the rows of each hop from the mask; a message without
 rows is not posted, and a rank may send in a hop in which it receives nothing, or the reverse.
-Gradients are added in the order of the hops.
+Exchanges start ``Ring.exchanges_in_flight`` hops ahead. Gradients are added in the order of the
+hops.
 
 A row leaves its owner once for each rank that reads it. Around the ring it would be sent by every
 rank up to its last reader, which is never less often; for one long document both are the same
 (docs/decisions/0027).
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,11 +64,11 @@ def forward(
     state = RunningSoftmax.empty(q_BLHD)
     keys = _TravellingKeys(kv_2BLGD, ring)
     for hop in ring.hop_indices():
-        in_flight = keys.start(hop + 1)
+        keys.start_ahead(hop)
         if (key_ranges := keys.key_ranges(hop)) is not None:
             inputs = HopInputs(q_BLHD, *keys.held_2BnGD, key_ranges, ring.scale)
             ring.kernel.forward(inputs, state)
-        keys.receive(in_flight)
+        keys.receive(hop + 1)
     return state.out_BLHD.to(q_BLHD.dtype), state.lse_BHL
 
 
@@ -83,17 +85,17 @@ def backward_sending_keys(
     keys = _TravellingKeys(own_2BLGD, ring)
     gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, keys)
     for hop in ring.hop_indices():
-        in_flight = keys.start(hop + 1)
+        keys.start_ahead(hop)
         groups = all_groups if hop else first_groups
         dkv_2BnGD = gradients.zeros(hop) if hop else own_dkv_2BLGD
         if (key_ranges := keys.key_ranges(hop)) is not None:
             add_gradients(ring, key_ranges, groups, own, keys.held_2BnGD, dq_BLHD, dkv_2BnGD)
         if hop:
             gradients.start(dkv_2BnGD, hop)
-        keys.receive(in_flight)
+        keys.receive(hop + 1)
     # The rest of the own work, while the last gradients return.
     add_gradients(ring, ring.own_key_ranges, last_groups, own, own_2BLGD, dq_BLHD, own_dkv_2BLGD)
-    gradients.add_received()
+    gradients.add_all_received()
     return dq_BLHD, own_dkv_2BLGD
 
 
@@ -110,29 +112,30 @@ def backward_sending_queries(
     queries = _TravellingQueries(own, ring)
     gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, queries)
     for hop in ring.hop_indices():
-        in_flight = queries.start(hop + 1)
+        queries.start_ahead(hop)
         groups = all_groups if hop else first_groups
         dq_BnHD = gradients.zeros(hop) if hop else own_dq_BLHD
         if (key_ranges := queries.key_ranges(hop)) is not None:
             add_gradients(ring, key_ranges, groups, queries.held, kv_2BLGD, dq_BnHD, dkv_2BLGD)
         if hop:
             gradients.start(dq_BnHD, hop)
-        queries.receive(in_flight, hop + 1)
+        queries.receive(hop + 1)
     # The rest of the own work, while the last gradients return.
     add_gradients(ring, ring.own_key_ranges, last_groups, own, kv_2BLGD, own_dq_BLHD, dkv_2BLGD)
-    gradients.add_received()
+    gradients.add_all_received()
     return own_dq_BLHD, dkv_2BLGD
 
 
 class _Travelling:
     """Rows that travel: those of this rank that others need, and those of others that it needs.
 
-    One message is in flight at a time, while the rows of the message before it are in use.
-
     Attributes:
         own_rows, peer_rows: by hop, from 1, which rows of this rank another needs, and which rows
             of another this rank needs.
         direction: 1 if hop t sends t ranks on, -1 if it sends back.
+        most_in_flight: how many hops ahead an exchange starts.
+        in_flight: exchanges that have started and are not received, oldest first: those of the
+            hops after the one that is computed.
     """
 
     direction: int
@@ -141,14 +144,17 @@ class _Travelling:
         self.ring = ring
         self.own_rows = own_rows
         self.peer_rows = peer_rows
+        self.most_in_flight = ring.exchanges_in_flight(ring.hops)
+        self.in_flight: deque[Transfer] = deque()
 
-    def start(self, hop: int) -> Transfer | None:
-        """Start the exchange of the rows of ``hop``; None after the last."""
-        if hop == self.ring.hops:
-            return None
-        message = self._message(self.own_rows[hop])
-        into = self._incoming.next(self._size(len(self.peer_rows[hop])))
-        return self.ring.exchange.start(message, self.direction * hop, into)
+    def start_ahead(self, hop: int) -> None:
+        """As ``hop`` begins, start the exchanges of the next hops; nothing after the last."""
+        last = min(hop + self.most_in_flight, self.ring.hops - 1)
+        for ahead in range(hop + 1 + len(self.in_flight), last + 1):
+            message = self._message(self.own_rows[ahead])
+            into = self._incoming.next(self._size(len(self.peer_rows[ahead])))
+            transfer = self.ring.exchange.start(message, self.direction * ahead, into)
+            self.in_flight.append(transfer)
 
     def key_ranges(self, hop: int) -> KeyRanges | None:
         """Return which keys are visible among the rows held in ``hop``; None if there are none."""
@@ -158,8 +164,12 @@ class _Travelling:
 
     def _allocate(self, like: torch.Tensor, dim: int) -> None:
         """Prepare buffers for messages like ``like``, which have their ``_size`` in ``dim``."""
-        self._outgoing = RowBuffers(like, dim, self._size(_most_rows(self.own_rows)), count=1)
-        self._incoming = RowBuffers(like, dim, self._size(_most_rows(self.peer_rows)), count=2)
+        own_size, peer_size = (
+            self._size(_most_rows(rows)) for rows in (self.own_rows, self.peer_rows)
+        )
+        self._outgoing = RowBuffers(like, dim, own_size, count=self.most_in_flight)
+        # One more has the rows that are in use.
+        self._incoming = RowBuffers(like, dim, peer_size, count=self.most_in_flight + 1)
 
     def _size(self, rows: int) -> int:
         """Return the size of the message of so many rows."""
@@ -181,10 +191,10 @@ class _TravellingKeys(_Travelling):
         self.held_2BnGD = own_2BLGD
         self._allocate(own_2BLGD, _KV_DIM)
 
-    def receive(self, in_flight: Transfer | None) -> None:
-        """Wait for the keys of the next hop."""
-        if in_flight:
-            self.held_2BnGD = in_flight.wait()
+    def receive(self, hop: int) -> None:
+        """Wait for the keys of ``hop``, the next one; after the last hop do nothing."""
+        if hop < self.ring.hops:
+            self.held_2BnGD = self.in_flight.popleft().wait()
 
     def _message(self, rows: VisibleRows) -> torch.Tensor:
         if rows.is_whole:
@@ -222,10 +232,11 @@ class _TravellingQueries(_Travelling):
         ]
         self._allocate(torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device), 0)
 
-    def receive(self, in_flight: Transfer | None, hop: int) -> None:
-        """Wait for the queries of ``hop``, the next one."""
-        if in_flight:
-            parts = unpack_bytes(in_flight.wait(), self._forms(len(self.peer_rows[hop])))
+    def receive(self, hop: int) -> None:
+        """Wait for the queries of ``hop``, the next one; after the last hop do nothing."""
+        if hop < self.ring.hops:
+            message = self.in_flight.popleft().wait()
+            parts = unpack_bytes(message, self._forms(len(self.peer_rows[hop])))
             q_BnHD, dout_BnHD, lse_BHn, delta_BHn = parts
             self.held = QuerySide(dout_BnHD, q_BnHD, KnownDelta(delta_BHn, dout_BnHD), lse_BHn)
 
@@ -260,35 +271,43 @@ class _ReturningGradients:
         self.own_rows = rows.own_rows
         self.peer_rows = rows.peer_rows
         self.exchange = rows.ring.exchange
-        self.pending: tuple[Transfer, VisibleRows] | None = None
-        # One is sent while the next hop adds to the other.
-        self._outgoing = RowBuffers(own, dim, _most_rows(rows.peer_rows), count=2)
-        self._incoming = RowBuffers(own, dim, _most_rows(rows.own_rows), count=1)
+        self.most_in_flight = rows.most_in_flight
+        self.in_flight: deque[tuple[Transfer, VisibleRows]] = deque()
+        # The hop that is computed adds to one more.
+        count = self.most_in_flight + 1
+        self._outgoing = RowBuffers(own, dim, _most_rows(rows.peer_rows), count)
+        self._incoming = RowBuffers(own, dim, _most_rows(rows.own_rows), self.most_in_flight)
 
     def zeros(self, hop: int) -> torch.Tensor:
         """Return accumulators for the rows that are held in ``hop``."""
         return self._outgoing.next(len(self.peer_rows[hop])).zero_()
 
     def start(self, gradients: torch.Tensor, hop: int) -> None:
-        """Send the ``gradients`` of the rows held in ``hop``; add what came back for the last."""
-        self.add_received()
+        """Send the ``gradients`` of the rows held in ``hop``.
+
+        Before that, wait for the oldest that come back and add them, if as many as may be are in
+        flight.
+        """
+        if len(self.in_flight) == self.most_in_flight:
+            self._add_oldest()
         rows = self.own_rows[hop]
         into = self._incoming.next(len(rows))
         transfer = self.exchange.start(gradients, self.towards_owner * hop, into)
-        self.pending = transfer, rows
+        self.in_flight.append((transfer, rows))
 
-    def add_received(self) -> None:
-        """Wait for the gradients of own rows that are on their way, and add them."""
-        if self.pending is None:
-            return
-        transfer, rows = self.pending
+    def add_all_received(self) -> None:
+        """Wait for all gradients of own rows that are on their way, and add them."""
+        while self.in_flight:
+            self._add_oldest()
+
+    def _add_oldest(self) -> None:
+        transfer, rows = self.in_flight.popleft()
         received = transfer.wait()
         if rows.is_whole:
             self.own.add_(received)
         elif len(rows):
             # No row occurs twice, so this is deterministic on CUDA too.
             self.own.index_add_(self.dim, rows.on(self.own.device), received)
-        self.pending = None
 
 
 def _rows_by_hop(

@@ -8,6 +8,9 @@ Bytes decide what travels in backward. A rank may send on the keys it has or the
 Keys carry V, dK and dV; queries carry dO, lse, delta and dQ, for every query head instead of every
 key-value head. With equal heads the queries are fewer bytes; with enough query heads per key-value
 head the keys are.
+
+The work of a hop differs between ranks where documents are kept apart, so ranks may be some hops
+ahead of each other, at the price of buffers.
 """
 
 from dataclasses import dataclass
@@ -71,6 +74,16 @@ def backward_bytes(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> dict[str, in
             q_BLHD.numel() * (2 * q_BLHD.itemsize + accumulator_size) + rows * 2 * accumulator_size
         ),
     }
+
+
+def exchanges_in_flight(hops: int) -> int:
+    """Return how many hops ahead the exchanges of a ring with direct messages (direct.py) start.
+
+    As many hops may a rank be ahead of those that it exchanges with. Each needs buffers of up to a
+    shard, which are small where there are many hops: at most a 32nd of the sample is added. Fewer
+    than 32 hops gain nothing by a second exchange (docs/decisions/0027).
+    """
+    return 1 + hops // 32
 
 
 def queries_are_lighter(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> bool:

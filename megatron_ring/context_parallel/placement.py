@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_ring.context_parallel.batch_cache import BatchCache
+from megatron_ring.context_parallel.hop_cost import exchanges_in_flight
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.placement_cost import measured_costs
 from megatron_ring.context_parallel.sample_blocks import (
@@ -173,7 +174,8 @@ def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) ->
     if costs.row:
         transfer_TR = costs.row * blocks.rows_sent_directly(owners)
     compute_TR = compute_time(*blocks.hop_work(owners), costs)
-    return critical_path(compute_TR, transfer_TR, direct=True)
+    in_flight = exchanges_in_flight(blocks.ring_size)
+    return critical_path(compute_TR, transfer_TR, direct=True, in_flight=in_flight)
 
 
 def assign(

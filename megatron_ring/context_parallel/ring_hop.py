@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from megatron_ring.context_parallel.hop_cost import queries_are_lighter
+from megatron_ring.context_parallel.hop_cost import exchanges_in_flight, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
@@ -50,6 +50,8 @@ class Ring:
             last message is in flight, at the price of more kernel calls (docs/decisions/0013).
         sends_all_rows: whether documents make no difference to what is sent, as in a published
             ring.
+        exchanges_in_flight: given the number of hops, how many of them ahead an exchange starts
+            where rows are sent directly.
     """
 
     layout: Layout
@@ -62,6 +64,7 @@ class Ring:
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
     splits_own_work: bool = True
     sends_all_rows: bool = False
+    exchanges_in_flight: Callable[[int], int] = exchanges_in_flight
 
     @property
     def sends_directly(self) -> bool:

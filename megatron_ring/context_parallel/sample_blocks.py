@@ -208,32 +208,36 @@ class SampleBlocks:
 
 
 def critical_path(
-    compute_TR: np.ndarray, transfer_TR: np.ndarray | None = None, direct: bool = False
+    compute_TR: np.ndarray,
+    transfer_TR: np.ndarray | None = None,
+    direct: bool = False,
+    in_flight: int = 1,
 ) -> float:
-    """Return when the last rank of a ring has finished, with one message in flight at a time.
+    """Return when the last rank of a ring has finished.
 
-    A rank begins a hop's exchange, computes the hop, then waits for the exchange: for its source
-    and its destination to have begun the same one. So it runs at most one hop ahead of either, and
-    what a rank does in a hop delays another by a hop at the earliest.
+    As a rank begins a hop, it begins the exchange of the hop that is ``in_flight`` hops ahead, then
+    computes. Before the next hop it waits for that hop's exchange: for its source and its
+    destination to have begun the same one. So it runs at most ``in_flight`` hops ahead of either.
+    Exchanges of a rank happen one after another.
 
     Args:
         compute_TR: Time that each rank computes in each hop, (hops, ranks).
-        transfer_TR: Time that each rank sends for each hop, alike; hop t + 1's during hop t.
+        transfer_TR: Time that each rank sends for each hop, alike; 0 for the first.
         direct: Whether hop t receives from the rank t places before, not from the neighbour.
     """
     hops, ranks = compute_TR.shape
-    begins = np.zeros(ranks)
-    for hop in range(hops):
-        ends = begins + compute_TR[hop]
-        if hop + 1 == hops:
-            return float(ends.max())
-        distance = hop + 1 if direct else 1
-        # The exchange of sender j begins when both it and rank j + distance have begun the hop.
-        exchanged = np.maximum(begins, np.roll(begins, -distance))
+    begins_TR = np.zeros((hops, ranks))
+    exchanged = np.zeros(ranks)  # when the rank's last exchange was over
+    for hop in range(1, hops):
+        ends = begins_TR[hop - 1] + compute_TR[hop - 1]
+        distance = hop if direct else 1
+        ready = np.maximum(begins_TR[max(hop - in_flight, 0)], exchanged)
+        sent = np.maximum(ready, np.roll(ready, -distance))
         if transfer_TR is not None:
-            exchanged = exchanged + transfer_TR[hop + 1]
-        begins = np.maximum(np.maximum(ends, exchanged), np.roll(exchanged, distance))
-    raise AssertionError("a ring has at least one hop")
+            sent = sent + transfer_TR[hop]
+        exchanged = np.maximum(sent, np.roll(sent, distance))
+        begins_TR[hop] = np.maximum(ends, exchanged)
+    return float((begins_TR[-1] + compute_TR[-1]).max())
 
 
 def compute_time(tiles: np.ndarray, query_tiles: np.ndarray, costs: HopCosts) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.context_parallel.hop_cost import exchanges_in_flight
 from megatron_ring.context_parallel.sample_blocks import (
     HopCosts,
     SampleBlocks,
@@ -83,12 +84,14 @@ class Simulation:
     def critical_path(self, direct: bool, with_transfers: bool = False) -> float:
         """Return the time until the last rank has finished, with the messages of one of the ways.
 
-        See ``sample_blocks.critical_path``. ``with_transfers``: with the time of messages as in
+        See ``sample_blocks.critical_path``. Messages that are forwarded start a hop ahead, direct
+        ones as many as in direct.py. ``with_transfers``: with the time of messages as in
         ``costs.row``, else as if it were none.
         """
         traffic = self.direct if direct else self.forwarded
         transfer_TR = self.costs.row * traffic.rows_TR if with_transfers else None
-        return critical_path(self.compute_TR, transfer_TR, direct)
+        in_flight = exchanges_in_flight(len(self.compute_TR)) if direct else 1
+        return critical_path(self.compute_TR, transfer_TR, direct, in_flight)
 
 
 def simulate(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> Simulation:

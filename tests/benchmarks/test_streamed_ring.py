@@ -55,6 +55,7 @@ def run(
     kernel: HopKernel = reference,
     skips_wait: Callable[[Stream, Stream], bool] = lambda waiting, origin: False,
     mask: Mask = CAUSAL,
+    in_flight: int = 1,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Run forward and backward on every rank, on streams of ``device`` or without streams.
 
@@ -71,7 +72,15 @@ def run(
     def body(rank: int, exchange: StreamExchange) -> tuple:
         exchange = ReusingExchange(exchange, device) if device else exchange
         layout = Layout("striped", ranks * TOKENS, ranks)
-        ring = ring_loop.Ring(layout, rank, kernel, 0.5, exchange, mask)
+        ring = ring_loop.Ring(
+            layout,
+            rank,
+            kernel,
+            0.5,
+            exchange,
+            mask,
+            exchanges_in_flight=lambda hops: in_flight,
+        )
         out, lse = loop.forward(q[rank], kv[rank], ring)
         return out, lse, *loop.backward(q[rank], None, q[rank], kv[rank], out, lse, ring)
 
@@ -86,24 +95,26 @@ each_size = pytest.mark.parametrize("ranks", [2, 3, 4])
 # Every rank reads some rows of every other, and not all.
 DOCUMENTS = Mask(document_starts=(0, 2, 2 * TOKENS - 3))
 each_loop = pytest.mark.parametrize(
-    ("loop", "ranks", "mask"),
+    ("loop", "ranks", "mask", "in_flight"),
     [
-        (ring_loop, 2, CAUSAL),
-        (ring_loop, 3, CAUSAL),
-        (ring_loop, 2, DOCUMENTS),
-        (ring_loop, 4, DOCUMENTS),
-        (invariant, 2, CAUSAL),
-        (invariant, 4, CAUSAL),
+        pytest.param(ring_loop, 2, CAUSAL, 1, id="forwarded-2"),
+        pytest.param(ring_loop, 3, CAUSAL, 1, id="forwarded-3"),
+        pytest.param(ring_loop, 2, DOCUMENTS, 1, id="direct-2"),
+        pytest.param(ring_loop, 4, DOCUMENTS, 1, id="direct-4"),
+        pytest.param(ring_loop, 5, DOCUMENTS, 2, id="direct-5, two in flight"),
+        pytest.param(invariant, 2, CAUSAL, 1, id="invariant-2"),
+        pytest.param(invariant, 4, CAUSAL, 1, id="invariant-4"),
     ],
-    ids=["forwarded-2", "forwarded-3", "direct-2", "direct-4", "invariant-2", "invariant-4"],
 )
 
 
 @each_direction
 @each_loop
-def test_nothing_races_and_results_equal_those_without_streams(loop, ranks, mask, kv_heads):
-    with_streams = run(ranks, kv_heads, Device(), loop, mask=mask)
-    without = run(ranks, kv_heads, loop=loop, mask=mask)
+def test_nothing_races_and_results_equal_those_without_streams(
+    loop, ranks, mask, in_flight, kv_heads
+):
+    with_streams = run(ranks, kv_heads, Device(), loop, mask=mask, in_flight=in_flight)
+    without = run(ranks, kv_heads, loop=loop, mask=mask, in_flight=in_flight)
     for actual, expected in zip(with_streams, without):
         assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
@@ -120,12 +131,12 @@ WAITS = {
 @each_direction
 @each_loop
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, mask, kv_heads):
+def test_leaving_out_any_wait_is_a_race(wait, loop, ranks, mask, in_flight, kv_heads):
     def skips_wait(waiting: Stream, origin: Stream) -> bool:
         return (waiting.kind, origin.kind, waiting.ring_rank == origin.ring_rank) == wait
 
     with pytest.raises(Race):
-        run(ranks, kv_heads, Device(), loop, skips_wait=skips_wait, mask=mask)
+        run(ranks, kv_heads, Device(), loop, skips_wait=skips_wait, mask=mask, in_flight=in_flight)
 
 
 def test_a_kernel_that_writes_to_keys_in_transit_is_a_race():

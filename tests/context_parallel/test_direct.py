@@ -30,6 +30,7 @@ class Case(NamedTuple):
     kernel: str
     dtype: torch.dtype
     travels: str
+    in_flight: int
 
 
 @st.composite
@@ -57,6 +58,7 @@ def cases(draw) -> Case:
         draw(st.sampled_from(sorted(FAST_KERNELS))),
         draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16])),
         draw(st.sampled_from(["keys", "queries"])),
+        draw(st.integers(1, 3)),
     )
 
 
@@ -90,6 +92,7 @@ def test_any_documents_and_placements_give_the_attention_of_the_oracle(case):
         *inputs,
         mask=case.mask,
         sends_queries=lambda q, kv: case.travels == "queries",
+        exchanges_in_flight=lambda hops: case.in_flight,
     )
     expected = oracle.attention(*inputs, visible(case))
     assert beyond_tolerance(run.results, expected, case.dtype) == {}

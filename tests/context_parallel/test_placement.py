@@ -174,6 +174,29 @@ def test_a_hop_waits_for_the_sender_of_its_message():
     assert critical_path(compute[:3]) == 8
 
 
+def test_a_rank_may_be_as_many_hops_ahead_as_exchanges_are_in_flight():
+    compute = np.zeros((5, 2))
+    compute[0] = 4, 0  # rank 1 has nothing to do until hop 3
+    compute[3, 1] = 2
+    # It begins hop 3 once rank 0 has begun hop 2, or hop 1, which is at 4, or hop 0.
+    paths = [critical_path(compute, direct=True, in_flight=number) for number in (1, 2, 3)]
+    assert paths == [6, 6, 4]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3, 9])
+def test_more_exchanges_in_flight_never_take_longer_and_never_less_than_the_slowest_rank(in_flight):
+    compute = np.random.default_rng(0).random((8, 8))
+    path = critical_path(compute, direct=True, in_flight=in_flight)
+    assert compute.sum(0).max() <= path
+    assert path <= critical_path(compute, direct=True, in_flight=max(1, in_flight - 1))
+
+
+def test_exchanges_of_a_rank_happen_one_after_another():
+    compute = np.zeros((3, 2))
+    transfer = np.array([[0, 0], [3, 3], [2, 2.0]])
+    assert critical_path(compute, transfer, in_flight=2) == 3 + 2
+
+
 def test_messages_take_time_during_the_hop_before():
     compute = np.full((3, 2), 2.0)
     transfer = np.array([[0, 0], [3, 3], [1, 1.0]])
