@@ -24,7 +24,10 @@ def plot_metrics_tool(*flags: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("picture", "flags", "tokens"),
-    [("layouts.svg", [], 32), ("packed.svg", ["--documents", "23", "5", "1", "29", "6"], 64)],
+    [
+        ("layouts.svg", [], 32),
+        ("packed.svg", ["--documents", "7", "10", "5", "34", "8", "12", "6", "4", "10"], 96),
+    ],
 )
 def test_the_pictures_in_docs_match_the_layouts(picture, flags, tokens, tmp_path):
     assert commands.run("draw_layouts", *flags, "--output", tmp_path / picture).returncode == 0
@@ -37,8 +40,10 @@ def test_the_pictures_in_docs_match_the_layouts(picture, flags, tokens, tmp_path
 def test_each_document_is_a_box_under_its_tokens(tmp_path):
     draw_layouts.main(tmp_path / "x.svg", documents=(5, 11))
     drawn = (tmp_path / "x.svg").read_text()
-    assert drawn.count("fill: #d9d9d9") == 3
-    assert drawn.count("fill: #efefef") == 3
+    layouts = ("ring", "striped", "zigzag", "placed")
+    assert re.findall(r"<!-- (\w+): which ring rank owns a token -->", drawn) == list(layouts)
+    assert drawn.count("fill: #d9d9d9") == len(layouts)
+    assert drawn.count("fill: #efefef") == len(layouts)
 
 
 def boxes(svg: str) -> list[str]:
