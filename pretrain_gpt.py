@@ -9,7 +9,7 @@ import sys
 
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
-from megatron_ring.engine.engine import start_processes
+from megatron_ring.engine.deepspeed_groups import start_processes
 from megatron_ring.errors import reporting_errors
 from megatron_ring.monitoring.metrics import NullReporter
 from megatron_ring.monitoring.outputs import tolerate_console_errors

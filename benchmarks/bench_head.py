@@ -13,7 +13,6 @@ It is counted by tensors rather than by the allocator, and is therefore the same
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +22,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from benchmarks.common import DTYPES, MIB, device_name, table_head, table_row, write_json
+from benchmarks.common import (
+    DTYPES,
+    MIB,
+    compute_seconds,
+    device_name,
+    table_head,
+    table_row,
+    write_json,
+)
 from benchmarks.live_memory import LiveMemory
 from megatron_ring.errors import ConfigError, counted, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
@@ -127,7 +134,7 @@ def _measure(options: Options, tokens: int) -> Result:
     seconds = {name: [] for name in runs}
     for turn in range(options.rounds):
         for name in sorted(runs, reverse=bool(turn % 2)):
-            seconds[name].append(_seconds(runs[name]))
+            seconds[name].append(compute_seconds(runs[name], _device()))
     ratios = [c / u for c, u in zip(seconds["chunked"], seconds["unchunked"])]
     return Result(
         tokens=tokens,
@@ -147,20 +154,6 @@ def _peak(run: Callable[[], None]) -> int:
 
 def _gradient_bytes(options: Options, tokens: int) -> int:
     return (tokens + options.vocab_size) * options.hidden_size * DTYPES[options.dtype].itemsize
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = _clock()
-    run()
-    return _clock() - start
-
-
-def _clock() -> float:
-    """Return CPU seconds of this process, or on a GPU wall-clock seconds after synchronizing."""
-    if _device() == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _device() -> str:

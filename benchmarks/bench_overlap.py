@@ -23,15 +23,13 @@ hop, forward and backward, computed from the measured operations and bytes per s
 (benchmarks/overlap_criterion.py).
 """
 
-import functools
 import itertools
 import os
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,24 +41,25 @@ from benchmarks.common import (
     legend,
     plain_row,
     plain_titles,
+    random_inputs,
     size_problems,
     write_json,
 )
 from benchmarks.overlap_criterion import CAUSAL, Hop, operations
+from benchmarks.overlap_runs import Seconds, Shard
 from benchmarks.slow_link import INTERFACE, limit_command
-from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.hop_cost import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
     backward_bytes,
 )
 from megatron_ring.context_parallel.layout import Layout, auto_stripe_size
-from megatron_ring.context_parallel.ring_hop import Exchange, Ring, Transfer
+from megatron_ring.context_parallel.ring_hop import Exchange
 from megatron_ring.errors import ConfigError, counted, reporting_errors
 from megatron_ring.kernels.attention import (
     KERNELS,
-    HopKernel,
     choose,
+    stack_to_kernel_layout,
     stripe_widths,
     to_kernel_layout,
 )
@@ -95,15 +94,6 @@ class Options:
     """Network interface to limit; it must be in a network namespace of this rank alone."""
     json: str = ""
     """Also write the results to this file."""
-
-
-class Seconds(NamedTuple):
-    """Times of one run: the slowest rank's, except ``waited``, which is the mean over the ranks."""
-
-    forward: float
-    backward: float
-    both: float
-    waited: float
 
 
 @dataclass(frozen=True)
@@ -165,145 +155,11 @@ def _check(options: Options) -> None:
         raise ConfigError(problems)
 
 
-# ---- one ring loop, three runs ----
-
-
-@dataclass(frozen=True)
-class NullTransfer:
-    """A transfer that "receives" the tensor that was sent."""
-
-    tensor: torch.Tensor
-
-    def wait(self) -> torch.Tensor:
-        return self.tensor
-
-
-@dataclass
-class NullExchange:
-    """An exchange that sends nothing and counts the bytes that a rank would send."""
-
-    sent: int = 0
-
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> NullTransfer:
-        self.sent += tensor.nbytes
-        return NullTransfer(tensor if into is None else into)
-
-
-class NullKernel:
-    """A kernel that computes nothing."""
-
-    @staticmethod
-    def forward(*arguments) -> None:
-        """Leave the running softmax unchanged."""
-
-    @staticmethod
-    def backward(*arguments) -> None:
-        """Add nothing to the gradients."""
-
-
-@dataclass
-class TimedExchange:
-    """An exchange that also records the seconds spent waiting for its transfers."""
-
-    exchange: Exchange
-    waited: float = 0.0
-
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> "TimedTransfer":
-        return TimedTransfer(self.exchange.start(tensor, distance, into), self)
-
-
-@dataclass(frozen=True)
-class TimedTransfer:
-    transfer: Transfer
-    timed: TimedExchange
-
-    def wait(self) -> torch.Tensor:
-        start = time.perf_counter()
-        tensor = self.transfer.wait()
-        self.timed.waited += time.perf_counter() - start
-        return tensor
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The tensors of this rank and the layout and kernel that they are for."""
-
-    q: torch.Tensor
-    kv: torch.Tensor
-    dout: torch.Tensor
-    layout: Layout
-    kernel: HopKernel
-
-    @staticmethod
-    def build(options: Options, tokens: int) -> "Shard":
-        head_dim = options.head_dim
-        dtype = DTYPES[options.dtype]
-        kernel = choose(options.attention_kernel, "cpu", dtype, head_dim).name
-        q = torch.randn(1, tokens, options.heads, head_dim).to(dtype)
-        kv = torch.randn(2, 1, tokens, options.kv_heads, head_dim).to(dtype)
-        dout = torch.randn(1, tokens, options.heads, head_dim).to(dtype)
-        return Shard(
-            to_kernel_layout(kernel, q),
-            to_kernel_layout(kernel, kv),
-            dout,
-            _layout(options.layout, tokens, kernel),
-            KERNELS[kernel],
-        )
-
-    def run(self, kernel: HopKernel, exchange: Exchange) -> Seconds:
-        """Time forward and backward after a common start; blocks on all ranks."""
-        timed = TimedExchange(exchange)
-        ring = Ring(self.layout, dist.get_rank(), kernel, self.q.shape[-1] ** -0.5, timed)
-        dist.barrier()
-        start = time.perf_counter()
-        out, lse = ring_loop.forward(self.q, self.kv, ring)
-        middle = time.perf_counter()
-        ring_loop.backward(self.dout, None, self.q, self.kv, out, lse, ring)
-        end = time.perf_counter()
-        return _over_ranks(Seconds(middle - start, end - middle, end - start, timed.waited))
-
-    @functools.cached_property
-    def sent(self) -> int:
-        """Bytes that this rank sends in one run."""
-        exchange = NullExchange()
-        self.run(NullKernel, exchange)
-        return exchange.sent
-
-    def runs(self, exchange: Exchange) -> dict[str, Callable[[], Seconds]]:
-        return {
-            "compute": lambda: self.run(self.kernel, NullExchange()),
-            "communication": lambda: self.run(NullKernel, exchange),
-            "together": lambda: self.run(self.kernel, exchange),
-        }
-
-
-def _layout(name: str, tokens: int, kernel: str) -> Layout:
-    ring_size = dist.get_world_size()
-    length = tokens * ring_size
-    widths = stripe_widths(kernel, "cpu", MaskKind.CAUSAL).widths
-    stripe = auto_stripe_size(length, ring_size, widths, packed=False)
-    return Layout(name, length, ring_size, stripe if name == "striped" else 1)
-
-
-def _over_ranks(local: Seconds) -> Seconds:
-    """Return the maximum over all ranks, and the mean of ``waited``."""
-    ranks = [torch.empty(len(local), dtype=torch.float64) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, torch.tensor(local, dtype=torch.float64))
-    stacked = torch.stack(ranks)
-    forward, backward, both, _ = stacked.max(dim=0).values.tolist()
-    waited = stacked.mean(dim=0)[-1].item()
-    return Seconds(forward, backward, both, waited)
-
-
 # ---- links of several speeds ----
 
 
 def _measure(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
-    shard = Shard.build(options, tokens)
+    shard = _shard(options, tokens)
     runs = shard.runs(exchange)
     limits = [None, *_limits(shard.sent, runs["compute"], options.ratios)]
     rounds = {limit: [] for limit in limits}
@@ -314,6 +170,28 @@ def _measure(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
             runs["communication"]()  # not timed: TCP adapts to the new speed of the link
             rounds[limit].append({name: runs[name]() for name in _rotated(list(runs), turn)})
     return [_row(options, shard, limit, timed[1:]) for limit, timed in rounds.items()]
+
+
+def _shard(options: Options, tokens: int) -> Shard:
+    dtype = DTYPES[options.dtype]
+    kernel = choose(options.attention_kernel, "cpu", dtype, options.head_dim).name
+    heads = (options.heads, options.kv_heads, options.head_dim)
+    q, k, v, dout = random_inputs(tokens, *heads, "cpu", dtype)
+    return Shard(
+        to_kernel_layout(kernel, q),
+        stack_to_kernel_layout(kernel, [k, v]),
+        dout,
+        _layout(options.layout, tokens, kernel),
+        KERNELS[kernel],
+    )
+
+
+def _layout(name: str, tokens: int, kernel: str) -> Layout:
+    ring_size = dist.get_world_size()
+    length = tokens * ring_size
+    widths = stripe_widths(kernel, "cpu", MaskKind.CAUSAL).widths
+    stripe = auto_stripe_size(length, ring_size, widths, packed=False)
+    return Layout(name, length, ring_size, stripe if name == "striped" else 1)
 
 
 def _limits(sent: int, compute: Callable[[], Seconds], ratios: Sequence[float]) -> list[float]:

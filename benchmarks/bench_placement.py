@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.bench_attention import seconds_on_all_ranks
+from benchmarks.attention_times import seconds_on_all_ranks
 from benchmarks.common import Column, legend, plain_row, plain_titles, size_problems, write_json
 from benchmarks.document_histogram import pack_starts
 from benchmarks.slow_link import INTERFACE, limit_command
@@ -173,7 +173,7 @@ def _find_limit(options: Options, run: Callable[[], None]) -> float:
 
 def _median_seconds(run: Callable[[], None], times: int = 3) -> float:
     run()  # warm-up: TCP adapts to the speed of the link
-    return statistics.median(seconds_on_all_ranks(run) for _ in range(times))
+    return statistics.median(seconds_on_all_ranks(run, "cpu") for _ in range(times))
 
 
 def _set_limit(mbit: float | None, interface: str) -> None:
@@ -193,7 +193,7 @@ def _measure(
             seconds = {}
             for name in order.sample(list(runs), len(runs)):
                 runs[name]()  # not timed, as above
-                seconds[name] = seconds_on_all_ranks(runs[name])
+                seconds[name] = seconds_on_all_ranks(runs[name], "cpu")
             rounds[limit].append(Times(**seconds))
     return {limit: times[1:] for limit, times in rounds.items()}
 

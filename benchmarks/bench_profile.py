@@ -28,12 +28,8 @@ The exit code is 0 only if there is no failure. On a CPU the host's clock times 
 """
 
 import argparse
-import contextlib
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -43,33 +39,16 @@ from benchmarks.common import (
     commit,
     device_name,
     missing_gpu,
-    random_inputs,
     ring_problems,
     write_json,
 )
-from benchmarks.streamed_ring import (
-    RecordedExchange,
-    StreamExchange,
-    Streams,
-    on_every_rank,
-)
-from megatron_ring.context_parallel import ring as ring_loop
-from megatron_ring.context_parallel.hop_cost import with_work_count
-from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.context_parallel.ring_hop import Exchange
+from benchmarks.recorded_ring import MODES, Reading, RecordedRing
 from megatron_ring.errors import ConfigError, counted, reporting_errors
-from megatron_ring.kernels.attention import KERNELS, HopKernel, choose
-from megatron_ring.monitoring.ring_profile.hop_statistics import sum_log
-from megatron_ring.parallel.device_clock import DeviceClock, TimedEvent, cuda_event
+from megatron_ring.kernels.attention import KERNELS
 from megatron_ring.parallel.environment import Environment
-from megatron_ring.parallel.progress import Direction, ProgressTracker
-from megatron_ring.parallel.ring_log import WORK_EVENTS, Event
 
 if TYPE_CHECKING:
     from megatron_ring.parallel.collectives import RingLinks
-
-# What each mode records; None: nothing.
-MODES = {"off": None, "stragglers": WORK_EVENTS, "profile": frozenset(Event)}
 
 MAX_OVERHEAD = 0.02
 MAX_MISSING = 0.01
@@ -78,7 +57,6 @@ MAX_ROUNDING_PER_PASS = 2e-6
 
 _WARM_UP_ROUNDS = 2
 _TIMED_STEPS = 3
-_ROWS_PER_HOP = 24
 
 
 def main() -> None:
@@ -89,8 +67,7 @@ def main() -> None:
         options.ranks = environment.world_size
     _check(options)
     links = _join(options, environment) if is_distributed else None
-    bench = Bench.build(options, links)
-    findings = bench.measure()
+    findings = measure(RecordedRing.build(options, links), options.rounds)
     if environment.global_rank == 0:
         setting = {
             "device": device_name(options.device),
@@ -148,264 +125,64 @@ def _join(options: argparse.Namespace, environment: Environment) -> "RingLinks":
     return ProcessGroups.build(Grid(ring=options.ranks), environment.global_rank).ring_links
 
 
-# ---- one rank ----
+# ---- the measurement and its verdict ----
 
 
-@dataclass
-class Stopwatch:
-    """Times passes of the ring independently of the profile.
-
-    Attributes:
-        new_event: Creates an event with timing; None: the host's clock is read.
-    """
-
-    new_event: Callable[[], TimedEvent] | None
-    _host_seconds: float = 0.0
-    _events: list[tuple[TimedEvent, TimedEvent]] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def span(self) -> Iterator[None]:
-        if self.new_event is None:
-            began = time.perf_counter()
-            yield
-            self._host_seconds += time.perf_counter() - began
-        else:
-            begin, end = self.new_event(), self.new_event()
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-
-    def seconds(self) -> float:
-        """Return the sum of all spans; the device must have been synchronised."""
-        return self._host_seconds + sum(b.elapsed_time(e) for b, e in self._events) / 1e3
+def measure(ring: RecordedRing, rounds: int) -> dict[str, Any]:
+    """Return overheads, the readings of each rank of this process, and the failures."""
+    steps = _measure_rounds(ring, rounds)
+    readings = [ring.timed_step() for _ in range(_TIMED_STEPS)]
+    overhead = {
+        mode: statistics.median(step[mode] / step["off"] - 1 for step in steps)
+        for mode in MODES
+        if mode != "off"
+    }
+    failures = []
+    for of_ranks in readings:
+        for rank, reading in zip(ring.ranks, of_ranks):
+            failures += _problems(ring, rank.ring_rank, reading)
+    if ring.new_event is not None:
+        failures += [
+            f"{mode}: an overhead of {value:.2%} is not below {MAX_OVERHEAD:.0%}"
+            for mode, value in overhead.items()
+            if not value < MAX_OVERHEAD
+        ]
+    return {
+        "step_seconds": {mode: statistics.median(step[mode] for step in steps) for mode in MODES},
+        "overhead": overhead,
+        "rounds": steps,
+        "readings": [[reading._asdict() for reading in of_ranks] for of_ranks in readings],
+        "failures": [failure for of_process in ring.gathered(failures) for failure in of_process],
+    }
 
 
-@dataclass(frozen=True)
-class Rank:
-    """One rank of the ring: its tensors, and a progress tracker for each mode."""
-
-    ring_rank: int
-    q: torch.Tensor
-    kv: torch.Tensor
-    dout: torch.Tensor
-    trackers: dict[str, ProgressTracker]
-
-    def run_layers(self, bench: "Bench", mode: str, exchange: Exchange, watch: Any) -> None:
-        """Queue a step: all layers forward and backward, each pass within ``watch()``."""
-        tracker = self.trackers[mode]
-        ring = ring_loop.Ring(
-            layout=bench.layout,
-            ring_rank=self.ring_rank,
-            kernel=with_work_count(bench.kernel, tracker),
-            scale=self.q.shape[-1] ** -0.5,
-            exchange=exchange,
-            on_hop=tracker.begin_hop,
-        )
-        for layer in range(bench.layers):
-            with watch(), tracker.in_ring(layer, Direction.FORWARD):
-                out, lse = ring_loop.forward(self.q, self.kv, ring)
-            with watch(), tracker.in_ring(layer, Direction.BACKWARD):
-                ring_loop.backward(self.dout, None, self.q, self.kv, out, lse, ring)
+def _measure_rounds(ring: RecordedRing, rounds: int) -> list[dict[str, float]]:
+    """Return the seconds of a step by mode, for each round after those for warming up."""
+    modes = list(MODES)
+    steps = []
+    for number in range(_WARM_UP_ROUNDS + rounds):
+        first = number % len(modes)
+        steps.append({mode: ring.step(mode) for mode in modes[first:] + modes[:first]})
+    return steps[_WARM_UP_ROUNDS:]
 
 
-class Reading(NamedTuple):
-    """What one rank's profile gives for a step, and what the stopwatch measured, in seconds.
-
-    rows: of the log. missed: rows that did not fit.
-    """
-
-    compute: float
-    wait: float
-    ring: float
-    rows: int
-    missed: int
-
-
-# ---- all ranks ----
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The ranks of this process, and what they run.
-
-    Attributes:
-        ranks: All ranks of the ring, or this process's one.
-        links: Of the processes of torchrun; None where the ranks are threads.
-        new_event: Creates an event with timing; None on a CPU.
-        synchronize: Blocks until the device is done.
-    """
-
-    layout: Layout
-    layers: int
-    rounds: int
-    kernel: HopKernel
-    ranks: list[Rank]
-    streams: list[Streams]
-    links: "RingLinks | None"
-    new_event: Callable[[], TimedEvent] | None
-    synchronize: Callable[[], None]
-
-    @staticmethod
-    def build(options: argparse.Namespace, links: "RingLinks | None") -> "Bench":
-        on_gpu = options.device == "cuda"
-        dtype = DTYPES[options.dtype]
-        kernel = choose(options.kernel, options.device, dtype, options.head_dim).name
-        layout = Layout("striped", options.ranks * options.tokens, options.ranks)
-        own_ranks = [dist.get_rank()] if links else range(options.ranks)
-        new_event = cuda_event if on_gpu else None
-        heads = options.heads, options.kv_heads, options.head_dim
-        q, k, v, dout = random_inputs(options.tokens, *heads, options.device, dtype)
-        log_rows = _ROWS_PER_HOP * 2 * options.layers * options.ranks
-        return Bench(
-            layout=layout,
-            layers=options.layers,
-            rounds=options.rounds,
-            kernel=KERNELS[kernel],
-            ranks=[
-                Rank(rank, q, torch.stack([k, v]), dout, make_trackers(log_rows, new_event))
-                for rank in own_ranks
-            ],
-            streams=[] if links else [Streams.of_device(options.device) for _ in own_ranks],
-            links=links,
-            new_event=new_event,
-            synchronize=torch.cuda.synchronize if on_gpu else lambda: None,
-        )
-
-    def measure(self) -> dict[str, Any]:
-        """Return overheads, the readings of each rank of this process, and the failures."""
-        steps = self._measure_rounds()
-        readings = [self._timed_step() for _ in range(_TIMED_STEPS)]
-        overhead = {
-            mode: statistics.median(step[mode] / step["off"] - 1 for step in steps)
-            for mode in MODES
-            if mode != "off"
-        }
-        failures = []
-        for of_ranks in readings:
-            for rank, reading in zip(self.ranks, of_ranks):
-                failures += self._problems(rank.ring_rank, reading)
-        if self.new_event is not None:
-            failures += [
-                f"{mode}: an overhead of {value:.2%} is not below {MAX_OVERHEAD:.0%}"
-                for mode, value in overhead.items()
-                if not value < MAX_OVERHEAD
-            ]
-        return {
-            "step_seconds": {
-                mode: statistics.median(step[mode] for step in steps) for mode in MODES
-            },
-            "overhead": overhead,
-            "rounds": steps,
-            "readings": [[reading._asdict() for reading in of_ranks] for of_ranks in readings],
-            "failures": self._of_all_processes(failures),
-        }
-
-    def _measure_rounds(self) -> list[dict[str, float]]:
-        """Return the seconds of a step by mode, for each round after those for warming up."""
-        modes = list(MODES)
-        rounds = []
-        for number in range(_WARM_UP_ROUNDS + self.rounds):
-            first = number % len(modes)
-            rounds.append({mode: self._step(mode) for mode in modes[first:] + modes[:first]})
-        return rounds[_WARM_UP_ROUNDS:]
-
-    def _step(self, mode: str) -> float:
-        """Run a step and read what it recorded; return its seconds, of the slowest process."""
-        self._barrier()
-        began = time.perf_counter()
-        self._run(mode, [contextlib.nullcontext] * len(self.ranks))
-        for rank in self.ranks:
-            sum_log(rank.trackers[mode].end_step(), self.layout.ring_size)
-        seconds = time.perf_counter() - began
-        return max(self._gathered(seconds))
-
-    def _timed_step(self) -> list[Reading]:
-        """Run a profiled step with a stopwatch around every pass; return a reading of each rank."""
-        watches = [Stopwatch(self.new_event) for _ in self.ranks]
-        self._barrier()
-        self._run("profile", [watch.span for watch in watches])
-        readings = []
-        for rank, watch in zip(self.ranks, watches):
-            tracker = rank.trackers["profile"]
-            rows = tracker.end_step()
-            sums = sum_log(rows, self.layout.ring_size)
-            readings.append(
-                Reading(
-                    compute=float(sums.compute_2R.sum()),
-                    wait=float(sums.wait_2R.sum()),
-                    ring=watch.seconds(),
-                    rows=len(rows),
-                    missed=tracker.log.missed,
-                )
-            )
-        return readings
-
-    def _run(self, mode: str, watches: list[Any]) -> None:
-        """Run a step on the ranks of this process and synchronise, as a training step does."""
-
-        def on_thread(number: int, exchange: StreamExchange) -> None:
-            rank = self.ranks[number]
-            tracker = rank.trackers[mode]
-            tracker.begin_step()
-            recorded = RecordedExchange(exchange, len(self.ranks), tracker)
-            rank.run_layers(self, mode, recorded, watches[number])
-
-        if self.links is None:
-            on_every_rank(self.streams, on_thread)
-        else:
-            from megatron_ring.parallel.collectives import RingExchange
-
-            [rank] = self.ranks
-            tracker = rank.trackers[mode]
-            tracker.begin_step()
-            exchange = RingExchange.over(self.links, tracker)
-            rank.run_layers(self, mode, exchange, watches[0])
-        self.synchronize()
-
-    def _problems(self, ring_rank: int, reading: Reading) -> list[str]:
-        """Return how a reading contradicts the stopwatch."""
-        hops = reading.compute + reading.wait
-        compared = f"rank {ring_rank}: hops add up to {hops:.6f} s of {reading.ring:.6f} s"
-        if reading.missed:
-            return [f"rank {ring_rank}: {reading.missed} rows did not fit into the log"]
-        # An event's time is exact to half a microsecond.
-        rounding = MAX_ROUNDING_PER_PASS * 2 * self.layers
-        if hops > reading.ring + rounding:
-            return [f"{compared}: more than the passes take"]
-        may_miss = MAX_MISSING * reading.ring + MAX_MISSING_PER_PASS * 2 * self.layers
-        if self.new_event is not None and reading.ring - hops > may_miss:
-            return [f"{compared}: more than {may_miss:.6f} s are missing"]
-        return []
-
-    def _barrier(self) -> None:
-        if self.links:
-            dist.barrier()
-        self.synchronize()
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """Return the values of all processes."""
-        if not self.links:
-            return [value]
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
-
-    def _of_all_processes(self, failures: list[str]) -> list[str]:
-        return [failure for of_process in self._gathered(failures) for failure in of_process]
+def _problems(ring: RecordedRing, ring_rank: int, reading: Reading) -> list[str]:
+    """Return how a reading contradicts the stopwatch."""
+    hops = reading.compute + reading.wait
+    compared = f"rank {ring_rank}: hops add up to {hops:.6f} s of {reading.ring:.6f} s"
+    if reading.missed:
+        return [f"rank {ring_rank}: {reading.missed} rows did not fit into the log"]
+    # An event's time is exact to half a microsecond.
+    rounding = MAX_ROUNDING_PER_PASS * 2 * ring.layers
+    if hops > reading.ring + rounding:
+        return [f"{compared}: more than the passes take"]
+    may_miss = MAX_MISSING * reading.ring + MAX_MISSING_PER_PASS * 2 * ring.layers
+    if ring.new_event is not None and reading.ring - hops > may_miss:
+        return [f"{compared}: more than {may_miss:.6f} s are missing"]
+    return []
 
 
-def make_trackers(
-    log_rows: int, new_event: Callable[[], TimedEvent] | None
-) -> dict[str, ProgressTracker]:
-    """Return a rank's tracker for each mode, as training builds them (ring_profile/monitor.py)."""
-    trackers = {"off": ProgressTracker()}
-    for mode, logged in MODES.items():
-        if logged is not None and new_event is not None:
-            trackers[mode] = ProgressTracker.with_work(log_rows, DeviceClock(logged, new_event))
-        elif logged is not None:
-            trackers[mode] = ProgressTracker.with_work(log_rows if mode == "profile" else 0)
-    return trackers
+# ---- report ----
 
 
 def _print(setting: dict[str, Any], findings: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ def config(variant: str, options: argparse.Namespace) -> Config:
 def _own_step(variant: str, options: argparse.Namespace) -> Step:
     # DeepSpeed is imported in this process only.
     from benchmarks.training_steps import Trainer
-    from megatron_ring.engine.engine import start_processes
+    from megatron_ring.engine.deepspeed_groups import start_processes
     from megatron_ring.model import initialization
     from megatron_ring.parallel.environment import Environment
     from megatron_ring.settings.run_settings import RunSettings

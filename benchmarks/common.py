@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,16 +40,22 @@ def commit() -> str:
 
 
 def random_inputs(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, device: str, dtype: torch.dtype
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: str,
+    dtype: torch.dtype,
+    batch: int = 1,
 ) -> list[torch.Tensor]:
-    """Return q, k, v and the gradient of the output, each (1, tokens, heads, head dim).
+    """Return q, k, v and the gradient of the output, each (batch, tokens, heads, head dim).
 
     They are standard normal and the same for the same arguments.
     """
     generator = torch.Generator(device).manual_seed(0)
     tensors = []
     for h in (heads, kv_heads, kv_heads, heads):
-        x = torch.randn((1, tokens, h, head_dim), generator=generator, device=device)
+        x = torch.randn((batch, tokens, h, head_dim), generator=generator, device=device)
         tensors.append(x.to(dtype))
     return tensors
 
@@ -61,6 +68,28 @@ def missing_gpu(device: str, effect_of_cpu: str) -> list[str]:
     if device != "cuda" or torch.cuda.is_available():
         return []
     return [f"device cuda: torch finds no GPU. Set --device cpu to {effect_of_cpu}."]
+
+
+def elapsed_seconds(run: Callable[[], None], device: str) -> float:
+    """Return the seconds of ``run``, with what it queues on a GPU; blocks until the end."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def compute_seconds(run: Callable[[], None], device: str) -> float:
+    """Return the seconds of ``run``, which does not communicate; blocks until the end.
+
+    On a CPU these are CPU seconds of this process, so that other load does not count.
+    """
+    if device == "cuda":
+        return elapsed_seconds(run, device)
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def gpu_milliseconds(run: Callable[[], None]) -> float:

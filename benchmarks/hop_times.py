@@ -1,13 +1,12 @@
 """Times of a rank's hops, one after another on one device and without messages."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.common import gpu_milliseconds
+from benchmarks.common import compute_seconds, gpu_milliseconds
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
@@ -82,9 +81,7 @@ def time_rank(
 def _seconds(run: Callable[[], None], device_type: str) -> float:
     """Return the seconds of one run; on a CPU those of this process, whatever else runs."""
     if device_type != "cuda":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
+        return compute_seconds(run, device_type)
     return gpu_milliseconds(run) / 1e3
 
 

@@ -284,7 +284,7 @@ def _run_rank(
     # Imported here because the parent process does not need DeepSpeed, and the ranks have to load
     # it before they measure.
     import megatron_ring.training.assembly  # noqa: F401
-    from megatron_ring.engine.engine import start_processes
+    from megatron_ring.engine.deepspeed_groups import start_processes
     from megatron_ring.parallel.rendezvous import leave_processes
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

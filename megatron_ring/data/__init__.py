@@ -3,8 +3,9 @@
 A batch is made in six steps, each with its module docstring:
 
 1. *Files to documents*, once, before training: corpus.py selects files (file_search.py) and cuts
-   them into shards, documents.py reads the documents of each file (compression.py, archives.py,
-   file_formats.py).
+   them into shards, documents.py reads the documents of each file: it recognizes the format
+   (file_formats.py), opens what is compressed or archived (compression.py, archives.py), and takes
+   the texts from lines, rows or whole files (json_lines.py, parquet_rows.py, document_text.py).
 2. *Documents to tokens*: tokenizer_training.py trains a tokenizer if none is given, shards.py
    tokenizes (tokenizer.py), worker_pool.py spreads the shards over processes, and prepare.py joins
    them into one token store.

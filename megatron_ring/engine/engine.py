@@ -1,38 +1,27 @@
 """DeepSpeed's engine behind one interface: train steps, evaluation, and checkpoint contents.
 
 DeepSpeed sees one data axis of size data x context. ZeRO shards over it and averages gradients over
-it; ``loss_and_norm.py`` makes that average the mean over tokens. Only this file and
-pipeline_engine.py import deepspeed.
+it; ``loss_and_norm.py`` makes that average the mean over tokens.
 """
 
-import contextlib
 import math
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import pydantic
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
-from deepspeed.monitor.comet import CometMonitor
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.csv_monitor import csvMonitor
-from deepspeed.monitor.tensorboard import TensorBoardMonitor
-from deepspeed.monitor.wandb import WandbMonitor
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-from megatron_ring import untrusted
 from megatron_ring.checkpoint.finite import NonFiniteTensor, describe_non_finite
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.loader import Batch
+from megatron_ring.engine.deepspeed_groups import model_parallel_unit
+from megatron_ring.engine.deepspeed_monitors import start_monitors, without_monitors
 from megatron_ring.engine.loss_and_norm import (
     StepGate,
     clip_gradients,
@@ -47,64 +36,15 @@ from megatron_ring.engine.optimizer_state import (
     set_loss_scale,
     update_compute_weights,
 )
-from megatron_ring.errors import ConfigError
 from megatron_ring.model.gpt import decay_groups
-from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
-from megatron_ring.monitoring.outputs import BestEffort
 from megatron_ring.parallel.collectives import ProcessGroups
-from megatron_ring.parallel.environment import Environment
-from megatron_ring.parallel.grid import Grid
-from megatron_ring.parallel.rendezvous import join_processes
 from megatron_ring.parallel.tensor import whole_shape
-from megatron_ring.settings.deepspeed_config import with_bucket_size
+from megatron_ring.settings.deepspeed_config import (
+    rejected_settings_as_config_error,
+    with_bucket_size,
+)
 from megatron_ring.settings.run_settings import RunSettings
-
-# By their names in DeepSpeed's config.
-_MONITORS = {
-    "tensorboard": TensorBoardMonitor,
-    "wandb": WandbMonitor,
-    "csv_monitor": csvMonitor,
-    "comet": CometMonitor,
-}
-
-# Settings of ZeRO 3 under which DeepSpeed keeps partitions of another kind or a second one.
-_OTHER_PARTITIONS = {
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-}
-
-
-def start_processes(environment: Environment, device: str) -> None:
-    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU. Blocks until all ranks join.
-
-    Raises ConfigError on every rank if one has no GPU (parallel/rendezvous.py).
-    """
-    # DeepSpeed 0.19.8 still calls collectives by names that torch has deprecated.
-    warnings.filterwarnings(
-        "ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning
-    )
-    # On a CPU DeepSpeed would spend 20 s here compiling a shared-memory all-reduce, which training
-    # never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    join_processes(environment, device, default_pg_timeout)
-    backend = "nccl" if device == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-@contextlib.contextmanager
-def rejected_settings_as_config_error() -> Iterator[None]:
-    """Raise ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects."""
-    try:
-        yield
-    except pydantic.ValidationError as error:
-        raise ConfigError(
-            f"deepspeed: {'.'.join(map(str, problem['loc']))} {untrusted.shown(problem['input'])} "
-            f"is rejected by {error.title}: {problem['msg']}. Change it in the deepspeed of "
-            "section training, or leave it out."
-            for problem in error.errors()
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -153,9 +93,7 @@ class Engine:
         self.device = torch.device(setup.device)
         self.non_finite_detector = NonFiniteDetector(model, self.device)
         self.averaged_over = setup.grid.data_context * setup.micro_batches
-        # We run the monitors ourselves: under DeepSpeed an error in one would end the run, and it
-        # reports samples where we report steps, which wandb drops.
-        settings = {key: value for key, value in setup.deepspeed.items() if key not in _MONITORS}
+        settings = without_monitors(setup.deepspeed)
         # DeepSpeed computes the norm only where it clips, and we always report it.
         settings["gradient_clipping"] = training.clip_grad or math.inf
         settings = with_bucket_size(settings, _element_count(model))
@@ -164,13 +102,13 @@ class Engine:
                 model=model,
                 optimizer=self.adam,
                 config=settings,
-                mpu=_model_parallel_unit(setup.grid, groups),
+                mpu=model_parallel_unit(setup.grid, groups),
             )
         # Without ZeRO, DeepSpeed's half-precision optimizer takes a step with zero gradients to
         # allocate its state. At rate 0 that changes no weight, but AdamW would count the step.
         self.adam.state.clear()
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
-        self.monitors = _start_monitors(setup.deepspeed)
+        self.monitors = start_monitors(setup.deepspeed)
         adam_step = self.adam.step
         self.adam.step = lambda: None if self.step_gate.refused else adam_step()
 
@@ -357,23 +295,6 @@ class Engine:
         self.engine._global_grad_norm = clip_gradients(parameters, max_norm, self.groups)
 
 
-def _start_monitors(config: dict[str, Any]) -> dict[str, Monitor]:
-    """Start those of DeepSpeed's monitors that ``config`` enables, on global rank 0.
-
-    One that fails to start is left out, with a warning.
-    """
-    settings = get_monitor_config(config)
-    if dist.get_rank() != 0:
-        return {}
-    best_effort = BestEffort()
-    started = {}
-    for name, kind in _MONITORS.items():
-        options = getattr(settings, name)
-        if options.enabled and (monitor := best_effort(name, kind, options)):
-            started[name] = monitor.write_events
-    return started
-
-
 def _element_count(model: torch.nn.Module) -> int:
     """Return the elements of the parameters of this process; those that ZeRO 3 splits count whole.
 
@@ -386,92 +307,3 @@ def _targets(batches: list[Batch]) -> torch.Tensor:
     """Return the targets of all micro-batches as one int64 vector, empty if there are none."""
     empty = torch.empty(0, dtype=torch.int64)
     return torch.cat([empty, *(batch.targets_Bl.flatten() for batch in batches)])
-
-
-def _model_parallel_unit(grid: Grid, groups: ProcessGroups) -> "_ModelParallelUnit | None":
-    """Return what DeepSpeed's engine needs about the tensor axis; None without one.
-
-    Collective: every rank must call it. DeepSpeed's pipeline module handles both axes itself.
-    """
-    if grid.tensor == 1 or grid.pipe > 1:
-        return None
-    data_context = groups.data_context
-    if data_context is None:
-        alone = [[rank] for rank in range(grid.world_size)]
-        data_context, _ = dist.new_subgroups_by_enumeration(alone)
-    return _ModelParallelUnit(groups.tensor, data_context)
-
-
-@dataclass(frozen=True)
-class _ModelParallelUnit:
-    """The groups as DeepSpeed expects them: Megatron-LM's model parallel unit ("mpu").
-
-    Model parallel is the tensor axis, data parallel is data x context.
-    """
-
-    tensor: dist.ProcessGroup
-    data_context: dist.ProcessGroup
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.tensor)
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.tensor)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data_context
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.data_context)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.data_context)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.data_context)
-
-
-def zero3_partitioner(
-    setup: RunSettings, groups: ProcessGroups
-) -> Callable[[torch.nn.Parameter], tuple[torch.Tensor, int]] | None:
-    """Return a function that partitions an unallocated parameter for ZeRO 3; None: DeepSpeed does.
-
-    DeepSpeed partitions a parameter that exists whole on every rank. The returned function takes
-    one with a shape and a type but no memory, and allocates this rank's partition where DeepSpeed
-    would. It returns the partition without its padding, and the index of its first element in the
-    flattened parameter.
-    """
-    zero = setup.deepspeed["zero_optimization"]
-    if zero["stage"] != 3 or setup.grid.data_context == 1 or zero.keys() & _OTHER_PARTITIONS:
-        return None
-    offload = zero.get("offload_param", {})
-    partitions = deepspeed.zero.Init(
-        data_parallel_group=groups.data_context if setup.grid.tensor > 1 else None,
-        remote_device=offload.get("device"),
-        pin_memory=offload.get("pin_memory", False),
-        dtype=setup.precision.dtype,
-    )
-    # As Init does for a module: under ZeRO 3 every linear layer is DeepSpeed's.
-    if zero.get("memory_efficient_linear", True):
-        partitions._enable_mem_efficient_linear()
-
-    def partition(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
-        partitions._convert_to_deepspeed_param(parameter)
-        parameter.ds_numel_aligned = parameter.aligned_size()
-        length = parameter.ds_numel_aligned // parameter.ds_zero_partition_world_size
-        device = partitions.local_device if parameter.ds_persist else partitions.remote_device
-        owned = torch.zeros(length, dtype=parameter.dtype, device=torch.device(device))
-        if partitions.pin_memory and owned.device.type == "cpu":
-            owned = get_accelerator().pin_memory(owned)
-        owned.ds_numel = length
-        owned.status = PartitionedParamStatus.AVAILABLE
-        owned.final_location = None
-        parameter.ds_tensor = owned
-        parameter.partition()  # frees the data, of which a partition exists
-        start = length * parameter.ds_zero_partition_rank
-        return owned[: max(0, min(length, parameter.ds_numel - start))], start
-
-    return partition

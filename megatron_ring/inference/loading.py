@@ -5,37 +5,25 @@ processes; ``OpenedModel.load`` then allocates this tensor rank's part of each p
 that part only. ``load`` does both.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from megatron_ring.checkpoint import boxes, foreign_formats, names, store
+from megatron_ring.checkpoint import boxes, store
 from megatron_ring.checkpoint.boxes import Box
 from megatron_ring.checkpoint.finite import NonFiniteTensor, count_non_finite, describe_non_finite
-from megatron_ring.checkpoint.hugging_face import folder as hugging_face
 from megatron_ring.checkpoint.hugging_face.importing import Source
 from megatron_ring.checkpoint.hugging_face.stretch import Stretch
-from megatron_ring.checkpoint.locate import locate
-from megatron_ring.checkpoint.selection import (
-    named_checkpoint,
-    newest_checkpoint,
-    with_checkpoint_error,
-)
+from megatron_ring.checkpoint.selection import with_checkpoint_error
 from megatron_ring.checkpoint.tensors import WEIGHT, Tensors
-from megatron_ring.config import (
-    Config,
-    DataConfig,
-    InferenceConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megatron_ring.config import InferenceConfig, ModelConfig
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.inference.inference_settings import resolve_settings, sequence_positions
+from megatron_ring.inference.model_location import find_model
 from megatron_ring.inference.model_tokenizer import (
     ModelTokenizer,
     TokenizerSources,
@@ -54,8 +42,6 @@ from megatron_ring.parallel.tensor import part_shape, split_of
 from megatron_ring.parallel.tensor_exchange import TensorParallel
 from megatron_ring.settings.precision import device_type
 from megatron_ring.settings.run_settings import RunSettings
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -181,6 +167,14 @@ class OpenedModel:
             )
 
 
+def _own_box(parameter: nn.Parameter) -> Box:
+    """Return which part of the whole parameter this tensor rank holds."""
+    box = [range(size) for size in part_shape(parameter)]
+    if split := split_of(parameter):
+        box[split.dim] = split.indices
+    return tuple(box)
+
+
 def load(config: InferenceConfig, environment: Environment) -> Loaded:
     """Join the processes and load the model. Collective over all processes; blocks.
 
@@ -204,7 +198,7 @@ def open_model(
     """
     if problems := config.problems():
         raise ConfigError(problems)
-    path, stored_notes = _find(config.load, consensus)
+    path, stored_notes = find_model(config.load, consensus)
 
     def open_found() -> OpenedModel:
         if (path / store.STATE).is_file():
@@ -213,53 +207,6 @@ def open_model(
 
     act = with_checkpoint_error(f"{path} cannot be read", open_found)
     return run_checked(consensus, act) if consensus else act()
-
-
-def _find(load: str, consensus: Consensus | None) -> tuple[Path, tuple[str, ...]]:
-    """Return the checkpoint or Hugging Face folder to read, and notes on why it is that one."""
-
-    def on_rank_zero(act: Callable[[], _Result]) -> _Result:
-        return consensus.run_on_rank_zero(act) if consensus else act()
-
-    kind = on_rank_zero(
-        with_checkpoint_error(f"load {load} cannot be read", lambda: _kind_of(Path(load)))
-    )
-    if kind == "Hugging Face":
-        return Path(load), ()
-    if consensus is None:
-        located = locate(Path(load))
-        return located.path, (located.note,) if located.note else ()
-    select = named_checkpoint if kind == "checkpoint" else newest_checkpoint
-    stored = select(load, consensus)
-    if stored is None:
-        raise CheckpointError(f"load {load} holds no checkpoint. Set --load.")
-    return stored.path, stored.skipped
-
-
-def _kind_of(load: Path) -> str:
-    """Return "checkpoint", "folder of checkpoints" or "Hugging Face"; raise if it is neither."""
-    if not load.exists():
-        raise CheckpointError(
-            f"load {load} does not exist. Set --load to a --save folder, a checkpoint or a Hugging "
-            "Face folder."
-        )
-    if (load / store.STATE).is_file():
-        return "checkpoint"
-    if load.is_dir() and names.checkpoints(load):
-        return "folder of checkpoints"
-    if (load / hugging_face.CONFIG).is_file():
-        return "Hugging Face"
-    try:
-        foreign_formats.check_not_foreign(load)
-    except CheckpointError as error:
-        first, *others = error.problems
-        raise CheckpointError([f"load {first}", *others, "Set --load."]) from error
-    inner = foreign_formats.within(load)
-    hint = f", but {inner[0]} does. Set --load {inner[0]}." if inner else ". Set --load."
-    raise CheckpointError(
-        f"load {load} holds neither a checkpoint (step-NNNNNNNN) nor a Hugging Face model "
-        f"({hugging_face.CONFIG}){hint}"
-    )
 
 
 # ---- checkpoints of this project ----
@@ -291,10 +238,10 @@ def _open_checkpoint(
     return OpenedModel(
         source=path,
         notes=notes + store_notes(config, sources, state.data),
-        settings=_settings(config, run.model, state.seq_length, world_size),
+        settings=resolve_settings(config, run.model, state.seq_length, world_size),
         vocab_size=state.vocab_size,
         trained_length=state.seq_length,
-        seq_length=_positions(config, run.model, state.seq_length),
+        seq_length=sequence_positions(config, run.model, state.seq_length),
         text=find_tokenizer(config, sources, state.vocab_size, is_exact),
         weights=_CheckpointWeights(tensors),
     )
@@ -328,77 +275,10 @@ def _open_hugging_face(config: InferenceConfig, world_size: int, path: Path) -> 
     return OpenedModel(
         source=path,
         notes=(),
-        settings=_settings(config, model, length, world_size),
+        settings=resolve_settings(config, model, length, world_size),
         vocab_size=source.vocab_size,
         trained_length=length,
-        seq_length=_positions(config, model, length),
+        seq_length=sequence_positions(config, model, length),
         text=find_tokenizer(config, sources, source.vocab_size, exact=False),
         weights=_HuggingFaceWeights(source),
     )
-
-
-# ---- what both have in common ----
-
-
-def _settings(
-    config: InferenceConfig, model: ModelConfig, trained_length: int, world_size: int
-) -> RunSettings:
-    """Resolve the options as those of a training run are, by the same rules.
-
-    A sequence may have any length at inference, so the rules get a length that fits the layout.
-    Packed documents are required of the kernel, because a batch of prompts is one packed sequence.
-    """
-    multiple = 2 * world_size * config.stripe_size
-    run = Config(
-        model=replace(model, attention_dropout=0.0),
-        parallel=ParallelConfig(
-            context_parallel=config.context_parallel,
-            context_parallel_size=config.context_parallel_size,
-            stripe_size=1 if config.context_parallel == "none" else config.stripe_size,
-            attention_kernel=config.attention_kernel,
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            world_size=config.world_size,
-        ),
-        data=DataConfig(
-            seq_length=-(-trained_length // multiple) * multiple, reset_attention_mask=True
-        ),
-        training=TrainingConfig(dtype=config.dtype, fused_operations=config.fused_operations),
-        dry_run=config.dry_run,
-    )
-    settings = RunSettings.resolve(run, world_size)
-    _check_no_data_ranks(config, settings.grid)
-    return settings
-
-
-def _check_no_data_ranks(config: InferenceConfig, grid: Grid) -> None:
-    if grid.data == 1:
-        return
-    used = grid.context * grid.tensor
-    remedy = f"--context-parallel-size {grid.data * grid.context}"
-    if config.context_parallel == "none":
-        remedy = "--context-parallel striped"
-    raise ConfigError(
-        f"{grid.world_size} processes are {grid.data} data ranks of {used} (context_parallel_size "
-        f"{grid.context} x tensor_model_parallel_size {grid.tensor}), and inference has no data "
-        f"parallelism. Set {remedy} so that one sequence is split over all of them, or start "
-        f"{used}."
-    )
-
-
-def _positions(config: InferenceConfig, model: ModelConfig, trained_length: int) -> int:
-    """Return the positions that a sequence may have: --seq-length, or those of the model."""
-    if config.seq_length <= trained_length or model.position_embedding_type == "rope":
-        return config.seq_length or trained_length
-    raise ConfigError(
-        f"seq_length {config.seq_length} is more than the {trained_length} rows of the model's "
-        f"learned position table, which cannot be extended. Set --seq-length to at most "
-        f"{trained_length}."
-    )
-
-
-def _own_box(parameter: nn.Parameter) -> Box:
-    """Return which part of the whole parameter this tensor rank holds."""
-    box = [range(size) for size in part_shape(parameter)]
-    if split := split_of(parameter):
-        box[split.dim] = split.indices
-    return tuple(box)

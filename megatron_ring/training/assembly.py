@@ -2,8 +2,9 @@
 
 import torch
 
-from megatron_ring.engine.engine import Engine, zero3_partitioner
+from megatron_ring.engine.engine import Engine
 from megatron_ring.engine.pipeline_engine import PipelineEngine, build_stage
+from megatron_ring.engine.zero3_partitions import zero3_partitioner
 from megatron_ring.model.attention import AttentionFunction
 from megatron_ring.model.gpt import GPT
 from megatron_ring.model.initialization import build

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bench_profile
-from benchmarks.bench_profile import Bench, Reading, make_trackers
+from benchmarks.recorded_ring import Reading, RecordedRing, make_trackers
 from benchmarks.streamed_ring import NullStream, Streams
 from megatron_ring.errors import ConfigError
 from megatron_ring.parallel.device_clock import cuda_event
@@ -81,8 +81,8 @@ def test_invalid_options_are_rejected(flags, message, monkeypatch):
 
 
 @pytest.fixture
-def on_devices() -> tuple[Bench, list[Device]]:
-    """Return a bench of two ranks whose streams, events and kernels are simulated."""
+def on_devices() -> tuple[RecordedRing, list[Device]]:
+    """Return a ring of two ranks whose streams, events and kernels are simulated."""
     local = threading.local()
 
     @contextlib.contextmanager
@@ -109,26 +109,26 @@ def on_devices() -> tuple[Bench, list[Device]]:
             device.synchronize()
 
     devices = [Device(rank) for rank in range(2)]
-    bench = Bench.build(bench_profile._parser().parse_args([*SMALL, "--ranks", "2"]), None)
+    ring = RecordedRing.build(bench_profile._parser().parse_args([*SMALL, "--ranks", "2"]), None)
     ranks = [
         replace(rank, trackers=make_trackers(1000, device.new_event))
-        for rank, device in zip(bench.ranks, devices)
+        for rank, device in zip(ring.ranks, devices)
     ]
     streams = [Streams(stream_of(device), NullStream(), on) for device in devices]
     changes = {"new_event": lambda: local.device.new_event(), "synchronize": synchronize}
-    return replace(bench, ranks=ranks, streams=streams, kernel=Kernel, **changes), devices
+    return replace(ring, ranks=ranks, streams=streams, kernel=Kernel, **changes), devices
 
 
 def test_on_devices_hops_add_up_to_the_passes_and_events_are_counted(on_devices):
-    bench, devices = on_devices
-    for reading in bench._timed_step():
+    ring, devices = on_devices
+    for reading in ring.timed_step():
         # Forward two kernels of 1 ms; backward one more, as the work on own keys is split.
         assert reading.compute == pytest.approx(LAYERS * 5e-3, rel=1e-2)
-        assert bench._problems(0, reading) == []
+        assert bench_profile._problems(ring, 0, reading) == []
 
     def recorded(mode: str) -> list[int]:
         before = [device.recorded for device in devices]
-        bench._step(mode)
+        ring.step(mode)
         return [device.recorded - number for device, number in zip(devices, before)]
 
     ranks = len(devices)
@@ -138,9 +138,9 @@ def test_on_devices_hops_add_up_to_the_passes_and_events_are_counted(on_devices)
 
 
 def test_reading_before_the_device_is_done_fails(on_devices):
-    bench, _ = on_devices
+    ring, _ = on_devices
     with pytest.raises(NotComplete):
-        replace(bench, synchronize=lambda: None)._timed_step()
+        replace(ring, synchronize=lambda: None).timed_step()
 
 
 @pytest.mark.parametrize(
@@ -153,18 +153,18 @@ def test_reading_before_the_device_is_done_fails(on_devices):
     ],
 )
 def test_a_reading_that_contradicts_the_stopwatch_is_a_failure(reading, problem, on_devices):
-    bench, _ = on_devices
-    problems = bench._problems(0, reading)
+    ring, _ = on_devices
+    problems = bench_profile._problems(ring, 0, reading)
     assert len(problems) == bool(problem)
     assert all(problem in line for line in problems)
 
 
 @pytest.mark.parametrize(("factor", "fails"), [(1.015, False), (1.03, True)])
 def test_an_overhead_of_two_percent_is_a_failure_on_a_gpu(factor, fails, on_devices, monkeypatch):
-    bench, _ = on_devices
+    ring, _ = on_devices
     seconds = {"off": 1.0, "stragglers": 1.001, "profile": factor}
-    monkeypatch.setattr(Bench, "_step", lambda self, mode: seconds[mode])
-    findings = bench.measure()
+    monkeypatch.setattr(RecordedRing, "step", lambda self, mode: seconds[mode])
+    findings = bench_profile.measure(ring, rounds=2)
     assert findings["overhead"]["profile"] == pytest.approx(factor - 1)
     assert bool(findings["failures"]) == fails
 

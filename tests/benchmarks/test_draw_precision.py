@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from benchmarks import draw_precision
-from benchmarks.draw_precision import (
+from benchmarks.emulated_ring import attention
+from benchmarks.precision_errors import (
     FAMILIES,
     FamilyErrors,
     MergingKernel,
     RoundedHops,
     family_errors,
+    layout_of,
 )
-from benchmarks.emulated_ring import attention
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.kernels.attention import reference, sdpa
 from tests import oracle
@@ -45,7 +46,7 @@ def test_error_does_not_grow_where_the_results_of_each_hop_are_rounded_as_by_fla
 
 def errors_of_family(family: str, tokens: int, ring_size: int, head_dim: int = 32) -> FamilyErrors:
     """Return the errors on one rank and on a striped ring."""
-    layouts = [draw_precision.layout_of("striped", tokens, size) for size in (1, ring_size)]
+    layouts = [layout_of("striped", tokens, size) for size in (1, ring_size)]
     return family_errors(FAMILIES[family], layouts, sdpa, head_dim, torch.bfloat16)
 
 
@@ -75,7 +76,7 @@ def test_no_family_of_inputs_makes_the_error_grow_up_to_64_ranks(family):
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.sinks])
 def test_sinks_cost_no_precision_on_one_process(family):
     """Compared with the reference, which computes in float32 and uses delta unrounded."""
-    alone = [draw_precision.layout_of("none", 512, 1)] * 2
+    alone = [layout_of("none", 512, 1)] * 2
     of_sdpa = family_errors(FAMILIES[family], alone, sdpa, 32, torch.bfloat16)
     of_reference = family_errors(FAMILIES[family], alone, reference, 32, torch.bfloat16)
     assert of_sdpa.alone["dq"] <= 1.75 * of_reference.alone["dq"]

@@ -7,8 +7,8 @@ import deepspeed
 import pytest
 import torch
 
-from megatron_ring.engine.engine import rejected_settings_as_config_error
 from megatron_ring.errors import ConfigError
+from megatron_ring.settings.deepspeed_config import rejected_settings_as_config_error
 from megatron_ring.settings.run_settings import RunSettings
 from tests.distributed import run_ranks
 from tests.training import tiny

@@ -22,7 +22,7 @@ from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.loader import build_loader
 from megatron_ring.data.samples import SampleStream
 from megatron_ring.data.tokens import TokenStore, TokenStoreWriter
-from megatron_ring.engine.engine import start_processes
+from megatron_ring.engine.deepspeed_groups import start_processes
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.environment import Environment

@@ -12,12 +12,9 @@ from megatron_ring.kernels.attention.hop_kernel import (
     HopKernel,
     call_whole,
 )
+from megatron_ring.kernels.attention.memory_layout import stack_to_kernel_layout, to_kernel_layout
 from megatron_ring.kernels.attention.preferences import stripe_widths
-from megatron_ring.kernels.attention.registry import (
-    KERNELS,
-    stack_to_kernel_layout,
-    to_kernel_layout,
-)
+from megatron_ring.kernels.attention.registry import KERNELS
 
 __all__ = [
     "KERNELS",

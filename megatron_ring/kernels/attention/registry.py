@@ -1,4 +1,4 @@
-"""The registry of attention kernels: what each supports and requires, and its memory layout.
+"""The registry of attention kernels: what each supports and requires.
 
 ``KERNEL_SPECS`` has one entry for each kernel. A new kernel is a file with the two functions of
 ``HopKernel``, an entry here, and a test. From the entries ``SUPPORT`` is built: one cell for every
@@ -9,7 +9,7 @@ every Unsupported one a test of its message.
 
 import enum
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ class KernelSpec:
     unavailable: (machine, head dim, deterministic) -> why it cannot run on that machine's GPU, None
         if it can.
     heads_first: the device types on which it is faster with each head's tokens contiguous in
-        memory.
+        memory (memory_layout.py).
     """
 
     kernel: HopKernel | None
@@ -138,11 +138,6 @@ def _column(
 # in one in half precision, so they are left out, as are their windows, which take the same
 # operator.
 _MEASURED = (Feature.GROUPED_HEADS, Feature.BFLOAT16, Feature.HEAD_DIM_MULTIPLE_OF_8)
-_MEASURED_BY_KERNEL = {
-    "cudnn": (*_MEASURED, Feature.FLOAT16),
-    "sdpa": (*_MEASURED, Feature.FLOAT32),
-    "triton": (*_MEASURED, Feature.DOCUMENTS, Feature.WINDOW),
-}
 
 
 # ---- the kernels ----
@@ -188,7 +183,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
             "cuda": _column(
                 Validation.UNPROVEN,
                 _VENDOR_LIMITS | {Feature.DETERMINISM: _UNORDERED_GRADIENTS},
-                _MEASURED_BY_KERNEL["cudnn"],
+                measured=(*_MEASURED, Feature.FLOAT16),
             )
         },
         unavailable=sdpa.cudnn_unavailable,
@@ -203,7 +198,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
                     Feature.FLOAT64: Unsupported(_NOT_IN_TORCH_ON_CUDA, _REFERENCE),
                     Feature.OTHER_HEADS: Unsupported(_NOT_IN_TORCH_ON_CUDA, _OTHER_HEAD_DIM),
                 },
-                _MEASURED_BY_KERNEL["sdpa"],
+                measured=(*_MEASURED, Feature.FLOAT32),
             ),
         },
         # torch's CPU operator reads a head's rows from end to end; in a model's memory layout the
@@ -220,7 +215,7 @@ KERNEL_SPECS: dict[str, KernelSpec] = {
                     Feature.FLOAT32: _TRITON_TILES_FILL_SHARED_MEMORY,
                     Feature.OTHER_HEADS: _TRITON_HEAD_DIMS,
                 },
-                _MEASURED_BY_KERNEL["triton"],
+                measured=(*_MEASURED, Feature.DOCUMENTS, Feature.WINDOW),
             )
         },
         unavailable=_triton_unavailable,
@@ -258,59 +253,3 @@ def support(kernel: str, device_type: str, feature: Feature) -> Cell:
         return cell
     devices = " and ".join(device for name, device in COLUMNS if name == kernel)
     return Unsupported(f"it runs on {devices}, not {device_type}", _REFERENCE)
-
-
-# ---- memory layout ----
-
-
-def to_kernel_layout(kernel: str, x_BLHD: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in the memory layout that ``kernel`` is fastest with; copy only if needed.
-
-    There may be further dimensions before these.
-    """
-    if not _prefers_heads_first(kernel, x_BLHD):
-        return x_BLHD
-    return x_BLHD.transpose(-3, -2).contiguous().transpose(-3, -2)
-
-
-def stack_to_kernel_layout(kernel: str, tensors_BLHD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Combine ``torch.stack`` and ``to_kernel_layout`` in one copy.
-
-    Nothing is copied if the tensors lie in memory as the result would.
-    """
-    if not _prefers_heads_first(kernel, tensors_BLHD[0]):
-        if _are_adjacent(tensors_BLHD):
-            return _StackWithoutCopy.apply(*tensors_BLHD)
-        return torch.stack(tuple(tensors_BLHD))
-    return torch.stack([x.transpose(-3, -2) for x in tensors_BLHD]).transpose(-3, -2)
-
-
-def _are_adjacent(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether dense tensors of one shape follow each other in one storage."""
-    first = tensors[0]
-    return all(
-        x.untyped_storage()._cdata == first.untyped_storage()._cdata
-        and x.storage_offset() == first.storage_offset() + index * first.numel()
-        and (x.shape, x.dtype) == (first.shape, first.dtype)
-        and x.is_contiguous()
-        for index, x in enumerate(tensors)
-    )
-
-
-class _StackWithoutCopy(torch.autograd.Function):
-    """``torch.stack`` of adjacent tensors: a view of their storage."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        first = tensors[0]
-        shape = (len(tensors), *first.shape)
-        return first.as_strided(shape, (first.numel(), *first.stride()))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.unbind()
-
-
-def _prefers_heads_first(kernel: str, x: torch.Tensor) -> bool:
-    spec = KERNEL_SPECS.get(kernel)
-    return spec is not None and x.device.type in spec.heads_first
