@@ -1,21 +1,19 @@
 """DeepSpeed's engine behind one interface: train steps, evaluation, and checkpoint contents.
 
 DeepSpeed sees one data axis of size data x context. ZeRO shards over it and averages gradients over
-it; ``loss_and_norm.py`` makes that average the mean over tokens. Only this file and
-pipeline_engine.py import deepspeed.
+it; ``loss_and_norm.py`` makes that average the mean over tokens. Only this file,
+pipeline_engine.py and extra_keys.py import deepspeed.
 """
 
-import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import pydantic
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -27,12 +25,12 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-from megatron_ring import untrusted
 from megatron_ring.checkpoint.finite import NonFiniteTensor, describe_non_finite
 from megatron_ring.checkpoint.state import RunState
 from megatron_ring.checkpoint.tensors import WEIGHT, Piece, Shapes, Tensors
 from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.loader import Batch
+from megatron_ring.engine.extra_keys import rejected_settings_as_config_error
 from megatron_ring.engine.loss_and_norm import (
     StepGate,
     clip_gradients,
@@ -47,7 +45,6 @@ from megatron_ring.engine.optimizer_state import (
     set_loss_scale,
     update_compute_weights,
 )
-from megatron_ring.errors import ConfigError
 from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.metrics import Monitor
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
@@ -91,20 +88,6 @@ def start_processes(environment: Environment, device: str) -> None:
     join_processes(environment, device, default_pg_timeout)
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-@contextlib.contextmanager
-def rejected_settings_as_config_error() -> Iterator[None]:
-    """Raise ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects."""
-    try:
-        yield
-    except pydantic.ValidationError as error:
-        raise ConfigError(
-            f"deepspeed: {'.'.join(map(str, problem['loc']))} {untrusted.shown(problem['input'])} "
-            f"is rejected by {error.title}: {problem['msg']}. Change it in the deepspeed of "
-            "section training, or leave it out."
-            for problem in error.errors()
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """DeepSpeed's config: keys derived from our options, merged with the user's extra keys.
 
-An extra key that one of our options determines is refused.
+An extra key that one of our options determines is refused. Keys that DeepSpeed does not have are
+refused where it can be imported (engine/extra_keys.py).
 """
 
 import re
@@ -27,6 +28,7 @@ _DETERMINED_BY = {
     "zero_optimization.offload_param": "--offload-param",
     "zero_optimization.offload_param.device": "--offload-param",
     "bf16.enabled": "--dtype",
+    "bfloat16": "--dtype",
     "fp16.enabled": "--dtype",
     "amp": "--dtype",
     "torch_autocast": "--dtype",
