@@ -47,6 +47,7 @@ import tyro
 from benchmarks.common import (
     DTYPES,
     Column,
+    check_outputs,
     device_name,
     legend,
     plain_row,
@@ -178,6 +179,7 @@ class Result:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     cases = _cases(options)
     times = _measure(options, cases)

@@ -23,7 +23,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from benchmarks.common import DTYPES, MIB, device_name, table_head, table_row, write_json
+from benchmarks.common import (
+    DTYPES,
+    MIB,
+    check_outputs,
+    device_name,
+    table_head,
+    table_row,
+    write_json,
+)
 from benchmarks.live_memory import LiveMemory
 from megatron_ring.errors import ConfigError, counted, not_positive, reporting_errors
 from megatron_ring.kernels.cross_entropy import head_loss_sum
@@ -61,6 +69,7 @@ class Result:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     print(_setting(options))
     print()

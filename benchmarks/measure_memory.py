@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import MIB, write_json
+from benchmarks.common import MIB, check_outputs, write_json
 from benchmarks.live_memory import LiveBytes
 from benchmarks.training_steps import Trainer
 from megatron_ring.config import (
@@ -101,6 +101,7 @@ class Measured:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json, plot=options.plot)
     _check(options)
     measured = {nproc: _measure_all(nproc, options) for nproc in options.nproc}
     longest = {}
