@@ -7,6 +7,10 @@ python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --dry-run
 
 import sys
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.engine.engine import start_processes
