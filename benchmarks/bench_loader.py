@@ -93,7 +93,7 @@ def main() -> None:
         "opening s",
         "tokens/s",
         f"x {options.consumes:,}",
-        "KiB at peak",
+        "peak KiB",
     )
     print(_setting(options))
     print()
