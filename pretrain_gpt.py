@@ -7,9 +7,14 @@ python pretrain_gpt.py --config configs/tiny-cpu.yaml --world-size 2 --dry-run
 
 import sys
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 from megatron_ring.config import Config
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.engine.deepspeed_groups import start_processes
+from megatron_ring.engine.extra_keys import resolve_settings
 from megatron_ring.errors import reporting_errors
 from megatron_ring.monitoring.metrics import NullReporter
 from megatron_ring.monitoring.outputs import tolerate_console_errors
@@ -22,7 +27,6 @@ from megatron_ring.parallel.environment import Environment
 from megatron_ring.parallel.rendezvous import leave_processes
 from megatron_ring.preflight.self_test import run_self_test_only, run_startup_check
 from megatron_ring.settings.precision import device_type
-from megatron_ring.settings.run_settings import RunSettings
 from megatron_ring.training import checkpointing, console
 from megatron_ring.training.assembly import build_model, start_engine
 from megatron_ring.training.entry import parse_arguments
@@ -36,7 +40,7 @@ def main(config: Config, environment: Environment, stopping: Stopping) -> None:
     is_rank_zero = environment.global_rank == 0
     if config.dry_run:
         world_size = config.parallel.world_size or environment.world_size
-        print(console.plan(RunSettings.resolve(config, world_size)))
+        print(console.plan(resolve_settings(config, world_size)))
         return
     start_processes(environment, device_type())
     consensus = Consensus.build()

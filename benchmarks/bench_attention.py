@@ -34,12 +34,13 @@ import tyro
 from benchmarks.attention_cases import Options, build_mask, select_cases
 from benchmarks.attention_report import findings_of, print_report
 from benchmarks.attention_times import measure
-from benchmarks.common import size_problems, write_json
+from benchmarks.common import check_outputs, size_problems, write_json
 from megatron_ring.errors import ConfigError, flag, reporting_errors
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     cases = select_cases(options)
     findings = findings_of(options, cases, measure(options, cases))

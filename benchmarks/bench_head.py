@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.common import (
     DTYPES,
     MIB,
+    check_outputs,
     compute_seconds,
     device_name,
     table_head,
@@ -68,6 +69,7 @@ class Result:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     print(_setting(options))
     print()

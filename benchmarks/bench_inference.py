@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import MIB, commit, size_problems, write_json
+from benchmarks.common import MIB, check_outputs, commit, size_problems, write_json
 from benchmarks.live_memory import LiveBytes
 from benchmarks.measure_memory import longest_that
 from megatron_ring.config import ModelConfig
@@ -89,6 +89,7 @@ def main() -> None:
         | Annotated[Memory, tyro.conf.subcommand("memory")],
         description=__doc__,
     )
+    check_outputs(json=options.json, plot=getattr(options, "plot", ""))
     run = measure_decode if isinstance(options, Decode) else measure_memory
     run(options)
 

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks.common import table_head, table_row, write_json
+from benchmarks.common import check_outputs, table_head, table_row, write_json
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.document_boundaries import DocumentBoundaries
@@ -85,6 +85,7 @@ class Result:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     columns = (
         "packing",
@@ -92,7 +93,7 @@ def main() -> None:
         "opening s",
         "tokens/s",
         f"x {options.consumes:,}",
-        "KiB at peak",
+        "peak KiB",
     )
     print(_setting(options))
     print()

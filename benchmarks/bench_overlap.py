@@ -38,6 +38,7 @@ import tyro
 from benchmarks.common import (
     DTYPES,
     Column,
+    check_outputs,
     legend,
     plain_row,
     plain_titles,
@@ -128,6 +129,8 @@ class Row:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     _check(options)
+    if Environment.read().global_rank == 0:
+        check_outputs(json=options.json)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     groups = ProcessGroups.build(Grid(ring=dist.get_world_size()), dist.get_rank())

@@ -24,7 +24,15 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.attention_times import seconds_on_all_ranks
-from benchmarks.common import Column, legend, plain_row, plain_titles, size_problems, write_json
+from benchmarks.common import (
+    Column,
+    check_outputs,
+    legend,
+    plain_row,
+    plain_titles,
+    size_problems,
+    write_json,
+)
 from benchmarks.document_histogram import pack_starts
 from benchmarks.slow_link import INTERFACE, limit_command
 from megatron_ring.context_parallel.attention import ContextParallelAttention
@@ -83,6 +91,7 @@ COLUMNS = {
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     _check(options)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)

@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from benchmarks.common import (
     DTYPES,
+    check_outputs,
     commit,
     device_name,
     missing_gpu,
@@ -66,6 +67,8 @@ def main() -> None:
     if is_distributed:
         options.ranks = environment.world_size
     _check(options)
+    if environment.global_rank == 0:
+        check_outputs(json=options.json)
     links = _join(options, environment) if is_distributed else None
     findings = measure(RecordedRing.build(options, links), options.rounds)
     if environment.global_rank == 0:

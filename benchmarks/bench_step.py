@@ -11,10 +11,10 @@ documents      packed documents
 transformers   transformers' Llama, if it is installed: torch's attention, gradient checkpointing,
                AdamW on the weights themselves. It computes less: no float32 copy of the weights
 
-The figures are medians of --steps steps after two. The share of the peak counts matrix products of
-visible pairs, without recomputation, against the data sheet (plan/device_peaks.py). One more step
-runs under torch.profiler; its kernels' times are added up by category, and idle is the rest of a
-step. Peak memory is the allocator's.
+The figures are medians of --steps steps after two. The share of the peak FLOP/s counts matrix
+products of visible pairs, without recomputation, against the data sheet (plan/device_peaks.py). One
+more step runs under torch.profiler; its kernels' times are added up by category, and idle is the
+rest of a step. Peak memory is the allocator's.
 
 Every variant has a process of its own, so that none keeps memory of another. They start together,
 because imports take most of the start, and measure one after another. Needs DeepSpeed, except for
@@ -73,7 +73,10 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     results = ResultsFile(options.json, setting("bench_step", options, options.device))
     print(f"{results.findings['device']}, torch {torch.__version__}, {_shape(options)}")
-    print(f"{'variant':>13}{'tokens/s':>11}{'of peak':>9}{'GiB':>8}{'step ms':>9}", end="")
+    print(
+        f"{'variant':>13}{'tokens/s':>11}{'of peak FLOP/s':>16}{'peak GiB':>10}{'step ms':>9}",
+        end="",
+    )
     print("".join(f"{name:>17}" for name in CATEGORIES), flush=True)
     rows = list(measure_each(options, lambda row: results.add("variants", row)))
     raise SystemExit(any("error" in row for row in rows))
@@ -303,7 +306,7 @@ def _print_row(row: Row) -> None:
         return
     share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"
     memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-    figures = f"{row['tokens_per_second']:>11,.0f}{share:>9}{memory:>8}{row['step_ms']:>9.0f}"
+    figures = f"{row['tokens_per_second']:>11,.0f}{share:>16}{memory:>10}{row['step_ms']:>9.0f}"
     split = "".join(f"{row['split_ms'][name]:>17.1f}" for name in CATEGORIES)
     print(f"{row['variant']:>13}{figures}{split}", flush=True)
 

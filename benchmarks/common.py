@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.errors import not_positive
+from megatron_ring.errors import ConfigError, flag, not_positive
 from megatron_ring.settings.precision import DTYPES as TRAINING_DTYPES
 
 MIB = 2**20
@@ -178,10 +180,48 @@ def plain_row(columns: Mapping[str, Column], row: Mapping[str, Any], missing: st
     return "".join(cells)
 
 
+def check_outputs(**paths: str | Path) -> None:
+    """Raise ConfigError if a file of results cannot be written; called before anything is measured.
+
+    Creates the folders of the files. Args are the paths by the names of their options; an empty
+    path is not written.
+    """
+    if problems := [
+        f"{name} {path} cannot be written: {problem}. Set {flag(name)} to another file."
+        for name, path in paths.items()
+        if path and (problem := _output_problem(Path(path)))
+    ]:
+        raise ConfigError(problems)
+
+
+def _output_problem(path: Path) -> str | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists():
+            return None if os.access(path, os.W_OK) else "no permission"
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def write_json(path: str, findings: dict[str, Any]) -> None:
-    """Write ``findings`` to the file ``path``; do nothing if the path is empty."""
-    if path:
-        Path(path).write_text(json.dumps(findings, indent=2) + "\n")
+    """Write ``findings`` to the file ``path``; do nothing if the path is empty.
+
+    An interruption leaves the previous file or this one.
+    """
+    if not path:
+        return
+    text = json.dumps(findings, indent=2) + "\n"
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        target.write_text(text)  # a pipe or a device, as /dev/stdout
+        return
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(target)
 
 
 def setting(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -206,6 +246,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: str, setting: dict[str, Any]):
+        check_outputs(json=path)
         self.findings = dict(setting)
         self._path = path
         self.write()
@@ -217,9 +258,4 @@ class ResultsFile:
 
     def write(self) -> None:
         """Write all findings; an interruption leaves the previous file or this one."""
-        if self._path:
-            path = Path(self._path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            write_json(str(unfinished), self.findings)
-            unfinished.replace(path)
+        write_json(self._path, self.findings)

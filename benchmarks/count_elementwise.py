@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.common import DTYPES, commit, table_head, table_row, write_json
+from benchmarks.common import DTYPES, check_outputs, commit, table_head, table_row, write_json
 from benchmarks.memory_traffic import (
     ATTENTION,
     CATEGORIES,
@@ -111,6 +111,7 @@ class LayerCount:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json)
     if problems := not_positive(options, "tokens", "vocab_size", "ring_size"):
         raise ConfigError(problems)
     if not options.recompute:

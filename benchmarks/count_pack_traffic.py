@@ -25,7 +25,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Column, plain_row, plain_titles, size_problems, write_json
+from benchmarks.common import (
+    Column,
+    check_outputs,
+    plain_row,
+    plain_titles,
+    size_problems,
+    write_json,
+)
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
@@ -73,6 +80,7 @@ class Shape:
 
 def main() -> None:
     options = _parser().parse_args()
+    check_outputs(json=options.json)
     sizes = ("tokens", "mean_document", "ranks", "stripe_sizes", "head_dim", "processors")
     if problems := size_problems(options, *sizes):
         raise ConfigError(problems)

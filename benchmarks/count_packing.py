@@ -16,7 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Column, plain_row, plain_titles, setting, write_json
+from benchmarks.common import (
+    Column,
+    check_outputs,
+    plain_row,
+    plain_titles,
+    setting,
+    write_json,
+)
 from benchmarks.document_histogram import PUBLISHED, read_histogram
 from megatron_ring.data.bin_packing import FITS
 from megatron_ring.data.sample_assignment import by_work, imbalance, in_order, visible_pairs
@@ -34,6 +41,7 @@ COLUMNS = {
 
 def main() -> None:
     options = _parser().parse_args()
+    check_outputs(json=options.json)
     _check(options)
     lengths = read_histogram(options.histogram).lengths(options.documents, seed=0)
     rows = []

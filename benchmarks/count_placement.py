@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Column, plain_row, plain_titles, setting, write_json
+from benchmarks.common import Column, check_outputs, plain_row, plain_titles, setting, write_json
 from benchmarks.document_histogram import PUBLISHED, read_histogram
 from megatron_ring.context_parallel.placement import place_documents
 from megatron_ring.context_parallel.placement_cost import measured_costs
@@ -57,6 +57,7 @@ COLUMNS = {
 
 def main() -> None:
     options = _parser().parse_args()
+    check_outputs(json=options.json)
     _check(options)
     histogram = read_histogram(options.histogram)
     costs = measured_costs()

@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-from benchmarks.common import DTYPES, table_head, table_row
+from benchmarks.common import DTYPES, check_outputs, table_head, table_row
 from benchmarks.emulated_ring import Attention, attention
 from benchmarks.precision_errors import (
     FAMILIES,
@@ -102,6 +102,8 @@ def main(
         ring_sizes: Numbers of emulated ranks.
         family_seq_length: Tokens of the sequence in the table of input families.
     """
+    picture = output.with_suffix(".svg")
+    check_outputs(output=output)
     device = device_type()
     choice = choose(kernel, device, DTYPES[dtype], head_dim)
     random = InputFamily(heads=heads, kv_heads=kv_heads)
@@ -128,8 +130,6 @@ def main(
         )
         for name, family in FAMILIES.items()
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    picture = output.with_suffix(".svg")
     _draw(picture, ring_sizes, errors, of_families)
     page = _page(picture.name, setting, ring_sizes, errors)
     page += _page_of_flash_4(dtype, ring_sizes, flash_4)

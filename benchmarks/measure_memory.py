@@ -8,8 +8,8 @@
 
 The real model, ring and engine take steps on random tokens, with all ranks in one ring unless the
 config specifies otherwise. For each length a first step on a few tokens creates the optimizer's
-state, and a second step on the whole length is measured. The table has the largest rank's peak and
-the one that plan/memory.py predicts:
+state, and a second step on the whole length is measured. The table has the peak memory of the
+largest rank and the one that plan/memory.py predicts:
 
 live bytes   tensors alive at once, by the allocator; on a CPU from the profiler's record of it
 resident     CPU only: how far the process's high-water mark (VmHWM) rose above the memory that was
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from benchmarks.common import MIB, write_json
+from benchmarks.common import MIB, check_outputs, write_json
 from benchmarks.live_memory import LiveBytes
 from benchmarks.training_steps import Trainer
 from megatron_ring.config import (
@@ -101,6 +101,7 @@ class Measured:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    check_outputs(json=options.json, plot=options.plot)
     _check(options)
     measured = {nproc: _measure_all(nproc, options) for nproc in options.nproc}
     longest = {}

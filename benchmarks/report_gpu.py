@@ -184,7 +184,11 @@ def step_figures(bench: Findings) -> Iterator[tuple[str, str, str]]:
         yield f"{step}{names[name]}: tokens/s", f"{row['tokens_per_second']:,.0f}", NO_TARGET
         if row["share_of_peak"] is not None and name != "transformers":
             target = "51%" if name == "default" else NO_TARGET
-            yield f"{step}{names[name]}: share of peak", f"{row['share_of_peak']:.1%}", target
+            yield (
+                f"{step}{names[name]}: share of peak FLOP/s",
+                f"{row['share_of_peak']:.1%}",
+                target,
+            )
     if "default" in rows:
         row = rows["default"]
         if row["peak_gib"] is not None:

@@ -33,7 +33,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import emulated_ring
-from benchmarks.common import DTYPES, missing_gpu, random_inputs, ring_problems, write_json
+from benchmarks.common import (
+    DTYPES,
+    check_outputs,
+    missing_gpu,
+    random_inputs,
+    ring_problems,
+    write_json,
+)
 from benchmarks.device_trace import Overlap, overlaps
 from benchmarks.document_packs import random_starts
 from benchmarks.streamed_ring import StreamExchange, Streams, on_every_rank
@@ -51,6 +58,7 @@ MASKS = ("causal", "documents")
 
 def main() -> None:
     options = _parser().parse_args()
+    check_outputs(json=options.json)
     _check(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     print(

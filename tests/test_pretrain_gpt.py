@@ -100,8 +100,9 @@ def test_two_ranks_train_and_print_their_settings_and_output_paths(trained, fold
     for line in (
         "grid             2 processes = "
         "1 pipe x 1 data x 2 context (2 ring x 1 ulysses) x 1 tensor",
-        "layout           striped, stripe size 1 (auto: no stripe size that is fastest with sdpa "
-        "balances a sample of 64 tokens on 2 ring ranks), 64 tokens, 32 on each ring rank",
+        "layout           striped, stripe size 1 (auto: single tokens, because wider stripes, "
+        "fastest with sdpa, need samples of a multiple of 512 tokens on 2 ring ranks, not 64), "
+        "64 tokens, 32 on each ring rank",
         "dtype            fp32: ",
         "attention        sdpa: ",
         "checkpoint       saved/step-00000004",

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import torch
 import tyro
 

@@ -11,6 +11,10 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import tyro
 from tqdm import tqdm
 

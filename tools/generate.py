@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 from megatron_ring.config import GenerationConfig, InferenceConfig, parse_flags
 from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.inference import memory

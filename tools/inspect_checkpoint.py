@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import tyro
 from tqdm import tqdm
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import numpy as np
 import tyro
 
@@ -73,7 +77,9 @@ def main(options: Options) -> None:
     fewest, most = np.log(options.lines)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with open(options.output, "w", encoding="utf-8") as file:
+    # Renamed once it is complete: a file that a signal cut short would be taken for a corpus.
+    unfinished = options.output.with_name(f"{options.output.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
         for _ in range(options.documents):
             lines = round(np.exp(random.uniform(fewest, most)))
             text = training_document(
@@ -86,6 +92,7 @@ def main(options: Options) -> None:
                 random,
             )
             written += file.write(json.dumps({"text": text}) + "\n")
+    unfinished.replace(options.output)
     print(f"{options.output}: {options.documents:,} documents, {written:,} characters")
 
 

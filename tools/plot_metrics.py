@@ -6,6 +6,10 @@ python tools/plot_metrics.py --metrics-file metrics.jsonl --output loss.png --tr
 
 from pathlib import Path
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import tyro
 
 from megatron_ring.errors import DataError, reporting_errors

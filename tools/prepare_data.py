@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import tyro
 
 from megatron_ring.data.corpus import Corpus, copy_pipes, gather, python_library

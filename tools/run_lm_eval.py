@@ -11,6 +11,10 @@ import contextlib
 import io
 import sys
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 from megatron_ring.errors import ConfigError, reporting_errors
 from megatron_ring.inference.rank_commands import Ranks
 from megatron_ring.parallel.entry_point import (

@@ -3,6 +3,10 @@
 python tools/write_option_reference.py --output docs/reference/options.md
 """
 
+import megatron_ring.parallel.interrupt_hook  # noqa: F401 (before slow imports)
+
+# isort: split
+
 import ast
 import inspect
 import types

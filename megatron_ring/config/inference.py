@@ -49,7 +49,9 @@ class InferenceConfig:
     fp32. fp16 needs CUDA."""
     seq_length: int = 0
     """Most positions of a prompt with its continuation. 0: those that the model was trained on, or
-    stretched to. More is possible with RoPE only, and quality then depends on the model."""
+    stretched to. More is possible with RoPE only, and quality then depends on the model. Its RoPE
+    scaling is stored with it and cannot be changed here: --rope-scaling is an option of training
+    and of tools/convert_checkpoint.py import."""
     prefill_chunk_size: int = 0
     """Tokens of a prompt that are computed at a time, over all ranks, which bounds the activations.
     0: the whole prompt at once."""

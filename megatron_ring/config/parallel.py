@@ -13,8 +13,8 @@ class ParallelConfig:
 
     context_parallel: Literal["none", "ring", "striped", "zigzag"] = "none"
     """Layout of a sequence over the ranks of a ring. ring: contiguous shards; striped: stripes of
-    stripe_size tokens, dealt round-robin; zigzag: each rank has a chunk of the first half and the
-    mirrored one of the second; none: sequences are not split."""
+    stripe_size tokens, assigned round-robin; zigzag: each rank has a chunk of the first half and
+    the mirrored one of the second; none: sequences are not split."""
     context_parallel_size: int = 0
     """Number of processes N that split one sequence. 0: all that tensor and pipeline parallelism
     leave, or 1 with --context-parallel none."""
@@ -26,10 +26,10 @@ class ParallelConfig:
     fastest with the attention kernel, the device and the mask, as measured; resolved anew on
     resume."""
     document_placement: Literal["spread", "auto"] = "spread"
-    """Where the documents of a packed sample go in a striped ring. spread: each is dealt to all
-    ranks; auto: short ones stay whole on one rank and long ones are dealt in blocks of 128 tokens,
-    decided for each sample from its documents, and spread where that gains nothing. Needs
-    --reset-attention-mask."""
+    """Where the documents of a packed sample go in a striped ring. spread: each is distributed
+    over all ranks; auto: short ones are assigned whole to one rank and long ones are distributed in
+    blocks of 128 tokens, decided for each sample from its documents, and spread where that gains
+    nothing. Needs --reset-attention-mask."""
     context_parallel_reduction: Literal["arrival", "invariant"] = "arrival"
     """Accumulation order of a ring. arrival: in hop order (fast); invariant: in an order that does
     not depend on the ring size, so that attention is bitwise equal on rings of 1, 2, 4 and 8 ranks

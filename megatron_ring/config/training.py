@@ -78,8 +78,8 @@ class TrainingConfig:
     deepspeed: tyro.conf.Suppress[tyro.conf.Fixed[dict[str, JsonValue]]] = field(
         default_factory=dict
     )
-    """Extra keys for DeepSpeed's own config (YAML only). Keys that other options determine are
-    refused."""
+    """Extra keys for DeepSpeed's own config (YAML only). Keys that other options determine and
+    keys that DeepSpeed does not read are refused."""
 
     @property
     def decay_horizon(self) -> int:

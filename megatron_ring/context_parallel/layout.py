@@ -238,6 +238,22 @@ def auto_stripe_size(
     return _widest(even, at_most=window // (2 * ring_size) if window else seq_length)
 
 
+def lengths_of_wide_stripes(
+    seq_length: int, ring_size: int, widths: Sequence[StripeSize], packed: bool
+) -> str:
+    """Describe the lengths that the narrowest of ``widths`` fits, where none fits this one.
+
+    >>> lengths_of_wide_stripes(64, 2, [256, 128], packed=False)
+    'a multiple of 512'
+    """
+    # Two stripes per rank, the widest, are of any width.
+    width = min(1 if width == WIDEST else width for width in widths)
+    both_directions = 2 * ring_size * width
+    if packed and seq_length % both_directions == 0:
+        return f"at least {ring_size * _MIN_ROUNDS_OF_PACKED * width}"
+    return f"a multiple of {both_directions}"
+
+
 def _widest(widths: Sequence[int], at_most: int) -> int:
     """Return the widest up to ``at_most``, else the narrowest of all, else 1."""
     return max((width for width in widths if width <= at_most), default=min(widths, default=1))

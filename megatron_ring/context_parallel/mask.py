@@ -28,7 +28,7 @@ class Mask:
         document_starts: where documents begin, increasing from 0; () for one document per sample.
         samples: number of concatenated samples. A batch of packed samples is one longer packed
             sample in which each sample begins a document.
-        placements: of each sample, None for one that the layout deals; () if it deals all.
+        placements: of each sample, None for one in the layout's order; () if all are.
         cached_key_ranges: cache of ``hop_key_ranges``, which lives as long as the mask.
         cached_visible_rows: the same for visible_rows.py.
     """

@@ -1,11 +1,12 @@
 """Placement: which ring rank owns which blocks of a sample, chosen from the sample's documents.
 
-Short documents stay whole on one rank: nobody else reads their keys, and their queries have work in
-one hop only. The blocks of long ones are dealt to all ranks, or to those of one node. The work is
-as even as if everything were dealt, but fewer rows travel and queries are loaded in fewer hops. The
-result is a pure function of the documents and of the sizes: all ranks compute the same without
-communication, in O(blocks x ranks). The tiles that a block visits do not depend on it
-(sample_blocks.py). The algorithm, and what was tried besides, is in docs/decisions/0027.
+Short documents are assigned whole to one rank: no other rank reads their keys, and their queries
+have work in one hop only. The blocks of long ones are distributed over all ranks, or over those of
+one node. The work is as balanced as if everything were distributed, but fewer rows travel and
+queries are loaded in fewer hops. The result is a pure function of the documents and of the sizes:
+all ranks compute the same without communication, in O(blocks x ranks). The tiles that a block
+visits do not depend on it (sample_blocks.py). The algorithm, and what was tried besides, is in
+docs/decisions/0027.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from megatron_ring.context_parallel.sample_blocks import (
 
 @dataclass(frozen=True)
 class WholeLimits:
-    """The largest document that stays whole, as shares of what a rank has on average.
+    """The largest document that is assigned whole, as shares of what a rank has on average.
 
     tokens: of the blocks that a rank owns. work: of the time that a rank computes.
     """
@@ -45,21 +46,21 @@ CANDIDATES = (
     WholeLimits(0.5, 0.05),
 )
 """Limits that ``place_documents`` chooses from. Higher ones load queries in fewer hops and send
-fewer rows; lower ones are more even in every hop."""
+fewer rows; lower ones are better balanced in every hop."""
 
 MIN_GAIN = 0.02
 """Share of the estimated time that a placement must save over ``spread`` to be worth it."""
 
 _UNITS_PER_RANK = 8
-"""Neighbouring short documents are placed together, up to this part of a rank's blocks: their
+"""Neighbouring short documents are assigned together, up to this part of a rank's blocks: their
 borders are inside blocks, and a block on two documents' border belongs to one rank."""
 
 _CORRECTIONS = 2
-"""How often the ranks are levelled again, by the hops in which each block of queries has work: this
-is known once owners are, and changes a little by levelling."""
+"""How often the ranks are balanced again, by the hops in which each block of queries has work: this
+is known once owners are, and changes a little by balancing."""
 
-_LEVEL = 0.001
-"""Ranks are level if none has more than this share above the mean."""
+_MAX_IMBALANCE = 0.001
+"""Ranks are balanced if none has more than this share above the mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,7 @@ def place_documents(
 def place_samples(
     document_starts: torch.Tensor, samples: int, layout: Layout
 ) -> tuple[Placement | None, ...]:
-    """Return the placement of each sample of a batch; None for one that the layout deals.
+    """Return the placement of each sample of a batch; None for one in the layout's order.
 
     () if the layout places none.
 
@@ -146,10 +147,10 @@ def place_samples(
             for part, offset in zip(parts, offsets, strict=True)
         )
 
-    return _PLACED.get(document_starts, (layout, samples), place_all)
+    return _PLACEMENTS.get(document_starts, (layout, samples), place_all)
 
 
-_PLACED = BatchCache()
+_PLACEMENTS = BatchCache()
 
 
 def placed_positions(
@@ -163,8 +164,11 @@ def placed_positions(
 
     Ranks are those of ``Layout.positions``; the default is the whole shard, (samples, L).
     """
-    dealt_L = layout.positions(ring_rank)
-    rows = [dealt_L if placed is None else placed.positions(ring_rank) for placed in placements]
+    spread_L = layout.positions(ring_rank)
+    rows = [
+        spread_L if placement is None else placement.positions(ring_rank)
+        for placement in placements
+    ]
     return torch.stack(rows).chunk(ulysses_size, dim=1)[ulysses_rank]
 
 
@@ -183,8 +187,9 @@ def assign(
 ) -> np.ndarray:
     """Return the owners of all blocks, (blocks,): an equal number of each length for every rank.
 
-    Documents within ``limits`` stay whole, except those at the end of a rank's room, and share the
-    blocks at their borders. Those within ``limits`` of a node of ``node_size`` ranks stay in one.
+    Documents within ``limits`` are assigned whole, except where no rank can take all of
+    their blocks, and share the blocks at their borders. Those within ``limits`` of a node of
+    ``node_size`` ranks stay in one.
     """
     node_size = node_size or blocks.ring_size
     assert blocks.ring_size % node_size == 0
@@ -193,13 +198,13 @@ def assign(
     state = _Assignment(blocks, documents, ranks, costs)
     in_node = documents[(ranks > 1) & (ranks < blocks.ring_size)]
     units = _units(documents, ranks > 1, state.per_rank)
-    state.place_units(units, [tuple(run) for run in in_node.tolist()], node_size)
-    state.deal(documents[(ranks > 1) & (ranks == blocks.ring_size)])
-    state.level_dealt()
-    state.deal_shorter_blocks()
+    state.assign_units(units, [tuple(run) for run in in_node.tolist()], node_size)
+    state.distribute(documents[(ranks > 1) & (ranks == blocks.ring_size)])
+    state.balance_distributed()
+    state.assign_shorter_blocks()
     for _ in range(_CORRECTIONS if costs.query_tile else 0):
         state.correct_weight(blocks, costs)
-        state.level_dealt()
+        state.balance_distributed()
     return state.owners
 
 
@@ -234,12 +239,12 @@ def _ranks_of(
     return np.where(needed <= 1, 1, np.where(needed <= node_size, node_size, blocks.ring_size))
 
 
-def _units(documents: np.ndarray, dealt: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
-    """Return runs of blocks of neighbouring documents that stay whole, as [first, stop)."""
+def _units(documents: np.ndarray, distributed: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
+    """Return runs of blocks of neighbouring documents to assign whole, as [first, stop)."""
     most = max(1, per_rank // _UNITS_PER_RANK)
     units: list[tuple[int, int]] = []
-    for (first, stop), is_dealt in zip(documents.tolist(), dealt.tolist()):
-        if is_dealt:
+    for (first, stop), is_distributed in zip(documents.tolist(), distributed.tolist()):
+        if is_distributed:
             continue
         if units and units[-1][1] == first and stop - units[-1][0] <= most:
             units[-1] = units[-1][0], stop
@@ -253,7 +258,8 @@ class _Assignment:
 
     owners: -1 for blocks not assigned yet. load: the work that each rank has so far.
     weight: the work of each block. Until ``correct_weight``, how often its queries are loaded is an
-        estimate: once if it stays whole, else once for every rank that may own a key it reads.
+        estimate: once if its document is assigned whole, else once for every rank that may own a
+        key it reads.
     """
 
     def __init__(
@@ -265,7 +271,7 @@ class _Assignment:
         self.owners = np.full(len(blocks), -1)
         self.load = np.zeros(blocks.ring_size)
         size = documents[:, 1] - documents[:, 0]
-        self.dealt_document = np.repeat(np.where(ranks > 1, np.arange(len(ranks)), -1), size)
+        self.distributed_document = np.repeat(np.where(ranks > 1, np.arange(len(ranks)), -1), size)
         hops = np.minimum(blocks.tiles, blocks.ring_size)
         hops[: self.whole_blocks] = np.minimum(
             blocks.tiles[: self.whole_blocks], ranks.repeat(size)
@@ -281,142 +287,146 @@ class _Assignment:
     def _work(self, first: int, stop: int) -> float:
         return self._before[stop] - self._before[first]
 
-    def place_units(
+    def assign_units(
         self, units: list[tuple[int, int]], in_node: list[tuple[int, int]], node_size: int
     ) -> None:
-        """Place runs of blocks whole, the largest work first, and exchange pairs at the end.
+        """Assign runs of blocks whole, the largest work first, and exchange pairs at the end.
 
-        Documents ``in_node`` are dealt to the ranks of the node with the least work. The work that
-        a rank has in the end is projected from the blocks it still has room for. Every rank has the
-        same room for units, within a block, which leaves the same for dealt documents. Where no
-        rank has enough room, the roomiest takes a part.
+        Documents ``in_node`` are distributed over the ranks of the node with the least work. The
+        work that a rank has in the end is projected from the ``free`` blocks that it can still
+        take. All ranks take equally many blocks of units, to within one, which leaves equally many
+        for distributed documents. Where no rank can take all of a unit, the one with the most free
+        blocks takes a part.
         """
-        dealt = set(in_node)
+        distributed = set(in_node)
         blocks_left = sum(stop - first for first, stop in units + in_node)
         work_left = sum(self._work(*unit) for unit in units + in_node)
-        room = np.full(self.ring_size, blocks_left // self.ring_size)
-        room[: blocks_left % self.ring_size] += 1
+        free = np.full(self.ring_size, blocks_left // self.ring_size)
+        free[: blocks_left % self.ring_size] += 1
         waiting = sorted(
             units + in_node,
-            key=lambda unit: self._work(*unit) / (node_size if unit in dealt else 1),
+            key=lambda unit: self._work(*unit) / (node_size if unit in distributed else 1),
         )
-        placed = []
+        assigned = []
         while waiting:
             first, stop = waiting.pop()
-            projected = self.load + room * (work_left / blocks_left)
+            projected = self.load + free * (work_left / blocks_left)
             blocks_left -= stop - first
             work_left -= self._work(first, stop)
-            if (first, stop) in dealt:
-                self._deal_in_node(first, stop, projected, room, node_size)
+            if (first, stop) in distributed:
+                self._distribute_in_node(first, stop, projected, free, node_size)
                 continue
-            fits = np.flatnonzero(room >= stop - first)
+            fits = np.flatnonzero(free >= stop - first)
             if len(fits):
                 rank = fits[projected[fits].argmin()]
             else:
-                rank = np.lexsort((projected, -room))[0]
-                waiting.append((first + room[rank], stop))
-                blocks_left += stop - first - room[rank]
-                work_left += self._work(first + room[rank], stop)
-                stop = first + room[rank]
+                rank = np.lexsort((projected, -free))[0]
+                waiting.append((first + free[rank], stop))
+                blocks_left += stop - first - free[rank]
+                work_left += self._work(first + free[rank], stop)
+                stop = first + free[rank]
             self.owners[first:stop] = rank
             self.load[rank] += self._work(first, stop)
-            room[rank] -= stop - first
-            placed.append((first, stop))
-        self._exchange_units(placed)
+            free[rank] -= stop - first
+            assigned.append((first, stop))
+        self._exchange_units(assigned)
 
-    def _exchange_units(self, placed: list[tuple[int, int]]) -> None:
-        """Exchange units of equal size between the busiest and the idlest rank while it helps."""
-        units = np.array(placed, dtype=np.int64).reshape(-1, 2)
+    def _exchange_units(self, assigned: list[tuple[int, int]]) -> None:
+        """Exchange units of equal size between the most and the least loaded rank.
+
+        Ends when they are balanced, or no exchange brings the two closer.
+        """
+        units = np.array(assigned, dtype=np.int64).reshape(-1, 2)
         size = units[:, 1] - units[:, 0]
         work = self._before[units[:, 1]] - self._before[units[:, 0]]
         owner = self.owners[units[:, 0]]
         for _ in range(4 * self.ring_size):
-            busiest, idlest = int(self.load.argmax()), int(self.load.argmin())
-            wanted = (self.load[busiest] - self.load[idlest]) / 2
-            if wanted <= _LEVEL * self.load.mean():
+            most_loaded, least_loaded = int(self.load.argmax()), int(self.load.argmin())
+            wanted = (self.load[most_loaded] - self.load[least_loaded]) / 2
+            if wanted <= _MAX_IMBALANCE * self.load.mean():
                 return
-            give, take = np.flatnonzero(owner == busiest), np.flatnonzero(owner == idlest)
+            give, take = np.flatnonzero(owner == most_loaded), np.flatnonzero(owner == least_loaded)
             moved = work[give][:, None] - work[take]
             helps = (size[give][:, None] == size[take]) & (moved > 0) & (moved < 2 * wanted)
             if not helps.any():
                 return
             error = np.where(helps, np.abs(moved - wanted), np.inf)
             i, j = np.unravel_index(error.argmin(), error.shape)
-            for unit, rank in ((give[i], idlest), (take[j], busiest)):
+            for unit, rank in ((give[i], least_loaded), (take[j], most_loaded)):
                 owner[unit] = rank
                 self.owners[slice(*units[unit])] = rank
-            self.load[busiest] -= moved[i, j]
-            self.load[idlest] += moved[i, j]
+            self.load[most_loaded] -= moved[i, j]
+            self.load[least_loaded] += moved[i, j]
 
-    def _deal_in_node(
-        self, first: int, stop: int, projected: np.ndarray, room: np.ndarray, node_size: int
+    def _distribute_in_node(
+        self, first: int, stop: int, projected: np.ndarray, free: np.ndarray, node_size: int
     ) -> None:
-        """Deal a document to the node with the least work projected, of those with enough room.
+        """Distribute a document over the node with the least projected work that can take it.
 
-        Where no node has, the roomiest takes a part and the next the rest.
+        Where no node can, the one with the most free blocks takes a part, and the next the rest.
         """
         nodes = np.arange(self.ring_size).reshape(-1, node_size)
-        fits = room[nodes].sum(1) >= stop - first
-        order = np.lexsort((projected[nodes].sum(1), np.where(fits, 0, -room[nodes].sum(1)), ~fits))
+        fits = free[nodes].sum(1) >= stop - first
+        order = np.lexsort((projected[nodes].sum(1), np.where(fits, 0, -free[nodes].sum(1)), ~fits))
         for node in order:
-            part = min(stop - first, int(room[nodes[node]].sum()))
-            self._deal_run(stop - part, stop, nodes[node], room)
+            part = min(stop - first, int(free[nodes[node]].sum()))
+            self._distribute_run(stop - part, stop, nodes[node], free)
             stop -= part
 
-    def deal(self, documents: np.ndarray) -> None:
-        """Deal long documents to all ranks, the one with the most work first."""
+    def distribute(self, documents: np.ndarray) -> None:
+        """Distribute long documents over all ranks, the one with the most work first."""
         taken = np.bincount(self.owners[self.owners >= 0], minlength=self.ring_size)
-        room = self.per_rank - taken
+        free = self.per_rank - taken
         for first, stop in sorted(documents.tolist(), key=lambda run: -self._work(*run)):
-            self._deal_run(first, stop, np.arange(self.ring_size), room)
+            self._distribute_run(first, stop, np.arange(self.ring_size), free)
 
-    def _deal_run(self, first: int, stop: int, among: np.ndarray, room: np.ndarray) -> None:
-        """Deal blocks to the least loaded of some ranks, the last block first, one each in a round.
+    def _distribute_run(self, first: int, stop: int, among: np.ndarray, free: np.ndarray) -> None:
+        """Assign the blocks of a run to some ranks, the last block first, one to each in a round.
 
-        In a round of fewer blocks than ranks, those with the most room are served first. ``room``
-        is updated.
+        The least loaded rank gets the first block of a round; in a round of fewer blocks than
+        ranks, the rank with the most free blocks does. ``free`` is updated.
         """
         while stop > first:
-            ranks = among[room[among] > 0]
+            ranks = among[free[among] > 0]
             is_partial = stop - first < len(ranks)
-            by = (self.load[ranks], -room[ranks]) if is_partial else (self.load[ranks],)
+            by = (self.load[ranks], -free[ranks]) if is_partial else (self.load[ranks],)
             ranks = ranks[np.lexsort(by)][: stop - first]
-            dealt_blocks = np.arange(stop - 1, stop - 1 - len(ranks), -1)
-            self.owners[dealt_blocks] = ranks
-            self.load[ranks] += self.weight[dealt_blocks]
-            room[ranks] -= 1
+            last_blocks = np.arange(stop - 1, stop - 1 - len(ranks), -1)
+            self.owners[last_blocks] = ranks
+            self.load[ranks] += self.weight[last_blocks]
+            free[ranks] -= 1
             stop -= len(ranks)
 
-    def level_dealt(self) -> None:
-        """Exchange blocks of one dealt document, from the busiest to the idlest ranks, to level."""
+    def balance_distributed(self) -> None:
+        """Exchange blocks of one distributed document between the most and least loaded ranks."""
         for _ in range(8 * self.ring_size):
-            busiest = int(self.load.argmax())
-            if self.load[busiest] <= (1 + _LEVEL) * self.load.mean():
+            most_loaded = int(self.load.argmax())
+            if self.load[most_loaded] <= (1 + _MAX_IMBALANCE) * self.load.mean():
                 return
-            pairs = (self._best_pair(busiest, rank) for rank in self._idlest(4))
+            pairs = (self._best_pair(most_loaded, rank) for rank in self._least_loaded(4))
             pair = next((pair for pair in pairs if pair), None)
             if pair is None:
                 return
             given, taken = pair
             moved = self.weight[given] - self.weight[taken]
             idle = self.owners[taken]
-            self.owners[given], self.owners[taken] = idle, busiest
-            self.load[busiest] -= moved
+            self.owners[given], self.owners[taken] = idle, most_loaded
+            self.load[most_loaded] -= moved
             self.load[idle] += moved
 
-    def _idlest(self, most: int) -> Iterator[int]:
+    def _least_loaded(self, most: int) -> Iterator[int]:
         yield from np.argsort(self.load, kind="stable")[:most].tolist()
 
-    def _best_pair(self, busy: int, idle: int) -> tuple[int, int] | None:
-        """Return two blocks of one dealt document whose exchange levels two ranks best."""
-        wanted = (self.load[busy] - self.load[idle]) / 2
+    def _best_pair(self, loaded: int, idle: int) -> tuple[int, int] | None:
+        """Return two blocks of a distributed document whose exchange balances two ranks best."""
+        wanted = (self.load[loaded] - self.load[idle]) / 2
         whole = self.owners[: self.whole_blocks]
-        give = np.flatnonzero((whole == busy) & (self.dealt_document >= 0))
-        take = np.flatnonzero((whole == idle) & (self.dealt_document >= 0))
+        give = np.flatnonzero((whole == loaded) & (self.distributed_document >= 0))
+        take = np.flatnonzero((whole == idle) & (self.distributed_document >= 0))
         if not len(give) or not len(take):
             return None
         # An offset makes one order of documents and, within each, of weights.
-        offset = self.dealt_document * (2 * self.weight.max() + 1)
+        offset = self.distributed_document * (2 * self.weight.max() + 1)
         take = take[np.argsort(offset[take] + self.weight[take], kind="stable")]
         target = offset[give] + np.maximum(self.weight[give] - wanted, 0)
         after = np.searchsorted(offset[take] + self.weight[take], target)
@@ -424,7 +434,7 @@ class _Assignment:
         for index in (after - 1, after):
             partner = take[index.clip(0, len(take) - 1)]
             moved = self.weight[give] - self.weight[partner]
-            helps = (self.dealt_document[partner] == self.dealt_document[give]) & (
+            helps = (self.distributed_document[partner] == self.distributed_document[give]) & (
                 (moved > 0) & (moved < 2 * wanted)
             )
             error = np.where(helps, np.abs(moved - wanted), np.inf)
@@ -433,8 +443,8 @@ class _Assignment:
                 best = error[i], int(give[i]), int(partner[i])
         return best[1:] if best else None
 
-    def deal_shorter_blocks(self) -> None:
-        """Give every rank one of the shorter blocks at the end, the most work to the idlest."""
+    def assign_shorter_blocks(self) -> None:
+        """Assign one of the shorter blocks at the end to each rank, most work to least loaded."""
         shorter = np.arange(self.whole_blocks, len(self.owners))
         if len(shorter):
             by_work = shorter[np.argsort(-self.weight[shorter], kind="stable")]

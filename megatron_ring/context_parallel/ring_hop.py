@@ -85,7 +85,7 @@ class Ring:
     def keys_of(self, hop: int) -> int:
         """Return the ring rank that owns the keys of ``hop``.
 
-        Hop 0 has this rank's own, so that every query sees a key in its first hop.
+        Those of index 0 are its own, so that every query sees a key in its first hop.
         """
         return (self.ring_rank - hop) % self.layout.ring_size
 

@@ -15,7 +15,7 @@ import numpy as np
 class DataImbalance(NamedTuple):
     """Attention work of the data rank with the most in a step, over the mean of the data ranks.
 
-    assigned: with the samples that the ranks have. in_order: had they been dealt in their order.
+    assigned: with the samples that the ranks have. in_order: if they were assigned in their order.
     """
 
     assigned: float

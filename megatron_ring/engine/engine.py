@@ -22,6 +22,7 @@ from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.loader import Batch
 from megatron_ring.engine.deepspeed_groups import model_parallel_unit
 from megatron_ring.engine.deepspeed_monitors import start_monitors, without_monitors
+from megatron_ring.engine.extra_keys import rejected_settings_as_config_error
 from megatron_ring.engine.loss_and_norm import (
     StepGate,
     clip_gradients,
@@ -40,10 +41,7 @@ from megatron_ring.model.gpt import decay_groups
 from megatron_ring.monitoring.non_finite import NonFiniteDetector, NonFiniteReport
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.tensor import whole_shape
-from megatron_ring.settings.deepspeed_config import (
-    rejected_settings_as_config_error,
-    with_bucket_size,
-)
+from megatron_ring.settings.deepspeed_config import with_bucket_size
 from megatron_ring.settings.run_settings import RunSettings
 
 

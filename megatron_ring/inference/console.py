@@ -1,12 +1,14 @@
 """What a generation prints and writes: the model and its grid, progress, text, and JSON lines."""
 
+import contextlib
 import io
 import json
 import sys
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -82,32 +84,41 @@ def print_text(piece: str) -> None:
 class JsonLines:
     """Writes one JSON object a line, each as soon as it is complete; a context manager.
 
-    ``path`` is a new file; "" for stdout. Raises ConfigError if it exists, DataError if it cannot
-    be written.
+    ``path`` is a new file; "" for stdout. The file has complete lines only, and is created with the
+    first one: a signal that ends the program before leaves none, so that the same command can be
+    repeated. Raises ConfigError if it exists, DataError if it cannot be written.
     """
 
     def __init__(self, path: str):
         self._path = path
-        self._file: BinaryIO = sys.stdout.buffer
-        if not path:
-            return
+        self._file: FileIO | None = None
+        if path:
+            self._create().close()
+            Path(path).unlink()
+
+    def _create(self) -> FileIO:
         try:
-            self._file = Path(path).open("xb")  # noqa: SIM115 (closed by __exit__)
+            return Path(self._path).open("xb", buffering=0)
         except FileExistsError:
             raise ConfigError(
-                f"output {path} exists already. Set --output to a new file, or delete it."
+                f"output {self._path} exists already. Set --output to a new file, or delete it."
             ) from None
         except OSError as error:
             raise DataError(
-                f"output {path} cannot be written: {error.strerror}. Set --output."
+                f"output {self._path} cannot be written: {error.strerror}. Set --output."
             ) from error
 
     def write(self, row: dict[str, Any]) -> None:
         """Write an object; it is in the file when this returns."""
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
+        if self._path and self._file is None:
+            self._file = self._create()
         try:
-            self._file.write(line.encode(errors="replace"))
-            self._file.flush()
+            if self._file is None:
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            else:
+                _append(self._file, line)
         except OSError as error:
             raise DataError(
                 f"output {self._path or 'stdout'} cannot be written: {error.strerror}. Set "
@@ -120,11 +131,21 @@ class JsonLines:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._path:
-            return
-        self._file.close()
-        if error and not Path(self._path).stat().st_size:
-            Path(self._path).unlink()  # so that the same command can be repeated
+        if self._file:
+            self._file.close()
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Append a line, or nothing: what a full disk has taken of it is removed. Raises OSError."""
+    start = file.tell()
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+        raise
 
 
 def numbered(numbers: Sequence[int]) -> str:

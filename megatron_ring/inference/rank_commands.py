@@ -3,6 +3,7 @@
 For programs that only rank 0 runs, such as lm-eval. The other ranks wait in ``Ranks.follow``.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,9 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ring.config import InferenceConfig
+from megatron_ring.inference.console import opening_lines
 from megatron_ring.inference.generation import generate
 from megatron_ring.inference.loading import Loaded, open_model
-from megatron_ring.inference.memory import Work, available_bytes, rank_memory
+from megatron_ring.inference.memory import Work, available_bytes, memory_lines, rank_memory
 from megatron_ring.inference.model import InferenceModel
 from megatron_ring.inference.sampling import Sampler
 from megatron_ring.inference.scoring import check_memory, token_log_likelihoods
@@ -139,8 +141,12 @@ class Ranks:
     def _load(self, config: InferenceConfig) -> Loaded:
         opened = open_model(config, self.environment.world_size, self.consensus)
         run_checked(self.consensus, opened.text.required)
-        needed = rank_memory(opened, Work((opened.seq_length,), 1, config.prefill_chunk_size))
+        work = Work((opened.seq_length,), 1, config.prefill_chunk_size)
+        needed = rank_memory(opened, work)
         available = available_bytes(opened.settings.device, self.environment.local_size)
+        if self.is_rank_zero:
+            lines = [*opening_lines(opened), *memory_lines(opened, work, available)]
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
         remedy = "seq_length in --model_args to fewer positions"
         run_checked(self.consensus, lambda: check_memory(needed, available, remedy))
         self._chunk_size = config.prefill_chunk_size

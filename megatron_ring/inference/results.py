@@ -45,11 +45,19 @@ class ResultFiles:
             raise ConfigError(f"{problem}. Set --output to another file." for problem in found)
 
     def write(self, results: dict[str, Any], draw: Callable[[Path], object]) -> None:
-        """Write the results, and the picture with ``draw``. Raises ConfigError if that fails."""
+        """Write the results, and the picture with ``draw``. Raises ConfigError if that fails.
+
+        Each file is replaced as a whole.
+        """
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.output, self._text(results).encode())
-            draw(self.picture)
+            unfinished = self.picture.with_suffix(".unfinished.png")
+            try:
+                draw(unfinished)
+                unfinished.replace(self.picture)
+            finally:
+                unfinished.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"output {self.output} cannot be written: {describe_error(error)}. Set --output."

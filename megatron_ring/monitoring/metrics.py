@@ -27,8 +27,8 @@ With --profile-ring a step adds ``attention_share, exposed_communication_share, 
 optimizer_share`` of its duration, averaged over all ranks. They do not overlap: the ring's passes
 without waits; those waits; waiting for data; DeepSpeed's optimizer step, that is the norm, Adam and
 gathering weights. Ulysses' all-to-alls, collectives outside the ring and the reduction of gradients
-are in none of them. It also adds ``ring_hops``, an object for each ``direction`` and ``hop``,
-summed over all layers and micro-batches and averaged over all ranks: ``compute_seconds,
+are in none of them. It also adds ``ring_hops``, an object for each ``direction`` and ``hop``, from
+1, summed over all layers and micro-batches and averaged over all ranks: ``compute_seconds,
 wait_seconds, bytes`` sent, and ``imbalance``, the compute time of the slowest rank over its ring's
 mean, in the least balanced ring. ``missed_rows`` counts rows that did not fit into the profile's
 log; there should be none.
@@ -195,7 +195,7 @@ class ConsoleReporter:
     """Reports to the console, the metrics file and the monitors.
 
     A failure of any of them does not end the run, and the memory used does not depend on the number
-    of steps. peak_flops: peak operations per second of all processes together, for the utilisation;
+    of steps. peak_flops: peak FLOP/s of all processes together, for the utilisation;
     None: unknown, and no utilisation is shown. monitors: by the name that warnings use.
     """
 
@@ -331,12 +331,12 @@ class ConsoleReporter:
         )
 
     def _utilisation(self, model_flops: float, full_flops: float) -> str:
-        """Format operations per second over the peak, by both conventions; empty if unknown."""
+        """Format FLOP/s over the peak FLOP/s, by both conventions; empty if unknown."""
         if not self.peak_flops:
             return ""
         of_peak = model_flops / self.peak_flops
         mfu = full_flops / self.peak_flops
-        return f"{of_peak:.0%} of peak, MFU {mfu:.0%}"
+        return f"{of_peak:.0%} of peak FLOP/s, MFU {mfu:.0%}"
 
     def _on_metrics_file(self, act: Callable[[MetricsFile], None]) -> None:
         if self.metrics_file:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from megatron_ring.errors import ConfigError, MegatronRingError, RingStalled
 from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel.interrupt_hook import INTERRUPTED
 
 # The start of the RuntimeError that torch raises for an operator without a deterministic version
 # (Context::alertNotDeterministic); it has no class of its own.
@@ -22,8 +23,6 @@ _NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementat
 
 # How gloo reports, as a RuntimeError, that the process at the other end of a connection is gone.
 _LOST_CONNECTION = re.compile(r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe)", re.S)
-
-_INTERRUPTED = 130  # as shells report a program that SIGINT has ended
 
 # A launcher kills all ranks once one has exited, so the other ranks give rank 0 time to print.
 _SECONDS_FOR_MESSAGE = 3
@@ -93,7 +92,7 @@ def report_ended_ranks(environment: Environment) -> Iterator[None]:
     except KeyboardInterrupt:
         if environment.global_rank == 0:
             print("\nInterrupted.", file=sys.stderr, flush=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except RuntimeError as error:
         if not _LOST_CONNECTION.search(str(error)):
             raise

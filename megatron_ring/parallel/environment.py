@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_ring.errors import ConfigError
+from megatron_ring.errors import ConfigError, counted
 
 # Variables of launchers and of the libraries that training uses. CUDA_VISIBLE_DEVICES is not among
 # them: set but empty, it means that no device may be used.
@@ -130,9 +130,12 @@ class Environment:
         _set_default("MASTER_ADDR", first_host(nodes) if nodes else "127.0.0.1")
         _set_default("MASTER_PORT", str(_port(self.world_size)))
         port = _integer("MASTER_PORT", default=0)
-        if not 0 <= port < 2**16:
+        # Port 0 is any free port, which the other ranks could not know.
+        lowest = 0 if self.world_size == 1 else 1
+        if not lowest <= port < 2**16:
             raise ConfigError(
-                f"MASTER_PORT is {port}, and must be from 0 to {2**16 - 1}. Set it, or unset it."
+                f"MASTER_PORT is {port}, and must be from {lowest} to {2**16 - 1} with "
+                f"{counted(self.world_size, 'rank')}. Set it, or unset it."
             )
 
 

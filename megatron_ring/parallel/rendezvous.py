@@ -25,6 +25,7 @@ from megatron_ring.parallel.environment import (
     rendezvous_address,
     set_gpu_of_libraries,
 )
+from megatron_ring.parallel.store_probe import WrongAddress, check_resolvable, check_store
 
 TIMEOUT = timedelta(minutes=30)
 """Of the default process group where nothing else sets one; DeepSpeed's default."""
@@ -73,6 +74,9 @@ def join(environment: Environment, device: str, timeout: timedelta) -> None:
     connect, and binding it fails on some machines (DeepSpeed's issue 8248).
     """
     with _error_of_this_rank(environment):
+        check_resolvable(rendezvous_address())
+        if environment.global_rank > 0:
+            check_store(rendezvous_address(), environment.world_size, timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
     index = assign_gpu(environment, device, store)
@@ -100,16 +104,18 @@ def _error_of_this_rank(environment: Environment) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        # The stack of C++ follows the message; NCCL's has several lines.
-        reason = " ".join(str(error).partition("Exception raised from")[0].split())
-        problem = ConfigError(_not_joined(environment, reason.rstrip(".")))
+        problem = ConfigError(_not_joined(environment, error))
         problem.prints_on_every_rank = True  # each rank may fail for another reason, or alone
         raise problem from error
 
 
-def _not_joined(environment: Environment, reason: str) -> str:
+def _not_joined(environment: Environment, error: RuntimeError) -> str:
     address = rendezvous_address()
     rank = f"rank {environment.global_rank} of {environment.world_size}"
+    if isinstance(error, WrongAddress):
+        return f"{rank} {error}"
+    # The stack of C++ follows the message; NCCL's has several lines.
+    reason = " ".join(str(error).partition("Exception raised from")[0].split()).rstrip(".")
     if "address already in use" in reason.lower():
         return (
             f"{rank} cannot listen on port {address.port}, which another program uses, perhaps "

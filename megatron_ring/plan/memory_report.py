@@ -52,13 +52,13 @@ def memory_lines(setup: RunSettings) -> list[str]:
     peaks = ", ".join(f"{memory.peak:,}" for memory in stages)
     return [
         f"memory           per process, for {vocab_size:,} token ids ({reason}); tests check that "
-        f"the peak is within {ERROR:.0%} of the measured one",
+        f"the peak memory is within {ERROR:.0%} of the measured one",
         "                 bucket: DeepSpeed's, for reducing gradients; working: on top of "
         "activations, in a layer or the head; update: in the optimizer's step",
         "                 not counted: workspace of kernels, and memory of libraries",
         header,
         *rows,
-        f"peak             {peaks} bytes by stage",
+        f"peak memory      {peaks} bytes by stage",
         *_bucket_lines(setup, vocab_size),
         _activations_line(setup),
     ]

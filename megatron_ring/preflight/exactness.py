@@ -166,7 +166,7 @@ def _document_starts(setup: RunSettings, layout: Layout) -> list[int]:
 def _short_layout(layout: Layout, ulysses: int) -> Layout:
     """Return ``layout`` for about 256 tokens, or more where each process needs two stripes.
 
-    Stripes are dealt to the ring in both directions in turn, so a process has one of each.
+    Stripes are assigned to ranks in both directions in turn, so a process has one of each.
     """
     stripe = max(1, min(layout.stripe_size, _SAMPLE_TOKENS // (2 * layout.ring_size * ulysses)))
     unit = math.lcm(2 * layout.ring_size * ulysses * stripe, BLOCKS)

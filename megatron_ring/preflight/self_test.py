@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_ring.config import Config
 from megatron_ring.data.dataset import Dataset
+from megatron_ring.engine.extra_keys import resolve_settings
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus, abort_collectively, run_checked
 from megatron_ring.parallel.environment import Environment
@@ -49,7 +50,7 @@ def run_self_test_only(config: Config, environment: Environment, consensus: Cons
         check_options_and_code(config, consensus)
         setup = run_checked(
             consensus,
-            lambda: RunSettings.resolve(config, environment.world_size, environment.local_size),
+            lambda: resolve_settings(config, environment.world_size, environment.local_size),
         )
         check_layout(setup.layout, consensus)
         if config.data.data_path:

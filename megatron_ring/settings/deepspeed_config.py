@@ -1,15 +1,11 @@
 """DeepSpeed's config: keys derived from our options, merged with the user's extra keys.
 
-An extra key that one of our options determines is refused here, one that DeepSpeed rejects when the
-engine starts.
+An extra key that one of our options determines is refused. Keys that DeepSpeed does not have are
+refused where it can be imported (engine/extra_keys.py).
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
-
-import pydantic
 
 from megatron_ring import untrusted
 from megatron_ring.config import Config, MemoryConfig
@@ -32,6 +28,7 @@ _DETERMINED_BY = {
     "zero_optimization.offload_param": "--offload-param",
     "zero_optimization.offload_param.device": "--offload-param",
     "bf16.enabled": "--dtype",
+    "bfloat16": "--dtype",
     "fp16.enabled": "--dtype",
     "amp": "--dtype",
     "torch_autocast": "--dtype",
@@ -175,17 +172,3 @@ def _merge(
         else:
             merged[key] = value
     return merged
-
-
-@contextlib.contextmanager
-def rejected_settings_as_config_error() -> Iterator[None]:
-    """Raise ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects."""
-    try:
-        yield
-    except pydantic.ValidationError as error:
-        raise ConfigError(
-            f"deepspeed: {'.'.join(map(str, problem['loc']))} {untrusted.shown(problem['input'])} "
-            f"is rejected by {error.title}: {problem['msg']}. Change it in the deepspeed of "
-            "section training, or leave it out."
-            for problem in error.errors()
-        ) from error

@@ -10,7 +10,12 @@ import itertools
 from typing import NamedTuple
 
 from megatron_ring.config import Config
-from megatron_ring.context_parallel.layout import DocumentPlacement, Layout, auto_stripe_size
+from megatron_ring.context_parallel.layout import (
+    DocumentPlacement,
+    Layout,
+    auto_stripe_size,
+    lengths_of_wide_stripes,
+)
 from megatron_ring.errors import counted, nearest_multiples
 from megatron_ring.kernels.attention import stripe_widths
 from megatron_ring.kernels.attention.machine import Machine
@@ -60,10 +65,11 @@ def layout(
     if grid.ring == 1 and stripe_size == 1:
         reason = ""
     elif widths and stripe_size == 1:
-        sample = "a packed sample" if is_packed else "a sample"
+        fitting = lengths_of_wide_stripes(length, grid.ring, widths, is_packed)
+        sample = "packed samples" if is_packed else "samples"
         reason = (
-            f"no stripe size that is {reason} balances {sample} of {counted(length, 'token')} on "
-            f"{counted(grid.ring, 'ring rank')}"
+            f"single tokens, because wider stripes, {reason}, need {sample} of {fitting} tokens on "
+            f"{counted(grid.ring, 'ring rank')}, not {length}"
         )
     return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size, placement), reason)
 

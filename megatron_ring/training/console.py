@@ -113,17 +113,17 @@ def _data_differences(stored: Stored, config: Config, fingerprints: list[Fingerp
 
 
 def report(start: Start, engine: Engine) -> ConsoleReporter:
-    """Return the reporter of rank 0 and print the device's peak.
+    """Return the reporter of rank 0 and print the device's peak FLOP/s.
 
-    The peak of a CPU is measured. That of a GPU is unknown unless its data sheet is listed.
+    That of a CPU is measured. That of a GPU is unknown unless its data sheet is listed.
     """
     setup = start.setup
     config = setup.config
     peak, source = peak_flops(setup.device, setup.precision.dtype)
     if peak:
-        print(f"peak             {peak / 1e12:.4g} TFLOP/s a process, {source}")
+        print(f"peak FLOP/s      {peak / 1e12:.4g} TFLOP/s a process, {source}")
     else:
-        print(f"peak             {source}")
+        print(f"peak FLOP/s      {source}")
     return ConsoleReporter(
         config.logging,
         steps=range(start.state.step + 1, config.training.train_iters + 1),

@@ -17,6 +17,7 @@ from megatron_ring.data.loader import Batch, LaterStageLoader, Loader, build_loa
 from megatron_ring.data.prefetch import Prefetcher
 from megatron_ring.data.store_fingerprint import Fingerprint, fingerprint
 from megatron_ring.data.stream import Stream
+from megatron_ring.engine.extra_keys import resolve_settings
 from megatron_ring.errors import ConfigError
 from megatron_ring.monitoring import outputs
 from megatron_ring.parallel.consensus import (
@@ -146,7 +147,7 @@ class Start:
             check_options_and_code(config, consensus)
             setup = run_checked(
                 consensus,
-                lambda: RunSettings.resolve(config, environment.world_size, environment.local_size),
+                lambda: resolve_settings(config, environment.world_size, environment.local_size),
             )
             check_layout(setup.layout, consensus)
             consensus.run_on_rank_zero(check_outputs)

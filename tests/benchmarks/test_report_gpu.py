@@ -136,7 +136,7 @@ def test_the_table_has_a_row_for_each_figure_with_device_and_command(folder):
                 "4",
             ),
             ("Llama of 24 layers, 32,768 tokens: tokens/s", "24,939", "-"),
-            ("Llama of 24 layers, 32,768 tokens: share of peak", "43.1%", "51%"),
+            ("Llama of 24 layers, 32,768 tokens: share of peak FLOP/s", "43.1%", "51%"),
             ("Llama of 24 layers, 32,768 tokens, transformers: tokens/s", "18,844", "-"),
             ("Llama of 24 layers, 32,768 tokens: peak memory, GiB", "60.0", "-"),
             ("Llama of 24 layers, 32,768 tokens: attention, ms of 1314", "650", "-"),
@@ -241,7 +241,7 @@ def test_the_command_prints_all_and_writes_on_demand(writes, folder, monkeypatch
         assert document.read_text() == before.replace("old", table)
         short = readme.read_text()
         assert len(short.splitlines()) < len(document.read_text().splitlines())
-        assert "share of peak | 43.1% | 51% |" in short
+        assert "share of peak FLOP/s | 43.1% | 51% |" in short
         assert " | - | " not in short
 
 

@@ -64,7 +64,7 @@ def cases(draw) -> Case:
 
 @st.composite
 def owners(draw, blocks: SampleBlocks) -> np.ndarray:
-    """Deal the whole blocks to the ranks in any order, and the shorter ones alike."""
+    """Assign the whole blocks to the ranks in any order, and the shorter ones alike."""
     seed = draw(st.integers(0, 1000))
     random = np.random.default_rng(seed)
     ranks = np.arange(blocks.ring_size)

@@ -85,7 +85,7 @@ def test_the_console_line_shows_progress_and_throughput(report, capsys):
     report.step(StepRecord(**STEP))
     line = (
         "step      1/2  loss 2.5000  grad norm 1.000  lr 1.00e-03  "
-        "960 tokens/s (10% of peak, MFU 15%)"
+        "960 tokens/s (10% of peak FLOP/s, MFU 15%)"
     )
     assert line in capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_the_summary_shows_the_change_of_the_validation_loss(report):
     report.held_out(TEST)
     summary = report.close()
     assert "3.0000 -> 1.5000 bits per byte (-50%)" in summary
-    assert "960 tokens/s (median), 10% of peak, MFU 15%" in summary
+    assert "960 tokens/s (median), 10% of peak FLOP/s, MFU 15%" in summary
 
 
 def test_the_summary_of_a_run_with_one_validation_shows_no_change(report):

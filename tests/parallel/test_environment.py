@@ -266,6 +266,7 @@ def test_the_package_removes_them_before_it_imports_a_library():
         ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT"),
+        ({"MASTER_PORT": "0", "WORLD_SIZE": "2"}, "MASTER_PORT"),
         (LAUNCHERS["srun"] | {"SLURM_GTIDS": "4-7"}, "SLURM_GTIDS"),
     ],
 )

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.parallel import entry_point, rendezvous
-from megatron_ring.parallel.environment import Environment
+from megatron_ring.parallel import entry_point, rendezvous, store_probe
+from megatron_ring.parallel.environment import Environment, RendezvousAddress
 from tests.programs import free_port, start_rank
 
 GPU_PROGRAM = Path(__file__).with_name("gpu_program.py")
@@ -157,9 +157,46 @@ def test_a_rank_that_cannot_join_is_one_error_that_it_prints_itself(rank, monkey
             rendezvous.join(environment, "cpu", timedelta(seconds=0.5))
     assert leaving.value.code == 2
     [message] = re.findall(r"ConfigError .*", capsys.readouterr().err)
-    expected = "--master_port" if rank == 0 else f"rank 1 of 2 cannot join .*127.0.0.1, port {port}"
+    expected = "--master_port" if rank == 0 else "rank 1 of 2 found no process .*127.0.0.1.* 0.5 s"
     assert re.search(expected, message)
     assert str(port) in message
+
+
+def test_a_rank_that_reaches_another_program_at_the_port_ends_with_one_error(monkeypatch):
+    monkeypatch.setattr(store_probe, "_SECONDS_TO_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent_program:
+        port = str(silent_program.getsockname()[1])
+        # Never closed: torch's client, still waiting in its thread, would print a stack.
+        os.dup(silent_program.fileno())
+    monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    with pytest.raises(ConfigError, match=rf"rank 1 of 2 .*{port}.*--master_port") as raised:
+        rendezvous.join(Environment(1, 1, 2, 2, 1), "cpu", MINUTE)
+    assert raised.value.prints_on_every_rank
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 64])
+def test_a_rank_that_cannot_resolve_the_address_ends_with_one_error(rank, host, monkeypatch):
+    monkeypatch.setattr(store_probe, "_SECONDS_TO_RESOLVE", 0)
+    monkeypatch.setattr(os, "environ", {"MASTER_ADDR": host, "MASTER_PORT": "29500"})
+    with pytest.raises(ConfigError, match=rf"rank {rank} of 2 .*MASTER_ADDR '{host}'") as raised:
+        rendezvous.join(Environment(rank, rank, 2, 2, 1), "cpu", MINUTE)
+    assert "--master_addr" in str(raised.value)
+    assert raised.value.prints_on_every_rank
+
+
+def test_a_name_that_resolves_late_is_awaited(monkeypatch):
+    results = [socket.gaierror(-2, "Name or service not known"), []]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: raise_or_return(results.pop(0)))
+    monkeypatch.setattr(store_probe, "_SECONDS_BETWEEN_TRIES", 0)
+    store_probe.check_resolvable(RendezvousAddress("pod-0", "29500"))
+    assert not results
+
+
+def raise_or_return(result):
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 LOST = "[/pytorch/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1461."

@@ -53,7 +53,7 @@ def test_memory_is_listed_by_stage_with_its_error_and_its_exact_peak():
     output = "\n".join(plan_lines(setup))
     first, last = memory_of_stages(setup, 4096)
     assert f"within {ERROR:.0%} of the measured" in output
-    assert f"peak             {first.peak:,}, {last.peak:,} bytes by stage" in output
+    assert f"peak memory      {first.peak:,}, {last.peak:,} bytes by stage" in output
     for name in ("parameters", "gradients", "optimizer", "activations"):
         assert name in output
         assert human(getattr(first, name)) in output
@@ -172,7 +172,7 @@ def test_a_store_that_a_run_would_not_find_has_a_line_and_the_plan_is_made(tmp_p
     [line] = [line for line in output.splitlines() if line.startswith("data ")]
     assert f"no token store {absent}: no {absent}.bin and no {absent}.idx." in line
     assert "exit code 3" in line
-    assert "peak " in output
+    assert "peak memory " in output
     absent.with_suffix(".idx").touch()
     output = printed(1, data={"data_path": (str(absent),)})
     assert f"no {absent}.bin. " in output

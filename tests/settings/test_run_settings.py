@@ -235,8 +235,8 @@ def test_the_console_has_the_measurement_that_decided_the_stripes(on_gpu):
     assert "as measured with documents on NVIDIA H100 80GB HBM3" in line(h200, data=PACKED)
     assert line(H100, world_size=1, data=ONE_DOCUMENT) == "striped"
     ragged = line(H100, data={"seq_length": 65544})
-    assert "striped, stripe size 1 (auto: no stripe size that is fastest with cudnn" in ragged
-    assert "balances a sample of 65544 tokens on 8 ring ranks" in ragged
+    assert "stripe size 1 (auto: single tokens, because wider stripes, fastest with cudnn" in ragged
+    assert "need samples of a multiple of 16 tokens on 8 ring ranks, not 65544" in ragged
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,13 @@ def test_the_console_has_the_measurement_that_decided_the_stripes(on_gpu):
     [
         (
             {"data": {"reset_attention_mask": True}},
-            "striped, stripe size 1 (auto: no stripe size that is fastest with sdpa balances a "
-            "packed sample of 48 tokens on 4 ring ranks)",
+            "striped, stripe size 1 (auto: single tokens, because wider stripes, fastest with "
+            "sdpa, need packed samples of a multiple of 1024 tokens on 4 ring ranks, not 48)",
+        ),
+        (
+            {"data": {"reset_attention_mask": True, "seq_length": 1024}},
+            "striped, stripe size 1 (auto: single tokens, because wider stripes, fastest with "
+            "sdpa, need packed samples of at least 16384 tokens on 4 ring ranks, not 1024)",
         ),
         (
             {"parallel": {"attention_kernel": "reference"}},

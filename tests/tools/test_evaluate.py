@@ -195,6 +195,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, monkeypatch, capsy
     assert not Path("dry.json").exists()
 
 
+def test_a_picture_that_is_not_completed_leaves_the_previous_one(tmp_path):
+    files = evaluate.ResultFiles(tmp_path / "a.json", "positions")
+    files.write({"model": "first"}, lambda picture: picture.write_bytes(b"whole"))
+
+    def draw_half(picture: Path) -> None:
+        picture.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(ConfigError, match="--output"):
+        files.write({"model": "second"}, draw_half)
+    assert files.picture.read_bytes() == b"whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
 def test_more_memory_than_there_is_is_refused():
     needed = evaluate.RankMemory(weights=3 << 30, cache=0, activations=2 << 30, logits=1 << 30)
     check_memory(needed, None, "")

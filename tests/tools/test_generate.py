@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 from pathlib import Path
 
@@ -195,7 +196,33 @@ def end_with_error(path: Path, written: list[dict]) -> None:
         raise CheckpointError("the weights cannot be read")
 
 
-def test_an_output_in_which_nothing_was_written_is_removed(tmp_path):
+def test_the_output_is_created_with_its_first_line(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with JsonLines(str(path)) as writer:
+        assert not path.exists()  # a signal would leave nothing
+        writer.write({"text": "a"})
+        assert rows(path.read_text()) == [{"text": "a"}]
+    with pytest.raises(ConfigError, match="--output"):
+        JsonLines(str(path))
+    with pytest.raises(DataError, match="--output"):
+        JsonLines(str(tmp_path / "missing" / "out.jsonl"))
+
+
+def test_an_output_on_a_full_disk_keeps_its_complete_lines(tmp_path):
+    path = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with JsonLines(str(path)) as writer:
+            writer.write({"text": "a"})
+            with pytest.raises(DataError, match="--output"):
+                writer.write({"text": "b" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert rows(path.read_text()) == [{"text": "a"}]
+
+
+def test_after_an_error_the_output_has_the_complete_lines_only(tmp_path):
     path = tmp_path / "out.jsonl"
     with pytest.raises(CheckpointError):
         end_with_error(path, [])
