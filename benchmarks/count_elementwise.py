@@ -258,10 +258,8 @@ def _ring_bodies(ring_size: int) -> dict[Any, Callable]:
 class _SimulatedExchange:
     """An exchange whose messages arrive at once; what is received has the form of what is sent."""
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> "_Received":
-        return _Received(torch.empty_like(tensor) if into is None else into)
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "_Received":
+        return _Received(torch.empty_like(tensor))
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,9 @@ class NullExchange:
 
     sent: int = 0
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> NullTransfer:
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> NullTransfer:
         self.sent += tensor.nbytes
-        return NullTransfer(tensor if into is None else into)
+        return NullTransfer(tensor)
 
 
 class NullKernel:
@@ -116,10 +114,8 @@ class TimedExchange:
     exchange: Exchange
     waited: float = 0.0
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> "TimedTransfer":
-        return TimedTransfer(self.exchange.start(tensor, distance, into), self)
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "TimedTransfer":
+        return TimedTransfer(self.exchange.start(tensor, distance), self)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ The streams are those of torch.cuda or substitutes: null streams on a CPU, recor
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import HopKernel
 from megatron_ring.parallel.message_buffers import RecvBufferPool
+from megatron_ring.parallel.peers import Peers, peers_at_distance
 from megatron_ring.parallel.progress import ProgressTracker
 
 Result = TypeVar("Result")
@@ -147,17 +149,20 @@ class StreamExchange:
     started: int = 0
     buffers: RecvBufferPool = field(default_factory=RecvBufferPool)
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> StreamTransfer:
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> StreamTransfer:
         """Post ``tensor`` and queue the copy of the message to this rank."""
-        received = self.buffers.acquire(tensor) if into is None else into
+        peers = peers_at_distance(self.ring_rank, self.rendezvous.size, distance)
+        return self.start_with(peers, tensor, self.buffers.acquire(tensor))
+
+    def start_with(
+        self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor
+    ) -> StreamTransfer:
+        """Post ``tensor`` to the receiver and queue the copy of the message that comes."""
         posted = self.streams.hops.record_event()
         number = self.started
         self.started += 1
-        receiver = (self.ring_rank + distance) % self.rendezvous.size
         sent = Posted(tensor, posted)
-        self.rendezvous.queue_of(receiver, number).put(sent)
+        self.rendezvous.queue_of(peers.receiver, number).put(sent)
         incoming = self.rendezvous.get(self.rendezvous.queue_of(self.ring_rank, number))
         arrived = self._queue_copy(incoming, received, posted)
         return StreamTransfer(sent, received, arrived, self.streams, self.rendezvous, self.buffers)
@@ -188,16 +193,23 @@ class RecordedExchange:
     ranks: int
     progress: ProgressTracker
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "RecordedTransfer":
+        peers = peers_at_distance(self.exchange.ring_rank, self.ranks, distance)
+        return self._recorded(peers, tensor, lambda: self.exchange.start(tensor, distance))
+
+    def start_with(
+        self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor
     ) -> "RecordedTransfer":
-        ring_rank = self.exchange.ring_rank
-        receiver = (ring_rank + distance) % self.ranks
-        sender = (ring_rank - distance) % self.ranks
-        send_row = self.progress.record_send(tensor.nbytes, receiver)
-        with self.progress.posting_to(receiver):
-            transfer = self.exchange.start(tensor, distance, into)
-        return RecordedTransfer(transfer, send_row, sender, receiver, self.progress)
+        start = functools.partial(self.exchange.start_with, peers, tensor, received)
+        return self._recorded(peers, tensor, start)
+
+    def _recorded(
+        self, peers: Peers, tensor: torch.Tensor, start: Callable[[], StreamTransfer]
+    ) -> "RecordedTransfer":
+        send_row = self.progress.record_send(tensor.nbytes, peers.receiver)
+        with self.progress.posting_to(peers.receiver):
+            transfer = start()
+        return RecordedTransfer(transfer, send_row, peers.sender, peers.receiver, self.progress)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megatron_ring.context_parallel import ring as ring_loop
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, concatenated_positions
 from megatron_ring.kernels.attention import HopKernel
+from megatron_ring.parallel.peers import Peers, peers_at_distance
 from tests.oracle import Attention
 
 
@@ -57,14 +58,18 @@ class QueueExchange:
         self.slots = slots
         self.sent: list[int] = []
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> QueueTransfer:
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> QueueTransfer:
         """Send ``tensor`` on by ``distance`` ranks; does not block."""
+        peers = peers_at_distance(self.ring_rank, len(self.slots), distance)
+        return self.start_with(peers, tensor)
+
+    def start_with(
+        self, peers: Peers, tensor: torch.Tensor, into: torch.Tensor | None = None
+    ) -> QueueTransfer:
+        """Send ``tensor`` to the receiver, and receive ``into`` a tensor; does not block."""
         assert tensor.is_contiguous(), "only contiguous tensors can be sent"
         number = len(self.sent)
-        receiver = (self.ring_rank + distance) % len(self.slots)
-        self.slots[receiver][number].put(tensor.clone())
+        self.slots[peers.receiver][number].put(tensor.clone())
         self.sent.append(tensor.numel() * tensor.itemsize)
         return QueueTransfer(tensor, tensor._version, self.slots[self.ring_rank][number], into)
 

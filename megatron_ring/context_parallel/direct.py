@@ -1,10 +1,10 @@
 """The ring loop where documents are kept apart: rows go straight from their owner to their readers.
 
-In hop t rank j computes with rank j - t, as in ring.py, but only the rows that are needed are sent,
-and without the ranks between them:
+In every hop a rank computes with one other, its sender in that hop's order (parallel/peers.py), and
+only rows that are needed are sent:
 
-    keys travel       keys j -> j + t,    their gradients j -> j - t
-    queries travel    queries j -> j - t, their gradients j -> j + t (backward only)
+    keys travel       keys to the receiver of the hop, their gradients back to the sender
+    queries travel    queries to the sender, their gradients back to the receiver (backward only)
 
 Hop 0 is local. Sender and receiver derive the rows of each hop from the mask; a message without
 rows is not posted, and a rank may send in a hop in which it receives nothing, or the reverse.
@@ -45,6 +45,7 @@ from megatron_ring.kernels.attention.running_softmax import (
     zero_accumulators,
 )
 from megatron_ring.parallel.message_buffers import RowBuffers, unpack_bytes
+from megatron_ring.parallel.peers import Peers, peers_in_hop
 
 # The dimension of tokens.
 _KV_DIM = 2
@@ -132,13 +133,10 @@ class _Travelling:
     Attributes:
         own_rows, peer_rows: by hop, from 1, which rows of this rank another needs, and which rows
             of another this rank needs.
-        direction: 1 if hop t sends t ranks on, -1 if it sends back.
         most_in_flight: how many hops ahead an exchange starts.
         in_flight: exchanges that have started and are not received, oldest first: those of the
             hops after the one that is computed.
     """
-
-    direction: int
 
     def __init__(self, ring: Ring, own_rows: _RowsByHop, peer_rows: _RowsByHop):
         self.ring = ring
@@ -147,13 +145,17 @@ class _Travelling:
         self.most_in_flight = ring.exchanges_in_flight(ring.hops)
         self.in_flight: deque[Transfer] = deque()
 
+    def peers(self, hop: int) -> Peers:
+        """Return the ring ranks that get this rank's rows in ``hop``, and whose rows it gets."""
+        raise NotImplementedError
+
     def start_ahead(self, hop: int) -> None:
         """As ``hop`` begins, start the exchanges of the next hops; nothing after the last."""
         last = min(hop + self.most_in_flight, self.ring.hops - 1)
         for ahead in range(hop + 1 + len(self.in_flight), last + 1):
             message = self._message(self.own_rows[ahead])
             into = self._incoming.next(self._size(len(self.peer_rows[ahead])))
-            transfer = self.ring.exchange.start(message, self.direction * ahead, into)
+            transfer = self.ring.exchange.start_with(self.peers(ahead), message, into)
             self.in_flight.append(transfer)
 
     def key_ranges(self, hop: int) -> KeyRanges | None:
@@ -182,7 +184,8 @@ class _Travelling:
 class _TravellingKeys(_Travelling):
     """Sends this rank's keys to their readers, and holds those that its queries see in a hop."""
 
-    direction = 1
+    def peers(self, hop: int) -> Peers:
+        return _peers(self.ring, hop)
 
     def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
         of_own_keys, of_own_queries = _rows_by_hop(visible_keys, ring)
@@ -218,7 +221,8 @@ class _Payload(NamedTuple):
 class _TravellingQueries(_Travelling):
     """Sends this rank's queries, with the tensors of their rows, to the keys that they see."""
 
-    direction = -1
+    def peers(self, hop: int) -> Peers:
+        return _peers(self.ring, hop).reversed
 
     def __init__(self, own: QuerySide, ring: Ring):
         of_own_keys, of_own_queries = _rows_by_hop(queries_with_visible_keys, ring)
@@ -267,7 +271,7 @@ class _ReturningGradients:
     def __init__(self, own: torch.Tensor, dim: int, rows: _Travelling):
         self.own = own
         self.dim = dim
-        self.towards_owner = -rows.direction
+        self.peers = rows.peers
         self.own_rows = rows.own_rows
         self.peer_rows = rows.peer_rows
         self.exchange = rows.ring.exchange
@@ -292,7 +296,7 @@ class _ReturningGradients:
             self._add_oldest()
         rows = self.own_rows[hop]
         into = self._incoming.next(len(rows))
-        transfer = self.exchange.start(gradients, self.towards_owner * hop, into)
+        transfer = self.exchange.start_with(self.peers(hop).reversed, gradients, into)
         self.in_flight.append((transfer, rows))
 
     def add_all_received(self) -> None:
@@ -313,15 +317,20 @@ class _ReturningGradients:
 def _rows_by_hop(
     find: Callable[[Layout, int, int, Mask], VisibleRows], ring: Ring
 ) -> tuple[_RowsByHop, _RowsByHop]:
-    """Return the rows between this rank's keys and their readers, and its queries and their keys.
+    """Return by hop, from 1, the rows of this rank's keys and their reader, and of its queries.
 
-    In hop t the reader is t ranks on, and the owner of the keys t ranks back.
+    The reader of the own keys is the receiver of the hop, the owner of the keys that the own
+    queries see is its sender.
     """
-    rank, size = ring.ring_rank, ring.layout.ring_size
-    hops = range(1, ring.hops)
-    of_own_keys = {t: find(ring.layout, (rank + t) % size, rank, ring.mask) for t in hops}
-    of_own_queries = {t: find(ring.layout, rank, (rank - t) % size, ring.mask) for t in hops}
+    layout, rank, mask = ring.layout, ring.ring_rank, ring.mask
+    peers = {hop: _peers(ring, hop) for hop in range(1, ring.hops)}
+    of_own_keys = {hop: find(layout, peer.receiver, rank, mask) for hop, peer in peers.items()}
+    of_own_queries = {hop: find(layout, rank, peer.sender, mask) for hop, peer in peers.items()}
     return of_own_keys, of_own_queries
+
+
+def _peers(ring: Ring, hop: int) -> Peers:
+    return peers_in_hop(ring.ring_rank, ring.layout.ring_size, hop)
 
 
 def _most_rows(by_hop: _RowsByHop) -> int:

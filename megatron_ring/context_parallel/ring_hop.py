@@ -16,6 +16,7 @@ from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, slice_heads
+from megatron_ring.parallel.peers import Peers
 
 
 class Transfer(Protocol):
@@ -28,13 +29,16 @@ class Transfer(Protocol):
 class Exchange(Protocol):
     """Sends tensors around the ring. All ranks must start the same exchanges in the same order."""
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> Transfer:
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> Transfer:
         """Send ``tensor`` on by ``distance`` ranks and receive its like, without blocking.
 
-        A negative ``distance`` sends back. ``into``: a dense tensor of the form that is received,
-        where it is not that of ``tensor``. What has no elements is not sent.
+        A negative ``distance`` sends back.
+        """
+
+    def start_with(self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor) -> Transfer:
+        """Send ``tensor`` and receive into another, of any form, without blocking.
+
+        Both are dense. What has no elements is not sent.
         """
 
 
@@ -69,12 +73,21 @@ class Ring:
     @property
     def sends_directly(self) -> bool:
         """Whether rows go straight to the ranks that read them, and only these (direct.py)."""
-        return self.hops > 1 and bool(self.mask.document_starts) and not self.sends_all_rows
+        has_documents = bool(self.mask.document_starts)
+        return self.exchange is not None and has_documents and not self.sends_all_rows
 
     @functools.cached_property
     def hops(self) -> int:
-        """Number of hops, equal on all ranks: fewer than ranks if no query looks back as far."""
-        return self.layout.hops(self.mask.reach(self.layout.seq_length)) if self.exchange else 1
+        """Number of hops, equal on all ranks.
+
+        Around the ring there are fewer than ranks if no query looks back as far. Rows that are sent
+        directly come from all ranks, in another order; hops without rows cost nothing.
+        """
+        if self.exchange is None:
+            return 1
+        if self.sends_directly:
+            return self.layout.ring_size
+        return self.layout.hops(self.mask.reach(self.layout.seq_length))
 
     def hop_indices(self) -> Iterator[int]:
         """Yield the hops in order, from 0."""
@@ -83,14 +96,14 @@ class Ring:
             yield hop
 
     def keys_of(self, hop: int) -> int:
-        """Return the ring rank that owns the keys of ``hop``.
+        """Return the ring rank that owns the keys of ``hop``, around the ring.
 
         Those of index 0 are its own, so that every query sees a key in its first hop.
         """
         return (self.ring_rank - hop) % self.layout.ring_size
 
     def queries_of(self, hop: int) -> int:
-        """Return the ring rank that owns the queries of ``hop``, if the queries travel."""
+        """Return the ring rank that owns the queries of ``hop``, if the queries travel around."""
         return (self.ring_rank + hop) % self.layout.ring_size
 
     def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:

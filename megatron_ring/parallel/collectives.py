@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.parallel.message_buffers import RecvBufferPool, storage_order_view
+from megatron_ring.parallel.peers import Peers, peers_at_distance
 from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.parallel.same_machine import (
     PeerMemoryReader,
@@ -130,18 +131,19 @@ class RingExchange:
         """Whether a message takes so much longer than a copy in memory that overlap pays."""
         return self.peer_reader is None
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> RingTransfer:
-        """Send a dense ``tensor`` on by ``distance`` ranks and receive its like; does not block.
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> RingTransfer:
+        """Send a dense ``tensor`` on by ``distance`` ranks and receive its like; does not block."""
+        peers = peers_at_distance(self.ring_rank, len(self.members), distance)
+        return self.start_with(peers, tensor, self.buffers.acquire(tensor))
 
-        ``into``: a dense tensor of the form that is received, where it is not that of ``tensor``.
+    def start_with(
+        self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor
+    ) -> RingTransfer:
+        """Send a dense ``tensor`` and receive into another, of any form; does not block.
+
         What has no elements is not sent: sender and receiver both know it.
         """
-        size = len(self.members)
-        sender = (self.ring_rank - distance) % size
-        receiver = (self.ring_rank + distance) % size
-        received = self.buffers.acquire(tensor) if into is None else into
+        receiver, sender = peers
         send_row = self.progress.record_send(tensor.nbytes, self.members[receiver])
         reads_peers = self.peer_reader is not None and tensor.device.type == "cpu"
         post = self._post_ticket if reads_peers else self._post_messages

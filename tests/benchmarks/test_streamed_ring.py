@@ -15,6 +15,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.context_parallel.ring_hop import Transfer
 from megatron_ring.kernels.attention import HopInputs, HopKernel, reference
+from megatron_ring.parallel.peers import Peers
 from tests.benchmarks.happens_before import Device, Race, Stream
 
 TOKENS = 8
@@ -29,10 +30,14 @@ class ReusingExchange:
     exchange: StreamExchange
     device: Device
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "ReusingTransfer":
+        return ReusingTransfer(self.exchange.start(tensor, distance), tensor, self.device)
+
+    def start_with(
+        self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor
     ) -> "ReusingTransfer":
-        return ReusingTransfer(self.exchange.start(tensor, distance, into), tensor, self.device)
+        transfer = self.exchange.start_with(peers, tensor, received)
+        return ReusingTransfer(transfer, tensor, self.device)
 
 
 @dataclass

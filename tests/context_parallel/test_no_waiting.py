@@ -20,6 +20,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, HopInputs, HopKernel, flash
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
+from megatron_ring.parallel.peers import Peers
 
 RANKS, SHARD, HEADS = 4, 64, 4
 PACKED = Mask(document_starts=(0, 50, 51, 190))
@@ -54,10 +55,11 @@ class Loopback(NamedTuple):
 
     tensor: torch.Tensor | None = None
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> "Loopback":
-        return Loopback(tensor if into is None else into)
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "Loopback":
+        return Loopback(tensor)
+
+    def start_with(self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor) -> "Loopback":
+        return Loopback(received)
 
     def wait(self) -> torch.Tensor:
         return self.tensor

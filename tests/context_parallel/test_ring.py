@@ -233,9 +233,7 @@ class EventRecorder:
     def __init__(self):
         self.events: list[str] = []
 
-    def start(
-        self, tensor: torch.Tensor, distance: int = 1, into: torch.Tensor | None = None
-    ) -> "RecordedTransfer":
+    def start(self, tensor: torch.Tensor, distance: int = 1) -> "RecordedTransfer":
         number = sum(event.startswith("start") for event in self.events)
         self.events.append(f"start {number}")
         return RecordedTransfer(tensor, f"wait {number}", self.events)

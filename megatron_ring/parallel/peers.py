@@ -1,0 +1,86 @@
+"""Which ranks of a ring a rank sends to and receives from in one exchange.
+
+Around the ring a message goes a fixed distance. Where rows go directly from their owner to their
+readers (context_parallel/direct.py), the order in which a rank meets the others is free. In the
+order of this module neighbours come first: ranks and hops are numbers whose digits belong to the
+prime factors of the ring size, the smallest factor to the lowest digit, and in hop t every digit of
+a rank moves on by that of t, without carry. If the ring size is a power of two, rank j exchanges
+with rank j XOR t. So the first hops stay within groups of neighbouring ranks, of which all have
+equally much to do, and documents that are divided over such a group make no rank outside wait.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Peers(NamedTuple):
+    """The ring ranks that a rank sends to and receives from."""
+
+    receiver: int
+    sender: int
+
+    @property
+    def reversed(self) -> "Peers":
+        """The peers of the exchange in the opposite direction."""
+        return Peers(self.sender, self.receiver)
+
+
+def peers_at_distance(ring_rank: int, ring_size: int, distance: int) -> Peers:
+    """Return the peers of an exchange in which messages go ``distance`` ranks on, or back."""
+    return Peers((ring_rank + distance) % ring_size, (ring_rank - distance) % ring_size)
+
+
+def peers_in_hop(ring_rank: int, ring_size: int, hop: int) -> Peers:
+    """Return the peers of a rank in a hop of the order described above; itself in hop 0."""
+    return Peers(
+        int(receivers_TR(ring_size)[hop, ring_rank]), int(senders_TR(ring_size)[hop, ring_rank])
+    )
+
+
+def group_sizes(ring_size: int) -> list[int]:
+    """Return the sizes of groups of neighbouring ranks that exchange only within themselves first.
+
+    The ring size is the last: 2, 4, 8 for 8 ranks, 2, 6 for 6. A group of n starts at a multiple of
+    n, and its members meet each other in the first n hops.
+    """
+    sizes = np.cumprod(_prime_factors(ring_size), dtype=int)
+    return sizes.tolist() if len(sizes) else [1]
+
+
+@functools.lru_cache(maxsize=8)
+def senders_TR(ring_size: int) -> np.ndarray:
+    """Return the rank from which each rank receives in each hop: (hops, ranks) int64."""
+    return _peers_TR(ring_size, towards=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def receivers_TR(ring_size: int) -> np.ndarray:
+    """Return the rank to which each rank sends in each hop: (hops, ranks) int64."""
+    return _peers_TR(ring_size, towards=1)
+
+
+def _peers_TR(ring_size: int, towards: int) -> np.ndarray:
+    hop = np.arange(ring_size)[:, None]
+    rank = np.arange(ring_size)
+    peers = np.zeros((ring_size, ring_size), dtype=np.int64)
+    place = 1
+    for factor in _prime_factors(ring_size):
+        digit = (rank // place + towards * (hop // place)) % factor
+        peers += place * digit
+        place *= factor
+    return peers
+
+
+def _prime_factors(number: int) -> list[int]:
+    """Return the prime factors of a number in increasing order; none for 1."""
+    factors = []
+    factor = 2
+    while number > 1:
+        if number % factor:
+            factor += 1
+        else:
+            factors.append(factor)
+            number //= factor
+    return factors
