@@ -215,7 +215,7 @@ def write_json(path: str, findings: dict[str, Any]) -> None:
     if not path:
         return
     text = json.dumps(findings, indent=2) + "\n"
-    target = Path(path)
+    target = Path(path).resolve()
     if target.exists() and not target.is_file():
         target.write_text(text)  # a pipe or a device, as /dev/stdout
         return

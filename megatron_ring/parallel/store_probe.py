@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_TRIES = 0.25
 
 
 class WrongAddress(RuntimeError):
-    """The address of the rendezvous cannot be used; the message is the whole reason."""
+    """The address of the rendezvous cannot be used; the message follows the number of the rank."""
 
 
 def check_resolvable(address: RendezvousAddress) -> None:
@@ -45,8 +45,8 @@ def check_resolvable(address: RendezvousAddress) -> None:
 def check_store(address: RendezvousAddress, world_size: int, timeout: timedelta) -> None:
     """Wait until torch's store listens at ``address`` and check that it answers; not on rank 0.
 
-    ``timeout``: of the wait until something listens there. Raises WrongAddress if another program
-    does, and torch's RuntimeError if nothing does.
+    ``timeout``: of the wait until something listens there. Raises WrongAddress if nothing does, or
+    a program that does not answer, and torch's RuntimeError if the store refuses this process.
     """
     if not _wait_until_listening(address, timeout):
         raise WrongAddress(
