@@ -7,16 +7,15 @@ tiles of 128 x 128 (context_parallel/sample_blocks.py, plan/placement_simulation
 the units of plan/placement_cost.py; with --query-tile-cost in tiles.
 
 Rows: "tokens" are single tokens in turn, "spread" stripes of 128, "placed" the placement. "worst"
-is the largest value of the placement over the packs, all else are means over them. "in nodes" is
-the placement that knows of nodes of --ranks-per-node, if the ring has several.
+is the largest value of the placement over the packs, all else are means over them.
 
 Columns: "work" is the time of the slowest rank's work over the mean, "in tiles" the same of visited
-tiles alone. "ring" and "direct" are the critical path over the mean, if rows are forwarded along
-the ring and if they are sent directly. "tiles" are over those of the unsplit pack. "q" are the
-query tiles loaded over all hops, over those of single tokens and over those of stripes of 128.
-"sent" are the rows that leave a rank, forwarded and directly, over those of a ring that sends all,
-"most" those of the rank that sends the most directly. "time" is the critical path with direct
-messages over that of "spread", "ms" the CPU time that the placement takes to compute.
+tiles alone. "path" is the critical path over the mean work. "tiles" are over those of the unsplit
+pack. "q" are the query tiles loaded over all hops, over those of single tokens and over those of
+stripes of 128. "sent" are the rows that leave a rank over those of a ring that sends all, if they
+are forwarded around the ring and if they go directly, "most" those of the rank that sends the most
+directly. "time" is the critical path over that of "spread", "ms" the CPU time that the placement
+takes to compute.
 """
 
 import argparse
@@ -37,13 +36,13 @@ from megatron_ring.context_parallel.sample_blocks import (
     SampleBlocks,
 )
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
+from megatron_ring.parallel.peers import receivers_TR, senders_TR
 from megatron_ring.plan.placement_simulation import Simulation, Traffic, simulate
 
 COLUMNS = {
     "imbalance": Column("work", 7, 3),
     "tile_imbalance": Column("in tiles", 10, 3),
-    "ring_path": Column("ring", 7, 3),
-    "direct_path": Column("direct", 8, 3),
+    "path": Column("path", 7, 3),
     "tiles": Column("tiles", 7, 3),
     "over_single_tokens": Column("q/tokens", 10, 3),
     "over_spread": Column("q/spread", 10, 3),
@@ -68,8 +67,7 @@ def main() -> None:
         packs = [histogram.starts(tokens, seed) for seed in range(options.packs)]
         for ranks in options.ranks:
             print(f"\n{tokens:,} tokens on {ranks} ranks\n{'':11}{plain_titles(COLUMNS)}")
-            node = options.ranks_per_node
-            counted = [dict(count(starts, tokens, ranks, costs, node)) for starts in packs]
+            counted = [dict(count(starts, tokens, ranks, costs)) for starts in packs]
             for name, row in _over_packs(counted):
                 print(f"{name:11}{plain_row(COLUMNS, row)}", flush=True)
                 rows.append({"tokens": tokens, "ranks": ranks, "layout": name} | row)
@@ -88,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[262144, 1048576])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64], help="ring sizes")
     parser.add_argument("--packs", type=int, default=4, help="packs to draw, from seeds 0, 1, ...")
-    parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--histogram", type=Path, default=PUBLISHED, help="CSV of lengths")
     parser.add_argument(
         "--query-tile-cost", type=float, help="price of loading a query tile, in visited tiles"
@@ -98,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    problems = [
-        problem for name in ("packs", "ranks_per_node") for problem in not_positive(options, name)
-    ]
+    problems = not_positive(options, "packs")
     for ranks in options.ranks:
         # Zigzag's chunks are whole blocks, so that all layouts are counted in the same tiles.
         multiple = 2 * BLOCK * ranks
@@ -115,7 +110,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def count(
-    starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCosts, ranks_per_node: int
+    starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCosts
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Count every layout of one pack; yield its name and its row. A placement only if chosen."""
     blocks = SampleBlocks.of(np.array(starts), tokens, ranks)
@@ -125,20 +120,15 @@ def count(
         "zigzag": simulate(blocks, blocks.zigzag(), costs),
         "contiguous": simulate(blocks, blocks.contiguous(), costs),
     }
-    node_sizes = {"placed": ranks}
-    if ranks_per_node < ranks and ranks % ranks_per_node == 0:
-        node_sizes["in nodes"] = ranks_per_node
-    milliseconds = {}
-    for name, node_size in node_sizes.items():
-        begin = time.process_time()
-        placement = place_documents(starts, tokens, ranks, 0, costs, node_size)
-        if placement:
-            milliseconds[name] = 1000 * (time.process_time() - begin)
-            simulations[name] = simulate(blocks, placement.owners, costs)
+    begin = time.process_time()
+    placement = place_documents(starts, tokens, ranks, costs=costs)
+    milliseconds = 1000 * (time.process_time() - begin)
+    if placement:
+        simulations["placed"] = simulate(blocks, placement.owners, costs)
     for name, simulation in simulations.items():
         row = _row(simulation, simulations["tokens"], simulations["spread"])
         row["tiles"] = float(simulation.tiles_TR.sum() / blocks.tiles.sum())
-        yield name, row | ({"milliseconds": milliseconds[name]} if name in milliseconds else {})
+        yield name, row | ({"milliseconds": milliseconds} if name == "placed" else {})
 
 
 def _row(simulation: Simulation, tokens: Simulation, spread: Simulation) -> dict[str, float]:
@@ -147,14 +137,13 @@ def _row(simulation: Simulation, tokens: Simulation, spread: Simulation) -> dict
     return {
         "imbalance": simulation.imbalance,
         "tile_imbalance": float(tiles.max() / tiles.mean()),
-        "ring_path": simulation.critical_path(direct=False) / simulation.mean,
-        "direct_path": simulation.critical_path(direct=True) / simulation.mean,
+        "path": simulation.critical_path() / simulation.mean,
         "over_single_tokens": float(query_tiles / tokens.query_tiles_TR.sum()),
         "over_spread": float(query_tiles / spread.query_tiles_TR.sum()),
         "forwarded": simulation.forwarded.share,
         "direct": simulation.direct.share,
         "direct_most": simulation.direct.share_of_most,
-        "time": simulation.critical_path(direct=True) / spread.critical_path(direct=True),
+        "time": simulation.critical_path() / spread.critical_path(),
     }
 
 
@@ -164,6 +153,7 @@ def single_tokens(starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCo
     document = np.searchsorted(starts, position, side="right") - 1
     first_key = np.array(starts)[document]
     source = np.arange(ranks)
+    senders, receivers = senders_TR(ranks), receivers_TR(ranks)
     work = np.zeros((2, ranks, ranks), dtype=np.int64)
     for rank in range(ranks):
         # Rank s owns s, s + R, ...; of these, row by row, the keys [lo, hi) are visible.
@@ -174,20 +164,21 @@ def single_tokens(starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCo
         stop = -(-np.where(sees, hi.reshape(sees.shape), 0).max(1) // BLOCK)
         has_work = sees.any(1)
         of_source = np.where(has_work, stop - first, 0).sum(0), has_work.sum(0)
-        work[:, :, rank] = np.stack(of_source)[:, (rank - source) % ranks]
+        work[:, :, rank] = np.stack(of_source)[:, senders[:, rank]]
     # The tokens after a row are on the ranks after its own, so either way it is sent to as many.
     ends = np.append(starts[1:], tokens)[document]
     sent = np.zeros((ranks, ranks))
-    for hop in range(1, ranks):
-        sent[hop] = (ends - position > hop).reshape(-1, ranks).sum(0)
-    return Simulation(costs, *work, Traffic(sent, tokens), Traffic(sent, tokens))
+    for ranks_on in range(1, ranks):
+        sent[ranks_on] = (ends - position > ranks_on).reshape(-1, ranks).sum(0)
+    directly = sent[(receivers - source) % ranks, source]
+    return Simulation(costs, *work, Traffic(sent, tokens), Traffic(directly, tokens))
 
 
 def _over_packs(
     counted: list[dict[str, dict[str, Any]]],
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the mean row of every layout, and the largest values of the placement."""
-    for name in ("tokens", "spread", "zigzag", "contiguous", "in nodes", "placed"):
+    for name in ("tokens", "spread", "zigzag", "contiguous", "placed"):
         rows = [of_pack[name] for of_pack in counted if name in of_pack]
         if rows:
             yield name, {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}

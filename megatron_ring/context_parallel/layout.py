@@ -108,12 +108,10 @@ class DocumentPlacement:
     Attributes:
         window: number of keys that a token sees in every layer; 0 if not all layers have the same.
         block: ranks own whole blocks of so many tokens.
-        ranks_per_node: of a ring over several nodes; 0 for one node.
     """
 
     window: int = 0
     block: int = BLOCK
-    ranks_per_node: int = 0
 
 
 @dataclass(frozen=True)

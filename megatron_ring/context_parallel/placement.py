@@ -1,16 +1,18 @@
 """Placement: which ring rank owns which blocks of a sample, chosen from the sample's documents.
 
 Short documents are assigned whole to one rank: no other rank reads their keys, and their queries
-have work in one hop only. The blocks of long ones are distributed over all ranks, or over those of
-one node. The work is as balanced as if everything were distributed, but fewer rows travel and
-queries are loaded in fewer hops. The result is a pure function of the documents and of the sizes:
-all ranks compute the same without communication, in O(blocks x ranks). The tiles that a block
-visits do not depend on it (sample_blocks.py). The algorithm, and what was tried besides, is in
-docs/decisions/0027.
+have work in one hop only. The blocks of longer ones are distributed over a group of neighbouring
+ranks that is large enough, up to all; the order of hops (parallel/peers.py) makes such groups meet
+at the same time. The work is as balanced as if everything were distributed over all ranks, but
+fewer rows travel and queries are loaded in fewer hops. The result is a pure function of the
+documents and of the sizes: all ranks compute the same without communication, in O(blocks x ranks).
+The tiles that a block visits do not depend on it (sample_blocks.py). The algorithm, and what was
+tried besides, is in docs/decisions/0027.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +28,18 @@ from megatron_ring.context_parallel.sample_blocks import (
     compute_time,
     critical_path,
 )
+from megatron_ring.parallel.peers import group_sizes
 
 
 @dataclass(frozen=True)
 class WholeLimits:
     """The largest document that is assigned whole, as shares of what a rank has on average.
 
-    tokens: of the blocks that a rank owns. work: of the time that a rank computes.
+    A document that is n times as large goes to n ranks or more.
+
+    Attributes:
+        tokens: of the blocks that a rank owns.
+        work: of the time that a rank computes.
     """
 
     tokens: float
@@ -85,7 +92,6 @@ def place_documents(
     ring_size: int,
     window: int = 0,
     costs: HopCosts | None = None,
-    ranks_per_node: int = 0,
     block: int = BLOCK,
 ) -> Placement | None:
     """Return the placement with the shortest critical path; None where ``spread`` is as good.
@@ -95,20 +101,13 @@ def place_documents(
         seq_length: Tokens of the sample, a multiple of ``ring_size``.
         window: As in ``Mask``; 0 for none.
         costs: What a hop costs; by default only its tiles do.
-        ranks_per_node: Of a ring over several nodes, a divisor of its size: each node's ranks are
-            neighbours. Documents that are not too long for a node may then stay in it. 0: one node.
         block: Tokens of a block.
     """
     costs = costs or HopCosts()
     if ring_size == 1:
         return None
     blocks = SampleBlocks.of(np.asarray(document_starts), seq_length, ring_size, window, block)
-    node_sizes = {ranks_per_node or ring_size, ring_size}
-    placements = [
-        assign(blocks, limits, costs, node_size)
-        for node_size in sorted(node_sizes)
-        for limits in CANDIDATES
-    ]
+    placements = [assign(blocks, limits, costs) for limits in CANDIDATES]
     times = [estimated_time(blocks, owners, costs) for owners in placements]
     best = int(np.argmin(times))
     at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.spread(), costs)
@@ -141,7 +140,6 @@ def place_samples(
                 layout.ring_size,
                 rules.window,
                 costs,
-                rules.ranks_per_node,
                 rules.block,
             )
             for part, offset in zip(parts, offsets, strict=True)
@@ -179,26 +177,26 @@ def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) ->
         transfer_TR = costs.row * blocks.rows_sent_directly(owners)
     compute_TR = compute_time(*blocks.hop_work(owners), costs)
     in_flight = exchanges_in_flight(blocks.ring_size)
-    return critical_path(compute_TR, transfer_TR, direct=True, in_flight=in_flight)
+    return critical_path(compute_TR, transfer_TR, in_flight)
 
 
-def assign(
-    blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts, node_size: int | None = None
-) -> np.ndarray:
+def assign(blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts) -> np.ndarray:
     """Return the owners of all blocks, (blocks,): an equal number of each length for every rank.
 
-    Documents within ``limits`` are assigned whole, except where no rank can take all of
-    their blocks, and share the blocks at their borders. Those within ``limits`` of a node of
-    ``node_size`` ranks stay in one.
+    Documents within ``limits`` are assigned whole, except where no rank can take all of their
+    blocks, and share the blocks at their borders. Others are distributed over the smallest group of
+    neighbouring ranks of whose shares they are within ``limits``, or over all ranks.
     """
-    node_size = node_size or blocks.ring_size
-    assert blocks.ring_size % node_size == 0
     documents = _documents(blocks)
-    ranks = _ranks_of(documents, blocks, limits, costs, node_size)
+    ranks = _ranks_of(documents, blocks, limits, costs)
     state = _Assignment(blocks, documents, ranks, costs)
-    in_node = documents[(ranks > 1) & (ranks < blocks.ring_size)]
-    units = _units(documents, ranks > 1, state.per_rank)
-    state.assign_units(units, [tuple(run) for run in in_node.tolist()], node_size)
+    in_groups = (ranks > 1) & (ranks < blocks.ring_size)
+    units = [_Unit(first, stop, 1) for first, stop in _units(documents, ranks > 1, state.per_rank)]
+    units += [
+        _Unit(first, stop, int(size))
+        for (first, stop), size in zip(documents[in_groups].tolist(), ranks[in_groups])
+    ]
+    state.assign_units(units)
     state.distribute(documents[(ranks > 1) & (ranks == blocks.ring_size)])
     state.balance_distributed()
     state.assign_shorter_blocks()
@@ -225,9 +223,8 @@ def _ranks_of(
     blocks: SampleBlocks,
     limits: WholeLimits,
     costs: HopCosts,
-    node_size: int,
 ) -> np.ndarray:
-    """Return to how many ranks each document goes, (documents,): 1, those of a node, or all."""
+    """Return to how many ranks each document goes, (documents,): 1, a group's, or all."""
     per_rank = blocks.whole_blocks // blocks.ring_size
     weight = costs.tile * blocks.tiles + costs.query_tile
     before = np.append(0, weight.cumsum())
@@ -236,7 +233,8 @@ def _ranks_of(
     mean_work = weight.sum() / blocks.ring_size
     needed = np.maximum(size / (limits.tokens * per_rank), work / (limits.work * mean_work))
     needed = needed.round(9)  # sums of floats: equal documents need equally many
-    return np.where(needed <= 1, 1, np.where(needed <= node_size, node_size, blocks.ring_size))
+    sizes = [1, *group_sizes(blocks.ring_size)]
+    return np.array(sizes)[np.searchsorted(sizes, needed).clip(max=len(sizes) - 1)]
 
 
 def _units(documents: np.ndarray, distributed: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
@@ -251,6 +249,14 @@ def _units(documents: np.ndarray, distributed: np.ndarray, per_rank: int) -> lis
         else:
             units.append((first, stop))
     return units
+
+
+class _Unit(NamedTuple):
+    """Blocks [first, stop) that go to so many neighbouring ranks."""
+
+    first: int
+    stop: int
+    ranks: int
 
 
 class _Assignment:
@@ -287,41 +293,34 @@ class _Assignment:
     def _work(self, first: int, stop: int) -> float:
         return self._before[stop] - self._before[first]
 
-    def assign_units(
-        self, units: list[tuple[int, int]], in_node: list[tuple[int, int]], node_size: int
-    ) -> None:
-        """Assign runs of blocks whole, the largest work first, and exchange pairs at the end.
+    def assign_units(self, units: list["_Unit"]) -> None:
+        """Assign units to one rank or one group each, the largest work a rank first.
 
-        Documents ``in_node`` are distributed over the ranks of the node with the least work. The
-        work that a rank has in the end is projected from the ``free`` blocks that it can still
-        take. All ranks take equally many blocks of units, to within one, which leaves equally many
-        for distributed documents. Where no rank can take all of a unit, the one with the most free
-        blocks takes a part.
+        Units of one rank are exchanged at the end. The work that a rank has in the end is projected
+        from the ``free`` blocks that it can still take. All ranks take equally many blocks of
+        units, to within one, which leaves equally many for documents that go to all. Where no rank
+        can take all of a unit, the one with the most free blocks takes a part.
         """
-        distributed = set(in_node)
-        blocks_left = sum(stop - first for first, stop in units + in_node)
-        work_left = sum(self._work(*unit) for unit in units + in_node)
+        blocks_left = sum(stop - first for first, stop, _ in units)
+        work_left = sum(self._work(first, stop) for first, stop, _ in units)
         free = np.full(self.ring_size, blocks_left // self.ring_size)
         free[: blocks_left % self.ring_size] += 1
-        waiting = sorted(
-            units + in_node,
-            key=lambda unit: self._work(*unit) / (node_size if unit in distributed else 1),
-        )
+        waiting = sorted(units, key=lambda unit: self._work(unit.first, unit.stop) / unit.ranks)
         assigned = []
         while waiting:
-            first, stop = waiting.pop()
+            first, stop, group_size = waiting.pop()
             projected = self.load + free * (work_left / blocks_left)
             blocks_left -= stop - first
             work_left -= self._work(first, stop)
-            if (first, stop) in distributed:
-                self._distribute_in_node(first, stop, projected, free, node_size)
+            if group_size > 1:
+                self._distribute_in_group(first, stop, projected, free, group_size)
                 continue
             fits = np.flatnonzero(free >= stop - first)
             if len(fits):
                 rank = fits[projected[fits].argmin()]
             else:
                 rank = np.lexsort((projected, -free))[0]
-                waiting.append((first + free[rank], stop))
+                waiting.append(_Unit(first + free[rank], stop, 1))
                 blocks_left += stop - first - free[rank]
                 work_left += self._work(first + free[rank], stop)
                 stop = first + free[rank]
@@ -358,19 +357,19 @@ class _Assignment:
             self.load[most_loaded] -= moved[i, j]
             self.load[least_loaded] += moved[i, j]
 
-    def _distribute_in_node(
-        self, first: int, stop: int, projected: np.ndarray, free: np.ndarray, node_size: int
+    def _distribute_in_group(
+        self, first: int, stop: int, projected: np.ndarray, free: np.ndarray, group_size: int
     ) -> None:
-        """Distribute a document over the node with the least projected work that can take it.
+        """Distribute a document over the group with the least projected work that can take it.
 
-        Where no node can, the one with the most free blocks takes a part, and the next the rest.
+        Where none can, the one with the most free blocks takes a part, and the next the rest.
         """
-        nodes = np.arange(self.ring_size).reshape(-1, node_size)
-        fits = free[nodes].sum(1) >= stop - first
-        order = np.lexsort((projected[nodes].sum(1), np.where(fits, 0, -free[nodes].sum(1)), ~fits))
-        for node in order:
-            part = min(stop - first, int(free[nodes[node]].sum()))
-            self._distribute_run(stop - part, stop, nodes[node], free)
+        groups = np.arange(self.ring_size).reshape(-1, group_size)
+        room = free[groups].sum(1)
+        fits = room >= stop - first
+        for group in np.lexsort((projected[groups].sum(1), np.where(fits, 0, -room), ~fits)):
+            part = min(stop - first, int(room[group]))
+            self._distribute_run(stop - part, stop, groups[group], free)
             stop -= part
 
     def distribute(self, documents: np.ndarray) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.parallel.peers import receivers_TR, senders_TR
+
 BLOCK = 128
 """Tokens of a block: the rows of a kernel's tile of queries."""
 
@@ -146,7 +148,7 @@ class SampleBlocks:
     def hop_work(self, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tiles visited and the query tiles with work in each hop of each rank.
 
-        Both (hops, ranks) int64: in hop t, rank j has the keys of rank j - t.
+        Both (hops, ranks) int64: in a hop a rank has the keys of its sender (parallel/peers.py).
         """
         visited = self._visited(owners)
         by_queries = np.zeros((2, self.ring_size, self.ring_size), dtype=np.int64)
@@ -162,7 +164,7 @@ class SampleBlocks:
     def rows_sent_directly(self, owners: np.ndarray) -> np.ndarray:
         """Return the rows of keys that leave each rank if a hop sends from owner to reader.
 
-        (hops, ranks) int64: in hop t, the rows of rank j that rank j + t reads; none in hop 0.
+        (hops, ranks) int64: the rows of a rank that its receiver of the hop reads; none in hop 0.
         """
         reads, holder = self._readers(owners)
         by_holder = np.zeros((self.ring_size, self.ring_size), dtype=np.int64)
@@ -170,7 +172,7 @@ class SampleBlocks:
         for owner in rank:
             held = holder == owner
             by_holder[owner] = self.run_rows[held] @ reads[held]
-        sent = np.array([by_holder[rank, (rank + hop) % self.ring_size] for hop in rank])
+        sent = by_holder[rank, receivers_TR(self.ring_size)]
         sent[0] = 0
         return sent
 
@@ -208,34 +210,29 @@ class SampleBlocks:
 
 
 def critical_path(
-    compute_TR: np.ndarray,
-    transfer_TR: np.ndarray | None = None,
-    direct: bool = False,
-    in_flight: int = 1,
+    compute_TR: np.ndarray, transfer_TR: np.ndarray | None = None, in_flight: int = 1
 ) -> float:
-    """Return when the last rank of a ring has finished.
+    """Return when the last rank of a ring with direct messages has finished.
 
     As a rank begins a hop, it begins the exchange of the hop that is ``in_flight`` hops ahead, then
-    computes. Before the next hop it waits for that hop's exchange: for its source and its
-    destination to have begun the same one. So it runs at most ``in_flight`` hops ahead of either.
-    Exchanges of a rank happen one after another.
+    computes. Before the next hop it waits for that hop's exchange: for its sender and its receiver
+    to have begun the same one. So it runs at most ``in_flight`` hops ahead of either. Exchanges of
+    a rank happen one after another.
 
     Args:
         compute_TR: Time that each rank computes in each hop, (hops, ranks).
         transfer_TR: Time that each rank sends for each hop, alike; 0 for the first.
-        direct: Whether hop t receives from the rank t places before, not from the neighbour.
     """
     hops, ranks = compute_TR.shape
     begins_TR = np.zeros((hops, ranks))
     exchanged = np.zeros(ranks)  # when the rank's last exchange was over
     for hop in range(1, hops):
         ends = begins_TR[hop - 1] + compute_TR[hop - 1]
-        distance = hop if direct else 1
         ready = np.maximum(begins_TR[max(hop - in_flight, 0)], exchanged)
-        sent = np.maximum(ready, np.roll(ready, -distance))
+        sent = np.maximum(ready, ready[receivers_TR(ranks)[hop]])
         if transfer_TR is not None:
             sent = sent + transfer_TR[hop]
-        exchanged = np.maximum(sent, np.roll(sent, distance))
+        exchanged = np.maximum(sent, sent[senders_TR(ranks)[hop]])
         begins_TR[hop] = np.maximum(ends, exchanged)
     return float((begins_TR[-1] + compute_TR[-1]).max())
 
@@ -258,5 +255,4 @@ def _block_of(bounds: np.ndarray, token: np.ndarray) -> np.ndarray:
 
 def _by_hop(by_source: np.ndarray) -> np.ndarray:
     """Turn (query rank, key rank) into (hop, query rank)."""
-    rank = np.arange(len(by_source))
-    return np.array([by_source[rank, (rank - hop) % len(rank)] for hop in rank])
+    return by_source[np.arange(len(by_source)), senders_TR(len(by_source))]

@@ -24,13 +24,13 @@ _MAX_SUGGESTIONS = 3
 _BATCH_SIZES = {"train_batch_size", "gradient_accumulation_steps"}
 
 
-def resolve_settings(config: Config, world_size: int, local_size: int = 0) -> RunSettings:
+def resolve_settings(config: Config, world_size: int) -> RunSettings:
     """Resolve ``config`` (``RunSettings.resolve``) and check its extra keys. Does not communicate.
 
     Raises ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects or would
     ignore, besides the errors of ``RunSettings.resolve``.
     """
-    setup = RunSettings.resolve(config, world_size, local_size)
+    setup = RunSettings.resolve(config, world_size)
     extra = config.training.deepspeed
     if not extra:
         return setup

@@ -81,17 +81,15 @@ class Simulation:
         """The work of the slowest rank over the mean."""
         return float(self.compute_TR.sum(0).max()) / self.mean
 
-    def critical_path(self, direct: bool, with_transfers: bool = False) -> float:
-        """Return the time until the last rank has finished, with the messages of one of the ways.
+    def critical_path(self, with_transfers: bool = False) -> float:
+        """Return the time until the last rank has finished, if rows are sent directly.
 
-        See ``sample_blocks.critical_path``. Messages that are forwarded start a hop ahead, direct
-        ones as many as in direct.py. ``with_transfers``: with the time of messages as in
+        See ``sample_blocks.critical_path``. ``with_transfers``: with the time of messages as in
         ``costs.row``, else as if it were none.
         """
-        traffic = self.direct if direct else self.forwarded
-        transfer_TR = self.costs.row * traffic.rows_TR if with_transfers else None
-        in_flight = exchanges_in_flight(len(self.compute_TR)) if direct else 1
-        return critical_path(self.compute_TR, transfer_TR, direct, in_flight)
+        transfer_TR = self.costs.row * self.direct.rows_TR if with_transfers else None
+        in_flight = exchanges_in_flight(len(self.compute_TR))
+        return critical_path(self.compute_TR, transfer_TR, in_flight)
 
 
 def simulate(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> Simulation:

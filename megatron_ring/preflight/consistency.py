@@ -70,20 +70,11 @@ def check_layout(layout: Layout, consensus: Consensus) -> None:
     """Raise ConfigError on every rank if the layout differs between ranks. Blocks.
 
     --stripe-size auto follows the GPU, and the ranks of a job may have different ones.
-    --document-placement auto follows the number of processes on each machine.
     """
-    ranks_per_node = layout.placement.ranks_per_node if layout.placement else 0
     problems = differences(
         consensus,
-        lambda: {
-            "stripe_size": str(layout.stripe_size),
-            "ring ranks of a machine": str(ranks_per_node),
-        },
-        lambda name: (
-            f"Set {flag(name)} to one of these."
-            if name == "stripe_size"
-            else "Start as many processes on each machine, or set --document-placement spread."
-        ),
+        lambda: {"stripe_size": str(layout.stripe_size)},
+        lambda name: f"Set {flag(name)} to one of these.",
     )
     if problems:
         raise ConfigError(problems)

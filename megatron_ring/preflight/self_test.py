@@ -48,10 +48,7 @@ def run_self_test_only(config: Config, environment: Environment, consensus: Cons
     """
     with abort_collectively():
         check_options_and_code(config, consensus)
-        setup = run_checked(
-            consensus,
-            lambda: resolve_settings(config, environment.world_size, environment.local_size),
-        )
+        setup = run_checked(consensus, lambda: resolve_settings(config, environment.world_size))
         check_layout(setup.layout, consensus)
         if config.data.data_path:
             run_checked(consensus, lambda: Dataset.open(config.data, config.training.seed))

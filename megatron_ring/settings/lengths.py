@@ -40,16 +40,15 @@ def layout(
     device: str,
     mask: MaskKind,
     machine: Machine | None = None,
-    local_size: int = 0,
 ) -> ResolvedLayout:
     """Return the layout of a run, with --stripe-size auto resolved for the attention kernel.
 
     The config must have no ``problems``. ``mask`` is the one by which the kernel was chosen,
-    ``machine`` this one by default; ``local_size`` are the processes of each machine, 0 for all.
+    ``machine`` this one by default.
     """
     parallel = config.parallel
     length = padded_length(config, grid)
-    placement = _placement(config, grid, local_size)
+    placement = _placement(config, grid)
     if parallel.stripe_size != "auto":
         stripe_size = parallel.stripe_size
         fixed = Layout(parallel.context_parallel, length, grid.ring, stripe_size, placement)
@@ -74,21 +73,10 @@ def layout(
     return ResolvedLayout(Layout("striped", length, grid.ring, stripe_size, placement), reason)
 
 
-def _placement(config: Config, grid: Grid, local_size: int) -> DocumentPlacement | None:
+def _placement(config: Config, grid: Grid) -> DocumentPlacement | None:
     if config.parallel.document_placement == "spread" or grid.ring == 1:
         return None
-    return DocumentPlacement(
-        window=config.model.window_of_all_layers,
-        ranks_per_node=_ring_ranks_per_node(grid, local_size),
-    )
-
-
-def _ring_ranks_per_node(grid: Grid, local_size: int) -> int:
-    """Return how many neighbours of a ring share a machine; 0 if all or if numbers are unequal."""
-    processes_of_ring_rank = grid.ulysses * grid.tensor
-    ranks, rest = divmod(local_size, processes_of_ring_rank)
-    spans_nodes = 1 < ranks < grid.ring
-    return ranks if spans_nodes and not rest and grid.ring % ranks == 0 else 0
+    return DocumentPlacement(window=config.model.window_of_all_layers)
 
 
 def padded_length(config: Config, grid: Grid) -> int:

@@ -53,10 +53,8 @@ class RunSettings:
         return self.layout.shard_length // self.grid.ulysses
 
     @staticmethod
-    def resolve(config: Config, world_size: int, local_size: int = 0) -> "RunSettings":
+    def resolve(config: Config, world_size: int) -> "RunSettings":
         """Resolve ``config`` for a number of processes.
-
-        ``local_size`` of them are on each machine; 0: all on one.
 
         Raises ConfigError with all problems, or KernelUnavailable if a kernel or library was
         requested by name and cannot be used. DeepSpeed's extra keys are compared with derived ones,
@@ -76,9 +74,7 @@ class RunSettings:
             _attention_features(config),
             mask=mask,
         )
-        layout, stripe_reason = lengths.layout(
-            config, grid, kernel.name, device, mask, local_size=local_size
-        )
+        layout, stripe_reason = lengths.layout(config, grid, kernel.name, device, mask)
         sequences_per_micro_batch = config.training.micro_batch_size * grid.data
         global_batch_size = config.training.global_batch_size or sequences_per_micro_batch
         micro_batches = global_batch_size // sequences_per_micro_batch

@@ -145,10 +145,7 @@ class Start:
 
         with abort_collectively():
             check_options_and_code(config, consensus)
-            setup = run_checked(
-                consensus,
-                lambda: resolve_settings(config, environment.world_size, environment.local_size),
-            )
+            setup = run_checked(consensus, lambda: resolve_settings(config, environment.world_size))
             check_layout(setup.layout, consensus)
             consensus.run_on_rank_zero(check_outputs)
             dataset = run_checked(consensus, open_data)

@@ -9,8 +9,10 @@ from benchmarks import count_placement
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.context_parallel.sample_blocks import BLOCK, HopCosts
+from megatron_ring.context_parallel.visible_rows import visible_keys
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels.attention.tile_lists import tile_list
+from megatron_ring.parallel.peers import peers_in_hop
 
 
 def run(monkeypatch, *flags: str) -> None:
@@ -40,14 +42,16 @@ def test_single_tokens_are_counted_as_the_kernels_lists_of_tiles_say():
     mask = Mask(document_starts=starts)
     for rank in range(4):
         for hop in range(4):
-            ranges = hop_key_ranges(layout, rank, (rank - hop) % 4, mask)
+            peers = peers_in_hop(rank, 4, hop)
+            ranges = hop_key_ranges(layout, rank, peers.sender, mask)
             listed = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
             assert counted.tiles_TR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
             assert counted.query_tiles_TR[hop, rank] == len(listed.start)
-    # A document of n tokens sends n - hop of them to the rank that many places after.
+            rows = len(visible_keys(layout, peers.receiver, rank, mask)) if hop else 0
+            assert counted.direct.rows_TR[hop, rank] == rows
+    # A document of n tokens sends n - 1, n - 2 and n - 3 of them to the ranks after.
     lengths = np.diff([*starts, 2048])
-    of_hops = [np.maximum(lengths - hop, 0).sum() for hop in range(1, 4)]
-    assert counted.direct.rows_TR.sum(1).tolist() == [0, *of_hops]
+    assert counted.direct.rows_TR.sum() == np.maximum(lengths - [[1], [2], [3]], 0).sum()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ WITH_JSON = [
     path.stem
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if re.search(r'^    json: str|"--json"', path.read_text(), re.M)
+    and "__main__" in path.read_text()
 ]
 
 

@@ -13,6 +13,7 @@ from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.placement import Placement, place_samples
 from megatron_ring.context_parallel.sample_blocks import SampleBlocks
 from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.parallel.peers import peers_in_hop
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import beyond_tolerance
@@ -122,8 +123,8 @@ def test_a_rank_sends_the_rows_that_are_read_and_no_others(groups):
         for rank, sent in enumerate(exchanges.backward):
             keys, gradients = sent[:1] + sent[1:-1:2], sent[2:-1:2] + sent[-1:]
             assert keys == exchanges.forward[rank]
-            readers = [(rank - hop) % ring_size for hop in range(1, ring_size)]
-            came = [exchanges.forward[r][hop] for hop, r in enumerate(readers)]
+            owners = [peers_in_hop(rank, ring_size, hop).sender for hop in range(1, ring_size)]
+            came = [exchanges.forward[owner][hop] for hop, owner in enumerate(owners)]
             assert gradients == came
 
 

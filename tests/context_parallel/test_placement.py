@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.document_histogram import read_histogram
+from megatron_ring.context_parallel import placement as placement_module
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, compute_key_ranges
 from megatron_ring.context_parallel.placement import (
@@ -25,6 +26,7 @@ from megatron_ring.context_parallel.sample_blocks import (
     critical_path,
 )
 from megatron_ring.kernels.attention.tile_lists import tile_list
+from megatron_ring.parallel.peers import peers_in_hop
 from megatron_ring.plan.placement_simulation import simulate
 
 
@@ -43,9 +45,8 @@ def samples(draw) -> tuple[tuple[int, ...], int, int, int]:
 def placements(sample) -> list[Placement]:
     starts, length, ring_size, window = sample
     blocks = SampleBlocks.of(np.array(starts), length, ring_size, window)
-    node_size = next(size for size in (4, 3, 2, ring_size) if ring_size % size == 0)
-    ways = [(HopCosts(), ring_size), (HopCosts(query_tile=5), node_size)]
-    all_owners = [assign(blocks, limits, *way) for limits in CANDIDATES for way in ways]
+    costs = HopCosts(), HopCosts(query_tile=5)
+    all_owners = [assign(blocks, limits, cost) for limits in CANDIDATES for cost in costs]
     return [Placement(blocks, owners) for owners in [*all_owners, blocks.spread()]]
 
 
@@ -71,7 +72,7 @@ def test_the_work_of_a_hop_is_what_the_kernels_lists_of_tiles_say(sample):
         positions = [placement.positions(rank) for rank in range(ring_size)]
         for rank in range(ring_size):
             for hop in range(ring_size):
-                keys = positions[(rank - hop) % ring_size]
+                keys = positions[peers_in_hop(rank, ring_size, hop).sender]
                 first = mask.first_visible(positions[rank])
                 ranges = compute_key_ranges(positions[rank], keys, first)
                 listed = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
@@ -91,17 +92,21 @@ def test_rows_are_sent_to_the_ranks_that_read_them(sample):
         owner = torch.empty(length, dtype=torch.int64)
         for rank in range(ring_size):
             owner[placement.positions(rank)] = rank
-        direct = np.zeros((ring_size, ring_size))
+        by_owner = np.zeros((ring_size, ring_size))
         forwarded = np.zeros((ring_size, ring_size))
         reads = torch.stack([sees[owner == rank].any(0) for rank in range(ring_size)])
         for hop in range(1, ring_size):
             # Rows of this owner read by the rank that many places after it, and by any still later.
             later = [reads[(owner + more) % ring_size, position] for more in range(hop, ring_size)]
-            direct[hop] = np.bincount(owner[later[0]], minlength=ring_size)
+            by_owner[hop] = np.bincount(owner[later[0]], minlength=ring_size)
             travels = torch.stack(later).any(0)
             at = (owner[travels] + hop - 1) % ring_size
             forwarded[hop] = np.bincount(at, minlength=ring_size)
-        assert (placement.blocks.rows_sent_directly(placement.owners) == direct).all()
+        direct = placement.blocks.rows_sent_directly(placement.owners)
+        for hop in range(ring_size):
+            for rank in range(ring_size):
+                ranks_on = peers_in_hop(rank, ring_size, hop).receiver - rank
+                assert direct[hop, rank] == by_owner[ranks_on % ring_size, rank]
         assert (placement.blocks.rows_forwarded(placement.owners) == forwarded).all()
 
 
@@ -129,26 +134,31 @@ def test_a_short_document_stays_on_one_rank_and_a_long_one_is_on_all():
     assert all(len(set(owners[first : first + 4])) == 1 for first in range(64, 128, 4))
 
 
-def test_a_document_that_a_node_can_hold_stays_in_it():
-    # Two documents of two shards each, and many short ones, on four nodes of two ranks.
+def test_a_document_goes_to_the_smallest_group_that_can_hold_it():
+    # Of eight ranks: documents of two shards, of three, and many short ones.
     shard = 32
-    starts = [0, 2 * shard, *range(4 * shard, 8 * shard, 4)]
+    starts = [0, 2 * shard, 5 * shard, *range(5 * shard, 8 * shard, 4)[1:]]
     blocks = SampleBlocks.of(np.array(starts) * BLOCK, 8 * shard * BLOCK, 8)
-    limits = WholeLimits(tokens=1, work=4)
-    owners = assign(blocks, limits, HopCosts(), node_size=2)
-    nodes = owners // 2
-    assert len(set(nodes[: 2 * shard])) == len(set(nodes[2 * shard : 4 * shard])) == 1
-    assert nodes[0] != nodes[2 * shard]
-    assert len(set(owners[: 2 * shard])) == 2
+    owners = assign(blocks, WholeLimits(tokens=1, work=8), HopCosts())
+    two, three = owners[: 2 * shard], owners[2 * shard : 5 * shard]
+    assert len(set(two // 2)) == 1
+    assert len(set(two)) == 2
+    assert len(set(three // 4)) == 1
+    assert len(set(three)) == 4
+    assert len(set(two // 4) | set(three // 4)) == 2
 
 
-def test_a_placement_in_nodes_is_taken_where_it_is_faster():
-    starts, costs = read_histogram().starts(262144, 0), measured_costs()
-    blocks = SampleBlocks.of(np.array(starts), 262144, 32)
-    flat = place_documents(starts, 262144, 32, costs=costs)
-    in_nodes = place_documents(starts, 262144, 32, costs=costs, ranks_per_node=8)
-    times = [estimated_time(blocks, p.owners, costs) for p in (flat, in_nodes)]
-    assert times[1] < times[0]
+def test_groups_are_faster_than_all_ranks_for_every_longer_document(monkeypatch):
+    costs = measured_costs()
+    packs = [np.array(read_histogram().starts(262144, seed)) for seed in range(4)]
+
+    def seconds() -> float:
+        placements = [place_documents(starts, 262144, 32, costs=costs) for starts in packs]
+        return sum(estimated_time(p.blocks, p.owners, costs) for p in placements)
+
+    in_groups = seconds()
+    monkeypatch.setattr(placement_module, "group_sizes", lambda ring_size: [ring_size])
+    assert in_groups < 0.98 * seconds()
 
 
 # ---- the critical path ----
@@ -156,51 +166,51 @@ def test_a_placement_in_nodes_is_taken_where_it_is_faster():
 
 def test_a_rank_may_be_a_hop_ahead_of_its_neighbours():
     assert critical_path(np.array([[3, 0], [0, 3]])) == 3
-    # The second rank begins hop 1 at 5, so the others begin hop 2 then.
+    # Rank 1 begins hop 1 at 5, so rank 2, which receives from it for hop 1, begins hop 2 then.
     assert critical_path(np.array([[1, 5, 1], [1, 1, 1], [1, 0, 4]])) == 9
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_even_work_takes_the_mean(direct):
-    assert critical_path(np.full((5, 5), 2.0), direct=direct) == 10
+def test_even_work_takes_the_mean():
+    assert critical_path(np.full((5, 5), 2.0)) == 10
 
 
 def test_a_hop_waits_for_the_sender_of_its_message():
     compute = np.zeros((4, 4))
-    compute[0, 0] = 7  # rank 0 is late for hop 1
+    compute[0, 0] = 7  # rank 0 begins hop 1 late
     compute[2, 3] = 1
-    # Directly, rank 3 exchanges with ranks 1 and 1 for hop 2; along the ring with ranks 2 and 0.
-    assert critical_path(compute[:3], direct=True) == 7
-    assert critical_path(compute[:3]) == 8
+    # For hop 2 rank 3 exchanges with rank 1, which is in time, for hop 3 with rank 0.
+    assert critical_path(compute) == 7
+    compute[2] = 0, 0, 1, 0
+    # Rank 2 exchanges with rank 0 for hop 2.
+    assert critical_path(compute) == 8
 
 
 def test_a_rank_may_be_as_many_hops_ahead_as_exchanges_are_in_flight():
-    compute = np.zeros((5, 2))
-    compute[0] = 4, 0  # rank 1 has nothing to do until hop 3
-    compute[3, 1] = 2
-    # It begins hop 3 once rank 0 has begun hop 2, or hop 1, which is at 4, or hop 0.
-    paths = [critical_path(compute, direct=True, in_flight=number) for number in (1, 2, 3)]
+    compute = np.zeros((4, 4))
+    compute[0, 0] = 4
+    compute[3, 3] = 2
+    # Rank 3 exchanges with rank 0 for hop 3, once that has begun hop 2, or hop 1 (at 4), or hop 0.
+    paths = [critical_path(compute, in_flight=number) for number in (1, 2, 3)]
     assert paths == [6, 6, 4]
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 9])
 def test_more_exchanges_in_flight_never_take_longer_and_never_less_than_the_slowest_rank(in_flight):
     compute = np.random.default_rng(0).random((8, 8))
-    path = critical_path(compute, direct=True, in_flight=in_flight)
+    path = critical_path(compute, in_flight=in_flight)
     assert compute.sum(0).max() <= path
-    assert path <= critical_path(compute, direct=True, in_flight=max(1, in_flight - 1))
+    assert path <= critical_path(compute, in_flight=max(1, in_flight - 1))
 
 
 def test_exchanges_of_a_rank_happen_one_after_another():
-    compute = np.zeros((3, 2))
-    transfer = np.array([[0, 0], [3, 3], [2, 2.0]])
-    assert critical_path(compute, transfer, in_flight=2) == 3 + 2
+    transfer = np.repeat([0.0, 3, 2, 1], 4).reshape(4, 4)
+    assert critical_path(np.zeros((4, 4)), transfer, in_flight=3) == 3 + 2 + 1
 
 
 def test_messages_take_time_during_the_hop_before():
-    compute = np.full((3, 2), 2.0)
-    transfer = np.array([[0, 0], [3, 3], [1, 1.0]])
-    assert critical_path(compute, transfer) == 3 + 2 + 2
+    compute = np.full((4, 4), 2.0)
+    transfer = np.repeat([0.0, 3, 1, 1], 4).reshape(4, 4)
+    assert critical_path(compute, transfer) == 3 + 2 + 2 + 2
 
 
 # ---- what auto chooses ----
@@ -248,7 +258,7 @@ def test_placed_packs_are_even_in_every_hop_and_send_less(ring_size, most_rows):
         if placement:
             assert placed.imbalance <= 1.02
             assert placed.tiles_TR.sum() == blocks.tiles.sum()
-            paths.append(placed.critical_path(direct=False) / placed.mean)
+            paths.append(placed.critical_path() / placed.mean)
     assert len(paths) >= 6
     assert np.mean(paths) <= 1.03
     assert np.mean(rows) <= most_rows

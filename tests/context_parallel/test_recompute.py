@@ -64,7 +64,7 @@ def on_real_ranks(rank: int, world_size: int) -> dict[tuple[str, str], StepResul
 def step(layers: Layers, x_BlE: torch.Tensor, *inputs: torch.Tensor | None) -> StepResult:
     x_BlE.requires_grad_()
     with patch.object(
-        RingExchange, "start", autospec=True, side_effect=RingExchange.start
+        RingExchange, "start_with", autospec=True, side_effect=RingExchange.start_with
     ) as start:
         y_BlE = layers.run(x_BlE, *inputs)
         forward = start.call_count

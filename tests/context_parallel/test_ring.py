@@ -10,6 +10,7 @@ from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
 from megatron_ring.kernels.attention import KERNELS, HopInputs, reference, running_softmax
 from megatron_ring.kernels.attention.running_softmax import delta
+from megatron_ring.parallel.peers import peers_in_hop
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
 from tests.tolerances import TOLERANCE, beyond_tolerance
@@ -101,29 +102,44 @@ def test_tensors_travel_once_around_and_accumulators_return_to_their_owner(ring_
     assert exchange_counts(layout, CAUSAL, groups) == expected
 
 
-# For four ranks of six tokens each: window and documents, and the number of hops.
-HOPS_OF_A_CONTIGUOUS_RING = [
-    (Mask(), 4),
-    *(
-        (Mask(window), hops)
-        for window, hops in {1: 1, 2: 2, 7: 2, 8: 3, 13: 3, 14: 4, 24: 4, 100: 4}.items()
-    ),
-    (Mask(0, tuple(range(24))), 1),
-    (Mask(0, (0, 7, 14, 21)), 2),
-    (Mask(0, (0, 8, 16)), 3),
-    (Mask(0, (0, 1, 2)), 4),
-    (Mask(7, (0, 1, 2)), 2),
-    (Mask(0, (0, 7, 14, 21, 24, 31, 38, 45), samples=2), 2),
+# For four ranks of six tokens each: the window, 0 for none, and the number of hops.
+HOPS_OF_A_CONTIGUOUS_RING = {0: 4, 1: 1, 2: 2, 7: 2, 8: 3, 13: 3, 14: 4, 24: 4, 100: 4}
+
+
+@each_traveller
+@pytest.mark.parametrize(("window", "hops"), HOPS_OF_A_CONTIGUOUS_RING.items())
+def test_a_contiguous_ring_is_cut_where_no_query_looks_further(window, hops, groups):
+    """One exchange less than hops forward; as many backward, and as many of accumulators."""
+    around = hops - 1
+    counts = exchange_counts(Layout("ring", 24, 4), Mask(window), groups)
+    assert counts == ([around] * 4, [2 * around] * 4)
+
+
+# Documents and window, and which of four ranks of six tokens each read rows of which others.
+READERS_IN_CONTIGUOUS_SHARDS = [
+    (Mask(0, tuple(range(24))), {}),
+    (Mask(0, (0, 7, 14, 21)), {0: [1], 1: [2], 2: [3]}),
+    (Mask(0, (0, 8, 16)), {0: [1], 1: [2], 2: [3]}),
+    (Mask(0, (0, 1, 2)), {0: [1, 2, 3], 1: [2, 3], 2: [3]}),
+    (Mask(7, (0, 1, 2)), {0: [1], 1: [2], 2: [3]}),
+    (Mask(0, (0, 7, 14, 21, 24, 31, 38, 45), samples=2), {0: [1], 1: [2], 2: [3]}),
 ]
 
 
 @each_traveller
-@pytest.mark.parametrize(("mask", "hops"), HOPS_OF_A_CONTIGUOUS_RING, ids=str)
-def test_a_contiguous_ring_is_cut_where_no_query_looks_further(mask, hops, groups):
-    """One exchange less than hops forward; as many backward, and as many of accumulators."""
-    around = hops - 1
-    counts = exchange_counts(Layout("ring", 24, 4), mask, groups)
-    assert counts == ([around] * 4, [2 * around] * 4)
+@pytest.mark.parametrize(("mask", "readers"), READERS_IN_CONTIGUOUS_SHARDS, ids=str)
+def test_with_documents_a_rank_sends_only_to_readers_of_its_rows(mask, readers, groups):
+    """Once forward; backward a rank sends rows to some ranks and gradients to the others."""
+    layout = Layout("ring", 24, 4)
+    inputs = oracle.random_inputs(mask.samples, 24, heads=2, groups=groups)
+    sent = simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
+    reads = {(owner, reader) for owner, those in readers.items() for reader in those}
+    to_reader = [
+        [(rank, peers_in_hop(rank, 4, hop).receiver) in reads for hop in range(1, 4)]
+        for rank in range(4)
+    ]
+    assert [[size > 0 for size in sizes] for sizes in sent.forward] == to_reader
+    assert sum(size > 0 for sizes in sent.backward for size in sizes) == 2 * len(reads)
 
 
 @each_traveller

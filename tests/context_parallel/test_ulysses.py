@@ -171,7 +171,9 @@ def messages_of(groups: ProcessGroups, grid: Grid, dtype: torch.dtype, mode: str
         call = partial(checkpoint, attention, use_reentrant=False, context_fn=KEEP_ATTENTION)
     with (
         patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as all_to_all,
-        patch.object(RingExchange, "start", autospec=True, side_effect=RingExchange.start) as start,
+        patch.object(
+            RingExchange, "start_with", autospec=True, side_effect=RingExchange.start_with
+        ) as start,
     ):
 
         def messages_since_last_call() -> Messages:

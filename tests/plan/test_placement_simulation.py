@@ -16,7 +16,7 @@ def test_documents_on_their_own_ranks_send_nothing_and_leave_out_all_hops():
     assert ring.direct.hops_left_out == 3
     assert ring.imbalance == 1
     # Two query tiles, which visit one tile and two.
-    assert ring.critical_path(direct=True) == ring.mean == 3 + 2 * 10
+    assert ring.critical_path() == ring.mean == 3 + 2 * 10
 
 
 def test_one_document_over_contiguous_shards_sends_rows_to_later_ranks_only():
@@ -46,14 +46,14 @@ def test_messages_lengthen_the_critical_path_only_where_they_are_not_hidden():
     owners = blocks.spread()
     ring = simulate(blocks, owners, COSTS)
     hidden = simulate(blocks, owners, HopCosts(tile=1, query_tile=10, row=1e-6))
-    assert hidden.critical_path(True, with_transfers=True) == hidden.critical_path(True)
+    assert hidden.critical_path(with_transfers=True) == hidden.critical_path()
     longest = ring.direct.rows_TR[1].max() * COSTS.row
-    assert ring.critical_path(True, with_transfers=True) >= longest
-    assert ring.critical_path(True, with_transfers=True) > ring.critical_path(True)
+    assert ring.critical_path(with_transfers=True) >= longest
+    assert ring.critical_path(with_transfers=True) > ring.critical_path()
 
 
 def test_a_ring_of_one_sends_nothing():
     blocks = SampleBlocks.of(np.array([0, 5]), 2 * BLOCK, 1)
     ring = simulate(blocks, blocks.spread(), COSTS)
     assert ring.direct.share == 0
-    assert ring.critical_path(direct=True) == ring.mean
+    assert ring.critical_path() == ring.mean

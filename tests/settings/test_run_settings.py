@@ -299,29 +299,6 @@ def test_a_config_that_is_saved_on_a_gpu_resolves_anew_elsewhere(on_gpu, monkeyp
     assert read.layout.seq_length == written.layout.seq_length
 
 
-@pytest.mark.parametrize(
-    ("parallel", "local_size", "ranks_per_node"),
-    [
-        ({}, 0, 0),
-        ({}, 16, 0),
-        ({}, 8, 8),
-        ({}, 1, 0),
-        ({"tensor_model_parallel_size": 2}, 8, 4),
-        ({"ulysses_degree": 2}, 4, 2),
-        ({"tensor_model_parallel_size": 2}, 3, 0),
-        ({}, 6, 0),
-    ],
-)
-def test_documents_are_placed_with_the_ring_ranks_of_a_machine(
-    parallel, local_size, ranks_per_node
-):
-    config = tiny.config(
-        parallel={"document_placement": "auto"} | parallel, data={"reset_attention_mask": True}
-    )
-    layout = RunSettings.resolve(config, 16, local_size).layout
-    assert layout.placement.ranks_per_node == ranks_per_node
-
-
 def test_a_window_of_all_layers_counts_for_the_placement_of_documents():
     placed = {"parallel": {"document_placement": "auto"}, "data": {"reset_attention_mask": True}}
 
