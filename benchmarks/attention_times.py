@@ -24,7 +24,7 @@ from megatron_ring.kernels.attention import (
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.parallel.environment import free_port, keep_freed_memory
-from megatron_ring.plan.ring_timeline import Timeline
+from megatron_ring.plan.ring_timeline import Timeline, keys_of_hop
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def _emulated_round(
     ranks = range(ring_size)
     for hop, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
         if case.pairs_per_hop.work_RR[hop, rank]:
-            key_ranges = hop_key_ranges(case.layout, rank, (rank - hop) % ring_size, case.mask)
+            source = keys_of_hop(case.layout, case.mask, rank, hop)
+            key_ranges = hop_key_ranges(case.layout, rank, source, case.mask)
             work[name][hop, rank] = time_hop(key_ranges)
     return work
 

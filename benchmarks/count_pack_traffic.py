@@ -47,7 +47,7 @@ from megatron_ring.kernels.attention.triton.blocks import (
     blocks_for,
     has_fused_backward,
 )
-from megatron_ring.plan.ring_timeline import visible_pairs_per_hop
+from megatron_ring.plan.ring_timeline import keys_of_hop, visible_pairs_per_hop
 
 MIB = 2**20
 FLOAT = 4
@@ -91,7 +91,7 @@ def main() -> None:
         layout = Layout("striped", options.tokens, options.ranks, stripe_size)
         rank = int(visible_pairs_per_hop(layout, mask).work_RR.sum(dim=0).argmax())
         hops = [
-            hop_key_ranges(layout, rank, (rank - hop) % options.ranks, mask)
+            hop_key_ranges(layout, rank, keys_of_hop(layout, mask, rank, hop), mask)
             for hop in range(options.ranks)
         ]
         print(f"\nstriped by {stripe_size}, rank {rank}\n{'':10}{plain_titles(COLUMNS)}")

@@ -147,7 +147,7 @@ def _draw_work(axes: Axes, layout: Layout, mask: Mask, max_work: float) -> None:
         heights = timeline.work_RR[:, ring_rank].tolist()
         axes.bar(left, heights, width, align="edge", color=_RANK_COLORS[ring_rank])
     axes.set(ylim=(0, max_work), yticks=[], xticks=[h + 0.45 for h in range(layout.ring_size)])
-    axes.set_xticklabels([f"hop {hop}" for hop in range(layout.ring_size)], fontsize=8)
+    axes.set_xticklabels([f"hop {hop + 1}" for hop in range(layout.ring_size)], fontsize=8)
     title = "work of each rank"
     if mask.document_starts:
         title = (

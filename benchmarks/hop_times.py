@@ -15,6 +15,7 @@ from megatron_ring.kernels.attention.running_softmax import (
     RunningSoftmax,
     zero_accumulators,
 )
+from megatron_ring.plan.ring_timeline import keys_of_hop
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def time_rank(
         return statistics.median(_seconds(run, q.device.type) for _ in range(rounds))
 
     def time_hop(hop: int) -> HopTimes:
-        key_ranges = hop_key_ranges(layout, rank, (rank - hop) % size, mask)
+        key_ranges = hop_key_ranges(layout, rank, keys_of_hop(layout, mask, rank, hop), mask)
         if mask.document_starts and key_ranges.visible_pairs == 0:
             return HopTimes(1, 0, 0.0, 0.0)  # not computed (context_parallel/direct.py)
         inputs = HopInputs(q, k, v, key_ranges, scale)

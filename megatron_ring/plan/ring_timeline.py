@@ -16,6 +16,7 @@ from megatron_ring.context_parallel.mask import (
     concatenated_positions,
     hop_key_ranges,
 )
+from megatron_ring.parallel.peers import peers_in_hop
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,22 @@ def visible_pairs_per_hop(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
     ranks = range(layout.ring_size)
 
     def pairs(rank: int, hop: int) -> int:
-        source = (rank - hop) % layout.ring_size
+        source = keys_of_hop(layout, mask, rank, hop)
         return hop_key_ranges(layout, rank, source, mask).visible_pairs
 
     work = [[pairs(rank, hop) for rank in ranks] for hop in ranks]
     return Timeline(torch.tensor(work, dtype=torch.float64))
+
+
+def keys_of_hop(layout: Layout, mask: Mask, ring_rank: int, hop: int) -> int:
+    """Return the ring rank whose keys ``ring_rank`` has in a hop.
+
+    Around the ring it is ``hop`` ranks back; with documents, of which rows are sent directly, it
+    follows the order of parallel/peers.py.
+    """
+    if mask.document_starts:
+        return peers_in_hop(ring_rank, layout.ring_size, hop).sender
+    return (ring_rank - hop) % layout.ring_size
 
 
 def visible_pairs_per_rank(layout: Layout, mask: Mask = CAUSAL) -> torch.Tensor:
