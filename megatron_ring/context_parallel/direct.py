@@ -184,15 +184,15 @@ class _Travelling:
 class _TravellingKeys(_Travelling):
     """Sends this rank's keys to their readers, and holds those that its queries see in a hop."""
 
-    def peers(self, hop: int) -> Peers:
-        return _peers(self.ring, hop)
-
     def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
         of_own_keys, of_own_queries = _rows_by_hop(visible_keys, ring)
         super().__init__(ring, own_rows=of_own_keys, peer_rows=of_own_queries)
         self.own_2BLGD = own_2BLGD
         self.held_2BnGD = own_2BLGD
         self._allocate(own_2BLGD, _KV_DIM)
+
+    def peers(self, hop: int) -> Peers:
+        return _peers(self.ring, hop)
 
     def receive(self, hop: int) -> None:
         """Wait for the keys of ``hop``, the next one; after the last hop do nothing."""
@@ -221,9 +221,6 @@ class _Payload(NamedTuple):
 class _TravellingQueries(_Travelling):
     """Sends this rank's queries, with the tensors of their rows, to the keys that they see."""
 
-    def peers(self, hop: int) -> Peers:
-        return _peers(self.ring, hop).reversed
-
     def __init__(self, own: QuerySide, ring: Ring):
         of_own_keys, of_own_queries = _rows_by_hop(queries_with_visible_keys, ring)
         super().__init__(ring, own_rows=of_own_queries, peer_rows=of_own_keys)
@@ -235,6 +232,9 @@ class _TravellingQueries(_Travelling):
             _Payload(delta_of(own.out, own.dout_BLHD), _LSE_DIM),
         ]
         self._allocate(torch.empty(1, dtype=torch.uint8, device=own.q_BLHD.device), 0)
+
+    def peers(self, hop: int) -> Peers:
+        return _peers(self.ring, hop).reversed
 
     def receive(self, hop: int) -> None:
         """Wait for the queries of ``hop``, the next one; after the last hop do nothing."""
