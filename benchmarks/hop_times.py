@@ -9,6 +9,7 @@ import torch
 from benchmarks.common import compute_seconds, gpu_milliseconds
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
+from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.running_softmax import (
     FinalOutput,
@@ -63,7 +64,7 @@ def time_rank(
 
     def time_hop(hop: int) -> HopTimes:
         key_ranges = hop_key_ranges(layout, rank, keys_of_hop(layout, mask, rank, hop), mask)
-        if mask.document_starts and key_ranges.visible_pairs == 0:
+        if are_sent_directly(layout, mask) and key_ranges.visible_pairs == 0:
             return HopTimes(1, 0, 0.0, 0.0)  # not computed (context_parallel/direct.py)
         inputs = HopInputs(q, k, v, key_ranges, scale)
         forward = median_seconds(lambda: kernel.forward(inputs, state))

@@ -1,4 +1,6 @@
-"""The ring loop where documents are kept apart: rows go straight from their owner to their readers.
+"""The ring loop where masks leave rows unread: rows go straight from their owner to their readers.
+
+Masks of separate documents do, and those of windows that are shorter than a shard or two.
 
 In every hop a rank computes with one other, its sender in that hop's order (parallel/peers.py), and
 only rows that are needed are sent:

@@ -58,28 +58,17 @@ class _Rules(NamedTuple):
         positions: implements ``Layout.positions`` for a ring rank.
         multiple_of: (ring size, stripe size) -> what seq_length must be a multiple of.
         rule: ``multiple_of`` in words, for error messages.
-        hops: implements ``Layout.hops``.
     """
 
     positions: Positions
     multiple_of: Callable[[int, int], int]
     rule: str
-    hops: Callable[["Layout", int], int]
-
-
-def _hops_within_reach(layout: "Layout", reach: int) -> int:
-    return min(layout.ring_size, 1 + -(-reach // layout.shard_length))
-
-
-def _all_hops(layout: "Layout", reach: int) -> int:
-    return layout.ring_size
 
 
 _CONTIGUOUS = _Rules(
     positions=_contiguous,
     multiple_of=lambda ring_size, stripe: ring_size,
     rule="ring size",
-    hops=_hops_within_reach,
 )
 _LAYOUTS: dict[str, _Rules] = {
     "none": _CONTIGUOUS,
@@ -88,13 +77,11 @@ _LAYOUTS: dict[str, _Rules] = {
         positions=_striped,
         multiple_of=lambda ring_size, stripe: ring_size * stripe,
         rule="ring size x stripe size",
-        hops=_all_hops,
     ),
     "zigzag": _Rules(
         positions=_zigzag,
         multiple_of=lambda ring_size, stripe: 2 * ring_size,
         rule="2 x ring size",
-        hops=_all_hops,
     ),
 }
 
@@ -158,10 +145,6 @@ class Layout:
         assert 0 <= ulysses_rank < ulysses_size
         assert self.shard_length % ulysses_size == 0
         return _LAYOUTS[self.name].positions(self, ring_rank).chunk(ulysses_size)[ulysses_rank]
-
-    def hops(self, reach: int) -> int:
-        """Return how many hops suffice if no query looks further back than ``reach`` tokens."""
-        return _LAYOUTS[self.name].hops(self, reach)
 
     @staticmethod
     def problems(

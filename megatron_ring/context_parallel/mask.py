@@ -61,14 +61,6 @@ class Mask:
             first = oldest if first is None else torch.maximum(first, oldest)
         return first
 
-    def reach(self, seq_length: int) -> int:
-        """Return how far back any query looks: the largest p - first(p)."""
-        reach = seq_length - 1
-        if self.document_starts:
-            bounds = torch.tensor([*self.document_starts, self.samples * seq_length])
-            reach = int(bounds.diff().max()) - 1
-        return min(reach, self.window - 1) if self.window else reach
-
 
 CAUSAL = Mask()
 

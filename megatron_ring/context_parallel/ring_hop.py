@@ -13,6 +13,7 @@ import torch
 from megatron_ring.context_parallel.hop_cost import exchanges_in_flight, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask, hop_key_ranges
+from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, slice_heads
@@ -52,7 +53,7 @@ class Ring:
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
         splits_own_work: whether backward keeps half of the work on the rank's own keys until the
             last message is in flight, at the price of more kernel calls (docs/decisions/0013).
-        sends_all_rows: whether documents make no difference to what is sent, as in a published
+        sends_all_rows: whether the mask makes no difference to what is sent, as in a published
             ring.
         exchanges_in_flight: given the number of hops, how many of them ahead an exchange starts
             where rows are sent directly.
@@ -70,24 +71,17 @@ class Ring:
     sends_all_rows: bool = False
     exchanges_in_flight: Callable[[int], int] = exchanges_in_flight
 
-    @property
+    @functools.cached_property
     def sends_directly(self) -> bool:
         """Whether rows go straight to the ranks that read them, and only these (direct.py)."""
-        has_documents = bool(self.mask.document_starts)
-        return self.exchange is not None and has_documents and not self.sends_all_rows
+        if self.exchange is None or self.sends_all_rows:
+            return False
+        return are_sent_directly(self.layout, self.mask)
 
-    @functools.cached_property
+    @property
     def hops(self) -> int:
-        """Number of hops, equal on all ranks.
-
-        Around the ring there are fewer than ranks if no query looks back as far. Rows that are sent
-        directly come from all ranks, in another order; hops without rows cost nothing.
-        """
-        if self.exchange is None:
-            return 1
-        if self.sends_directly:
-            return self.layout.ring_size
-        return self.layout.hops(self.mask.reach(self.layout.seq_length))
+        """Number of hops: one for each rank of the ring."""
+        return self.layout.ring_size if self.exchange else 1
 
     def hop_indices(self) -> Iterator[int]:
         """Yield the hops in order, from 0."""

@@ -1,9 +1,11 @@
 """Rows of a shard that another rank needs: keys that its queries see, or queries for its keys.
 
-A row is a token's part of a shard. Where documents are kept apart, or placed by size, a rank needs
-few of another's rows. Both ends of a message derive them from the mask, so nothing is negotiated.
+A row is a token's part of a shard. Where documents are kept apart, or under a sliding window, a
+rank needs few of another's rows. Both ends of a message derive them from the mask, so nothing is
+negotiated.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,44 @@ import torch
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask, hop_key_ranges
 from megatron_ring.kernels.attention.key_ranges import KeyRanges, copy_async
+
+MOST_READ = 0.5
+"""Of the keys under a window, the share that another rank reads below which they are sent directly.
+With more, little is saved, and a row that is forwarded enters each machine only once."""
+
+_MOST_SAMPLED = 2**14
+"""Keys that are looked at to estimate that share."""
+
+
+def are_sent_directly(layout: Layout, mask: Mask) -> bool:
+    """Return whether rows go straight from owner to reader, the same on all ranks.
+
+    So it is with separate documents, and under windows that leave most rows unread.
+    """
+    if mask.document_starts:
+        return True
+    return mask.window > 0 and share_read(layout, mask.window) < MOST_READ
+
+
+@functools.lru_cache(maxsize=64)
+def share_read(layout: Layout, window: int) -> float:
+    """Return the share of a rank's keys that another rank reads under a window; 1 for one rank.
+
+    A mean over all pairs of ranks. The key at position p is read by the queries from p to
+    p + ``window`` - 1. Of long samples, a part of the keys is counted.
+    """
+    if layout.ring_size == 1:
+        return 1.0
+    # An odd step meets every position within a stripe.
+    keys = torch.arange(0, layout.seq_length, layout.seq_length // _MOST_SAMPLED | 1)
+    reading_ranks = torch.zeros(len(keys), dtype=torch.int64)
+    for ring_rank in range(layout.ring_size):
+        queries = layout.positions(ring_rank)
+        later = torch.searchsorted(queries, keys)
+        next_query = torch.cat([queries, queries.new_tensor([layout.seq_length + window])])[later]
+        reading_ranks += next_query < keys + window
+    others = reading_ranks - 1  # its owner reads a key too
+    return int(others.sum()) / (len(keys) * (layout.ring_size - 1))
 
 
 @dataclass(frozen=True, eq=False)

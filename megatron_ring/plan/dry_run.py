@@ -7,6 +7,7 @@ tokenizer is opened, for its number of ids; of the token stores only the existen
 from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.context_parallel.visible_rows import are_sent_directly, share_read
 from megatron_ring.data.tokens import missing_files
 from megatron_ring.errors import DataError, counted
 from megatron_ring.plan.activations import inputs_gathered_again
@@ -138,10 +139,17 @@ def _ring_lines(setup: RunSettings) -> list[str]:
     for window in sorted({model.window_of(layer) for layer in range(model.num_layers)}):
         mask = Mask(window)
         name = f"window {window}" if window else "full attention"
-        hops = layout.hops(mask.reach(layout.seq_length))
         balance = _balance(layout, mask, documents)
-        lines.append(f"work             {name}: {counted(hops, 'hop')}, {balance}")
+        lines.append(f"work             {name}: {_hops(layout, mask)}, {balance}")
     return lines
+
+
+def _hops(layout: Layout, mask: Mask) -> str:
+    hops = counted(layout.ring_size, "hop")
+    if are_sent_directly(layout, mask):
+        share = share_read(layout, mask.window)
+        return f"{hops}, {share:.1%} of the keys sent, straight to the ranks that read them"
+    return hops
 
 
 def _balance(layout: Layout, mask: Mask, documents: str) -> str:

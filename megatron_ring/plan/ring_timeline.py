@@ -16,6 +16,7 @@ from megatron_ring.context_parallel.mask import (
     concatenated_positions,
     hop_key_ranges,
 )
+from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.parallel.peers import peers_in_hop
 
 
@@ -57,10 +58,10 @@ def visible_pairs_per_hop(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
 def keys_of_hop(layout: Layout, mask: Mask, ring_rank: int, hop: int) -> int:
     """Return the ring rank whose keys ``ring_rank`` has in a hop.
 
-    Around the ring it is ``hop`` ranks back; with documents, of which rows are sent directly, it
-    follows the order of parallel/peers.py.
+    Around the ring it is ``hop`` ranks back; where rows are sent directly, it follows the order of
+    parallel/peers.py.
     """
-    if mask.document_starts:
+    if are_sent_directly(layout, mask):
         return peers_in_hop(ring_rank, layout.ring_size, hop).sender
     return (ring_rank - hop) % layout.ring_size
 

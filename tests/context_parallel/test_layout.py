@@ -176,18 +176,6 @@ def test_the_widest_stripes_are_the_chunks_of_zigzag(seq_length, ring_size, stri
             assert torch.equal(striped.positions(ring_rank), zigzag.positions(ring_rank))
 
 
-# For four ranks of six tokens each: how far back a query looks, and the number of hops.
-HOPS_OF_A_CONTIGUOUS_RING = {0: 1, 1: 2, 6: 2, 7: 3, 12: 3, 13: 4, 18: 4, 19: 4, 23: 4}
-
-
-@pytest.mark.parametrize("reach", HOPS_OF_A_CONTIGUOUS_RING)
-def test_a_contiguous_ring_does_as_many_hops_as_its_queries_look_back(reach):
-    assert Layout("ring", 24, 4).hops(reach) == HOPS_OF_A_CONTIGUOUS_RING[reach]
-    assert Layout("none", 24, 1).hops(reach) == 1
-    for name, stripe in (("striped", 1), ("striped", 3), ("zigzag", 1)):
-        assert Layout(name, 24, 4, stripe).hops(reach) == 4
-
-
 # Arguments of Layout, and what the problem must state: values, nearest legal values and flags.
 PROBLEMS = {
     ("diagonal", 8, 2, 1): (

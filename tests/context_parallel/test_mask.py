@@ -122,29 +122,6 @@ def test_concatenated_samples_see_only_themselves(layout, name, samples):
     assert torch.equal(visible_BSBS, expected_BSBS)
 
 
-@pytest.mark.parametrize("name", MASKS)
-@each_layout
-def test_the_reach_of_a_mask_is_the_farthest_key_that_any_query_sees(layout, name):
-    window, lengths = MASKS[name]
-    document_BS = oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,))
-    p = torch.arange(layout.seq_length)
-    farthest = ((p[:, None] - p) * oracle.visible(document_BS, window)).max()
-    assert mask_of(document_BS, window).reach(layout.seq_length) == farthest
-
-
-@pytest.mark.parametrize("name", MASKS)
-@each_layout
-def test_no_key_is_visible_in_hops_that_are_cut(layout, name):
-    window, lengths = MASKS[name]
-    mask = mask_of(oracle.documents(2, layout.seq_length, lengths or (layout.seq_length,)), window)
-    for hop in range(layout.hops(mask.reach(layout.seq_length)), layout.ring_size):
-        for rank in range(layout.ring_size):
-            assert (
-                hop_key_ranges(layout, rank, (rank - hop) % layout.ring_size, mask).visible_pairs
-                == 0
-            )
-
-
 WHOLE = Tiling(rows=8, split_triangles=False)
 ALL, BUT_FIRST, BUT_LAST = slice(0, 8), slice(1, 8), slice(0, 7)
 FIRST_HALF, SECOND_HALF = slice(0, 4), slice(4, 8)

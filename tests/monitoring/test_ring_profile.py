@@ -15,6 +15,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.hop_cost import backward_bytes, queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.context_parallel.visible_rows import are_sent_directly, visible_keys
 from megatron_ring.kernels.attention import KERNELS, reference
 from megatron_ring.monitoring.ring_profile import recording
 from megatron_ring.monitoring.ring_profile.hop_statistics import (
@@ -32,6 +33,7 @@ from megatron_ring.monitoring.ring_profile.trace import COMPUTE_THREAD, ClockOff
 from megatron_ring.parallel.collectives import ProcessGroups
 from megatron_ring.parallel.consensus import Consensus
 from megatron_ring.parallel.grid import Grid
+from megatron_ring.parallel.peers import peers_in_hop
 from megatron_ring.parallel.progress import Direction, ProgressTracker
 from megatron_ring.parallel.ring_log import Event
 from megatron_ring.plan.communication import ring_tensors
@@ -179,19 +181,31 @@ def test_an_empty_log_sums_to_zero():
 def test_each_hop_sends_the_planned_bytes(size, case, profiles):
     name, window, groups = case
     layout = Layout(name, 24 * size, size)
-    hops = layout.hops(Mask(window).reach(layout.seq_length))
+    if are_sent_directly(layout, Mask(window)):
+        assert_read_rows_are_sent(layout, window, [of_rank[case][0] for of_rank in profiles[size]])
+        return
     q_BLHD, kv_2BLGD = ring_tensors(config(groups), Grid(ring=size), layout, torch.float32)
     lighter = min(backward_bytes(q_BLHD, kv_2BLGD).values())
     accumulators = (q_BLHD if queries_are_lighter(q_BLHD, kv_2BLGD) else kv_2BLGD).nbytes
-    unused = [0] * (size - hops)
-    forward = [kv_2BLGD.nbytes] * (hops - 1) + [0]
+    forward = [kv_2BLGD.nbytes] * (size - 1) + [0]
     backward = [0]
-    if hops > 1:
-        backward = [lighter - accumulators, *[lighter] * (hops - 2), accumulators]
+    if size > 1:
+        backward = [lighter - accumulators, *[lighter] * (size - 2), accumulators]
     for of_rank in profiles[size]:
         sums, _ = of_rank[case]
-        assert sums.bytes_2R.tolist() == [forward + unused, backward + unused]
-        assert (sums.compute_2R > 0).tolist() == [[True] * hops + [False] * len(unused)] * 2
+        assert sums.bytes_2R.tolist() == [forward, backward]
+        assert (sums.compute_2R > 0).all()
+
+
+def assert_read_rows_are_sent(layout: Layout, window: int, sums: list) -> None:
+    """Each hop starts the exchange for the next, with the keys that its receiver reads."""
+    for rank, of_rank in enumerate(sums):
+        receivers = [
+            peers_in_hop(rank, layout.ring_size, hop).receiver for hop in range(1, layout.ring_size)
+        ]
+        rows = [len(visible_keys(layout, receiver, rank, Mask(window))) for receiver in receivers]
+        bytes_of_row = of_rank.bytes_2R[0].sum() / max(1, sum(rows))
+        assert of_rank.bytes_2R[0].tolist() == [bytes_of_row * n for n in [*rows, 0]]
 
 
 @pytest.mark.parametrize("size", [2, 3])

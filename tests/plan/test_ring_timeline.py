@@ -6,6 +6,7 @@ import torch
 from benchmarks.document_packs import random_starts
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import CAUSAL, Mask
+from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.parallel.peers import peers_in_hop
 from megatron_ring.plan.ring_timeline import (
     Timeline,
@@ -40,7 +41,7 @@ def is_visible(query: int, key: int, mask: Mask) -> bool:
 @pytest.mark.parametrize("layout", SMALL, ids=str)
 def test_the_work_of_a_hop_is_its_visible_pairs(layout, mask):
     def keys_of(rank: int, hop: int) -> int:
-        if mask.document_starts:
+        if are_sent_directly(layout, mask):
             return peers_in_hop(rank, layout.ring_size, hop).sender
         return (rank - hop) % layout.ring_size
 
