@@ -65,7 +65,7 @@ class Diverged(MegatronRingError):
 
 
 class RingStalled(MegatronRingError):
-    """A neighbour in the ring died, or kept this process waiting longer than --ring-timeout.
+    """A rank of the ring died, or kept this process waiting longer than --ring-timeout.
 
     The job has to be restarted with --load; steps since the last checkpoint are lost. At inference:
     another rank ended.

@@ -183,9 +183,10 @@ def test_scientific_notation_without_a_point_is_a_number(yaml):
     assert load_yaml(yaml("training: {min_lr: auto}")).training.min_lr == "auto"
 
 
+@pytest.mark.filterwarnings("error")
 def test_deepspeed_keys_come_from_the_file_only_and_are_unchanged(yaml):
     """Although some share names with flags and with each other."""
-    extra = "{lr: 5, tensorboard: {enabled: true}, csv_monitor: {enabled: true}}"
+    extra = "{tensorboard: {enabled: true}, lr: 5, csv_monitor: {enabled: true}}"
     config = parse(["--config", yaml(f"training: {{deepspeed: {extra}}}"), "--lr", "7"])
     assert config.training.lr == 7.0
     assert config.training.deepspeed == {

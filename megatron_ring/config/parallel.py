@@ -46,7 +46,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline-parallel size P: number of stages that the layers are divided into."""
     ring_timeout: int = 600
-    """Seconds that a rank waits for a neighbour in the ring. Then every rank reports its progress,
+    """Seconds that a rank waits for another one of its ring. Then every rank reports its progress,
     and the job ends with exit code 76. Must exceed the longest legitimate stall (load, save,
     compile). Time in which the process is suspended does not count. On CUDA this holds for a rank
     that has ended or does not respond; if all respond, torch aborts a minute later with its own

@@ -7,6 +7,7 @@ reported with the nearest known name.
 
 import difflib
 import sys
+import warnings
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -54,13 +55,16 @@ def parse_flags(defaults: Options, arguments: list[str], console: bool = True) -
     kind = type(defaults)
     flags = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(tyro.conf.AvoidSubcommands[kind])
     try:
-        return tyro.cli(
-            flags,
-            default=defaults,
-            args=arguments,
-            description=kind.__doc__,
-            console_outputs=console,
-        )
+        with warnings.catch_warnings():
+            # tyro cannot check pydantic's recursive JsonValue; load_yaml has validated the values.
+            warnings.filterwarnings("ignore", message="Skipping type check against")
+            return tyro.cli(
+                flags,
+                default=defaults,
+                args=arguments,
+                description=kind.__doc__,
+                console_outputs=console,
+            )
     except SystemExit as leaving:
         if leaving.code and console:
             _print_hints(arguments)

@@ -66,7 +66,7 @@ def forward(
     """
     state = RunningSoftmax.empty(q_BLHD)
     keys = _TravellingKeys(kv_2BLGD, ring)
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(keys.source):
         keys.start_ahead(hop)
         if (key_ranges := keys.key_ranges(hop)) is not None:
             inputs = HopInputs(q_BLHD, *keys.held_2BnGD, key_ranges, ring.scale)
@@ -87,7 +87,7 @@ def backward_sending_keys(
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     keys = _TravellingKeys(own_2BLGD, ring)
     gradients = _ReturningGradients(own_dkv_2BLGD, _KV_DIM, keys)
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(keys.source):
         keys.start_ahead(hop)
         groups = all_groups if hop else first_groups
         dkv_2BnGD = gradients.zeros(hop) if hop else own_dkv_2BLGD
@@ -114,7 +114,7 @@ def backward_sending_queries(
     own_dq_BLHD = zero_accumulators(own.q_BLHD)
     queries = _TravellingQueries(own, ring)
     gradients = _ReturningGradients(own_dq_BLHD, _Q_DIM, queries)
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(queries.source):
         queries.start_ahead(hop)
         groups = all_groups if hop else first_groups
         dq_BnHD = gradients.zeros(hop) if hop else own_dq_BLHD
@@ -150,6 +150,10 @@ class _Travelling:
     def peers(self, hop: int) -> Peers:
         """Return the ring ranks that get this rank's rows in ``hop``, and whose rows it gets."""
         raise NotImplementedError
+
+    def source(self, hop: int) -> int:
+        """Return the ring rank whose rows are held in ``hop``."""
+        return self.peers(hop).sender
 
     def start_ahead(self, hop: int) -> None:
         """As ``hop`` begins, start the exchanges of the next hops; nothing after the last."""

@@ -81,7 +81,7 @@ def exchanges_in_flight(hops: int) -> int:
 
     As many hops may a rank be ahead of those that it exchanges with. Each needs buffers of up to a
     shard, which are small where there are many hops: at most a 32nd of the sample is added. Fewer
-    than 32 hops gain nothing by a second exchange (docs/decisions/0027).
+    than 32 hops gain nothing by a second exchange (docs/decisions/0029).
     """
     return 1 + hops // 32
 

@@ -120,7 +120,11 @@ def backward(
 
 def _hops(ring: Ring) -> Iterator[_Hop]:
     blocks_per_rank = BLOCKS // ring.layout.ring_size
-    for hop in ring.hop_indices():
+
+    def source(hop: int) -> int:
+        return (ring.ring_rank - _ORDER[hop * blocks_per_rank]) % ring.layout.ring_size
+
+    for hop in ring.hop_indices(source):
         start = hop * blocks_per_rank
         offsets = _ORDER[start : start + blocks_per_rank]
         next_offset = _ORDER[(start + blocks_per_rank) % BLOCKS]

@@ -42,7 +42,7 @@ def forward(
     if ring.sends_directly:
         return direct.forward(q_BLHD, kv_2BLGD, ring)
     state = RunningSoftmax.empty(q_BLHD)
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(ring.keys_of):
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
         key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
         ring.kernel.forward(HopInputs(q_BLHD, *kv_2BLGD, key_ranges, ring.scale), state)
@@ -91,7 +91,7 @@ def _forward_whole(
     """Compute the only hop with one call of the kernel's operator; None if it takes several."""
     inputs = HopInputs(q_BLHD, *kv_2BLGD, ring.own_key_ranges, ring.scale)
     if (results := call_whole(ring.kernel, "forward_whole", inputs)) is not None:
-        ring.on_hop(0, 1)
+        ring.on_hop(0, 1, ring.ring_rank)
     return results
 
 
@@ -104,7 +104,7 @@ def _backward_whole(
     results = call_whole(ring.kernel, "backward_whole", inputs, *after_inputs)
     if results is None:
         return None
-    ring.on_hop(0, 1)
+    ring.on_hop(0, 1, ring.ring_rank)
     dq_BLHD, dk_BLGD, dv_BLGD = results
     return dq_BLHD.contiguous(), torch.stack((dk_BLGD, dv_BLGD))
 
@@ -117,7 +117,7 @@ def _send_keys(
     own_dkv_2BLGD = zero_accumulators(own_2BLGD)
     kv_2BLGD = own_2BLGD
     returning = None
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(ring.keys_of):
         in_flight = ring.send_kv_or_q(kv_2BLGD, hop, distance=1)
         dkv_2BLGD = zero_accumulators(kv_2BLGD) if hop else own_dkv_2BLGD
         key_ranges = ring.key_ranges(ring.ring_rank, ring.keys_of(hop))
@@ -144,7 +144,7 @@ def _send_queries(
     if ring.hops > 1:
         payload = (own.q_BLHD, own.dout_BLHD, own.lse_BHL, delta_of(own.out, own.dout_BLHD))
         message = pack_bytes(payload)
-    for hop in ring.hop_indices():
+    for hop in ring.hop_indices(ring.queries_of):
         in_flight = ring.send_kv_or_q(message, hop, distance=-1)
         dq_BLHD = zero_accumulators(own.q_BLHD) if hop else own_dq_BLHD
         key_ranges = ring.key_ranges(ring.queries_of(hop), ring.ring_rank)

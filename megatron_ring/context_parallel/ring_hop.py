@@ -49,7 +49,8 @@ class Ring:
 
     Attributes:
         exchange: None in a ring of one rank.
-        on_hop: called with (hop, hops) as each hop begins, for monitoring.
+        on_hop: called with (hop, hops, source) as each hop begins, for monitoring; source is the
+            ring rank whose keys, or queries, are processed in it.
         sends_queries: given q and kv, whether backward sends the queries rather than the keys.
         splits_own_work: whether backward keeps half of the work on the rank's own keys until the
             last message is in flight, at the price of more kernel calls (docs/decisions/0013).
@@ -65,7 +66,7 @@ class Ring:
     scale: float
     exchange: Exchange | None
     mask: Mask = CAUSAL
-    on_hop: Callable[[int, int], object] = lambda hop, hops: None
+    on_hop: Callable[[int, int, int], object] = lambda hop, hops, source: None
     sends_queries: Callable[[torch.Tensor, torch.Tensor], bool] = queries_are_lighter
     splits_own_work: bool = True
     sends_all_rows: bool = False
@@ -83,10 +84,13 @@ class Ring:
         """Number of hops: one for each rank of the ring."""
         return self.layout.ring_size if self.exchange else 1
 
-    def hop_indices(self) -> Iterator[int]:
-        """Yield the hops in order, from 0."""
+    def hop_indices(self, source: Callable[[int], int]) -> Iterator[int]:
+        """Yield the hops in order, from 0.
+
+        ``source`` returns the ring rank whose keys, or queries, are processed in a hop.
+        """
         for hop in range(self.hops):
-            self.on_hop(hop, self.hops)
+            self.on_hop(hop, self.hops, source(hop))
             yield hop
 
     def keys_of(self, hop: int) -> int:

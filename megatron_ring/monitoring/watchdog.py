@@ -1,7 +1,7 @@
 """The watchdog: turns a stall of the ring into a diagnosis by every rank and the end of the job.
 
-A thread checks once a second how long this process has waited for a neighbour in the ring. After
-``--ring-timeout``, or as soon as a neighbour is lost, it alarms all other processes. Each of them
+A thread checks once a second how long this process has waited for another rank of its ring. After
+``--ring-timeout``, or as soon as such a rank is lost, it alarms all other processes. Each of them
 prints one line with its own progress, the rank that it waits for and the end of the chain of waits,
 and exits with the code of RingStalled, so that the job can be restarted. Only waits in the ring
 count.
@@ -9,7 +9,7 @@ count.
 A process that has been outside the ring for long, in computation, a checkpoint or an all-reduce,
 checks whether the next rank of its ring is alive. That rank counts as dead if its process is gone,
 or if its host, which was reachable before, refuses the connection. Silence, or a network without a
-route, counts only after half of ``--ring-timeout``. While the neighbour responds, a stall cannot be
+route, counts only after half of ``--ring-timeout``. While that rank responds, a stall cannot be
 distinguished from work, and is left to torch's own timeout.
 
 Time in which this process was suspended (``scontrol suspend``, ``docker pause``, SIGSTOP) does not
@@ -163,7 +163,7 @@ class Watchdog:
         self.intercom.close()
 
     def _exit_if_peer_lost(self) -> None:
-        """End the process if its neighbour is lost, or if a peer's alarm follows shortly."""
+        """End the process if a rank of the ring is lost, or if a peer's alarm follows shortly."""
         progress = self.read()
         if progress.waits_for != NO_RANK:
             self._suspect = progress.waits_for

@@ -3,7 +3,7 @@
 A ring has two communicators. Rank r sends on number r % 2, so that what a rank sends to its
 neighbour and what it receives do not queue behind each other, and neighbours post in an order that
 cannot deadlock. Where both directions use the same number, as at the link that closes a ring of odd
-size, a rank posts them as one batch (docs/decisions/0003).
+size or in many direct exchanges (peers.py), a rank posts them as one batch (docs/decisions/0003).
 
 Within a machine, with gloo, the communicators carry only tickets for messages (same_machine.py).
 On CUDA each has a stream of its own, on which a message waits for what was posted before it and for
@@ -40,7 +40,7 @@ RingLinks = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 @dataclass(frozen=True)
 class RingTransfer:
-    """One exchange in flight: a tensor being sent around the ring, and its like being received.
+    """One exchange in flight: a tensor being sent to one rank, another received from one.
 
     Attributes:
         works: (global rank of the peer, operation) pairs to wait for.
@@ -197,8 +197,8 @@ class RingExchange:
     def _post(self, ops: list[dist.P2POp]) -> list[tuple[int, dist.Work]]:
         """Start the operations; does not block.
 
-        If a neighbour has died, gloo raises either here or in the wait, so both are recorded as
-        waiting for that neighbour.
+        If the other rank has died, gloo raises either here or in the wait, so both are recorded as
+        waiting for it.
         """
         with self.progress.posting_to(ops[0].peer):
             works = dist.batch_isend_irecv(ops)

@@ -180,9 +180,13 @@ class ProgressTracker:
         self._write("hop", 0, 0, left, NO_RANK)
         self._add_host_time(left - entered)
 
-    def begin_hop(self, hop: int, hops: int) -> None:
-        """Record that ``hop``, counted from 0 as in the ring, begins."""
+    def begin_hop(self, hop: int, hops: int, source: int) -> None:
+        """Record that ``hop``, counted from 0 as in the ring, begins.
+
+        source: the ring rank whose keys, or queries if these travel, are processed.
+        """
         self._write("hop", hop + 1, hops, self._log(Event.HOP, hop + 1, hops), NO_RANK)
+        self._log(Event.SOURCE, source, at_last_mark=True)
 
     @contextlib.contextmanager
     def waiting_for(self, global_rank: int, follows_wait: bool = False) -> Iterator[None]:

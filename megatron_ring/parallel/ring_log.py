@@ -24,6 +24,7 @@ class Event(IntEnum):
     LEFT = 6  # the pass ended
     OPTIMIZING = 7  # the optimizer's step began
     OPTIMIZED = 8  # the optimizer's step ended
+    SOURCE = 9  # after HOP. a: the ring rank whose keys, or queries, the hop processes
 
 
 # What the time of passes without their waits follows from.

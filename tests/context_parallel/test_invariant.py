@@ -186,3 +186,23 @@ def test_real_ranks_have_the_bits_of_one_process():
             local = layout.positions(rank)
             expected = oracle.Attention(*(x[:, local] for x in whole[:4]), whole.lse[..., local])
             assert differing_fields(result, expected) == []
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_monitoring_gets_the_rank_from_which_keys_have_travelled(size):
+    sources = []
+    layout = Layout("striped", 8 * size, size)
+    mask = Mask(document_starts=(0, 9))
+    ring = ring_loop.Ring(
+        layout,
+        ring_rank=1,
+        kernel=reference,
+        scale=1.0,
+        exchange=object(),
+        mask=mask,
+        on_hop=lambda hop, hops, source: sources.append(source),
+    )
+    travelled = [hop.distance for hop in invariant._hops(ring)]
+    assert sorted(sources) == list(range(size))
+    after = [(source - distance) % size for source, distance in zip(sources, travelled)]
+    assert after == [*sources[1:], 1]

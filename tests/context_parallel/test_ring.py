@@ -1,5 +1,6 @@
 """The ring loop in simulated rings: exact for every layout, with the intended exchanges."""
 
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -297,3 +298,56 @@ def test_backward_computes_while_any_message_travels(groups):
 def test_if_messages_are_fast_all_own_keys_come_first(groups):
     events = events_of_backward(Layout("striped", 8, 2), groups, splits_own_work=False)
     assert events == ["start 0", ALL, "wait 0", ALL, "start 1", "wait 1"]
+
+
+class _SourceRecordingKernel:
+    """The reference kernel, which records the owner of the rows of each call beside the source.
+
+    Rows have their owner's number in every element of k, and those of q 100 more.
+    """
+
+    def __init__(self, travels: str):
+        self._travels = travels
+        self._of_thread = threading.local()
+        self.forward_pairs: list[tuple[int, int]] = []
+        self.backward_pairs: list[tuple[int, int]] = []
+
+    def on_hop(self, hop: int, hops: int, source: int) -> None:
+        self._of_thread.source = source
+
+    def forward(self, inputs: HopInputs, *rest) -> None:
+        owner = int(inputs.k_BLGD.flatten()[0])
+        self.forward_pairs.append((self._of_thread.source, owner))
+        reference.forward(inputs, *rest)
+
+    def backward(self, inputs: HopInputs, *rest) -> None:
+        rows = inputs.k_BLGD if self._travels == "keys" else inputs.q_BLHD - 100
+        self.backward_pairs.append((self._of_thread.source, int(rows.flatten()[0])))
+        reference.backward(inputs, *rest)
+
+
+@pytest.mark.parametrize("travels", ["keys", "queries"])
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(document_starts=(0,))], ids=["around", "directly"])
+@pytest.mark.parametrize("ring_size", [2, 3, 4, 6, 8])
+def test_monitoring_gets_the_rank_whose_rows_a_hop_processes(ring_size, mask, travels):
+    layout = Layout("striped", 2 * ring_size, ring_size)
+    owner_S = torch.arange(2 * ring_size) % ring_size
+    _, k_BSGD, *rest = oracle.random_inputs(1, 2 * ring_size, heads=1, groups=1)
+    k_BSGD = owner_S[None, :, None, None].expand_as(k_BSGD).to(k_BSGD.dtype)
+    kernel = _SourceRecordingKernel(travels)
+    simulated_ring.run(
+        layout,
+        kernel,
+        k_BSGD + 100,
+        k_BSGD,
+        *rest,
+        mask=mask,
+        on_hop=kernel.on_hop,
+        sends_queries=lambda q, kv: travels == "queries",
+        splits_own_work=False,
+    )
+    # Among striped tokens every rank's queries see some keys of every rank.
+    for pairs in (kernel.forward_pairs, kernel.backward_pairs):
+        expected = sorted(rank for rank in range(ring_size) for _ in range(ring_size))
+        assert sorted(source for source, _ in pairs) == expected
+        assert [source for source, _ in pairs] == [owner for _, owner in pairs]

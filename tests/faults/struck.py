@@ -91,9 +91,9 @@ def _in_kernel(fault: Fault) -> None:
     begin_hop = ProgressTracker.begin_hop
     current = None
 
-    def note_position(progress: ProgressTracker, hop: int, hops: int) -> None:
+    def note_position(progress: ProgressTracker, hop: int, hops: int, source: int) -> None:
         nonlocal current
-        begin_hop(progress, hop, hops)
+        begin_hop(progress, hop, hops, source)
         current = progress.read()[:4]
 
     def intercept(compute: Callable[..., None]) -> Callable[..., None]:

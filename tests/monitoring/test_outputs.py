@@ -78,9 +78,7 @@ def test_a_trace_replaces_an_earlier_trace_and_no_other_file(tmp_path):
     assert "Set --profile-ring-trace" in problem
     assert index.read_bytes() == b"MRIDX" + bytes(100)
     step = trace.StepLog(StepTime(1, 0, 0.1, 0.0, False), np.zeros((0, 4), np.int64))
-    earlier.write_text(
-        trace.as_json([trace.RankLog(0, "node", trace.ClockOffset(0, 0), [0], [step])])
-    )
+    earlier.write_text(trace.as_json([trace.RankLog(0, "node", trace.ClockOffset(0, 0), [step])]))
     (tmp_path / "empty.json").touch()
     for path in (earlier, tmp_path / "empty.json", tmp_path / "new.json"):
         check_outputs(LoggingConfig(profile_ring_trace=str(path)))

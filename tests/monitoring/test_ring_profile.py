@@ -100,12 +100,11 @@ def profile_slow_rank(
 ) -> dict:
     KERNELS["profiled"] = SlowKernel() if rank == 1 else reference
     progress = ProgressTracker.with_work(log_rows=1000)
-    ring = list(range(world_size))
     stragglers = StragglerDetector(progress, 1.25, consensus)
     recorders = {
-        "complete": TraceRecorder(str(folder / f"{world_size}.json"), 1, ring, consensus),
-        "cut short": TraceRecorder(str(folder / f"{world_size}-short.json"), 5, ring, consensus),
-        "unwritable": TraceRecorder("/dev/null/trace.json", 1, ring, consensus),
+        "complete": TraceRecorder(str(folder / f"{world_size}.json"), 1, consensus),
+        "cut short": TraceRecorder(str(folder / f"{world_size}-short.json"), 5, consensus),
+        "unwritable": TraceRecorder("/dev/null/trace.json", 1, consensus),
     }
     reports = []
     lines = {name: [] for name in recorders}
@@ -308,7 +307,7 @@ def test_rank_0_reports_the_trace_when_it_is_complete_or_the_run_ends(size, prof
 
 
 def test_a_run_too_short_for_a_trace_reports_that():
-    recorder = TraceRecorder("trace.json", 1, [0], consensus=None)
+    recorder = TraceRecorder("trace.json", 1, consensus=None)
     log = StepLog(StepTime(1, 0, 1.0, 0.0, ends_log_interval=True), None)
     assert recorder.add(log) == []
     assert recorder.add(log) == []

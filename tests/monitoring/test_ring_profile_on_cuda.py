@@ -279,7 +279,7 @@ def test_nothing_is_recorded_between_steps(make_ring):
 def test_a_full_log_takes_no_more_events(make_ring):
     ring = make_ring(2)
     devices = [Device(rank) for rank in range(2)]
-    trackers = [make_tracker(device, rows=5) for device in devices]
+    trackers = [make_tracker(device, rows=6) for device in devices]
     ring.run(devices, trackers, ring.profiled_step)
     for device, tracker in zip(devices, trackers):
         assert device.recorded == 1 + 5
@@ -333,7 +333,7 @@ def test_the_trace_is_on_one_clock_and_every_arrow_goes_forward_in_time(message,
         rows = ring.profiled_step(device, tracker)
         timing = StepTime(3, began, (device.host_time() - began) / 1e9, 0.0, True)
         offset = ClockOffset(-device.clock_skew, 0)
-        return RankLog(device.ring_rank, "node", offset, list(range(size)), [StepLog(timing, rows)])
+        return RankLog(device.ring_rank, "node", offset, [StepLog(timing, rows)])
 
     logs = ring.run(devices, trackers, body)
     events = json.loads(as_json(logs))["traceEvents"]

@@ -75,7 +75,7 @@ def test_layers_of_a_stage_are_recorded_with_their_index_in_the_whole_model(
 def test_a_wait_is_recorded_until_it_ends():
     progress = ProgressTracker()
     with progress.in_ring(5, Direction.BACKWARD):
-        progress.begin_hop(1, 4)
+        progress.begin_hop(1, 4, source=2)
         with progress.waiting_for(2):
             waiting = progress.read()._replace(seconds=0)
             assert waiting == ProgressSnapshot(0, 5, Direction.BACKWARD, 2, 4, 0, waits_for=2)
@@ -97,7 +97,7 @@ def test_a_wait_that_raises_stays_recorded():
 
 def test_seconds_restart_with_every_hop_and_every_wait():
     progress = ProgressTracker()
-    progress.begin_hop(0, 2)
+    progress.begin_hop(0, 2, source=0)
     progress.buffer[ProgressSnapshot._fields.index("seconds")] -= 10**10
     assert 10 <= progress.read().seconds < 20
     with progress.waiting_for(0):
@@ -106,7 +106,7 @@ def test_seconds_restart_with_every_hop_and_every_wait():
 
 def test_trackers_of_one_buffer_share_their_progress():
     progress = ProgressTracker()
-    ProgressTracker(progress.buffer).begin_hop(2, 3)
+    ProgressTracker(progress.buffer).begin_hop(2, 3, source=1)
     assert progress.read().hop == 3
 
 
@@ -115,19 +115,19 @@ def test_work_is_the_time_of_a_pass_without_its_waits(monkeypatch):
     progress = ProgressTracker.with_work()
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
     with progress.in_ring(0, Direction.FORWARD):  # at 100
-        progress.begin_hop(0, 1)
-        with progress.waiting_for(1):  # from 120 to 130
+        progress.begin_hop(0, 1, source=0)
+        with progress.waiting_for(1):  # from 130 to 140
             pass
     progress.add_products(7)
-    assert progress.work == RingWork(nanoseconds=140 - 100 - 10, products=7)
+    assert progress.work == RingWork(nanoseconds=150 - 100 - 10, products=7)
 
 
 def test_all_events_are_logged(monkeypatch):
     moments = iter(range(100, 200, 10))
-    progress = ProgressTracker.with_work(log_rows=9)
+    progress = ProgressTracker.with_work(log_rows=10)
     monkeypatch.setattr("time.monotonic_ns", lambda: next(moments))
     with progress.in_ring(5, Direction.BACKWARD):
-        progress.begin_hop(1, 4)
+        progress.begin_hop(1, 4, source=2)
         send_row = progress.record_send(1000, receiver=3)
         with progress.waiting_for(2):
             pass
@@ -137,29 +137,30 @@ def test_all_events_are_logged(monkeypatch):
     assert progress.log.rows.tolist() == [
         [100, Event.ENTERED, 5, Direction.BACKWARD],
         [110, Event.HOP, 2, 4],
-        [120, Event.SENT, 1000, 3],
-        [130, Event.WAITING, 2, 0],
-        [140, Event.WAITED, 0, 0],
-        [150, Event.RECEIVED, 2, 2],
-        [160, Event.LEFT, 0, 0],
-        [170, Event.OPTIMIZING, 0, 0],
-        [180, Event.OPTIMIZED, 0, 0],
+        [120, Event.SOURCE, 2, 0],
+        [130, Event.SENT, 1000, 3],
+        [140, Event.WAITING, 2, 0],
+        [150, Event.WAITED, 0, 0],
+        [160, Event.RECEIVED, 3, 2],
+        [170, Event.LEFT, 0, 0],
+        [180, Event.OPTIMIZING, 0, 0],
+        [190, Event.OPTIMIZED, 0, 0],
     ]
 
 
 def test_rows_that_do_not_fit_into_the_log_are_counted():
-    progress = ProgressTracker.with_work(log_rows=2)
+    progress = ProgressTracker.with_work(log_rows=4)
     for hop in range(3):
-        progress.begin_hop(hop, 3)
-    assert progress.log.rows[:, 2].tolist() == [1, 2]
-    assert progress.log.missed == 1
+        progress.begin_hop(hop, 3, source=hop)
+    assert progress.log.rows[:, 2].tolist() == [1, 0, 2, 1]
+    assert progress.log.missed == 2
     progress.log.clear()
     assert len(progress.log.rows) == progress.log.missed == 0
 
 
 def test_trackers_of_one_buffer_share_their_log():
     progress = ProgressTracker.with_work(log_rows=1)
-    ProgressTracker(progress.buffer).begin_hop(2, 3)
+    ProgressTracker(progress.buffer).begin_hop(2, 3, source=1)
     assert progress.log.rows[0, 1:].tolist() == [Event.HOP, 3, 3]
 
 

@@ -33,9 +33,9 @@ from megatron_ring.parallel.progress import ProgressTracker
 from megatron_ring.parallel.ring_log import WORK_EVENTS, Event
 from megatron_ring.settings.run_settings import RunSettings
 
-# Log rows of a hop: its start, and for each of two transfers a post, a completion and up to four
-# waits of two rows.
-_ROWS_PER_HOP = 1 + 2 * (2 + 4 * 2)
+# Log rows of a hop: its start and source, and for each of two transfers a post, a completion and up
+# to four waits of two rows.
+_ROWS_PER_HOP = 2 + 2 * (2 + 4 * 2)
 _ROWS_PER_PASS = 2
 _ROWS_PER_OPTIMIZER_STEP = 2
 
@@ -133,9 +133,8 @@ class _Profile:
         self._rings = setup.grid.members("ring")
         self._recorder: TraceRecorder | None = None
         if logging.profile_ring_trace:
-            own_ring = next(ring for ring in self._rings if consensus.rank in ring)
             self._recorder = TraceRecorder(
-                logging.profile_ring_trace, logging.profile_ring_steps, own_ring, consensus
+                logging.profile_ring_trace, logging.profile_ring_steps, consensus
             )
         self._unreported: list[dict[str, Any]] = []
 

@@ -26,12 +26,11 @@ _ROUND_TRIPS = 16
 class TraceRecorder:
     """Keeps the logs of ``steps`` steps, from the process's third on, and writes the trace.
 
-    Every method is collective over all processes. ring: the global ranks of this process's ring.
+    Every method is collective over all processes.
     """
 
-    def __init__(self, file: str, steps: int, ring: list[int], consensus: Consensus):
+    def __init__(self, file: str, steps: int, consensus: Consensus):
         self._file = Path(file)
-        self._ring = ring
         self._consensus = consensus
         self._to_skip = _SKIPPED_STEPS
         self._to_record = steps
@@ -64,7 +63,7 @@ class TraceRecorder:
 
     def _write(self) -> list[str]:
         offset = clock_offset(self._consensus)
-        own = RankLog(self._consensus.rank, socket.gethostname(), offset, self._ring, self._logs)
+        own = RankLog(self._consensus.rank, socket.gethostname(), offset, self._logs)
         gathered = [None] * self._consensus.ranks if own.rank == 0 else None
         dist.gather_object(own, gathered, group=self._consensus.group, group_dst=0)
         if gathered is None:

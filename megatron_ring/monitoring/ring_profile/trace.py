@@ -64,34 +64,30 @@ class StepLog(NamedTuple):
     time: StepTime
     rows: np.ndarray
 
-    def spans(self, ring: list[int], rank: int) -> Iterator[Span]:
+    def spans(self) -> Iterator[Span]:
         """Yield the step's spans: the step itself, its data wait, then those of the log."""
         began = self.time.began
         yield Span("step", began, began + round(self.time.seconds * 1e9), {"step": self.time.step})
         yield Span("data", began, began + round(self.time.data_seconds * 1e9), {})
-        yield from log_spans(self.rows, ring, rank)
+        yield from log_spans(self.rows)
 
 
 class RankLog(NamedTuple):
-    """One rank's contribution to a trace; ring: the global ranks of its ring."""
+    """One rank's contribution to a trace."""
 
     rank: int
     node: str
     offset: ClockOffset
-    ring: list[int]
     steps: list[StepLog]
 
     def spans(self) -> list[Span]:
         """Return the spans of all recorded steps."""
-        return [span for step in self.steps for span in step.spans(self.ring, self.rank)]
+        return [span for step in self.steps for span in step.spans()]
 
 
-def log_spans(rows: np.ndarray, ring: list[int], global_rank: int) -> Iterator[Span]:
-    """Yield the spans of a log, (rows, 4) int64, each as soon as it ends.
-
-    ring: the global ranks of this process's ring.
-    """
-    reader = _LogReader(ring, ring.index(global_rank))
+def log_spans(rows: np.ndarray) -> Iterator[Span]:
+    """Yield the spans of a log, (rows, 4) int64, each as soon as it ends."""
+    reader = _LogReader()
     for number, row in enumerate(map(Row._make, rows.tolist())):
         yield from reader.read(number, row)
 
@@ -100,21 +96,17 @@ class _LogReader:
     """Matches the rows that begin and end a span.
 
     latest: the last row of each event. in_flight: when each transfer was posted, and its
-    attributes, keyed by the number of its row. step_to_receiver: +1 if the ring sends to the next
-    rank, -1 if to the previous one.
+    attributes, keyed by the number of its row.
     """
 
-    def __init__(self, ring: list[int], ring_rank: int):
-        self.ring = ring
-        self.ring_rank = ring_rank
+    def __init__(self):
         self.latest: dict[int, Row] = {}
         self.in_flight: dict[int, tuple[int, dict[str, Any]]] = {}
-        self.step_to_receiver = 1
 
     def read(self, number: int, row: Row) -> Iterator[Span]:
         """Take row ``number``, the next of the log, and yield the spans that it ends."""
         if row.event in (Event.HOP, Event.LEFT) and (hop := self.latest.pop(Event.HOP, None)):
-            attributes = self._position(hop) | {"source": self._source(hop.a)}
+            attributes = self._position(hop) | {"source": self.latest[Event.SOURCE].a}
             yield Span("hop", hop.moment, row.moment, attributes)
         if row.event in _ENDS:
             began, kind = _ENDS[row.event]
@@ -142,18 +134,8 @@ class _LogReader:
         return position
 
     def _post(self, number: int, row: Row) -> None:
-        hop = self.latest[Event.HOP]
-        # The first message of a pass shows which way the pass sends. In a ring of two both
-        # neighbours are the same rank, and the direction does not matter.
-        if hop.a == 1:
-            next_rank = self.ring[(self.ring_rank + 1) % len(self.ring)]
-            self.step_to_receiver = 1 if row.b == next_rank else -1
-        attributes = self._position(hop) | {"bytes": row.a, "sent_to": row.b}
+        attributes = self._position(self.latest[Event.HOP]) | {"bytes": row.a, "sent_to": row.b}
         self.in_flight[number] = row.moment, attributes
-
-    def _source(self, hop: int) -> int:
-        """Return the ring rank whose keys and values, or queries, are processed in a hop."""
-        return (self.ring_rank - self.step_to_receiver * (hop - 1)) % len(self.ring)
 
 
 def as_json(ranks: list[RankLog]) -> str:
