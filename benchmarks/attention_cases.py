@@ -14,7 +14,7 @@ from megatron_ring.context_parallel.placement import place_samples
 from megatron_ring.kernels.attention import choose, stripe_widths
 from megatron_ring.kernels.attention.measured import MaskKind
 from megatron_ring.kernels.attention.registry import Feature
-from megatron_ring.plan.ring_timeline import Timeline, visible_pairs_per_hop
+from megatron_ring.plan.ring_timeline import Timeline, keys_of_hop, visible_pairs_per_hop
 
 LAYOUTS = ("ring", "striped", "zigzag")
 # Two more cases: the striped ring without the mask, and the one that places documents by size.
@@ -87,15 +87,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A ring to measure: a layout under a mask."""
+    """A ring to measure: a layout under a mask.
+
+    Attributes:
+        sends_all_rows: Whether it is the ring as published, in which all keys go around.
+    """
 
     layout: Layout
     mask: Mask
+    sends_all_rows: bool = False
 
     @functools.cached_property
     def pairs_per_hop(self) -> Timeline:
         """Visible pairs of every hop and rank."""
-        return visible_pairs_per_hop(self.layout, self.mask)
+        return visible_pairs_per_hop(self.layout, self.mask, self.sends_all_rows)
+
+    def keys_of_hop(self, ring_rank: int, hop: int) -> int:
+        """Return the ring rank whose keys ``ring_rank`` has in a hop."""
+        return keys_of_hop(self.layout, self.mask, ring_rank, hop, self.sends_all_rows)
 
 
 def select_cases(options: Options) -> dict[str, Case]:
@@ -104,7 +113,7 @@ def select_cases(options: Options) -> dict[str, Case]:
     DENSE is left out for emulated ranks.
     """
     mask = build_mask(options)
-    cases = {name: Case(_layout(name, options, mask), mask) for name in LAYOUTS}
+    cases = {name: Case(_layout(name, options, mask), mask, name == "ring") for name in LAYOUTS}
     if mask.document_starts:
         layout = _layout("striped", options, mask)
         layout = replace(layout, placement=DocumentPlacement(options.window))

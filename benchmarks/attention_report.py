@@ -106,7 +106,7 @@ def _bound(name: str, cases: dict[str, Case]) -> float:
 _COLUMNS = {
     "stripe_size": Column("stripe", 8, 0, "stripe size in tokens"),
     "seconds": Column(
-        "seconds", 10, 4, "forward and backward; of emulated ranks, the critical path"
+        "seconds", 10, 4, "forward and backward; of emulated ranks, the slowest rank of each hop"
     ),
     "speedup_over_ring": Column(
         "over ring", 11, 3, "seconds of the row ring over those of this row"
@@ -125,10 +125,10 @@ _COLUMNS = {
         "pair/dense", 12, 3, "seconds per visible pair over those of the row dense"
     ),
 }
-# The rows that are no layout of the ring, besides single, and what the others compare with.
+# Legend of the rows that are no layout of a ring, and of the row that others are compared with.
 _ROWS = {
     DENSE: "the striped ring without the mask of documents or window",
-    LIGHTER: "the contiguous ring that sends queries backward where they are fewer bytes",
+    LIGHTER: "our contiguous ring, which sends less than the published one",
     APART: "ranks that attend to documents of their own, without a ring",
     PLACED: "the striped ring whose documents are placed by size",
     "ring": "the contiguous ring as published, whose keys and values travel in both directions",

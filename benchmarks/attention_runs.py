@@ -15,6 +15,7 @@ from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.hop_cost import queries_are_lighter
 from megatron_ring.context_parallel.layout import Layout
 from megatron_ring.context_parallel.mask import Mask
+from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.kernels.attention import KERNELS, stack_to_kernel_layout, to_kernel_layout
 from megatron_ring.parallel.collectives import ProcessGroups, RingExchange
 from megatron_ring.parallel.grid import Grid
@@ -31,7 +32,10 @@ Run = Callable[[], None]
 def attention_inputs(
     options: Options, tokens: int, samples_end_to_end: int = 1
 ) -> list[torch.Tensor]:
-    """Return random q, k, v and gradient of the output, each (batch, tokens, heads, head dim)."""
+    """Return random q, k, v and gradient of the output, each (batch, tokens, heads, head dim).
+
+    With ``samples_end_to_end`` n they are (batch / n, n x tokens, heads, head dim).
+    """
     heads = (options.heads, options.kv_heads, options.head_dim)
     return random_inputs(
         samples_end_to_end * tokens,
@@ -47,11 +51,12 @@ def runs_of_rank(rank: int, options: Options) -> dict[str, Run]:
     groups = ProcessGroups.build(Grid(ring=options.nproc), rank)
     cases = select_cases(options)
     runs = {name: _ring_run(case, groups, options) for name, case in cases.items()}
-    if options.nproc > 1 and _sends_queries(options):
+    ring = cases["ring"]
+    if options.nproc > 1 and (_sends_queries(options) or are_sent_directly(ring.layout, ring.mask)):
         runs[LIGHTER] = runs["ring"]
-        runs["ring"] = _published_run(cases["ring"], groups, options)
-    if _documents_end_with_shards(cases["ring"]):
-        runs[APART] = _apart_run(rank, cases["ring"], options)
+        runs["ring"] = _published_run(ring, groups, options)
+    if _documents_end_with_shards(ring):
+        runs[APART] = _apart_run(rank, ring, options)
     runs[SINGLE] = single_run(options, options.nproc) if rank == 0 else lambda: None
     return runs
 

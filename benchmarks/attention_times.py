@@ -24,7 +24,7 @@ from megatron_ring.kernels.attention import (
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import RunningSoftmax
 from megatron_ring.parallel.environment import free_port, keep_freed_memory
-from megatron_ring.plan.ring_timeline import Timeline, keys_of_hop
+from megatron_ring.plan.ring_timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Times:
     """Measured times; both dicts are empty if nothing was timed.
 
     Attributes:
-        seconds: Seconds by the name of the case, and of the single process as SINGLE.
+        seconds: Seconds by the name of the case or of another row of attention_runs.py. Of emulated
+            ranks the time in lockstep, and of SINGLE that of the process over the ranks.
         hops: Seconds of every hop by the name of the case; emulated ranks only.
     """
 
@@ -100,7 +101,7 @@ def seconds_on_all_ranks(run: Run, device: str) -> float:
 
 
 def _emulate(options: Options, cases: dict[str, Case]) -> Times:
-    """Return each layout's critical path and hop times.
+    """Return each layout's time in lockstep and hop times.
 
     The time of the single process is divided by the number of ranks.
     """
@@ -116,7 +117,7 @@ def _emulate(options: Options, cases: dict[str, Case]) -> Times:
     for name in cases:
         of_rounds = torch.stack([of_round[name] for of_round in work])
         hops[name] = Timeline(of_rounds.median(dim=0).values)
-    seconds = {name: timeline.critical_path for name, timeline in hops.items()}
+    seconds = {name: timeline.lockstep_time for name, timeline in hops.items()}
     seconds[SINGLE] = statistics.median(single_seconds) / options.emulate_ranks
     return Times(seconds, hops)
 
@@ -133,7 +134,7 @@ def _emulated_round(
     ranks = range(ring_size)
     for hop, rank, (name, case) in itertools.product(ranks, ranks, cases.items()):
         if case.pairs_per_hop.work_RR[hop, rank]:
-            source = keys_of_hop(case.layout, case.mask, rank, hop)
+            source = case.keys_of_hop(rank, hop)
             key_ranges = hop_key_ranges(case.layout, rank, source, case.mask)
             work[name][hop, rank] = time_hop(key_ranges)
     return work

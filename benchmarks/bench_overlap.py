@@ -266,7 +266,7 @@ def _operations_per_pair(options: Options) -> list[int]:
 
 def _flops_per_second(options: Options, shard: Shard, seconds: Sequence[float]) -> list[float]:
     """Return the kernel's operations per second, forward and backward."""
-    pairs = visible_pairs_per_hop(shard.layout).critical_path
+    pairs = visible_pairs_per_hop(shard.layout).lockstep_time
     per_pair = _operations_per_pair(options)
     return [work * pairs / spent for work, spent in zip(per_pair, seconds)]
 

@@ -36,7 +36,7 @@ from megatron_ring.context_parallel.sample_blocks import (
     SampleBlocks,
 )
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
-from megatron_ring.parallel.peers import receivers_TR, senders_TR
+from megatron_ring.parallel.peers import receivers_RR, senders_RR
 from megatron_ring.plan.placement_simulation import Simulation, Traffic, simulate
 
 COLUMNS = {
@@ -127,19 +127,19 @@ def count(
         simulations["placed"] = simulate(blocks, placement.owners, costs)
     for name, simulation in simulations.items():
         row = _row(simulation, simulations["tokens"], simulations["spread"])
-        row["tiles"] = float(simulation.tiles_TR.sum() / blocks.tiles.sum())
+        row["tiles"] = float(simulation.tiles_RR.sum() / blocks.tiles.sum())
         yield name, row | ({"milliseconds": milliseconds} if name == "placed" else {})
 
 
 def _row(simulation: Simulation, tokens: Simulation, spread: Simulation) -> dict[str, float]:
-    tiles = simulation.tiles_TR.sum(0)
-    query_tiles = simulation.query_tiles_TR.sum()
+    tiles = simulation.tiles_RR.sum(0)
+    query_tiles = simulation.query_tiles_RR.sum()
     return {
         "imbalance": simulation.imbalance,
         "tile_imbalance": float(tiles.max() / tiles.mean()),
         "path": simulation.critical_path() / simulation.mean,
-        "over_single_tokens": float(query_tiles / tokens.query_tiles_TR.sum()),
-        "over_spread": float(query_tiles / spread.query_tiles_TR.sum()),
+        "over_single_tokens": float(query_tiles / tokens.query_tiles_RR.sum()),
+        "over_spread": float(query_tiles / spread.query_tiles_RR.sum()),
         "forwarded": simulation.forwarded.share,
         "direct": simulation.direct.share,
         "direct_most": simulation.direct.share_of_most,
@@ -153,7 +153,7 @@ def single_tokens(starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCo
     document = np.searchsorted(starts, position, side="right") - 1
     first_key = np.array(starts)[document]
     source = np.arange(ranks)
-    senders, receivers = senders_TR(ranks), receivers_TR(ranks)
+    senders, receivers = senders_RR(ranks), receivers_RR(ranks)
     work = np.zeros((2, ranks, ranks), dtype=np.int64)
     for rank in range(ranks):
         # Rank s owns s, s + R, ...; of these, row by row, the keys [lo, hi) are visible.

@@ -172,12 +172,12 @@ def placed_positions(
 
 def estimated_time(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> float:
     """Return the critical path of a ring in which hops send directly what is read."""
-    transfer_TR = None
+    transfer_RR = None
     if costs.row:
-        transfer_TR = costs.row * blocks.rows_sent_directly(owners)
-    compute_TR = compute_time(*blocks.hop_work(owners), costs)
+        transfer_RR = costs.row * blocks.rows_sent_directly(owners)
+    compute_RR = compute_time(*blocks.hop_work(owners), costs)
     in_flight = exchanges_in_flight(blocks.ring_size)
-    return critical_path(compute_TR, transfer_TR, in_flight)
+    return critical_path(compute_RR, transfer_RR, in_flight)
 
 
 def assign(blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts) -> np.ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ring.parallel.peers import receivers_TR, senders_TR
+from megatron_ring.parallel.peers import receivers_RR, senders_RR
 
 BLOCK = 128
 """Tokens of a block: the rows of a kernel's tile of queries."""
@@ -172,7 +172,7 @@ class SampleBlocks:
         for owner in rank:
             held = holder == owner
             by_holder[owner] = self.run_rows[held] @ reads[held]
-        sent = by_holder[rank, receivers_TR(self.ring_size)]
+        sent = by_holder[rank, receivers_RR(self.ring_size)]
         sent[0] = 0
         return sent
 
@@ -210,7 +210,7 @@ class SampleBlocks:
 
 
 def critical_path(
-    compute_TR: np.ndarray, transfer_TR: np.ndarray | None = None, in_flight: int = 1
+    compute_RR: np.ndarray, transfer_RR: np.ndarray | None = None, in_flight: int = 1
 ) -> float:
     """Return when the last rank of a ring with direct messages has finished.
 
@@ -220,21 +220,21 @@ def critical_path(
     a rank happen one after another.
 
     Args:
-        compute_TR: Time that each rank computes in each hop, (hops, ranks).
-        transfer_TR: Time that each rank sends for each hop, alike; 0 for the first.
+        compute_RR: Time that each rank computes in each hop, (hops, ranks).
+        transfer_RR: Time that each rank sends for each hop, alike; 0 for the first.
     """
-    hops, ranks = compute_TR.shape
-    begins_TR = np.zeros((hops, ranks))
+    hops, ranks = compute_RR.shape
+    begins_RR = np.zeros((hops, ranks))
     exchanged = np.zeros(ranks)  # when the rank's last exchange was over
     for hop in range(1, hops):
-        ends = begins_TR[hop - 1] + compute_TR[hop - 1]
-        ready = np.maximum(begins_TR[max(hop - in_flight, 0)], exchanged)
-        sent = np.maximum(ready, ready[receivers_TR(ranks)[hop]])
-        if transfer_TR is not None:
-            sent = sent + transfer_TR[hop]
-        exchanged = np.maximum(sent, sent[senders_TR(ranks)[hop]])
-        begins_TR[hop] = np.maximum(ends, exchanged)
-    return float((begins_TR[-1] + compute_TR[-1]).max())
+        ends = begins_RR[hop - 1] + compute_RR[hop - 1]
+        ready = np.maximum(begins_RR[max(hop - in_flight, 0)], exchanged)
+        sent = np.maximum(ready, ready[receivers_RR(ranks)[hop]])
+        if transfer_RR is not None:
+            sent = sent + transfer_RR[hop]
+        exchanged = np.maximum(sent, sent[senders_RR(ranks)[hop]])
+        begins_RR[hop] = np.maximum(ends, exchanged)
+    return float((begins_RR[-1] + compute_RR[-1]).max())
 
 
 def compute_time(tiles: np.ndarray, query_tiles: np.ndarray, costs: HopCosts) -> np.ndarray:
@@ -255,4 +255,4 @@ def _block_of(bounds: np.ndarray, token: np.ndarray) -> np.ndarray:
 
 def _by_hop(by_source: np.ndarray) -> np.ndarray:
     """Turn (query rank, key rank) into (hop, query rank)."""
-    return by_source[np.arange(len(by_source)), senders_TR(len(by_source))]
+    return by_source[np.arange(len(by_source)), senders_RR(len(by_source))]

@@ -35,7 +35,7 @@ def peers_at_distance(ring_rank: int, ring_size: int, distance: int) -> Peers:
 def peers_in_hop(ring_rank: int, ring_size: int, hop: int) -> Peers:
     """Return the peers of a rank in a hop of the order described above; itself in hop 0."""
     return Peers(
-        int(receivers_TR(ring_size)[hop, ring_rank]), int(senders_TR(ring_size)[hop, ring_rank])
+        int(receivers_RR(ring_size)[hop, ring_rank]), int(senders_RR(ring_size)[hop, ring_rank])
     )
 
 
@@ -50,18 +50,18 @@ def group_sizes(ring_size: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def senders_TR(ring_size: int) -> np.ndarray:
+def senders_RR(ring_size: int) -> np.ndarray:
     """Return the rank from which each rank receives in each hop: (hops, ranks) int64."""
-    return _peers_TR(ring_size, towards=-1)
+    return _peers_RR(ring_size, towards=-1)
 
 
 @functools.lru_cache(maxsize=8)
-def receivers_TR(ring_size: int) -> np.ndarray:
+def receivers_RR(ring_size: int) -> np.ndarray:
     """Return the rank to which each rank sends in each hop: (hops, ranks) int64."""
-    return _peers_TR(ring_size, towards=1)
+    return _peers_RR(ring_size, towards=1)
 
 
-def _peers_TR(ring_size: int, towards: int) -> np.ndarray:
+def _peers_RR(ring_size: int, towards: int) -> np.ndarray:
     hop = np.arange(ring_size)[:, None]
     rank = np.arange(ring_size)
     peers = np.zeros((ring_size, ring_size), dtype=np.int64)

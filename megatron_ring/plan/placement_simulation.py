@@ -23,7 +23,7 @@ from megatron_ring.context_parallel.sample_blocks import (
 class Traffic:
     """Rows that leave each rank in each hop, (hops, ranks), and the length of the sample."""
 
-    rows_TR: np.ndarray
+    rows_RR: np.ndarray
     seq_length: int
 
     @property
@@ -32,21 +32,21 @@ class Traffic:
 
         0 for a ring of one rank, which sends nothing.
         """
-        return float(self.rows_TR.mean(1).sum()) / self._rows_of_all if self._rows_of_all else 0.0
+        return float(self.rows_RR.mean(1).sum()) / self._rows_of_all if self._rows_of_all else 0.0
 
     @property
     def share_of_most(self) -> float:
         """The same of the rank that sends the most."""
-        return float(self.rows_TR.sum(0).max()) / self._rows_of_all if self._rows_of_all else 0.0
+        return float(self.rows_RR.sum(0).max()) / self._rows_of_all if self._rows_of_all else 0.0
 
     @property
     def hops_left_out(self) -> int:
         """The number of hops after the first for which no rank sends anything."""
-        return int((self.rows_TR[1:].sum(1) == 0).sum())
+        return int((self.rows_RR[1:].sum(1) == 0).sum())
 
     @property
     def _rows_of_all(self) -> float:
-        ranks = self.rows_TR.shape[1]
+        ranks = self.rows_RR.shape[1]
         return self.seq_length / ranks * (ranks - 1)
 
 
@@ -55,31 +55,31 @@ class Simulation:
     """A ring over one sample, counted.
 
     Attributes:
-        tiles_TR: Tiles visited in each hop by each rank, (hops, ranks).
-        query_tiles_TR: Query tiles with work in each hop of each rank.
+        tiles_RR: Tiles visited in each hop by each rank, (hops, ranks).
+        query_tiles_RR: Query tiles with work in each hop of each rank.
         forwarded, direct: The rows that travel either way.
     """
 
     costs: HopCosts
-    tiles_TR: np.ndarray
-    query_tiles_TR: np.ndarray
+    tiles_RR: np.ndarray
+    query_tiles_RR: np.ndarray
     forwarded: Traffic
     direct: Traffic
 
     @property
-    def compute_TR(self) -> np.ndarray:
+    def compute_RR(self) -> np.ndarray:
         """What each rank's work costs in each hop, without communication."""
-        return compute_time(self.tiles_TR, self.query_tiles_TR, self.costs)
+        return compute_time(self.tiles_RR, self.query_tiles_RR, self.costs)
 
     @property
     def mean(self) -> float:
         """The work of a rank on average."""
-        return float(self.compute_TR.sum(0).mean())
+        return float(self.compute_RR.sum(0).mean())
 
     @property
     def imbalance(self) -> float:
         """The work of the slowest rank over the mean."""
-        return float(self.compute_TR.sum(0).max()) / self.mean
+        return float(self.compute_RR.sum(0).max()) / self.mean
 
     def critical_path(self, with_transfers: bool = False) -> float:
         """Return the time until the last rank has finished, if rows are sent directly.
@@ -87,9 +87,9 @@ class Simulation:
         See ``sample_blocks.critical_path``. ``with_transfers``: with the time of messages as in
         ``costs.row``, else as if it were none.
         """
-        transfer_TR = self.costs.row * self.direct.rows_TR if with_transfers else None
-        in_flight = exchanges_in_flight(len(self.compute_TR))
-        return critical_path(self.compute_TR, transfer_TR, in_flight)
+        transfer_RR = self.costs.row * self.direct.rows_RR if with_transfers else None
+        in_flight = exchanges_in_flight(len(self.compute_RR))
+        return critical_path(self.compute_RR, transfer_RR, in_flight)
 
 
 def simulate(blocks: SampleBlocks, owners: np.ndarray, costs: HopCosts) -> Simulation:

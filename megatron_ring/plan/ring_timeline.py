@@ -1,8 +1,10 @@
-"""Work of every rank in every hop in visible pairs, its critical path, and bounds that follow.
+"""Work of every rank in every hop in visible pairs, its time in lockstep, and bounds that follow.
 
-A hop ends when its slowest rank has finished, so a ring takes the sum over hops of the slowest
-rank. Under the contiguous layout that is nearly R full hops; a balanced one has R half-full hops:
-balancing speeds the ring up by at most 2 - 1/R (Brandon et al. 2023, section 3.3).
+If all ranks began a hop together, a ring would take the sum over hops of the slowest rank. Under
+the contiguous layout that is nearly R full hops; a balanced one has R half-full hops: balancing
+speeds the ring up by at most 2 - 1/R (Brandon et al. 2023, section 3.3). Where hops are uneven a
+ring takes less, since a rank waits only for those it exchanges with
+(context_parallel/sample_blocks.py, ``critical_path``).
 """
 
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ class Timeline:
     work_RR: torch.Tensor
 
     @property
-    def critical_path(self) -> float:
-        """The sum over hops of the slowest rank's work."""
+    def lockstep_time(self) -> float:
+        """The sum over hops of the slowest rank's work: an upper bound of the ring's time."""
         return float(self.work_RR.max(dim=1).values.sum())
 
     @property
@@ -40,28 +42,35 @@ class Timeline:
     @property
     def gain_of_balance(self) -> float:
         """The speed-up if every rank had an equal share of every hop's work."""
-        return self.critical_path / float(self.work_RR.sum(dim=0).mean())
+        return self.lockstep_time / float(self.work_RR.sum(dim=0).mean())
 
 
-def visible_pairs_per_hop(layout: Layout, mask: Mask = CAUSAL) -> Timeline:
-    """Return the visible (query, key) pairs of every hop and rank."""
+def visible_pairs_per_hop(
+    layout: Layout, mask: Mask = CAUSAL, sends_all_rows: bool = False
+) -> Timeline:
+    """Return the visible (query, key) pairs of every hop and rank.
+
+    ``sends_all_rows`` as in ``Ring``.
+    """
     ranks = range(layout.ring_size)
 
     def pairs(rank: int, hop: int) -> int:
-        source = keys_of_hop(layout, mask, rank, hop)
+        source = keys_of_hop(layout, mask, rank, hop, sends_all_rows)
         return hop_key_ranges(layout, rank, source, mask).visible_pairs
 
     work = [[pairs(rank, hop) for rank in ranks] for hop in ranks]
     return Timeline(torch.tensor(work, dtype=torch.float64))
 
 
-def keys_of_hop(layout: Layout, mask: Mask, ring_rank: int, hop: int) -> int:
+def keys_of_hop(
+    layout: Layout, mask: Mask, ring_rank: int, hop: int, sends_all_rows: bool = False
+) -> int:
     """Return the ring rank whose keys ``ring_rank`` has in a hop.
 
     Around the ring it is ``hop`` ranks back; where rows are sent directly, it follows the order of
-    parallel/peers.py.
+    parallel/peers.py. ``sends_all_rows`` as in ``Ring``.
     """
-    if are_sent_directly(layout, mask):
+    if are_sent_directly(layout, mask) and not sends_all_rows:
         return peers_in_hop(ring_rank, layout.ring_size, hop).sender
     return (ring_rank - hop) % layout.ring_size
 

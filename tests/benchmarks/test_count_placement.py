@@ -45,13 +45,13 @@ def test_single_tokens_are_counted_as_the_kernels_lists_of_tiles_say():
             peers = peers_in_hop(rank, 4, hop)
             ranges = hop_key_ranges(layout, rank, peers.sender, mask)
             listed = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
-            assert counted.tiles_TR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
-            assert counted.query_tiles_TR[hop, rank] == len(listed.start)
+            assert counted.tiles_RR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
+            assert counted.query_tiles_RR[hop, rank] == len(listed.start)
             rows = len(visible_keys(layout, peers.receiver, rank, mask)) if hop else 0
-            assert counted.direct.rows_TR[hop, rank] == rows
+            assert counted.direct.rows_RR[hop, rank] == rows
     # A document of n tokens sends n - 1, n - 2 and n - 3 of them to the ranks after.
     lengths = np.diff([*starts, 2048])
-    assert counted.direct.rows_TR.sum() == np.maximum(lengths - [[1], [2], [3]], 0).sum()
+    assert counted.direct.rows_RR.sum() == np.maximum(lengths - [[1], [2], [3]], 0).sum()
 
 
 @pytest.mark.parametrize(

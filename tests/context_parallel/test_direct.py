@@ -114,11 +114,11 @@ def test_a_rank_sends_the_rows_that_are_read_and_no_others(groups):
     layout, mask, placement = placed_pack(ring_size, 16 * BLOCK * ring_size)
     inputs = oracle.random_inputs(1, layout.seq_length, 2, groups, torch.float32, head_size)
     exchanges = simulated_ring.run(layout, reference, *inputs, mask=mask).exchanges
-    rows_TR = placement.blocks.rows_sent_directly(placement.owners)
+    rows_RR = placement.blocks.rows_sent_directly(placement.owners)
     bytes_of_row = 2 * groups * head_size * 4
     sent_RT = np.array(exchanges.forward)
-    assert np.array_equal(sent_RT, bytes_of_row * rows_TR[1:].T)
-    assert 0 < rows_TR.sum() < 0.7 * layout.seq_length * (ring_size - 1)
+    assert np.array_equal(sent_RT, bytes_of_row * rows_RR[1:].T)
+    assert 0 < rows_RR.sum() < 0.7 * layout.seq_length * (ring_size - 1)
     if groups == 1:  # Keys of a hop are as many bytes as their gradients, which go back.
         for rank, sent in enumerate(exchanges.backward):
             keys, gradients = sent[:1] + sent[1:-1:2], sent[2:-1:2] + sent[-1:]

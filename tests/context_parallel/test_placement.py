@@ -68,7 +68,7 @@ def test_the_work_of_a_hop_is_what_the_kernels_lists_of_tiles_say(sample):
     starts, _, ring_size, window = sample
     mask = Mask(window, starts)
     for placement in placements(sample)[::3]:
-        tiles_TR, query_tiles_TR = placement.blocks.hop_work(placement.owners)
+        tiles_RR, query_tiles_RR = placement.blocks.hop_work(placement.owners)
         positions = [placement.positions(rank) for rank in range(ring_size)]
         for rank in range(ring_size):
             for hop in range(ring_size):
@@ -76,9 +76,9 @@ def test_the_work_of_a_hop_is_what_the_kernels_lists_of_tiles_say(sample):
                 first = mask.first_visible(positions[rank])
                 ranges = compute_key_ranges(positions[rank], keys, first)
                 listed = tile_list(ranges.lo, ranges.hi, BLOCK, BLOCK)
-                assert tiles_TR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
-                assert query_tiles_TR[hop, rank] == len(listed.start)
-        assert tiles_TR.sum() == placement.blocks.tiles.sum()
+                assert tiles_RR[hop, rank] == (-(-listed.columns // BLOCK)).sum()
+                assert query_tiles_RR[hop, rank] == len(listed.start)
+        assert tiles_RR.sum() == placement.blocks.tiles.sum()
 
 
 @settings(max_examples=12, deadline=None)
@@ -257,7 +257,7 @@ def test_placed_packs_are_even_in_every_hop_and_send_less(ring_size, most_rows):
         rows.append(placed.direct.share)
         if placement:
             assert placed.imbalance <= 1.02
-            assert placed.tiles_TR.sum() == blocks.tiles.sum()
+            assert placed.tiles_RR.sum() == blocks.tiles.sum()
             paths.append(placed.critical_path() / placed.mean)
     assert len(paths) >= 6
     assert np.mean(paths) <= 1.03

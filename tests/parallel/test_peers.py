@@ -8,8 +8,8 @@ from megatron_ring.parallel.peers import (
     group_sizes,
     peers_at_distance,
     peers_in_hop,
-    receivers_TR,
-    senders_TR,
+    receivers_RR,
+    senders_RR,
 )
 
 each_size = pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 6, 7, 8, 12, 30, 64])
@@ -18,10 +18,10 @@ each_size = pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 6, 7, 8, 12, 30, 6
 @each_size
 def test_every_rank_meets_every_other_once_and_begins_with_itself(ring_size):
     ranks = np.arange(ring_size)
-    for peers_TR in (senders_TR(ring_size), receivers_TR(ring_size)):
-        assert (peers_TR[0] == ranks).all()
-        assert (np.sort(peers_TR, axis=0) == ranks[:, None]).all()
-        assert (np.sort(peers_TR, axis=1) == ranks).all()
+    for peers_RR in (senders_RR(ring_size), receivers_RR(ring_size)):
+        assert (peers_RR[0] == ranks).all()
+        assert (np.sort(peers_RR, axis=0) == ranks[:, None]).all()
+        assert (np.sort(peers_RR, axis=1) == ranks).all()
 
 
 @each_size
@@ -38,19 +38,19 @@ def test_the_first_hops_stay_within_groups_of_neighbours(ring_size):
     sizes = group_sizes(ring_size)
     assert sizes[-1] == ring_size
     for size in sizes:
-        groups_TR = senders_TR(ring_size)[:size] // size
-        assert (groups_TR == np.arange(ring_size) // size).all()
+        groups_RR = senders_RR(ring_size)[:size] // size
+        assert (groups_RR == np.arange(ring_size) // size).all()
 
 
 def test_powers_of_two_exchange_pairs():
     assert peers_in_hop(5, 8, 3) == Peers(6, 6)
-    assert (senders_TR(16) == np.arange(16)[:, None] ^ np.arange(16)).all()
+    assert (senders_RR(16) == np.arange(16)[:, None] ^ np.arange(16)).all()
     assert group_sizes(16) == [2, 4, 8, 16]
 
 
 def test_other_sizes_rotate_digit_by_digit():
     assert group_sizes(12) == [2, 4, 12]
-    assert senders_TR(3).tolist() == [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
+    assert senders_RR(3).tolist() == [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
     # 11 is the digits 1, 1, 2 of 2, 2 and 3; hop 5 is 1, 0, 1.
     assert peers_in_hop(11, 12, 5) == Peers(receiver=2, sender=6)
 

@@ -26,8 +26,8 @@ def test_one_document_over_contiguous_shards_sends_rows_to_later_ranks_only():
     assert ring.forwarded.share == ring.direct.share
     assert ring.direct.share_of_most == 1
     # Forwarded, rank 2 sends the rows of ranks 0 and 1 besides its own, as far as rank 3.
-    assert ring.forwarded.rows_TR.sum(0).tolist() == [BLOCK, 2 * BLOCK, 3 * BLOCK, 0]
-    assert ring.direct.rows_TR.sum(0).tolist() == [3 * BLOCK, 2 * BLOCK, BLOCK, 0]
+    assert ring.forwarded.rows_RR.sum(0).tolist() == [BLOCK, 2 * BLOCK, 3 * BLOCK, 0]
+    assert ring.direct.rows_RR.sum(0).tolist() == [3 * BLOCK, 2 * BLOCK, BLOCK, 0]
     assert ring.imbalance == pytest.approx(4 / 2.5)
 
 
@@ -35,8 +35,8 @@ def test_forwarded_rows_pass_ranks_that_do_not_read_them():
     blocks = SampleBlocks.of(np.array([0, 2 * BLOCK, 3 * BLOCK]), 4 * BLOCK, 4)
     owners = np.array([0, 3, 1, 2])
     ring = simulate(blocks, owners, COSTS)
-    assert ring.direct.rows_TR.sum() == BLOCK
-    assert ring.forwarded.rows_TR.sum() == 3 * BLOCK
+    assert ring.direct.rows_RR.sum() == BLOCK
+    assert ring.forwarded.rows_RR.sum() == 3 * BLOCK
     assert ring.direct.hops_left_out == 2
     assert ring.forwarded.hops_left_out == 0
 
@@ -47,7 +47,7 @@ def test_messages_lengthen_the_critical_path_only_where_they_are_not_hidden():
     ring = simulate(blocks, owners, COSTS)
     hidden = simulate(blocks, owners, HopCosts(tile=1, query_tile=10, row=1e-6))
     assert hidden.critical_path(with_transfers=True) == hidden.critical_path()
-    longest = ring.direct.rows_TR[1].max() * COSTS.row
+    longest = ring.direct.rows_RR[1].max() * COSTS.row
     assert ring.critical_path(with_transfers=True) >= longest
     assert ring.critical_path(with_transfers=True) > ring.critical_path()
 

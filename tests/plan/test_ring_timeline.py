@@ -69,9 +69,9 @@ def test_the_pairs_of_all_hops_add_up_to_the_causal_triangle(layout):
     )
 
 
-def test_the_critical_path_is_the_sum_of_the_slowest_ranks():
+def test_the_time_in_lockstep_is_the_sum_of_the_slowest_ranks():
     timeline = Timeline(torch.tensor([[1.0, 3.0], [5.0, 2.0]], dtype=torch.float64))
-    assert timeline.critical_path == 3 + 5
+    assert timeline.lockstep_time == 3 + 5
     assert timeline.imbalance == 6 / 5.5
     assert timeline.gain_of_balance == (3 + 5) / 5.5
 
@@ -83,7 +83,7 @@ def test_balanced_layouts_nearly_reach_the_bound_over_the_contiguous_ring(name, 
         visible_pairs_per_hop(Layout(layout, ring_size * 4096, ring_size))
         for layout in ("ring", name)
     )
-    gain, bound = ring.critical_path / balanced.critical_path, bound_over_ring(name, ring_size)
+    gain, bound = ring.lockstep_time / balanced.lockstep_time, bound_over_ring(name, ring_size)
     assert bound == 2 - 1 / ring_size
     assert 0.999 * bound < gain <= bound
 
