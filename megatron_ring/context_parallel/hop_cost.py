@@ -80,10 +80,21 @@ def exchanges_in_flight(hops: int) -> int:
     """Return how many hops ahead the exchanges of a ring with direct messages (direct.py) start.
 
     As many hops may a rank be ahead of those that it exchanges with. Each needs buffers of up to a
-    shard, which are small where there are many hops: at most a 32nd of the sample is added. Fewer
+    shard, which are small where there are many hops: those added to send are at most a 32nd of the
+    sample, as are those added to receive, and as much is added for returning gradients. Fewer
     than 32 hops gain nothing by a second exchange (docs/decisions/0029).
     """
     return 1 + hops // 32
+
+
+def direct_buffers(hops: int, in_flight: int) -> int:
+    """Return the buffers, sent and received together, of what travels in direct.py.
+
+    As many more are for the gradients that go back. A ring of few hops starts fewer exchanges than
+    might be in flight.
+    """
+    exchanges = hops - 1
+    return min(in_flight, exchanges) + min(in_flight + 1, exchanges)
 
 
 def queries_are_lighter(q_BLHD: torch.Tensor, kv_2BLGD: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ring.config import Config
+from megatron_ring.context_parallel.hop_cost import direct_buffers, exchanges_in_flight
 from megatron_ring.model.shapes import layer_shapes
 from megatron_ring.parallel.grid import Grid
 from megatron_ring.plan.parameters import share
@@ -220,7 +221,7 @@ def _backward_through_ring(
     follow: of the keys, or of the queries with their outputs' gradients, lse and delta, whichever
     are fewer bytes. With more than two ranks a rank's own sums wait for those besides the sums of
     current hop. ``sends_rows``: documents are kept apart, so the rows that others read are copied
-    to a message, at most all of them.
+    to a message, at most all of them, and several exchanges are in flight in a long ring.
     """
     fp32_factor = _FP32 / dtype.itemsize
     queries_sum = fp32_factor * x.queries
@@ -230,8 +231,9 @@ def _backward_through_ring(
     of_queries = (2 * x.queries + 2 * x.lse, queries_sum)
     message, sums = min(of_keys, of_queries, key=sum)
     in_transfer = 0.0
-    if grid.ring > 1:
-        in_transfer = 2 * (message + sums)
-    if grid.ring > 2:
-        in_transfer += sums + sends_rows * message
+    if sends_rows:
+        buffers = direct_buffers(grid.ring, exchanges_in_flight(grid.ring))
+        in_transfer = buffers * (message + sums)
+    elif grid.ring > 1:
+        in_transfer = 2 * (message + sums) + (grid.ring > 2) * sums
     return x.queries + queries_sum + keys_sum + max(cast, in_transfer)

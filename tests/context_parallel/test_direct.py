@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ring.context_parallel import direct
+from megatron_ring.context_parallel.hop_cost import direct_buffers
 from megatron_ring.context_parallel.layout import DocumentPlacement, Layout
 from megatron_ring.context_parallel.mask import Mask
 from megatron_ring.context_parallel.placement import Placement, place_samples
 from megatron_ring.context_parallel.sample_blocks import SampleBlocks
 from megatron_ring.kernels.attention import KERNELS, reference
+from megatron_ring.parallel.message_buffers import RowBuffers
 from megatron_ring.parallel.peers import peers_in_hop
 from tests import oracle, simulated_ring
 from tests.fast_kernels import FAST_KERNELS
@@ -151,3 +154,36 @@ def test_every_read_row_is_sent_where_one_document_is_all_there_is():
     )
     assert sum(map(sum, one.forward)) <= sum(map(sum, forwarded.forward))
     assert sum(map(sum, one.backward)) <= sum(map(sum, forwarded.backward))
+
+
+@pytest.mark.parametrize("travels", ["keys", "queries"])
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+@pytest.mark.parametrize("ring_size", [2, 3, 6])
+def test_a_ring_has_as_many_message_buffers_as_the_memory_plan_counts(
+    ring_size, in_flight, travels, monkeypatch
+):
+    made = []
+
+    class Counted(RowBuffers):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(direct, "RowBuffers", Counted)
+    # The first block of every rank is a document of its own, so no shard is sent as a whole, which
+    # takes no buffer.
+    starts = tuple(range(0, BLOCK * ring_size + 1, BLOCK))
+    blocks = SampleBlocks.of(np.array(starts), 4 * BLOCK * ring_size, ring_size, block=BLOCK)
+    placement = Placement(blocks, np.tile(np.arange(ring_size), 4))
+    mask = Mask(document_starts=starts, placements=(placement,))
+    simulated_ring.run(
+        Layout("striped", blocks.seq_length, ring_size),
+        reference,
+        *oracle.random_inputs(1, blocks.seq_length, 1, 1, torch.float32),
+        mask=mask,
+        sends_queries=lambda q, kv: travels == "queries",
+        exchanges_in_flight=lambda hops: in_flight,
+    )
+    # Of keys forward, of what travels backward, and of its gradients.
+    planned = 3 * ring_size * direct_buffers(ring_size, in_flight)
+    assert sum(len(buffers._buffers) for buffers in made) == planned
