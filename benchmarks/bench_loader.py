@@ -28,7 +28,7 @@ import tyro
 
 from benchmarks.common import check_outputs, table_head, table_row, write_json
 from megatron_ring.context_parallel.layout import Layout
-from megatron_ring.data.bin_packing import FITS
+from megatron_ring.data.bin_packing import PACKERS
 from megatron_ring.data.document_boundaries import DocumentBoundaries
 from megatron_ring.data.loader import Loader
 from megatron_ring.data.samples import SampleStream
@@ -40,7 +40,7 @@ from megatron_ring.errors import ConfigError, counted, not_positive, reporting_e
 KIB = 2**10
 VOCAB_SIZE = 32_000
 END_OF_DOCUMENT = 0
-KINDS = ("concatenate", *FITS)
+KINDS = ("concatenate", *PACKERS)
 
 
 @dataclass(frozen=True)

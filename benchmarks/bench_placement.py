@@ -6,7 +6,7 @@
 
 Runs on CPUs with gloo and one thread per rank: attention over one packed sample, forward and
 backward, with and without --document-placement auto. With separate documents both send only the
-rows of keys that another rank reads. First the link's limit is searched at which stripes take
+rows that another rank needs. First the link's limit is searched at which stripes take
 --slowdown times as long as over the unlimited link; then both are timed, over both links, in
 alternation. Medians of rounds are reported, and of the ratios within rounds.
 """
@@ -67,7 +67,7 @@ class Options:
     """Head dim."""
     rounds: int = 7
     """Timed rounds, after one warm-up round."""
-    card: str = INTERFACE
+    interface: str = INTERFACE
     """Network interface to limit; it must be in a network namespace of this rank alone."""
     json: str = ""
     """Also write the results to this file."""
@@ -168,14 +168,14 @@ def _attention_run(
 def _find_limit(options: Options, run: Callable[[], None]) -> float:
     """Return the limit in megabits per second at which ``run`` takes ``slowdown`` times as long.
 
-    It is halved in between on a logarithmic scale; the same on every rank, as the times are.
+    By bisection on a logarithmic scale; the same on every rank, as the times are.
     """
-    _set_limit(None, options.card)
+    _set_limit(None, options.interface)
     wanted = options.slowdown * _median_seconds(run)
     low, high = _LOWEST_MBIT, _HIGHEST_MBIT
     for _ in range(_SEARCH_STEPS):
         middle = (low * high) ** 0.5
-        _set_limit(middle, options.card)
+        _set_limit(middle, options.interface)
         low, high = (middle, high) if _median_seconds(run) > wanted else (low, middle)
     return (low * high) ** 0.5
 
@@ -198,7 +198,7 @@ def _measure(
     for turn in range(options.rounds + 1):
         order = random.Random(turn)  # the same on every rank
         for limit in order.sample(limits, len(limits)):
-            _set_limit(limit, options.card)
+            _set_limit(limit, options.interface)
             seconds = {}
             for name in order.sample(list(runs), len(runs)):
                 runs[name]()  # not timed, as above

@@ -25,7 +25,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.document_histogram import PUBLISHED, read_histogram
-from megatron_ring.data.bin_packing import FITS
+from megatron_ring.data.bin_packing import PACKERS
 from megatron_ring.data.sample_assignment import by_work, imbalance, in_order, visible_pairs
 from megatron_ring.data.whole_documents import cut
 from megatron_ring.errors import ConfigError, not_positive, reporting_errors
@@ -89,7 +89,7 @@ def count(
     """Yield each packing's name and its row; no imbalance if the samples fill no step."""
     document_of_piece, begins = cut(lengths, seq_length)
     pieces = np.minimum(lengths[document_of_piece] - begins, seq_length)
-    for packing, fit in FITS.items():
+    for packing, fit in PACKERS.items():
         packs = fit(pieces, seq_length)
         work = np.array([visible_pairs(pieces[packs[n]]) for n in range(len(packs))])
         shuffled = np.random.default_rng(0).permutation(work)

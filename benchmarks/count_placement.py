@@ -4,7 +4,7 @@
 
 Needs no GPU: packs are drawn from a histogram of document lengths, and everything is counted in
 tiles of 128 x 128 (context_parallel/sample_blocks.py, plan/placement_simulation.py). Time is in
-the units of plan/placement_cost.py; with --query-tile-cost in tiles.
+the units of context_parallel/placement_cost.py; with --query-tile-cost in tiles.
 
 Rows: "tokens" are single tokens in turn, "spread" stripes of 128, "placed" the placement. "worst"
 is the largest value of the placement over the packs, all else are means over them.
@@ -116,7 +116,7 @@ def count(
     blocks = SampleBlocks.of(np.array(starts), tokens, ranks)
     simulations = {
         "tokens": single_tokens(starts, tokens, ranks, costs),
-        "spread": simulate(blocks, blocks.spread(), costs),
+        "spread": simulate(blocks, blocks.stripes(), costs),
         "zigzag": simulate(blocks, blocks.zigzag(), costs),
         "contiguous": simulate(blocks, blocks.contiguous(), costs),
     }
@@ -168,8 +168,8 @@ def single_tokens(starts: tuple[int, ...], tokens: int, ranks: int, costs: HopCo
     # The tokens after a row are on the ranks after its own, so either way it is sent to as many.
     ends = np.append(starts[1:], tokens)[document]
     sent = np.zeros((ranks, ranks))
-    for ranks_on in range(1, ranks):
-        sent[ranks_on] = (ends - position > ranks_on).reshape(-1, ranks).sum(0)
+    for distance in range(1, ranks):
+        sent[distance] = (ends - position > distance).reshape(-1, ranks).sum(0)
     directly = sent[(receivers - source) % ranks, source]
     return Simulation(costs, *work, Traffic(sent, tokens), Traffic(directly, tokens))
 

@@ -2,8 +2,8 @@
 
 Masks of separate documents do, and those of windows that are shorter than a shard or two.
 
-In every hop a rank computes with one other, its sender in that hop's order (parallel/peers.py), and
-only rows that are needed are sent:
+In every hop a rank has one receiver and one sender (parallel/peers.py), and only rows that are
+needed are sent:
 
     keys travel       keys to the receiver of the hop, their gradients back to the sender
     queries travel    queries to the sender, their gradients back to the receiver (backward only)
@@ -191,8 +191,8 @@ class _TravellingKeys(_Travelling):
     """Sends this rank's keys to their readers, and holds those that its queries see in a hop."""
 
     def __init__(self, own_2BLGD: torch.Tensor, ring: Ring):
-        of_own_keys, of_own_queries = _rows_by_hop(visible_keys, ring)
-        super().__init__(ring, own_rows=of_own_keys, peer_rows=of_own_queries)
+        as_owner, as_reader = _rows_by_hop(visible_keys, ring)
+        super().__init__(ring, own_rows=as_owner, peer_rows=as_reader)
         self.own_2BLGD = own_2BLGD
         self.held_2BnGD = own_2BLGD
         self._allocate(own_2BLGD, _KV_DIM)
@@ -228,8 +228,8 @@ class _TravellingQueries(_Travelling):
     """Sends this rank's queries, with the tensors of their rows, to the keys that they see."""
 
     def __init__(self, own: QuerySide, ring: Ring):
-        of_own_keys, of_own_queries = _rows_by_hop(queries_with_visible_keys, ring)
-        super().__init__(ring, own_rows=of_own_queries, peer_rows=of_own_keys)
+        as_owner, as_reader = _rows_by_hop(queries_with_visible_keys, ring)
+        super().__init__(ring, own_rows=as_reader, peer_rows=as_owner)
         self.held = own
         self._payload = [
             _Payload(own.q_BLHD, _Q_DIM),
@@ -323,16 +323,15 @@ class _ReturningGradients:
 def _rows_by_hop(
     find: Callable[[Layout, int, int, Mask], VisibleRows], ring: Ring
 ) -> tuple[_RowsByHop, _RowsByHop]:
-    """Return by hop, from 1, the rows of this rank's keys and their reader, and of its queries.
+    """Return by hop, from 1, rows of (receiver's queries, own keys) and (own queries, sender's).
 
-    The reader of the own keys is the receiver of the hop, the owner of the keys that the own
-    queries see is its sender.
+    ``find`` selects which side of such a pair of queries and keys the rows are of.
     """
     layout, rank, mask = ring.layout, ring.ring_rank, ring.mask
     peers = {hop: _peers(ring, hop) for hop in range(1, ring.hops)}
-    of_own_keys = {hop: find(layout, peer.receiver, rank, mask) for hop, peer in peers.items()}
-    of_own_queries = {hop: find(layout, rank, peer.sender, mask) for hop, peer in peers.items()}
-    return of_own_keys, of_own_queries
+    as_owner = {hop: find(layout, peer.receiver, rank, mask) for hop, peer in peers.items()}
+    as_reader = {hop: find(layout, rank, peer.sender, mask) for hop, peer in peers.items()}
+    return as_owner, as_reader
 
 
 def _peers(ring: Ring, hop: int) -> Peers:

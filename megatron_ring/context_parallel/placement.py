@@ -56,7 +56,7 @@ CANDIDATES = (
 fewer rows; lower ones are better balanced in every hop."""
 
 MIN_GAIN = 0.02
-"""Share of the estimated time that a placement must save over ``spread`` to be worth it."""
+"""Share of the estimated time that a placement must save over stripes of one block."""
 
 _UNITS_PER_RANK = 8
 """Neighbouring short documents are assigned together, up to this part of a rank's blocks: their
@@ -94,7 +94,9 @@ def place_documents(
     costs: HopCosts | None = None,
     block: int = BLOCK,
 ) -> Placement | None:
-    """Return the placement with the shortest critical path; None where ``spread`` is as good.
+    """Return the placement with the shortest critical path; None where stripes are as good.
+
+    Stripes are those of one block. None for a ring of one rank too.
 
     Args:
         document_starts: Where documents begin, increasing from 0.
@@ -110,7 +112,7 @@ def place_documents(
     placements = [assign(blocks, limits, costs) for limits in CANDIDATES]
     times = [estimated_time(blocks, owners, costs) for owners in placements]
     best = int(np.argmin(times))
-    at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.spread(), costs)
+    at_most = (1 - MIN_GAIN) * estimated_time(blocks, blocks.stripes(), costs)
     return Placement(blocks, placements[best]) if times[best] <= at_most else None
 
 
@@ -191,7 +193,9 @@ def assign(blocks: SampleBlocks, limits: WholeLimits, costs: HopCosts) -> np.nda
     ranks = _ranks_of(documents, blocks, limits, costs)
     state = _Assignment(blocks, documents, ranks, costs)
     in_groups = (ranks > 1) & (ranks < blocks.ring_size)
-    units = [_Unit(first, stop, 1) for first, stop in _units(documents, ranks > 1, state.per_rank)]
+    units = [
+        _Unit(first, stop, 1) for first, stop in _units(documents, ranks > 1, state.whole_per_rank)
+    ]
     units += [
         _Unit(first, stop, int(size))
         for (first, stop), size in zip(documents[in_groups].tolist(), ranks[in_groups])
@@ -225,21 +229,23 @@ def _ranks_of(
     costs: HopCosts,
 ) -> np.ndarray:
     """Return to how many ranks each document goes, (documents,): 1, a group's, or all."""
-    per_rank = blocks.whole_blocks // blocks.ring_size
+    whole_per_rank = blocks.whole_blocks // blocks.ring_size
     weight = costs.tile * blocks.tiles + costs.query_tile
     before = np.append(0, weight.cumsum())
     work = before[documents[:, 1]] - before[documents[:, 0]]
     size = documents[:, 1] - documents[:, 0]
     mean_work = weight.sum() / blocks.ring_size
-    needed = np.maximum(size / (limits.tokens * per_rank), work / (limits.work * mean_work))
+    needed = np.maximum(size / (limits.tokens * whole_per_rank), work / (limits.work * mean_work))
     needed = needed.round(9)  # sums of floats: equal documents need equally many
     sizes = [1, *group_sizes(blocks.ring_size)]
     return np.array(sizes)[np.searchsorted(sizes, needed).clip(max=len(sizes) - 1)]
 
 
-def _units(documents: np.ndarray, distributed: np.ndarray, per_rank: int) -> list[tuple[int, int]]:
+def _units(
+    documents: np.ndarray, distributed: np.ndarray, whole_per_rank: int
+) -> list[tuple[int, int]]:
     """Return runs of blocks of neighbouring documents to assign whole, as [first, stop)."""
-    most = max(1, per_rank // _UNITS_PER_RANK)
+    most = max(1, whole_per_rank // _UNITS_PER_RANK)
     units: list[tuple[int, int]] = []
     for (first, stop), is_distributed in zip(documents.tolist(), distributed.tolist()):
         if is_distributed:
@@ -273,7 +279,7 @@ class _Assignment:
     ):
         self.ring_size = blocks.ring_size
         self.whole_blocks = blocks.whole_blocks
-        self.per_rank = blocks.whole_blocks // blocks.ring_size
+        self.whole_per_rank = blocks.whole_blocks // blocks.ring_size
         self.owners = np.full(len(blocks), -1)
         self.load = np.zeros(blocks.ring_size)
         size = documents[:, 1] - documents[:, 0]
@@ -375,7 +381,7 @@ class _Assignment:
     def distribute(self, documents: np.ndarray) -> None:
         """Distribute long documents over all ranks, the one with the most work first."""
         taken = np.bincount(self.owners[self.owners >= 0], minlength=self.ring_size)
-        free = self.per_rank - taken
+        free = self.whole_per_rank - taken
         for first, stop in sorted(documents.tolist(), key=lambda run: -self._work(*run)):
             self._distribute_run(first, stop, np.arange(self.ring_size), free)
 

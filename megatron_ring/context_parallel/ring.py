@@ -1,9 +1,10 @@
 """The ring loop: keys and values travel, each rank attends to those it holds, results merge by lse.
 
-Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). One loop serves every layout:
-the mask determines which keys the queries of a hop see, the kernel computes, the exchange moves
-tensors. In backward the keys go around once more, or the queries do if they are fewer bytes. No
-layout, device or library is named here, and a hop waits only for what the next hop needs.
+Ring Attention (Liu, Zaharia and Abbeel 2023, section 3, algorithm 1). The same loop serves every
+layout: the mask determines which keys the queries of a hop see, the kernel computes, the exchange
+moves tensors. In backward the keys go around once more, or the queries do if they are fewer bytes.
+Masks that leave most rows unread have the loops of direct.py, which ``forward`` and ``backward``
+call. No layout, device or library is named here, and a hop waits only for what the next hop needs.
 """
 
 import torch
@@ -65,11 +66,12 @@ def backward(
     A single hop that takes one call of the kernel's operator returns them as the operator does, in
     the dtype of q.
 
-    Whichever is fewer bytes goes around: K and V, or Q with the tensors of its rows. Their gradient
-    accumulators follow one hop later, from the first rank that adds to them until they are back at
-    their owner; those of the first hop stay there. Each rank adds its share once it has computed
-    its own. With ``splits_own_work``, half of the work on the rank's own keys is left until the
-    accumulators return, when there would be nothing else to compute.
+    Whichever is fewer bytes goes around, or to its readers (direct.py): K and V, or Q with the
+    tensors of its rows. Around the ring their gradient accumulators follow one hop later, from the
+    first rank that adds to them until they are back at their owner; those of the first hop stay
+    there. Each rank adds its share once it has computed its own. With ``splits_own_work``, half of
+    the work on the rank's own keys is left until the last accumulators return, when there would be
+    nothing else to compute.
 
     ``dlse`` is None if no gradient reaches the log-sum-exp.
     """

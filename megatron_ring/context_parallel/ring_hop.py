@@ -21,14 +21,17 @@ from megatron_ring.parallel.peers import Peers
 
 
 class Transfer(Protocol):
-    """One exchange in flight: a tensor being sent, and one of the same form being received."""
+    """One exchange in flight: a tensor being sent, and another being received."""
 
     def wait(self) -> torch.Tensor:
         """Return the received tensor; from now on the sent tensor may be written to."""
 
 
 class Exchange(Protocol):
-    """Sends tensors around the ring. All ranks must start the same exchanges in the same order."""
+    """Sends tensors around a ring, or between any of its ranks.
+
+    All ranks must start the same exchanges in the same order.
+    """
 
     def start(self, tensor: torch.Tensor, distance: int = 1) -> Transfer:
         """Send ``tensor`` on by ``distance`` ranks and receive its like, without blocking.
@@ -37,9 +40,9 @@ class Exchange(Protocol):
         """
 
     def start_with(self, peers: Peers, tensor: torch.Tensor, received: torch.Tensor) -> Transfer:
-        """Send ``tensor`` and receive into another, of any form, without blocking.
+        """Send ``tensor`` and receive into another, of any shape, without blocking.
 
-        Both are dense. What has no elements is not sent.
+        Both are dense. What has no elements is not sent: sender and receiver expect nothing.
         """
 
 

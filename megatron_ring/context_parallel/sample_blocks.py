@@ -115,7 +115,7 @@ class SampleBlocks:
 
     @property
     def per_rank(self) -> int:
-        """The number of blocks that each rank owns, the shorter one included."""
+        """The number of blocks that each rank owns, whole and shorter."""
         return len(self) // self.ring_size
 
     @property
@@ -128,7 +128,7 @@ class SampleBlocks:
         """The tiles that the queries of each block visit over all hops, (blocks,) int64."""
         return np.arange(len(self)) - self.first_key_block + 1
 
-    def spread(self) -> np.ndarray:
+    def stripes(self) -> np.ndarray:
         """Return the owners under ``striped`` by one block: rounds in alternating direction."""
         rounds, turn = np.divmod(np.arange(len(self)), self.ring_size)
         return np.where(rounds % 2 == 1, self.ring_size - 1 - turn, turn)

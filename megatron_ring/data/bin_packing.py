@@ -63,9 +63,9 @@ def balanced(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> Packs:
 
     Arguments and order as in ``best_fit``. Only as many packs are opened as the tokens of a window
     need at least, and one for every piece that then has room in none. The work of a pack counts the
-    pairs of a causal mask within pieces; that of a piece of ``capacity`` tokens is at its limit.
+    pairs of a causal mask within pieces; that of a piece of ``capacity`` tokens is the largest.
     """
-    return _pack_windows(_balanced, lengths, capacity, window)
+    return _pack_windows(_least_work_first, lengths, capacity, window)
 
 
 def _pack_windows(
@@ -101,7 +101,7 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return pack_of
 
 
-def _balanced(lengths: np.ndarray, capacity: int) -> np.ndarray:
+def _least_work_first(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Return the pack of each piece, (pieces,) int64; of packs with equal work the oldest is used.
 
     Pieces only get shorter, so a pack without room for one is set aside until one fits again.
@@ -130,7 +130,7 @@ def _balanced(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return pack_of
 
 
-FITS: dict[str, Callable[[np.ndarray, int], Packs]] = {
+PACKERS: dict[str, Callable[[np.ndarray, int], Packs]] = {
     "greedy": greedy,
     "best-fit": best_fit,
     "balanced": balanced,

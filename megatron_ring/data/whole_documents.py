@@ -10,14 +10,14 @@ reading those before it.
 
 import numpy as np
 
-from megatron_ring.data.bin_packing import FITS
+from megatron_ring.data.bin_packing import PACKERS
 from megatron_ring.data.stream import SampleView, Stream, shuffled
 from megatron_ring.data.tokens import TokenStore
 from megatron_ring.errors import counted
 
 
 class WholeDocumentStream(Stream):
-    """The endless stream of packs of one range of documents. ``fit`` is a name in FITS.
+    """The endless stream of packs of one range of documents. ``fit`` is a name in PACKERS.
 
     Keeps where the pieces of documents lie and the order of one epoch, O(documents + samples), and
     no tokens.
@@ -43,7 +43,7 @@ class WholeDocumentStream(Stream):
         document_of_piece, self._begins = cut(lengths, seq_length)
         self._documents = order[document_of_piece]
         piece_lengths = np.minimum(lengths[document_of_piece] - self._begins, seq_length)
-        self._packs = FITS[fit](piece_lengths, seq_length)
+        self._packs = PACKERS[fit](piece_lengths, seq_length)
         self.samples_per_epoch = len(self._packs)
         assert self.samples_per_epoch > 0, "split_documents refuses such a range"
         self.padding_share = 1 - int(lengths.sum()) / (self.samples_per_epoch * seq_length)

@@ -64,7 +64,7 @@ def _is_accepted(settings: dict[str, Any], without: str) -> bool:
 
 @contextlib.contextmanager
 def rejected_settings_as_config_error() -> Iterator[None]:
-    """Raise ConfigError for keys and values of the config's deepspeed that DeepSpeed rejects."""
+    """Raise ConfigError for extra keys and values that DeepSpeed's pydantic models reject."""
     try:
         yield
     except pydantic.ValidationError as error:
@@ -145,7 +145,7 @@ def _ignored_key_problems(recording: _RecordingDict, prefix: str) -> list[str]:
         near = difflib.get_close_matches(key, recording.looked_up, n=_MAX_SUGGESTIONS)
         nearest = f" Nearest: {', '.join(prefix + name for name in near)}." if near else ""
         problems.append(
-            f"deepspeed: {untrusted.shown(prefix + key)} is no key of DeepSpeed "
+            f"deepspeed: {untrusted.shown(prefix + key)} is not a key of DeepSpeed "
             f"{deepspeed.__version__}, which would ignore it.{nearest} Correct it {_REMEDY}"
         )
     return sorted(problems)

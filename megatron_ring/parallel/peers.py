@@ -1,12 +1,13 @@
 """Which ranks of a ring a rank sends to and receives from in one exchange.
 
 Around the ring a message goes a fixed distance. Where rows go directly from their owner to their
-readers (context_parallel/direct.py), the order in which a rank meets the others is free. In the
-order of this module neighbours come first: ranks and hops are numbers whose digits belong to the
-prime factors of the ring size, the smallest factor to the lowest digit, and in hop t every digit of
-a rank moves on by that of t, without carry. If the ring size is a power of two, rank j exchanges
-with rank j XOR t. So the first hops stay within groups of neighbouring ranks, of which all have
-equally much to do, and documents that are divided over such a group make no rank outside wait.
+readers (context_parallel/direct.py), the order in which a rank exchanges with the others is free.
+In the order of this module neighbours come first. Ranks and hops, both from 0, are written in mixed
+radix over the prime factors of the ring size, the smallest factor at the lowest digit. In hop t a
+rank sends to the rank whose digits are the sums of its own and those of t, digit by digit and
+without carry. If the ring size is a power of two, rank j exchanges with rank j XOR t. So the first
+hops stay within groups of neighbouring ranks, and documents that are divided over such groups give
+all of them work in the same hops (docs/decisions/0029).
 """
 
 import functools
@@ -43,7 +44,7 @@ def group_sizes(ring_size: int) -> list[int]:
     """Return the sizes of groups of neighbouring ranks that exchange only within themselves first.
 
     The ring size is the last: 2, 4, 8 for 8 ranks, 2, 6 for 6. A group of n starts at a multiple of
-    n, and its members meet each other in the first n hops.
+    n, and its members exchange with each other in the first n hops.
     """
     sizes = np.cumprod(_prime_factors(ring_size), dtype=int)
     return sizes.tolist() if len(sizes) else [1]

@@ -47,7 +47,7 @@ def placements(sample) -> list[Placement]:
     blocks = SampleBlocks.of(np.array(starts), length, ring_size, window)
     costs = HopCosts(), HopCosts(query_tile=5)
     all_owners = [assign(blocks, limits, cost) for limits in CANDIDATES for cost in costs]
-    return [Placement(blocks, owners) for owners in [*all_owners, blocks.spread()]]
+    return [Placement(blocks, owners) for owners in [*all_owners, blocks.stripes()]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -113,7 +113,7 @@ def test_rows_are_sent_to_the_ranks_that_read_them(sample):
 @pytest.mark.parametrize(
     ("owners", "layout"),
     [
-        ("spread", Layout("striped", 4096, 4, stripe_size=BLOCK)),
+        ("stripes", Layout("striped", 4096, 4, stripe_size=BLOCK)),
         ("zigzag", Layout("zigzag", 4096, 4)),
         ("contiguous", Layout("ring", 4096, 4)),
     ],
@@ -234,7 +234,7 @@ def test_a_placement_is_chosen_only_if_it_is_estimated_to_be_faster():
     for seed in range(3):
         starts = read_histogram().starts(32768, seed)
         blocks = SampleBlocks.of(np.array(starts), 32768, 8)
-        at_most = 0.98 * estimated_time(blocks, blocks.spread(), costs)
+        at_most = 0.98 * estimated_time(blocks, blocks.stripes(), costs)
         times = [estimated_time(blocks, assign(blocks, x, costs), costs) for x in CANDIDATES]
         placement = place_documents(starts, 32768, 8, costs=costs)
         assert (placement is not None) == (min(times) <= at_most)
@@ -253,7 +253,7 @@ def test_placed_packs_are_even_in_every_hop_and_send_less(ring_size, most_rows):
         starts = read_histogram().starts(262144, seed)
         blocks = SampleBlocks.of(np.array(starts), 262144, ring_size)
         placement = place_documents(starts, 262144, ring_size, costs=costs)
-        placed = simulate(blocks, placement.owners if placement else blocks.spread(), costs)
+        placed = simulate(blocks, placement.owners if placement else blocks.stripes(), costs)
         rows.append(placed.direct.share)
         if placement:
             assert placed.imbalance <= 1.02

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.bin_packing import FITS, Packs, balanced, best_fit, greedy
+from megatron_ring.data.bin_packing import PACKERS, Packs, balanced, best_fit, greedy
 
 CAPACITY = 12
 lengths_lists = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60).map(np.array)
@@ -43,10 +43,10 @@ def test_best_fit_packs_one_window_after_another():
     assert packed_lengths(best_fit(lengths, 12, window=2), lengths) == [[7], [7], [5, 5]]
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", PACKERS)
 @given(lengths=lengths_lists)
 def test_every_piece_is_in_one_pack_and_no_pack_is_too_full(name, lengths):
-    packs = FITS[name](lengths, CAPACITY)
+    packs = PACKERS[name](lengths, CAPACITY)
     assert sorted(packs.pieces.tolist()) == list(range(len(lengths)))
     assert packs.bounds[0] == 0
     assert packs.bounds[-1] == len(lengths)
@@ -83,7 +83,7 @@ def test_balanced_equals_a_search_through_all_packs(lengths):
 def test_balanced_packs_have_even_work_without_more_packs_than_best_fit():
     """Documents of 3 to 3,000 tokens, the longest of which have most of the work."""
     lengths = np.random.default_rng(0).lognormal(5, 1.2, 5000).astype(int).clip(3, 3000)
-    packs = {name: FITS[name](lengths, 16384) for name in ("best-fit", "balanced")}
+    packs = {name: PACKERS[name](lengths, 16384) for name in ("best-fit", "balanced")}
     work_of = {
         name: np.array([work(lengths[found[n]]) for n in range(len(found))])
         for name, found in packs.items()

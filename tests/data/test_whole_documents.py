@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.bin_packing import FITS
+from megatron_ring.data.bin_packing import PACKERS
 from megatron_ring.data.document_boundaries import IGNORE_INDEX
 from megatron_ring.data.whole_documents import WholeDocumentStream
 from megatron_ring.errors import DataError
 from tests.data.test_samples import epoch
 
 S = 6
-every_fit = pytest.mark.parametrize("fit", FITS)
+every_fit = pytest.mark.parametrize("fit", PACKERS)
 
 
 def stream_of(

@@ -43,7 +43,7 @@ def test_forwarded_rows_pass_ranks_that_do_not_read_them():
 
 def test_messages_lengthen_the_critical_path_only_where_they_are_not_hidden():
     blocks = SampleBlocks.of(np.array([0]), 8 * BLOCK, 2)
-    owners = blocks.spread()
+    owners = blocks.stripes()
     ring = simulate(blocks, owners, COSTS)
     hidden = simulate(blocks, owners, HopCosts(tile=1, query_tile=10, row=1e-6))
     assert hidden.critical_path(with_transfers=True) == hidden.critical_path()
@@ -54,6 +54,6 @@ def test_messages_lengthen_the_critical_path_only_where_they_are_not_hidden():
 
 def test_a_ring_of_one_sends_nothing():
     blocks = SampleBlocks.of(np.array([0, 5]), 2 * BLOCK, 1)
-    ring = simulate(blocks, blocks.spread(), COSTS)
+    ring = simulate(blocks, blocks.stripes(), COSTS)
     assert ring.direct.share == 0
     assert ring.critical_path() == ring.mean
