@@ -92,10 +92,10 @@ COLUMNS = {
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     check_outputs(json=options.json)
-    _check(options)
+    starts = torch.tensor(_check(options))
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    runs, stripe_size = _runs(options)
+    runs, stripe_size = _runs(options, starts)
     limits = [None, _find_limit(options, runs[STRIPES])]
     rounds = _measure(options, runs, limits)
     if dist.get_rank() == 0:
@@ -104,7 +104,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _check(options: Options) -> None:
+def _check(options: Options) -> tuple[int, ...]:
+    """Return where the sample's documents begin; raises ConfigError for bad options."""
     problems = size_problems(options, "seq_length", "head_dim", "rounds")
     if not options.slowdown > 1:
         problems.append(f"slowdown {options.slowdown} must be above 1. Set --slowdown.")
@@ -121,9 +122,10 @@ def _check(options: Options) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    return pack_starts(options.documents, options.seq_length)
 
 
-def _runs(options: Options) -> tuple[dict[str, Callable[[], None]], int]:
+def _runs(options: Options, starts: torch.Tensor) -> tuple[dict[str, Callable[[], None]], int]:
     """Return a run of attention for each layout, and the size of the stripes."""
     ranks = dist.get_world_size()
     kernel = choose("auto", "cpu", torch.float32, options.head_dim).name
@@ -131,7 +133,6 @@ def _runs(options: Options) -> tuple[dict[str, Callable[[], None]], int]:
     stripe_size = auto_stripe_size(options.seq_length, ranks, widths, packed=True)
     stripes = Layout("striped", options.seq_length, ranks, stripe_size)
     placing = replace(stripes, placement=DocumentPlacement())
-    starts = torch.tensor(pack_starts(options.documents, options.seq_length))
     if place_samples(starts, 1, placing) == (None,):
         raise ConfigError(
             f"documents {options.documents}: stripes are chosen for this sample, so there is no "

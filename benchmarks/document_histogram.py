@@ -85,7 +85,7 @@ def pack_starts(documents: str, seq_length: int, samples: int = 1) -> tuple[int,
     if not (number.isascii() and number.isdigit() and int(number)):
         raise ConfigError(
             f"documents {documents} must be a mean length of at least 1, equal:LENGTH, histogram "
-            "or histogram:FILE, or 0 for none. Set --documents."
+            "or histogram:FILE. Set --documents."
         )
     if kind != "equal":
         return random_starts(int(number), seq_length, samples)

@@ -17,6 +17,7 @@ CASES = [
     ("bench_gpu", ["--device", "cpu", "--rounds", "0"], "rounds 0 .*--rounds"),
     ("bench_gpu", ["--device", "cpu", "--heads", "3", "--kv-heads", "2"], "heads 3 .*kv_heads 2"),
     ("bench_head", ["--tokens"], "tokens is empty.*--tokens"),
+    ("bench_placement", [], "1 rank .*at least 2"),
     ("bench_step", ["--steps", "0"], "steps 0 .*at least 1.*--steps"),
     ("count_elementwise", ["--recompute"], "recompute is empty.*--recompute"),
     ("count_pack_traffic", ["--ranks", "0"], "ranks 0 .*at least 1.*--ranks"),
@@ -31,6 +32,22 @@ def test_impossible_sizes_are_rejected(name, flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     with pytest.raises(ConfigError, match=message):
         importlib.import_module(f"benchmarks.{name}").main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--documents", "equal:0"], "documents equal:0 .*--documents"),
+        (["--seq-length", "13"], "seq_length 13 .*2 ranks.*--seq-length"),
+        (["--slowdown", "1"], "slowdown 1.* above 1.*--slowdown"),
+    ],
+)
+def test_ranks_of_bench_placement_reject_bad_options_before_they_join(flags, message, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["bench_placement.py", *flags])
+    with pytest.raises(ConfigError, match=message):
+        importlib.import_module("benchmarks.bench_placement").main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
