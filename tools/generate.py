@@ -10,7 +10,7 @@ stdout, everything else to stderr.
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +182,7 @@ def run(
             loaded.text.ends,
             numbers=numbers,
             prefill_chunk_size=options.model.prefill_chunk_size,
-            on_token=(lambda row, token: texts[row].add(token)) if is_rank_zero else ignore,  # noqa: B023
+            on_token=add_to(texts) if is_rank_zero else ignore,
             on_chunk=PrefillBar(f"prefill of {numbered(numbers)}") if is_rank_zero else None,
             speed=speed,
         )
@@ -228,6 +228,11 @@ class Text:
         self.value += piece
         if self._prints and piece:
             print_text(piece)
+
+
+def add_to(texts: Sequence[Text]) -> Callable[[int, int], None]:
+    """Return a function that adds a token to the text of a row."""
+    return lambda row, token: texts[row].add(token)
 
 
 def record(prompt: Prompt, text: Text, generated: Generated) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Two measurements of one kernel determine two rates. A ring over one long document and one over a
 pack load every query tile in every hop, but visit different numbers of tiles; the difference in
 time is that of the tiles, and what remains is the loading of query tiles and of their state. Both
-had work in all eight hops, so the price of a launch cannot be told from them: it is in the rate of
-the query tiles.
+had work in all eight hops, so the price of a launch cannot be separated from them: it is in the
+rate of the query tiles.
 """
 
 import torch

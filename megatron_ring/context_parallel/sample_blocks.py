@@ -1,7 +1,7 @@
 """A sample as blocks of 128 tokens: which blocks each reads, and what an assignment to ranks costs.
 
 Ranks that own whole blocks aligned to the sample cut no tile of a kernel: the keys that a block of
-queries sees are a contiguous run of blocks, whoever owns them, so the tiles that it visits do not
+queries sees are a contiguous run of blocks under any assignment, so the tiles that it visits do not
 depend on the assignment. What depends on it is in which hop they are visited, in how many hops a
 block of queries is loaded, and which rows of keys leave their owner. All of it is counted here from
 ``owners``, (blocks,), the ring rank of each block. Nothing is communicated or computed.

@@ -3,7 +3,7 @@
 A prompt of a given length hides needles in a haystack and ends with a question (data/retrieval.py).
 It is answered if greedy decoding continues it with exactly the tokens of the answer. Decoding need
 not run for that: it yields the answer if and only if each of its tokens is the most probable one
-after those before it, and one forward pass over prompt and answer tells that (scoring.py).
+after those before it, which one forward pass over prompt and answer decides (scoring.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
