@@ -169,7 +169,7 @@ def _measure(options: Options, tokens: int, exchange: Exchange) -> list[Row]:
     for turn in range(options.rounds + 1):
         for limit in _rotated(limits, turn):
             if options.ratios:
-                _set_limit(limit, options.card)
+                set_limit(limit, options.card)
             runs["communication"]()  # not timed: TCP adapts to the new speed of the link
             rounds[limit].append({name: runs[name]() for name in _rotated(list(runs), turn)})
     return [_row(options, shard, limit, timed[1:]) for limit, timed in rounds.items()]
@@ -207,7 +207,8 @@ def _limits(sent: int, compute: Callable[[], Seconds], ratios: Sequence[float]) 
     return [sent * 8 / (ratio * seconds) / 1e6 for ratio in ratios]
 
 
-def _set_limit(mbit: float | None, interface: str) -> None:
+def set_limit(mbit: float | None, interface: str) -> None:
+    """Limit what this rank sends, in megabits per second; None removes the limit. Blocks."""
     subprocess.run(limit_command(mbit, interface), check=True)
     dist.barrier()
 

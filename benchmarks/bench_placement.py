@@ -14,7 +14,6 @@ alternation. Medians of rounds are reported, and of the ratios within rounds.
 import os
 import random
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.attention_times import seconds_on_all_ranks
+from benchmarks.bench_overlap import set_limit
 from benchmarks.common import (
     Column,
     check_outputs,
@@ -34,7 +34,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.document_histogram import pack_starts
-from benchmarks.slow_link import INTERFACE, limit_command
+from benchmarks.slow_link import INTERFACE
 from megatron_ring.context_parallel.attention import ContextParallelAttention
 from megatron_ring.context_parallel.layout import DocumentPlacement, Layout, auto_stripe_size
 from megatron_ring.context_parallel.placement import place_samples
@@ -171,12 +171,12 @@ def _find_limit(options: Options, run: Callable[[], None]) -> float:
 
     By bisection on a logarithmic scale; the same on every rank, as the times are.
     """
-    _set_limit(None, options.interface)
+    set_limit(None, options.interface)
     wanted = options.slowdown * _median_seconds(run)
     low, high = _LOWEST_MBIT, _HIGHEST_MBIT
     for _ in range(_SEARCH_STEPS):
         middle = (low * high) ** 0.5
-        _set_limit(middle, options.interface)
+        set_limit(middle, options.interface)
         low, high = (middle, high) if _median_seconds(run) > wanted else (low, middle)
     return (low * high) ** 0.5
 
@@ -184,11 +184,6 @@ def _find_limit(options: Options, run: Callable[[], None]) -> float:
 def _median_seconds(run: Callable[[], None], times: int = 3) -> float:
     run()  # warm-up: TCP adapts to the speed of the link
     return statistics.median(seconds_on_all_ranks(run, "cpu") for _ in range(times))
-
-
-def _set_limit(mbit: float | None, interface: str) -> None:
-    subprocess.run(limit_command(mbit, interface), check=True)
-    dist.barrier()
 
 
 def _measure(
@@ -199,7 +194,7 @@ def _measure(
     for turn in range(options.rounds + 1):
         order = random.Random(turn)  # the same on every rank
         for limit in order.sample(limits, len(limits)):
-            _set_limit(limit, options.interface)
+            set_limit(limit, options.interface)
             seconds = {}
             for name in order.sample(list(runs), len(runs)):
                 runs[name]()  # not timed, as above

@@ -232,7 +232,10 @@ def setting(name: str, options: argparse.Namespace, device: str) -> dict[str, An
         "torch": torch.__version__,
         "commit": commit(),
         "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "options": vars(options),
+        "options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        },
     }
 
 

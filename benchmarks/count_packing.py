@@ -53,9 +53,7 @@ def main() -> None:
         ):
             print(f"{packing:11}{plain_row(COLUMNS, row)}", flush=True)
             rows.append({"seq_length": seq_length, "packing": packing} | row)
-    shown = setting("count_packing", options, "cpu")
-    shown["options"] = vars(options) | {"histogram": str(options.histogram)}
-    write_json(options.json, shown | {"rows": rows})
+    write_json(options.json, setting("count_packing", options, "cpu") | {"rows": rows})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -74,9 +74,7 @@ def main() -> None:
             kept = sum("placed" not in of_pack for of_pack in counted)
             if kept:
                 print(f"spread is kept for {kept} of {len(packs)} packs")
-    shown = setting("count_placement", options, "cpu")
-    shown["options"] = vars(options) | {"histogram": str(options.histogram)}
-    write_json(options.json, shown | {"rows": rows})
+    write_json(options.json, setting("count_placement", options, "cpu") | {"rows": rows})
 
 
 def _parser() -> argparse.ArgumentParser:

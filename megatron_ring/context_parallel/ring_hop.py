@@ -17,7 +17,7 @@ from megatron_ring.context_parallel.visible_rows import are_sent_directly
 from megatron_ring.kernels.attention import GradientAccumulators, HopInputs, HopKernel
 from megatron_ring.kernels.attention.key_ranges import KeyRanges
 from megatron_ring.kernels.attention.running_softmax import Output, slice_heads
-from megatron_ring.parallel.peers import Peers
+from megatron_ring.parallel.peers import Peers, peers_at_distance
 
 
 class Transfer(Protocol):
@@ -101,11 +101,11 @@ class Ring:
 
         Those of index 0 are its own, so that every query sees a key in its first hop.
         """
-        return (self.ring_rank - hop) % self.layout.ring_size
+        return peers_at_distance(self.ring_rank, self.layout.ring_size, hop).sender
 
     def queries_of(self, hop: int) -> int:
         """Return the ring rank that owns the queries of ``hop``, if the queries travel around."""
-        return (self.ring_rank + hop) % self.layout.ring_size
+        return peers_at_distance(self.ring_rank, self.layout.ring_size, hop).receiver
 
     def key_ranges(self, queries_of: int, keys_of: int) -> KeyRanges:
         """Return what the queries of one ring rank see of the keys of another."""

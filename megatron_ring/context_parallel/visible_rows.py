@@ -41,7 +41,7 @@ def share_read(layout: Layout, window: int) -> float:
     """
     if layout.ring_size == 1:
         return 1.0
-    # An odd step meets every position within a stripe.
+    # An odd step reaches every position within a stripe.
     keys = torch.arange(0, layout.seq_length, layout.seq_length // _MOST_SAMPLED | 1)
     reading_ranks = torch.zeros(len(keys), dtype=torch.int64)
     for ring_rank in range(layout.ring_size):

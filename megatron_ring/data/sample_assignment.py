@@ -10,6 +10,7 @@ every rank computes the same assignment without reading tokens and without commu
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class DataImbalance(NamedTuple):
@@ -22,9 +23,12 @@ class DataImbalance(NamedTuple):
     in_order: float
 
 
-def visible_pairs(document_lengths: np.ndarray, window: int = 0) -> int:
-    """Return the (query, key) pairs of a sample of such documents; ``window`` as in ``Mask``."""
-    lengths = document_lengths.astype(np.int64)
+def visible_pairs(document_lengths: ArrayLike, window: int = 0) -> int:
+    """Return the (query, key) pairs of causal attention within documents of these lengths.
+
+    ``window`` as in ``Mask``; 0 for none.
+    """
+    lengths = np.asarray(document_lengths, dtype=np.int64)
     seen_by_last = np.minimum(lengths, window) if window else lengths
     in_triangle = seen_by_last * (seen_by_last + 1) // 2
     return int((in_triangle + (lengths - seen_by_last) * seen_by_last).sum())

@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 
 from megatron_ring.config import ModelConfig
+from megatron_ring.data.sample_assignment import visible_pairs
 from megatron_ring.model.shapes import layer_shapes
 
 
@@ -48,14 +49,3 @@ def _training_flops(config: ModelConfig, vocab_size: int, tokens: int, pairs: in
     per_token = config.num_layers * weights_of_layer + config.hidden_size * vocab_size
     attention_width = config.num_attention_heads * config.head_dim
     return 3 * 2 * (tokens * per_token + 2 * attention_width * pairs)
-
-
-def visible_pairs(document_lengths: torch.Tensor, window: int) -> int:
-    """Return the (query, key) pairs of causal attention within documents of these lengths.
-
-    A ``window`` of 0 means no window.
-    """
-    lengths = document_lengths.long()
-    # The i-th token of a document attends to min(i, W) keys.
-    growing = lengths.clamp(max=window) if window else lengths
-    return int((growing * (growing + 1) // 2 + (lengths - growing) * window).sum())

@@ -19,7 +19,7 @@ from megatron_ring.context_parallel.mask import (
     hop_key_ranges,
 )
 from megatron_ring.context_parallel.visible_rows import are_sent_directly
-from megatron_ring.parallel.peers import peers_in_hop
+from megatron_ring.parallel.peers import peers_at_distance, peers_in_hop
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def keys_of_hop(
     Around the ring it is ``hop`` ranks back; where rows are sent directly, it follows the order of
     parallel/peers.py. ``sends_all_rows`` as in ``Ring``.
     """
-    if are_sent_directly(layout, mask) and not sends_all_rows:
-        return peers_in_hop(ring_rank, layout.ring_size, hop).sender
-    return (ring_rank - hop) % layout.ring_size
+    is_direct = are_sent_directly(layout, mask) and not sends_all_rows
+    peers = peers_in_hop if is_direct else peers_at_distance
+    return peers(ring_rank, layout.ring_size, hop).sender
 
 
 def visible_pairs_per_rank(layout: Layout, mask: Mask = CAUSAL) -> torch.Tensor:
